@@ -1,0 +1,59 @@
+"""Task-aware LoRA: calibrated, frozen A; trained B; a plain PEFT adapter out.
+
+The public names are loaded when first used, so that ``import tlora`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tlora.adapter.attach import attach, get_tlora_model, load_adapter
+    from tlora.adapter.plan import AdapterPlan, ModulePlan, plan
+    from tlora.calibration.probe import calibrate
+    from tlora.calibration.statistics import Calibration, ModuleStatistics
+    from tlora.config import TLoraConfig
+    from tlora.errors import TLoraError
+
+_HOME = {
+    "AdapterPlan": "tlora.adapter.plan",
+    "Calibration": "tlora.calibration.statistics",
+    "ModulePlan": "tlora.adapter.plan",
+    "ModuleStatistics": "tlora.calibration.statistics",
+    "TLoraConfig": "tlora.config",
+    "TLoraError": "tlora.errors",
+    "attach": "tlora.adapter.attach",
+    "calibrate": "tlora.calibration.probe",
+    "get_tlora_model": "tlora.adapter.attach",
+    "load_adapter": "tlora.adapter.attach",
+    "plan": "tlora.adapter.plan",
+}
+
+__all__ = [
+    "AdapterPlan",
+    "Calibration",
+    "ModulePlan",
+    "ModuleStatistics",
+    "TLoraConfig",
+    "TLoraError",
+    "attach",
+    "calibrate",
+    "get_tlora_model",
+    "load_adapter",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tlora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,231 @@
+"""Records that describe an adapter before it exists.
+
+``TLoraConfig`` is what a user writes. It carries PEFT's own field names where PEFT has one, and
+checks itself when made: every fault is found and all are reported in one ``ConfigError``.
+Nothing here imports torch, so that a command line can parse and print configurations at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tlora.errors import ConfigError, did_you_mean
+
+Basis = Literal["weight-covariance", "random"]
+Budget = Literal["rank", "params"]
+ScaleRule = Literal["released", "constant", "proportional"]
+CovarianceMode = Literal["auto", "exact", "streamed"]
+SubspaceMode = Literal["auto", "exact", "randomized"]
+Bias = Literal["none", "all", "lora_only"]
+
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_OWNS_SCALE = "task-aware LoRA sets every module's scale itself, as alpha_pattern / rank_pattern"
+_OWNS_INIT = "task-aware LoRA sets A from the calibration and B to zero"
+_KEEPS_WEIGHTS = "task-aware LoRA leaves the base weights, and so the output at step 0, untouched"
+
+# LoRA options of PEFT that would change a scale, an initialisation or the form W + s B A.
+REFUSED_OPTIONS: dict[str, str] = {
+    "use_rslora": f"{_OWNS_SCALE}; choose the scale with `allocate_scale` and `scale_rule`",
+    "rank_pattern": "task-aware LoRA allocates the ranks; bound them by `rank_min`, `rank_max`",
+    "alpha_pattern": f"{_OWNS_SCALE}; choose the scale with `allocate_scale` and `scale_rule`",
+    "use_dora": "DoRA trains a magnitude of the weight, which is not of the form W + s B A",
+    "use_qalora": "QALoRA pools the inputs of A, which the calibrated A does not expect",
+    "use_bdlora": "block-diagonal A or B cannot hold the calibrated subspace",
+    "lora_bias": "a bias on B is not part of s B A x and does not merge into every base layer",
+    "init_lora_weights": f"{_OWNS_INIT}; choose the subspace with `basis`",
+    "loftq_config": f"LoftQ replaces the base weights; {_KEEPS_WEIGHTS}",
+    "eva_config": f"EVA sets A from the inputs alone; {_OWNS_INIT}",
+    "corda_config": f"CorDA replaces the base weights; {_KEEPS_WEIGHTS}",
+    "lora_ga_config": f"LoRA-GA replaces the base weights; {_KEEPS_WEIGHTS}",
+    "velora_config": "VeLoRA changes what A's backward keeps, and A has no backward here",
+    "kasa_config": f"KaSA trains singular values of the weight; {_KEEPS_WEIGHTS}",
+    "monteclora_config": "MonteCLoRA perturbs A, which is frozen here",
+    "arrow_config": "Arrow routes between trained adapters and cannot be calibrated",
+    "alora_invocation_tokens": "activated LoRA switches by token, which calibration cannot see",
+    "layer_replication": "replicated layers share weights that calibration sees only once",
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Return the bytes in ``value``: an int, or text like ``"2GiB"``, ``"512 MB"``, ``"1e9"``.
+
+    Raises:
+        ValueError: the text is not a number with a known unit, or the size is not positive.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a size")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(
+            r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(value), re.IGNORECASE
+        )
+        if match is None or match[2].upper() not in _BYTES:
+            raise ValueError(f"{value!r} is not a size like 2GiB, 512MB or a number of bytes")
+        size = int(float(match[1]) * _BYTES[match[2].upper()])
+    if size <= 0:
+        raise ValueError(f"{value!r} is not a positive size")
+    return size
+
+
+@dataclass(kw_only=True)
+class TLoraConfig:
+    """How to adapt a model with Task-aware LoRA.
+
+    Example:
+        >>> TLoraConfig(r=128, lora_alpha=128, target_modules="all-linear").budget
+        'rank'
+
+    Raises:
+        ConfigError: an option is unknown (with a suggestion), refused (with the reason) or out
+            of range. All faults are collected into one error.
+    """
+
+    r: int = 8
+    """Base rank r: the N targeted modules share N r ranks (METHOD: r_i; PEFT: `r`)."""
+    lora_alpha: float = 8
+    """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear"
+    (every Linear and Conv1D but the head), or None for PEFT's default of the architecture."""
+    exclude_modules: str | list[str] | None = None
+    """Modules to leave out, by PEFT's rules."""
+    layers_to_transform: int | list[int] | None = None
+    """Layer indexes to adapt (all, if None), as in PEFT."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the layer list that `layers_to_transform` indexes, as in PEFT."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input while training."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter (a new classifier head)."""
+    bias: Bias = "none"
+    """Which biases train, as in PEFT."""
+    task_type: str | None = None
+    """PEFT's task type: "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", ... or None."""
+
+    basis: Basis = "weight-covariance"
+    """What the rows of A span: the leading right singular vectors of W C (the paper), or
+    LoRA's own random A (the paper's ablation without initialisation)."""
+    whiten: bool = False
+    """Give the features A x equal variance: A' = c K^(-1/2) A with K = A C0 A^T."""
+    allocate_rank: bool = True
+    """Share the ranks out by sensitivity; off: every module gets r."""
+    allocate_scale: bool = True
+    """Set the scales by sensitivity; off: every module gets lora_alpha / r."""
+    scale_rule: ScaleRule = "released"
+    """Rule used when `allocate_scale` is on: "released" (only ever raises a scale),
+    "proportional" (keeps the mean), "constant"."""
+    freeze_a: bool = True
+    """Freeze A and train B alone."""
+    budget: Budget = "rank"
+    """What stays as it was with uniform rank r: "rank" (the sum of the ranks) or "params"
+    (the trainable parameters sum_i m_i r_i do not exceed the uniform ones)."""
+    rank_min: int = 1
+    """Smallest rank of a module; 0 lets the allocation leave modules out."""
+    rank_max: int | None = None
+    """Largest rank of a module, beside min(m, d)."""
+
+    covariance: CovarianceMode = "auto"
+    """How second moments are kept: "exact" (d x d each), "streamed", or "auto"."""
+    subspace: SubspaceMode = "auto"
+    """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
+    memory_budget: int | str | None = None
+    """Memory that calibration may take beyond the model: bytes or "2GiB"; None: no limit."""
+    seed: int = 0
+    """Seed of everything random in planning: the sketch of the solver, the random basis."""
+
+    def __new__(cls, *args: Any, **values: Any) -> TLoraConfig:
+        # Before __init__, so that an unknown option meets our sentence and not a bare TypeError.
+        if faults := cls._name_faults(values):
+            raise ConfigError(faults, where=cls.__name__)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if faults := list(self._value_faults()):
+            raise ConfigError(faults, where=type(self).__name__)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Return the names of the fields, in the order of declaration."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def _name_faults(cls, values: dict[str, Any]) -> list[str]:
+        known = cls.field_names()
+        faults = []
+        for name in values:
+            if name in REFUSED_OPTIONS:
+                faults.append(f"`{name}` is refused: {REFUSED_OPTIONS[name]}.")
+            elif name not in known:
+                faults.append(f"there is no option `{name}`.{did_you_mean(name, known)}")
+        return faults
+
+    def _value_faults(self):
+        for name in ("r", "rank_min", "seed"):
+            low = 1 if name == "r" else 0
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                yield f"`{name}` is {value!r}; give a whole number, {low} or more."
+        if not isinstance(self.lora_alpha, (int, float)) or not 0 < self.lora_alpha < math.inf:
+            yield f"`lora_alpha` is {self.lora_alpha!r}; give a positive number."
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            yield f"`lora_dropout` is {self.lora_dropout!r}; give a probability in [0, 1)."
+        if self.rank_max is not None and (
+            not isinstance(self.rank_max, int) or self.rank_max < max(1, self.rank_min)
+        ):
+            yield (
+                f"`rank_max` is {self.rank_max!r}; give a whole number not below 1 and"
+                f" `rank_min` ({self.rank_min!r}), or None."
+            )
+        for name, kind in _CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                options = ", ".join(map(repr, get_args(kind)))
+                yield f"`{name}` is {value!r}; choose one of {options}."
+        for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a"):
+            if not isinstance(value := getattr(self, name), bool):
+                yield f"`{name}` is {value!r}; give true or false."
+        if self.memory_budget is not None:
+            try:
+                parse_bytes(self.memory_budget)
+            except ValueError as error:
+                yield f"`memory_budget`: {error}."
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes, or None for no limit."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether planning asks for sensitivities, and so calibration for a backward pass."""
+        return self.allocate_rank or (self.allocate_scale and self.scale_rule != "constant")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether planning asks for the second moments of the inputs."""
+        return self.basis != "random" or self.whiten
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TLoraConfig:
+        """Make a config from plain values; the inverse of `to_dict`."""
+        return cls(**values)
+
+
+_CHOICES: dict[str, Any] = {
+    "basis": Basis,
+    "budget": Budget,
+    "scale_rule": ScaleRule,
+    "covariance": CovarianceMode,
+    "subspace": SubspaceMode,
+    "bias": Bias,
+}

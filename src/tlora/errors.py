@@ -1,0 +1,54 @@
+"""The one exception tree of the library.
+
+Every message says what was wrong (value and name), where (module, file, field), and what to do.
+The second base of a class is the builtin that a caller without ``tlora`` in mind would catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TLoraError(Exception):
+    """Base of everything that tlora raises on purpose."""
+
+
+class ConfigError(TLoraError, ValueError):
+    """One or more fields of a configuration are wrong; all faults are listed at once."""
+
+    def __init__(self, faults: str | Sequence[str], where: str = "configuration") -> None:
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.where = where
+        if len(self.faults) == 1:
+            message = f"{where}: {self.faults[0]}"
+        else:
+            lines = "".join(f"\n  - {fault}" for fault in self.faults)
+            message = f"{where}: {len(self.faults)} faults:{lines}"
+        super().__init__(message)
+
+
+class CalibrationError(TLoraError, RuntimeError):
+    """The calibration pass cannot give statistics for this model and these samples."""
+
+
+class PlanError(TLoraError, ValueError):
+    """Ranks, scales or subspaces cannot be planned from these statistics."""
+
+
+class AdapterError(TLoraError, RuntimeError):
+    """An adapter cannot be attached to, loaded into or read from this model."""
+
+
+class DataError(TLoraError, ValueError):
+    """A data file or a row of it is not what the task expects."""
+
+
+class ArtifactError(TLoraError, OSError):
+    """A file that tlora wrote (calibration, plan, run folder) is missing or damaged."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
