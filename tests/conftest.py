@@ -1,0 +1,151 @@
+"""Shared fixtures: models of a few thousand parameters and a tokenizer trained on the spot.
+
+Each ``tiny_*`` model fixture is a factory: every call gives a fresh model with the same seeded
+float32 weights, in eval mode, and keyword arguments override fields of its configuration.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+VOCABULARY = 160
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SENTENCES = (
+    "Natalia sold clips to 48 of her friends in April.",
+    "Below is an instruction that describes a task.",
+    "The answer is: 72",
+    "a charming and often affecting journey",
+    "unflinchingly bleak and desperate",
+)
+
+ModelFactory = Callable[..., Any]
+
+
+def seeded(build: Callable[[], Any]) -> Any:
+    """Build a model with the same weights every time, leaving the global generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build().float().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE of 160 tokens that knows every printable character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL.values()), show_progress=False
+    )
+    core.train_from_iterator([*SENTENCES, string.printable], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=256, **SPECIAL
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> ModelFactory:
+    """Llama: 2 layers, hidden 16, grouped-query attention, untied head."""
+
+    def make(**overrides: Any) -> Any:
+        config = transformers.LlamaConfig(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            | overrides
+        )
+        return seeded(lambda: transformers.LlamaForCausalLM(config))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> ModelFactory:
+    """GPT-2: 2 layers, hidden 16, its projections are transformers' ``Conv1D``."""
+
+    def make(**overrides: Any) -> Any:
+        config = transformers.GPT2Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "n_embd": 16,
+                "n_layer": 2,
+                "n_head": 2,
+                "n_positions": 256,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            | overrides
+        )
+        return seeded(lambda: transformers.GPT2LMHeadModel(config))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_classifier() -> ModelFactory:
+    """BERT with a classification head: 2 layers, hidden 16, two labels."""
+
+    def make(**overrides: Any) -> Any:
+        config = transformers.BertConfig(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 256,
+                "num_labels": 2,
+                "pad_token_id": 0,
+            }
+            | overrides
+        )
+        return seeded(lambda: transformers.BertForSequenceClassification(config))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_t5() -> ModelFactory:
+    """T5: 2 + 2 layers, hidden 16."""
+
+    def make(**overrides: Any) -> Any:
+        config = transformers.T5Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "d_model": 16,
+                "d_kv": 8,
+                "d_ff": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "pad_token_id": 0,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 0,
+            }
+            | overrides
+        )
+        return seeded(lambda: transformers.T5ForConditionalGeneration(config))
+
+    return make
