@@ -1,0 +1,1 @@
+"""Pure tensor functions: statistics -> subspace, ranks, scales. Imports torch and nothing else."""

@@ -1,0 +1,210 @@
+"""Sharing a budget of ranks and scales out by sensitivity.
+
+Source: arXiv 2604.18124, section 3, and the released code's rounding (METHOD 4 and 5). Departures,
+each named where it is made: ranks have bounds, and a budget in parameters can be kept exactly.
+Plain Python numbers: there are a few hundred modules, and rounding should not depend on a device.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RankBounds:
+    """Limits of one module's rank: low <= r_i <= high, where high includes min(m, d)."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """Ranks, and whether the budget could be met.
+
+    Attributes:
+        ranks: r_i, one per module.
+        wanted: the budget (in ranks or parameters, as asked).
+        spent: what the ranks use of it. "rank": equals ``wanted`` unless the bounds forbid it.
+            "params": at most ``wanted``, unless the lower bounds alone cost more.
+        feasible: False where the bounds forbid the budget, with ``spent`` the nearest possible.
+    """
+
+    ranks: tuple[int, ...]
+    wanted: int
+    spent: int
+    feasible: bool
+
+
+def allocate_ranks(
+    sensitivities: Sequence[float], base_rank: int, bounds: Sequence[RankBounds]
+) -> RankAllocation:
+    """Share N r ranks out in proportion to sensitivity, the sum kept exactly.
+
+    Released rule: r_i = round(N r S_i / sum_j S_j); then the missing or surplus ranks go one by
+    one to the module with the largest rank. Where that meets every bound it is the answer. Else
+    (a departure: the release can give 0 or more than min(m, d)) r_i = round(clamp(c S_i, low,
+    high)) with the c that spends the budget, and the same correction among the modules that
+    still can move. Equal (or all zero) sensitivities share equally.
+
+    Args:
+        sensitivities: S_i >= 0, one per module.
+        base_rank: r.
+        bounds: of each module's rank.
+
+    Raises:
+        ValueError: no module, lengths that differ, or a sensitivity that is negative, infinite
+            or NaN.
+    """
+    shares = _shares(sensitivities)
+    _check_lengths(shares, bounds)
+    wanted = len(shares) * base_rank
+    target = min(max(wanted, sum(b.low for b in bounds)), sum(b.high for b in bounds))
+    unbounded = [RankBounds(0, wanted)] * len(shares)
+    ranks = _settle([round(wanted * share) for share in shares], wanted, unbounded)
+    if any(not b.low <= rank <= b.high for rank, b in zip(ranks, bounds, strict=True)):
+        level = _level(shares, target, bounds, [1] * len(shares))
+        ranks = _settle(
+            [round(_clamp(level * s, b)) for s, b in zip(shares, bounds, strict=True)],
+            target,
+            bounds,
+        )
+    return RankAllocation(tuple(ranks), wanted, sum(ranks), target == wanted)
+
+
+def allocate_ranks_by_cost(
+    sensitivities: Sequence[float],
+    base_rank: int,
+    bounds: Sequence[RankBounds],
+    costs: Sequence[int],
+) -> RankAllocation:
+    """Share ranks out in proportion to sensitivity within a budget of trainable parameters.
+
+    sum_i k_i r_i <= r sum_i k_i, with k_i the trainable parameters per rank of module i (m_i if
+    A is frozen). r_i = clamp(c S_i, low, high), rounded down with the c that spends the budget;
+    what rounding left over goes, one rank at a time, to the module furthest below its share
+    whose cost still fits. Not in the release, which lets the parameters drift with the ranks;
+    the paper speaks of a fixed parameter budget.
+
+    Args:
+        sensitivities: S_i >= 0, one per module.
+        base_rank: r.
+        bounds: of each module's rank.
+        costs: k_i > 0.
+
+    Raises:
+        ValueError: as in `allocate_ranks`.
+    """
+    shares = _shares(sensitivities)
+    _check_lengths(shares, bounds)
+    _check_lengths(shares, costs)
+    wanted = base_rank * sum(costs)
+    least = sum(k * b.low for k, b in zip(costs, bounds, strict=True))
+    level = _level(shares, wanted, bounds, costs)
+    ideal = [_clamp(level * s, b) for s, b in zip(shares, bounds, strict=True)]
+    ranks = [math.floor(x + 1e-9) for x in ideal]
+    left = wanted - sum(k * rank for k, rank in zip(costs, ranks, strict=True))
+    while True:
+        fits = [i for i, b in enumerate(bounds) if ranks[i] < b.high and costs[i] <= left]
+        if not fits:
+            break
+        best = max(fits, key=lambda i: ideal[i] - ranks[i])
+        ranks[best] += 1
+        left -= costs[best]
+    return RankAllocation(tuple(ranks), wanted, wanted - left, least <= wanted)
+
+
+def allocate_scales(
+    sensitivities: Sequence[float], base_rank: int, alpha: float, rule: str
+) -> tuple[float, ...]:
+    """Return the scale s_i of each module's output: y = W x + s_i B_i A_i x.
+
+    Rules:
+        "released": alpha_i = max(alpha, round(N alpha S_i / sum_j S_j)), s_i = alpha_i / r. The
+            divisor is the BASE rank r, not r_i, and a scale is only ever raised.
+        "proportional": s_i = (alpha / r) S_i / mean_j S_j, which keeps the mean scale.
+        "constant": s_i = alpha / r.
+
+    Args:
+        sensitivities: S_i >= 0, one per module.
+        base_rank: r.
+        alpha: the base alpha.
+        rule: one of the names above.
+
+    Raises:
+        ValueError: as in `allocate_ranks`, or an unknown rule.
+    """
+    shares = _shares(sensitivities)
+    total = len(shares) * alpha
+    if rule == "released":
+        return tuple(max(alpha, round(total * share)) / base_rank for share in shares)
+    if rule == "proportional":
+        return tuple(total * share / base_rank for share in shares)
+    if rule == "constant":
+        return (alpha / base_rank,) * len(shares)
+    raise ValueError(f"unknown scale rule {rule!r}")
+
+
+def _shares(sensitivities: Sequence[float]) -> list[float]:
+    """Return S_i / sum_j S_j; equal shares where all S_i are zero."""
+    values = [float(value) for value in sensitivities]
+    if not values:
+        raise ValueError("there is no module to allocate to")
+    for index, value in enumerate(values):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"sensitivity {index} is {value}, not a number of 0 or more")
+    # Dividing by the largest first keeps the sum finite and tiny values (1e-40) exact enough.
+    largest = max(values)
+    if largest == 0:
+        return [1 / len(values)] * len(values)
+    scaled = [value / largest for value in values]
+    total = math.fsum(scaled)
+    return [value / total for value in scaled]
+
+
+def _check_lengths(shares: Sequence[float], other: Sequence[object]) -> None:
+    if len(shares) != len(other):
+        raise ValueError(f"{len(shares)} sensitivities but {len(other)} bounds or costs")
+
+
+def _clamp(value: float, bounds: RankBounds) -> float:
+    return min(max(value, bounds.low), bounds.high)
+
+
+def _level(
+    shares: Sequence[float], budget: int, bounds: Sequence[RankBounds], costs: Sequence[int]
+) -> float:
+    """Return c with sum_i k_i clamp(c S_i, low_i, high_i) = budget (or the bound nearest to it).
+
+    The sum is piecewise linear in c and never falls: find the two neighbouring breakpoints that
+    hold the budget between them, then interpolate.
+    """
+    modules = [m for m in zip(shares, bounds, costs, strict=True) if m[0] > 0]
+    fixed = sum(k * b.low for s, b, k in zip(shares, bounds, costs, strict=True) if s == 0)
+
+    def spent(level: float) -> float:
+        return fixed + math.fsum(k * _clamp(level * s, b) for s, b, k in modules)
+
+    points = sorted({0.0, *(limit / s for s, b, _ in modules for limit in (b.low, b.high))})
+    first = bisect.bisect_left(points, float(budget), key=spent)
+    if first == 0 or first == len(points):
+        return points[min(first, len(points) - 1)]
+    low, high = points[first - 1], points[first]
+    below, above = spent(low), spent(high)
+    return low + (high - low) * (budget - below) / (above - below)
+
+
+def _settle(ranks: list[int], target: int, bounds: Sequence[RankBounds]) -> list[int]:
+    """Move the sum to ``target``, one rank at a time at the largest rank that may still move."""
+    ranks = list(ranks)
+    step = 1 if sum(ranks) < target else -1
+    while sum(ranks) != target:
+        free = [
+            i for i, b in enumerate(bounds) if (ranks[i] < b.high if step > 0 else ranks[i] > b.low)
+        ]
+        # max keeps the first of equals, as the release's argmax does.
+        ranks[max(free, key=lambda i: ranks[i])] += step
+    return ranks

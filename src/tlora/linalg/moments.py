@@ -1,0 +1,130 @@
+"""Streaming second moment of a module's inputs, centred over each sample's own tokens.
+
+Source: arXiv 2604.18124, section 3 and the released code (METHOD: C_i). The released code divides
+neither by T_s nor by the number of modules; nor do we.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SecondMoment:
+    """C = (1/n) sum_s (X_s - mean_t X_s)^T (X_s - mean_t X_s), accumulated batch by batch.
+
+    Symbols: X_s is T_s x d, the inputs of one module on sample s (T_s real tokens; padding never
+    counts); n counts every sample seen, also one that brought the module no token (an expert that
+    routing never reached). The centring mean is that of the sample itself, so a batch of padded
+    samples gives what the samples give one at a time, whatever their order.
+
+    The means are kept beside the centred moment as the rows sqrt(T_s) mean_t X_s, because
+    C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentred moment for n x d numbers.
+
+    Args:
+        dim: d, the module's input columns.
+        dtype: of the accumulator; float32 is enough (METHOD 9), float64 where asked.
+        device: where to accumulate; that of the inputs avoids a copy per batch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.scatter = torch.zeros(dim, dim, dtype=dtype, device=device)
+        self.samples = 0
+        self.tokens = 0
+        self._means: list[Tensor] = []
+
+    @property
+    def dim(self) -> int:
+        """d, the number of input columns."""
+        return self.scatter.shape[0]
+
+    @property
+    def weighted_means(self) -> Tensor:
+        """The rows sqrt(T_s) mean_t X_s, n x d, in the order the samples came."""
+        if not self._means:
+            return self.scatter.new_zeros(0, self.dim)
+        if len(self._means) > 1:
+            self._means = [torch.cat(self._means)]
+        return self._means[0]
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch of samples.
+
+        Args:
+            inputs: B x T x d, any floating dtype: the module's inputs of B samples.
+            mask: B x T, true (nonzero) at real tokens; None: every token is real.
+        """
+        x = inputs.detach().to(self.scatter.dtype)
+        if mask is None:
+            counts = torch.full((x.shape[0], 1), float(x.shape[1]), dtype=x.dtype, device=x.device)
+            means = x.mean(dim=1) if x.shape[1] else x.sum(dim=1)
+            centred = x - means[:, None]
+            tokens = x.shape[0] * x.shape[1]
+        else:
+            keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
+            counts = keep.sum(dim=1).to(x.dtype)
+            # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
+            zero = x.new_zeros(())
+            means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
+            centred = torch.where(keep, x - means[:, None], zero)
+            tokens = int(mask.count_nonzero())
+        flat = centred.flatten(0, 1)
+        self.scatter.addmm_(flat.T, flat)
+        self._means.append(counts.sqrt() * means)
+        self.samples += x.shape[0]
+        self.tokens += tokens
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add the samples that ``other`` has seen, as if this accumulator had seen them.
+
+        Raises:
+            ValueError: the two have different numbers of columns.
+        """
+        if other.dim != self.dim:
+            raise ValueError(f"second moments of {self.dim} and {other.dim} columns do not merge")
+        self.scatter += other.scatter.to(self.scatter)
+        self._means.append(other.weighted_means.to(self.scatter))
+        self.samples += other.samples
+        self.tokens += other.tokens
+
+    def clone(self) -> SecondMoment:
+        """Return an independent copy."""
+        return SecondMoment.from_parts(
+            self.scatter.clone(), self.weighted_means.clone(), self.samples, self.tokens
+        )
+
+    def covariance(self) -> Tensor:
+        """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
+        return self.scatter / max(self.samples, 1)
+
+    def uncentred(self) -> Tensor:
+        """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centred moment and the means."""
+        means = self.weighted_means
+        return torch.addmm(self.scatter, means.T, means) / max(self.samples, 1)
+
+    @classmethod
+    def from_parts(
+        cls, scatter: Tensor, weighted_means: Tensor, samples: int, tokens: int
+    ) -> SecondMoment:
+        """Rebuild an accumulator from what it holds: n C, the mean rows, and the two counts."""
+        moment = cls.__new__(cls)
+        moment.scatter = scatter
+        moment._means = [weighted_means]
+        moment.samples = samples
+        moment.tokens = tokens
+        return moment
+
+
+def merged(moments: Sequence[SecondMoment]) -> SecondMoment:
+    """Return the second moment over the samples of all ``moments``; they stay as they are."""
+    total = moments[0].clone()
+    for moment in moments[1:]:
+        total.merge(moment)
+    return total

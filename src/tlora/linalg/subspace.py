@@ -1,0 +1,182 @@
+"""The frozen subspace: leading right singular vectors of W C, and how well they do.
+
+Source: arXiv 2604.18124, section 3 (A = V_r of W C; B = 0). The released code asks for full U and
+V; here neither solver forms a full factor. Solvers: exact (thin SVD) and randomised subspace
+iteration with oversampling (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How singular vectors are found.
+
+    Attributes:
+        mode: "exact", "randomized", or "auto": randomised where that is several times cheaper.
+        oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
+        iterations: power iterations; METHOD 9 finds two to three enough on real activations.
+        seed: of the sketch, so that a plan is reproducible.
+    """
+
+    mode: str = "auto"
+    oversample: int | None = None
+    iterations: int = 3
+    seed: int = 0
+
+    def width(self, rank: int) -> int:
+        """Columns of the sketch for ``rank`` singular vectors."""
+        return rank + (max(32, rank // 2) if self.oversample is None else self.oversample)
+
+    def resolve(self, rows: int, columns: int, rank: int) -> str:
+        """Return "exact" or "randomized" for the leading ``rank`` of a rows x columns matrix."""
+        small = min(rows, columns)
+        if self.mode != "auto":
+            # A sketch as wide as the matrix is the exact problem, solved with more work.
+            return "exact" if self.width(rank) >= small else self.mode
+        return "randomized" if small >= 256 and 3 * self.width(rank) <= small else "exact"
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A basis of the task subspace of one module.
+
+    Attributes:
+        basis: r x d float32, orthonormal rows, the strongest direction first.
+        captured_energy: ||W C basis^T||_F^2 / ||W C||_F^2, in [0, 1]; 1.0 where W C is zero.
+        method: "exact" or "randomized".
+        determined: how many rows W C itself determines; the others (fewer tokens than rank, or a
+            rank-deficient weight) complete it with leading directions of W.
+    """
+
+    basis: Tensor
+    captured_energy: float
+    method: str
+    determined: int
+
+
+def right_singular_vectors(matrix: Tensor, rank: int, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Return the leading ``rank`` right singular vectors as rows, and their singular values.
+
+    Args:
+        matrix: M, m x d, floating point.
+        rank: r, at most min(m, d).
+        solver: exact thin SVD, or randomised: V <- orth(M^T M V) repeated, then Rayleigh-Ritz.
+
+    Returns:
+        V^T (r x d, orthonormal rows, each with its entry of largest magnitude positive) and the
+        singular values (r, descending), in the dtype of ``matrix``.
+
+    Raises:
+        ValueError: rank is not between 1 and min(m, d).
+    """
+    rows, columns = matrix.shape
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(f"rank {rank} is not between 1 and min{(rows, columns)}")
+    if solver.resolve(rows, columns, rank) == "exact":
+        _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        # The generator lives on the CPU so that a seed means the same sketch on every device.
+        generator = torch.Generator().manual_seed(solver.seed)
+        sketch = torch.randn(columns, solver.width(rank), generator=generator, dtype=torch.float32)
+        basis = sketch.to(matrix)
+        for _ in range(solver.iterations):
+            # Orthonormalising on both sides keeps the small directions above rounding error.
+            left = torch.linalg.qr(matrix @ basis).Q
+            basis = torch.linalg.qr(matrix.T @ left).Q
+        _, values, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
+        vectors = rotation @ basis.T
+    return fix_signs(vectors[:rank]), values[:rank]
+
+
+def fix_signs(rows: Tensor) -> Tensor:
+    """Flip each row so that its entry of largest magnitude is positive.
+
+    A singular vector is defined up to sign; this choice makes it the same on every backend.
+    """
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return rows * torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def captured_energy(product: Tensor, basis: Tensor) -> float:
+    """Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
+
+    Args:
+        product: M = W C, m x d.
+        basis: k x d; its rows need not be orthonormal.
+    """
+    total = product.square().sum().item()
+    if total == 0:
+        return 1.0
+    columns = torch.linalg.qr(basis.T.to(product)).Q
+    return min(1.0, (product @ columns).square().sum().item() / total)
+
+
+def task_subspace(weight: Tensor, covariance: Tensor, rank: int, solver: Solver) -> Subspace:
+    """Return the leading ``rank`` right singular vectors of W C.
+
+    Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
+    leading right singular vectors of W outside the span found: the limit of the basis of
+    W (C + eps I) for eps -> 0. (The released code takes whatever its SVD returns there.)
+
+    Args:
+        weight: W, m x d, float32 or float64.
+        covariance: C, d x d, symmetric.
+        rank: r, at most min(m, d).
+        solver: how the singular vectors are found.
+    """
+    product = weight @ covariance.to(weight)
+    vectors, values = right_singular_vectors(product, rank, solver)
+    tolerance = values[0] * max(product.shape) * torch.finfo(values.dtype).eps
+    determined = int((values > tolerance).sum())
+    if determined < rank:
+        vectors = _complete(vectors[:determined], weight, rank, solver)
+    total = product.square().sum().item()
+    energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)
+    method = solver.resolve(weight.shape[0], weight.shape[1], rank)
+    return Subspace(vectors.float(), energy, method, determined)
+
+
+def _complete(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:
+    """Extend orthonormal rows ``found`` to ``rank`` rows by leading directions of ``weight``."""
+    rest = weight - (weight @ found.T) @ found
+    extra, _ = right_singular_vectors(rest, rank - len(found), solver)
+    # A zero direction of `rest` may point back into `found`: QR keeps the leading rows as they
+    # are (up to sign) and makes the others orthogonal to them.
+    return fix_signs(torch.linalg.qr(torch.cat([found, extra]).T).Q.T)
+
+
+def random_basis(rank: int, columns: int, seed: int) -> Tensor:
+    """Return LoRA's own initial A, r x d float32: uniform in +-1/sqrt(d) (Kaiming, a = sqrt 5).
+
+    The paper's ablation without initialisation; the rows are not orthonormal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+
+
+def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
+    """Return A' = c K^power A, so that the features A' x have equal variance (power -1/2).
+
+    K = A C0 A^T, r x r. Its eigenvalues are clamped at 1e-6 of the largest, and c makes the mean
+    squared row norm of A' one, which is that of an orthonormal A. Source: METHOD 11; the paper's
+    own C^(-1/2), taken inside the r leading directions where no tiny eigenvalue is inverted.
+
+    Args:
+        basis: A, r x d.
+        uncentred: C0, d x d: the uncentred second moment of the inputs.
+        power: -1/2 whitens fully, -1/4 half.
+    """
+    kernel = basis.double() @ uncentred.double() @ basis.double().T
+    values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
+    largest = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    root = vectors * values.clamp_min(1e-6 * largest).pow(power) @ vectors.T
+    rows = root @ basis.double()
+    return (rows / rows.square().sum(dim=1).mean().sqrt()).float()
