@@ -176,7 +176,8 @@ def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
     """
     kernel = basis.double() @ uncentred.double() @ basis.double().T
     values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
-    largest = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    root = vectors * values.clamp_min(1e-6 * largest).pow(power) @ vectors.T
+    # Relative to the largest, so that K = 0 (a module that saw no token) gives A itself.
+    relative = values / values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    root = vectors * relative.clamp_min(1e-6).pow(power) @ vectors.T
     rows = root @ basis.double()
     return (rows / rows.square().sum(dim=1).mean().sqrt()).float()
