@@ -122,8 +122,8 @@ def task_subspace(weight: Tensor, covariance: Tensor, rank: int, solver: Solver)
     """Return the leading ``rank`` right singular vectors of W C.
 
     Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
-    leading right singular vectors of W outside the span found: the limit of the basis of
-    W (C + eps I) for eps -> 0. (The released code takes whatever its SVD returns there.)
+    leading right singular vectors of W outside the span found. (The released code takes whatever
+    its SVD returns there.)
 
     Args:
         weight: W, m x d, float32 or float64.
