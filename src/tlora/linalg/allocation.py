@@ -161,6 +161,8 @@ def _shares(sensitivities: Sequence[float]) -> list[float]:
     if largest == 0:
         return [1 / len(values)] * len(values)
     scaled = [value / largest for value in values]
+    # Below this a share counts as zero: rank / share, a breakpoint of `_level`, would overflow.
+    scaled = [value if value > 1e-290 else 0.0 for value in scaled]
     total = math.fsum(scaled)
     return [value / total for value in scaled]
 
