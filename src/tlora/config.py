@@ -68,7 +68,10 @@ def parse_bytes(value: int | str) -> int:
         )
         if match is None or match[2].upper() not in _BYTES:
             raise ValueError(f"{value!r} is not a size like 2GiB, 512MB or a number of bytes")
-        size = int(float(match[1]) * _BYTES[match[2].upper()])
+        number = float(match[1]) * _BYTES[match[2].upper()]
+        if math.isinf(number):
+            raise ValueError(f"{value!r} is too large for a size")
+        size = int(number)
     if size <= 0:
         raise ValueError(f"{value!r} is not a positive size")
     return size
@@ -142,9 +145,12 @@ class TLoraConfig:
 
     def __new__(cls, *args: Any, **values: Any) -> TLoraConfig:
         # Before __init__, so that an unknown option meets our sentence and not a bare TypeError.
+        config = super().__new__(cls)
         if faults := cls._name_faults(values):
-            raise ConfigError(faults, where=cls.__name__)
-        return super().__new__(cls)
+            # Also the faults of the values, on a draft whose other fields are the defaults.
+            vars(config).update(values)
+            raise ConfigError([*faults, *config._value_faults()], where=cls.__name__)
+        return config
 
     def __post_init__(self) -> None:
         if faults := list(self._value_faults()):
@@ -176,8 +182,9 @@ class TLoraConfig:
             yield f"`lora_alpha` is {self.lora_alpha!r}; give a positive number."
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             yield f"`lora_dropout` is {self.lora_dropout!r}; give a probability in [0, 1)."
+        least = max(1, self.rank_min) if isinstance(self.rank_min, int) else 1
         if self.rank_max is not None and (
-            not isinstance(self.rank_max, int) or self.rank_max < max(1, self.rank_min)
+            not isinstance(self.rank_max, int) or self.rank_max < least
         ):
             yield (
                 f"`rank_max` is {self.rank_max!r}; give a whole number not below 1 and"
