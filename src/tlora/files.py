@@ -44,8 +44,14 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on a clean exit it replaces ``path``."""
+    """Yield a temporary folder beside ``path``; on a clean exit it replaces ``path``.
+
+    Raises:
+        ArtifactError: ``path`` is a file.
+    """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path}: this is a file; name a folder, or move the file away.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
