@@ -100,6 +100,11 @@ class SecondMoment:
             self.scatter.clone(), self.weighted_means.clone(), self.samples, self.tokens
         )
 
+    def move(self, device: torch.device | str) -> None:
+        """Move the accumulator to ``device`` in place."""
+        self.scatter = self.scatter.to(device)
+        self._means = [means.to(device) for means in self._means]
+
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
         return self.scatter / max(self.samples, 1)

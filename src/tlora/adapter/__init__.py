@@ -1,0 +1,1 @@
+"""Statistics -> plan -> PeftModel. The only place that knows PEFT's insides."""

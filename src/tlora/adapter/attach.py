@@ -1,0 +1,186 @@
+"""Plan -> stock PEFT adapter: a LoraConfig with rank and alpha patterns, A set and frozen."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tlora.adapter.freeze import freeze_a
+from tlora.adapter.plan import AdapterPlan, plan
+from tlora.calibration.probe import calibrate
+from tlora.calibration.targets import find_targets
+from tlora.config import TLoraConfig
+from tlora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+# PEFT matches every module against every pattern key, and Python caches 512 compiled regexes:
+# beyond this many modules, those of equal value share one key.
+_KEYS_BEFORE_GROUPING = 500
+
+
+def get_tlora_model(
+    model: nn.Module,
+    config: TLoraConfig,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    adapter_name: str = "default",
+    progress: bool = True,
+) -> PeftModel:
+    """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
+
+    Args:
+        model: the base model; as with PEFT, its Linears are wrapped in place.
+        config: the adapter.
+        batches: calibration samples; see `calibrate`.
+        adapter_name: PEFT's name of the adapter.
+        progress: show bars (on a terminal only).
+
+    Raises:
+        TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
+    """
+    stats = calibrate(model, batches, config, progress=progress)
+    adapter = plan(model, stats, config, progress=progress)
+    return attach(model, adapter, adapter_name=adapter_name)
+
+
+def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default") -> PeftModel:
+    """Attach a plan's adapter to the base model as a stock PEFT LoRA, A frozen, B zero.
+
+    The model's output stays bit-identical to the base model's, and the random state is left
+    alone. As with PEFT, ``model`` itself is changed: its targeted Linears are wrapped in place.
+
+    Args:
+        model: the base model the plan was made for.
+        plan: from `plan` or `AdapterPlan.load`.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        AdapterError: the plan does not fit the model (every misfit is named); nothing is changed.
+    """
+    from peft import get_peft_model
+
+    _check_fit(model, plan)
+    config = lora_config(plan, model)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    with torch.no_grad():
+        for name, module in plan.modules.items():
+            if module.rank == 0:
+                continue
+            layer = adapted.base_model.model.get_submodule(name)
+            layer.lora_A[adapter_name].weight.copy_(module.lora_A)
+            layer.lora_B[adapter_name].weight.zero_()
+    if plan.config.freeze_a:
+        freeze_a(adapted, adapter_name)
+    return adapted
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+    freeze: bool = True,
+) -> PeftModel:
+    """Load a saved adapter onto the base model; when it is to train on, A stays frozen.
+
+    Plain ``PeftModel.from_pretrained(..., is_trainable=True)`` loads the same weights but trains
+    A too, since a plain PEFT folder does not say that A is frozen.
+
+    Args:
+        model: the base model.
+        path: a PEFT adapter folder (or a Hub name).
+        is_trainable: whether to train it further.
+        adapter_name: PEFT's name of the adapter.
+        freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
+
+    Raises:
+        AdapterError: the folder holds no adapter.
+    """
+    from peft import PeftModel
+
+    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"{path}: the folder holds no adapter_config.json; give the folder that"
+            " `save_pretrained` wrote."
+        )
+    adapted = PeftModel.from_pretrained(
+        model, path, adapter_name=adapter_name, is_trainable=is_trainable
+    )
+    if freeze:
+        freeze_a(adapted, adapter_name)
+    return adapted
+
+
+def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
+    """Return the stock LoraConfig of a plan.
+
+    PEFT multiplies the adapter's output by alpha_pattern / rank_pattern, so
+    alpha_pattern[i] = s_i r_i (METHOD 5). The keys are full names, anchored, because PEFT takes
+    a bare key for a suffix.
+    """
+    from peft import LoraConfig
+
+    config = plan.config
+    used = {name: module for name, module in plan.modules.items() if module.rank > 0}
+    alpha = config.lora_alpha
+    ranks = {n: m.rank for n, m in used.items() if m.rank != config.r}
+    alphas = {n: m.scale * m.rank for n, m in used.items() if m.scale * m.rank != alpha}
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        target_modules=list(used),
+        rank_pattern=_pattern(ranks),
+        alpha_pattern=_pattern(alphas),
+        lora_dropout=config.lora_dropout,
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+        bias=config.bias,
+        task_type=config.task_type,
+        fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in used),
+    )
+
+
+def _pattern(values: dict[str, Any]) -> dict[str, Any]:
+    """Return PEFT's pattern dict for values by full module name."""
+    if len(values) <= _KEYS_BEFORE_GROUPING:
+        return {f"^{re.escape(name)}": value for name, value in values.items()}
+    names: dict[Any, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        names[value].append(re.escape(name))
+    return {f"^(?:{'|'.join(group)})": value for value, group in names.items()}
+
+
+def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
+    targets = {target.name: target for target in find_targets(model, plan.config)}
+    faults = []
+    for name, module in plan.modules.items():
+        if name not in targets:
+            faults.append(f"{name} is planned but is no target of this model")
+            continue
+        shape = (targets[name].d_out, targets[name].d_in)
+        if shape != (module.d_out, module.d_in):
+            faults.append(
+                f"{name} is {shape[0]} x {shape[1]} but planned as {module.d_out} x {module.d_in}"
+            )
+        if module.lora_A.shape != (module.rank, module.d_in):
+            faults.append(f"{name} has a lora_A of shape {tuple(module.lora_A.shape)}")
+    if not any(module.rank > 0 for module in plan.modules.values()):
+        faults.append("no module has a rank above 0")
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if faults[5:] else "")
+        raise AdapterError(
+            f"the plan does not fit this {type(model).__name__}: {shown}; plan for this model."
+        )

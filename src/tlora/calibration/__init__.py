@@ -1,0 +1,1 @@
+"""Model and batches -> statistics. The only place with hooks on the user's model."""

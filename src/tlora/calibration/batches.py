@@ -1,0 +1,215 @@
+"""Reading a user's batch: how many samples, which tokens are real, what each sample's loss weighs.
+
+A batch of B padded samples has to give what the samples give one at a time. Two facts make that
+possible without running them one at a time:
+
+- rows of a module's input belong to known samples and tokens (`TokenLayout`), and
+- the model's loss is a mean over labels, so the loss of sample s alone has the gradient that the
+  batch's loss has at the rows of s, times (labels in the batch) / (labels of s).
+
+Where either is unknown, `single_samples` cuts the batch up, which is always right and slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.errors import CalibrationError
+
+Batch = Mapping[str, Any]
+
+_IGNORED_LABEL = -100
+_SAMPLE_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
+
+class UnknownLayout(Exception):
+    """A module's input cannot be split into samples; internal, answered by single samples."""
+
+
+def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
+    """Return a batch as a dict with its tensors on ``device``.
+
+    Raises:
+        CalibrationError: it is not a mapping, or holds no tensor.
+    """
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}; give dicts of what the model's"
+            " forward takes (input_ids, attention_mask, labels, ...)."
+        )
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if not any(isinstance(value, Tensor) for value in moved.values()):
+        raise CalibrationError(
+            f"a calibration batch with the keys {sorted(moved)} holds no tensor; let the tokenizer"
+            ' or collator return tensors (return_tensors="pt").'
+        )
+    return moved
+
+
+def batch_size(batch: Batch) -> int:
+    """Return B, the first dimension of the batch's inputs."""
+    for key in _SAMPLE_KEYS:
+        if isinstance(batch.get(key), Tensor):
+            return batch[key].shape[0]
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+
+
+def label_counts(batch: Batch, model: nn.Module) -> Tensor | None:
+    """Return how many labels of each sample the mean loss averages over, B float32.
+
+    None where it is unknown how this model's loss weighs its samples. Causal models score the
+    label at position t + 1 from position t, so the first label of a sample never counts.
+    """
+    labels = batch.get("labels")
+    size = batch_size(batch)
+    if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
+        return None
+    name = type(model).__name__
+    if labels.dim() == 1 or "SequenceClassification" in name or "ImageClassification" in name:
+        return torch.ones(size, device=labels.device)
+    loss_type = getattr(model, "loss_type", None)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        first = 0
+    elif loss_type in ("ForCausalLM", "ForConditionalGeneration") or "LMHeadModel" in name:
+        first = 1
+    elif loss_type in ("ForMaskedLM", "ForTokenClassification"):
+        first = 0
+    else:
+        return None
+    return (labels[:, first:] != _IGNORED_LABEL).flatten(1).sum(dim=1).float()
+
+
+def encoder_mask(batch: Batch) -> Tensor | None:
+    """Return the B x T mask of the batch's (encoder) tokens, or None where all are real.
+
+    Raises:
+        CalibrationError: the attention mask is not two-dimensional.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or not isinstance(mask, Tensor):
+        return None
+    if mask.dim() != 2:
+        raise CalibrationError(
+            f"attention_mask has the shape {tuple(mask.shape)}; calibration needs one entry per"
+            " token (samples x tokens) to tell padding from text."
+        )
+    return mask != 0
+
+
+def decoder_mask(batch: Batch) -> Tensor | None:
+    """Return the B x T mask of the decoder's tokens of an encoder-decoder model.
+
+    Without ``decoder_attention_mask`` the decoder's inputs are the labels shifted right, so those
+    up to a sample's last label are real.
+    """
+    mask = batch.get("decoder_attention_mask")
+    if isinstance(mask, Tensor):
+        return mask != 0
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return None
+    kept = (labels != _IGNORED_LABEL).int()
+    return kept.flip(1).cummax(dim=1).values.flip(1) != 0
+
+
+@dataclass
+class TokenLayout:
+    """Which rows of a module's input are which real tokens of which sample, for one batch.
+
+    Attributes:
+        size: B.
+        mask: of the encoder's (or only) tokens, B x T; None: all real.
+        decoder: mask of the decoder's tokens, where there is a decoder.
+        decoder_modules: the modules inside the decoder, by identity.
+        encoded: where the encoder's output lies in memory (what cross attention reads).
+    """
+
+    size: int
+    mask: Tensor | None
+    decoder: Tensor | None = None
+    decoder_modules: frozenset[int] = frozenset()
+    encoded: int | None = None
+
+    def split(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a module's input as B x T x d with its token mask (B x T, or None: all real).
+
+        Raises:
+            UnknownLayout: the rows cannot be told apart (an expert that routing feeds).
+        """
+        mask = self.mask
+        in_decoder = id(module) in self.decoder_modules
+        if in_decoder and inputs.data_ptr() != self.encoded:
+            mask = self.decoder
+        if inputs.dim() == 1:
+            raise UnknownLayout
+        if inputs.dim() == 2:
+            return self._split_rows(inputs, mask)
+        if inputs.shape[0] != self.size:
+            raise UnknownLayout
+        tokens = inputs.flatten(1, -2)
+        if mask is None or tokens.shape[1] == mask.shape[1]:
+            return tokens, mask
+        if self.size == 1 and bool(mask.all()):
+            return tokens, None
+        raise UnknownLayout
+
+    def _split_rows(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.size == 1 and (mask is None or len(rows) != mask.shape[1]):
+            if mask is None or bool(mask.all()):
+                return rows[None], None
+        elif mask is not None and len(rows) == mask.numel():
+            return rows.view(self.size, -1, rows.shape[-1]), mask
+        elif len(rows) == self.size:
+            # A pooler or head: one row a sample, taken from a real token.
+            return rows[:, None], None
+        raise UnknownLayout
+
+
+def token_layout(batch: Batch, model: nn.Module) -> TokenLayout:
+    """Return the layout of a batch for ``model``, before its forward pass."""
+    layout = TokenLayout(batch_size(batch), encoder_mask(batch))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = set(map(id, model.get_encoder().modules()))  # type: ignore[operator]
+        inside = {id(module) for module in model.modules()} - encoder
+        layout.decoder, layout.decoder_modules = decoder_mask(batch), frozenset(inside)
+    return layout
+
+
+def single_samples(batch: Batch, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the batch's samples one at a time, their padding cut off."""
+    size = batch_size(batch)
+    layout = token_layout(batch, model)
+    for index in range(size):
+        sample = {
+            key: value[index : index + 1]
+            if isinstance(value, Tensor) and value.shape[:1] == (size,)
+            else value
+            for key, value in batch.items()
+        }
+        encoder = _real_span(layout.mask, index)
+        decoder = _real_span(layout.decoder, index)
+        for key, value in sample.items():
+            in_decoder = layout.decoder is not None and _is_decoder_key(key)
+            mask, span = (layout.decoder, decoder) if in_decoder else (layout.mask, encoder)
+            if mask is None or not isinstance(value, Tensor) or value.dim() < 2:
+                continue
+            if value.shape[1] == mask.shape[1]:
+                sample[key] = value[:, span]
+        yield sample
+
+
+def _is_decoder_key(key: str) -> bool:
+    return key == "labels" or key.startswith("decoder_")
+
+
+def _real_span(mask: Tensor | None, index: int) -> slice:
+    """Return the columns from a sample's first to its last real token."""
+    if mask is None:
+        return slice(None)
+    real = mask[index].nonzero()
+    return slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)

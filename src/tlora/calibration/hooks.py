@@ -1,0 +1,111 @@
+"""Hooks that show every target's input and output while a model runs, and then are gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.calibration.batches import TokenLayout
+from tlora.calibration.targets import Target
+
+
+@dataclass
+class Call:
+    """One call of one target within a batch of B samples.
+
+    Attributes:
+        inputs: what the module was given, as it was given.
+        output: what it returned, where its gradient is wanted.
+        rows: ``inputs`` as B x T x d, once split.
+        mask: B x T, true at real tokens; None: all are real.
+        delta: the loss's gradient at ``output``, once the backward pass has reached it.
+    """
+
+    inputs: Tensor
+    output: Tensor | None
+    rows: Tensor
+    mask: Tensor | None = None
+    delta: Tensor | None = None
+
+
+@dataclass
+class Record:
+    """What the hooks saw of one target in the current batch."""
+
+    target: Target
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """Identifies the tensors read, so that modules that read the same ones are known."""
+        seen = ((c.inputs.data_ptr(), c.inputs.shape, c.inputs.stride()) for c in self.calls)
+        return (self.target.d_in, *seen)
+
+    def split(self, layout: TokenLayout) -> None:
+        """Find the samples and tokens of every call's rows.
+
+        Raises:
+            UnknownLayout: they cannot be told apart.
+        """
+        for call in self.calls:
+            call.rows, call.mask = layout.split(self.target.module, call.inputs)
+
+    def joined(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Return the inputs of all calls as one B x T x d tensor, and its B x T mask."""
+        if not self.calls:
+            return torch.zeros(size, 0, self.target.d_in), None
+        if len(self.calls) == 1:
+            return self.calls[0].rows, self.calls[0].mask
+        masks = [
+            call.rows.new_ones(call.rows.shape[:2], dtype=torch.bool)
+            if call.mask is None
+            else call.mask
+            for call in self.calls
+        ]
+        return torch.cat([call.rows for call in self.calls], dim=1), torch.cat(masks, dim=1)
+
+
+@contextlib.contextmanager
+def recording(
+    model: nn.Module, records: Iterable[Record], layout: TokenLayout, backward: bool
+) -> Iterator[None]:
+    """Record each target's inputs while the body runs, and with ``backward`` its outputs.
+
+    The graph starts at the first targets: their outputs, which no trained parameter precedes,
+    are made to require a gradient, so nothing before them is differentiated and no weight needs
+    ``requires_grad``.
+    """
+    handles: list[Any] = []
+    try:
+        for record in records:
+            hook = partial(_on_target, record, backward)
+            handles.append(record.target.module.register_forward_hook(hook, with_kwargs=True))
+        if layout.decoder_modules:
+            encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+            handles.append(encoder.register_forward_hook(partial(_on_encoder, layout)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_target(
+    record: Record, backward: bool, _: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Tensor | None:
+    inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+    started = None
+    if backward and not output.requires_grad:
+        # A clone, because a model may write into the output in place, which a leaf forbids.
+        output = started = output.detach().requires_grad_().clone()
+    record.calls.append(Call(inputs, output if backward else None, rows=inputs))
+    return started
+
+
+def _on_encoder(layout: TokenLayout, _: nn.Module, __: Any, output: Any) -> None:
+    layout.encoded = output[0].data_ptr()

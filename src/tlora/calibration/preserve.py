@@ -1,0 +1,59 @@
+"""Leaving the user's model as it was, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Run the body with every parameter frozen and the model in eval mode; then undo both.
+
+    Frozen, so that a backward pass forms no weight gradient and touches no ``.grad``; eval, so
+    that dropout is off (and with it gradient checkpointing, which transformers runs in training
+    only). Restored after the body, also when it raises: ``requires_grad`` of each parameter, the
+    mode of each module, and the random states of Python, NumPy (where loaded) and torch, so that
+    a run with calibration draws the numbers that a run without it draws.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with _random_states():
+        try:
+            for parameter, _ in needs:
+                parameter.requires_grad_(False)
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, needed in needs:
+                parameter.requires_grad_(needed)
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    python_state = random.getstate()
+    numpy_random = _numpy_random()
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    with torch.random.fork_rng(devices=_devices()):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
+
+
+def _numpy_random():
+    import sys
+
+    return sys.modules.get("numpy.random")
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -1,0 +1,90 @@
+"""Output gradients -> sensitivities, as a backward pass delivers them.
+
+Source: arXiv 2604.18124, section 3 (METHOD 2): S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, the
+absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlora.calibration.hooks import Call, Record
+from tlora.calibration.targets import dense_weight
+
+
+class SensitivityPass:
+    """While open, adds each target's sum over samples of mean |W * dL_s/dW| to ``totals``.
+
+    A target is dealt with as soon as the gradients of all its calls are there, and its tensors
+    are dropped: no full set of gradients, nor of inputs, outlives its use.
+
+    Args:
+        records: what the forward pass recorded.
+        weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
+            of the sample's own loss: (labels in the batch) / (labels of s).
+        totals: running sums by target name, on the target's device; added to.
+    """
+
+    def __init__(
+        self, records: Iterable[Record], weights: Tensor, totals: dict[str, Tensor]
+    ) -> None:
+        self.records = list(records)
+        self.weights = weights.tolist()
+        self.totals = totals
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SensitivityPass:
+        for record in self.records:
+            for call in record.calls:
+                if call.output is not None:
+                    hook = partial(self._receive, record, call)
+                    self._handles.append(call.output.register_hook(hook))
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for record in self.records:
+            # Calls that the loss does not depend on never get a gradient: add the others.
+            if kind is None:
+                self._add(record)
+
+    def _receive(self, record: Record, call: Call, delta: Tensor) -> None:
+        call.delta = delta
+        if all(other.delta is not None for other in record.calls):
+            self._add(record)
+
+    def _add(self, record: Record) -> None:
+        calls = [call for call in record.calls if call.delta is not None]
+        record.calls = []
+        if not calls:
+            return
+        weight = dense_weight(record.target)
+        total = weight.new_zeros(())
+        for sample, factor in enumerate(self.weights):
+            gradient = _weight_gradient(calls, sample)
+            total += factor * torch.linalg.vector_norm(gradient.mul_(weight), 1)
+        total /= weight.numel()
+        name = record.target.name
+        self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+
+def _weight_gradient(calls: list[Call], sample: int) -> Tensor:
+    """Return sum over calls of delta_s^T X_s, m x d float32, over the sample's real tokens."""
+    gradient: Tensor | None = None
+    for call in calls:
+        if call.delta is None:
+            continue
+        x, delta = call.rows[sample], call.delta.reshape(*call.rows.shape[:2], -1)[sample]
+        if call.mask is not None:
+            x, delta = x[call.mask[sample]], delta[call.mask[sample]]
+        product = delta.float().T @ x.float()
+        gradient = product if gradient is None else gradient.add_(product)
+    if gradient is None:
+        raise ValueError("no call has a gradient")
+    return gradient

@@ -1,0 +1,133 @@
+"""Which modules are adapted (by PEFT's own matching), and their weight as an m x d matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tlora.config import TLoraConfig
+from tlora.errors import AdapterError, ConfigError, did_you_mean
+
+# Heads that PEFT trains in full for these task types, and so never adapts.
+_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt: y = W x + b with W of d_out x d_in (m x d)."""
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+
+
+def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
+    """Return the modules that PEFT would adapt for ``config``, in the model's order.
+
+    Raises:
+        AdapterError: the model already carries adapters.
+        ConfigError: nothing matches (the Linear names that exist are listed), or a module
+            matches that is no Linear and no Conv1D.
+    """
+    names = _matching_names(model, config)
+    if not names:
+        raise ConfigError(_nothing_matches(model, config), where="target_modules")
+    targets, wrong = [], []
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            targets.append(Target(name, module, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            targets.append(Target(name, module, module.nx, module.nf))
+        else:
+            wrong.append(
+                f"{name!r} is a {type(module).__name__}; task-aware LoRA adapts Linear and Conv1D"
+                " modules: name these, or leave it out by `exclude_modules`."
+            )
+    if wrong:
+        raise ConfigError(wrong, where="target_modules")
+    return targets
+
+
+def dense_weight(target: Target) -> Tensor:
+    """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
+
+    Raises:
+        AdapterError: the weight is on the meta device or is stored in a form not known here.
+    """
+    weight = target.module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise AdapterError(
+            f"{target.name}: its weight is stored as"
+            f" {getattr(weight, 'dtype', type(weight).__name__)}, which cannot be read as a"
+            " matrix; load the model unquantised."
+        )
+    if weight.is_meta:
+        raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
+    weight = weight.detach()
+    if isinstance(target.module, Conv1D):
+        weight = weight.T
+    return weight.to(torch.float32)
+
+
+def fused_expert_parameters(model: nn.Module) -> list[str]:
+    """Return the names of 3-D expert parameters, which no Linear wraps and so nothing adapts."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    ]
+
+
+def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+        _maybe_include_all_linear_layers,
+        check_target_module_exists,
+    )
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} already carries adapters; give the base model"
+            " (`peft_model.unload()` returns it)."
+        )
+    wanted = config.target_modules
+    if wanted is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in DEFAULTS:
+            raise ConfigError(
+                f"PEFT has no default for the architecture {kind!r}; name the modules, or give"
+                ' "all-linear".',
+                where="target_modules",
+            )
+        wanted = list(DEFAULTS[kind])
+    rule = LoraConfig(
+        target_modules=wanted,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=[*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])],
+        task_type=config.task_type,
+    )
+    _maybe_include_all_linear_layers(rule, model)
+    return [n for n, _ in model.named_modules() if n and check_target_module_exists(rule, n)]
+
+
+def _nothing_matches(model: nn.Module, config: TLoraConfig) -> str:
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    wanted = config.target_modules
+    asked: Iterable[str] = wanted if isinstance(wanted, list) else [str(wanted)]
+    hint = "".join(did_you_mean(name, suffixes) for name in asked)
+    return (
+        f"no module of {type(model).__name__} matches {wanted!r}"
+        f"{f' without {config.exclude_modules!r}' if config.exclude_modules else ''}; its Linear"
+        f" and Conv1D modules are named {', '.join(suffixes) or '(none)'}.{hint}"
+    )
