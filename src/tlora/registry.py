@@ -1,0 +1,119 @@
+"""Names a user can type, each tied to an object that is imported only when asked for.
+
+A new method, task or format is one line in a table below. A third party adds one without touching
+this file, by an entry point in its own package::
+
+    [project.entry-points."tlora.methods"]
+    mymethod = "mypackage.mymodule:MyMethod"
+
+Nothing else in the library compares these names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tlora.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name."""
+
+    name: str
+    """What the user types."""
+    target: str
+    """Where the object is: "module:attribute"."""
+    summary: str
+    """What it is, in a line."""
+
+    def load(self) -> Any:
+        """Import the module and return the object."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+class Registry:
+    """Built-in entries, and beside them the entry points of other installed packages.
+
+    Example:
+        >>> METHODS.load("lora").__name__
+        'Lora'
+
+    A built-in name wins over an entry point of the same name: installing a package must not
+    change what an existing run file means.
+    """
+
+    def __init__(self, kind: str, entries: Iterable[Entry]) -> None:
+        self.kind = kind
+        self.group = f"tlora.{kind}s"
+        self._builtin = {entry.name: entry for entry in entries}
+
+    def entries(self) -> list[Entry]:
+        """Return every entry: the built-in ones in their order, then third parties' by name."""
+        others = [
+            Entry(point.name, point.value, f"from {point.dist.name if point.dist else 'outside'}")
+            for point in importlib.metadata.entry_points(group=self.group)
+            if point.name not in self._builtin
+        ]
+        return [*self._builtin.values(), *sorted(others, key=lambda entry: entry.name)]
+
+    def names(self) -> list[str]:
+        """Return every name that `load` takes."""
+        return [entry.name for entry in self.entries()]
+
+    def load(self, name: str) -> Any:
+        """Import and return the object called ``name``.
+
+        Raises:
+            ConfigError: nothing has that name (with a suggestion), or importing it failed.
+        """
+        entry = self._builtin.get(name)
+        if entry is None:
+            # Entry points are read from every installed package, so only when a name needs it.
+            others = {entry.name: entry for entry in self.entries()}
+            if name not in others:
+                hint = did_you_mean(name, others) or f" Run `tlora list {self.kind}s`."
+                raise ConfigError(f"there is no {self.kind} {name!r}.{hint}", where=self.kind)
+            entry = others[name]
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{name!r} cannot be imported from {entry.target} ({error}); install or repair"
+                " the package that provides it.",
+                where=self.kind,
+            ) from error
+
+
+METHODS = Registry(
+    "method",
+    [
+        Entry(
+            "tlora", "tlora.methods.tlora:TaskAwareLora", "task-aware LoRA: calibrated A, B trains"
+        ),
+        Entry("lora", "tlora.methods.lora:Lora", "PEFT's LoRA: random A, A and B train"),
+    ],
+)
+
+TASKS = Registry(
+    "task",
+    [
+        Entry("jsonl", "tlora.tasks.jsonl:Jsonl", "your file or Hub dataset, columns by --data.*"),
+        Entry("gsm8k", "tlora.tasks.gsm8k:Gsm8k", "grade-school maths word problems, worked out"),
+        Entry("cola", "tlora.tasks.glue:Cola", "GLUE: is the sentence grammatical (Matthews)"),
+        Entry("sst2", "tlora.tasks.glue:Sst2", "GLUE: sentiment of a film review (accuracy)"),
+        Entry(
+            "mrpc", "tlora.tasks.glue:Mrpc", "GLUE: are two sentences paraphrases (F1, accuracy)"
+        ),
+        Entry("stsb", "tlora.tasks.glue:Stsb", "GLUE: similarity 0 to 5 (Pearson, Spearman)"),
+        Entry("rte", "tlora.tasks.glue:Rte", "GLUE: does one sentence entail another (accuracy)"),
+        Entry("wnli", "tlora.tasks.glue:Wnli", "GLUE: which noun a pronoun means (accuracy)"),
+    ],
+)
+
+FORMATS = Registry("format", [])

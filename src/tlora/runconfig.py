@@ -1,0 +1,195 @@
+"""Records that describe a run: what `tlora train` and `tlora init` read from flags and YAML.
+
+The text below a field is its help on the command line. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tlora.errors import ConfigError, did_you_mean
+from tlora.registry import METHODS
+
+Kind = Literal["causal", "seq2seq", "classification", "regression"]
+LossOn = Literal["response", "all"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where rows come from and how they become tokens."""
+
+    kind: Kind | None = None
+    """What is learned, for tasks that leave it open (jsonl): "causal" (the default),
+    "seq2seq", "classification" or "regression"."""
+    dataset: str | None = None
+    """Name of a dataset on the Hub, in place of --train_file."""
+    dataset_config: str | None = None
+    """Configuration (subset) of `dataset`."""
+    train_split: str = "train"
+    """Split of `dataset` to train on."""
+    eval_split: str | None = None
+    """Split of `dataset` to evaluate on at the end."""
+    prompt_column: str | None = None
+    """Column of the prompt (the source text of seq2seq)."""
+    response_column: str | None = None
+    """Column of the response (the target text of seq2seq)."""
+    messages_column: str | None = None
+    """Column of a chat: a list of {role, content}."""
+    text_column: str | None = None
+    """Column of plain text (causal), or of the text to classify."""
+    text_pair_column: str | None = None
+    """Column of the second text of a pair to classify."""
+    label_column: str | None = None
+    """Column of the class or of the number to predict."""
+    label_names: list[str] | None = None
+    """Classes in the order of their ids; by default the sorted ones of the training rows."""
+    prompt_template: str | None = None
+    """Prompt with columns in braces: "Question: {question}\\nAnswer:"."""
+    loss_on: LossOn = "response"
+    """Which tokens count: "response" (the prompt is masked) or "all"."""
+    max_length: int = 512
+    """Tokens kept of a row; what is longer loses its end."""
+    max_train_rows: int | None = None
+    """Use the first so many training rows."""
+    max_eval_rows: int | None = None
+    """Use the first so many evaluation rows."""
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
+        faults = []
+        for name in ("max_length", "max_train_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"`data.{name}` is {value!r}; give a whole number, 1 or more.")
+        return faults
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig:
+    """Which training rows the method looks at before training."""
+
+    samples: int = 32
+    """Training rows to calibrate on: the first ones after a seeded shuffle."""
+    batch_size: int = 4
+    """Rows per calibration batch; it changes memory and speed, not the statistics."""
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
+        return [
+            f"`calibration.{name}` is {value!r}; give a whole number, 1 or more."
+            for name, value in dataclasses.asdict(self).items()
+            if value < 1
+        ]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run: a model, a task, a method and where the result goes.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    model: str | None = None
+    """Model to adapt: a folder or a name on the Hub."""
+    task: str = "jsonl"
+    """What to learn; see `tlora list tasks`."""
+    train_file: str | None = None
+    """Training rows: a JSON, JSONL, CSV, TSV or Parquet file."""
+    eval_file: str | None = None
+    """Rows to evaluate on after training."""
+    output_dir: str = "tlora-run"
+    """Folder of the run: adapter, plan, checkpoints, log, provenance."""
+    method: str = "tlora"
+    """How to adapt; see `tlora list methods`."""
+    seed: int = 0
+    """Seed of the weights that start random, the order of the rows and dropout."""
+    resume: bool = False
+    """Continue the run in `output_dir` from its last good checkpoint."""
+    dtype: Dtype = "auto"
+    """Precision to load the model in; "auto" takes the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Options of the method (--adapter.r 64)."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' training arguments (--trainer.learning_rate 1e-4)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        faults = [*self.data.faults(), *self.calibration.faults()]
+        if self.seed < 0:
+            faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
+        for name, value in (("dtype", self.dtype), ("data.loss_on", self.data.loss_on)):
+            kind = Dtype if name == "dtype" else LossOn
+            if value not in get_args(kind):
+                options = ", ".join(map(repr, get_args(kind)))
+                faults.append(f"`{name}` is {value!r}; choose one of {options}.")
+        if self.train_file and self.data.dataset:
+            faults.append("`train_file` and `data.dataset` are both given; give one of them.")
+        if faults:
+            raise ConfigError(faults, where="run")
+
+    def options(self) -> Any:
+        """Return the method's options record, made from `adapter`.
+
+        Raises:
+            ConfigError: the method is unknown, or an option of it is unknown or out of range.
+        """
+        return METHODS.load(self.method).options(**self.adapter)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Make a config from plain values; the inverse of `to_dict`."""
+        values = dict(values)
+        values["data"] = DataConfig(**values.get("data", {}))
+        values["calibration"] = CalibrationConfig(**values.get("calibration", {}))
+        return cls(**values)
+
+    def resolved(self) -> RunConfig:
+        """Return this run with every option of the method written out, defaults included."""
+        return dataclasses.replace(self, adapter=dataclasses.asdict(self.options()))
+
+
+def check_names(record: type, values: dict[str, Any], where: str) -> None:
+    """Raise if ``values`` names a field that ``record``, a dataclass, does not have.
+
+    Raises:
+        ConfigError: one fault, with a suggestion, for each unknown name.
+    """
+    known = [field.name for field in dataclasses.fields(record)]
+    faults = [
+        f"there is no field `{name}`.{did_you_mean(name, known)}"
+        for name in values
+        if name not in known
+    ]
+    if faults:
+        raise ConfigError(faults, where=where)
+
+
+def field_docs(record: type) -> dict[str, str]:
+    """Return the text written below each field of a dataclass, as one line each."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
+    docs: dict[str, str] = {}
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    for node, following in itertools.pairwise(body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[node.target.id] = " ".join(str(following.value.value).split())
+    return docs
