@@ -1,0 +1,134 @@
+"""What a task is: where its rows are, how a raw row becomes prompt and answer, how it is scored.
+
+The call order, in `tlora.stages`::
+
+    task = Task(data)                        # data: a DataConfig
+    train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
+    row = task.row(raw, where)               # one raw row -> one of the shapes below
+    scores = task.metrics(predictions, labels)
+
+Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
+
+- "causal": {"prompt", "response"}, or {"messages"}, or {"text"};
+- "seq2seq": {"prompt", "response"};
+- "classification": {"text", "text_pair" (maybe None), "label": int};
+- "regression": the same with "label": float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, DataError
+from tlora.runconfig import DataConfig, Kind
+from tlora.tasks import source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+INSTRUCTION_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+"""The paper's zero-shot prompt, in training and test (METHOD 7)."""
+
+
+class Task(ABC):
+    """A task over rows of local files or of a Hub dataset."""
+
+    kind: Kind = "causal"
+    """Which loss and which head the task trains."""
+    label_names: list[str] | None = None
+    """Names of the classes by id, for a classification."""
+    hub: tuple[str, str | None] | None = None
+    """Dataset on the Hub, (name, configuration), used when no file is given."""
+    hub_eval_split: str | None = None
+    """Split of `hub` to evaluate on."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = dataclasses.replace(data)
+        if data.kind not in (None, self.kind):
+            raise ConfigError(
+                f"`data.kind` is {data.kind!r}, but this task is {self.kind!r}; leave it out.",
+                where="data",
+            )
+
+    @abstractmethod
+    def row(self, raw: Mapping[str, Any], where: str) -> Row:
+        """Return the row of this kind that ``raw`` holds.
+
+        Args:
+            raw: the columns as they are in the file.
+            where: file and row number, for the message of an error.
+
+        Raises:
+            DataError: a column is missing, empty or not what it should be.
+        """
+
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Score the model's ``predictions`` (rows, or rows x classes) against ``labels`` (rows).
+
+        A task without scores of its own, such as a causal one, is judged by its loss alone.
+        """
+        return {}
+
+    def read_file(self, path: str) -> Dataset:
+        """Read a local file into raw rows."""
+        return source.read_file(path)
+
+    def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
+        """Read the raw training rows and, where there are any, the raw evaluation rows.
+
+        Raises:
+            ConfigError: no source of training rows is given.
+            DataError: a file or dataset is missing, unreadable or empty.
+        """
+        data = self.data
+        name, subset = (data.dataset, data.dataset_config) if data.dataset else self.hub or ("", "")
+        if train_file:
+            train = self.read_file(train_file)
+        elif name:
+            train = source.read_hub(name, subset, data.train_split)
+        else:
+            raise ConfigError(
+                "no training rows; give --train_file or --data.dataset.", where="data"
+            )
+        eval_split = data.eval_split or (None if data.dataset else self.hub_eval_split)
+        held_out = None
+        if eval_file:
+            held_out = self.read_file(eval_file)
+        elif eval_split and name and not train_file:
+            held_out = source.read_hub(name, subset, eval_split)
+        elif data.eval_split:
+            raise ConfigError(
+                "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
+                where="data",
+            )
+        return _first(train, data.max_train_rows), _first(held_out, data.max_eval_rows)
+
+
+def _first(rows: Any, limit: int | None) -> Any:
+    if rows is None or limit is None:
+        return rows
+    return rows.select(range(min(limit, len(rows))))
+
+
+def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
+    """Return the text in ``column``; numbers are written out.
+
+    Raises:
+        DataError: the column is missing or has no value in this row.
+    """
+    if column not in raw:
+        have = ", ".join(map(repr, raw))
+        raise DataError(f"{where}: there is no column {column!r}; the columns are {have}.")
+    value = raw[column]
+    if value is None or isinstance(value, (list, dict)):
+        raise DataError(f"{where}: column {column!r} is {value!r}, not text; mend or drop the row.")
+    return str(value)

@@ -1,0 +1,97 @@
+"""Reading raw rows: a local JSON, JSONL, CSV, TSV or Parquet file, or a dataset on the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# "NA", "null" and "None" are words of a sentence here, not missing values.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+_TSV = _CSV | {"sep": "\t", "quoting": 3}
+
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", _TSV),
+    ".parquet": ("parquet", {}),
+}
+
+
+def existing_file(path: str) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such file; give the path of a file with rows.")
+    return Path(path)
+
+
+def read_file(path: str) -> Dataset:
+    """Read a file of rows by its suffix (a further `.gz` is unpacked).
+
+    Raises:
+        DataError: the file is missing, of an unknown kind, damaged or without rows.
+    """
+    file = existing_file(path)
+    suffix = next((part for part in reversed(file.suffixes) if part != ".gz"), "")
+    if suffix not in READERS:
+        known = ", ".join(READERS)
+        raise DataError(f"{path}: files of kind {suffix or file.name!r} are not read; use {known}.")
+    builder, options = READERS[suffix]
+    rows = _load(path, builder, data_files=str(file), split="train", **options)
+    if len(rows) == 0:
+        raise DataError(f"{path}: the file has no rows.")
+    return rows
+
+
+def read_hub(name: str, config: str | None, split: str) -> Dataset:
+    """Read one split of a dataset on the Hub.
+
+    Raises:
+        DataError: it does not exist, cannot be reached, or has no such split.
+    """
+    return _load(name, name, name=config, split=split)
+
+
+def _load(where: str, builder: str, **options: Any) -> Dataset:
+    import datasets
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(builder, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = _first_bad_line(where) or _innermost(error)
+        raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _innermost(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return " ".join(str(error).split())
+
+
+def _first_bad_line(path: str) -> str | None:
+    """Return which line of a JSONL file is not JSON, which the reader's own message leaves out."""
+    if not path.endswith(".jsonl") or not Path(path).is_file():
+        return None
+    with Path(path).open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"line {number}: {error.msg} at character {error.pos + 1}"
+    return None

@@ -1,0 +1,184 @@
+"""Rows -> token ids and labels, and the collator that pads them into a batch.
+
+Training and calibration both read what these functions return, so that the statistics are of
+the very tokens and labels that are trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import DataError
+from tlora.runconfig import DataConfig
+from tlora.tasks.base import Row, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that does not count in the loss."""
+
+Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
+
+
+def tokenised(
+    rows: Dataset, task: Task, encode: Encode, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Dataset:
+    """Turn raw rows into token ids; rows left without a token to learn from are dropped.
+
+    Args:
+        rows: raw rows, as `task.load` returned them.
+        task: makes a row of each.
+        encode: makes token ids of a row; one of the functions below.
+        tokenizer: the model's.
+        name: what to call the rows in an error message: the file or dataset.
+
+    Raises:
+        DataError: a row is not what the task expects, or no row is left.
+    """
+
+    def one(raw: dict[str, Any], index: int) -> dict[str, Any]:
+        return encode(tokenizer, task.row(raw, f"{name}, row {index + 1}"), task.data)
+
+    def counts(labels: Any) -> bool:
+        return not isinstance(labels, list) or any(label != IGNORED for label in labels)
+
+    # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
+    quiet = {"load_from_cache_file": False, "desc": "Tokenising"}
+    encoded = rows.map(one, with_indices=True, remove_columns=rows.column_names, **quiet)
+    kept = encoded.filter(counts, input_columns="labels", **quiet)
+    if len(kept) == 0:
+        raise DataError(
+            f"{name}: no row has a token to learn from within {task.data.max_length} tokens;"
+            " raise --data.max_length."
+        )
+    if len(kept) < len(encoded):
+        logger.warning(
+            "%s: %d of %d rows have no token to learn from within %d tokens and are left out.",
+            name,
+            len(encoded) - len(kept),
+            len(encoded),
+            task.data.max_length,
+        )
+    return kept
+
+
+def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
+    """Return {"input_ids", "labels"} of a prompt with its response, a chat or a plain text.
+
+    Prompt and response are tokenised apart and joined, so the prompt's tokens are those that
+    generation will start from. The end-of-sequence token closes the response and is learnt.
+    With `data.loss_on` "response" the labels of everything else are `IGNORED`.
+    """
+    if "messages" in row:
+        ids, learnt = _chat(tokenizer, row["messages"], masked=data.loss_on == "response")
+    elif "text" in row:
+        ids = [*tokenizer(row["text"])["input_ids"]]
+        ids += _end(tokenizer, ids)
+        learnt = [True] * len(ids)
+    else:
+        prompt = [*_prompt_ids(tokenizer, row["prompt"])]
+        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"]]
+        response += _end(tokenizer, response)
+        ids = prompt + response
+        learnt = [False] * len(prompt) + [True] * len(response)
+    if data.loss_on == "all":
+        learnt = [True] * len(ids)
+    labels = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
+    return {"input_ids": ids[: data.max_length], "labels": labels[: data.max_length]}
+
+
+def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
+    """Return the encoder's "input_ids" and "attention_mask", and the decoder's "labels"."""
+    encoded = tokenizer(row["prompt"], truncation=True, max_length=data.max_length)
+    target = tokenizer(text_target=row["response"], truncation=True, max_length=data.max_length)
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": target["input_ids"],
+    }
+
+
+def labelled(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
+    """Return the model's inputs of a text or a pair of texts, and its label as "labels"."""
+    encoded = tokenizer(row["text"], row["text_pair"], truncation=True, max_length=data.max_length)
+    return {**encoded, "labels": row["label"]}
+
+
+def causal_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
+    """Return TRL's collator: pads right, masks the padding's labels."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+
+
+def seq2seq_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
+    """Return transformers' collator of source and target."""
+    from transformers import DataCollatorForSeq2Seq
+
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+def labelled_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
+    """Return transformers' collator that pads the inputs and stacks the labels."""
+    from transformers import DataCollatorWithPadding
+
+    return DataCollatorWithPadding(tokenizer)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Return the end-of-sequence token, unless there is none or it is there already."""
+    end = tokenizer.eos_token_id
+    return [] if end is None or (ids and ids[-1] == end) else [end]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokenise with the opening special tokens, without a closing one."""
+    ids = tokenizer(prompt)["input_ids"]
+    closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if closed else ids
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], masked: bool
+) -> tuple[list[int], list[bool]]:
+    """Render a chat by the tokenizer's template; if ``masked``, only the assistant is learnt."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the model's tokenizer has no chat template; use a chat model, or rows with a prompt"
+            " and a response."
+        )
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        chat_template=_marked_template(tokenizer) if masked else None,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=masked,
+    )
+    ids = [*encoded["input_ids"]]
+    return ids, [bool(bit) for bit in encoded.get("assistant_masks", [1] * len(ids))]
+
+
+def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a template that marks the assistant's turns; None: the tokenizer's own does.
+
+    Raises:
+        DataError: none that marks the turns is known for this tokenizer.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise DataError(
+            "the tokenizer's chat template does not mark what the assistant says, so the loss"
+            " cannot be put on it; add {% generation %} to the template, or give --data.loss_on"
+            " all."
+        ) from error
