@@ -1,0 +1,240 @@
+"""What a run leaves on disk, and how a later process finds its way in it.
+
+::
+
+    run.json           the resolved configuration and whether the run is finished
+    provenance.json    versions, seed, git commit and machine, one record for each start
+    plan.safetensors   the plan of the adapter, if the method makes one
+    log.jsonl          every line that the trainer logs
+    checkpoints/       the trainer's checkpoint-N folders
+    adapter/           the final plain PEFT adapter, with the tokenizer
+    metrics.json       the evaluation
+
+Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
+file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones from the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.files import read_json, replacing_file, write_json
+
+_KIND = "tlora run"
+_PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+class RunFolder:
+    """The folder of one run; making this object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.plan = self.path / "plan.safetensors"
+        self.log = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.metrics = self.path / "metrics.json"
+        self._run = self.path / "run.json"
+        self._provenance = self.path / "provenance.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self._run.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here came to its end."""
+        return self.exists and self._read().get("status") == "finished"
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved configuration that the run was started with."""
+        return self._read()["config"]
+
+    def _read(self) -> dict[str, Any]:
+        run = read_json(self._run)
+        if not isinstance(run, dict) or run.get("kind") != _KIND or "config" not in run:
+            raise ArtifactError(f"{self._run}: not written by `tlora`; choose another folder.")
+        return run
+
+    def refuse_unless_free(self) -> None:
+        """Check that a new run may start here, without writing anything.
+
+        Raises:
+            ConfigError: the folder holds a run, or anything else.
+        """
+        if self.exists:
+            state = "a finished" if self.finished else "an unfinished"
+            advice = "choose" if self.finished else "add --resume to continue it, or choose"
+            fault = f"{self.path} holds {state} run; {advice} another --output_dir."
+        elif self.path.exists() and not self.path.is_dir():
+            fault = f"{self.path} is a file; choose another --output_dir."
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
+        else:
+            return
+        raise ConfigError(fault, where="output_dir")
+
+    def start(self, config: dict[str, Any], verb: str) -> None:
+        """Make the folder and write what is about to run; a resumed run adds its provenance."""
+        starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
+        starts.append(provenance(seed=config.get("seed")))
+        write_json(self._provenance, {"starts": starts})
+        # Last, because a folder with a run.json is one that can be resumed.
+        run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
+        write_json(self._run, run)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        write_json(self._run, self._read() | {"status": "finished"})
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; one that a kill left half-written is passed over."""
+        good = [path for path in self._checkpoint_folders() if _is_whole(path)]
+        return good[-1] if good else None
+
+    def drop_checkpoints_after(self, step: int) -> list[Path]:
+        """Remove, and return, what a killed run left beyond ``step``, where it goes on.
+
+        The trainer would write into those half-written folders, and count them as good when it
+        deletes old ones.
+        """
+        beyond = [path for path in self._checkpoint_folders() if (_step(path.name) or 0) > step]
+        for path in beyond:
+            shutil.rmtree(path)
+        return beyond
+
+    def _checkpoint_folders(self) -> list[Path]:
+        found = (path for path in self.checkpoints.glob("checkpoint-*") if _step(path.name))
+        return sorted(found, key=lambda path: _step(path.name) or 0)
+
+    def append_log(self, line: dict[str, Any]) -> None:
+        """Add one line to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines after ``step``, which a run resumed from there will write again."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue  # the last line of a killed process
+        with replacing_file(self.log) as part:
+            part.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(name: str) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is complete.
+
+    The trainer writes its state last, so a state that reads means that the files before it were
+    closed; their own ends are looked at as well, for a disk that was full.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint.name):
+        return False
+    weights = [*checkpoint.glob("*.safetensors")]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    # Sharded optimizers (DeepSpeed, FSDP) are kept in folders instead.
+    has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
+        path.is_dir() for path in checkpoint.iterdir()
+    )
+    return (
+        bool(weights)
+        and has_optimizer
+        and all(map(_is_whole_safetensors, weights))
+        and all(map(zipfile.is_zipfile, archives))
+    )
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def provenance(seed: int | None) -> dict[str, Any]:
+    """Return what is needed to tell where a result came from, as plain JSON values."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": git_state(Path.cwd()),
+        "hardware": _hardware(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return {"commit", "dirty"} of the repository that ``folder`` is in, or None."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=folder, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else None
+    )
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "gpus": names,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())

@@ -1,0 +1,225 @@
+"""Everything about a run that can be settled and checked before its folder is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, DataError, did_you_mean
+from tlora.registry import METHODS, TASKS
+from tlora.runconfig import RunConfig
+from tlora.stages.kinds import KINDS, KindSpec
+from tlora.tasks.base import Task
+from tlora.tasks.tokens import tokenised
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tlora.methods.base import Method
+
+_ELSEWHERE = {
+    "output_dir": "give --output_dir",
+    "seed": "give --seed",
+    "max_length": "give --data.max_length",
+    "model_init_kwargs": "give --dtype",
+    "trust_remote_code": "give --trust_remote_code",
+    "completion_only_loss": "give --data.loss_on",
+    "assistant_only_loss": "give --data.loss_on",
+    "resume_from_checkpoint": "give --resume",
+}
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """A checked run: its parts loaded, its rows tokenised, nothing written yet."""
+
+    config: RunConfig
+    method: Method
+    options: Any
+    """The method's options, with the task type filled in."""
+    task: Task
+    kind: KindSpec
+    tokenizer: PreTrainedTokenizerBase
+    collator: Callable[..., Any]
+    train: Dataset
+    """Token ids and labels of the training rows."""
+    held_out: Dataset | None
+    """The same of the evaluation rows."""
+
+    def calibration_batches(self) -> Any:
+        """Return a loader of the calibration rows: the first ones after a seeded shuffle."""
+        from torch.utils.data import DataLoader
+
+        count = min(self.config.calibration.samples, len(self.train))
+        rows = self.train.shuffle(seed=self.config.seed).select(range(count))
+        return DataLoader(
+            rows,
+            batch_size=self.config.calibration.batch_size,
+            collate_fn=self.collator,
+        )
+
+    def load_model(self, device: Any) -> PreTrainedModel:
+        """Load the base model with the head of the task; a new head is drawn from the run's seed.
+
+        Args:
+            device: where to calibrate and train.
+
+        Raises:
+            ConfigError: there is no such model, or it has no head of that kind.
+        """
+        import transformers
+
+        transformers.set_seed(self.config.seed)
+        config = self.config
+        head: dict[str, Any] = {}
+        if self.kind.task_type == "SEQ_CLS":
+            names = self.task.label_names or ["value"]
+            head = {
+                "num_labels": len(names),
+                "id2label": dict(enumerate(names)),
+                "label2id": {name: index for index, name in enumerate(names)},
+                "problem_type": "single_label_classification"
+                if self.task.label_names
+                else "regression",
+            }
+        try:
+            model = self.kind.load(self.kind.auto_model).from_pretrained(
+                config.model,
+                dtype=config.dtype,
+                trust_remote_code=config.trust_remote_code,
+                **head,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{config.model!r} cannot be loaded: {_first_line(error)}", "model"
+            ) from error
+        if model.config.pad_token_id is None:
+            # Decoders that classify find the last real token by it.
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        # Quantised weights, and models split over devices, are where they belong already.
+        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        return model if placed else model.to(device)
+
+
+def settle(config: RunConfig) -> Setup:
+    """Check ``config`` against the method, the trainer, the model and the rows, in that order.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range.
+        DataError: rows are missing or not what the task expects.
+    """
+    if not config.model:
+        raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
+    options = config.options()
+    task = TASKS.load(config.task)(config.data)
+    kind = KINDS[task.kind]
+    if options.task_type is None:
+        options = dataclasses.replace(options, task_type=kind.task_type)
+    check_trainer_fields(kind, config.trainer)
+    train, held_out = task.load(config.train_file, config.eval_file)
+    tokenizer = load_tokenizer(config)
+    names = (
+        config.train_file or config.data.dataset or "training rows",
+        config.eval_file or "evaluation rows",
+    )
+    return Setup(
+        config=config,
+        method=METHODS.load(config.method)(),
+        options=options,
+        task=task,
+        kind=kind,
+        tokenizer=tokenizer,
+        collator=kind.collator(tokenizer),
+        train=tokenised(train, task, kind.encode, tokenizer, names[0]),
+        held_out=held_out and tokenised(held_out, task, kind.encode, tokenizer, names[1]),
+    )
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer; without a padding token the closing one pads.
+
+    Raises:
+        ConfigError: there is no such model or no tokenizer with it.
+        DataError: there is no token to pad with.
+    """
+    import transformers
+
+    path = Path(str(config.model))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}", "model"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise DataError(f"the tokenizer of {config.model!r} has no token to pad with; add one.")
+    return tokenizer
+
+
+def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
+    """Check the names under `trainer.*` against the training arguments of this kind.
+
+    Raises:
+        ConfigError: a name is unknown (with a suggestion), or set elsewhere (with the place).
+    """
+    arguments = kind.load(kind.arguments)
+    known = [field.name for field in dataclasses.fields(arguments) if field.init]
+    owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
+    faults = []
+    for name in fields:
+        if name not in known:
+            faults.append(f"there is no field `{name}`.{did_you_mean(name, known)}")
+        elif name in owned:
+            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenised before the trainer")
+            faults.append(f"`{name}` has no effect here; {advice}.")
+    if faults:
+        raise ConfigError(faults, where="trainer")
+
+
+def training_arguments(setup: Setup, output_dir: Path) -> Any:
+    """Make the training arguments: the user's fields over our defaults over the library's.
+
+    Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
+    turns on, stay off on a machine without an accelerator, where they only cost.
+
+    Raises:
+        ConfigError: transformers or TRL refuse a value; their sentence says why.
+    """
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    arguments = setup.kind.load(setup.kind.arguments)
+    known = {field.name: field for field in dataclasses.fields(arguments)}
+    ours: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
+    if known["bf16"].default is None and not is_torch_bf16_gpu_available():
+        ours["bf16"] = False
+    if not torch.cuda.is_available():
+        ours["dataloader_pin_memory"] = False
+        # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        if not any(name in setup.config.trainer for name in names):
+            ours[next(name for name in names if name in known)] = False
+    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
+    if "max_length" in known:
+        fixed["max_length"] = setup.task.data.max_length
+    if "dataset_kwargs" in known and not setup.config.trainer.get("packing"):
+        # The rows are tokens of the right length already.
+        fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    try:
+        return arguments(**{**ours, **setup.config.trainer, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(_first_line(error), where="trainer") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

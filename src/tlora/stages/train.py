@@ -1,0 +1,135 @@
+"""`tlora train`: initialise, train, evaluate and save; or go on from the last good checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
+from tlora.files import write_json
+from tlora.runconfig import RunConfig
+from tlora.runfolder import RunFolder
+from tlora.stages.initialise import adapt, save_adapter
+from tlora.stages.setup import Setup, settle, training_arguments
+
+if TYPE_CHECKING:
+    from tlora.methods.base import Prepared
+
+logger = logging.getLogger(__name__)
+
+# Trainer fields that cannot change the weights; a resumed run may set them anew.
+_HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
+
+
+def run(config: RunConfig) -> RunFolder:
+    """Train an adapter; return the folder of the run.
+
+    With `config.resume` and a run in the folder, its saved configuration is used and training
+    goes on from the last whole checkpoint (from the start, if there is none) to the same weights
+    as without the interruption. A finished run is left as it is.
+
+    Raises:
+        ConfigError: a field is wrong, or the folder is taken.
+        DataError: rows are missing or not what the task expects.
+    """
+    folder = RunFolder(config.output_dir)
+    if not (config.resume and folder.exists):
+        folder.refuse_unless_free()
+    elif folder.finished:
+        logger.warning("%s holds a finished run; there is nothing to resume.", folder.path)
+        return folder
+    else:
+        config = merge_saved(config, RunConfig.from_dict(folder.config()))
+    setup = settle(config)
+    arguments = training_arguments(setup, folder.checkpoints)
+    folder.start(config.resolved().to_dict(), verb="train")
+    prepared = adapt(setup, folder, arguments.device)
+    trainer = make_trainer(setup, prepared, arguments, folder)
+    trainer.train(resume_from_checkpoint=_resume_point(folder))
+    metrics = evaluate(trainer, setup)
+    if trainer.is_world_process_zero():
+        # The trainer may have wrapped or moved the model, but it is this very object.
+        save_adapter(prepared, setup, folder.adapter)
+        write_json(folder.metrics, metrics)
+        folder.finish()
+    return folder
+
+
+def merge_saved(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """Return the configuration to resume with: the saved one, and what cannot change the weights.
+
+    A field of ``config`` that is at its default counts as not given.
+
+    Raises:
+        ConfigError: a field is given that differs from the saved run; all such fields at once.
+    """
+    given, before, default = (
+        _flat(record.to_dict()) for record in (config, saved, RunConfig(output_dir=""))
+    )
+    faults, kept = [], {}
+    for name, value in given.items():
+        if name in ("output_dir", "resume") or value in (default.get(name), before.get(name)):
+            continue
+        section, _, field = name.partition(".")
+        if section == "trainer" and field.startswith(_HARMLESS):
+            kept[field] = value
+        else:
+            faults.append(
+                f"`{name}` is {value!r}, but the run was started with {before.get(name)!r};"
+                " leave it out, or start a new run in another --output_dir."
+            )
+    if faults:
+        raise ConfigError(faults, where="resume")
+    return dataclasses.replace(
+        saved, resume=True, output_dir=config.output_dir, trainer=saved.trainer | kept
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        nested = value if isinstance(value, dict) else None
+        flat.update({f"{name}.{k}": v for k, v in nested.items()} if nested else {name: value})
+    return flat
+
+
+def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
+    """Make the trainer of the task's kind around the prepared model."""
+    from tlora.stages.callbacks import LogCallback
+
+    extra: dict[str, Any] = dict(prepared.trainer_kwargs)
+    if setup.task.kind in ("classification", "regression"):
+        extra["compute_metrics"] = lambda prediction: setup.task.metrics(
+            prediction.predictions, prediction.label_ids
+        )
+    # Packed rows need TRL's own collator, which lays them end to end.
+    if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
+        extra["data_collator"] = setup.collator
+    return setup.kind.load(setup.kind.trainer)(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=setup.train,
+        eval_dataset=setup.held_out,
+        processing_class=setup.tokenizer,
+        callbacks=[LogCallback(folder), *prepared.callbacks],
+        **extra,
+    )
+
+
+def _resume_point(folder: RunFolder) -> str | None:
+    """Return the checkpoint to go on from, and clear away what lies beyond it."""
+    checkpoint = folder.last_checkpoint()
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    for broken in folder.drop_checkpoints_after(step):
+        logger.warning("%s was half-written when the run stopped; it is passed over.", broken)
+    folder.rewind_log(step)
+    return str(checkpoint) if checkpoint else None
+
+
+def evaluate(trainer: Any, setup: Setup) -> dict[str, Any]:
+    """Return the trainer's scores of the evaluation rows, {} where there are none."""
+    if setup.held_out is None:
+        return {}
+    scores = trainer.evaluate()
+    return {name.removeprefix("eval_"): value for name, value in scores.items()}
