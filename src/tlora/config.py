@@ -64,7 +64,7 @@ def parse_bytes(value: int | str) -> int:
         size = value
     else:
         match = re.fullmatch(
-            r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(value), re.IGNORECASE
+            r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([a-z]*)\s*", str(value), re.I | re.A
         )
         if match is None or match[2].upper() not in _BYTES:
             raise ValueError(f"{value!r} is not a size like 2GiB, 512MB or a number of bytes")
