@@ -1,0 +1,261 @@
+"""The streaming second moment against its definition, written out in numpy loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tlora.linalg.moments import SecondMoment, merged
+
+DIM = 5
+LENGTHS = (4, 1, 7, 3)
+
+
+def make_samples(seed: int = 0) -> list[torch.Tensor]:
+    """Samples whose means differ and are far from zero, so that the centring matters."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(length, DIM, generator=generator) + 3 * torch.randn(DIM, generator=generator)
+        for length in LENGTHS
+    ]
+
+
+def definition(samples: list[torch.Tensor], centre: bool = True) -> np.ndarray:
+    total = np.zeros((samples[0].shape[1],) * 2)
+    for sample in samples:
+        rows = sample.double().numpy()
+        mean = sum(rows) / len(rows) if centre and len(rows) else 0.0
+        for row in rows:
+            total += np.outer(row - mean, row - mean)
+    return total / len(samples)
+
+
+def padded(
+    samples: list[torch.Tensor], layout: str, fill: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the samples as one batch of 9 slots, and its mask."""
+    slots = 9
+    inputs = torch.full((len(samples), slots, samples[0].shape[1]), fill)
+    mask = torch.zeros(len(samples), slots, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        places = {
+            "right": torch.arange(len(sample)),
+            "left": torch.arange(slots - len(sample), slots),
+            "holes": torch.arange(len(sample)) * slots // max(len(sample), 1),
+        }[layout]
+        inputs[row, places] = sample
+        mask[row, places] = True
+    return inputs, mask
+
+
+def one_at_a_time(samples: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> SecondMoment:
+    moment = SecondMoment(DIM, dtype)
+    for sample in samples:
+        moment.update(sample[None])
+    return moment
+
+
+def assert_close(actual: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    scale = np.abs(expected).max() or 1.0
+    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=0, atol=tolerance * scale)
+
+
+def test_samples_one_at_a_time_give_the_definition() -> None:
+    samples = make_samples()
+    moment = one_at_a_time(samples)
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
+
+
+@pytest.mark.parametrize("fill", [0.0, 100.0, math.nan, math.inf])
+@pytest.mark.parametrize("layout", ["left", "right", "holes"])
+def test_a_padded_batch_gives_the_definition(layout: str, fill: float) -> None:
+    samples = make_samples()
+    moment = SecondMoment(DIM)
+    moment.update(*padded(samples, layout, fill))
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "holes"])
+def test_a_padded_batch_holds_the_mean_rows_of_its_samples(layout: str) -> None:
+    samples = make_samples()
+    moment = SecondMoment(DIM)
+    moment.update(*padded(samples, layout, math.nan))
+    expected = np.stack([x.double().sum(0).numpy() / math.sqrt(len(x)) for x in samples])
+    assert_close(moment.weighted_means, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_the_mask_may_have_any_dtype(dtype: torch.dtype) -> None:
+    samples = make_samples()
+    inputs, mask = padded(samples, "left", math.nan)
+    moment = SecondMoment(DIM)
+    moment.update(inputs, mask.to(dtype))
+    assert_close(moment.covariance(), definition(samples))
+    assert moment.tokens == sum(LENGTHS)
+
+
+def test_an_all_true_mask_equals_no_mask() -> None:
+    inputs = torch.stack([sample[:3] for sample in make_samples() if len(sample) >= 3])
+    masked, plain = SecondMoment(DIM), SecondMoment(DIM)
+    masked.update(inputs, torch.ones(inputs.shape[:2]))
+    plain.update(inputs)
+    assert_close(masked.covariance(), plain.covariance().double().numpy())
+    assert (masked.samples, masked.tokens) == (plain.samples, plain.tokens)
+
+
+def test_each_sample_is_centred_on_its_own_mean() -> None:
+    # Constant samples at different places: global centring, or none, leaves a moment.
+    samples = [torch.full((3, DIM), value) for value in (1.0, -2.0, 5.0)]
+    moment = one_at_a_time(samples)
+    assert_close(moment.covariance(), np.zeros((DIM, DIM)))
+    assert_close(moment.uncentred(), np.full((DIM, DIM), 3 * (1 + 4 + 25) / 3))
+
+
+def test_the_moment_is_not_divided_by_the_tokens() -> None:
+    samples = make_samples()
+    once = one_at_a_time(samples).covariance()
+    twice = one_at_a_time([torch.cat([x, x]) for x in samples]).covariance()
+    assert_close(twice, 2 * once.double().numpy())
+
+
+def test_the_moment_is_divided_by_the_samples() -> None:
+    samples = make_samples()
+    once = one_at_a_time(samples).covariance()
+    assert_close(one_at_a_time([*samples, *samples]).covariance(), once.double().numpy())
+
+
+def test_covariance_is_symmetric_and_positive_semidefinite() -> None:
+    covariance = one_at_a_time(make_samples()).covariance()
+    assert torch.equal(covariance, covariance.T)
+    assert torch.linalg.eigvalsh(covariance.double()).min() >= -1e-5
+
+
+def test_a_sample_of_one_token_has_no_centred_moment() -> None:
+    sample = make_samples()[1]
+    moment = one_at_a_time([sample])
+    assert_close(moment.covariance(), np.zeros((DIM, DIM)))
+    assert_close(moment.uncentred(), np.outer(sample[0], sample[0]))
+
+
+@pytest.mark.parametrize("fill", [0.0, math.nan])
+def test_a_sample_without_tokens_counts_as_a_sample(fill: float) -> None:
+    samples = [*make_samples(), torch.zeros(0, DIM)]
+    moment = SecondMoment(DIM)
+    moment.update(*padded(samples, "right", fill))
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert (moment.samples, moment.tokens) == (len(samples), sum(LENGTHS))
+
+
+def test_an_update_of_zero_slots_counts_its_samples() -> None:
+    moment = SecondMoment(DIM)
+    moment.update(torch.zeros(2, 0, DIM))
+    assert (moment.samples, moment.tokens) == (2, 0)
+    assert torch.equal(moment.covariance(), torch.zeros(DIM, DIM))
+    assert torch.equal(moment.uncentred(), torch.zeros(DIM, DIM))
+
+
+def test_an_empty_accumulator_is_zero_and_finite() -> None:
+    moment = SecondMoment(DIM)
+    assert torch.equal(moment.covariance(), torch.zeros(DIM, DIM))
+    assert torch.equal(moment.uncentred(), torch.zeros(DIM, DIM))
+    assert moment.weighted_means.shape == (0, DIM)
+
+
+def test_a_far_mean_does_not_cancel_the_moment() -> None:
+    # E[x^2] - E[x]^2 in float32 would lose everything here.
+    samples = [x + 3000 for x in make_samples()]
+    assert_close(one_at_a_time(samples).covariance(), definition(samples), 1e-3)
+
+
+def test_float64_accumulates_in_float64() -> None:
+    samples = [x.double() / 3 for x in make_samples()]
+    moment = one_at_a_time(samples, torch.float64)
+    assert moment.covariance().dtype == torch.float64
+    assert_close(moment.covariance(), definition(samples), 1e-13)
+    assert_close(moment.uncentred(), definition(samples, centre=False), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
+    samples = [x.to(dtype) for x in make_samples()] * 20
+    moment = one_at_a_time(samples)
+    assert moment.covariance().dtype == torch.float32
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+
+
+def test_inputs_are_left_alone_and_out_of_the_graph() -> None:
+    inputs = torch.stack([x[:3] for x in make_samples() if len(x) >= 3])
+    kept = inputs.clone()
+    moment = SecondMoment(DIM)
+    moment.update(inputs.requires_grad_(), torch.ones(inputs.shape[:2]))
+    assert torch.equal(inputs, kept)
+    assert not moment.covariance().requires_grad
+    assert not moment.weighted_means.requires_grad
+
+
+@pytest.mark.parametrize("split", [0, 1, 2, 4])
+def test_merging_two_runs_equals_one_run(split: int) -> None:
+    samples = make_samples()
+    moment = one_at_a_time(samples[:split])
+    moment.merge(one_at_a_time(samples[split:]))
+    whole = one_at_a_time(samples)
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert torch.equal(moment.weighted_means, whole.weighted_means)
+    assert (moment.samples, moment.tokens) == (whole.samples, whole.tokens)
+
+
+def test_merging_commutes() -> None:
+    samples = make_samples()
+    first, second = one_at_a_time(samples[:1]), one_at_a_time(samples[1:])
+    ab, ba = merged([first, second]), merged([second, first])
+    assert torch.equal(ab.covariance(), ba.covariance())
+    assert_close(ab.uncentred(), ba.uncentred().double().numpy())
+    assert (ab.samples, ab.tokens) == (ba.samples, ba.tokens)
+
+
+def test_merged_leaves_its_parts_as_they_were() -> None:
+    samples = make_samples()
+    parts = [one_at_a_time([sample]) for sample in samples]
+    total = merged(parts)
+    assert_close(total.covariance(), definition(samples))
+    for part, sample in zip(parts, samples, strict=True):
+        assert_close(part.covariance(), definition([sample]))
+        assert (part.samples, part.tokens) == (1, len(sample))
+        assert len(part.weighted_means) == 1
+
+
+def test_merging_different_widths_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"5 and 4 columns"):
+        SecondMoment(5).merge(SecondMoment(4))
+
+
+def test_a_clone_is_independent() -> None:
+    samples = make_samples()
+    moment = one_at_a_time(samples[:2])
+    copy = moment.clone()
+    copy.update(samples[2][None])
+    assert_close(moment.covariance(), definition(samples[:2]))
+    assert_close(moment.uncentred(), definition(samples[:2], centre=False))
+    assert_close(copy.covariance(), definition(samples[:3]))
+
+
+def test_the_parts_rebuild_the_accumulator() -> None:
+    samples = make_samples()
+    moment = one_at_a_time(samples[:2])
+    rebuilt = SecondMoment.from_parts(
+        moment.scatter, moment.weighted_means, moment.samples, moment.tokens
+    )
+    rebuilt.update(samples[2][None])
+    assert_close(rebuilt.covariance(), definition(samples[:3]))
+    assert_close(rebuilt.uncentred(), definition(samples[:3], centre=False))
+    assert (rebuilt.samples, rebuilt.tokens) == (3, sum(LENGTHS[:3]))

@@ -1,0 +1,239 @@
+"""The configuration record and the error tree."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tlora import errors
+from tlora.config import REFUSED_OPTIONS, TLoraConfig, parse_bytes
+from tlora.errors import ConfigError, TLoraError, did_you_mean
+
+NOT_DEFAULT: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 12.5,
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": "lm_head",
+    "layers_to_transform": [0, 3],
+    "layers_pattern": "layers",
+    "lora_dropout": 0.1,
+    "modules_to_save": ["classifier"],
+    "bias": "lora_only",
+    "task_type": "SEQ_CLS",
+    "basis": "random",
+    "whiten": True,
+    "allocate_rank": False,
+    "allocate_scale": False,
+    "scale_rule": "proportional",
+    "freeze_a": False,
+    "budget": "params",
+    "rank_min": 2,
+    "rank_max": 64,
+    "covariance": "streamed",
+    "subspace": "randomized",
+    "memory_budget": "2GiB",
+    "seed": 3,
+}
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    *[("r", bad) for bad in (0, -1, 8.0, "8", None, True)],
+    *[("rank_min", bad) for bad in (-1, 0.5, "1", None, False)],
+    *[("rank_max", bad) for bad in (0, -1, 8.0, "8")],
+    *[("seed", bad) for bad in (-1, 1.5, None)],
+    *[("lora_alpha", bad) for bad in (0, -8, "8", None, float("nan"), float("inf"))],
+    *[("lora_dropout", bad) for bad in (-0.1, 1.0, "0.1", None, float("nan"))],
+    *[(name, "never") for name in ("basis", "budget", "scale_rule", "covariance", "subspace")],
+    *[("bias", bad) for bad in ("some", None, ["none"])],
+    *[(name, "yes") for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a")],
+    *[("memory_budget", bad) for bad in (0, -5, "2 gigs", "", "1e400", "1.2.3GB", True, [1])],
+]
+
+
+def faults_of(**values: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        TLoraConfig(**values)
+    return caught.value.faults
+
+
+def test_the_defaults_are_the_paper_s_method() -> None:
+    config = TLoraConfig()
+    assert config.basis == "weight-covariance"
+    assert config.allocate_rank
+    assert config.allocate_scale
+    assert config.scale_rule == "released"
+    assert config.freeze_a
+    assert not config.whiten
+    assert (config.r, config.lora_alpha, config.rank_min, config.rank_max) == (8, 8, 1, None)
+
+
+def test_every_field_survives_a_round_trip_through_json() -> None:
+    assert set(NOT_DEFAULT) == set(TLoraConfig.field_names())
+    assert not [
+        name for name, value in TLoraConfig().to_dict().items() if NOT_DEFAULT[name] == value
+    ]
+    for config in (TLoraConfig(), TLoraConfig(**NOT_DEFAULT)):
+        plain = json.loads(json.dumps(config.to_dict()))
+        assert TLoraConfig.from_dict(plain) == config
+    assert TLoraConfig(**NOT_DEFAULT).to_dict() == NOT_DEFAULT
+
+
+def test_from_dict_checks_as_the_constructor_does() -> None:
+    with pytest.raises(ConfigError, match="`r` is 0"):
+        TLoraConfig.from_dict({"r": 0})
+    with pytest.raises(ConfigError, match="no option `rank`"):
+        TLoraConfig.from_dict({"rank": 8})
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_VALUES)
+def test_a_value_out_of_range_is_one_fault_that_names_field_and_value(name: str, bad: Any) -> None:
+    (fault,) = faults_of(**{name: bad})
+    assert fault.startswith(f"`{name}`")
+    assert repr(bad) in fault
+
+
+def test_values_at_the_edge_of_their_range_are_accepted() -> None:
+    config = TLoraConfig(r=1, rank_min=0, rank_max=1, lora_dropout=0, lora_alpha=1e-3, seed=0)
+    assert (config.rank_min, config.rank_max) == (0, 1)
+    assert TLoraConfig(rank_min=4, rank_max=4).rank_max == 4
+
+
+def test_rank_max_may_not_be_below_rank_min() -> None:
+    (fault,) = faults_of(rank_min=4, rank_max=3)
+    assert "`rank_max` is 3" in fault
+    assert "`rank_min` (4)" in fault
+
+
+def test_all_faults_come_in_one_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TLoraConfig(
+            r=0, rank_min="a", rank_max=0, basis="none", whiten=1, use_dora=True, lora_alfa=8
+        )
+    faulty = ("r", "rank_min", "rank_max", "basis", "whiten", "use_dora", "lora_alfa")
+    assert len(caught.value.faults) == len(faulty)
+    assert "TLoraConfig: 7 faults" in str(caught.value)
+    for name in faulty:
+        assert f"`{name}`" in str(caught.value)
+    for fault in caught.value.faults:
+        assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_a_refused_option_says_why(name: str) -> None:
+    (fault,) = faults_of(**{name: True})
+    assert f"`{name}` is refused" in fault
+    assert REFUSED_OPTIONS[name] in fault
+    assert len(REFUSED_OPTIONS[name].split()) >= 6
+
+
+def test_options_that_change_scale_or_weights_are_refused() -> None:
+    assert {
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+        "loftq_config",
+        "corda_config",
+    } <= set(REFUSED_OPTIONS)
+    assert not set(REFUSED_OPTIONS) & set(TLoraConfig.field_names())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("lora_alhpa", "lora_alpha"), ("target_module", "target_modules"), ("frieze_a", "freeze_a")],
+)
+def test_an_unknown_option_comes_with_the_nearest_name(wrong: str, right: str) -> None:
+    assert faults_of(**{wrong: 1}) == (f"there is no option `{wrong}`. Did you mean '{right}'?",)
+
+
+def test_an_option_like_none_of_ours_comes_without_a_suggestion() -> None:
+    assert faults_of(zzzz=1) == ("there is no option `zzzz`.",)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (1, 1),
+        (12345, 12345),
+        ("100", 100),
+        ("100B", 100),
+        ("1e9", 10**9),
+        ("2GiB", 2 * 2**30),
+        ("2gib", 2 * 2**30),
+        ("512 MB", 512 * 10**6),
+        (" 1.5 KiB ", 1536),
+        ("3KB", 3000),
+        ("4MiB", 4 * 2**20),
+        ("1GB", 10**9),
+        ("0.5TB", 5 * 10**11),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes_are_read_in_decimal_and_binary_units(value: int | str, size: int) -> None:
+    assert parse_bytes(value) == size
+    assert TLoraConfig(memory_budget=value).memory_budget_bytes == size
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "", "GB", "-2GB", "2 XB", "two", "0", "1e400"])
+def test_what_is_no_size_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="size"):
+        parse_bytes(value)
+
+
+def test_no_memory_budget_is_no_limit() -> None:
+    assert TLoraConfig().memory_budget_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({}, True),
+        ({"allocate_rank": False}, True),
+        ({"allocate_scale": False}, True),
+        ({"allocate_rank": False, "allocate_scale": False}, False),
+        ({"allocate_rank": False, "scale_rule": "constant"}, False),
+        ({"scale_rule": "constant"}, True),
+    ],
+)
+def test_sensitivity_is_needed_by_either_allocation(values: dict, needed: bool) -> None:
+    assert TLoraConfig(**values).needs_sensitivity is needed
+
+
+@pytest.mark.parametrize("basis", ["weight-covariance", "random"])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_moments_are_needed_by_the_basis_or_the_whitening(basis: Any, whiten: bool) -> None:
+    needed = TLoraConfig(basis=basis, whiten=whiten).needs_moments
+    assert needed is (basis != "random" or whiten)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        ("ConfigError", ValueError),
+        ("CalibrationError", RuntimeError),
+        ("PlanError", ValueError),
+        ("AdapterError", RuntimeError),
+        ("DataError", ValueError),
+        ("ArtifactError", OSError),
+    ],
+)
+def test_errors_are_caught_as_ours_and_as_the_builtin(kind: str, builtin: type) -> None:
+    error = getattr(errors, kind)("what was wrong")
+    assert isinstance(error, TLoraError)
+    assert isinstance(error, builtin)
+    assert "what was wrong" in str(error)
+
+
+def test_one_fault_makes_one_line_and_many_make_a_list() -> None:
+    assert str(ConfigError("a is 1.", where="run.yaml")) == "run.yaml: a is 1."
+    many = ConfigError(["a is 1.", "b is 2."], where="run.yaml")
+    assert many.faults == ("a is 1.", "b is 2.")
+    assert str(many).splitlines() == ["run.yaml: 2 faults:", "  - a is 1.", "  - b is 2."]
+
+
+def test_did_you_mean_suggests_only_what_is_close() -> None:
+    assert did_you_mean("metamaht", ["gsm8k", "metamath"]) == " Did you mean 'metamath'?"
+    assert did_you_mean("metamath", []) == ""
+    assert did_you_mean("xyz", ["gsm8k", "metamath"]) == ""

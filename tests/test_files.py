@@ -1,0 +1,201 @@
+"""Files and folders appear whole or not at all, and damage is named."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tlora.errors import ArtifactError
+from tlora.files import (
+    read_json,
+    read_tensors,
+    replacing_file,
+    replacing_folder,
+    write_json,
+    write_tensors,
+)
+
+
+class StopHere(BaseException):
+    """Like an interrupt: not an ``Exception``."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for text in ("first", "second"):
+        before = path.read_text() if path.exists() else None
+        with replacing_file(path) as part:
+            part.write_text(text)
+            assert part.parent == path.parent
+            assert (path.read_text() if path.exists() else None) == before
+        assert path.read_text() == text
+    assert names(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, StopHere])
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_error_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: type[BaseException], existed: bool
+) -> None:
+    path = tmp_path / "a.txt"
+    if existed:
+        path.write_text("old")
+    with pytest.raises(error), replacing_file(path) as part:
+        part.write_text("half")
+        raise error
+    assert names(tmp_path) == (["a.txt"] if existed else [])
+    assert not existed or path.read_text() == "old"
+
+
+def test_a_written_file_has_the_rights_of_an_ordinary_one(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with replacing_file(tmp_path / "a.txt") as part:
+            part.write_text("x")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run"
+    for name in ("first", "second"):
+        with replacing_folder(path) as part:
+            (part / name).write_text(name)
+            assert not (path / name).exists()
+        assert names(path) == [name]
+    assert names(path.parent) == ["run"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, StopHere])
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_error_leaves_the_old_folder_and_nothing_else(
+    tmp_path: Path, error: type[BaseException], existed: bool
+) -> None:
+    path = tmp_path / "run"
+    if existed:
+        path.mkdir()
+        (path / "kept").write_text("old")
+    with pytest.raises(error), replacing_folder(path) as part:
+        (part / "half").write_text("half")
+        raise error
+    assert names(tmp_path) == (["run"] if existed else [])
+    assert not existed or names(path) == ["kept"]
+    assert not existed or (path / "kept").read_text() == "old"
+
+
+def test_a_folder_can_be_entered_by_others(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "run"):
+        pass
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o755
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("mine")
+    with pytest.raises(ArtifactError, match=r"run: this is a file"), replacing_folder(path):
+        pass
+    assert names(tmp_path) == ["run"]
+    assert path.read_text() == "mine"
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+    value = {"name": "größe 大", "ranks": [1, 2], "scale": 0.1, "none": None, "nested": {"a": True}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "größe 大" in text
+    assert text.endswith("}\n")
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, [object()])
+    assert read_json(path) == [1]
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00"])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"a\.json: not JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("read", [read_json, lambda path: read_tensors(path, "plan")])
+def test_a_missing_file_is_named(tmp_path: Path, read: Callable) -> None:
+    with pytest.raises(ArtifactError, match=r"absent: there is no such file"):
+        read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_tensors_and_header_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "whole": torch.arange(12).reshape(3, 4).to(dtype),
+        "transposed": torch.arange(12).reshape(3, 4).to(dtype).T,
+        "rows": torch.arange(12).reshape(3, 4).to(dtype)[1:],
+        "empty": torch.zeros(0, 4, dtype=dtype),
+    }
+    header = {"kind": "plan", "name": "größe", "nested": {"r": [1, 2.5, None]}}
+    write_tensors(tmp_path / "a.safetensors", tensors, header)
+    found, found_header = read_tensors(tmp_path / "a.safetensors", "plan")
+    assert found_header == header
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor)
+    assert names(tmp_path) == ["a.safetensors"]
+
+
+def test_tensors_that_need_a_gradient_are_written_without_their_graph(tmp_path: Path) -> None:
+    tensor = torch.ones(2, requires_grad=True) * 3
+    write_tensors(tmp_path / "a", {"a": tensor}, {"kind": "plan"})
+    found = read_tensors(tmp_path / "a", "plan")[0]["a"]
+    assert not found.requires_grad
+    assert found.tolist() == [3, 3]
+
+
+def test_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a", {"a": torch.ones(2)}, {"kind": "calibration"})
+    with pytest.raises(ArtifactError, match=r"a: this is 'calibration', not 'plan'"):
+        read_tensors(tmp_path / "a", "plan")
+
+
+def test_a_safetensors_file_of_someone_else_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"a: this is 'no tlora file', not 'plan'"):
+        read_tensors(tmp_path / "a", "plan")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_a_truncated_tensor_file_is_named(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(100)}, {"kind": "plan"})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=r"a\.safetensors: not a readable safetensors file"):
+        read_tensors(path, "plan")
+
+
+def test_a_failed_write_of_tensors_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_tensors(path, {"a": torch.ones(2)}, {"kind": "plan"})
+    with pytest.raises(TypeError):
+        write_tensors(path, {"a": torch.zeros(2)}, {"kind": object()})
+    assert read_tensors(path, "plan")[0]["a"].tolist() == [1, 1]
+    assert names(tmp_path) == ["a"]
