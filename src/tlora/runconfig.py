@@ -141,10 +141,14 @@ class RunConfig:
     def options(self) -> Any:
         """Return the method's options record, made from `adapter`.
 
+        A method with a seed of its own takes the run's, unless it is given one.
+
         Raises:
             ConfigError: the method is unknown, or an option of it is unknown or out of range.
         """
-        return METHODS.load(self.method).options(**self.adapter)
+        record = METHODS.load(self.method).options
+        seeded = any(field.name == "seed" for field in dataclasses.fields(record))
+        return record(**({"seed": self.seed} if seeded else {}) | self.adapter)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

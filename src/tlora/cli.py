@@ -1,0 +1,237 @@
+"""The command line: `tlora VERB [flags]`.
+
+A verb is a line in `VERBS`: its name, what it does, the record that its flags fill, and the
+function below that takes the record. Whatever is slow to import is imported in that function, so
+that help comes at once.
+
+Exit codes: 0 done, 2 bad input (a sentence says which), 1 anything else, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tlora import __version__
+from tlora.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    PlanError,
+    TLoraError,
+    did_you_mean,
+)
+from tlora.registry import FORMATS, METHODS, TASKS, Registry
+from tlora.runconfig import RunConfig, field_docs
+
+_BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
+_REGISTRIES = {"methods": METHODS, "tasks": TASKS, "formats": FORMATS}
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Train and compare on the small model that comes with the package; needs nothing else."""
+
+    output_dir: str = "demo-run"
+    """Folder of the result."""
+    seed: int = 0
+    """Seed of the demonstration."""
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Show ranks, scales and captured energy of a plan, as a table and as a picture."""
+
+    path: str = field(metadata={"positional": True})
+    """A run's folder, or a plan.safetensors."""
+    by: Literal["module", "layer", "projection"] = "module"
+    """What a line of the table is about."""
+    picture: str | None = None
+    """Where to write the picture (PNG); by default plan.png beside the plan."""
+
+
+@dataclass(kw_only=True)
+class ListConfig:
+    """List what is registered, a line each."""
+
+    what: Literal["methods", "tasks", "formats"] | None = field(
+        default=None, metadata={"positional": True}
+    )
+    """Which registry to list; all of them, if left out."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Run the demonstration."""
+    from tlora.stages import demo
+
+    demo.run(output_dir=config.output_dir, seed=config.seed)
+
+
+def init(config: RunConfig) -> None:
+    """Calibrate, plan and attach; save the untrained adapter."""
+    from tlora.stages import initialise
+
+    _report(initialise.run(config))
+
+
+def train(config: RunConfig) -> None:
+    """Initialise, train, evaluate and save."""
+    from tlora.stages import train
+
+    _report(train.run(config))
+
+
+def inspect(config: InspectConfig) -> None:
+    """Show a plan."""
+    from tlora import AdapterPlan
+    from tlora.report import heatmap, tables
+
+    path = Path(config.path)
+    file = path / "plan.safetensors" if path.is_dir() else path
+    plan = AdapterPlan.load(file)
+    tables.show(plan, by=config.by)
+    picture = heatmap.save(plan, config.picture or file.with_name("plan.png"))
+    _say(f"\n{plan.summary()}\npicture: {picture}")
+
+
+def list_registered(config: ListConfig) -> None:
+    """List the names that --method, --task and --format take."""
+    for title, registry in _REGISTRIES.items():
+        if config.what == title or config.what is None:
+            _list_one(title, registry, heading=config.what is None)
+
+
+def _list_one(title: str, registry: Registry, heading: bool) -> None:
+    entries = registry.entries()
+    width = max((len(entry.name) for entry in entries), default=0)
+    lines = [f"{entry.name:<{width}}  {entry.summary}" for entry in entries]
+    if heading:
+        lines = [title, *(f"  {line}" for line in lines or ["none registered"])]
+    _say("\n".join(lines or [f"no {title} registered"]))
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line."""
+
+    name: str
+    summary: str
+    record: type
+    run: Callable[[Any], None]
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("demo", "see it work on a small embedded model", DemoConfig, demo),
+        Verb("init", "calibrate and save an untrained adapter", RunConfig, init),
+        Verb("train", "initialise, train, evaluate, save", RunConfig, train),
+        Verb("inspect", "show a plan as a table and a picture", InspectConfig, inspect),
+        Verb("list", "list methods, tasks and formats", ListConfig, list_registered),
+    )
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # --help, after showing it
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        _complain("interrupted; a training goes on from its last checkpoint with --resume.")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left (`tlora list | head -1`): nothing more to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except TLoraError as error:
+        _complain(str(error))
+        return 2 if isinstance(error, _BAD_INPUT) else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    word = argv[0] if argv else "--help"
+    if word in ("-h", "--help"):
+        _say(_overview())
+        return 0
+    if word == "--version":
+        _say(f"tlora {__version__}")
+        return 0
+    if word not in VERBS:
+        hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
+        raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
+    from tlora.parsing import Parsed, parse, to_yaml
+
+    verb, rest = VERBS[word], argv[1:]
+    more_help = ""
+    if verb.record is RunConfig and {"-h", "--help"} & set(rest):
+        more_help = _method_help(rest)
+    parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest, more_help)
+    if parsed.print_config:
+        record = parsed.record
+        _say(to_yaml(record.resolved() if isinstance(record, RunConfig) else record).rstrip())
+    else:
+        verb.run(parsed.record)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS.values())
+    return (
+        "usage: tlora VERB [--config run.yaml] [flags]\n\n"
+        "Task-aware LoRA: adapt a model to a task; a plain PEFT adapter comes out.\n\n"
+        f"{verbs}\n\n"
+        "`tlora VERB --help` lists the flags of a verb; `tlora --version` the version."
+    )
+
+
+def _method_help(argv: list[str]) -> str:
+    """Describe the options of the method that is named on the command line, or of the default."""
+    name = RunConfig.method
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--method"):
+            name = word.partition("=")[2] or following
+    options = METHODS.load(name).options
+    docs = field_docs(options)
+    lines = [
+        f"  --adapter.{option.name}\n      {docs.get(option.name, '')} (default: {option.default})"
+        for option in dataclasses.fields(options)
+    ]
+    return f"\noptions of the method {name!r}:\n" + "\n".join(lines) + "\n"
+
+
+def _report(folder: Any) -> None:
+    """Say where a run has left what."""
+    if folder.plan.is_file():
+        from tlora import AdapterPlan
+
+        _say(AdapterPlan.load(folder.plan).summary())
+    if folder.metrics.is_file():
+        _say(f"metrics: {folder.metrics.read_text(encoding='utf-8').strip()}")
+    _say(f"adapter: {folder.adapter}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"tlora: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Flags and YAML -> a record, with every unknown key met by a suggestion.
+
+A record is a dataclass; each field is a flag. A field that is itself a dataclass gives dotted
+flags (`--data.max_length`), a dict field takes any name below it (`--trainer.learning_rate`), to
+be checked by whoever knows the names. jsonargparse reads the values by their types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+
+from tlora.errors import ConfigError, did_you_mean
+from tlora.runconfig import field_docs
+
+Record = TypeVar("Record")
+
+_PRINT = "--print_config"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed(typing.Generic[Record]):
+    """What a command line says."""
+
+    record: Record
+    print_config: bool
+    """Show the record instead of running."""
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    more_help = ""
+    fields: dict[str, _Field]
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        return super().format_help(*args, **options) + self.more_help
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_plain(message, self.fields), where="command line") from ex
+
+
+def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "") -> Parsed[Record]:
+    """Read ``argv`` into a ``record``: flags over files over defaults, wherever they stand.
+
+    Args:
+        prog: what the user typed so far, for the usage line.
+        record: the dataclass to fill.
+        argv: the words after the verb.
+        more_help: text to show below the flags.
+
+    Raises:
+        ConfigError: a flag or a key of a file is unknown, or a value is not of the field's type.
+        SystemExit: --help was asked for and shown.
+    """
+    fields = _fields(record)
+    parser = make_parser(prog, record)
+    parser.more_help = more_help
+    # jsonargparse's own --print_config, in its help, does not know the method's options.
+    files, flags = _split_files([word for word in argv if word != _PRINT])
+    faults = [fault for file in files for fault in _unknown_keys(file, fields)]
+    faults += _unknown_flags(flags, fields)
+    if faults:
+        raise ConfigError(faults, where="command line")
+    # jsonargparse lets the later of file and flag win; the files go first, so flags always do.
+    values = parser.parse_args([*(f"--config={file}" for file in files), *flags])
+    return Parsed(_build(record, values), print_config=_PRINT in argv)
+
+
+def make_parser(prog: str, record: type) -> _Parser:
+    """Make the parser of one verb."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config run.yaml] [flags]",
+        description=(record.__doc__ or "").split("\n")[0],
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the fields below; flags win."
+    )
+    parser.fields = _fields(record)
+    for name, field in parser.fields.items():
+        options: dict[str, Any] = {"type": field.type, "help": field.help.replace("%", "%%")}
+        if field.positional:
+            if not field.required:
+                options["nargs"] = "?"
+            parser.add_argument(name, **options)
+            continue
+        if field.type is bool:
+            options |= {"nargs": "?", "const": True}
+        parser.add_argument(f"--{name}", default=field.default, **options)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """One flag: a field of the record, or of a record inside it."""
+
+    type: Any
+    default: Any
+    help: str
+    positional: bool
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def open(self) -> bool:
+        return typing.get_origin(self.type) is dict
+
+
+def _fields(record: Any, prefix: str = "") -> dict[str, _Field]:
+    hints, docs = typing.get_type_hints(record), field_docs(record)
+    found: dict[str, _Field] = {}
+    for field in dataclasses.fields(record):
+        name, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= _fields(kind, prefix=f"{name}.")
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        positional = bool(field.metadata.get("positional"))
+        found[name] = _Field(kind, default, docs.get(field.name, ""), positional)
+    return found
+
+
+def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments into the files given by --config and the rest, each in order."""
+    files, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+            if file is None:
+                raise ConfigError("--config needs a YAML file.", where="command line")
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _unknown_flags(flags: list[str], fields: dict[str, _Field]) -> list[str]:
+    known = [f"--{name}" for name, field in fields.items() if not field.positional]
+    known += ["--config", "--help", _PRINT]
+    faults = []
+    for word in flags:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag in known or _below_open(flag[2:], fields):
+            continue
+        faults.append(f"there is no flag `{flag}`.{_hint(flag, known, fields)}")
+    return faults
+
+
+def _hint(name: str, known: Iterable[str], fields: dict[str, _Field]) -> str:
+    """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
+    dashes = "--" if name.startswith("--") else ""
+    rest = name.partition(".")[2]
+    below = [f"{dashes}{section}.{rest}" for section, field in fields.items() if field.open]
+    return did_you_mean(name, [*known, *(below if rest else [])])
+
+
+def _below_open(name: str, fields: dict[str, _Field]) -> bool:
+    section, dot, _ = name.partition(".")
+    return bool(dot) and section in fields and fields[section].open
+
+
+def _unknown_keys(file: str, fields: dict[str, _Field]) -> list[str]:
+    sections = {name.partition(".")[0] for name in fields}
+    return [
+        f"{file}: there is no field `{key}`.{_hint(key, [*fields, *sections], fields)}"
+        for key in _keys(_read_yaml(file), fields)
+        if key not in fields and not _below_open(key, fields)
+    ]
+
+
+def _keys(values: dict[str, Any], fields: dict[str, _Field], prefix: str = "") -> list[str]:
+    """Return the dotted names of the leaves; below an open field everything is a leaf."""
+    found: list[str] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        section = any(known.startswith(f"{name}.") for known in fields)
+        if isinstance(value, dict) and section:
+            found += _keys(value, fields, prefix=f"{name}.")
+        else:
+            found.append(name)
+    return found
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}).", "command line") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"{file}: not YAML ({cause}).", where="command line") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: give `field: value` lines.", where="command line")
+    return values
+
+
+def _build(record: Any, values: Any) -> Any:
+    hints = typing.get_type_hints(record)
+    given = {}
+    for field in dataclasses.fields(record):
+        kind, value = hints[field.name], values[field.name]
+        given[field.name] = _build(kind, value) if dataclasses.is_dataclass(kind) else value
+    return record(**given)
+
+
+def _plain(message: str, fields: dict[str, _Field]) -> str:
+    """Return jsonargparse's message as one sentence in our words, or at least in one line."""
+    line = " ".join(message.split())
+    key = re.search(r'Parser key "([^"]+)"', line)
+    value = re.search(r"(?:Got|Given) value: (.*)$", line)
+    if key and value and key[1] in fields:
+        return f"`{key[1]}` is {value[1]!r}; give {_wanted(fields[key[1]].type)}."
+    return line
+
+
+def _wanted(kind: Any) -> str:
+    """Say in words what values a field takes."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if kind in words:
+        return words[kind]
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    if typing.get_origin(kind) is list:
+        return "a list like [a, b]"
+    if typing.get_origin(kind) is dict:
+        return "`name: value` pairs"
+    return " or ".join(_wanted(part) for part in typing.get_args(kind) if part is not type(None))
+
+
+def to_yaml(record: Any) -> str:
+    """Return a record as YAML that `--config` reads back into the same record."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(record), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Pictures and tables of what tlora decided and measured."""

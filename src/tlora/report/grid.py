@@ -1,0 +1,58 @@
+"""A plan's modules laid out as layers x projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tlora.adapter.plan import AdapterPlan, ModulePlan
+
+OUTSIDE = "-"
+"""The row of modules that belong to no numbered layer, such as a head."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each module of a plan stands.
+
+    "model.layers.3.mlp.up_proj" stands in row "3", column "up_proj". Rows of a model with
+    several stacks carry the stack's name ("encoder.block.3"). A column is the last part of the
+    module's name, or all of it after the layer where the last part says too little (BERT has
+    several "dense").
+    """
+
+    rows: list[str]
+    columns: list[str]
+    cells: dict[tuple[str, str], ModulePlan]
+
+    @classmethod
+    def of(cls, plan: AdapterPlan) -> Grid:
+        """Lay out every module of ``plan``, rows and columns in the order of the model."""
+        parts = {name: split(name) for name in plan.modules}
+        stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
+        projections = {projection for *_, projection in parts.values()}
+        short = {projection: projection.rpartition(".")[2] for projection in projections}
+        if len(set(short.values())) < len(short):
+            short = {projection: projection for projection in projections}
+        cells = {}
+        for name, (stack, layer, projection) in parts.items():
+            row = str(layer) if len(stacks) == 1 else f"{stack}.{layer}"
+            cells[OUTSIDE if layer is None else row, short[projection]] = plan.modules[name]
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return cls(rows, columns, cells)
+
+
+def split(name: str) -> tuple[str, int | None, str]:
+    """Split a module's name into stack, layer number and projection.
+
+    Example:
+        >>> split("model.layers.3.mlp.up_proj")
+        ('model.layers', 3, 'mlp.up_proj')
+    """
+    words = name.split(".")
+    for place, word in enumerate(words[:-1]):
+        if word.isdigit():
+            return ".".join(words[:place]), int(word), ".".join(words[place + 1 :])
+    return "", None, name

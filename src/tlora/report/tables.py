@@ -1,0 +1,85 @@
+"""A plan as a table: a line per module, per layer or per projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tlora.errors import ConfigError, did_you_mean
+from tlora.report.grid import Grid
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlora.adapter.plan import AdapterPlan, ModulePlan
+
+VIEWS = ("module", "layer", "projection")
+
+
+def show(plan: AdapterPlan, by: str = "module", console: Console | None = None) -> None:
+    """Print the table of ``plan`` on ``console``, by default on standard output.
+
+    Raises:
+        ConfigError: ``by`` is none of `VIEWS`.
+    """
+    from rich.console import Console
+
+    (console or Console()).print(table(plan, by))
+
+
+def table(plan: AdapterPlan, by: str = "module") -> Table:
+    """Return the table: for groups of modules ranks and parameters are summed, the rest averaged.
+
+    "energy" is the share of ||W C||_F^2 that the subspace of A keeps.
+
+    Raises:
+        ConfigError: ``by`` is none of `VIEWS`.
+    """
+    from rich import box
+    from rich.table import Table
+
+    if by not in VIEWS:
+        options = ", ".join(map(repr, VIEWS))
+        raise ConfigError(f"`by` is {by!r}; choose one of {options}.{did_you_mean(by, VIEWS)}")
+    made = Table(box=box.SIMPLE)
+    # On a narrow terminal the names fold; a number cut short would be a wrong number.
+    made.add_column(by, overflow="fold")
+    for column in ("modules", "rank", "scale", "sensitivity", "energy", "parameters"):
+        if by != "module" or column != "modules":
+            made.add_column(column, justify="right", no_wrap=True)
+    groups = _groups(plan, by)
+    for name, modules in groups.items():
+        made.add_row(name, *_line(plan, modules, counted=by != "module"))
+    everything = list(plan.modules.values())
+    made.add_section()
+    made.add_row("all", *_line(plan, everything, counted=by != "module"), style="bold")
+    return made
+
+
+def _groups(plan: AdapterPlan, by: str) -> dict[str, list[ModulePlan]]:
+    if by == "module":
+        return {name: [module] for name, module in plan.modules.items()}
+    grid = Grid.of(plan)
+    groups: dict[str, list[ModulePlan]] = {}
+    for place, module in grid.cells.items():
+        groups.setdefault(place[VIEWS.index(by) - 1], []).append(module)
+    return groups
+
+
+def _line(plan: AdapterPlan, modules: list[ModulePlan], counted: bool) -> list[str]:
+    inputs = 0 if plan.config.freeze_a else 1
+    parameters = sum(m.rank * (m.d_out + inputs * m.d_in) for m in modules)
+    cells = [
+        f"{sum(m.rank for m in modules)}",
+        _mean((m.scale for m in modules), "{:.3f}"),
+        _mean((m.sensitivity for m in modules), "{:.2e}"),
+        _mean((m.captured_energy for m in modules), "{:.4f}"),
+        f"{parameters:,}",
+    ]
+    return [f"{len(modules)}", *cells] if counted else cells
+
+
+def _mean(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(sum(known) / len(known)) if known else "-"
