@@ -2,7 +2,7 @@
 
 ::
 
-    run.json           the resolved configuration and whether the run is finished
+    run.json           the resolved configuration, whether the run is finished, what it took
     provenance.json    versions, seed, git commit and machine, one record for each start
     plan.safetensors   the plan of the adapter, if the method makes one
     log.jsonl          every line that the trainer logs
@@ -95,9 +95,13 @@ class RunFolder:
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         write_json(self._run, run)
 
-    def finish(self) -> None:
-        """Mark the run as finished."""
-        write_json(self._run, self._read() | {"status": "finished"})
+    def finish(self, measured: dict[str, Any] | None = None) -> None:
+        """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
+        write_json(self._run, self._read() | {"status": "finished", "measured": measured or {}})
+
+    def measured(self) -> dict[str, Any]:
+        """Return what a finished run measured: trainable parameters, seconds of each stage."""
+        return self._read().get("measured", {})
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint; one that a kill left half-written is passed over."""

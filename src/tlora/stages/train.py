@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
@@ -44,16 +47,29 @@ def run(config: RunConfig) -> RunFolder:
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     folder.start(config.resolved().to_dict(), verb="train")
-    prepared = adapt(setup, folder, arguments.device)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "initialise"):
+        prepared = adapt(setup, folder, arguments.device)
+    trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
-    trainer.train(resume_from_checkpoint=_resume_point(folder))
-    metrics = evaluate(trainer, setup)
+    with _timed(seconds, "train"):
+        trainer.train(resume_from_checkpoint=_resume_point(folder))
+    with _timed(seconds, "evaluate"):
+        metrics = evaluate(trainer, setup)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object.
         save_adapter(prepared, setup, folder.adapter)
         write_json(folder.metrics, metrics)
-        folder.finish()
+        folder.finish({"trainable_parameters": trainable, "seconds": seconds})
     return folder
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long the body took; of a resumed run that is its last start alone."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 def merge_saved(config: RunConfig, saved: RunConfig) -> RunConfig:
