@@ -119,6 +119,10 @@ def test_all_faults_come_in_one_error() -> None:
         assert fault in str(caught.value)
 
 
+def test_all_faults_of_the_values_come_in_one_error() -> None:
+    assert len(faults_of(r=0, budget="none", freeze_a=1, memory_budget="much")) == 4
+
+
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)
 def test_a_refused_option_says_why(name: str) -> None:
     (fault,) = faults_of(**{name: True})

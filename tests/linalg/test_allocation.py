@@ -197,7 +197,7 @@ def test_lengths_that_differ_are_an_error() -> None:
 @pytest.mark.parametrize("high", [10, 16, 64, 10**6])
 def test_a_huge_range_of_sensitivities_keeps_the_budget(high: int) -> None:
     bounds = [RankBounds(1, high)] * 5
-    for sensitivities in (HOSTILE, HOSTILE[::-1], [1e-310, 1.0, 1.0, 1.0, 1.0], HOSTILE[:3] * 2):
+    for sensitivities in (HOSTILE, HOSTILE[::-1], [1e-310, 1.0], [1e-310, 1.0, 1e-320]):
         bounds = [RankBounds(1, high)] * len(sensitivities)
         costs = [3, 5, 7, 11, 13, 17][: len(sensitivities)]
         found = allocate_ranks(sensitivities, 8, bounds)

@@ -188,6 +188,7 @@ def test_fewer_tokens_than_rank_are_completed_by_the_weight(
     assert found.determined == tokens
     assert found.captured_energy == pytest.approx(1.0)
     assert_orthonormal(found.basis)
+    assert torch.equal(found.basis, fix_signs(found.basis))
     known = top_rows(weight @ moment, tokens)
     assert overlap(found.basis[:tokens], known) > 0.9999
     outside = torch.from_numpy(weight.numpy() @ (np.eye(shape[1]) - known.T @ known))
