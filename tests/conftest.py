@@ -7,10 +7,14 @@ float32 weights, in eval mode, and keyword arguments override fields of its conf
 from __future__ import annotations
 
 import os
+import tempfile
 
+# Before `datasets` is imported: what the tests read leaves nothing in the user's cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tlora-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 import string
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +34,11 @@ SENTENCES = (
 )
 
 ModelFactory = Callable[..., Any]
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache of the session."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def seeded(build: Callable[[], Any]) -> Any:
@@ -79,6 +88,19 @@ def tiny_llama() -> ModelFactory:
         return seeded(lambda: transformers.LlamaForCausalLM(config))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> ModelFactory:
+    """Save a model with the tokenizer, as a user has it on disk; return the folder's path."""
+
+    def save(model: Any) -> str:
+        folder = tmp_path_factory.mktemp(type(model).__name__)
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def read_file(path: str) -> Dataset:
     builder, options = READERS[suffix]
     rows = _load(path, builder, data_files=str(file), split="train", **options)
     if len(rows) == 0:
-        raise DataError(f"{path}: the file has no rows.")
+        raise DataError(f"{path}: there are no rows.")
     return rows
 
 
@@ -70,6 +70,8 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     try:
         return datasets.load_dataset(builder, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{where}: there are no rows.") from error
         cause = _first_bad_line(where) or _innermost(error)
         raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
     finally:

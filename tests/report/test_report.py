@@ -1,0 +1,167 @@
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tlora import AdapterPlan, ModulePlan, TLoraConfig
+from tlora.errors import ConfigError
+from tlora.report import heatmap, tables
+from tlora.report.grid import OUTSIDE, Grid, split
+
+LLAMA = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(3)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+]
+BERT = [
+    f"bert.encoder.layer.{layer}.{name}"
+    for layer in range(2)
+    for name in ("attention.self.query", "attention.output.dense", "output.dense")
+]
+T5 = [
+    f"{stack}.block.{layer}.layer.0.SelfAttention.q"
+    for stack in ("encoder", "decoder")
+    for layer in range(2)
+]
+
+
+def plan_of(names, energy=0.5, sensitivity=1e-6):
+    modules = {
+        name: ModulePlan(
+            name=name,
+            d_in=4,
+            d_out=10,
+            rank=index + 1,
+            scale=1.0 + index,
+            lora_A=torch.zeros(index + 1, 4),
+            captured_energy=energy,
+            sensitivity=sensitivity,
+            solver="exact",
+        )
+        for index, name in enumerate(names)
+    }
+    return AdapterPlan(modules, TLoraConfig(r=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj", ("model.layers", 3, "mlp.up_proj")),
+        ("transformer.h.11.attn.c_attn", ("transformer.h", 11, "attn.c_attn")),
+        ("lm_head", ("", None, "lm_head")),
+        ("classifier.0", ("", None, "classifier.0")),
+    ],
+)
+def test_a_name_is_split_at_its_first_number(name, expected):
+    assert split(name) == expected
+
+
+def test_llama_is_laid_out_in_layers_and_short_projections():
+    grid = Grid.of(plan_of(LLAMA))
+    assert grid.rows == ["0", "1", "2"]
+    assert grid.columns == ["q_proj", "v_proj", "down_proj"]
+    assert grid.cells["1", "v_proj"].name == LLAMA[4]
+
+
+def test_names_that_end_alike_keep_their_whole_projection():
+    assert Grid.of(plan_of(BERT)).columns == [
+        "attention.self.query",
+        "attention.output.dense",
+        "output.dense",
+    ]
+
+
+def test_stacks_are_told_apart_and_a_head_stands_outside():
+    grid = Grid.of(plan_of([*T5, "lm_head"]))
+    assert grid.rows == [
+        "encoder.block.0",
+        "encoder.block.1",
+        "decoder.block.0",
+        "decoder.block.1",
+        OUTSIDE,
+    ]
+    assert len(grid.cells) == 5
+
+
+def test_every_module_has_a_cell_whatever_the_family():
+    for names in (LLAMA, BERT, T5):
+        assert {module.name for module in Grid.of(plan_of(names)).cells.values()} == set(names)
+
+
+def test_the_picture_shows_each_value_in_its_place():
+    figure = heatmap.draw(plan_of(LLAMA))
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == ["rank", "scale", "sensitivity", "captured energy"]
+    shown = np.asarray(panels["rank"].images[0].get_array())
+    assert shown.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    texts = {text.get_position(): text.get_text() for text in panels["scale"].texts}
+    assert texts[1, 2] == "8.00"
+    assert [label.get_text() for label in panels["rank"].get_xticklabels()] == [
+        "q_proj",
+        "v_proj",
+        "down_proj",
+    ]
+
+
+def test_what_was_not_measured_has_no_panel():
+    figure = heatmap.draw(plan_of(LLAMA, energy=None, sensitivity=None))
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["rank", "scale"]
+
+
+def test_a_sensitivity_of_zero_is_drawn(tmp_path):
+    plan = plan_of(LLAMA)
+    plan.modules[LLAMA[0]].sensitivity = 0.0
+    assert heatmap.save(plan, tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_stay_apart_at_32_layers_of_7_projections():
+    names = [f"model.layers.{layer}.m.p{column}_proj" for layer in range(32) for column in range(7)]
+    figure = heatmap.draw(plan_of(names))
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    axis = figure.axes[0]
+    boxes = [text.get_window_extent(renderer) for text in axis.texts]
+    assert len(boxes) == 224
+    # Neighbours in a row, and in a column.
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes[:7]))
+    assert all(a.y0 > b.y1 for a, b in zip(boxes[:-7:7], boxes[7::7], strict=True))
+
+
+def text_of(plan, by, width=120):
+    console = Console(width=width, record=True, file=io.StringIO())
+    tables.show(plan, by=by, console=console)
+    return [line.split() for line in console.export_text().splitlines() if line.strip()]
+
+
+def test_the_table_has_a_line_per_module_and_the_total():
+    lines = text_of(plan_of(LLAMA), "module")
+    assert len(lines) == 2 + 9 + 1
+    assert lines[3] == ["model.layers.0.self_attn.v_proj", "2", "2.000", "1.00e-06", "0.5000", "20"]
+    assert lines[-1] == ["all", "45", "5.000", "1.00e-06", "0.5000", "450"]
+
+
+def test_groups_sum_ranks_and_average_the_rest():
+    lines = text_of(plan_of(LLAMA), "layer")
+    assert lines[2] == ["0", "3", "6", "2.000", "1.00e-06", "0.5000", "60"]
+    lines = text_of(plan_of(LLAMA), "projection")
+    assert lines[3] == ["v_proj", "3", "15", "5.000", "1.00e-06", "0.5000", "150"]
+
+
+def test_what_was_not_measured_is_a_dash():
+    assert text_of(plan_of(LLAMA, energy=None, sensitivity=None), "layer")[2][4:6] == ["-", "-"]
+
+
+def test_a_trained_a_counts_among_the_parameters():
+    plan = plan_of(LLAMA)
+    plan.config = TLoraConfig(r=4, freeze_a=False)
+    assert text_of(plan, "module")[-1][-1] == f"{45 * 14}"
+
+
+def test_an_unknown_view_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"`by` is 'layers'; choose one of .* Did you mean 'layer'\?"
+    ):
+        tables.table(plan_of(LLAMA), by="layers")

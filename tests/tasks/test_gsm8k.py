@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from tlora.errors import DataError
+from tlora.runconfig import DataConfig
+from tlora.tasks.gsm8k import Gsm8k, worked_answer
+
+ANSWER = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
+)
+
+
+def test_the_answer_loses_its_annotations_and_ends_in_the_scored_sentence():
+    assert worked_answer(ANSWER) == (
+        "Natalia sold 48/2 = 24 clips in May.\n"
+        "Natalia sold 48+24 = 72 clips altogether in April and May.\nThe answer is: 72"
+    )
+
+
+@pytest.mark.parametrize(
+    ("final", "number"),
+    [("#### 1,024", "1024"), ("#### -3", "-3"), ("####5", "5"), ("#### 0.5 \n", "0.5")],
+)
+def test_the_number_is_taken_without_its_thousands_commas(final, number):
+    assert worked_answer(f"So.\n{final}") == f"So.\nThe answer is: {number}"
+
+
+def test_an_answer_without_a_final_line_names_file_row_and_column():
+    with pytest.raises(DataError, match=r"^train, row 3: column 'answer': .*'#### number'"):
+        Gsm8k(DataConfig()).row({"question": "2+2?", "answer": "4"}, "train, row 3")
+
+
+def test_the_prompt_is_the_papers():
+    row = Gsm8k(DataConfig()).row({"question": " How many? ", "answer": ANSWER}, "row 1")
+    assert row["prompt"] == (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\nHow many?\n\n### Response:"
+    )
+
+
+def test_rows_are_read_from_a_file_and_limited(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": f"{n}?", "answer": ANSWER}) + "\n" for n in range(5))
+    )
+    train, held_out = Gsm8k(DataConfig(max_train_rows=2)).load(str(file), None)
+    assert [row["question"] for row in train] == ["0?", "1?"]
+    assert held_out is None

@@ -1,0 +1,175 @@
+import json
+
+import numpy as np
+import pytest
+
+from tlora.errors import ConfigError, DataError
+from tlora.runconfig import DataConfig
+from tlora.tasks.jsonl import Jsonl
+
+
+@pytest.fixture
+def first_row(tmp_path):
+    """Write one row as JSONL and return what the task makes of it."""
+
+    def make(raw, **data):
+        file = tmp_path / "train.jsonl"
+        file.write_text(json.dumps(raw) + "\n")
+        task = Jsonl(DataConfig(**data))
+        train, _ = task.load(str(file), None)
+        return task.row(train[0], "train.jsonl, row 1")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"}),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}),
+        ({"question": "a", "answer": "b"}, {"prompt": "a", "response": "b"}),
+        ({"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            {"prompt": "a\n\nc", "response": "b"},
+        ),
+        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": "a", "response": "b"}),
+        ({"text": "a", "id": 3}, {"text": "a"}),
+        (
+            {"messages": [{"role": "assistant", "content": "b"}], "text": "a"},
+            {"messages": [{"role": "assistant", "content": "b"}]},
+        ),
+    ],
+)
+def test_well_known_columns_are_found(first_row, raw, expected):
+    assert first_row(raw) == expected
+
+
+def test_named_columns_and_a_template_over_any_columns(first_row):
+    raw = {"ask": "2+{2}?", "unit": "apples", "reply": 4}
+    row = first_row(raw, prompt_template="{ask} In {unit}: {{", response_column="reply")
+    assert row == {"prompt": "2+{2}? In apples: {", "response": "4"}
+
+
+def test_a_misspelt_column_gets_a_suggestion(first_row):
+    with pytest.raises(
+        ConfigError, match=r"`data\.prompt_column` is 'promt'.*Did you mean 'prompt'"
+    ):
+        first_row({"prompt": "a", "response": "b"}, prompt_column="promt")
+
+
+def test_a_misspelt_placeholder_gets_a_suggestion(first_row):
+    with pytest.raises(ConfigError, match=r"has \{qestion\}.*Did you mean 'question'"):
+        first_row({"question": "a", "answer": "b"}, prompt_template="{qestion}")
+
+
+def test_columns_like_nothing_known_are_listed(first_row):
+    with pytest.raises(ConfigError, match="the rows have the columns source, target; name"):
+        first_row({"source": "a", "target": "b"})
+
+
+def test_an_empty_value_names_file_row_and_column(first_row):
+    with pytest.raises(DataError, match=r"^train\.jsonl, row 1: column 'response' is None"):
+        first_row({"prompt": "a", "response": None})
+
+
+def test_a_chat_without_an_assistant_is_refused(first_row):
+    with pytest.raises(DataError, match="no assistant turn to learn from"):
+        first_row({"messages": [{"role": "user", "content": "hi"}]})
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
+    with pytest.raises(DataError, match=r"train\.jsonl: cannot be read as rows \(line 2:"):
+        Jsonl(DataConfig()).load(str(file), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.jsonl", None, r"none\.jsonl: there is no such file"),
+        ("rows.xlsx", "x", r"files of kind '\.xlsx' are not read; use \.json, "),
+        ("rows.csv", "prompt,response\n", "there are no rows"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        Jsonl(DataConfig()).load(str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("csv", 'prompt,response\n"NA, said he",null\n'),
+        ("tsv", "prompt\tresponse\nNA, said he\tnull\n"),
+        ("json", '[{"prompt": "NA, said he", "response": "null"}]'),
+    ],
+)
+def test_words_that_look_like_missing_values_stay_words(tmp_path, suffix, text):
+    file = tmp_path / f"train.{suffix}"
+    file.write_text(text)
+    task = Jsonl(DataConfig())
+    train, _ = task.load(str(file), None)
+    assert task.row(train[0], "row 1") == {"prompt": "NA, said he", "response": "null"}
+
+
+def test_no_source_of_rows_is_a_config_error():
+    with pytest.raises(ConfigError, match="no training rows; give --train_file"):
+        Jsonl(DataConfig()).load(None, None)
+
+
+@pytest.fixture
+def classification(tmp_path):
+    def make(values, **data):
+        file = tmp_path / "rows.jsonl"
+        lines = [json.dumps({"review": f"text {v}", "stars": v}) for v in values]
+        file.write_text("\n".join(lines))
+        data = {"kind": "classification", "text_column": "review", "label_column": "stars"} | data
+        task = Jsonl(DataConfig(**data))
+        train, _ = task.load(str(file), None)
+        return task, train
+
+    return make
+
+
+def test_classes_are_the_sorted_labels_numbers_as_numbers(classification):
+    task, train = classification([10, 9, 2, 9])
+    assert task.label_names == ["2", "9", "10"]
+    assert [task.row(raw, "row")["label"] for raw in train] == [2, 1, 0, 1]
+
+
+def test_given_classes_keep_their_order_and_others_are_refused(classification):
+    task, train = classification(["good", "bad", "odd"], label_names=["good", "bad"])
+    assert [task.row(raw, "row")["label"] for raw in train.select(range(2))] == [0, 1]
+    with pytest.raises(DataError, match=r"column 'stars' is 'odd', not one of 'good', 'bad'"):
+        task.row(train[2], "row")
+
+
+def test_classification_needs_its_columns_named(classification):
+    with pytest.raises(ConfigError, match=r"`data\.label_column` is missing; name the column"):
+        classification([1], label_column=None)
+
+
+def test_metrics_equal_the_hand_computed_ones(classification):
+    task, _ = classification([0, 1])
+    scores = task.metrics(np.eye(2)[[0, 0, 1, 1]], np.array([0, 1, 1, 1]))
+    # Class 0: precision 1/2, recall 1; class 1: precision 1, recall 2/3.
+    assert scores == pytest.approx({"accuracy": 3 / 4, "f1_macro": (2 / 3 + 4 / 5) / 2})
+    task, _ = classification([0.5, 1.5], kind="regression")
+    scores = task.metrics(np.array([[1.0], [2.0], [3.0]]), np.array([1.0, 2.0, 5.0]))
+    assert scores["mse"] == pytest.approx(4 / 3)
+    assert scores["spearmanr"] == pytest.approx(1.0)
+
+
+def test_a_kind_that_the_task_is_not_is_refused():
+    from tlora.tasks.gsm8k import Gsm8k
+
+    with pytest.raises(
+        ConfigError, match=r"`data\.kind` is 'regression', but this task is 'causal'"
+    ):
+        Gsm8k(DataConfig(kind="regression"))
+    with pytest.raises(ConfigError, match=r"`data\.kind` is 'poetry'; choose one of 'causal'"):
+        Jsonl(DataConfig(kind="poetry"))

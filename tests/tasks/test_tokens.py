@@ -1,0 +1,133 @@
+import logging
+
+import pytest
+from datasets import Dataset
+
+from tlora.errors import DataError
+from tlora.runconfig import DataConfig
+from tlora.tasks import tokens
+from tlora.tasks.jsonl import Jsonl
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}.{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "so long"},
+]
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def learnt_text(tokenizer, encoded):
+    return tokenizer.decode([label for label in encoded["labels"] if label != tokens.IGNORED])
+
+
+def test_only_the_response_and_its_end_are_learnt(tiny_tokenizer):
+    row = {"prompt": "The answer", "response": " is: 72"}
+    encoded = tokens.causal(tiny_tokenizer, row, DataConfig())
+    assert tiny_tokenizer.decode(encoded["input_ids"]) == "The answer is: 72</s>"
+    assert learnt_text(tiny_tokenizer, encoded) == " is: 72</s>"
+    prompt = tiny_tokenizer("The answer")["input_ids"]
+    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert encoded["labels"][: len(prompt)] == [tokens.IGNORED] * len(prompt)
+
+
+def test_loss_on_all_learns_the_prompt_too(tiny_tokenizer):
+    row = {"prompt": "The answer", "response": " is: 72"}
+    encoded = tokens.causal(tiny_tokenizer, row, DataConfig(loss_on="all"))
+    assert encoded["labels"] == encoded["input_ids"]
+
+
+def test_plain_text_is_learnt_whole_and_ended_once(tiny_tokenizer):
+    encoded = tokens.causal(tiny_tokenizer, {"text": "a journey"}, DataConfig())
+    assert encoded["labels"] == encoded["input_ids"]
+    assert encoded["input_ids"].count(tiny_tokenizer.eos_token_id) == 1
+
+
+def test_what_is_too_long_loses_its_end(tiny_tokenizer):
+    row = {"prompt": "The answer", "response": " is: 72"}
+    whole = tokens.causal(tiny_tokenizer, row, DataConfig())
+    cut = tokens.causal(tiny_tokenizer, row, DataConfig(max_length=7))
+    assert cut == {name: values[:7] for name, values in whole.items()}
+    assert len(whole["input_ids"]) > 7
+
+
+def test_every_assistant_turn_of_a_chat_is_learnt_and_nothing_else(chat_tokenizer):
+    encoded = tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig())
+    text = chat_tokenizer.decode(encoded["input_ids"])
+    assert text == "user:hiassistant:hello.user:byeassistant:so long."
+    assert learnt_text(chat_tokenizer, encoded) == "hello.so long."
+
+
+def test_a_chat_may_be_learnt_whole_by_a_template_without_marks(chat_tokenizer):
+    chat_tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    encoded = tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig(loss_on="all"))
+    assert encoded["labels"] == encoded["input_ids"]
+    with pytest.raises(DataError, match="does not mark what the assistant says"):
+        tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig())
+
+
+def test_a_chat_needs_a_template(tiny_tokenizer):
+    with pytest.raises(DataError, match="tokenizer has no chat template"):
+        tokens.causal(tiny_tokenizer, {"messages": CHAT}, DataConfig())
+
+
+def test_seq2seq_has_source_and_target(tiny_tokenizer):
+    row = {"prompt": "The answer", "response": "72"}
+    encoded = tokens.seq2seq(tiny_tokenizer, row, DataConfig())
+    assert encoded["input_ids"] == tiny_tokenizer("The answer")["input_ids"]
+    assert encoded["labels"] == tiny_tokenizer("72")["input_ids"]
+
+
+def test_a_pair_is_tokenised_together_and_cut_to_length(tiny_tokenizer):
+    row = {"text": "a journey", "text_pair": "the task", "label": 1}
+    encoded = tokens.labelled(tiny_tokenizer, row, DataConfig(max_length=6))
+    assert len(encoded["input_ids"]) == 6
+    assert encoded["labels"] == 1
+
+
+def test_the_collator_masks_padding(tiny_tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [5]}]
+    batch = tokens.causal_collator(tiny_tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [5, -100, -100]]
+
+
+@pytest.fixture
+def tokenise(tiny_tokenizer):
+    def run(prompts, max_length):
+        data = DataConfig(max_length=max_length)
+        task = Jsonl(data)
+        task._settle_columns(["prompt", "response"])
+        rows = Dataset.from_list([{"prompt": prompt, "response": "72"} for prompt in prompts])
+        return tokens.tokenised(rows, task, tokens.causal, tiny_tokenizer, "train.jsonl")
+
+    return run
+
+
+def test_rows_without_a_token_to_learn_are_left_out_and_counted(tokenise, caplog):
+    with caplog.at_level(logging.WARNING):
+        kept = tokenise(["hi", "a charming and often affecting journey" * 9], max_length=20)
+    assert len(kept) == 1
+    assert sorted(kept.column_names) == ["input_ids", "labels"]
+    assert "train.jsonl: 1 of 2 rows have no token to learn from" in caplog.text
+
+
+def test_no_row_left_is_an_error(tokenise):
+    with pytest.raises(DataError, match="no row has a token to learn from within 3 tokens"):
+        tokenise(["a charming journey"], max_length=3)

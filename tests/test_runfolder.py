@@ -1,0 +1,158 @@
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.runfolder import RunFolder, git_state, provenance
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def write_checkpoint(folder, step):
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"weight": torch.ones(3)}, path / "adapter_model.safetensors")
+    torch.save({"step": step}, path / "optimizer.pt")
+    torch.save({"step": step}, path / "scheduler.pt")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_new_path_and_an_empty_folder_are_free(folder):
+    folder.refuse_unless_free()
+    folder.path.mkdir()
+    folder.refuse_unless_free()
+    assert not any(folder.path.iterdir())
+
+
+def test_a_folder_with_other_things_is_refused(folder):
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no run; choose another"):
+        folder.refuse_unless_free()
+
+
+def test_a_file_is_refused(folder):
+    folder.path.write_text("mine")
+    with pytest.raises(ConfigError, match="is a file; choose another --output_dir"):
+        folder.refuse_unless_free()
+
+
+def test_an_unfinished_run_is_refused_with_the_way_to_go_on(folder):
+    folder.start({"seed": 3}, verb="train")
+    with pytest.raises(ConfigError, match="an unfinished run; add --resume to continue it"):
+        folder.refuse_unless_free()
+
+
+def test_a_finished_run_is_refused_and_said_to_be_finished(folder):
+    folder.start({"seed": 3}, verb="train")
+    folder.finish()
+    assert folder.finished
+    with pytest.raises(ConfigError, match="a finished run; choose another --output_dir"):
+        folder.refuse_unless_free()
+
+
+def test_the_configuration_comes_back_as_it_was(folder):
+    config = {"seed": 3, "adapter": {"r": 4, "target_modules": ["q_proj"]}, "model": None}
+    folder.start(config, verb="train")
+    assert RunFolder(folder.path).config() == config
+
+
+def test_a_run_file_of_something_else_is_named(folder):
+    folder.path.mkdir()
+    (folder.path / "run.json").write_text('{"kind": "bicycle"}')
+    with pytest.raises(ArtifactError, match=r"run\.json: not written by `tlora`"):
+        folder.config()
+
+
+def test_each_start_adds_its_provenance(folder):
+    folder.start({"seed": 3}, verb="train")
+    folder.start({"seed": 3}, verb="train")
+    starts = json.loads((folder.path / "provenance.json").read_text())["starts"]
+    assert [start["seed"] for start in starts] == [3, 3]
+
+
+def test_provenance_says_what_ran_and_where():
+    record = provenance(seed=7)
+    assert record["seed"] == 7
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["hardware"]["cores"] >= 1
+    assert record["hardware"]["memory_bytes"] > 2**20
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_git_state_is_the_commit_and_whether_files_changed(tmp_path):
+    assert git_state(tmp_path) is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "new.txt").write_text("x")
+    assert git_state(tmp_path) == clean | {"dirty": True}
+
+
+def test_the_last_checkpoint_is_the_one_of_the_highest_step(folder):
+    assert folder.last_checkpoint() is None
+    for step in (2, 10, 9):
+        write_checkpoint(folder, step)
+    assert folder.last_checkpoint().name == "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+)
+def test_a_checkpoint_with_a_file_cut_short_is_passed_over(folder, name):
+    write_checkpoint(folder, 2)
+    cut_in_half(write_checkpoint(folder, 4) / name)
+    assert folder.last_checkpoint().name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+)
+def test_a_checkpoint_without_a_file_is_passed_over(folder, name):
+    write_checkpoint(folder, 2)
+    (write_checkpoint(folder, 4) / name).unlink()
+    assert folder.last_checkpoint().name == "checkpoint-2"
+
+
+def test_a_state_of_another_step_does_not_make_a_checkpoint_whole(folder):
+    state = write_checkpoint(folder, 4) / "trainer_state.json"
+    state.write_text('{"global_step": 3}')
+    assert folder.last_checkpoint() is None
+
+
+def test_only_what_lies_beyond_the_resume_point_is_dropped(folder):
+    for step in (2, 4, 6):
+        write_checkpoint(folder, step)
+    (folder.checkpoints / "checkpoint-best").mkdir()
+    assert [path.name for path in folder.drop_checkpoints_after(4)] == ["checkpoint-6"]
+    left = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-best"]
+
+
+def test_rewinding_the_log_drops_later_lines_and_a_broken_last_one(folder):
+    folder.path.mkdir()
+    folder.rewind_log(0)
+    for step in (1, 2, 3):
+        folder.append_log({"step": step, "loss": step / 2})
+    with folder.log.open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.rewind_log(2)
+    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
