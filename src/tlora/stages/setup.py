@@ -200,6 +200,11 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
 
     arguments = setup.kind.load(setup.kind.arguments)
     known = {field.name: field for field in dataclasses.fields(arguments)}
+    # YAML reads a bare `no` as false, and "no" is the name of a strategy.
+    given = {
+        name: "no" if name.endswith("_strategy") and value is False else value
+        for name, value in setup.config.trainer.items()
+    }
     ours: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         ours["bf16"] = False
@@ -207,16 +212,16 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         ours["dataloader_pin_memory"] = False
         # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
         names = ("activation_checkpointing", "gradient_checkpointing")
-        if not any(name in setup.config.trainer for name in names):
+        if not any(name in given for name in names):
             ours[next(name for name in names if name in known)] = False
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
     if "max_length" in known:
         fixed["max_length"] = setup.task.data.max_length
-    if "dataset_kwargs" in known and not setup.config.trainer.get("packing"):
+    if "dataset_kwargs" in known and not given.get("packing"):
         # The rows are tokens of the right length already.
         fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}
     try:
-        return arguments(**{**ours, **setup.config.trainer, **fixed})
+        return arguments(**{**ours, **given, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(_first_line(error), where="trainer") from error
 

@@ -1,0 +1,187 @@
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+from tlora import AdapterPlan
+from tlora.errors import ConfigError, DataError
+from tlora.runconfig import DataConfig
+from tlora.stages import initialise, train
+from tlora.stages.setup import settle
+
+
+def test_a_run_leaves_what_the_folder_promises(config):
+    folder = train.run(config(eval_file=config().train_file))
+    assert folder.finished
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "log.jsonl",
+        "metrics.json",
+        "plan.safetensors",
+        "provenance.json",
+        "run.json",
+    ]
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert json.loads(folder.metrics.read_text())["loss"] > 0
+    assert folder.config()["adapter"]["lora_alpha"] == 8  # defaults are written out
+    assert AdapterPlan.load(folder.plan).config.task_type == "CAUSAL_LM"
+
+
+def test_the_adapter_loads_in_plain_peft_and_was_trained(config, llama_folder):
+    folder = train.run(config())
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = base(ids).logits
+    model = peft.PeftModel.from_pretrained(base, folder.adapter)
+    assert not torch.equal(model(ids).logits, before)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder.adapter)
+    assert tokenizer.decode(tokenizer("so 4")["input_ids"]) == "so 4"
+
+
+def test_the_loss_falls(config, saved, tiny_llama):
+    # Wider weights than usual: what the frozen head can say bounds how far the loss can fall.
+    model = saved(tiny_llama(initializer_range=0.5))
+    trainer = {"max_steps": 25, "save_strategy": "no", "learning_rate": 0.1}
+    folder = train.run(config(model=model, trainer=trainer))
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_calibration_sees_the_tokens_and_labels_that_training_sees(config):
+    setup = settle(config(seed=3))
+    shuffled = setup.train.shuffle(seed=3)
+    batches = list(setup.calibration_batches())
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2]
+    for index, batch in enumerate(batches):
+        expected = setup.collator([shuffled[2 * index], shuffled[2 * index + 1]])
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+        assert (batch["labels"][:, 0] == -100).all()  # the prompt is masked
+
+
+def test_the_trainer_gets_the_same_rows_and_collator(config, tmp_path):
+    from tlora.methods.base import Prepared
+    from tlora.runfolder import RunFolder
+    from tlora.stages.setup import training_arguments
+
+    setup = settle(config())
+    prepared = Prepared(model=setup.load_model("cpu"))
+    arguments = training_arguments(setup, tmp_path / "checkpoints")
+    trainer = train.make_trainer(setup, prepared, arguments, RunFolder(tmp_path))
+    assert trainer.data_collator is setup.collator
+    assert trainer.train_dataset[:] == setup.train[:]
+    assert not arguments.bf16
+    assert not arguments.gradient_checkpointing
+    assert arguments.report_to == []
+
+
+def test_init_saves_an_adapter_that_changes_nothing_yet(config, llama_folder):
+    folder = initialise.run(config())
+    assert not folder.checkpoints.exists()
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = base(ids).logits
+    model = peft.PeftModel.from_pretrained(base, folder.adapter)
+    assert torch.equal(model(ids).logits, before)
+    plan = AdapterPlan.load(folder.plan)
+    state = model.state_dict()
+    for name, module in plan.modules.items():
+        saved = state[f"base_model.model.{name}.lora_A.default.weight"]
+        assert torch.equal(saved, module.lora_A)
+
+
+def test_init_and_train_plan_the_same(config):
+    first = AdapterPlan.load(initialise.run(config("one")).plan)
+    second = AdapterPlan.load(train.run(config("two")).plan)
+    for name, module in first.modules.items():
+        assert torch.equal(module.lora_A, second.modules[name].lora_A)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"model": None}, ConfigError, "`model` is missing; give --model"),
+        ({"model": "no/such-model"}, ConfigError, "the tokenizer of 'no/such-model' cannot be"),
+        ({"task": "gsm9k"}, ConfigError, "no task 'gsm9k'. Did you mean 'gsm8k'"),
+        ({"method": "tlorra"}, ConfigError, "no method 'tlorra'. Did you mean 'tlora'"),
+        ({"adapter": {"rr": 3}}, ConfigError, "no option `rr`. Did you mean 'r'"),
+        (
+            {"trainer": {"learning_rat": 1e-3}},
+            ConfigError,
+            "no field `learning_rat`. Did you mean 'learning_rate'",
+        ),
+        ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
+        ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),
+        ({"trainer": {"lr_scheduler_type": "zigzag"}}, ConfigError, "zigzag"),
+        ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
+        ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
+        ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(config, fields, error, message):
+    bad = config(**fields)
+    with pytest.raises(error) as caught:
+        train.run(bad)
+    assert message in str(caught.value)
+    assert not Path(bad.output_dir).exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(config):
+    taken = config()
+    Path(taken.output_dir).mkdir()
+    (Path(taken.output_dir) / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no run"):
+        train.run(taken)
+    assert [path.name for path in Path(taken.output_dir).iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    file = tmp_path / "train.tsv"
+    lines = [f"{'good' if n % 2 else 'bad'} {n}\t{n % 2}" for n in range(12)]
+    file.write_text("sentence\tlabel\n" + "\n".join(lines))
+    return str(file)
+
+
+@pytest.mark.parametrize("method", ["tlora", "lora"])
+def test_classification_trains_a_new_head_and_reports_the_tasks_metric(
+    config, saved, tiny_bert_classifier, reviews, method
+):
+    model = saved(tiny_bert_classifier())
+    folder = train.run(
+        config(model=model, task="sst2", train_file=reviews, eval_file=reviews, method=method)
+    )
+    assert 0 <= json.loads(folder.metrics.read_text())["accuracy"] <= 1
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    heads = {key: value.clone() for key, value in base.named_parameters() if "classifier" in key}
+    trained = peft.PeftModel.from_pretrained(base, folder.adapter).state_dict()
+    for key, value in heads.items():
+        name = key.replace("classifier.", "classifier.modules_to_save.default.")
+        assert not torch.equal(trained[f"base_model.model.{name}"], value)
+
+
+def test_regression_reports_correlations(config, saved, tiny_bert_classifier, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b,score\n" + "\n".join(f"x {n},y {n},{n / 4}" for n in range(12)))
+    data = DataConfig(
+        kind="regression", text_column="a", text_pair_column="b", label_column="score"
+    )
+    model = saved(tiny_bert_classifier(num_labels=1))
+    folder = train.run(config(model=model, train_file=str(rows), eval_file=str(rows), data=data))
+    assert {"loss", "pearson", "spearmanr", "mse"} <= json.loads(folder.metrics.read_text()).keys()
+
+
+def test_seq2seq_trains(config, saved, tiny_t5):
+    data = DataConfig(kind="seq2seq")
+    run = config(model=saved(tiny_t5()), data=data, eval_file=config().train_file)
+    folder = train.run(run)
+    assert json.loads(folder.metrics.read_text())["loss"] > 0
+    assert json.loads((folder.adapter / "adapter_config.json").read_text())["task_type"] == (
+        "SEQ_2_SEQ_LM"
+    )

@@ -1,0 +1,265 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tlora import cli
+from tlora.errors import CalibrationError, DataError
+
+
+@pytest.fixture
+def tlora(capsys):
+    """Run a command in this process; return exit code, standard output and standard error."""
+
+    def run(*argv):
+        code = cli.main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def resolved(tlora):
+    """Return what a command line resolves to."""
+
+    def run(*argv):
+        code, out, err = tlora("train", *argv, "--print_config")
+        assert code == 0, err
+        return yaml.safe_load(out)
+
+    return run
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    def write(text, name="run.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "matplotlib", "rich", "sklearn")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["list", "tasks"]])
+def test_help_and_lists_import_nothing_heavy(argv):
+    code = (
+        "import sys; from tlora.cli import main; code = main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr);"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_purity_test_would_notice(tlora):
+    tlora("train", "--model", "none", "--trainer.nonsense", "1")
+    assert "transformers" in sys.modules
+
+
+def test_the_overview_names_every_verb(tlora):
+    code, out, _ = tlora("--help")
+    assert code == 0
+    for verb in cli.VERBS.values():
+        assert verb.name in out
+        assert verb.summary in out
+    assert tlora()[1] == out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_for_every_flag(tlora, verb):
+    import dataclasses
+
+    from tlora.runconfig import field_docs
+
+    code, out, _ = tlora(verb, "--help")
+    assert code == 0
+    record = cli.VERBS[verb].record
+    for field in dataclasses.fields(record):
+        assert field.name in out
+    plain = {field.name for field in dataclasses.fields(record)} - {"data", "calibration"}
+    assert plain == field_docs(record).keys()
+
+
+def test_the_help_lists_the_options_of_the_method_that_is_named(tlora):
+    assert "--adapter.whiten" in tlora("train", "--help")[1]
+    lora = tlora("train", "--method", "lora", "--help")[1]
+    assert "--adapter.whiten" not in lora
+    assert "--adapter.use_rslora" in lora
+
+
+def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):
+    file = run_yaml("model: from-file\nseed: 5\nadapter: {r: 4}\ndata: {max_length: 64}\n")
+    run = resolved("--config", file, "--seed", "6", "--adapter.lora_alpha", "2")
+    assert (run["model"], run["seed"], run["task"]) == ("from-file", 6, "jsonl")
+    assert (run["adapter"]["r"], run["adapter"]["lora_alpha"]) == (4, 2)
+    assert run["data"]["max_length"] == 64
+    assert run["data"]["loss_on"] == "response"
+
+
+@pytest.mark.parametrize("flag", [("--config", "{}"), ("--config={}",)])
+def test_a_flag_wins_wherever_the_file_stands(resolved, run_yaml, flag):
+    file = run_yaml("adapter: {r: 4}\n")
+    run = resolved("--adapter.r", "6", *(word.format(file) for word in flag))
+    assert run["adapter"]["r"] == 6
+
+
+def test_a_later_file_wins_over_an_earlier_one(resolved, run_yaml):
+    first = run_yaml("seed: 1\nmodel: one\n", "a.yaml")
+    second = run_yaml("seed: 2\n", "b.yaml")
+    run = resolved("--config", first, "--config", second)
+    assert (run["seed"], run["model"]) == (2, "one")
+
+
+def test_numbers_in_scientific_notation_are_numbers(resolved, run_yaml):
+    file = run_yaml("trainer:\n  learning_rate: 1e-4\n")
+    assert resolved("--config", file)["trainer"]["learning_rate"] == 1e-4
+    assert resolved("--trainer.learning_rate", "2e-5")["trainer"]["learning_rate"] == 2e-5
+
+
+def test_lists_booleans_and_words_are_read_as_such(resolved):
+    run = resolved(
+        *("--adapter.target_modules", "[q_proj,v_proj]"),
+        *("--trainer.report_to", "none"),
+        *("--trainer.bf16", "false"),
+        "--resume",
+    )
+    assert run["adapter"]["target_modules"] == ["q_proj", "v_proj"]
+    assert run["trainer"] == {"report_to": "none", "bf16": False}
+    assert run["resume"] is True
+
+
+def test_the_resolved_run_reads_back_as_itself(resolved, run_yaml):
+    run = resolved("--model", "m", "--adapter.r", "6", "--trainer.learning_rate", "1e-5")
+    assert resolved("--config", run_yaml(yaml.safe_dump(run))) == run
+
+
+def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
+    assert resolved("--seed", "7")["adapter"]["seed"] == 7
+    assert resolved("--seed", "7", "--adapter.seed", "1")["adapter"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "tlora: command line: there is no verb 'trian'. Did you mean 'train'?"),
+        (["train", "--modle", "x"], "there is no flag `--modle`. Did you mean '--model'?"),
+        (
+            ["train", "--data.maxlength=3"],
+            "there is no flag `--data.maxlength`. Did you mean '--data.max_length'?",
+        ),
+        (
+            ["train", "--adaptor.r", "3"],
+            "there is no flag `--adaptor.r`. Did you mean '--adapter.r'?",
+        ),
+        (["train", "--seed", "x"], "`seed` is 'x'; give a whole number."),
+        (["train", "--dtype", "int8"], "`dtype` is 'int8'; give one of 'auto', 'float32'"),
+        (["list", "method"], "`what` is 'method'; give one of 'methods', 'tasks', 'formats'."),
+        (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["train", "--config"], "--config needs a YAML file."),
+        (["train", "--model", "m", "--adapter.rr", "3"], "no option `rr`. Did you mean 'r'?"),
+        (["train", "--model", "m", "--method", "lara"], "no method 'lara'. Did you mean 'lora'?"),
+        (
+            ["train", "--model", "m", "--adapter.use_rslora", "true"],
+            "`use_rslora` is refused: task-aware LoRA sets every module's scale itself",
+        ),
+        (
+            ["train", "--model", "m", "--trainer.learning_rat", "1"],
+            "trainer: there is no field `learning_rat`. Did you mean 'learning_rate'?",
+        ),
+        (["train"], "`model` is missing; give --model"),
+        (["train", "--data.max_length", "0"], "`data.max_length` is 0; give a whole number, 1"),
+        (["inspect", "nowhere"], "nowhere: there is no such file."),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tlora, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = tlora(*argv)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_keys_of_a_file_are_all_named_with_suggestions(tlora, run_yaml):
+    file = run_yaml("modle: m\ndta: {max_length: 3}\ndata: {max_lngth: 3}\nadaptor: {r: 2}\n")
+    code, _, err = tlora("train", "--config", file)
+    assert code == 2
+    for fault in (
+        "there is no field `modle`. Did you mean 'model'?",
+        "there is no field `dta`. Did you mean 'data'?",
+        "there is no field `data.max_lngth`. Did you mean 'data.max_length'?",
+        "there is no field `adaptor`. Did you mean 'adapter'?",
+    ):
+        assert f"{file}: {fault}" in err
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n"])
+def test_a_file_that_is_no_mapping_is_named(tlora, run_yaml, text):
+    file = run_yaml(text)
+    code, _, err = tlora("train", "--config", file)
+    assert code == 2
+    assert f"command line: {file}: " in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (DataError("rows.jsonl, row 3: no text."), 2, "tlora: rows.jsonl, row 3: no text.\n"),
+        (CalibrationError("the loss is NaN."), 1, "tlora: the loss is NaN.\n"),
+        (KeyboardInterrupt(), 130, "tlora: interrupted; a training goes on from its last"),
+        (RuntimeError("a bug"), 1, "Traceback (most recent call last)"),
+    ],
+)
+def test_exit_codes(tlora, monkeypatch, error, code, says):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("tlora.stages.train.run", fail)
+    done, _, err = tlora("train", "--model", "m")
+    assert done == code
+    assert err.startswith(says)
+
+
+def test_list_shows_a_line_for_each_registered_name(tlora):
+    from tlora.registry import TASKS
+
+    code, out, _ = tlora("list", "tasks")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == TASKS.names()
+    assert "methods\n" in tlora("list")[1]
+
+
+def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{n}+1?", "response": f" {n + 1}"}) + "\n" for n in range(8))
+    )
+    common = ["--model", saved(tiny_llama()), "--train_file", rows, "--adapter.r", "2"]
+    common += ["--calibration.samples", "4", "--trainer.use_cpu", "true"]
+    code, out, err = tlora("init", *common, "--output_dir", tmp_path / "init")
+    assert code == 0, err
+    assert "14 modules, 28 ranks" in out
+    code, out, err = tlora("inspect", tmp_path / "init", "--by", "projection")
+    assert code == 0, err
+    assert "down_proj" in out
+    assert (tmp_path / "init" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = tlora(
+        "train",
+        *common,
+        *("--output_dir", tmp_path / "run", "--eval_file", rows),
+        *("--trainer.max_steps", "2", "--trainer.save_strategy", "no"),
+    )
+    assert code == 0, err
+    assert '"loss":' in out
+    assert f"adapter: {tmp_path / 'run' / 'adapter'}" in out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
