@@ -5,7 +5,7 @@ possible without running them one at a time:
 
 - rows of a module's input belong to known samples and tokens (`TokenLayout`), and
 - the model's loss is a mean over labels, so the loss of sample s alone has the gradient that the
-  batch's loss has at the rows of s, times (labels in the batch) / (labels of s).
+  batch's loss has at the rows of s, times (labels in the batch) / (labels of s) (`loss_weights`).
 
 Where either is unknown, `single_samples` cuts the batch up, which is always right and slower.
 """
@@ -24,6 +24,9 @@ from tlora.errors import CalibrationError
 Batch = Mapping[str, Any]
 
 _IGNORED_LABEL = -100
+# Models whose loss is a mean over samples, and causal ones that transformers has no loss type for.
+_PER_SAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
+_CAUSAL = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel", "BertLMHeadModel")
 _SAMPLE_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
@@ -56,32 +59,40 @@ def batch_size(batch: Batch) -> int:
     for key in _SAMPLE_KEYS:
         if isinstance(batch.get(key), Tensor):
             return batch[key].shape[0]
-    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    return next((value.shape[0] for value in tensors if value.dim() > 0), 1)
 
 
-def label_counts(batch: Batch, model: nn.Module) -> Tensor | None:
-    """Return how many labels of each sample the mean loss averages over, B float32.
+def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
+    """Return (labels in the batch) / (labels of s) of each sample, B float32.
 
-    None where it is unknown how this model's loss weighs its samples. Causal models score the
-    label at position t + 1 from position t, so the first label of a sample never counts.
+    Not finite where a sample has no label that counts. None where it is unknown how this model's
+    loss weighs its samples. Causal models score the label at position t + 1 from position t, so
+    the first label of a sample never counts. (After padding on the left a batch's loss scores it,
+    from a padding token, whose rows the sample does not own.)
     """
     labels = batch.get("labels")
     size = batch_size(batch)
     if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
         return None
     name = type(model).__name__
-    if labels.dim() == 1 or "SequenceClassification" in name or "ImageClassification" in name:
-        return torch.ones(size, device=labels.device)
+    if any(kind in name for kind in _PER_SAMPLE):
+        return torch.full((size,), float(size), device=labels.device)
     loss_type = getattr(model, "loss_type", None)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         first = 0
-    elif loss_type in ("ForCausalLM", "ForConditionalGeneration") or "LMHeadModel" in name:
+    elif loss_type in ("ForCausalLM", "ForConditionalGeneration") or name in _CAUSAL:
         first = 1
     elif loss_type in ("ForMaskedLM", "ForTokenClassification"):
         first = 0
     else:
         return None
-    return (labels[:, first:] != _IGNORED_LABEL).flatten(1).sum(dim=1).float()
+    counted = labels[:, first:] != _IGNORED_LABEL
+    mask = encoder_mask(batch)
+    own = counted
+    if first and mask is not None and mask.shape == labels.shape:
+        own = counted & mask[:, :-1].to(labels.device)
+    return counted.sum() / own.flatten(1).sum(dim=1)
 
 
 def encoder_mask(batch: Batch) -> Tensor | None:
@@ -105,14 +116,14 @@ def decoder_mask(batch: Batch) -> Tensor | None:
     """Return the B x T mask of the decoder's tokens of an encoder-decoder model.
 
     Without ``decoder_attention_mask`` the decoder's inputs are the labels shifted right, so those
-    up to a sample's last label are real.
+    up to a sample's last label are real. A classifier's decoder reads the encoder's tokens.
     """
     mask = batch.get("decoder_attention_mask")
     if isinstance(mask, Tensor):
         return mask != 0
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
-        return None
+        return None if "decoder_input_ids" in batch else encoder_mask(batch)
     kept = (labels != _IGNORED_LABEL).int()
     return kept.flip(1).cummax(dim=1).values.flip(1) != 0
 
@@ -126,6 +137,7 @@ class TokenLayout:
         mask: of the encoder's (or only) tokens, B x T; None: all real.
         decoder: mask of the decoder's tokens, where there is a decoder.
         decoder_modules: the modules inside the decoder, by identity.
+        routed: the modules inside experts, by identity: whose rows they get, only routing knows.
         encoded: where the encoder's output lies in memory (what cross attention reads).
     """
 
@@ -133,6 +145,7 @@ class TokenLayout:
     mask: Tensor | None
     decoder: Tensor | None = None
     decoder_modules: frozenset[int] = frozenset()
+    routed: frozenset[int] = frozenset()
     encoded: int | None = None
 
     def split(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +158,9 @@ class TokenLayout:
         in_decoder = id(module) in self.decoder_modules
         if in_decoder and inputs.data_ptr() != self.encoded:
             mask = self.decoder
-        if inputs.dim() == 1:
+        if self.size == 1 and (mask is None or bool(mask.all())):
+            return inputs.reshape(1, -1, inputs.shape[-1]), None
+        if inputs.dim() == 1 or id(module) in self.routed:
             raise UnknownLayout
         if inputs.dim() == 2:
             return self._split_rows(inputs, mask)
@@ -154,17 +169,12 @@ class TokenLayout:
         tokens = inputs.flatten(1, -2)
         if mask is None or tokens.shape[1] == mask.shape[1]:
             return tokens, mask
-        if self.size == 1 and bool(mask.all()):
-            return tokens, None
         raise UnknownLayout
 
     def _split_rows(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.size == 1 and (mask is None or len(rows) != mask.shape[1]):
-            if mask is None or bool(mask.all()):
-                return rows[None], None
-        elif mask is not None and len(rows) == mask.numel():
-            return rows.view(self.size, -1, rows.shape[-1]), mask
-        elif len(rows) == self.size:
+        if mask is not None and len(rows) == mask.numel():
+            return rows.reshape(self.size, -1, rows.shape[-1]), mask
+        if len(rows) == self.size:
             # A pooler or head: one row a sample, taken from a real token.
             return rows[:, None], None
         raise UnknownLayout
@@ -172,7 +182,8 @@ class TokenLayout:
 
 def token_layout(batch: Batch, model: nn.Module) -> TokenLayout:
     """Return the layout of a batch for ``model``, before its forward pass."""
-    layout = TokenLayout(batch_size(batch), encoder_mask(batch))
+    routed = frozenset(id(module) for name, module in model.named_modules() if "expert" in name)
+    layout = TokenLayout(batch_size(batch), encoder_mask(batch), routed=routed)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = set(map(id, model.get_encoder().modules()))  # type: ignore[operator]
         inside = {id(module) for module in model.modules()} - encoder

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tlora.calibration.batches import TokenLayout
 from tlora.calibration.targets import Target
@@ -21,14 +22,15 @@ class Call:
 
     Attributes:
         inputs: what the module was given, as it was given.
-        output: what it returned, where its gradient is wanted.
+        output: the place in the graph of what it returned, where a gradient reaches it. Not the
+            tensor itself, which the model may overwrite in place and so move in the graph.
         rows: ``inputs`` as B x T x d, once split.
         mask: B x T, true at real tokens; None: all are real.
         delta: the loss's gradient at ``output``, once the backward pass has reached it.
     """
 
     inputs: Tensor
-    output: Tensor | None
+    output: GradientEdge | None
     rows: Tensor
     mask: Tensor | None = None
     delta: Tensor | None = None
@@ -100,11 +102,21 @@ def _on_target(
 ) -> Tensor | None:
     inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
     started = None
+    # Where the model itself switches gradients off, the loss does not depend on the target.
+    backward = backward and torch.is_grad_enabled()
     if backward and not output.requires_grad:
         # A clone, because a model may write into the output in place, which a leaf forbids.
         output = started = output.detach().requires_grad_().clone()
-    record.calls.append(Call(inputs, output if backward else None, rows=inputs))
+    record.calls.append(Call(inputs, _edge(output) if backward else None, rows=inputs))
     return started
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    base = output._base
+    if base is not None and base.numel() == output.numel() and output.is_contiguous():
+        # A write into a view moves the history of its base: the node of the base stays.
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
 
 
 def _on_encoder(layout: TokenLayout, _: nn.Module, __: Any, output: Any) -> None:

@@ -85,22 +85,27 @@ class _Collector:
         self.moments: dict[int, SecondMoment] = {}
         self.moment_of: dict[str, int] = {}
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Add a batch; cut it into single samples where its rows or loss cannot be split."""
-        size = reading.batch_size(batch)
-        counts = reading.label_counts(batch, self.model)
-        if size == 1 or counts is not None or not self.config.needs_sensitivity:
+    def add(self, batch: dict[str, Any], alone: bool = False) -> None:
+        """Add a batch; cut it into single samples where its rows or loss cannot be split.
+
+        Args:
+            batch: tensors on the model's device.
+            alone: it is one such sample, without padding.
+        """
+        weights = reading.loss_weights(batch, self.model)
+        known = weights is not None or reading.batch_size(batch) == 1
+        if known or not self.config.needs_sensitivity:
             try:
-                self._add(batch, counts)
+                self._add(batch, weights)
                 return
             except reading.UnknownLayout:
-                if size == 1:
+                if alone:
                     raise CalibrationError(
                         f"sample {self.samples}: its rows of some module's input cannot be told"
                         " from padding; give it without padding."
                     ) from None
         for sample in reading.single_samples(batch, self.model):
-            self.add(sample)
+            self.add(sample, alone=True)
 
     def result(self) -> Calibration:
         """Return the statistics.
@@ -139,7 +144,7 @@ class _Collector:
             )
         return value
 
-    def _add(self, batch: dict[str, Any], counts: Tensor | None) -> None:
+    def _add(self, batch: dict[str, Any], weights: Tensor | None) -> None:
         backward = self.config.needs_sensitivity
         layout = reading.token_layout(batch, self.model)
         records = {target.name: Record(target) for target in self.targets}
@@ -152,17 +157,25 @@ class _Collector:
             record.split(layout)
         self._check_finite(records)
         if backward:
-            weights, loss = self._loss_weights(counts), self._finite_loss(outputs, batch)
+            factors = self._checked_weights(weights)
+            loss = self._finite_loss(outputs, batch)
         if self.config.needs_moments:
             self._share(records)
             self._update_moments(records, layout.size)
         if backward:
-            with SensitivityPass(records.values(), weights, self.sensitivity):
-                loss.backward()
+            with SensitivityPass(records.values(), factors, self.sensitivity):
+                # It does not where these samples reach no target (an expert).
+                if loss.requires_grad:
+                    loss.backward()
         self.samples += layout.size
 
     def _check_finite(self, records: dict[str, Record]) -> None:
-        calls = [(r.target.name, call) for r in records.values() for call in r.calls]
+        calls = [
+            (r.target.name, call)
+            for r in records.values()
+            for call in r.calls
+            if call.inputs.numel() > 0
+        ]
         if not calls:
             return
         device = calls[0][1].inputs.device
@@ -181,23 +194,22 @@ class _Collector:
                     " that sample, or calibrate in float32 or bfloat16."
                 )
 
-    def _loss_weights(self, counts: Tensor | None) -> Tensor:
-        """Return (labels in the batch) / (labels of s), B: see `SensitivityPass`."""
-        if counts is None:
+    def _checked_weights(self, weights: Tensor | None) -> Tensor:
+        if weights is None:
             return torch.ones(1)
-        empty = (counts == 0).nonzero()
+        empty = (~weights.isfinite()).nonzero()
         if len(empty):
             raise CalibrationError(
                 f"sample {self.samples + int(empty[0])} (counted from 0) has no label that counts:"
                 " every label is -100, so its loss is undefined; leave it out or truncate less."
             )
-        return counts.sum() / counts
+        return weights
 
     def _finite_loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if not isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
-                f"{type(self.model).__name__} returned no loss for a batch with the keys"
+                f"{type(self.model).__name__} returned no single loss for a batch with the keys"
                 f" {sorted(batch)}; add `labels`, or allocate neither ranks nor scales."
             )
         if not loss.isfinite():
@@ -211,7 +223,7 @@ class _Collector:
     def _first_bad_sample(self, batch: dict[str, Any]) -> int:
         with torch.no_grad():
             for index, sample in enumerate(reading.single_samples(batch, self.model)):
-                if not self.model(**sample).loss.isfinite():
+                if not self.model(**sample)["loss"].isfinite():
                     return self.samples + index
         return self.samples
 

@@ -43,7 +43,7 @@ class SensitivityPass:
             for call in record.calls:
                 if call.output is not None:
                     hook = partial(self._receive, record, call)
-                    self._handles.append(call.output.register_hook(hook))
+                    self._handles.append(call.output.node.register_prehook(hook))
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -54,8 +54,9 @@ class SensitivityPass:
             if kind is None:
                 self._add(record)
 
-    def _receive(self, record: Record, call: Call, delta: Tensor) -> None:
-        call.delta = delta
+    def _receive(self, record: Record, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
+        if call.output is not None:
+            call.delta = deltas[call.output.output_nr]
         if all(other.delta is not None for other in record.calls):
             self._add(record)
 
@@ -80,7 +81,8 @@ def _weight_gradient(calls: list[Call], sample: int) -> Tensor:
     for call in calls:
         if call.delta is None:
             continue
-        x, delta = call.rows[sample], call.delta.reshape(*call.rows.shape[:2], -1)[sample]
+        deltas = call.delta.reshape(*call.rows.shape[:2], call.delta.shape[-1])
+        x, delta = call.rows[sample], deltas[sample]
         if call.mask is not None:
             x, delta = x[call.mask[sample]], delta[call.mask[sample]]
         product = delta.float().T @ x.float()
