@@ -1,0 +1,433 @@
+"""The statistics of `calibrate` against METHOD 2 followed one sample at a time by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import support
+from support import Toy, assert_agrees, one_at_a_time, toy_batch, toy_samples
+from tlora import TLoraConfig, calibrate, plan
+
+
+def config(**fields: Any) -> TLoraConfig:
+    return TLoraConfig(**({"r": 2, "lora_alpha": 2} | fields))
+
+
+# --- numbers, family by family
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_padded_batches_give_what_the_samples_give_one_at_a_time(family, size):
+    stats = calibrate(family.model, family.batches(size), config(**family.config))
+
+    assert stats.samples == len(family.samples)
+    assert len(stats) >= 6
+    assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
+
+
+@pytest.mark.parametrize("name", ["llama-right", "llama-left", "bert", "t5", "bart-classifier"])
+def test_a_sample_padded_to_a_fixed_length_gives_what_it_gives_without(family_of, name):
+    family = family_of(name)
+    batches = [support.padded([sample], family.side, length=12) for sample in family.samples]
+
+    stats = calibrate(family.model, batches, config(**family.config))
+
+    assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "bert-regression"])
+def test_a_head_is_seen_once_a_sample(family_of, name):
+    family = family_of(name)
+    fields = {"target_modules": ["classifier", "pooler.dense"]}
+
+    stats = calibrate(family.model, family.batches(3), config(**fields))
+
+    assert {module.tokens for module in stats.modules.values()} == {len(family.samples)}
+    # One row a sample is its own mean, so nothing is left after centring.
+    assert all(module.covariance().norm() == 0 for module in stats.modules.values())
+    assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
+
+
+def test_without_an_attention_mask_every_token_is_real(family_of):
+    family = family_of("gpt2-right")
+    samples = support.causal_samples((6, 6, 6))
+    batches = [support.padded(samples)]
+    del batches[0]["attention_mask"]
+
+    stats = calibrate(family.model, batches, config())
+
+    assert_agrees(stats, one_at_a_time(family.model, samples, stats.modules))
+
+
+def test_cross_attention_counts_the_tokens_of_the_encoder(family_of):
+    family = family_of("t5")
+    stats = calibrate(family.model, family.batches(5), config(**family.config))
+
+    source = sum(s["input_ids"].shape[1] for s in family.samples)
+    target = sum(s["labels"].shape[1] for s in family.samples)
+    assert source != target
+    cross = "decoder.block.1.layer.1.EncDecAttention"
+    seen = {part: stats.modules[f"{cross}.{part}"].tokens for part in "qkvo"}
+    assert seen == {"q": target, "k": source, "v": source, "o": target}
+
+
+def test_bf16_weights_accumulate_in_float32(family_of):
+    family = family_of("llama-right")
+    model = family.model.to(torch.bfloat16)
+    # Many samples: a bf16 sum of 60 would be off by far more than one sample's own rounding.
+    samples = [s for seed in range(12) for s in support.causal_samples(seed=seed)]
+
+    stats = calibrate(model, support.in_batches(samples, 5), config())
+
+    expected = one_at_a_time(model, samples, stats.modules)
+    for name, module in stats.modules.items():
+        assert module.covariance().dtype == torch.float32
+        assert support.distance(module.covariance(), expected[name].covariance) < 2e-2, name
+    # The first inputs differ from their float64 form by rounding to bf16 alone.
+    first = next(iter(stats.modules.values()))
+    rows = []
+    handle = model.get_submodule(first.name).register_forward_hook(
+        lambda _, x, __: rows.append(x[0].detach()[0])
+    )
+    for sample in samples:
+        model(**sample)
+    handle.remove()
+    centred = [row.double() - row.double().mean(dim=0) for row in rows]
+    exact = sum(row.T @ row for row in centred) / len(centred)
+    assert support.distance(first.covariance(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_changes_nothing(family_of, guard):
+    family = family_of("llama-right")
+    batches = family.batches(2)
+    expected = calibrate(family.model, batches, config())
+    with guard():
+        stats = calibrate(family.model, batches, config())
+
+    for name, module in stats.modules.items():
+        assert module.sensitivity == expected.modules[name].sensitivity > 0
+        assert torch.equal(module.covariance(), expected.modules[name].covariance())
+
+
+@pytest.mark.parametrize("name", ["llama-right", "bert", "t5"])
+def test_dropout_is_off(request, name):
+    fixture, field = {
+        "llama-right": ("tiny_llama", "attention_dropout"),
+        "bert": ("tiny_bert_classifier", "hidden_dropout_prob"),
+        "t5": ("tiny_t5", "dropout_rate"),
+    }[name]
+    model = request.getfixturevalue(fixture)(**{field: 0.5}).train()
+    samples = {"llama-right": support.causal_samples, "bert": support.classified_samples}.get(
+        name, support.translated_samples
+    )()
+
+    stats = calibrate(model, support.in_batches(samples, 2), config())
+
+    assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
+
+
+def test_ablated_statistics_are_not_gathered(family_of):
+    family = family_of("llama-right")
+    plain = config(allocate_rank=False, allocate_scale=False)
+    without_labels = [
+        {key: value for key, value in batch.items() if key != "labels"}
+        for batch in family.batches(2)
+    ]
+    forward_only = calibrate(family.model, without_labels, plain)
+    backward_only = calibrate(family.model, family.batches(2), config(basis="random"))
+
+    expected = one_at_a_time(family.model, family.samples, forward_only.modules)
+    for name, want in expected.items():
+        module = forward_only.modules[name]
+        assert module.sensitivity is None
+        assert support.distance(module.covariance(), want.covariance) < 1e-4
+        assert backward_only.modules[name].moment is None
+        assert backward_only.modules[name].sensitivity == pytest.approx(want.sensitivity, rel=1e-4)
+
+
+def test_a_data_loader_works_as_it_is(family_of):
+    family = family_of("llama-right")
+    loader = torch.utils.data.DataLoader(family.samples, batch_size=2, collate_fn=support.padded)
+
+    stats = calibrate(family.model, loader, config())
+
+    assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
+
+
+# --- shapes of models
+
+
+class TwiceForSequenceClassification(Toy):
+    """Calls one module twice in a forward pass."""
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        return self.first(self.first(x).tanh()).tanh()
+
+
+class InPlaceForSequenceClassification(Toy):
+    """Writes into the output of a target in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(8, 8)
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        return self.second(self.first(x).relu_()).relu_()
+
+
+class FlatForSequenceClassification(Toy):
+    """Flattens tokens to rows before its targets, and hands a keyword to one."""
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        return self.first(input=x.flatten(0, 1)).tanh().view_as(x)
+
+
+class WindowedForSequenceClassification(Toy):
+    """Moves windows of two tokens into the batch dimension, as Swin does."""
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        windows = x.unflatten(1, (-1, 2)).flatten(0, 1)
+        return self.first(windows).tanh().view_as(x)
+
+
+class RoutedForSequenceClassification(Toy):
+    """A mixture of three experts; the third is never reached."""
+
+    calls_idle_experts = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def choice(self, rows: Tensor) -> Tensor:
+        return (rows[:, 0] > 1).long()
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        rows = self.first(x).flatten(0, 1)
+        mixed = torch.zeros_like(rows)
+        chosen = self.choice(rows.detach() if x.shape[1] == 0 else x.flatten(0, 1))
+        for index, expert in enumerate(self.experts):
+            mine = (chosen == index).nonzero().flatten()
+            if len(mine) or self.calls_idle_experts:
+                mixed = mixed.index_add(0, mine, expert(rows[mine]).tanh())
+        return mixed.view_as(x)
+
+
+class IdleRoutedForSequenceClassification(RoutedForSequenceClassification):
+    """Calls the experts that no token reached, on no rows."""
+
+    calls_idle_experts = True
+
+
+class LateForSequenceClassification(RoutedForSequenceClassification):
+    """Sends rows to its experts in another order than they came in."""
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        rows = self.first(x).flatten(0, 1)
+        order = rows.sum(dim=1).argsort()
+        mixed = torch.zeros_like(rows).index_copy(0, order, self.experts[0](rows[order]).tanh())
+        return mixed.view_as(x)
+
+
+class FrozenStartForSequenceClassification(Toy):
+    """Runs its first part without a graph, as models with a frozen tower do."""
+
+    def encode(self, x: Tensor, **_: Any) -> Tensor:
+        with torch.no_grad():
+            return self.first(x).tanh()
+
+
+class SummedLoss(Toy):
+    """One label a sample, but a loss that is a sum: not to be guessed from outside."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+class WeightedLoss(Toy):
+    """Two-dimensional labels under a loss of its own."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (labels * (logits - labels) ** 2).mean() / labels.sum()
+
+
+def agrees_in_batches(model: nn.Module, samples: list, batches: list, **fields: Any) -> None:
+    stats = calibrate(model, batches, config(**fields))
+    assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TwiceForSequenceClassification,
+        InPlaceForSequenceClassification,
+        FlatForSequenceClassification,
+        RoutedForSequenceClassification,
+        IdleRoutedForSequenceClassification,
+        LateForSequenceClassification,
+        FrozenStartForSequenceClassification,
+        SummedLoss,
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_unusual_models_agree_too(kind, size):
+    model, samples = support.seeded(kind), toy_samples()
+    batches = [toy_batch(samples[i : i + size]) for i in range(0, len(samples), size)]
+    agrees_in_batches(model, samples, batches)
+
+
+@pytest.mark.parametrize("kind", [FlatForSequenceClassification, TwiceForSequenceClassification])
+def test_toys_agree_without_a_mask(kind):
+    model, samples = support.seeded(kind), toy_samples((3, 3, 3))
+    batch = toy_batch(samples)
+    del batch["attention_mask"]
+    agrees_in_batches(model, samples, [batch])
+
+
+def test_windows_agree_once_samples_stand_alone():
+    model = support.seeded(WindowedForSequenceClassification)
+    samples = toy_samples((4, 2, 6))
+    agrees_in_batches(model, samples, [toy_batch(samples)])
+
+
+def test_routed_rows_as_many_as_samples_are_not_taken_for_one_each():
+    model = support.seeded(RoutedForSequenceClassification)
+    samples = toy_samples((3, 3))
+    for sample, chosen in zip(samples, ([1, 1, 0], [0, 0, 0]), strict=True):
+        sample["inputs_embeds"][0, :, 0] = torch.tensor(chosen) * 4.0
+    agrees_in_batches(model, samples, [toy_batch(samples)], target_modules=["experts.1"])
+
+
+def test_labels_under_an_unknown_loss_agree():
+    model, samples = support.seeded(WeightedLoss), toy_samples()
+    generator = torch.Generator().manual_seed(5)
+    for sample in samples:
+        sample["labels"] = torch.rand(1, 3, generator=generator) + 0.1
+    agrees_in_batches(model, samples, [toy_batch(samples)])
+
+
+def test_padding_may_hold_anything():
+    model, samples = support.seeded(FlatForSequenceClassification), toy_samples()
+    agrees_in_batches(model, samples, [toy_batch(samples, fill=float("inf"))])
+
+
+def test_a_module_that_is_never_reached_has_no_statistics_but_stays():
+    model = support.seeded(RoutedForSequenceClassification)
+    stats = calibrate(model, [toy_batch(toy_samples())], config(exclude_modules=["head"]))
+    idle = stats.modules["experts.2"]
+
+    assert (idle.sensitivity, idle.tokens, idle.samples) == (0.0, 0, 4)
+    assert idle.covariance().shape == (8, 8)
+    assert idle.covariance().norm() == 0
+    assert plan(model, stats, config(exclude_modules=["head"])).modules["experts.2"].rank >= 1
+
+
+def test_where_the_loss_depends_on_no_target_the_sensitivities_are_zero():
+    model = support.seeded(RoutedForSequenceClassification)
+    stats = calibrate(model, [toy_batch(toy_samples())], config(target_modules=["experts.2"]))
+
+    assert stats.modules["experts.2"].sensitivity == 0.0
+
+
+# --- who shares a second moment
+
+
+def test_modules_that_read_one_tensor_share_one_moment(family_of):
+    family = family_of("llama-right")
+    stats = calibrate(family.model, family.batches(2), config())
+
+    layer = "model.layers.1."
+    of = {name.removeprefix(layer): m.moment for name, m in stats.modules.items() if layer in name}
+    assert of["self_attn.q_proj"] is of["self_attn.k_proj"] is of["self_attn.v_proj"]
+    assert of["mlp.gate_proj"] is of["mlp.up_proj"]
+    assert len({id(moment) for moment in of.values()}) == 4
+    assert len({id(m.moment) for m in stats.modules.values()}) == 8
+    assert len({m.moment_id for m in stats.modules.values()}) == 8
+
+
+class ForkedForSequenceClassification(Toy):
+    """Feeds two modules the same tensor, or with ``apart`` two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def encode(self, x: Tensor, apart: bool = False, **_: Any) -> Tensor:
+        other = 2 * x.roll(1, dims=-1) if apart else x
+        return self.first(x) * self.second(other) + self.third(other)
+
+
+def test_modules_that_shared_part_when_they_read_different_tensors():
+    model, samples = support.seeded(ForkedForSequenceClassification), toy_samples()
+    samples = [s | {"apart": i in (1, 2)} for i, s in enumerate(samples)]
+
+    def batch(part: list[support.Sample]) -> support.Sample:
+        return toy_batch(part) | {"apart": part[0]["apart"]}
+
+    fields = config(exclude_modules=["head"])
+    stats = calibrate(model, [batch(samples[:1]), batch(samples[1:3]), batch(samples[3:])], fields)
+
+    assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
+    assert stats.modules["second"].moment is stats.modules["third"].moment
+    assert stats.modules["first"].moment is not stats.modules["second"].moment
+
+
+# --- memory
+
+
+class _Peak(TorchDispatchMode):
+    """The most storages of at least ``numel`` numbers, made inside, that were alive at once."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.peak, self._alive = numel, 0, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {
+            value.untyped_storage()._cdata
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= 4 * self.numel:
+                storage = value.untyped_storage()
+                if storage._cdata not in old:
+                    self._alive[storage._cdata] = StorageWeakRef(storage)
+        self._alive = {k: ref for k, ref in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, len(self._alive))
+        return result
+
+
+def test_never_more_than_a_few_weight_gradients_are_alive(tiny_llama):
+    model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=4)
+    # One sample at a time: no activation is as large as a weight.
+    batches = support.causal_samples()
+    with _Peak(64 * 64) as seen:
+        stats = calibrate(model, batches, config(basis="random"))
+    assert len(stats) == 28
+    assert 1 <= seen.peak <= 3
+
+    with _Peak(64 * 64) as reference:
+        model(**batches[0]).loss.backward()
+    assert reference.peak >= 20
+
+
+def test_no_gradient_reaches_a_parameter(family_of):
+    family = family_of("llama-right")
+    arrived = []
+    for name, parameter in family.model.named_parameters():
+        parameter.register_hook(lambda _, name=name: arrived.append(name))
+    calibrate(family.model, family.batches(2), config())
+    assert arrived == []
+
+    family.model(**family.batches(5)[0]).loss.backward()
+    assert arrived
