@@ -13,7 +13,11 @@ from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
 
 # Heads that PEFT trains in full for these task types, and so never adapts.
-_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+_HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 
 
 @dataclass(frozen=True)
