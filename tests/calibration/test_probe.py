@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import support
 from support import Toy, assert_agrees, one_at_a_time, toy_batch, toy_samples
-from tlora import TLoraConfig, calibrate, plan
+from tlora import TLoraConfig, attach, calibrate, plan
+from tlora.errors import AdapterError, CalibrationError, ConfigError
 
 
 def config(**fields: Any) -> TLoraConfig:
@@ -431,3 +432,124 @@ def test_no_gradient_reaches_a_parameter(family_of):
 
     family.model(**family.batches(5)[0]).loss.backward()
     assert arrived
+
+
+# --- faults, each named where it is
+
+
+def test_no_samples(tiny_llama):
+    with pytest.raises(CalibrationError, match="gave no sample"):
+        calibrate(tiny_llama(), iter([]), config())
+
+
+def test_no_loss(family_of):
+    family = family_of("llama-right")
+    [batch] = family.batches(5)
+    del batch["labels"]
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(family.model, [batch], config())
+    assert "LlamaForCausalLM returned no single loss" in str(caught.value)
+    assert "['attention_mask', 'input_ids']" in str(caught.value)
+
+
+def test_a_loss_of_several_numbers():
+    class Unreduced(Toy):
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(
+                logits.repeat(2, 1), labels.repeat(2), reduction="none"
+            )
+
+    with pytest.raises(CalibrationError, match="Unreduced returned no single loss"):
+        calibrate(Unreduced(), toy_samples(), config())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_loss_that_is_not_finite_names_the_sample(size):
+    class BrokenForSequenceClassification(Toy):
+        """Finite activations, but a NaN loss where a sample's first number is 9."""
+
+        def encode(self, x: Tensor, **_: Any) -> Tensor:
+            marked = (x[:, :1, :1] == 9).to(x.dtype)
+            return self.first(x) / (1 - marked) - self.first(x) / (1 - marked)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            # A plain dict, not a ModelOutput.
+            return dict(super().forward(*args, **kwargs))
+
+    model, samples = (
+        support.seeded(BrokenForSequenceClassification),
+        toy_samples((3, 3, 3, 3, 3, 3)),
+    )
+    samples[4]["inputs_embeds"][0, 0, 0] = 9.0
+    batches = [toy_batch(samples[i : i + size]) for i in range(0, 6, size)]
+    with pytest.raises(CalibrationError, match=r"the loss of sample 4 \(counted from 0\) is nan"):
+        calibrate(model, batches, config(target_modules=["first"]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama-right", "llama-left", "t5"])
+def test_a_sample_without_labels_is_named(family_of, name, size):
+    family = family_of(name)
+    family.samples[3]["labels"][:] = -100
+    with pytest.raises(CalibrationError, match=r"sample 3 \(counted from 0\) has no label"):
+        calibrate(family.model, family.batches(size), config())
+
+
+def test_a_sample_with_a_first_label_alone_is_named(family_of):
+    family = family_of("llama-right")
+    family.samples[2]["labels"][:, 1:] = -100
+    with pytest.raises(CalibrationError, match=r"sample 2 .*has no label"):
+        calibrate(family.model, family.batches(5), config())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_name_module_and_sample(size, value):
+    model = support.seeded(FlatForSequenceClassification)
+    samples = toy_samples()
+    samples[2]["inputs_embeds"][0, 1, 3] = value
+    batches = [toy_batch(samples[i : i + size]) for i in range(0, 4, size)]
+    with pytest.raises(CalibrationError, match="first: its input is not finite on sample 2 "):
+        calibrate(model, batches, config())
+
+
+def test_a_gradient_that_is_not_finite_names_the_module():
+    class SteepForSequenceClassification(Toy):
+        def encode(self, x: Tensor, **_: Any) -> Tensor:
+            return (0 * self.first(x)).sqrt()
+
+    model = support.seeded(SteepForSequenceClassification)
+    with pytest.raises(CalibrationError, match="first: the gradient of the loss is not finite"):
+        calibrate(model, toy_samples(), config(target_modules=["first"]))
+
+
+def test_a_model_on_meta(tiny_llama):
+    model = tiny_llama().to("meta")
+    with pytest.raises(CalibrationError, match=r"model\.embed_tokens\.weight is on `meta`"):
+        calibrate(model, support.causal_samples(), config())
+
+
+def test_a_model_with_adapters(family_of):
+    family = family_of("llama-right")
+    fields = config()
+    stats = calibrate(family.model, family.samples, fields)
+    adapted = attach(family.model, plan(family.model, stats, fields))
+    with pytest.raises(AdapterError, match="already carries adapters"):
+        calibrate(adapted, family.samples, fields)
+
+
+def test_a_batch_of_another_kind(tiny_llama):
+    with pytest.raises(CalibrationError, match="is a list; give dicts"):
+        calibrate(tiny_llama(), [[torch.ones(1, 3)]], config())
+
+
+def test_no_target(tiny_llama):
+    with pytest.raises(ConfigError, match=r"matches \['query'\].*q_proj"):
+        calibrate(tiny_llama(), support.causal_samples(), config(target_modules=["query"]))
+
+
+def test_a_mask_with_holes_where_rows_are_routed_is_refused():
+    model, samples = support.seeded(RoutedForSequenceClassification), toy_samples((4,))
+    samples[0]["attention_mask"][0, 1] = 0
+    with pytest.raises(CalibrationError, match=r"sample 0: its rows .* give it without padding"):
+        calibrate(model, samples, config(target_modules=["experts.0"]))
