@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 
@@ -41,6 +42,19 @@ def test_a_folder_with_other_things_is_refused(folder):
     (folder.path / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty and holds no run; choose another"):
         folder.refuse_unless_free()
+
+
+def test_a_folder_of_empty_folders_is_free(folder):
+    folder.checkpoints.mkdir(parents=True)
+    folder.refuse_unless_free()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write_is_refused(folder):
+    folder.path.parent.chmod(0o555)
+    with pytest.raises(ConfigError, match="cannot be written to; choose another"):
+        folder.refuse_unless_free()
+    folder.path.parent.chmod(0o755)
 
 
 def test_a_file_is_refused(folder):

@@ -26,10 +26,13 @@ import subprocess
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ArtifactError, ConfigError
 from tlora.files import read_json, replacing_file, write_json
+
+if TYPE_CHECKING:
+    from tlora.adapter.plan import AdapterPlan
 
 _KIND = "tlora run"
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -80,20 +83,32 @@ class RunFolder:
             fault = f"{self.path} holds {state} run; {advice} another --output_dir."
         elif self.path.exists() and not self.path.is_dir():
             fault = f"{self.path} is a file; choose another --output_dir."
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif any(path.is_file() for path in self.path.rglob("*")):
             fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
+        elif not _is_writable(self.path):
+            fault = f"{self.path} cannot be written to; choose another --output_dir."
         else:
             return
         raise ConfigError(fault, where="output_dir")
 
-    def start(self, config: dict[str, Any], verb: str) -> None:
-        """Make the folder and write what is about to run; a resumed run adds its provenance."""
+    def start(self, config: dict[str, Any], verb: str, plan: AdapterPlan | None = None) -> None:
+        """Write down what is about to run; a resumed run adds its provenance.
+
+        From the first file on the folder is one that can be resumed.
+        """
+        run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
+        write_json(self._run, run)
         starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
         starts.append(provenance(seed=config.get("seed")))
         write_json(self._provenance, {"starts": starts})
-        # Last, because a folder with a run.json is one that can be resumed.
-        run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
-        write_json(self._run, run)
+        if plan is not None and not self.plan.is_file():
+            plan.save(self.plan)
+
+    def saved_plan(self) -> AdapterPlan | None:
+        """Return the plan that the run was started with; None if it has not got that far."""
+        from tlora.adapter.plan import AdapterPlan
+
+        return AdapterPlan.load(self.plan) if self.plan.is_file() else None
 
     def finish(self, measured: dict[str, Any] | None = None) -> None:
         """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
@@ -141,6 +156,12 @@ class RunFolder:
                 continue  # the last line of a killed process
         with replacing_file(self.log) as part:
             part.write_text("".join(kept), encoding="utf-8")
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether ``path``, or the closest folder above it that exists, can be written to."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return os.access(existing, os.W_OK)
 
 
 def _step(name: str) -> int | None:

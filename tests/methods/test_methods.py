@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tlora import AdapterPlan
-from tlora.errors import ArtifactError, ConfigError
+from tlora.errors import ConfigError
 from tlora.registry import METHODS
 
 
@@ -20,10 +20,10 @@ def batches():
     ]
 
 
-def prepared_by(name, model, batches, **options):
+def prepared_by(name, model, batches, plan=None, **options):
     method = METHODS.load(name)()
     torch.manual_seed(5)
-    return method.prepare(model, method.options(task_type="CAUSAL_LM", **options), batches)
+    return method.prepare(model, method.options(task_type="CAUSAL_LM", **options), batches, plan)
 
 
 @pytest.fixture(params=METHODS.names())
@@ -68,16 +68,14 @@ def test_only_the_adapter_trains_and_a_step_changes_the_output(name, tiny_llama,
     assert not torch.equal(prepared.model(**batches[0]).logits, before)
 
 
-def test_restoring_builds_what_preparing_built(name, tiny_llama, batches, tmp_path):
+def test_preparing_again_for_a_resumed_run_builds_the_same(name, tiny_llama, batches, tmp_path):
     first = prepared_by(name, tiny_llama(), batches, r=4)
     plan = None
     if first.plan is not None:
         first.plan.save(tmp_path / "plan.safetensors")
         plan = AdapterPlan.load(tmp_path / "plan.safetensors")
-    method = METHODS.load(name)()
-    torch.manual_seed(5)
-    options = method.options(task_type="CAUSAL_LM", r=4)
-    again = method.restore(tiny_llama(), options, plan)
+        batches = None  # nothing is calibrated
+    again = prepared_by(name, tiny_llama(), batches, r=4, plan=plan)
     weights, expected = again.model.state_dict(), first.model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -92,12 +90,6 @@ def test_task_aware_lora_freezes_a_and_guards_it(tiny_llama, batches):
     loose = prepared_by("tlora", tiny_llama(), batches, r=4, freeze_a=False)
     assert loose.callbacks == []
     assert all(p.requires_grad for key, p in loose.model.named_parameters() if "lora_A" in key)
-
-
-def test_task_aware_lora_cannot_be_restored_without_its_plan(tiny_llama):
-    method = METHODS.load("tlora")()
-    with pytest.raises(ArtifactError, match=r"no plan\.safetensors; start it anew"):
-        method.restore(tiny_llama(), method.options(), None)
 
 
 def test_lora_passes_peft_its_options(tiny_llama, batches):

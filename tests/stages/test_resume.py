@@ -65,6 +65,12 @@ def test_a_resumed_run_does_not_calibrate_again(config, interrupted, monkeypatch
     assert train.run(config(resume=True)).finished
 
 
+def test_stopped_before_its_plan_was_saved_a_run_plans_the_same_again(config, interrupted, whole):
+    folder = interrupted(config(), 1)
+    folder.plan.unlink()
+    assert weights(train.run(config(resume=True))) == whole("tlora")
+
+
 def test_a_classifiers_head_resumes_too(config, interrupted, saved, tiny_bert_classifier, tmp_path):
     rows = tmp_path / "train.tsv"
     rows.write_text("sentence\tlabel\n" + "\n".join(f"text {n}\t{n % 2}" for n in range(12)))

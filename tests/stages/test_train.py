@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tlora import AdapterPlan
-from tlora.errors import ConfigError, DataError
+from tlora.errors import ConfigError, DataError, TLoraError
 from tlora.runconfig import DataConfig
 from tlora.stages import initialise, train
 from tlora.stages.setup import settle
@@ -28,8 +28,11 @@ def test_a_run_leaves_what_the_folder_promises(config):
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert json.loads(folder.metrics.read_text())["loss"] > 0
+    plan = AdapterPlan.load(folder.plan)
+    assert folder.measured()["trainable_parameters"] == plan.trainable_parameters
+    assert folder.measured()["seconds"].keys() == {"initialise", "train", "evaluate"}
     assert folder.config()["adapter"]["lora_alpha"] == 8  # defaults are written out
-    assert AdapterPlan.load(folder.plan).config.task_type == "CAUSAL_LM"
+    assert plan.config.task_type == "CAUSAL_LM"
 
 
 def test_the_adapter_loads_in_plain_peft_and_was_trained(config, llama_folder):
@@ -119,6 +122,13 @@ def test_init_and_train_plan_the_same(config):
         ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
         ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),
         ({"trainer": {"lr_scheduler_type": "zigzag"}}, ConfigError, "zigzag"),
+        (
+            {"trainer": {"eval_strategy": "steps", "eval_steps": 2}},
+            ConfigError,
+            "`eval_strategy` is 'steps', but there are no evaluation rows; give --eval_file",
+        ),
+        ({"adapter": {"target_modules": ["nowhere"]}}, TLoraError, "nowhere"),
+        ({"method": "lora", "adapter": {"target_modules": ["nowhere"]}}, ConfigError, "nowhere"),
         ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
         ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
         ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),

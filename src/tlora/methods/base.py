@@ -3,8 +3,7 @@
 The call order, in `tlora.stages`::
 
     options = method.options(**fields)                   # flags and YAML, checked at once
-    prepared = method.prepare(model, options, batches)   # a new run
-    prepared = method.restore(model, options, plan)      # a resumed run, before the checkpoint
+    prepared = method.prepare(model, options, batches, plan)   # plan: None, or of a resumed run
     trainer = Trainer(prepared.model, callbacks=prepared.callbacks, **prepared.trainer_kwargs)
 
 Importing a method's file must be cheap: the command line reads its options record for --help.
@@ -46,21 +45,25 @@ class Method(Protocol):
     options: type
     """The options record: a dataclass with a `task_type` field that checks itself when made."""
 
-    def prepare(self, model: torch.nn.Module, options: Any, batches: Batches) -> Prepared:
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        options: Any,
+        batches: Batches,
+        plan: AdapterPlan | None = None,
+    ) -> Prepared:
         """Adapt a freshly loaded ``model``.
+
+        A resumed run calls this once more before its checkpoint is loaded. Whatever is decided or
+        drawn here must then come out the same: from ``plan``, from torch's seeded generator, or
+        from the checkpoint.
 
         Args:
             model: the base model; it may be changed in place.
             options: an instance of `self.options`.
             batches: the calibration batches, exactly as training will see them: dicts of tensors
                 that the model's forward takes. Read only by methods that calibrate.
-        """
-        ...
-
-    def restore(self, model: torch.nn.Module, options: Any, plan: AdapterPlan | None) -> Prepared:
-        """Build what `prepare` built, from its saved plan and without calibrating again.
-
-        Every weight that `prepare` drew or computed is either in ``plan`` or will be loaded from
-        a checkpoint afterwards.
+            plan: what an earlier call has returned and the run has saved; used as it is, and
+                nothing is calibrated.
         """
         ...

@@ -79,14 +79,18 @@ class Lora:
 
     options = LoraOptions
 
-    def prepare(self, model: torch.nn.Module, options: LoraOptions, batches: Batches) -> Prepared:
-        """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read."""
-        return self.restore(model, options, None)
-
-    def restore(
-        self, model: torch.nn.Module, options: LoraOptions, plan: AdapterPlan | None
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        options: LoraOptions,
+        batches: Batches,
+        plan: AdapterPlan | None = None,
     ) -> Prepared:
-        """Wrap ``model`` again; the checkpoint brings A and B."""
+        """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read.
+
+        Raises:
+            ConfigError: PEFT does not find the target modules.
+        """
         import peft
 
         config = peft.LoraConfig(**dataclasses.asdict(options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tlora.config import TLoraConfig
-from tlora.errors import ArtifactError
 from tlora.methods.base import Batches, Prepared
 
 if TYPE_CHECKING:
@@ -19,25 +18,19 @@ class TaskAwareLora:
 
     options = TLoraConfig
 
-    def prepare(self, model: torch.nn.Module, options: TLoraConfig, batches: Batches) -> Prepared:
-        """Calibrate on ``batches``, plan and attach; the model's output does not change."""
-        from tlora import calibrate, plan
-
-        statistics = calibrate(model, batches, options)
-        return self.restore(model, options, plan(model, statistics, options))
-
-    def restore(
-        self, model: torch.nn.Module, options: TLoraConfig, plan: AdapterPlan | None
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        options: TLoraConfig,
+        batches: Batches,
+        plan: AdapterPlan | None = None,
     ) -> Prepared:
-        """Attach ``plan`` as it is: the frozen A of a resumed run is the one it started with.
-
-        Raises:
-            ArtifactError: there is no plan.
-        """
-        from tlora import attach
+        """Attach ``plan``, or calibrate and plan first; the model's output does not change."""
+        import tlora
         from tlora.adapter.freeze import FrozenACallback
 
         if plan is None:
-            raise ArtifactError("the run has no plan.safetensors; start it anew without --resume.")
+            statistics = tlora.calibrate(model, batches, options)
+            plan = tlora.plan(model, statistics, options)
         callbacks = [FrozenACallback()] if options.freeze_a else []
-        return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
+        return Prepared(model=tlora.attach(model, plan), plan=plan, callbacks=callbacks)

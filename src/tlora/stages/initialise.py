@@ -12,6 +12,7 @@ from tlora.runfolder import RunFolder
 from tlora.stages.setup import Setup, settle, training_arguments
 
 if TYPE_CHECKING:
+    from tlora.adapter.plan import AdapterPlan
     from tlora.methods.base import Prepared
 
 
@@ -30,30 +31,26 @@ def run(config: RunConfig) -> RunFolder:
     folder.refuse_unless_free()
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
-    folder.start(config.resolved().to_dict(), verb="init")
-    save_adapter(adapt(setup, folder, arguments.device), setup, folder.adapter)
+    prepared = adapt(setup, arguments.device)
+    folder.start(config.resolved().to_dict(), "init", prepared.plan)
+    save_adapter(prepared, setup, folder.adapter)
     folder.finish()
     return folder
 
 
-def adapt(setup: Setup, folder: RunFolder, device: Any) -> Prepared:
-    """Load the model onto ``device`` and prepare it by the run's method.
+def adapt(setup: Setup, device: Any, plan: AdapterPlan | None = None) -> Prepared:
+    """Load the model onto ``device`` and prepare it by the run's method; nothing is written.
 
-    The plan is saved as soon as there is one. Where the folder has one already, from the start of
-    a run that is resumed, the model is rebuilt from it and nothing is calibrated.
+    With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
     """
     import transformers
 
     model = setup.load_model(device)
-    # Again: what a new head has drawn must not shift the draws of the method.
+    # Seeded again on both sides: what a new head draws must not shift the method's draws, and
+    # what a calibration draws must not shift the training's.
     transformers.set_seed(setup.config.seed)
-    if folder.plan.is_file():
-        from tlora import AdapterPlan
-
-        return setup.method.restore(model, setup.options, AdapterPlan.load(folder.plan))
-    prepared = setup.method.prepare(model, setup.options, setup.calibration_batches())
-    if prepared.plan is not None:
-        prepared.plan.save(folder.plan)
+    batches = setup.calibration_batches()
+    prepared = setup.method.prepare(model, setup.options, batches, plan)
     transformers.set_seed(setup.config.seed)
     return prepared
 

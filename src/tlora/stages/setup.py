@@ -120,8 +120,8 @@ def settle(config: RunConfig) -> Setup:
     if options.task_type is None:
         options = dataclasses.replace(options, task_type=kind.task_type)
     check_trainer_fields(kind, config.trainer)
-    train, held_out = task.load(config.train_file, config.eval_file)
     tokenizer = load_tokenizer(config)
+    train, held_out = task.load(config.train_file, config.eval_file)
     names = (
         config.train_file or config.data.dataset or "training rows",
         config.eval_file or "evaluation rows",

@@ -37,6 +37,7 @@ def run(config: RunConfig) -> RunFolder:
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
+    plan = None
     if not (config.resume and folder.exists):
         folder.refuse_unless_free()
     elif folder.finished:
@@ -44,14 +45,17 @@ def run(config: RunConfig) -> RunFolder:
         return folder
     else:
         config = merge_saved(config, RunConfig.from_dict(folder.config()))
+        plan = folder.saved_plan()
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
-    folder.start(config.resolved().to_dict(), verb="train")
+    _check_evaluation(setup, arguments)
     seconds: dict[str, float] = {}
     with _timed(seconds, "initialise"):
-        prepared = adapt(setup, folder, arguments.device)
+        prepared = adapt(setup, arguments.device, plan)
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
+    if trainer.is_world_process_zero():
+        folder.start(config.resolved().to_dict(), "train", prepared.plan)
     with _timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder))
     with _timed(seconds, "evaluate"):
@@ -70,6 +74,15 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def _check_evaluation(setup: Setup, arguments: Any) -> None:
+    if arguments.eval_strategy != "no" and setup.held_out is None:
+        raise ConfigError(
+            f"`eval_strategy` is {str(arguments.eval_strategy.value)!r}, but there are no"
+            " evaluation rows; give --eval_file.",
+            where="trainer",
+        )
 
 
 def merge_saved(config: RunConfig, saved: RunConfig) -> RunConfig:
