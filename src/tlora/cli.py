@@ -69,35 +69,49 @@ class ListConfig:
 
 def demo(config: DemoConfig) -> None:
     """Run the demonstration."""
-    from tlora.stages import demo
+    from rich.console import Console
 
-    demo.run(output_dir=config.output_dir, seed=config.seed)
+    from tlora.report.tables import scores
+    from tlora.stages.demo import run
+
+    result = run(output_dir=config.output_dir, seed=config.seed, tell=_say)
+    Console().print(scores(result.scores))
+    pictures = ", ".join(map(str, result.pictures))
+    _say(
+        f"exact match on {result.test_rows} problems the adapters have not seen\n"
+        f"prompt:  {result.example['prompt'].strip()}\n"
+        f"base:    {result.example['base']}\n"
+        f"adapted: {result.example['adapted']}\n"
+        f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
+        f" {result.difference:.1g})\npictures: {pictures}\ndone in {result.seconds:.0f} s"
+    )
 
 
 def init(config: RunConfig) -> None:
     """Calibrate, plan and attach; save the untrained adapter."""
-    from tlora.stages import initialise
+    from tlora.stages.initialise import run
 
-    _report(initialise.run(config))
+    _report(run(config))
 
 
 def train(config: RunConfig) -> None:
     """Initialise, train, evaluate and save."""
-    from tlora.stages import train
+    from tlora.stages.train import run
 
-    _report(train.run(config))
+    _report(run(config))
 
 
 def inspect(config: InspectConfig) -> None:
     """Show a plan."""
     from tlora import AdapterPlan
-    from tlora.report import heatmap, tables
+    from tlora.report.heatmap import save
+    from tlora.report.tables import show
 
     path = Path(config.path)
     file = path / "plan.safetensors" if path.is_dir() else path
     plan = AdapterPlan.load(file)
-    tables.show(plan, by=config.by)
-    picture = heatmap.save(plan, config.picture or file.with_name("plan.png"))
+    show(plan, by=config.by)
+    picture = save(plan, config.picture or file.with_name("plan.png"))
     _say(f"\n{plan.summary()}\npicture: {picture}")
 
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Trainer fields that cannot change the weights; a resumed run may set them anew.
 _HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
 
+_TIMINGS = ("runtime", "_per_second")
+
 
 def run(config: RunConfig) -> RunFolder:
     """Train an adapter; return the folder of the run.
@@ -157,8 +159,11 @@ def _resume_point(folder: RunFolder) -> str | None:
 
 
 def evaluate(trainer: Any, setup: Setup) -> dict[str, Any]:
-    """Return the trainer's scores of the evaluation rows, {} where there are none."""
+    """Return the trainer's scores of the evaluation rows, {} where there are none.
+
+    The trainer's timings are left out: the same weights and rows give the same scores.
+    """
     if setup.held_out is None:
         return {}
-    scores = trainer.evaluate()
-    return {name.removeprefix("eval_"): value for name, value in scores.items()}
+    scores = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {name: value for name, value in scores.items() if not name.endswith(_TIMINGS)}
