@@ -141,7 +141,7 @@ def table(sweep: Sweep, runs: list[dict[str, Any]]) -> str:
     lines = [
         f"**{sweep.title}** ({sweep.metric}, {sweep.better} is better)",
         "",
-        "| method | trainable | learning rate | mean | seeds (smallest to largest) | init s | train s |",
+        "| method | trainable | learning rate | mean | least to greatest seed | init s | train s |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in sweep.methods:
