@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,9 @@ from tlora.errors import AdapterError
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-# PEFT matches every module against every pattern key, and Python caches 512 compiled regexes:
-# beyond this many modules, those of equal value share one key.
-_KEYS_BEFORE_GROUPING = 500
+# PEFT matches every module against every key of both patterns, and Python caches 512 compiled
+# regexes: beyond this many keys, modules of equal value share one.
+_KEYS_BEFORE_GROUPING = 450
 
 
 def get_tlora_model(
@@ -139,12 +139,14 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     alpha = config.lora_alpha
     ranks = {n: m.rank for n, m in used.items() if m.rank != config.r}
     alphas = {n: m.scale * m.rank for n, m in used.items() if m.scale * m.rank != alpha}
+    grouped = len(ranks) + len(alphas) > _KEYS_BEFORE_GROUPING
     return LoraConfig(
         r=config.r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=list(used),
-        rank_pattern=_pattern(ranks),
-        alpha_pattern=_pattern(alphas),
+        exclude_modules=_namesakes(model, used),
+        rank_pattern=_pattern(ranks, grouped),
+        alpha_pattern=_pattern(alphas, grouped),
         lora_dropout=config.lora_dropout,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         bias=config.bias,
@@ -153,9 +155,19 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     )
 
 
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
+def _namesakes(model: nn.Module, used: Collection[str]) -> str | None:
+    """Return a regex of the modules that PEFT would adapt too, since it takes a name for a suffix.
+
+    ("inner.proj" for "proj"); None where there are none.
+    """
+    suffixes = tuple(f".{name}" for name in used)
+    wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
+    return "|".join(map(re.escape, wrong)) or None
+
+
+def _pattern(values: dict[str, Any], grouped: bool) -> dict[str, Any]:
     """Return PEFT's pattern dict for values by full module name."""
-    if len(values) <= _KEYS_BEFORE_GROUPING:
+    if not grouped:
         return {f"^{re.escape(name)}": value for name, value in values.items()}
     names: dict[Any, list[str]] = defaultdict(list)
     for name, value in values.items():
