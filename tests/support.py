@@ -287,3 +287,88 @@ def toy_batch(samples: Sequence[Sample], fill: float = 0.0) -> Sample:
         ),
         "labels": torch.cat([s["labels"] for s in samples]),
     }
+
+
+FAMILIES = {
+    "llama-right": ("tiny_llama", "right"),
+    "llama-left": ("tiny_llama", "left"),
+    "gpt2-right": ("tiny_gpt2", "right"),
+    "gpt2-left": ("tiny_gpt2", "left"),
+    "bert": ("tiny_bert_classifier", "right"),
+    "bert-regression": ("tiny_bert_classifier", "right"),
+    "bert-multilabel": ("tiny_bert_classifier", "right"),
+    "t5": ("tiny_t5", "right"),
+    "t5-equal": ("tiny_t5", "right"),
+    "bart-classifier": (tiny_bart_classifier, "right"),
+    "vit": (tiny_vit, "right"),
+}
+
+
+@dataclass
+class Family:
+    model: Any
+    samples: list[Sample]
+    side: str
+    config: dict[str, Any]
+
+    def batches(self, size: int) -> list[Sample]:
+        return in_batches(self.samples, size, self.side)
+
+
+def make_family(name: str, fixture: Callable[[str], Any]) -> Family:
+    """Return a fresh model of a family with samples; ``fixture`` finds a fixture by its name."""
+    factory, side = FAMILIES[name]
+    if isinstance(factory, str):
+        factory = fixture(factory)
+    kind = {"bert": "SEQ_CLS", "bart": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+    config = {"r": 2, "task_type": kind.get(name.split("-", maxsplit=1)[0])}
+    return Family(_build(factory, name), _samples(name), side, config)
+
+
+def _build(factory: Callable[..., Any], name: str) -> Any:
+    # Weights large enough that attention is far from uniform.
+    if name.startswith("t5"):
+        return factory(initializer_factor=1.5)
+    if name in ("vit", "bart-classifier"):
+        return factory()
+    overrides: dict[str, Any] = {"initializer_range": 0.2}
+    if name == "bert-regression":
+        overrides["num_labels"] = 1
+    if name == "bert-multilabel":
+        overrides |= {"num_labels": 3, "problem_type": "multi_label_classification"}
+    return factory(**overrides)
+
+
+def _samples(name: str) -> Sequence[Sample]:
+    if name in ("t5", "vit"):
+        return translated_samples() if name == "t5" else image_samples()
+    if name == "t5-equal":
+        return translated_samples(((6, 2), (2, 6), (4, 3), (1, 5), (6, 6)))
+    if name == "bart-classifier":
+        samples = classified_samples()
+        for sample in samples:
+            sample["input_ids"][:, -1] = 2
+        return samples
+    if name == "bert-regression":
+        return labelled_samples(lambda g: torch.randn(1, generator=g))
+    if name == "bert-multilabel":
+        return labelled_samples(lambda g: torch.rand(1, 3, generator=g).round())
+    return classified_samples() if name == "bert" else causal_samples()
+
+
+def logits_of(model: Any, batch: Sample) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def train(model: Any, batch: Sample, steps: int, lr: float = 1e-2) -> list[float]:
+    """Take real optimizer steps on the parameters that require a gradient; return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
