@@ -228,7 +228,9 @@ def _method_help(argv: list[str]) -> str:
 
 
 def _report(folder: Any) -> None:
-    """Say where a run has left what."""
+    """Say where a run has left what; of several processes, the first speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if folder.plan.is_file():
         from tlora import AdapterPlan
 

@@ -10,6 +10,7 @@ from tlora import AdapterPlan
 from tlora.errors import ConfigError, DataError, TLoraError
 from tlora.runconfig import DataConfig
 from tlora.stages import initialise, train
+from tlora.stages.arguments import training_arguments
 from tlora.stages.setup import settle
 
 
@@ -71,7 +72,6 @@ def test_calibration_sees_the_tokens_and_labels_that_training_sees(config):
 def test_the_trainer_gets_the_same_rows_and_collator(config, tmp_path):
     from tlora.methods.base import Prepared
     from tlora.runfolder import RunFolder
-    from tlora.stages.setup import training_arguments
 
     setup = settle(config())
     prepared = Prepared(model=setup.load_model("cpu"))
@@ -118,6 +118,21 @@ def test_init_and_train_plan_the_same(config):
             {"trainer": {"learning_rat": 1e-3}},
             ConfigError,
             "no field `learning_rat`. Did you mean 'learning_rate'",
+        ),
+        (
+            {"trainer": {"learning_rate": "fast"}},
+            ConfigError,
+            "`learning_rate` is 'fast'; give a number.",
+        ),
+        (
+            {"trainer": {"num_train_epochs": True}},
+            ConfigError,
+            "`num_train_epochs` is True; give a number.",
+        ),
+        (
+            {"trainer": {"max_steps": 1.5}},
+            ConfigError,
+            "`max_steps` is 1.5; give a whole number.",
         ),
         ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
         ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),

@@ -9,7 +9,8 @@ from tlora.errors import ConfigError
 from tlora.files import replacing_folder
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
-from tlora.stages.setup import Setup, settle, training_arguments
+from tlora.stages.arguments import training_arguments
+from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
     from tlora.adapter.plan import AdapterPlan
@@ -32,9 +33,10 @@ def run(config: RunConfig) -> RunFolder:
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     prepared = adapt(setup, arguments.device)
-    folder.start(config.resolved().to_dict(), "init", prepared.plan)
-    save_adapter(prepared, setup, folder.adapter)
-    folder.finish()
+    if arguments.process_index == 0:
+        folder.start(config.resolved().to_dict(), "init", prepared.plan)
+        save_adapter(prepared, setup, folder.adapter)
+        folder.finish()
     return folder
 
 

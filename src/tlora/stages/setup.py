@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError, did_you_mean
+from tlora.errors import ConfigError, DataError
 from tlora.registry import METHODS, TASKS
 from tlora.runconfig import RunConfig
+from tlora.stages.arguments import check_trainer_fields, first_line
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.tasks.base import Task
 from tlora.tasks.tokens import tokenised
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tlora.methods.base import Method
-
-_ELSEWHERE = {
-    "output_dir": "give --output_dir",
-    "seed": "give --seed",
-    "max_length": "give --data.max_length",
-    "model_init_kwargs": "give --dtype",
-    "trust_remote_code": "give --trust_remote_code",
-    "completion_only_loss": "give --data.loss_on",
-    "assistant_only_loss": "give --data.loss_on",
-    "resume_from_checkpoint": "give --resume",
-}
 
 
 @dataclass(kw_only=True)
@@ -95,7 +85,7 @@ class Setup:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{config.model!r} cannot be loaded: {_first_line(error)}", "model"
+                f"{config.model!r} cannot be loaded: {first_line(error)}", "model"
             ) from error
         if model.config.pad_token_id is None:
             # Decoders that classify find the last real token by it.
@@ -157,74 +147,10 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}", "model"
+            f"the tokenizer of {config.model!r} cannot be loaded: {first_line(error)}", "model"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise DataError(f"the tokenizer of {config.model!r} has no token to pad with; add one.")
     return tokenizer
-
-
-def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
-    """Check the names under `trainer.*` against the training arguments of this kind.
-
-    Raises:
-        ConfigError: a name is unknown (with a suggestion), or set elsewhere (with the place).
-    """
-    arguments = kind.load(kind.arguments)
-    known = [field.name for field in dataclasses.fields(arguments) if field.init]
-    owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
-    faults = []
-    for name in fields:
-        if name not in known:
-            faults.append(f"there is no field `{name}`.{did_you_mean(name, known)}")
-        elif name in owned:
-            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenised before the trainer")
-            faults.append(f"`{name}` has no effect here; {advice}.")
-    if faults:
-        raise ConfigError(faults, where="trainer")
-
-
-def training_arguments(setup: Setup, output_dir: Path) -> Any:
-    """Make the training arguments: the user's fields over our defaults over the library's.
-
-    Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
-    turns on, stay off on a machine without an accelerator, where they only cost.
-
-    Raises:
-        ConfigError: transformers or TRL refuse a value; their sentence says why.
-    """
-    import torch
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    arguments = setup.kind.load(setup.kind.arguments)
-    known = {field.name: field for field in dataclasses.fields(arguments)}
-    # YAML reads a bare `no` as false, and "no" is the name of a strategy.
-    given = {
-        name: "no" if name.endswith("_strategy") and value is False else value
-        for name, value in setup.config.trainer.items()
-    }
-    ours: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
-    if known["bf16"].default is None and not is_torch_bf16_gpu_available():
-        ours["bf16"] = False
-    if not torch.cuda.is_available():
-        ours["dataloader_pin_memory"] = False
-        # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
-        names = ("activation_checkpointing", "gradient_checkpointing")
-        if not any(name in given for name in names):
-            ours[next(name for name in names if name in known)] = False
-    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
-    if "max_length" in known:
-        fixed["max_length"] = setup.task.data.max_length
-    if "dataset_kwargs" in known and not given.get("packing"):
-        # The rows are tokens of the right length already.
-        fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    try:
-        return arguments(**{**ours, **given, **fixed})
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(_first_line(error), where="trainer") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

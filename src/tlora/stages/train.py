@@ -13,8 +13,9 @@ from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
+from tlora.stages.arguments import training_arguments
 from tlora.stages.initialise import adapt, save_adapter
-from tlora.stages.setup import Setup, settle, training_arguments
+from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
     from tlora.methods.base import Prepared

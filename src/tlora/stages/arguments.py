@@ -1,0 +1,110 @@
+"""The trainer's own fields: checking what the user gave, filling in what we decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, did_you_mean
+from tlora.stages.kinds import KindSpec
+
+if TYPE_CHECKING:
+    from tlora.stages.setup import Setup
+
+_ELSEWHERE = {
+    "output_dir": "give --output_dir",
+    "seed": "give --seed",
+    "max_length": "give --data.max_length",
+    "model_init_kwargs": "give --dtype",
+    "trust_remote_code": "give --trust_remote_code",
+    "completion_only_loss": "give --data.loss_on",
+    "assistant_only_loss": "give --data.loss_on",
+    "resume_from_checkpoint": "give --resume",
+}
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
+    """Check what is under `trainer.*` against the training arguments of this kind.
+
+    Raises:
+        ConfigError: a name is unknown (with a suggestion) or set elsewhere (with the place), or a
+            value is not of the field's type; all faults at once.
+    """
+    arguments = kind.load(kind.arguments)
+    declared = {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
+    owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
+    faults = []
+    for name, value in fields.items():
+        if name not in declared:
+            faults.append(f"there is no field `{name}`.{did_you_mean(name, declared)}")
+        elif name in owned:
+            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenised before the trainer")
+            faults.append(f"`{name}` has no effect here; {advice}.")
+        elif wanted := _mismatch(declared[name], value):
+            faults.append(f"`{name}` is {value!r}; give {wanted}.")
+    if faults:
+        raise ConfigError(faults, where="trainer")
+
+
+def _mismatch(kind: Any, value: Any) -> str | None:
+    """Return what a field wants, if it is a plain number or switch and ``value`` is neither.
+
+    transformers does not look: a word for a learning rate would fail only when training starts.
+    """
+    kinds = {kind, *typing.get_args(kind)} - {types.UnionType, type(None)}
+    plain = kinds & set(_WORDS)
+    if not plain or kinds - plain - {kind} or (value is None and kind not in plain):
+        return None
+    if type(value) in plain or (float in plain and type(value) is int):
+        return None
+    return " or ".join(_WORDS[each] for each in _WORDS if each in plain)
+
+
+def training_arguments(setup: Setup, output_dir: Path) -> Any:
+    """Make the training arguments: the user's fields over our defaults over the library's.
+
+    Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
+    turns on, stay off on a machine without an accelerator, where they only cost.
+
+    Raises:
+        ConfigError: transformers or TRL refuse a value; their sentence says why.
+    """
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    arguments = setup.kind.load(setup.kind.arguments)
+    known = {field.name: field for field in dataclasses.fields(arguments)}
+    # YAML reads a bare `no` as false, and "no" is the name of a strategy.
+    given = {
+        name: "no" if name.endswith("_strategy") and value is False else value
+        for name, value in setup.config.trainer.items()
+    }
+    ours: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
+    if known["bf16"].default is None and not is_torch_bf16_gpu_available():
+        ours["bf16"] = False
+    if not torch.cuda.is_available():
+        ours["dataloader_pin_memory"] = False
+        # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        if not any(name in given for name in names):
+            ours[next(name for name in names if name in known)] = False
+    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
+    if "max_length" in known:
+        fixed["max_length"] = setup.task.data.max_length
+    if "dataset_kwargs" in known and not given.get("packing"):
+        # The rows are tokens of the right length already.
+        fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    try:
+        return arguments(**{**ours, **given, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(first_line(error), where="trainer") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message: the libraries' own go on for pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
