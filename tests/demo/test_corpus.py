@@ -1,0 +1,137 @@
+"""The generated corpus: right answers, fixed by the seed, and the two halves kept apart."""
+
+import re
+from itertools import chain, islice
+
+import pytest
+
+from tlora.demo.corpus import (
+    FORMS,
+    Problem,
+    Row,
+    held_out_rows,
+    pretraining_rows,
+    problems,
+    shifted_task,
+)
+
+READERS = {
+    r"(\d+)\+(\d+)=": lambda a, b: a + b,
+    r"(\d+)-(\d+)=": lambda a, b: a - b,
+    r"What is (\d+) plus (\d+)\?": lambda a, b: a + b,
+    r"What is (\d+) minus (\d+)\?": lambda a, b: a - b,
+    r"Which is larger, (\d+) or (\d+)\?": max,
+    r"Which is smaller, (\d+) or (\d+)\?": min,
+    r"(?:\w+) has (\d+) \w+\. \w+ buys (\d+) more\.": lambda a, b: a + b,
+    r"There are (\d+) \w+ and (\d+) \w+ \w+ in": lambda a, b: a + b,
+    r"\w+ had (\d+) \w+ and gave away (\d+)\.": lambda a, b: a - b,
+    r"The \w+ sold (\d+) of its (\d+) \w+\.": lambda b, a: a - b,
+    r"\w+ has (\d+) \w+\. \w+ has (\d+) \w+\. How many more": lambda a, b: a - b,
+}
+"""A second reading of each pretraining form but `mixed`: the operands in order, the operation."""
+
+
+def read_mixed(prompt: str) -> int | None:
+    """The answer to a prompt of the form `mixed`, or None when it is another form."""
+    change = re.search(r"The \w+ (buys|sold) (\d+) (\w+)\. How many \3 are", prompt)
+    if change is None:
+        return None
+    verb, amount, item = change.groups()
+    (stock,) = re.findall(rf"(\d+) {item}\b", prompt.split(".", maxsplit=1)[0])
+    return int(stock) + (1 if verb == "buys" else -1) * int(amount)
+
+
+def read_pretraining(prompt: str) -> int:
+    """The answer, from the wording alone."""
+    if (mixed := read_mixed(prompt)) is not None:
+        return mixed
+    (answer,) = {
+        compute(*map(int, match.groups()))
+        for pattern, compute in READERS.items()
+        if (match := re.match(pattern, prompt))
+    }
+    return answer
+
+
+def read_shifted(prompt: str) -> int:
+    """The answer to a prompt of the shifted form, from the wording alone."""
+    item = re.match(r"How many (\w+) now\?", prompt)[1]
+    (stock,) = re.findall(rf"had (\d+) {item}\b", prompt)
+    ((verb, amount),) = re.findall(rf"(buys|sold) (\d+) {item}\b", prompt)
+    return int(stock) + (1 if verb == "buys" else -1) * int(amount)
+
+
+def shape(prompt: str) -> str:
+    """The first words of a prompt with its numbers blanked: enough to tell forms apart."""
+    return " ".join(re.sub(r"\d+", "#", prompt).split()[:4])
+
+
+def problem_of_shifted(row: Row) -> Problem:
+    """The problem that a row of the shifted form states."""
+    verb, amount, item = re.search(r"(buys|sold) (\d+) (\w+)", row["prompt"]).groups()
+    stock = re.search(rf"had (\d+) {item}\b", row["prompt"])[1]
+    return Problem(int(stock), {"buys": "+", "sold": "-"}[verb], int(amount))
+
+
+def stated(row: Row) -> int:
+    """The number a response ends in, after checking the sum it shows, if it shows one."""
+    *working, answer = row["response"].split("=")
+    for shown in working:
+        a, op, b = re.fullmatch(r"(\d+)([+-])(\d+)", shown).groups()
+        assert int(answer) == (int(a) + int(b) if op == "+" else int(a) - int(b)), row
+    return int(answer)
+
+
+def test_pretraining_answers_are_right() -> None:
+    for row in islice(pretraining_rows(0), 5000):
+        assert read_pretraining(row["prompt"]) == stated(row), row
+
+
+def test_shifted_answers_are_right() -> None:
+    for row in chain(*shifted_task(0)):
+        assert read_shifted(row["prompt"]) == stated(row), row
+
+
+def test_the_seed_alone_decides() -> None:
+    assert shifted_task(3, 50, 10) == shifted_task(3, 50, 10)
+    assert shifted_task(3, 50, 10) != shifted_task(4, 50, 10)
+    assert list(islice(pretraining_rows(3), 50)) == list(islice(pretraining_rows(3), 50))
+    assert list(islice(pretraining_rows(3), 50)) != list(islice(pretraining_rows(4), 50))
+
+
+def test_the_shifted_halves_share_no_problem() -> None:
+    train, test = shifted_task(0)
+    assert (len(train), len(test)) == (2000, 200)
+    assert len({row["prompt"] for row in train + test}) == 2200
+    seen = {problem_of_shifted(row) for row in train}
+    assert seen.isdisjoint(problem_of_shifted(row) for row in test)
+
+
+def test_another_seed_tests_no_problem_that_this_one_trains_on() -> None:
+    seen = {problem_of_shifted(row) for row in shifted_task(0)[0]}
+    assert seen.isdisjoint(problem_of_shifted(row) for row in shifted_task(1, train=1)[1])
+
+
+def test_pretraining_never_shows_a_held_out_problem() -> None:
+    held_out = {problem.working for op in "+-" for problem in problems(op, held_out=True)}
+    assert 800 < len(held_out) < 1200
+    for row in islice(pretraining_rows(0), 20_000):
+        told = row["prompt"].endswith("Answer:")
+        assert (row["response"] if told else row["prompt"] + row["response"]) not in held_out, row
+
+
+def test_pretraining_never_shows_the_shifted_form() -> None:
+    shown = {shape(row["prompt"]) for row in islice(pretraining_rows(0), 20_000)}
+    assert shown.isdisjoint(shape(row["prompt"]) for row in shifted_task(0)[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_held_out_rows_differ_and_are_right(form: str) -> None:
+    rows = held_out_rows(form, 0, 100)
+    assert len({row["prompt"] for row in rows}) == 100
+    assert all(read_pretraining(row["prompt"]) == stated(row) for row in rows)
+
+
+def test_an_unknown_operation_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown operation '\*'"):
+        _ = Problem(2, "*", 3).answer
