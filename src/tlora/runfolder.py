@@ -8,7 +8,7 @@
     log.jsonl          every line that the trainer logs
     checkpoints/       the trainer's checkpoint-N folders
     adapter/           the final plain PEFT adapter, with the tokenizer
-    metrics.json       the evaluation
+    metrics.json       the scores, where there are rows to evaluate on
 
 Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
 file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones from the rest.

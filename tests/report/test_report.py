@@ -94,9 +94,11 @@ def test_every_module_has_a_cell_whatever_the_family():
 def test_the_picture_shows_each_value_in_its_place():
     figure = heatmap.draw(plan_of(LLAMA))
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
-    assert list(panels) == ["rank", "scale", "sensitivity", "captured energy"]
+    assert list(panels) == ["rank", "scale", "sensitivity / mean", "captured energy"]
     shown = np.asarray(panels["rank"].images[0].get_array())
     assert shown.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    relative = np.asarray(panels["sensitivity / mean"].images[0].get_array())
+    assert np.allclose(relative, 1)
     texts = {text.get_position(): text.get_text() for text in panels["scale"].texts}
     assert texts[1, 2] == "8.00"
     assert [label.get_text() for label in panels["rank"].get_xticklabels()] == [

@@ -31,12 +31,14 @@ class Panel:
     """Format of the number in a cell."""
     log: bool = False
     """Colour by the logarithm: sensitivities span decades."""
+    relative: bool = False
+    """Divide by the mean over the modules, which is what ranks and scales are set by."""
 
 
 PANELS = (
     Panel("rank", lambda module: module.rank, "{:.0f}"),
     Panel("scale", lambda module: module.scale, "{:.2f}"),
-    Panel("sensitivity", lambda module: module.sensitivity, "{:.0e}", log=True),
+    Panel("sensitivity / mean", lambda module: module.sensitivity, "{:.2g}", True, relative=True),
     Panel("captured energy", lambda module: module.captured_energy, "{:.2f}"),
 )
 
@@ -78,6 +80,8 @@ def _table(grid: Grid, panel: Panel) -> np.ndarray:
         value = panel.value(module)
         if value is not None:
             table[grid.rows.index(row), grid.columns.index(column)] = value
+    if panel.relative and not np.isnan(table).all() and np.nanmean(table) > 0:
+        table /= np.nanmean(table)
     return table
 
 
@@ -96,10 +100,11 @@ def _draw_panel(axis: Axes, panel: Panel, table: np.ndarray, grid: Grid) -> None
     axis.set_yticks(range(len(grid.rows)), grid.rows, fontsize=7)
     axis.set_ylabel("layer", fontsize=8)
     axis.tick_params(length=0)
-    axis.figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(labelsize=7)
+    axis.figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(which="both", labelsize=7)
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            dark = np.isnan(shown[row, column]) or norm(shown[row, column]) < 0.55
-            text = panel.text.format(value).replace("e-0", "e-")
-            colour = "white" if dark and not np.isnan(shown[row, column]) else "black"
+            # White on the dark half of the colours; what has no colour is on light grey.
+            dark = not np.isnan(shown[row, column]) and norm(shown[row, column]) < 0.55
+            colour = "white" if dark else "black"
+            text = panel.text.format(value)
             axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)

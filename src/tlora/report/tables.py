@@ -43,7 +43,7 @@ def table(plan: AdapterPlan, by: str = "module") -> Table:
     if by not in VIEWS:
         options = ", ".join(map(repr, VIEWS))
         raise ConfigError(f"`by` is {by!r}; choose one of {options}.{did_you_mean(by, VIEWS)}")
-    made = Table(box=box.SIMPLE)
+    made = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     # On a narrow terminal the names fold; a number cut short would be a wrong number.
     made.add_column(by, overflow="fold")
     for column in ("modules", "rank", "scale", "sensitivity", "energy", "parameters"):

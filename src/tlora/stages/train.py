@@ -66,7 +66,8 @@ def run(config: RunConfig) -> RunFolder:
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object.
         save_adapter(prepared, setup, folder.adapter)
-        write_json(folder.metrics, metrics)
+        if metrics:
+            write_json(folder.metrics, metrics)
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
     return folder
 
