@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
@@ -27,7 +28,7 @@ from tlora.calibration.hooks import Record, recording
 from tlora.calibration.preserve import preserved
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, find_targets
+from tlora.calibration.targets import Target, find_targets, fused_expert_parameters
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.linalg.moments import SecondMoment
@@ -64,6 +65,8 @@ def calibrate(
             raise CalibrationError(
                 f"{name} is on `meta`, without values; load the model's weights to calibrate."
             )
+    if config.target_modules == "all-linear":
+        _warn_of_fused_experts(model)
     collector = _Collector(model, targets, config)
     with preserved(model), _progress_bar(batches, progress) as bar, torch.inference_mode(False):
         for batch in batches:
@@ -259,6 +262,16 @@ class _Collector:
                 done.add(key)
                 rows, mask = record.joined(size)
                 self.moments[key].update(rows.to(self.moments[key].scatter.device), mask)
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    if fused := fused_expert_parameters(model):
+        more = f" and {len(fused) - 3} more" if fused[3:] else ""
+        warnings.warn(
+            f"{type(model).__name__} keeps experts in fused parameters, which no Linear wraps and"
+            f" which are not adapted: {', '.join(fused[:3])}{more}.",
+            stacklevel=3,
+        )
 
 
 def _forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
