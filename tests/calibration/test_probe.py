@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -336,6 +337,34 @@ def test_where_the_loss_depends_on_no_target_the_sensitivities_are_zero():
     stats = calibrate(model, [toy_batch(toy_samples())], config(target_modules=["experts.2"]))
 
     assert stats.modules["experts.2"].sensitivity == 0.0
+
+
+def test_fused_experts_are_named_and_the_rest_agrees():
+    shape = {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    mixtral = transformers.MixtralConfig(**shape, **heads, experts_implementation="eager")
+    model = support.seeded(lambda: transformers.MixtralForCausalLM(mixtral))
+    samples = support.causal_samples()
+
+    with pytest.warns(UserWarning) as caught:
+        stats = calibrate(model, support.in_batches(samples, 2), config())
+
+    [message] = [str(w.message) for w in caught if "experts" in str(w.message)]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in message
+    assert message.endswith("and 1 more.")
+    assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
+
+
+def test_windows_of_a_real_model_agree():
+    swin = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4
+    )
+    model = support.seeded(lambda: transformers.SwinForImageClassification(swin))
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randn(3, 3, 16, 16, generator=generator)
+    batch = {"pixel_values": images, "labels": torch.tensor([0, 1, 1])}
+    samples = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
+    agrees_in_batches(model, samples, [batch])
 
 
 # --- who shares a second moment
