@@ -156,11 +156,17 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Make a config from plain values; the inverse of `to_dict`."""
-        values = dict(values)
-        values["data"] = DataConfig(**values.get("data", {}))
-        values["calibration"] = CalibrationConfig(**values.get("calibration", {}))
-        return cls(**values)
+        """Make a config from plain values; the inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a name is unknown (with a suggestion) or a value out of range.
+        """
+        check_names(cls, values, where="run")
+        sections: dict[str, Any] = {}
+        for name, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
+            check_names(record, values.get(name, {}), where=name)
+            sections[name] = record(**values.get(name, {}))
+        return cls(**values | sections)
 
     def resolved(self) -> RunConfig:
         """Return this run with every option of the method written out, defaults included."""
