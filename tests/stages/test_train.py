@@ -26,6 +26,7 @@ def test_a_run_leaves_what_the_folder_promises(config):
         "provenance.json",
         "run.json",
     ]
+    assert {path.stat().st_mode & 0o777 for path in folder.adapter.iterdir()} == {0o644}
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert json.loads(folder.metrics.read_text())["loss"] > 0

@@ -62,3 +62,6 @@ def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
     with replacing_folder(path) as part:
         prepared.model.save_pretrained(part)  # type: ignore[operator]
         setup.tokenizer.save_pretrained(part)
+        for file in part.iterdir():
+            # safetensors makes files private; a server under another user reads adapters too.
+            file.chmod(0o644)
