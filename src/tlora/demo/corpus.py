@@ -152,7 +152,7 @@ def _shifted(problem: Problem, rng: random.Random) -> str:
     (item, other), place = rng.sample(ITEMS, 2), rng.choice(PLACES)
     change = {"+": "buys", "-": "sold"}[problem.op]
     facts = [f"{change} {problem.b} {item}", f"had {problem.a} {item}"]
-    facts.insert(rng.randrange(3), f"had {rng.randrange(1, LIMIT)} {other}")
+    facts.insert(rng.randrange(3), f"gave away {rng.randrange(1, LIMIT)} {other}")
     return f"How many {item} now? The {place} book: {'; '.join(facts)}. Answer:"
 
 
