@@ -21,6 +21,7 @@ from torch import nn
 import support
 from support import logits_of, train
 from tlora import AdapterPlan, ModulePlan, TLoraConfig, attach, get_tlora_model, load_adapter, plan
+from tlora.adapter.attach import lora_config
 from tlora.errors import AdapterError
 
 FAMILIES = ["llama-right", "gpt2-right", "bert", "t5", "vit"]
@@ -442,6 +443,19 @@ def test_hundreds_of_modules_each_get_their_own_rank_and_scale(count):
         assert layer.r["default"] == module.rank
         assert layer.scaling["default"] == pytest.approx(module.scale, rel=1e-12)
         assert torch.equal(layer.lora_A["default"].weight, module.lora_A)
+
+
+def test_the_keys_of_both_patterns_fit_pythons_cache_of_regexes():
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(300)])
+    planned = made_up(
+        model, TLoraConfig(r=4, lora_alpha=4), {str(i): 1 + i % 3 for i in range(300)}
+    )
+    for module in planned.modules.values():
+        module.scale = 2.0
+    config = lora_config(planned, model)
+    assert set(config.rank_pattern.values()) == {1, 2, 3}
+    # 600 keys where each module has its own; Python keeps 512 compiled.
+    assert len(config.rank_pattern) + len(config.alpha_pattern) == 5
 
 
 def test_a_model_of_hundreds_of_modules_is_reloaded_as_it_was(tmp_path):
