@@ -210,8 +210,9 @@ license: apache-2.0
 A Llama of {parameters:,} parameters ({layers} layers of width {width}, grouped-query attention,
 tied embeddings) with a byte-level BPE tokenizer of {vocabulary} tokens in which every digit is a
 token. It answers sums, differences and comparisons of numbers below 100, stated in the nine
-forms of `tlora/demo/corpus.py`, as well as the table below says, and nothing else. To a sum told in words it answers with the sum
-and its value (`30-14=16`). It exists so that a demonstration of fine-tuning needs no download.
+forms of `tlora/demo/corpus.py`, as well as the table below says, and nothing else.
+To a sum told in words it answers with the sum and its value (`30-14=16`). It exists so that a
+demonstration of fine-tuning needs no download.
 
 Made by `scripts/pretrain_base.py`: {steps:,} steps of {batch_size} generated rows, the first
 {bare_steps:,} of them of the form `symbols` alone, AdamW with a peak rate of {learning_rate:g},
