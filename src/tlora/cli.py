@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +70,16 @@ class ListConfig:
 
 def demo(config: DemoConfig) -> None:
     """Run the demonstration."""
+    from datasets import disable_progress_bars
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from tlora.report.tables import scores
     from tlora.stages.demo import run
 
+    # The bars of training stay; loading and tokenising take no time here.
+    disable_progress_bar()
+    disable_progress_bars()
     result = run(output_dir=config.output_dir, seed=config.seed, tell=_say)
     Console().print(scores(result.scores))
     pictures = ", ".join(map(str, result.pictures))
@@ -158,6 +164,8 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # PEFT reads a property that transformers has renamed; a user can do nothing about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # --help, after showing it

@@ -129,7 +129,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model."""
-    from tlora.stages.callbacks import LogCallback
+    from tlora.stages.callbacks import LogCallback, replace_bar
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
     if setup.task.kind in ("classification", "regression"):
@@ -139,7 +139,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     # Packed rows need TRL's own collator, which lays them end to end.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
         extra["data_collator"] = setup.collator
-    return setup.kind.load(setup.kind.trainer)(
+    trainer = setup.kind.load(setup.kind.trainer)(
         model=prepared.model,
         args=arguments,
         train_dataset=setup.train,
@@ -148,6 +148,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         callbacks=[LogCallback(folder), *prepared.callbacks],
         **extra,
     )
+    replace_bar(trainer)
+    return trainer
 
 
 def _resume_point(folder: RunFolder) -> str | None:
