@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
@@ -49,12 +48,11 @@ def test_a_folder_of_empty_folders_is_free(folder):
     folder.refuse_unless_free()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_the_right_to_write_is_refused(folder):
-    folder.path.parent.chmod(0o555)
+def test_a_folder_without_the_right_to_write_is_refused(folder, monkeypatch):
+    # The answer of the system is replaced: to root, as which containers run, it grants everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="cannot be written to; choose another"):
         folder.refuse_unless_free()
-    folder.path.parent.chmod(0o755)
 
 
 def test_a_file_is_refused(folder):
@@ -106,7 +104,6 @@ def test_provenance_says_what_ran_and_where():
     assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_git_state_is_the_commit_and_whether_files_changed(tmp_path):
     assert git_state(tmp_path) is None
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

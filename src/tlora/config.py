@@ -91,7 +91,7 @@ class TLoraConfig:
     """
 
     r: int = 8
-    """Base rank r: the N targeted modules share N r ranks (METHOD: r_i; PEFT: `r`)."""
+    """Base rank r: the N targeted modules share N r ranks (PEFT: `r`)."""
     lora_alpha: float = 8
     """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
     target_modules: str | list[str] | None = "all-linear"

@@ -14,7 +14,7 @@ from tlora.stages import demo
 def result(tmp_path_factory):
     told: list[str] = []
     folder = tmp_path_factory.mktemp("demo") / "out"
-    done = demo.run(str(folder), seed=0, tell=told.append, steps=8)
+    done = demo.run(str(folder), seed=0, tell=told.append, steps=20)
     return folder, done, told
 
 

@@ -129,8 +129,8 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     """Return the stock LoraConfig of a plan.
 
     PEFT multiplies the adapter's output by alpha_pattern / rank_pattern, so
-    alpha_pattern[i] = s_i r_i (METHOD 5). The keys are full names, anchored, because PEFT takes
-    a bare key for a suffix.
+    alpha_pattern[i] = s_i r_i (docs/method.md, 5). The keys are full names, anchored, because
+    PEFT takes a bare key for a suffix.
     """
     from peft import LoraConfig
 

@@ -154,7 +154,7 @@ def plan(
         PlanError: the statistics do not fit the model.
         CalibrationError: the statistics lack what ``config`` needs.
 
-    Source: arXiv 2604.18124, section 3 (METHOD 3 to 5).
+    Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
     """
     from tqdm.auto import tqdm
 

@@ -9,7 +9,7 @@ How a batch is read, in order:
 3. backward; when the gradient delta of a target's output arrives, |W * (delta_s^T X_s)| of every
    sample is averaged and both tensors are dropped, so no full set of gradients is ever held.
 
-Source: arXiv 2604.18124, section 3 (METHOD 2). The released code runs one sample at a time.
+Source: arXiv 2604.18124, section 3 (docs/method.md, 2). The release runs one sample at a time.
 """
 
 from __future__ import annotations

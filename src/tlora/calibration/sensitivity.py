@@ -1,7 +1,7 @@
 """Output gradients -> sensitivities, as a backward pass delivers them.
 
-Source: arXiv 2604.18124, section 3 (METHOD 2): S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, the
-absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient.
+Source: arXiv 2604.18124, section 3 (docs/method.md, 2): S = (1/n) sum_s mean_jk |W (dL_s/dW)|_jk,
+the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Streaming second moment of a module's inputs, centred over each sample's own tokens.
 
-Source: arXiv 2604.18124, section 3 and the released code (METHOD: C_i). The released code divides
+Source: arXiv 2604.18124, section 3 and the released code (docs/method.md, 2). The latter divides
 neither by T_s nor by the number of modules; nor do we.
 """
 
@@ -25,7 +25,7 @@ class SecondMoment:
 
     Args:
         dim: d, the module's input columns.
-        dtype: of the accumulator; float32 is enough (METHOD 9), float64 where asked.
+        dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
         device: where to accumulate; that of the inputs avoids a copy per batch.
     """
 

@@ -21,7 +21,7 @@ class Solver:
     Attributes:
         mode: "exact", "randomized", or "auto": randomised where that is several times cheaper.
         oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
-        iterations: power iterations; METHOD 9 finds two to three enough on real activations.
+        iterations: power iterations; two to three are enough on real activations.
         seed: of the sketch, so that a plan is reproducible.
     """
 
@@ -166,8 +166,8 @@ def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
     """Return A' = c K^power A, so that the features A' x have equal variance (power -1/2).
 
     K = A C0 A^T, r x r. Its eigenvalues are clamped at 1e-6 of the largest, and c makes the mean
-    squared row norm of A' one, which is that of an orthonormal A. Source: METHOD 11; the paper's
-    own C^(-1/2), taken inside the r leading directions where no tiny eigenvalue is inverted.
+    squared row norm of A' one, which is that of an orthonormal A. Source: docs/method.md, 7; the
+    paper's own C^(-1/2), taken inside the r leading directions where no tiny eigenvalue is inverted.
 
     Args:
         basis: A, r x d.

@@ -1,4 +1,4 @@
-"""Task-aware LoRA: calibrate, plan, attach; A is frozen and B trains (METHOD 2 to 5)."""
+"""Task-aware LoRA: calibrate, plan, attach; A is frozen and B trains (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,13 @@ def read_log(path: str | Path, field: str = "loss") -> list[tuple[int, float]]:
 
 
 def save(curves: Mapping[str, Curve], path: str | Path, ylabel: str = "training loss") -> Path:
-    """Draw one line per name, the loss on a logarithmic axis; write a PNG, return its path."""
+    """Draw one line per name, the loss on a logarithmic axis; write a PNG, return its path.
+
+    Args:
+        curves: (step, loss) by name; at least one point each.
+        path: the PNG.
+        ylabel: what the values are.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

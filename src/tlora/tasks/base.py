@@ -36,7 +36,7 @@ INSTRUCTION_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
-"""The paper's zero-shot prompt, in training and test (METHOD 7)."""
+"""The paper's zero-shot prompt (arXiv 2604.18124, appendix), in training and test."""
 
 
 class Task(ABC):
