@@ -29,7 +29,7 @@ class Expected:
 def one_at_a_time(
     model: nn.Module, samples: Sequence[Sample], names: Iterable[str]
 ) -> dict[str, Expected]:
-    """Follow the definition to the letter: one sample at a time, weights that require a gradient."""
+    """Follow the definition: one sample at a time, weights that require a gradient."""
     model = copy.deepcopy(model).double().eval().requires_grad_(False)
     modules = {name: model.get_submodule(name) for name in names}
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}

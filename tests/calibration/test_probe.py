@@ -1,4 +1,4 @@
-"""The statistics of `calibrate` against their definition, followed one sample at a time by autograd."""
+"""The statistics of `calibrate` against their definition, one sample at a time by autograd."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sharing a budget of ranks and scales out by sensitivity.
 
 Source: arXiv 2604.18124, section 3, and the released code's rounding (docs/method.md, 4 and 5).
-Departures, each named where it is made: ranks have bounds, and a budget in parameters can be kept exactly.
+Departures, each named where it is made: ranks have bounds, and a budget in parameters can be kept.
 Plain Python numbers: there are a few hundred modules, and rounding should not depend on a device.
 """
 

@@ -166,8 +166,8 @@ def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
     """Return A' = c K^power A, so that the features A' x have equal variance (power -1/2).
 
     K = A C0 A^T, r x r. Its eigenvalues are clamped at 1e-6 of the largest, and c makes the mean
-    squared row norm of A' one, which is that of an orthonormal A. Source: docs/method.md, 7; the
-    paper's own C^(-1/2), taken inside the r leading directions where no tiny eigenvalue is inverted.
+    squared row norm of A' one, which is that of an orthonormal A. Source: docs/method.md, 7: the
+    paper's own C^(-1/2), taken inside the r leading directions, where it inverts nothing tiny.
 
     Args:
         basis: A, r x d.
