@@ -13,7 +13,7 @@ Where either is unknown, `single_samples` cuts the batch up, which is always rig
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ class TokenLayout:
     decoder_modules: frozenset[int] = frozenset()
     routed: frozenset[int] = frozenset()
     encoded: int | None = None
+    _padded: dict[int, bool] = field(default_factory=dict)
 
     def split(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a module's input as B x T x d with its token mask (B x T, or None: all real).
@@ -158,7 +159,8 @@ class TokenLayout:
         in_decoder = id(module) in self.decoder_modules
         if in_decoder and inputs.data_ptr() != self.encoded:
             mask = self.decoder
-        if self.size == 1 and (mask is None or bool(mask.all())):
+        padded = self._is_padded(mask)
+        if self.size == 1 and not padded:
             return inputs.reshape(1, -1, inputs.shape[-1]), None
         if inputs.dim() == 1 or id(module) in self.routed:
             raise UnknownLayout
@@ -168,12 +170,19 @@ class TokenLayout:
             raise UnknownLayout
         tokens = inputs.flatten(1, -2)
         if mask is None or tokens.shape[1] == mask.shape[1]:
-            return tokens, mask
+            return tokens, mask if padded else None
         raise UnknownLayout
+
+    def _is_padded(self, mask: Tensor | None) -> bool:
+        # Looked at once per batch, not once per module: on an accelerator each look waits for it.
+        if mask is not None and id(mask) not in self._padded:
+            self._padded[id(mask)] = not bool(mask.all())
+        return mask is not None and self._padded[id(mask)]
 
     def _split_rows(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if mask is not None and len(rows) == mask.numel():
-            return rows.reshape(self.size, -1, rows.shape[-1]), mask
+            tokens = rows.reshape(self.size, -1, rows.shape[-1])
+            return tokens, mask if self._is_padded(mask) else None
         if len(rows) == self.size:
             # A pooler or head: one row a sample, taken from a real token.
             return rows[:, None], None

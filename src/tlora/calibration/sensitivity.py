@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tlora.calibration.hooks import Call, Record
 from tlora.calibration.targets import dense_weight
+from tlora.linalg.magnitude import weighted_magnitude
 
 
 class SensitivityPass:
@@ -65,28 +65,22 @@ class SensitivityPass:
         record.calls = []
         if not calls:
             return
-        weight = dense_weight(record.target)
+        weight = dense_weight(record.target).abs()
         total = weight.new_zeros(())
         for sample, factor in enumerate(self.weights):
-            gradient = _weight_gradient(calls, sample)
-            total += factor * torch.linalg.vector_norm(gradient.mul_(weight), 1)
+            pairs = [_own_rows(call, sample) for call in calls]
+            total += factor * weighted_magnitude(weight, pairs)
         total /= weight.numel()
         name = record.target.name
         self.totals[name] = self.totals[name] + total if name in self.totals else total
 
 
-def _weight_gradient(calls: list[Call], sample: int) -> Tensor:
-    """Return sum over calls of delta_s^T X_s, m x d float32, over the sample's real tokens."""
-    gradient: Tensor | None = None
-    for call in calls:
-        if call.delta is None:
-            continue
-        deltas = call.delta.reshape(*call.rows.shape[:2], call.delta.shape[-1])
-        x, delta = call.rows[sample], deltas[sample]
-        if call.mask is not None:
-            x, delta = x[call.mask[sample]], delta[call.mask[sample]]
-        product = delta.float().T @ x.float()
-        gradient = product if gradient is None else gradient.add_(product)
-    if gradient is None:
-        raise ValueError("no call has a gradient")
-    return gradient
+def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:
+    """Return delta_s (T_s x m) and X_s (T_s x d) of a sample in float32, padding left out."""
+    if call.delta is None:
+        raise ValueError("the call has no gradient")
+    x = call.rows[sample]
+    delta = call.delta.reshape(*call.rows.shape[:2], call.delta.shape[-1])[sample]
+    if call.mask is not None:
+        x, delta = x[call.mask[sample]], delta[call.mask[sample]]
+    return delta.float(), x.float()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_BLOCK = 256  # rows of C that are updated at once
+
 
 class SecondMoment:
     """C = (1/n) sum_s (X_s - mean_t X_s)^T (X_s - mean_t X_s), accumulated batch by batch.
@@ -22,6 +24,8 @@ class SecondMoment:
 
     The means are kept beside the centred moment as the rows sqrt(T_s) mean_t X_s, because
     C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentred moment for n x d numbers.
+
+    C is symmetric: only the lower triangle of ``scatter`` (n C) is kept up to date.
 
     Args:
         dim: d, the module's input columns.
@@ -75,11 +79,22 @@ class SecondMoment:
             means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
             centred = torch.where(keep, x - means[:, None], zero)
             tokens = int(mask.count_nonzero())
-        flat = centred.flatten(0, 1)
-        self.scatter.addmm_(flat.T, flat)
+        self._add_product(centred.flatten(0, 1))
         self._means.append(counts.sqrt() * means)
         self.samples += x.shape[0]
         self.tokens += tokens
+
+    def _add_product(self, rows: Tensor) -> None:
+        """Add X^T X to the lower triangle, block row by block row: about half of the products."""
+        for start in range(0, self.dim, _BLOCK):
+            stop = start + _BLOCK
+            block = self.scatter[start:stop, :stop]
+            block.addmm_(rows[:, start:stop].T, rows[:, :stop])
+
+    def _symmetric(self, scatter: Tensor) -> Tensor:
+        """Return scatter / n with its lower triangle mirrored to the upper one."""
+        lower = scatter.tril().div_(max(self.samples, 1))
+        return lower.add_(lower.tril(-1).T)
 
     def merge(self, other: SecondMoment) -> None:
         """Add the samples that ``other`` has seen, as if this accumulator had seen them.
@@ -107,18 +122,18 @@ class SecondMoment:
 
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
-        return self.scatter / max(self.samples, 1)
+        return self._symmetric(self.scatter)
 
     def uncentred(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centred moment and the means."""
         means = self.weighted_means
-        return torch.addmm(self.scatter, means.T, means) / max(self.samples, 1)
+        return self._symmetric(torch.addmm(self.scatter, means.T, means))
 
     @classmethod
     def from_parts(
         cls, scatter: Tensor, weighted_means: Tensor, samples: int, tokens: int
     ) -> SecondMoment:
-        """Rebuild an accumulator from what it holds: n C, the mean rows, and the two counts."""
+        """Rebuild one from what it holds: n C (its lower triangle), mean rows, and the counts."""
         moment = cls.__new__(cls)
         moment.scatter = scatter
         moment._means = [weighted_means]
