@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, dense_weight, find_targets
+from tlora.calibration.targets import Target, find_targets
+from tlora.calibration.weights import dense_weight
 from tlora.config import TLoraConfig
 from tlora.errors import PlanError
 from tlora.files import read_tensors, write_tensors

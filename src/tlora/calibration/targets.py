@@ -1,14 +1,14 @@
-"""Which modules are adapted (by PEFT's own matching), and their weight as an m x d matrix."""
+"""Which modules are adapted, by PEFT's own matching."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.weights import dense_weight as dense_weight
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
 
@@ -56,27 +56,6 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     if wrong:
         raise ConfigError(wrong, where="target_modules")
     return targets
-
-
-def dense_weight(target: Target) -> Tensor:
-    """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
-
-    Raises:
-        AdapterError: the weight is on the meta device or is stored in a form not known here.
-    """
-    weight = target.module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise AdapterError(
-            f"{target.name}: its weight is stored as"
-            f" {getattr(weight, 'dtype', type(weight).__name__)}, which cannot be read as a"
-            " matrix; load the model unquantised."
-        )
-    if weight.is_meta:
-        raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
-    weight = weight.detach()
-    if isinstance(target.module, Conv1D):
-        weight = weight.T
-    return weight.to(torch.float32)
 
 
 def fused_expert_parameters(model: nn.Module) -> list[str]:
