@@ -30,10 +30,35 @@ def test_the_dense_weight_is_the_matrix_that_maps_input_to_output(family_of, fam
         assert torch.equal(weight, module(unit).T.float())
 
 
-def test_a_weight_that_is_no_matrix_of_floats_is_refused(tiny_llama):
+class Eighths(torch.Tensor):
+    """A weight of a library that nobody knows: says that it is of floats."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "described"),
+    [
+        (torch.zeros(16, 16, dtype=torch.int8), r"Linear of Parameter of torch\.int8"),
+        (torch.zeros(16, 16).to(torch.float8_e4m3fn), r"Linear of Parameter of torch\.float8"),
+        (torch.zeros(16, 16).as_subclass(Eighths), r"Linear of Eighths of torch\.float32"),
+    ],
+    ids=str,
+)
+def test_an_unknown_storage_is_refused_and_the_known_ones_named(tiny_llama, weight, described):
     target = find_targets(tiny_llama(), TLoraConfig())[0]
-    target.module.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(AdapterError, match=rf"{re.escape(target.name)}.*torch\.int8.*unquantised"):
+    del target.module.weight
+    target.module.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(AdapterError) as caught:
+        dense_weight(target)
+    message = str(caught.value)
+    assert re.search(rf"{re.escape(target.name)}.*{described}", message)
+    for name in ("floating point", "bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"):
+        assert name in message
+
+
+def test_a_weight_of_another_shape_than_the_module_says_is_refused(tiny_llama):
+    target = find_targets(tiny_llama(), TLoraConfig())[0]
+    target.module.weight = nn.Parameter(torch.zeros(256))
+    with pytest.raises(AdapterError, match=r"reads as \(256,\), but it maps 16 to 16"):
         dense_weight(target)
 
 

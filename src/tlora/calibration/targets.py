@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.weights import dense_weight as dense_weight
+from tlora.calibration.weights import dense_weight, is_hqq_linear  # noqa: F401
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
 
@@ -44,10 +45,8 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     targets, wrong = [], []
     for name in names:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            targets.append(Target(name, module, module.in_features, module.out_features))
-        elif isinstance(module, Conv1D):
-            targets.append(Target(name, module, module.nx, module.nf))
+        if sizes := _sizes(module):
+            targets.append(Target(name, module, *sizes))
         else:
             wrong.append(
                 f"{name!r} is a {type(module).__name__}; task-aware LoRA adapts Linear and Conv1D"
@@ -65,6 +64,16 @@ def fused_expert_parameters(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.dim() == 3 and "expert" in name
     ]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return d_in and d_out of a linear map (not what a packed weight measures), else None."""
+    if isinstance(module, nn.Linear) or is_hqq_linear(module):
+        layer: Any = module
+        return layer.in_features, layer.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
 
 
 def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
@@ -100,11 +109,20 @@ def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
         task_type=config.task_type,
     )
     _maybe_include_all_linear_layers(rule, model)
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        # PEFT adapts HQQ's layers but does not count them among all linear ones.
+        rule.target_modules = {*rule.target_modules, *_hqq_names(model)}
     return [n for n, _ in model.named_modules() if n and check_target_module_exists(rule, n)]
 
 
+def _hqq_names(model: nn.Module) -> list[str]:
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    return [n for n, m in model.named_modules() if is_hqq_linear(m) and m is not head]
+
+
 def _nothing_matches(model: nn.Module, config: TLoraConfig) -> str:
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    linear = [n for n, m in model.named_modules() if _sizes(m)]
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     wanted = config.target_modules
     asked: Iterable[str] = wanted if isinstance(wanted, list) else [str(wanted)]

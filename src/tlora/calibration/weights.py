@@ -1,11 +1,17 @@
-"""A target's weight as an m x d matrix, however its module stores it."""
+"""A target's weight as an m x d matrix, however its module stores it.
+
+One row of `_STORAGES` a storage: how to know it by the names of its classes, and how to read it.
+A quantising library is imported where a module of its own is read, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.errors import AdapterError
@@ -13,23 +19,151 @@ from tlora.errors import AdapterError
 if TYPE_CHECKING:
     from tlora.calibration.targets import Target
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def dense_weight(target: Target) -> Tensor:
     """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
 
+    A quantised weight is dequantised anew by each call, so that no more of them are alive than
+    the caller holds; the stored one is only read.
+
     Raises:
-        AdapterError: the weight is on the meta device or is stored in a form not known here.
+        AdapterError: the weight is on the meta device, is stored in a form not known here, or
+            cannot be read as it is; the supported forms are named.
     """
-    weight = target.module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise AdapterError(
-            f"{target.name}: its weight is stored as"
-            f" {getattr(weight, 'dtype', type(weight).__name__)}, which cannot be read as a"
-            " matrix; load the model unquantised."
-        )
-    if weight.is_meta:
+    module = target.module
+    if any(parameter.is_meta for parameter in module.parameters()):
         raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
-    weight = weight.detach()
-    if isinstance(target.module, Conv1D):
-        weight = weight.T
-    return weight.to(torch.float32)
+    storage = next((each for each in _STORAGES if each.holds(module)), None)
+    if storage is None:
+        known = ", ".join(each.name for each in _STORAGES)
+        raise AdapterError(
+            f"{target.name}: its weight is stored as {_described(module)}, which cannot be read as"
+            f" a matrix; supported are {known}: load the model in one of these."
+        )
+    with torch.no_grad():
+        try:
+            weight = storage.read(module)
+        except _Unreadable as reason:
+            raise AdapterError(f"{target.name}: {reason}.") from None
+    if weight.shape != (target.d_out, target.d_in):
+        raise AdapterError(
+            f"{target.name}: its {storage.name} weight reads as {tuple(weight.shape)}, but it maps"
+            f" {target.d_in} to {target.d_out} features; load the model anew."
+        )
+    return weight.detach().to(torch.float32)
+
+
+def is_hqq_linear(module: nn.Module) -> bool:
+    """Return whether a module is HQQ's linear layer, which is no subclass of nn.Linear."""
+    return _is(module, "hqq", "HQQLinear")
+
+
+def is_4bit_linear(module: nn.Module) -> bool:
+    """Return whether a module is bitsandbytes' 4-bit linear layer."""
+    return _is(module, "bitsandbytes", "Linear4bit")
+
+
+def is_8bit_linear(module: nn.Module) -> bool:
+    """Return whether a module is bitsandbytes' 8-bit linear layer."""
+    return _is(module, "bitsandbytes", "Linear8bitLt")
+
+
+def repacked(module: nn.Module) -> bool:
+    """Return whether bitsandbytes has rewritten a 4-bit weight for inference on this CPU."""
+    return is_4bit_linear(module) and getattr(_quant_state(module), "packing_format_for_cpu", False)
+
+
+class _Unreadable(Exception):
+    """Why a weight of a known storage cannot be read; internal."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    name: str
+    holds: Callable[[nn.Module], bool]
+    read: Callable[[nn.Module], Tensor]
+    """Gives d_out x d_in of any float dtype; may be a view of the stored weight."""
+
+
+def _is(thing: Any, library: str, name: str) -> bool:
+    """Return whether a class ``name`` of ``library`` is among the classes of ``thing``."""
+    return any(
+        kind.__name__ == name and kind.__module__.partition(".")[0] == library
+        for kind in type(thing).__mro__
+    )
+
+
+def _described(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    kinds = [type(module).__name__]
+    if isinstance(weight, Tensor):
+        kinds += [type(weight).__name__, str(weight.dtype)]
+    return " of ".join(kinds)
+
+
+def _holds_floats(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    # A subclass of Tensor may say that it is of floats and store something else.
+    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in _FLOATS
+
+
+def _read_floats(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _quant_state(module: nn.Module) -> Any:
+    # The module keeps it too, for when a wrapper (FSDP) has made the parameter anew.
+    weight = getattr(module, "weight", None)
+    return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def _read_4bit(module: nn.Module) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    if repacked(module):
+        raise _Unreadable(
+            "bitsandbytes has rewritten its 4-bit weight for inference on this CPU (a call in eval"
+            " mode without gradient); load the model anew, and plan before running it"
+        )
+    weight: Any = module.weight
+    return dequantize_4bit(weight.data, _quant_state(module))
+
+
+def _read_8bit(module: nn.Module) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight: Any = module.weight
+    state: Any = module.state
+    # The first call of the module moves the scales from the parameter to the state.
+    scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+    return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+
+
+def _read_torchao(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    return weight.dequantize()
+
+
+def _read_hqq(module: nn.Module) -> Tensor:
+    layer: Any = module
+    return layer.dequantize()
+
+
+_STORAGES = (
+    _Storage("floating point", _holds_floats, _read_floats),
+    _Storage(
+        "bitsandbytes 4-bit",
+        lambda m: is_4bit_linear(m) and _quant_state(m) is not None,
+        _read_4bit,
+    ),
+    _Storage("bitsandbytes 8-bit", is_8bit_linear, _read_8bit),
+    _Storage(
+        "torchao int8",
+        lambda m: _is(getattr(m, "weight", None), "torchao", "Int8Tensor"),
+        _read_torchao,
+    ),
+    _Storage("HQQ", is_hqq_linear, _read_hqq),
+)
