@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import freeze_a
-from tlora.adapter.plan import AdapterPlan, plan
-from tlora.calibration.probe import calibrate
+from tlora.adapter.plan import AdapterPlan
+from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
@@ -38,6 +39,8 @@ def get_tlora_model(
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
+    Second moments beyond ``config.memory_budget`` are made block by block; the plan is the same.
+
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
         config: the adapter.
@@ -48,8 +51,7 @@ def get_tlora_model(
     Raises:
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
-    stats = calibrate(model, batches, config, progress=progress)
-    adapter = plan(model, stats, config, progress=progress)
+    adapter = plan_in_blocks(model, batches, config, progress=progress)
     return attach(model, adapter, adapter_name=adapter_name)
 
 
@@ -58,6 +60,7 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
 
     The model's output stays bit-identical to the base model's, and the random state is left
     alone. As with PEFT, ``model`` itself is changed: its targeted Linears are wrapped in place.
+    (bitsandbytes' 4-bit layers also give up a CPU kernel for inference that no gradient passes.)
 
     Args:
         model: the base model the plan was made for.
@@ -65,11 +68,13 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        AdapterError: the plan does not fit the model (every misfit is named); nothing is changed.
+        AdapterError: the plan does not fit the model (every misfit is named), or no gradient
+            passes its 4-bit weights any more; nothing is changed.
     """
     from peft import get_peft_model
 
     _check_fit(model, plan)
+    keep_gradients(model)
     config = lora_config(plan, model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
@@ -108,7 +113,8 @@ def load_adapter(
         freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
 
     Raises:
-        AdapterError: the folder holds no adapter.
+        AdapterError: the folder holds no adapter, or it is to train on and no gradient passes the
+            model's 4-bit weights any more.
     """
     from peft import PeftModel
 
@@ -117,6 +123,8 @@ def load_adapter(
             f"{path}: the folder holds no adapter_config.json; give the folder that"
             " `save_pretrained` wrote."
         )
+    if is_trainable:
+        keep_gradients(model)
     adapted = PeftModel.from_pretrained(
         model, path, adapter_name=adapter_name, is_trainable=is_trainable
     )

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from tlora.calibration.cpu_kernels import gradients_kept, train_8bit
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -18,15 +20,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
     that dropout is off (and with it gradient checkpointing, which transformers runs in training
     only). Restored after the body, also when it raises: ``requires_grad`` of each parameter, the
     mode of each module, and the random states of Python, NumPy (where loaded) and torch, so that
-    a run with calibration draws the numbers that a run without it draws.
+    a run with calibration draws the numbers that a run without it draws. Quantised
+    layers run by the kernels that training uses (`cpu_kernels`).
     """
     modes = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with _random_states():
+    with _random_states(), gradients_kept(model):
         try:
             for parameter, _ in needs:
                 parameter.requires_grad_(False)
             model.eval()
+            train_8bit(model)
             yield
         finally:
             for module, training in modes:
