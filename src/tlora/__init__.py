@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tlora.adapter.attach import attach, get_tlora_model, load_adapter
-    from tlora.adapter.plan import AdapterPlan, ModulePlan, plan
+    from tlora.adapter.module import ModulePlan
+    from tlora.adapter.plan import AdapterPlan, plan
     from tlora.calibration.probe import calibrate
     from tlora.calibration.statistics import Calibration, ModuleStatistics
     from tlora.config import TLoraConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterPlan": "tlora.adapter.plan",
     "Calibration": "tlora.calibration.statistics",
-    "ModulePlan": "tlora.adapter.plan",
+    "ModulePlan": "tlora.adapter.module",
     "ModuleStatistics": "tlora.calibration.statistics",
     "TLoraConfig": "tlora.config",
     "TLoraError": "tlora.errors",

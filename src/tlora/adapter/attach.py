@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import freeze_a
-from tlora.adapter.plan import AdapterPlan, plan
+from tlora.adapter.plan import AdapterPlan
 from tlora.calibration.cpu_kernels import keep_gradients
-from tlora.calibration.probe import calibrate
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
@@ -39,6 +39,8 @@ def get_tlora_model(
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
+    Second moments beyond ``config.memory_budget`` are made block by block; the plan is the same.
+
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
         config: the adapter.
@@ -49,8 +51,7 @@ def get_tlora_model(
     Raises:
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
-    stats = calibrate(model, batches, config, progress=progress)
-    adapter = plan(model, stats, config, progress=progress)
+    adapter = plan_in_blocks(model, batches, config, progress=progress)
     return attach(model, adapter, adapter_name=adapter_name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -73,20 +73,40 @@ class Record:
         return torch.cat([call.rows for call in self.calls], dim=1), torch.cat(masks, dim=1)
 
 
+class AllSeen(Exception):
+    """Every target has run as often as it will: the rest of the forward pass is not needed."""
+
+
 @contextlib.contextmanager
 def recording(
-    model: nn.Module, records: Iterable[Record], layout: TokenLayout, backward: bool
+    model: nn.Module,
+    records: Iterable[Record],
+    layout: TokenLayout,
+    backward: bool,
+    expected: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
     """Record each target's inputs while the body runs, and with ``backward`` its outputs.
 
     The graph starts at the first targets: their outputs, which no trained parameter precedes,
     are made to require a gradient, so nothing before them is differentiated and no weight needs
     ``requires_grad``.
+
+    Args:
+        model: what runs.
+        records: filled, one for each target.
+        layout: is told where the encoder's output lies.
+        backward: gradients at the outputs are wanted.
+        expected: how often each target will run, where that is known; then `AllSeen` is raised
+            in the body after the last of them. None or empty: not known.
     """
     handles: list[Any] = []
+    records = list(records)
+    countdown = None
+    if expected:
+        countdown = _Countdown(sum(expected.get(record.target.name, 0) for record in records))
     try:
         for record in records:
-            hook = partial(_on_target, record, backward)
+            hook = partial(_on_target, record, backward, countdown)
             handles.append(record.target.module.register_forward_hook(hook, with_kwargs=True))
         if layout.decoder_modules:
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
@@ -97,8 +117,24 @@ def recording(
             handle.remove()
 
 
+@dataclass
+class _Countdown:
+    left: int
+
+    def tick(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise AllSeen
+
+
 def _on_target(
-    record: Record, backward: bool, _: nn.Module, args: Any, kwargs: Any, output: Tensor
+    record: Record,
+    backward: bool,
+    countdown: _Countdown | None,
+    _: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Tensor,
 ) -> Tensor | None:
     inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
     started = None
@@ -108,6 +144,8 @@ def _on_target(
         # A clone, because a model may write into the output in place, which a leaf forbids.
         output = started = output.detach().requires_grad_().clone()
     record.calls.append(Call(inputs, _edge(output) if backward else None, rows=inputs))
+    if countdown is not None:
+        countdown.tick()
     return started
 
 

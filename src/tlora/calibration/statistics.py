@@ -47,6 +47,21 @@ class ModuleStatistics:
         """Real tokens that the module saw; 0 where no moment was kept."""
         return 0 if self.moment is None else self.moment.tokens
 
+    @property
+    def required_sensitivity(self) -> float:
+        """`sensitivity`, where something is shared out by it.
+
+        Raises:
+            CalibrationError: none was measured.
+        """
+        if self.sensitivity is None:
+            raise CalibrationError(
+                f"{self.name}: no sensitivity was measured, because the configuration calibrated"
+                " for allocates neither ranks nor scales; calibrate again with allocate_rank or"
+                " allocate_scale on."
+            )
+        return self.sensitivity
+
     def covariance(self) -> Tensor:
         """Return C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d float32.
 
@@ -86,23 +101,6 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.modules)
-
-    def sensitivities(self) -> list[float]:
-        """Return S_i of every module in order.
-
-        Raises:
-            CalibrationError: no backward pass was run, so there are none.
-        """
-        values = []
-        for module in self.modules.values():
-            if module.sensitivity is None:
-                raise CalibrationError(
-                    f"{module.name}: no sensitivity was measured, because the configuration"
-                    " calibrated for allocates neither ranks nor scales; calibrate again with"
-                    " allocate_rank or allocate_scale on."
-                )
-            values.append(module.sensitivity)
-        return values
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file (tensors, and a JSON header), atomically; return its path.

@@ -26,11 +26,11 @@ class TaskAwareLora:
         plan: AdapterPlan | None = None,
     ) -> Prepared:
         """Attach ``plan``, or calibrate and plan first; the model's output does not change."""
-        import tlora
+        from tlora.adapter.attach import attach
+        from tlora.adapter.blocks import plan_in_blocks
         from tlora.adapter.freeze import FrozenACallback
 
         if plan is None:
-            statistics = tlora.calibrate(model, batches, options)
-            plan = tlora.plan(model, statistics, options)
+            plan = plan_in_blocks(model, batches, options)
         callbacks = [FrozenACallback()] if options.freeze_a else []
-        return Prepared(model=tlora.attach(model, plan), plan=plan, callbacks=callbacks)
+        return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
