@@ -1,0 +1,315 @@
+"""`tlora init --dry_run`: what a run would adapt and take, from the model's config alone.
+
+The model is built on `meta`: no weight is read, nothing is written, nothing is calibrated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tlora.config import TLoraConfig
+from tlora.errors import ConfigError
+from tlora.registry import TASKS
+from tlora.runconfig import RunConfig
+from tlora.stages import estimate as sums
+from tlora.stages.arguments import check_trainer_fields
+from tlora.stages.estimate import CalibrationEstimate, ModuleShape, TrainingEstimate, Weights, Work
+from tlora.stages.kinds import KINDS, KindSpec
+from tlora.stages.meta import batch_spec, model_on_meta
+
+if TYPE_CHECKING:
+    from tlora.calibration.shapes import Forward
+    from tlora.calibration.targets import Target
+
+_TRAINING_BATCH = 8
+"""What TRL and transformers take where `per_device_train_batch_size` is not given."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the numbers rest on."""
+
+    dtype: str
+    samples: int
+    calibration_batch: int
+    tokens: int
+    training_batch: int
+    steps: int | None
+    """Training steps, where `trainer.max_steps` says so."""
+    rate: float
+    """FLOP/s."""
+    rate_source: str
+
+
+@dataclass
+class DryRun:
+    """What a run would adapt, and what it would take."""
+
+    model: str
+    weights: Weights
+    modules: list[ModuleShape]
+    """The targets, with the rows of a calibration batch."""
+    rank: int
+    calibration: CalibrationEstimate
+    training: list[TrainingEstimate]
+    others: int
+    """Parameters that train beside the adapters: a head, biases."""
+    assumptions: Assumptions
+    fused: list[str]
+    """Fused expert parameters, which are not adapted."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be seen, a sentence each."""
+
+
+def run(config: RunConfig, rate: float | None = None) -> DryRun:
+    """Predict a run. Neither rows nor a tokenizer have to exist.
+
+    Args:
+        config: the run.
+        rate: FLOP/s that turn work into time; None: measured by a short product.
+
+    Raises:
+        ConfigError: a field is wrong, or there is no such model.
+    """
+    from tlora.calibration.targets import find_targets, fused_expert_parameters
+
+    if not config.model:
+        raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
+    if rate is not None and not rate > 0:
+        raise ConfigError(f"`flops` is {rate!r}; give a positive number.", "run")
+    task = TASKS.load(config.task)(config.data)
+    kind = KINDS[task.kind]
+    check_trainer_fields(kind, config.trainer)
+    notes: list[str] = []
+    model = model_on_meta(config, kind, task.label_names, notes)
+    options = adapter_options(config, kind)
+    targets = find_targets(model, options)
+    assumed = _assumptions(config, model, rate)
+    passes = _passes(model, targets, assumed, notes)
+    weights, rows = weights_of(model), assumed.calibration_batch * assumed.tokens
+    modules = _modules(targets, options, passes.get("calibration"), rows)
+    fused = fused_expert_parameters(model)
+    # Last, because attaching changes the model.
+    others = trained_beside(model, modules, options)
+    return DryRun(
+        model=type(model).__name__,
+        weights=weights,
+        modules=modules,
+        rank=options.r,
+        calibration=_calibration(modules, weights, passes, (assumed, options)),
+        training=_training(targets, weights, passes, (assumed, options, others)),
+        others=others,
+        assumptions=assumed,
+        fused=fused,
+        notes=notes,
+    )
+
+
+def adapter_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
+    """Return the method's options, of another method those it shares with `TLoraConfig`."""
+    options = config.options()
+    if not isinstance(options, TLoraConfig):
+        names = [name for name in TLoraConfig.field_names() if hasattr(options, name)]
+        options = TLoraConfig(**{name: getattr(options, name) for name in names})
+    if options.task_type is None:
+        options = dataclasses.replace(options, task_type=kind.task_type)
+    return options
+
+
+def weights_of(model: Any) -> Weights:
+    """Count the parameters of ``model`` and their bytes."""
+    parameters = list(model.parameters())
+    return Weights(
+        parameters=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        element=model.dtype.itemsize,
+    )
+
+
+def measured_rate(dtype: Any, seconds: float = 0.2) -> tuple[float, str]:
+    """Return the FLOP/s of a square product in ``dtype`` on this machine, and how it was run."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        _ = matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    multiply()
+    runs, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < seconds:
+        multiply()
+        runs += 1
+    return runs * 2 * size**3 / taken, f"products of {size} x {size} on this {device.type}"
+
+
+def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig) -> int:
+    """Return the parameters that train outside the adapters, as PEFT attaches them.
+
+    ``model`` is changed: it carries an adapter afterwards.
+    """
+    import torch
+
+    from tlora.adapter.attach import attach
+    from tlora.adapter.plan import AdapterPlan, ModulePlan
+
+    frozen = dataclasses.replace(options, freeze_a=True)
+    with torch.device("meta"):
+        planned = {
+            m.name: ModulePlan(
+                name=m.name,
+                d_in=m.d_in,
+                d_out=m.d_out,
+                rank=m.rank,
+                scale=1.0,
+                lora_A=torch.empty(m.rank, m.d_in),
+                captured_energy=None,
+                sensitivity=None,
+                solver="none",
+            )
+            for m in modules
+        }
+        adapted = attach(model, AdapterPlan(planned, frozen))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return trained - sums.adapter_parameters(modules, frozen_a=True)
+
+
+def _assumptions(config: RunConfig, model: Any, rate: float | None) -> Assumptions:
+    longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
+    source = "given"
+    if rate is None:
+        rate, source = measured_rate(model.dtype)
+    steps = config.trainer.get("max_steps")
+    return Assumptions(
+        dtype=str(model.dtype).removeprefix("torch."),
+        samples=config.calibration.samples,
+        calibration_batch=min(config.calibration.batch_size, config.calibration.samples),
+        tokens=min(config.data.max_length, longest),
+        training_batch=config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH),
+        steps=steps if steps and steps > 0 else None,
+        rate=rate,
+        rate_source=source,
+    )
+
+
+def _passes(
+    model: Any, targets: list[Target], assumed: Assumptions, notes: list[str]
+) -> dict[str, Forward]:
+    """Return forward passes of shapes by name; none where the model cannot be run so."""
+    from tlora.calibration.shapes import Untraceable, forward_of
+
+    try:
+        small = batch_spec(model, assumed.calibration_batch, assumed.tokens)
+        large = batch_spec(model, assumed.training_batch, assumed.tokens)
+        return {
+            "calibration": forward_of(model.eval(), small, targets),
+            "frozen": forward_of(model.train(), large, targets),
+            "full": forward_of(model, large, targets, trained=True),
+        }
+    except Untraceable as error:
+        notes.append(
+            f"This model does not run without numbers ({error}): each module is counted with an"
+            " input of its own, activations as inputs and outputs of the targets, work as 2 FLOPs"
+            " a parameter and token."
+        )
+        return {}
+
+
+def _modules(
+    targets: list[Target], options: TLoraConfig, passed: Forward | None, rows: int
+) -> list[ModuleShape]:
+    """Return the targets with the ranks that equal sensitivities would give."""
+    from tlora.linalg.allocation import RankBounds, allocate_ranks
+
+    highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in targets]
+    bounds = [RankBounds(min(options.rank_min, high), high) for high in highs]
+    ranks = allocate_ranks([1.0] * len(targets), options.r, bounds).ranks
+    return [
+        ModuleShape(
+            name=target.name,
+            d_in=target.d_in,
+            d_out=target.d_out,
+            rank=rank,
+            rows=passed.rows.get(target.name, 0) if passed else rows,
+            # A module that is never called has a moment of its own, all zero.
+            source=passed.sources.get(target.name, -1 - i) if passed else i,
+        )
+        for i, (target, rank) in enumerate(zip(targets, ranks, strict=True))
+    ]
+
+
+def _work(
+    passed: Forward | None, modules: list[ModuleShape], weights: Weights, kept: int | None = None
+) -> Work:
+    """Return what a pass keeps (by default what autograd saves) and computes."""
+    if passed is None:
+        guess = weights.element * sum(m.rows * (m.d_in + m.d_out) for m in modules)
+        most = max((m.rows for m in modules), default=0)
+        return Work(guess, guess, 0, 2 * most * weights.parameters, 0)
+    again = passed.outside + passed.boundaries + passed.largest_layer
+    return Work(
+        kept=passed.saved if kept is None else kept,
+        kept_if_checkpointed=min(again, passed.saved),
+        logits=passed.logits,
+        weight_flops=passed.weight_flops,
+        attention_flops=passed.attention_flops,
+        layers=passed.layers,
+    )
+
+
+def _calibration(
+    modules: list[ModuleShape],
+    weights: Weights,
+    passes: Mapping[str, Forward],
+    asked: tuple[Assumptions, TLoraConfig],
+) -> CalibrationEstimate:
+    from tlora.linalg.subspace import Solver
+
+    assumed, options = asked
+    wanted = sums.CalibrationPlan(
+        samples=assumed.samples,
+        batch_size=assumed.calibration_batch,
+        moments=options.needs_moments,
+        sensitivity=options.needs_sensitivity,
+        budget=options.memory_budget_bytes,
+        solver=Solver(mode=options.subspace),
+    )
+    passed = passes.get("calibration")
+    kept = None
+    if passed:
+        kept = passed.held if options.needs_sensitivity else passed.inputs
+    work = _work(passed, modules, weights, kept)
+    return sums.calibration(modules, weights, work, wanted)
+
+
+def _training(
+    targets: list[Target],
+    weights: Weights,
+    passes: Mapping[str, Forward],
+    asked: tuple[Assumptions, TLoraConfig, int],
+) -> list[TrainingEstimate]:
+    assumed, options, others = asked
+    passed = passes.get("frozen")
+    rows = assumed.training_batch * assumed.tokens
+    # The rows of a training batch; LoRA takes rank r everywhere, whatever the weights' sizes.
+    modules = _modules(targets, options, passed, rows)
+    uniform = [dataclasses.replace(m, rank=options.r) for m in modules]
+    base = weights, _work(passed, modules, weights)
+    extra = (passed.held - passed.saved if passed else 0, others)
+    element = max(weights.element, sums.FLOAT)  # PEFT keeps adapters in float32 at least
+    dropout = options.lora_dropout > 0
+    ours = sums.AdapterShape(options.freeze_a, element, dropout)
+    lora = sums.AdapterShape(False, element, dropout)
+    return [
+        sums.adapter_training("tlora", modules, ours, base, extra),
+        sums.adapter_training("lora", uniform, lora, base, extra),
+        sums.full_training(weights, _work(passes.get("full"), modules, weights)),
+    ]
