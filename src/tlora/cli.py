@@ -47,6 +47,25 @@ class DemoConfig:
 
 
 @dataclass(kw_only=True)
+class InitConfig(RunConfig):
+    """One initialisation: a model, a task, a method and where the result goes."""
+
+    dry_run: bool = False
+    """Show what would be adapted, and the memory and time it would take, from the model's config
+    alone: no weights are read, nothing is written."""
+    flops: float | None = None
+    """FLOP/s to predict times with in a dry run (3e14); by default measured here."""
+
+    def run_config(self) -> RunConfig:
+        """Return the run without what belongs to the dry run."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
+
+    def resolved(self) -> RunConfig:
+        """Return the run, which any verb takes, with every option of the method written out."""
+        return self.run_config().resolved()
+
+
+@dataclass(kw_only=True)
 class InspectConfig:
     """Show ranks, scales and captured energy of a plan, as a table and as a picture."""
 
@@ -93,11 +112,17 @@ def demo(config: DemoConfig) -> None:
     )
 
 
-def init(config: RunConfig) -> None:
-    """Calibrate, plan and attach; save the untrained adapter."""
+def init(config: InitConfig) -> None:
+    """Calibrate, plan and attach; save the untrained adapter. Or only say what that would take."""
+    if config.dry_run:
+        from tlora.report.estimate import show
+        from tlora.stages import dryrun
+
+        show(dryrun.run(config.run_config(), config.flops))
+        return
     from tlora.stages.initialise import run
 
-    _report(run(config))
+    _report(run(config.run_config()))
 
 
 def train(config: RunConfig) -> None:
@@ -153,7 +178,7 @@ VERBS = {
     verb.name: verb
     for verb in (
         Verb("demo", "see it work on a small embedded model", DemoConfig, demo),
-        Verb("init", "calibrate and save an untrained adapter", RunConfig, init),
+        Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
         Verb("inspect", "show a plan as a table and a picture", InspectConfig, inspect),
         Verb("list", "list methods, tasks and formats", ListConfig, list_registered),
@@ -200,7 +225,7 @@ def _run(argv: list[str]) -> int:
 
     verb, rest = VERBS[word], argv[1:]
     more_help = ""
-    if verb.record is RunConfig and {"-h", "--help"} & set(rest):
+    if issubclass(verb.record, RunConfig) and {"-h", "--help"} & set(rest):
         more_help = _method_help(rest)
     parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest, more_help)
     if parsed.print_config:

@@ -61,7 +61,7 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     parser = make_parser(prog, record)
     parser.more_help = more_help
     # jsonargparse's own --print_config, in its help, does not know the method's options.
-    files, flags = _split_files([word for word in argv if word != _PRINT])
+    files, flags = _split_files([_underscored(word, fields) for word in argv if word != _PRINT])
     faults = [fault for file in files for fault in _unknown_keys(file, fields)]
     faults += _unknown_flags(flags, fields)
     if faults:
@@ -146,6 +146,13 @@ def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return files, rest
+
+
+def _underscored(word: str, fields: dict[str, _Field]) -> str:
+    """Return `--dry-run` as `--dry_run`, where that is a flag."""
+    flag, equals, value = word.partition("=")
+    name = flag[2:].replace("-", "_")
+    return f"--{name}{equals}{value}" if flag.startswith("--") and name in fields else word
 
 
 def _unknown_flags(flags: list[str], fields: dict[str, _Field]) -> list[str]:

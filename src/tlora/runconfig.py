@@ -190,9 +190,12 @@ def check_names(record: type, values: dict[str, Any], where: str) -> None:
 
 
 def field_docs(record: type) -> dict[str, str]:
-    """Return the text written below each field of a dataclass, as one line each."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
+    """Return the text written below each field of a dataclass, inherited ones too, a line each."""
     docs: dict[str, str] = {}
+    for base in record.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= field_docs(base)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     for node, following in itertools.pairwise(body):
         if (
