@@ -31,7 +31,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "budget": "params",
     "rank_min": 2,
     "rank_max": 64,
-    "covariance": "streamed",
+    "covariance": "exact",
     "subspace": "randomized",
     "memory_budget": "2GiB",
     "seed": 3,

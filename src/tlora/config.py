@@ -135,11 +135,13 @@ class TLoraConfig:
     """Largest rank of a module, beside min(m, d)."""
 
     covariance: CovarianceMode = "auto"
-    """How second moments are kept: "exact" (d x d each), "streamed", or "auto"."""
+    """How second moments are made: "exact" (d x d each; in blocks beyond the budget), "streamed"
+    (never: subspace iteration over the samples), or "auto" (exact, but streamed for a module
+    whose own moment exceeds the budget)."""
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
     memory_budget: int | str | None = None
-    """Memory that calibration may take beyond the model: bytes or "2GiB"; None: no limit."""
+    """Memory that second moments may take together: bytes or "2GiB"; None: no limit."""
     seed: int = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
@@ -197,6 +199,8 @@ class TLoraConfig:
         for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"`{name}` is {value!r}; give true or false."
+        if self.whiten and self.covariance == "streamed":
+            yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
         if self.memory_budget is not None:
             try:
                 parse_bytes(self.memory_budget)

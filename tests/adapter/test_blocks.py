@@ -12,8 +12,11 @@ from support import FAMILIES, make_family
 from tlora import AdapterPlan, TLoraConfig, calibrate, get_tlora_model, plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.bank import MomentBank
+from tlora.calibration.targets import Target
+from tlora.calibration.weights import dense_weight
+from tlora.errors import ConfigError
 
-HALF_A_KILOBYTE = 512  # less than one moment of the tiny models: a block a group
+ONE_MOMENT = 1  # no two moments fit: a block for each group
 
 
 def assert_same(left: AdapterPlan, right: AdapterPlan) -> None:
@@ -34,11 +37,11 @@ def test_the_plan_is_that_of_one_block_to_the_bit(name, request):
         calibrate(family.model, batches, TLoraConfig(**family.config)),
         TLoraConfig(**family.config),
     )
-    for budget in (HALF_A_KILOBYTE, 5000, None):
-        config = TLoraConfig(**family.config, memory_budget=budget)
+    for budget in (ONE_MOMENT, 5000, None):
+        config = TLoraConfig(**family.config, memory_budget=budget, covariance="exact")
         found = plan_in_blocks(family.model, iter(batches), config)
         assert_same(found, expected)
-        assert (found.info["blocks"] > 1) == (budget is not None)
+        assert (found.info["passes"] > 1) == (budget is not None)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_the_plan_is_that_of_one_block_to_the_bit(name, request):
 )
 def test_every_configuration_gives_the_plan_of_one_block(tiny_llama, fields, request):
     family = make_family("llama-right", request.getfixturevalue)
-    config = TLoraConfig(**family.config, **fields, memory_budget=HALF_A_KILOBYTE)
+    config = TLoraConfig(**family.config, **fields, memory_budget=ONE_MOMENT, covariance="exact")
     batches = family.batches(2)
     expected = plan(family.model, calibrate(family.model, batches, config), config)
     assert_same(plan_in_blocks(family.model, batches, config), expected)
@@ -59,8 +62,10 @@ def test_every_configuration_gives_the_plan_of_one_block(tiny_llama, fields, req
 
 def test_random_bases_need_no_second_block(request):
     family = make_family("llama-right", request.getfixturevalue)
-    config = TLoraConfig(**family.config, basis="random", memory_budget=HALF_A_KILOBYTE)
-    assert plan_in_blocks(family.model, family.batches(2), config).info["blocks"] == 1
+    config = TLoraConfig(
+        **family.config, basis="random", memory_budget=ONE_MOMENT, covariance="exact"
+    )
+    assert plan_in_blocks(family.model, family.batches(2), config).info["passes"] == 1
 
 
 def test_the_moments_alive_never_exceed_the_budget(request, monkeypatch):
@@ -74,7 +79,7 @@ def test_the_moments_alive_never_exceed_the_budget(request, monkeypatch):
         seen.append(bank.bytes)
 
     monkeypatch.setattr(MomentBank, "update", watch)
-    config = TLoraConfig(**family.config, memory_budget=budget)
+    config = TLoraConfig(**family.config, memory_budget=budget, covariance="exact")
     plan_in_blocks(family.model, family.batches(2), config)
     largest_alone = 32 * 32 * 4
     assert max(seen) <= max(budget, largest_alone)
@@ -88,10 +93,10 @@ def test_later_passes_stop_after_the_last_module_they_are_for(request):
     head.register_forward_hook(lambda *_: ran.append("head"))
     first = family.model.model.layers[0]
     first.register_forward_hook(lambda *_: ran.append("layer 0"))
-    config = TLoraConfig(**family.config, memory_budget=HALF_A_KILOBYTE)
+    config = TLoraConfig(**family.config, memory_budget=ONE_MOMENT, covariance="exact")
     batches = family.batches(2)
     found = plan_in_blocks(family.model, batches, config)
-    assert found.info["blocks"] == 8  # four groups a layer, two layers
+    assert found.info["passes"] == 8  # four groups a layer, two layers
     assert ran.count("head") == len(batches)  # the first pass alone
     # Blocks 2 and 3 end inside layer 0, block 4 with its last projection.
     assert ran.count("layer 0") == len(batches) * (1 + 4)
@@ -115,7 +120,7 @@ def test_a_module_that_runs_twice_is_seen_twice_in_every_block():
     batches = [{"inputs_embeds": torch.randn(3, 5, 8), "labels": torch.randn(3)}]
     fields: dict[str, Any] = {"r": 2, "target_modules": ["shared", "between"]}
     expected = plan(model, calibrate(model, batches, TLoraConfig(**fields)), TLoraConfig(**fields))
-    config = TLoraConfig(**fields, memory_budget=1)
+    config = TLoraConfig(**fields, memory_budget=1, covariance="exact")
     assert_same(plan_in_blocks(model, batches, config), expected)
 
 
@@ -132,10 +137,63 @@ def test_the_model_is_left_as_it_was_also_when_a_later_block_fails(request, monk
         update(bank, *args)
 
     monkeypatch.setattr(MomentBank, "update", fail_later)
-    config = TLoraConfig(**family.config, memory_budget=HALF_A_KILOBYTE)
+    config = TLoraConfig(**family.config, memory_budget=ONE_MOMENT, covariance="exact")
     with pytest.raises(MemoryError):
         get_tlora_model(model, config, family.batches(2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def energies(found: AdapterPlan, stats: Any, model: Any) -> dict[str, float]:
+    """What the plan's subspaces keep of ||W C||_F^2, by definition."""
+    kept = {}
+    for name, module in found.modules.items():
+        product = dense_weight(target_of(model, name)) @ stats.modules[name].covariance()
+        basis = torch.linalg.qr(module.lora_A.T).Q
+        total = product.square().sum()
+        kept[name] = ((product @ basis).square().sum() / total).item() if total > 0 else 1.0
+    return kept
+
+
+def target_of(model: Any, name: str) -> Target:
+    module = model.get_submodule(name)
+    rows, columns = module.weight.shape
+    return Target(name, module, columns, rows)
+
+
+@pytest.mark.parametrize("name", ["llama-right", "bert", "t5"])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_streamed_subspaces_keep_99_percent_of_the_exact_energy(name, budget, request):
+    family = make_family(name, request.getfixturevalue)
+    batches = family.batches(2)
+    config = TLoraConfig(**family.config)
+    stats = calibrate(family.model, batches, config)
+    exact = plan(family.model, stats, config)
+    streamed = TLoraConfig(**family.config, covariance="streamed", memory_budget=budget)
+    found = plan_in_blocks(family.model, batches, streamed)
+    kept = energies(found, stats, family.model)
+    for module, other in zip(found.modules.values(), exact.modules.values(), strict=True):
+        assert (module.rank, module.scale) == (other.rank, other.scale)
+        assert module.solver == "streamed"
+        assert other.captured_energy is not None
+        assert kept[module.name] >= 0.99 * other.captured_energy
+
+
+def test_auto_streams_just_the_modules_whose_own_moment_is_too_large(request):
+    family = make_family("llama-right", request.getfixturevalue)
+    config = TLoraConfig(**family.config, memory_budget=32 * 32 * 4 - 1)
+    found = plan_in_blocks(family.model, family.batches(2), config)
+    solvers = {name.rsplit(".", 1)[1]: module.solver for name, module in found.modules.items()}
+    assert solvers.pop("down_proj") == "streamed"  # the one with 32 columns
+    assert set(solvers.values()) == {"exact"}
+
+
+def test_whitening_goes_over_budget_rather_than_without_moments(request):
+    family = make_family("llama-right", request.getfixturevalue)
+    config = TLoraConfig(**family.config, memory_budget=1, whiten=True)
+    found = plan_in_blocks(family.model, family.batches(2), config)
+    assert {module.solver for module in found.modules.values()} == {"exact"}
+    with pytest.raises(ConfigError, match="drop one"):
+        TLoraConfig(whiten=True, covariance="streamed")

@@ -21,7 +21,8 @@ class ModulePlan:
         captured_energy: share of ||W C||_F^2 that the row space of lora_A keeps; None where no
             second moment was measured.
         sensitivity: S_i, or None where none was measured.
-        solver: how the subspace was found: "exact", "randomized" "random",
+        solver: how the subspace was found: "exact", "randomized",
+            "streamed", "random",
             or "none" at rank 0.
     """
 

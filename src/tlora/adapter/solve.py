@@ -23,6 +23,7 @@ from tlora.linalg.allocation import (
 )
 from tlora.linalg.subspace import (
     Solver,
+    Subspace,
     captured_energy,
     random_basis,
     task_subspace,
@@ -71,6 +72,24 @@ def solve(
     """
     with torch.no_grad():
         basis, energy, solver = _basis(target, statistics, share, config)
+    return _planned(target, statistics, share, basis, energy, solver)
+
+
+def take_streamed(
+    target: Target, statistics: ModuleStatistics, share: Share, found: Subspace
+) -> ModulePlan:
+    """Plan a module whose subspace was found without its second moment."""
+    return _planned(target, statistics, share, found.basis, found.captured_energy, found.method)
+
+
+def _planned(
+    target: Target,
+    statistics: ModuleStatistics,
+    share: Share,
+    basis: Tensor,
+    energy: float | None,
+    solver: str,
+) -> ModulePlan:
     return ModulePlan(
         name=target.name,
         d_in=target.d_in,

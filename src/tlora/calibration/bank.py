@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import torch
 
 from tlora.calibration.hooks import Record
 from tlora.linalg.moments import SecondMoment
+
+
+class Accumulator(Protocol):
+    """Takes in what the hooks have recorded of a batch."""
+
+    def update(self, records: Mapping[str, Record], size: int) -> None:
+        """Add a batch of ``size`` samples."""
+        ...
 
 
 def moment_bytes(columns: int) -> int:
@@ -20,15 +29,16 @@ class MomentBank:
 
     Modules that read the same tensors in every batch form a group with one second moment. A group
     whose d x d moment would exceed the budget is not kept: a later pass over the same samples, for
-    the modules left, makes up for it. The first group of a bank is always kept, so that every
-    pass comes on.
+    the modules left, makes up for it. The first group is always kept, so that a pass comes on.
 
     Args:
         budget: bytes that the moments of this bank may take together; None: no limit.
+        spared: names of modules whose moments are never kept.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | None = None, spared: Collection[str] = ()) -> None:
         self.budget = budget
+        self.spared = frozenset(spared)
         self.group_of: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
 
@@ -79,6 +89,8 @@ class MomentBank:
 
     def _new_moment(self, record: Record) -> SecondMoment | None:
         target = record.target
+        if target.name in self.spared:
+            return None
         kept = any(moment is not None for moment in self.moments.values())
         wanted = self.bytes + moment_bytes(target.d_in)
         if kept and self.budget is not None and wanted > self.budget:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
-from tlora.calibration.bank import MomentBank
+from tlora.calibration.bank import Accumulator
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.targets import Target
@@ -51,7 +51,7 @@ class Collector:
     Args:
         model: in eval mode, its parameters frozen (see `preserved`).
         targets: the modules to look at.
-        bank: where second moments go; None: none are wanted.
+        bank: where the inputs go; None: only sensitivities are wanted.
         backward: measure sensitivities too.
 
     Attributes:
@@ -63,7 +63,7 @@ class Collector:
         self,
         model: nn.Module,
         targets: list[Target],
-        bank: MomentBank | None,
+        bank: Accumulator | None,
         backward: bool,
     ) -> None:
         self.model = model

@@ -7,11 +7,52 @@ neither by T_s nor by the number of modules; nor do we.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _BLOCK = 256  # rows of C that are updated at once
+
+
+@dataclass(frozen=True)
+class CentredRows:
+    """The inputs of a batch, each sample centred over its own tokens.
+
+    Attributes:
+        centred: (B T) x d; zero rows at padding.
+        weighted_means: sqrt(T_s) mean_t X_s, B x d.
+        tokens: real tokens.
+    """
+
+    centred: Tensor
+    weighted_means: Tensor
+    tokens: int
+
+
+def centred_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> CentredRows:
+    """Centre each sample of a batch over its own real tokens.
+
+    Args:
+        inputs: B x T x d, any floating dtype.
+        mask: B x T, true (nonzero) at real tokens; None: every token is real.
+        dtype: of the result and of the means.
+    """
+    x = inputs.detach().to(dtype)
+    if mask is None:
+        counts = torch.full((x.shape[0], 1), float(x.shape[1]), dtype=x.dtype, device=x.device)
+        means = x.mean(dim=1) if x.shape[1] else x.sum(dim=1)
+        centred = x - means[:, None]
+        tokens = x.shape[0] * x.shape[1]
+    else:
+        keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
+        counts = keep.sum(dim=1).to(x.dtype)
+        # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
+        zero = x.new_zeros(())
+        means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
+        centred = torch.where(keep, x - means[:, None], zero)
+        tokens = int(mask.count_nonzero())
+    return CentredRows(centred.flatten(0, 1), counts.sqrt() * means, tokens)
 
 
 class SecondMoment:
@@ -65,24 +106,11 @@ class SecondMoment:
             inputs: B x T x d, any floating dtype: the module's inputs of B samples.
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
         """
-        x = inputs.detach().to(self.scatter.dtype)
-        if mask is None:
-            counts = torch.full((x.shape[0], 1), float(x.shape[1]), dtype=x.dtype, device=x.device)
-            means = x.mean(dim=1) if x.shape[1] else x.sum(dim=1)
-            centred = x - means[:, None]
-            tokens = x.shape[0] * x.shape[1]
-        else:
-            keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
-            counts = keep.sum(dim=1).to(x.dtype)
-            # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
-            zero = x.new_zeros(())
-            means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
-            centred = torch.where(keep, x - means[:, None], zero)
-            tokens = int(mask.count_nonzero())
-        self._add_product(centred.flatten(0, 1))
-        self._means.append(counts.sqrt() * means)
-        self.samples += x.shape[0]
-        self.tokens += tokens
+        rows = centred_rows(inputs, mask, self.scatter.dtype)
+        self._add_product(rows.centred)
+        self._means.append(rows.weighted_means)
+        self.samples += inputs.shape[0]
+        self.tokens += rows.tokens
 
     def _add_product(self, rows: Tensor) -> None:
         """Add X^T X to the lower triangle, block row by block row: about half of the products."""

@@ -135,16 +135,17 @@ def task_subspace(weight: Tensor, covariance: Tensor, rank: int, solver: Solver)
     vectors, values = right_singular_vectors(product, rank, solver)
     tolerance = values[0] * max(product.shape) * torch.finfo(values.dtype).eps
     determined = int((values > tolerance).sum())
-    if determined < rank:
-        vectors = _complete(vectors[:determined], weight, rank, solver)
+    vectors = completed(vectors[:determined], weight, rank, solver)
     total = product.square().sum().item()
     energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)
     method = solver.resolve(weight.shape[0], weight.shape[1], rank)
     return Subspace(vectors.float(), energy, method, determined)
 
 
-def _complete(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:
+def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:
     """Extend orthonormal rows ``found`` to ``rank`` rows by leading directions of ``weight``."""
+    if len(found) == rank:
+        return found
     rest = weight - (weight @ found.T) @ found
     extra, _ = right_singular_vectors(rest, rank - len(found), solver)
     # A zero direction of `rest` may point back into `found`: QR keeps the leading rows as they
