@@ -216,15 +216,17 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         packet = func._overloadpacket
+        if packet is _aten._grouped_mm and args[1].dim() == 3:
+            # rows x d by experts x d x m: every row meets one expert. Shapes of torch's own are
+            # those of bfloat16 alone.
+            self.weights += 2 * args[0].numel() * args[1].shape[-1]
+            return args[0].new_empty(len(args[0]), args[1].shape[-1])
+        out = func(*args, **kwargs)
         if packet in (_aten.mm, _aten.addmm, _aten.convolution):
             self.weights += flop_registry[packet](*args, **kwargs, out_val=out)
         elif packet in (_aten.bmm, _aten.baddbmm):
             self.attention += flop_registry[packet](*args, **kwargs, out_val=out)
-        elif packet is _aten._grouped_mm:
-            # rows x d by experts x d x m: every row meets one expert.
-            self.weights += 2 * args[0].numel() * out.shape[-1]
         elif packet is _aten._scaled_dot_product_flash_attention_for_cpu:
             query, key = args[0], args[1]
             self.attention += 4 * query.numel() * key.shape[-2]

@@ -61,7 +61,7 @@ def calibration_table(dry: DryRun) -> Table:
     made.add_row("weights", memory(found.weights))
     made.add_row(f"second moments, float32 ({sharing})", memory(found.moments))
     made.add_row(f"mean rows of {assumed.samples} samples", memory(found.means))
-    batch = f"{assumed.calibration_batch} x {assumed.tokens} tokens"
+    batch = assumed.batch(assumed.calibration_batch)
     made.add_row(f"batch: activations kept for the backward ({batch})", memory(found.activations))
     made.add_row("batch: loss, or rows in float32", memory(found.loss))
     made.add_row("batch: the largest dense gradient term, |W|", memory(found.sensitivity))
@@ -76,7 +76,7 @@ def calibration_table(dry: DryRun) -> Table:
 def training_table(dry: DryRun) -> Table:
     """Return memory and time of training: task-aware LoRA, LoRA at the same rank, everything."""
     assumed = dry.assumptions
-    made = _table(f"training, {assumed.training_batch} x {assumed.tokens} tokens a step")
+    made = _table(f"training, {assumed.batch(assumed.training_batch)} a step")
     for way in dry.training:
         made.add_column(way.name, justify="right", no_wrap=True)
     steps = assumed.steps or 1
@@ -177,10 +177,11 @@ def _warnings(dry: DryRun) -> list[str]:
 def _assumed(dry: DryRun) -> list[str]:
     a = dry.assumptions
     return [
-        f"Assumed: weights in {a.dtype} on one device; {a.samples} calibration samples of"
-        f" {a.tokens} tokens, {a.calibration_batch} a batch; training batches of"
-        f" {a.training_batch} x {a.tokens}, no autocast, AdamW with two states a parameter;"
-        " adapters in float32; attention that keeps no T x T matrix where the model offers it.",
+        f"Assumed: weights in {a.dtype} on one device; {a.samples} calibration samples, batches of"
+        f" {a.batch(a.calibration_batch)} to calibrate and of {a.batch(a.training_batch)} to train,"
+        " none shorter; exact second moments; no autocast; AdamW with two states a parameter;"
+        " adapters in float32. Activations are those of a CPU, whose attention keeps a T x T"
+        " matrix only where it has dropout or the model offers no other.",
         f"Rank {dry.rank} everywhere it fits: sensitivity moves ranks between modules, and with"
         " them parameters.",
         f"Time is work over a rate of {a.rate:.3g} FLOP/s ({a.rate_source}): an estimate, low where"

@@ -18,7 +18,7 @@ from tlora.runconfig import RunConfig
 from tlora.stages import estimate as sums
 from tlora.stages.arguments import check_trainer_fields
 from tlora.stages.estimate import CalibrationEstimate, ModuleShape, TrainingEstimate, Weights, Work
-from tlora.stages.kinds import KINDS, KindSpec
+from tlora.stages.kinds import KINDS
 from tlora.stages.meta import batch_spec, model_on_meta
 
 if TYPE_CHECKING:
@@ -36,13 +36,22 @@ class Assumptions:
     dtype: str
     samples: int
     calibration_batch: int
-    tokens: int
+    tokens: int | None
+    """Tokens a sample; None for images."""
     training_batch: int
     steps: int | None
     """Training steps, where `trainer.max_steps` says so."""
     rate: float
     """FLOP/s."""
     rate_source: str
+
+    def batch(self, size: int) -> str:
+        """Say what a batch of ``size`` samples is."""
+        return f"{size} images" if self.tokens is None else f"{size} x {self.tokens} tokens"
+
+    def rows(self, size: int) -> int:
+        """Rows of a batch where no forward pass has counted them."""
+        return size * (self.tokens or 1)
 
 
 @dataclass
@@ -84,13 +93,13 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     task = TASKS.load(config.task)(config.data)
     kind = KINDS[task.kind]
     check_trainer_fields(kind, config.trainer)
-    notes: list[str] = []
-    model = model_on_meta(config, kind, task.label_names, notes)
-    options = adapter_options(config, kind)
+    built = model_on_meta(config, kind, task.label_names)
+    model, notes = built.model, built.notes
+    options = adapter_options(config, built.task_type)
     targets = find_targets(model, options)
     assumed = _assumptions(config, model, rate)
     passes = _passes(model, targets, assumed, notes)
-    weights, rows = weights_of(model), assumed.calibration_batch * assumed.tokens
+    weights, rows = weights_of(model), assumed.rows(assumed.calibration_batch)
     modules = _modules(targets, options, passes.get("calibration"), rows)
     fused = fused_expert_parameters(model)
     # Last, because attaching changes the model.
@@ -109,14 +118,14 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     )
 
 
-def adapter_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
+def adapter_options(config: RunConfig, task_type: str | None) -> TLoraConfig:
     """Return the method's options, of another method those it shares with `TLoraConfig`."""
     options = config.options()
     if not isinstance(options, TLoraConfig):
         names = [name for name in TLoraConfig.field_names() if hasattr(options, name)]
         options = TLoraConfig(**{name: getattr(options, name) for name in names})
     if options.task_type is None:
-        options = dataclasses.replace(options, task_type=kind.task_type)
+        options = dataclasses.replace(options, task_type=task_type)
     return options
 
 
@@ -184,6 +193,7 @@ def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig)
 
 def _assumptions(config: RunConfig, model: Any, rate: float | None) -> Assumptions:
     longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
+    tokens = min(config.data.max_length, longest)
     source = "given"
     if rate is None:
         rate, source = measured_rate(model.dtype)
@@ -192,7 +202,7 @@ def _assumptions(config: RunConfig, model: Any, rate: float | None) -> Assumptio
         dtype=str(model.dtype).removeprefix("torch."),
         samples=config.calibration.samples,
         calibration_batch=min(config.calibration.batch_size, config.calibration.samples),
-        tokens=min(config.data.max_length, longest),
+        tokens=None if model.main_input_name == "pixel_values" else tokens,
         training_batch=config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH),
         steps=steps if steps and steps > 0 else None,
         rate=rate,
@@ -207,8 +217,8 @@ def _passes(
     from tlora.calibration.shapes import Untraceable, forward_of
 
     try:
-        small = batch_spec(model, assumed.calibration_batch, assumed.tokens)
-        large = batch_spec(model, assumed.training_batch, assumed.tokens)
+        small = batch_spec(model, assumed.calibration_batch, assumed.tokens or 1)
+        large = batch_spec(model, assumed.training_batch, assumed.tokens or 1)
         return {
             "calibration": forward_of(model.eval(), small, targets),
             "frozen": forward_of(model.train(), large, targets),
@@ -298,7 +308,7 @@ def _training(
 ) -> list[TrainingEstimate]:
     assumed, options, others = asked
     passed = passes.get("frozen")
-    rows = assumed.training_batch * assumed.tokens
+    rows = assumed.rows(assumed.training_batch)
     # The rows of a training batch; LoRA takes rank r everywhere, whatever the weights' sizes.
     modules = _modules(targets, options, passed, rows)
     uniform = [dataclasses.replace(m, rank=options.r) for m in modules]

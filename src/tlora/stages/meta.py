@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
     from tlora.calibration.shapes import Spec
 
 
-def model_on_meta(
-    config: RunConfig, kind: KindSpec, labels: Sequence[str] | None, notes: list[str]
-) -> Any:
+@dataclass
+class MetaModel:
+    """A model on `meta`."""
+
+    model: Any
+    task_type: str | None
+    """PEFT's name of its kind; None where the model has no head of the task's kind."""
+    notes: list[str] = field(default_factory=list)
+    """A sentence for each liberty taken."""
+
+
+def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> MetaModel:
     """Build the model of a run; no weight is read.
 
     A model that has no head of the task's kind is built as its config names it.
@@ -26,7 +36,6 @@ def model_on_meta(
         config: the run.
         kind: of its task.
         labels: the classes, where the task knows them.
-        notes: gets a sentence for each liberty taken.
 
     Raises:
         ConfigError: there is no config, or no class for it.
@@ -34,6 +43,7 @@ def model_on_meta(
     import torch
 
     found = _model_config(config)
+    notes: list[str] = []
     if kind.task_type == "SEQ_CLS" and labels:
         found.num_labels = len(labels)
     if getattr(found, "quantization_config", None):
@@ -47,8 +57,11 @@ def model_on_meta(
     with torch.device("meta"):
         auto = kind.load(kind.auto_model)
         if type(found) in auto._model_mapping or hasattr(found, "auto_map"):
-            return auto.from_config(found, trust_remote_code=config.trust_remote_code, **options)
-        return _as_named(config, kind, found, notes)._from_config(found, **options)
+            code = config.trust_remote_code
+            model = auto.from_config(found, trust_remote_code=code, **options)
+            return MetaModel(model, kind.task_type, notes)
+        model = _as_named(config, kind, found, notes)._from_config(found, **options)
+        return MetaModel(model, None, notes)
 
 
 def batch_spec(model: Any, batch: int, tokens: int) -> Spec:
