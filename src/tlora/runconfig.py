@@ -19,6 +19,7 @@ from tlora.registry import METHODS
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
 LossOn = Literal["response", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass(kw_only=True)
@@ -115,6 +116,9 @@ class RunConfig:
     """Continue the run in `output_dir` from its last good checkpoint."""
     dtype: Dtype = "auto"
     """Precision to load the model in; "auto" takes the checkpoint's own."""
+    quantization: Quantization = "none"
+    """Quantise the model while loading, by bitsandbytes: "nf4" (4-bit, computing in `dtype`) or
+    "int8"; "none" leaves a checkpoint as it is, quantised or not."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -128,8 +132,11 @@ class RunConfig:
         faults = [*self.data.faults(), *self.calibration.faults()]
         if self.seed < 0:
             faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
-        for name, value in (("dtype", self.dtype), ("data.loss_on", self.data.loss_on)):
-            kind = Dtype if name == "dtype" else LossOn
+        for name, value, kind in (
+            ("dtype", self.dtype, Dtype),
+            ("quantization", self.quantization, Quantization),
+            ("data.loss_on", self.data.loss_on, LossOn),
+        ):
             if value not in get_args(kind):
                 options = ", ".join(map(repr, get_args(kind)))
                 faults.append(f"`{name}` is {value!r}; choose one of {options}.")

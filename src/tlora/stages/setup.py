@@ -13,6 +13,7 @@ from tlora.registry import METHODS, TASKS
 from tlora.runconfig import RunConfig
 from tlora.stages.arguments import check_trainer_fields, first_line
 from tlora.stages.kinds import KINDS, KindSpec
+from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
 from tlora.tasks.tokens import tokenised
 
@@ -59,12 +60,16 @@ class Setup:
             device: where to calibrate and train.
 
         Raises:
-            ConfigError: there is no such model, or it has no head of that kind.
+            ConfigError: there is no such model, it has no head of that kind, or it cannot be
+                quantised as the run says.
         """
         import transformers
 
+        from tlora.calibration.cpu_kernels import keep_gradients
+
         transformers.set_seed(self.config.seed)
         config = self.config
+        quantised = loading_options(config, device)
         head: dict[str, Any] = {}
         if self.kind.task_type == "SEQ_CLS":
             names = self.task.label_names or ["value"]
@@ -81,6 +86,7 @@ class Setup:
                 config.model,
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
+                **quantised,
                 **head,
             )
         except (OSError, ValueError) as error:
@@ -90,6 +96,7 @@ class Setup:
         if model.config.pad_token_id is None:
             # Decoders that classify find the last real token by it.
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        keep_gradients(model)
         # Quantised weights, and models split over devices, are where they belong already.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed else model.to(device)

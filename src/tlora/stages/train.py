@@ -15,6 +15,7 @@ from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
 from tlora.stages.initialise import adapt, save_adapter
+from tlora.stages.quantise import keep_dtypes
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         **extra,
     )
     replace_bar(trainer)
+    keep_dtypes(trainer)
     return trainer
 
 
