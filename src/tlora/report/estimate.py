@@ -22,7 +22,8 @@ def show(dry: DryRun, console: Console | None = None) -> None:
 
     console = console or Console()
     size = f"{dry.weights.parameters:,} parameters, {memory(dry.weights.bytes)}"
-    console.print(f"{dry.model}: {size} in {dry.assumptions.dtype}. Nothing was read or written.")
+    line = f"{dry.model}: {size} in {dry.assumptions.dtype}. No weight was read, nothing written."
+    console.print(line, highlight=False, soft_wrap=True)
     console.print(modules_table(dry))
     console.print(calibration_table(dry))
     console.print(training_table(dry))
@@ -43,7 +44,7 @@ def modules_table(dry: DryRun) -> Table:
     made.add_section()
     made.add_row("all", *_cells(dry, dry.modules), style="bold")
     if dry.others:
-        beside = f"{dry.others:,}"
+        beside = millions(dry.others)
         made.add_row("trained beside (head, biases)", "", "", "", "", beside, beside)
     return made
 
@@ -112,6 +113,11 @@ def memory(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def millions(count: int) -> str:
+    """Return parameters as text: "174.06M", or all digits below a million."""
+    return f"{count:,}" if count < 10**6 else f"{count / 10**6:,.2f}M"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as text with two or three digits: "4.2 min"."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
@@ -157,8 +163,8 @@ def _cells(dry: DryRun, group: Sequence[ModuleShape]) -> list[str]:
         "{} x {}".format(*shapes.pop()) if len(shapes) == 1 else "",
         f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}",
         f"{len({m.source for m in group})}",
-        f"{ours:,}",
-        f"{lora:,}",
+        millions(ours),
+        millions(lora),
     ]
 
 
