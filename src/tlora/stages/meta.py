@@ -47,7 +47,8 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
     if kind.task_type == "SEQ_CLS" and labels:
         found.num_labels = len(labels)
     elif kind.task_type == "SEQ_CLS":
-        notes.append(f"The head has {found.num_labels} outputs, as the config says; rows may differ.")
+        count = found.num_labels
+        notes.append(f"The head has {count} outputs, as the config says; the rows may say another.")
     if getattr(found, "quantization_config", None):
         notes.append("The config names a quantisation, whose savings are not counted.")
         del found.quantization_config
