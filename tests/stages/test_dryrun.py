@@ -259,6 +259,13 @@ def test_another_method_is_shown_with_the_options_it_shares(folder):
     assert adapter_parameters(dry.modules, frozen_a=False) == dry.training[1].trainable
 
 
+def test_a_quantisation_is_said_not_to_be_counted(folder):
+    config = LLAMA | {"num_hidden_layers": 1}
+    named = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for dry in (predict(folder(config), quantization="nf4"), predict(folder(named))):
+        assert any("savings" in note for note in dry.notes)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

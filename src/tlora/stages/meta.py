@@ -50,8 +50,10 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
         count = found.num_labels
         notes.append(f"The head has {count} outputs, as the config says; the rows may say another.")
     if getattr(found, "quantization_config", None):
-        notes.append("The config names a quantisation, whose savings are not counted.")
         del found.quantization_config
+        notes.append("The config names a quantisation, whose savings are not counted.")
+    elif config.quantization != "none":
+        notes.append(f"The savings of {config.quantization} weights are not counted.")
     for name in ("pad_token_id", "decoder_start_token_id"):
         # Classifying decoders and encoder-decoders refuse a batch without.
         if getattr(found, name, None) is None:
