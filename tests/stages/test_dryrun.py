@@ -259,6 +259,12 @@ def test_another_method_is_shown_with_the_options_it_shares(folder):
     assert adapter_parameters(dry.modules, frozen_a=False) == dry.training[1].trainable
 
 
+def test_streamed_moments_are_said_not_to_be_shown(folder):
+    config = LLAMA | {"num_hidden_layers": 1}
+    dry = predict(folder(config), adapter={"covariance": "streamed"})
+    assert any("streamed" in note for note in dry.notes)
+
+
 def test_a_quantisation_is_said_not_to_be_counted(folder):
     config = LLAMA | {"num_hidden_layers": 1}
     named = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}

@@ -96,6 +96,11 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     built = model_on_meta(config, kind, task.label_names)
     model, notes = built.model, built.notes
     options = adapter_options(config, built.task_type)
+    if options.covariance == "streamed":
+        notes.append(
+            "Exact second moments are shown; covariance=streamed keeps d x l blocks instead, and"
+            " passes over the samples more often."
+        )
     targets = find_targets(model, options)
     assumed = _assumptions(config, model, rate)
     passes = _passes(model, targets, assumed, notes)
