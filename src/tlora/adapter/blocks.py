@@ -73,7 +73,7 @@ def plan_in_blocks(
         streams = _stream_blocks([t for t in targets if t.name in streamed], planner, budget)
         for block in streams:
             planner.stream(block)
-    info = plan_info(model, first.samples) | {"passes": planner.passes}
+    info = plan_info(model, first.samples, planner.shares) | {"passes": planner.passes}
     return AdapterPlan({t.name: planner.done[t.name] for t in targets}, config, info)
 
 
@@ -102,7 +102,9 @@ class _Planner:
         for target in block:
             moment = None if bank is None else bank.moment(target.name)
             measured = replace(self.statistics[target.name], moment=moment)
-            self.done[target.name] = solve(target, measured, self.shares[target.name], self.config)
+            self.done[target.name] = solve(
+                target, measured, self.shares.of[target.name], self.config
+            )
 
     def moments(self, block: list[Target], title: str) -> MomentBank:
         """Return a block's second moments, by a forward pass over the samples."""
@@ -112,7 +114,7 @@ class _Planner:
 
     def stream(self, block: list[Target]) -> None:
         """Plan a block's modules by subspace iteration over the samples."""
-        ranks = {target.name: self.shares[target.name].rank for target in block}
+        ranks = {target.name: self.shares.of[target.name].rank for target in block}
         bank = StreamBank(block, ranks, self.config.seed)
         while not bank.finished:
             self._pass(block, bank, "Streaming")
@@ -121,7 +123,7 @@ class _Planner:
             self.done[target.name] = take_streamed(
                 target,
                 self.statistics[target.name],
-                self.shares[target.name],
+                self.shares.of[target.name],
                 bank.result(target),
             )
 
@@ -152,7 +154,7 @@ def _stream_blocks(
     """Cut the streamed modules into runs whose blocks fit the budget; rank 0 needs none."""
     pieces = []
     for target in targets:
-        share = planner.shares[target.name]
+        share = planner.shares.of[target.name]
         if share.rank == 0:
             planner.take([target], None)
         else:

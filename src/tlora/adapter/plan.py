@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tlora.adapter.module import ModulePlan
-from tlora.adapter.solve import allocate, solve
+from tlora.adapter.solve import Shares, allocate, solve
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
@@ -121,13 +121,18 @@ def plan(
     shares = allocate(targets, measured, config)
     each = list(zip(targets, measured, strict=True))
     bar = tqdm(each, desc="Planning", unit=" modules", disable=None if progress else True)
-    modules = {t.name: solve(t, m, shares[t.name], config) for t, m in bar}
-    return AdapterPlan(modules, config, plan_info(model, stats.samples))
+    modules = {t.name: solve(t, m, shares.of[t.name], config) for t, m in bar}
+    return AdapterPlan(modules, config, plan_info(model, stats.samples, shares))
 
 
-def plan_info(model: nn.Module, samples: int) -> dict[str, Any]:
+def plan_info(model: nn.Module, samples: int, shares: Shares) -> dict[str, Any]:
     """Return where a plan comes from, as plain JSON values."""
-    return {"model": type(model).__name__, "samples": samples}
+    return {
+        "model": type(model).__name__,
+        "samples": samples,
+        "budget_wanted": shares.ranks.wanted,
+        "budget_spent": shares.ranks.spent,
+    }
 
 
 def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:

@@ -32,6 +32,14 @@ from tlora.linalg.subspace import (
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How the budget was shared out: by module name, and what of it was spent."""
+
+    of: dict[str, Share]
+    ranks: RankAllocation
+
+
+@dataclass(frozen=True)
 class Share:
     """What a module gets of the budget.
 
@@ -48,18 +56,16 @@ class Share:
 
 def allocate(
     targets: Sequence[Target], statistics: Sequence[ModuleStatistics], config: TLoraConfig
-) -> dict[str, Share]:
+) -> Shares:
     """Share ranks and scales out by the modules' sensitivities; no second moment is looked at.
 
     Raises:
         CalibrationError: ``config`` allocates, but sensitivities were not measured.
     """
-    ranks = _ranks(targets, statistics, config).ranks
-    scales = _scales(statistics, config)
-    return {
-        target.name: Share(index, rank, scale)
-        for index, (target, rank, scale) in enumerate(zip(targets, ranks, scales, strict=True))
-    }
+    ranks = _ranks(targets, statistics, config)
+    each = zip(targets, ranks.ranks, _scales(statistics, config), strict=True)
+    of = {t.name: Share(index, rank, scale) for index, (t, rank, scale) in enumerate(each)}
+    return Shares(of, ranks)
 
 
 def solve(
