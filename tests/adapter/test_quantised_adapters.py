@@ -210,11 +210,6 @@ def test_a_base_rewritten_for_inference_is_not_trained(folder, four_bit, batch, 
     assert load_adapter(model, tmp_path).peft_config
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="with a bias the 4-bit product is a view of a tensor without history, of which"
-    " calibration/hooks.py asks the gradient edge",
-)
 def test_gpt2_projections_are_turned_the_right_way(saved, tiny_gpt2, batch):
     folder = saved(tiny_gpt2(n_embd=64, initializer_range=0.2))
     model = quantised_bases.load(folder, "nf4")

@@ -151,7 +151,8 @@ def _on_target(
 
 def _edge(output: Tensor) -> GradientEdge:
     base = output._base
-    if base is not None and base.numel() == output.numel() and output.is_contiguous():
+    whole = base is not None and base.numel() == output.numel() and output.is_contiguous()
+    if base is not None and whole and base.requires_grad:
         # A write into a view moves the history of its base: the node of the base stays.
         return get_gradient_edge(base)
     return get_gradient_edge(output)

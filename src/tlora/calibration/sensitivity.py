@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tlora.calibration.hooks import Call, Record
-from tlora.calibration.targets import dense_weight
+from tlora.calibration.weights import dense_weight
 from tlora.linalg.magnitude import weighted_magnitude
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.weights import dense_weight, is_hqq_linear  # noqa: F401
+from tlora.calibration.weights import is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
 
