@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check clean
 
 demo: $(VENV)/ready
+	rm -rf demo-run
 	$(BIN)/tlora demo
 
 test: $(VENV)/ready-dev
