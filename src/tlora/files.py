@@ -69,6 +69,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def file_at(path: str | Path, name: str) -> Path:
+    """Return ``path``, or the file ``name`` in it where it is an existing folder."""
+    path = Path(path)
+    return path / name if path.is_dir() else path
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with replacing_file(path) as part:

@@ -15,7 +15,7 @@ from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import PlanError
-from tlora.files import read_tensors, write_tensors
+from tlora.files import file_at, read_tensors, write_tensors
 
 _KIND = "plan"
 _FORMAT = 1
@@ -70,7 +70,7 @@ class AdapterPlan:
         Args:
             path: the file, or an existing folder that gets ``plan.safetensors``.
         """
-        path = _file_of(path)
+        path = file_at(path, _FILE)
         rows = [
             {name: value for name, value in vars(module).items() if name != "lora_A"}
             for module in self.modules.values()
@@ -87,7 +87,7 @@ class AdapterPlan:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(_file_of(path), _KIND)
+        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
         modules = {
             row["name"]: ModulePlan(**row, lora_A=tensors[row["name"]]) for row in header["modules"]
         }
@@ -148,8 +148,3 @@ def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
             f" weight is {target.d_out} x {target.d_in}; calibrate this model."
         )
     return statistics
-
-
-def _file_of(path: str | Path) -> Path:
-    path = Path(path)
-    return path / _FILE if path.is_dir() else path

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tlora.errors import CalibrationError
-from tlora.files import read_tensors, write_tensors
+from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.moments import SecondMoment
 
 _KIND = "calibration"
@@ -108,7 +108,7 @@ class Calibration:
         Args:
             path: the file, or an existing folder that gets ``calibration.safetensors``.
         """
-        path = _file_of(path)
+        path = file_at(path, _FILE)
         tensors = {}
         rows = []
         for module in self.modules.values():
@@ -139,7 +139,7 @@ class Calibration:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(_file_of(path), _KIND)
+        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
         moments = {
             int(key): SecondMoment.from_parts(
                 tensors[f"{key}.scatter"], tensors[f"{key}.means"], **counts
@@ -168,8 +168,3 @@ class Calibration:
 
     def _moments(self) -> dict[int, SecondMoment]:
         return {m.moment_id: m.moment for m in self.modules.values() if m.moment is not None}
-
-
-def _file_of(path: str | Path) -> Path:
-    path = Path(path)
-    return path / _FILE if path.is_dir() else path
