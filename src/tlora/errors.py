@@ -52,3 +52,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_names(names: Iterable[str], known: Sequence[str], kind: str) -> list[str]:
+    """Return a sentence, with a suggestion, for each name that is not among ``known``.
+
+    Args:
+        names: what was given.
+        known: what there is.
+        kind: what a name is called in the sentence: "field", "option".
+    """
+    return [
+        f"there is no {kind} `{name}`.{did_you_mean(name, known)}"
+        for name in names
+        if name not in known
+    ]

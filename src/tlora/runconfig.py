@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tlora.errors import ConfigError, did_you_mean
+from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
 
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
@@ -187,12 +187,7 @@ def check_names(record: type, values: dict[str, Any], where: str) -> None:
         ConfigError: one fault, with a suggestion, for each unknown name.
     """
     known = [field.name for field in dataclasses.fields(record)]
-    faults = [
-        f"there is no field `{name}`.{did_you_mean(name, known)}"
-        for name in values
-        if name not in known
-    ]
-    if faults:
+    if faults := unknown_names(values, known, "field"):
         raise ConfigError(faults, where=where)
 
 

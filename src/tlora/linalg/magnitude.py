@@ -30,10 +30,12 @@ def weighted_magnitude(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -
     entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
     step = max(1, entries // columns)
     total = weight.new_zeros(())
+    if not pairs:
+        return total
     buffer = weight.new_empty(min(step, rows), columns)
     for start in range(0, rows, step):
         block = weight[start : start + step].contiguous()
-        gradient = buffer[: len(block)].zero_() if not pairs else buffer[: len(block)]
+        gradient = buffer[: len(block)]
         for index, (delta, x) in enumerate(pairs):
             part = delta[:, start : start + step].T
             torch.addmm(gradient, part, x, beta=float(index > 0), out=gradient)

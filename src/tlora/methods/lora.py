@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from tlora.config import Bias
-from tlora.errors import ConfigError, did_you_mean
+from tlora.errors import ConfigError, unknown_names
 from tlora.methods.base import Batches, Prepared
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ class LoraOptions:
     def __new__(cls, *args: Any, **values: Any) -> LoraOptions:
         # Before __init__, so that an unknown option meets our sentence and not a bare TypeError.
         known = [field.name for field in dataclasses.fields(cls)]
-        faults = [
-            f"there is no option `{name}`.{did_you_mean(name, known)}"
-            for name in values
-            if name not in known
-        ]
-        if faults:
+        if faults := unknown_names(values, known, "option"):
             raise ConfigError(faults, where="lora")
         return super().__new__(cls)
 
