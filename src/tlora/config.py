@@ -77,6 +77,15 @@ def parse_bytes(value: int | str) -> int:
     return size
 
 
+def bytes_text(count: float) -> str:
+    """Return bytes as text: "20.4 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
 @dataclass(kw_only=True)
 class TLoraConfig:
     """How to adapt a model with Task-aware LoRA.

@@ -10,6 +10,7 @@ from torch import nn
 
 from support import FAMILIES, make_family
 from tlora import AdapterPlan, TLoraConfig, calibrate, get_tlora_model, plan
+from tlora.adapter import blocks
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.targets import Target
@@ -97,9 +98,11 @@ def test_later_passes_stop_after_the_last_module_they_are_for(request):
     batches = family.batches(2)
     found = plan_in_blocks(family.model, batches, config)
     assert found.info["passes"] == 8  # four groups a layer, two layers
-    assert ran.count("head") == len(batches)  # the first pass alone
-    # Blocks 2 and 3 end inside layer 0, block 4 with its last projection.
-    assert ran.count("layer 0") == len(batches) * (1 + 4)
+    # The look at the first batch that finds shared inputs, and the pass that runs everything,
+    # which has kept the last moment of all.
+    assert ran.count("head") == 1 + len(batches)
+    # Blocks 2 to 5 end inside layer 0; 6 to 8 are of layer 1.
+    assert ran.count("layer 0") == 1 + len(batches) * (1 + 3)
 
 
 class Twice(nn.Module):
@@ -122,6 +125,42 @@ def test_a_module_that_runs_twice_is_seen_twice_in_every_block():
     expected = plan(model, calibrate(model, batches, TLoraConfig(**fields)), TLoraConfig(**fields))
     config = TLoraConfig(**fields, memory_budget=1, covariance="exact")
     assert_same(plan_in_blocks(model, batches, config), expected)
+
+
+class Routed(nn.Module):
+    """Three projections; a batch reaches the first and one of the other two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, inputs_embeds: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        hidden = self.first(inputs_embeds).tanh()
+        hidden = (self.left if labels[0] > 0 else self.right)(hidden)
+        return {"loss": (hidden.mean(dim=(1, 2)) - labels).square().mean()}
+
+
+@pytest.mark.parametrize("budget", [1, 2 * 8 * 8 * 4])
+def test_a_module_that_the_first_batch_does_not_reach_gets_its_moment_in_blocks(budget):
+    torch.manual_seed(0)
+    model = Routed()
+    batches = [
+        {"inputs_embeds": torch.randn(1, 5, 8), "labels": torch.tensor([sign])}
+        for sign in (1.0, -1.0, 1.0)
+    ]
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["first", "left", "right"]}
+    expected = plan(model, calibrate(model, batches, TLoraConfig(**fields)), TLoraConfig(**fields))
+    config = TLoraConfig(**fields, memory_budget=budget, covariance="exact")
+    assert_same(plan_in_blocks(model, batches, config), expected)
+
+
+def test_the_strategy_is_told_before_anything_is_measured(request, caplog, monkeypatch):
+    family = make_family("llama-right", request.getfixturevalue)
+    config = TLoraConfig(**family.config, memory_budget=ONE_MOMENT, covariance="exact")
+    monkeypatch.setattr(blocks, "first_pass", lambda *_, **__: pytest.fail("too early"))
+    with caplog.at_level("INFO", "tlora"), pytest.raises(pytest.fail.Exception):
+        plan_in_blocks(family.model, family.batches(2), config)
+    assert "14 modules exact, in 8 blocks; 8 passes over the samples" in caplog.text
 
 
 def test_the_model_is_left_as_it_was_also_when_a_later_block_fails(request, monkeypatch):

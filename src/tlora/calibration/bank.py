@@ -25,19 +25,15 @@ def moment_bytes(columns: int) -> int:
 
 
 class MomentBank:
-    """Accumulates the second moments of the targets, in model order, within a memory budget.
+    """Accumulates the second moments of the targets.
 
-    Modules that read the same tensors in every batch form a group with one second moment. A group
-    whose d x d moment would exceed the budget is not kept: a later pass over the same samples, for
-    the modules left, makes up for it. The first group is always kept, so that a pass comes on.
+    Modules that read the same tensors in every batch form a group with one second moment.
 
     Args:
-        budget: bytes that the moments of this bank may take together; None: no limit.
-        spared: names of modules whose moments are never kept.
+        spared: names of modules whose moments are not kept (a later pass may).
     """
 
-    def __init__(self, budget: int | None = None, spared: Collection[str] = ()) -> None:
-        self.budget = budget
+    def __init__(self, spared: Collection[str] = ()) -> None:
         self.spared = frozenset(spared)
         self.group_of: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
@@ -72,7 +68,8 @@ class MomentBank:
         seen: dict[tuple[object, ...], int] = {}
         for name, record in records.items():
             old = self.group_of.get(name)
-            key = (old, record.source)
+            # What is kept and what is not never share a group, whatever they read.
+            key = (old, record.source, name in self.spared)
             if key not in seen:
                 taken = old is None or old in seen.values()
                 seen[key] = self._new_group(record, old) if taken else old  # type: ignore[assignment]
@@ -90,10 +87,6 @@ class MomentBank:
     def _new_moment(self, record: Record) -> SecondMoment | None:
         target = record.target
         if target.name in self.spared:
-            return None
-        kept = any(moment is not None for moment in self.moments.values())
-        wanted = self.bytes + moment_bytes(target.d_in)
-        if kept and self.budget is not None and wanted > self.budget:
             return None
         device: torch.device = next(target.module.parameters()).device
         return SecondMoment(target.d_in, device=device)

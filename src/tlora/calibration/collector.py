@@ -141,7 +141,7 @@ class Collector:
         self.units.append(unit)
 
     def _forward(self, unit: Unit, records: dict[str, Record], layout: reading.TokenLayout) -> Any:
-        options = _forward_options(self.model, unit.batch)
+        options = forward_options(self.model, unit.batch)
         with (
             recording(self.model, records.values(), layout, self.backward, unit.calls),
             torch.set_grad_enabled(self.backward),
@@ -210,7 +210,7 @@ class Collector:
         return self.samples
 
 
-def _forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """Switch the key-value cache off where the model has one: nothing is generated here."""
     takes = inspect.signature(model.forward).parameters
     return {"use_cache": False} if "use_cache" in takes and "use_cache" not in batch else {}

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from tlora.config import bytes_text
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -21,7 +23,7 @@ def show(dry: DryRun, console: Console | None = None) -> None:
     from rich.console import Console
 
     console = console or Console()
-    size = f"{dry.weights.parameters:,} parameters, {memory(dry.weights.bytes)}"
+    size = f"{dry.weights.parameters:,} parameters, {bytes_text(dry.weights.bytes)}"
     line = f"{dry.model}: {size} in {dry.assumptions.dtype}. No weight was read, nothing written."
     console.print(line, highlight=False, soft_wrap=True)
     console.print(modules_table(dry))
@@ -56,20 +58,20 @@ def calibration_table(dry: DryRun) -> Table:
     made.add_column("memory", justify="right", no_wrap=True)
     sharing = f"{len({m.source for m in dry.modules})} inputs of {len(dry.modules)} modules"
     if found.unshared != found.all_moments:
-        sharing += f"; {memory(found.unshared)} if none were shared"
+        sharing += f"; {bytes_text(found.unshared)} if none were shared"
     if found.blocks > 1:
-        sharing += f"; {memory(found.all_moments)} in {found.blocks} blocks"
-    made.add_row("weights", memory(found.weights))
-    made.add_row(f"second moments, float32 ({sharing})", memory(found.moments))
-    made.add_row(f"mean rows of {assumed.samples} samples", memory(found.means))
+        sharing += f"; {bytes_text(found.all_moments)} in {found.blocks} blocks"
+    made.add_row("weights", bytes_text(found.weights))
+    made.add_row(f"second moments, float32 ({sharing})", bytes_text(found.moments))
+    made.add_row(f"mean rows of {assumed.samples} samples", bytes_text(found.means))
     batch = assumed.batch(assumed.calibration_batch)
-    made.add_row(f"batch: activations kept for the backward ({batch})", memory(found.activations))
-    made.add_row("batch: loss, or rows in float32", memory(found.loss))
-    made.add_row("batch: the largest dense gradient term, |W|", memory(found.sensitivity))
-    made.add_row("planning: C, W C and SVD of one module, the largest", memory(found.planning))
-    made.add_row("planning: A of all modules", memory(found.factors))
+    made.add_row(f"batch: activations kept for the backward ({batch})", bytes_text(found.activations))
+    made.add_row("batch: loss, or rows in float32", bytes_text(found.loss))
+    made.add_row("batch: the largest dense gradient term, |W|", bytes_text(found.sensitivity))
+    made.add_row("planning: C, W C and SVD of one module, the largest", bytes_text(found.planning))
+    made.add_row("planning: A of all modules", bytes_text(found.factors))
     made.add_section()
-    made.add_row("peak (the larger of batch and planning)", memory(found.peak), style="bold")
+    made.add_row("peak (the larger of batch and planning)", bytes_text(found.peak), style="bold")
     made.add_row("time (estimate)", duration(found.flops / assumed.rate), style="bold")
     return made
 
@@ -87,14 +89,14 @@ def training_table(dry: DryRun) -> Table:
         made.add_row(title, *map(value, dry.training), style=style)
 
     add("trainable parameters", lambda t: f"{t.trainable:,}")
-    add("weights", lambda t: memory(t.weights))
-    add("gradients", lambda t: memory(t.gradients))
-    add("AdamW states", lambda t: memory(t.optimizer))
-    add("activations", lambda t: memory(t.activations))
-    add("the same, gradient checkpointing", lambda t: memory(t.checkpointed))
+    add("weights", lambda t: bytes_text(t.weights))
+    add("gradients", lambda t: bytes_text(t.gradients))
+    add("AdamW states", lambda t: bytes_text(t.optimizer))
+    add("activations", lambda t: bytes_text(t.activations))
+    add("the same, gradient checkpointing", lambda t: bytes_text(t.checkpointed))
     made.add_section()
-    add("peak", lambda t: memory(t.peak(False)), "bold")
-    add("the same, gradient checkpointing", lambda t: memory(t.peak(True)), "bold")
+    add("peak", lambda t: bytes_text(t.peak(False)), "bold")
+    add("the same, gradient checkpointing", lambda t: bytes_text(t.peak(True)), "bold")
     add(f"time of {span} (estimate)", lambda t: duration(steps * t.flops / assumed.rate), "bold")
     add(
         "the same, gradient checkpointing",
@@ -102,15 +104,6 @@ def training_table(dry: DryRun) -> Table:
         "bold",
     )
     return made
-
-
-def memory(count: float) -> str:
-    """Return bytes as text: "20.4 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"
 
 
 def millions(count: int) -> str:
