@@ -16,6 +16,7 @@ import tlora
 from support import FAMILIES, make_family
 from tlora import cli
 from tlora.errors import ConfigError
+from tlora.report.estimate import show
 from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import dryrun
 from tlora.stages.estimate import adapter_parameters
@@ -199,7 +200,7 @@ def test_llama_2_7b_has_the_figures_of_the_paper(folder):
     assert ours.trainable == 174_063_616
     assert lora.trainable == 319_815_680
     assert full.trainable == 6_738_415_616
-    assert dry.calibration.moments / 2**30 == pytest.approx(20.44, abs=0.01)
+    assert dry.calibration.strategy.held / 2**30 == pytest.approx(20.44, abs=0.01)
     assert len(dry.modules) == 224
     assert len({module.source for module in dry.modules}) == 128
 
@@ -208,7 +209,7 @@ def test_a_70b_model_is_answered_without_its_memory(folder):
     before = resident("VmHWM") if sys.platform == "linux" else 0
     dry = predict(folder(LLAMA | LLAMA_70B), adapter={"r": 128, "lora_alpha": 128}, max_length=512)
     after = resident("VmHWM") if sys.platform == "linux" else 0
-    assert dry.calibration.moments / 2**30 == pytest.approx(305.0, abs=0.01)
+    assert dry.calibration.strategy.held / 2**30 == pytest.approx(305.0, abs=0.01)
     assert dry.training[0].trainable == 859_832_320
     assert dry.weights.parameters == 70_553_706_496
     assert after - before < 2**30
@@ -218,9 +219,9 @@ def test_a_memory_budget_lowers_what_is_held_and_costs_passes(folder):
     path = folder(LLAMA | {"num_hidden_layers": 4})
     whole = predict(path, max_length=64).calibration
     within = predict(path, max_length=64, adapter={"memory_budget": "1GiB"}).calibration
-    assert within.moments <= 2**30 < whole.moments
-    assert within.all_moments == whole.moments
-    assert within.blocks > 1
+    assert within.strategy.held <= 2**30 < whole.strategy.held
+    assert within.strategy.total == whole.strategy.held
+    assert within.strategy.passes > 1
     assert within.flops > whole.flops
 
 
@@ -259,10 +260,12 @@ def test_another_method_is_shown_with_the_options_it_shares(folder):
     assert adapter_parameters(dry.modules, frozen_a=False) == dry.training[1].trainable
 
 
-def test_streamed_moments_are_said_not_to_be_shown(folder):
+def test_streaming_is_counted_and_said(folder, capsys):
     config = LLAMA | {"num_hidden_layers": 1}
     dry = predict(folder(config), adapter={"covariance": "streamed"})
-    assert any("streamed" in note for note in dry.notes)
+    assert dry.calibration.strategy.passes == 4
+    show(dry)
+    assert "7 modules streamed; 4 passes over the samples" in capsys.readouterr().out
 
 
 def test_a_quantisation_is_said_not_to_be_counted(folder):

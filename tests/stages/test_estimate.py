@@ -2,6 +2,8 @@
 
 import pytest
 
+from tlora import TLoraConfig
+from tlora.adapter.strategy import choose
 from tlora.linalg.subspace import Solver
 from tlora.stages import estimate as sums
 from tlora.stages.estimate import AdapterShape, ModuleShape, Weights
@@ -48,31 +50,37 @@ def test_second_moments_are_kept_once_for_each_input(modules, shared, alone):
     assert sums.moment_bytes(modules, shared=False) / GIB == pytest.approx(alone, abs=0.1)
 
 
-def test_without_a_budget_all_moments_are_held_in_one_pass():
-    assert sums.moment_blocks(LLAMA_2_7B, None) == [sums.moment_bytes(LLAMA_2_7B)]
+def asked(modules, moments=True, sensitivity=True, **fields):
+    config = TLoraConfig(basis="weight-covariance" if moments else "random", **fields)
+    strategy = choose(modules, {m.name: m.source for m in modules}, config)
+    return sums.CalibrationPlan(8, 4, moments, sensitivity, strategy, Solver())
 
 
-@pytest.mark.parametrize("budget", [1, 2**20, GIB, 7 * GIB, 100 * GIB])
-def test_blocks_hold_every_moment_once_and_one_beyond_the_budget_alone(budget):
-    blocks = sums.moment_blocks(LLAMA_2_7B, budget)
-    largest = 4 * 11008**2
-    assert sum(blocks) == sums.moment_bytes(LLAMA_2_7B)
-    assert all(0 < block <= max(budget, largest) for block in blocks)
-    if budget == 1:
-        assert len(blocks) == 128
-    if budget == 100 * GIB:
-        assert len(blocks) == 1
+def test_a_budget_is_paid_for_by_passes():
+    weights, work = Weights(10**9, 2 * 10**9, 2), sums.Work(0, 0, 0, 10**15, 0)
+    whole, blocks, streamed = (
+        sums.calibration(LLAMA_2_7B, weights, work, asked(LLAMA_2_7B, **fields))
+        for fields in ({}, {"memory_budget": "4GiB"}, {"covariance": "streamed", "r": 128})
+    )
+    assert whole.strategy.held == whole.strategy.total
+    assert blocks.strategy.held <= 4 * GIB < whole.strategy.held
+    more = (len(blocks.strategy.blocks) - 1) / 2 * 10**15 * 8 / 4
+    assert blocks.flops - whole.flops == pytest.approx(more)
+    assert blocks.peak < whole.peak
+    # 512 columns of each input's blocks, where exact moments have 4096 or 11008.
+    assert streamed.strategy.held < 0.35 * whole.strategy.held
+    assert streamed.planning < whole.planning
 
 
 def test_the_peak_is_the_larger_of_a_batch_and_of_planning():
     weights = Weights(parameters=10**6, bytes=4 * 10**6, element=4)
     modules = llama(64, 128, 2, 64, rank=4, rows=100)
-    plan = sums.CalibrationPlan(8, 4, moments=True, sensitivity=True, budget=None, solver=Solver())
+    plan = asked(modules)
     small, large = (
         sums.calibration(modules, weights, sums.Work(kept, kept, 0, 1000, 10), plan)
         for kept in (0, 10**9)
     )
-    held = weights.bytes + small.moments + small.means
+    held = weights.bytes + small.strategy.held + small.means
     assert small.peak == held + small.planning + small.factors
     assert large.peak == held + 10**9 + max(large.loss, large.sensitivity)
 
@@ -80,9 +88,11 @@ def test_the_peak_is_the_larger_of_a_batch_and_of_planning():
 def test_what_is_not_asked_for_costs_nothing():
     weights = Weights(parameters=10**6, bytes=4 * 10**6, element=4)
     modules = llama(64, 128, 2, 64, rank=4, rows=100)
-    plan = sums.CalibrationPlan(8, 4, False, False, None, Solver())
+    plan = asked(modules, moments=False, sensitivity=False)
     found = sums.calibration(modules, weights, sums.Work(0, 0, 50, 1000, 10), plan)
-    assert found.moments == found.means == found.planning == found.sensitivity == found.loss == 0
+    assert (
+        found.strategy.held == found.means == found.planning == found.sensitivity == found.loss == 0
+    )
     assert found.flops == 2 * 1010
 
 

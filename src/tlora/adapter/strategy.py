@@ -160,4 +160,3 @@ def _streamed(modules: Sequence[Shaped], config: TLoraConfig) -> frozenset[str]:
     if budget is None or config.whiten:
         return frozenset()
     return frozenset(m.name for m in modules if moment_bytes(m.d_in) > budget)
-

@@ -29,7 +29,8 @@ def show(dry: DryRun, console: Console | None = None) -> None:
     console.print(modules_table(dry))
     console.print(calibration_table(dry))
     console.print(training_table(dry))
-    for line in [*_warnings(dry), *_assumed(dry)]:
+    how = dry.calibration.strategy.summary()
+    for line in [f"{how[0].upper()}{how[1:]}.", *_warnings(dry), *_assumed(dry)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -54,18 +55,21 @@ def modules_table(dry: DryRun) -> Table:
 def calibration_table(dry: DryRun) -> Table:
     """Return the memory of calibration, phase by phase, and its time."""
     found, assumed = dry.calibration, dry.assumptions
+    strategy = found.strategy
     made = _table("calibration and planning")
     made.add_column("memory", justify="right", no_wrap=True)
     sharing = f"{len({m.source for m in dry.modules})} inputs of {len(dry.modules)} modules"
-    if found.unshared != found.all_moments:
+    if found.unshared != strategy.total:
         sharing += f"; {bytes_text(found.unshared)} if none were shared"
-    if found.blocks > 1:
-        sharing += f"; {bytes_text(found.all_moments)} in {found.blocks} blocks"
+    if strategy.held < strategy.total:
+        sharing += f"; {bytes_text(strategy.total)} at once"
     made.add_row("weights", bytes_text(found.weights))
-    made.add_row(f"second moments, float32 ({sharing})", bytes_text(found.moments))
+    made.add_row(f"second moments, float32 ({sharing})", bytes_text(strategy.held))
     made.add_row(f"mean rows of {assumed.samples} samples", bytes_text(found.means))
     batch = assumed.batch(assumed.calibration_batch)
-    made.add_row(f"batch: activations kept for the backward ({batch})", bytes_text(found.activations))
+    made.add_row(
+        f"batch: activations kept for the backward ({batch})", bytes_text(found.activations)
+    )
     made.add_row("batch: loss, or rows in float32", bytes_text(found.loss))
     made.add_row("batch: the largest dense gradient term, |W|", bytes_text(found.sensitivity))
     made.add_row("planning: C, W C and SVD of one module, the largest", bytes_text(found.planning))
@@ -178,7 +182,7 @@ def _assumed(dry: DryRun) -> list[str]:
     return [
         f"Assumed: weights in {a.dtype} on one device; {a.samples} calibration samples, batches of"
         f" {a.batch(a.calibration_batch)} to calibrate and of {a.batch(a.training_batch)} to train,"
-        " none shorter; exact second moments; no autocast; AdamW with two states a parameter;"
+        " none shorter; no autocast; AdamW with two states a parameter;"
         " adapters in float32. Activations are those of a CPU, whose attention keeps a T x T"
         " matrix only where it has dropout or the model offers no other.",
         f"Rank {dry.rank} everywhere it fits: sensitivity moves ranks between modules, and with"

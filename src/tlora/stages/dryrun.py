@@ -96,11 +96,6 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     built = model_on_meta(config, kind, task.label_names)
     model, notes = built.model, built.notes
     options = adapter_options(config, built.task_type)
-    if options.covariance == "streamed":
-        notes.append(
-            "Exact second moments are shown; covariance=streamed keeps d x l blocks instead, and"
-            " passes over the samples more often."
-        )
     targets = find_targets(model, options)
     assumed = _assumptions(config, model, rate)
     passes = _passes(model, targets, assumed, notes)
@@ -286,6 +281,7 @@ def _calibration(
     passes: Mapping[str, Forward],
     asked: tuple[Assumptions, TLoraConfig],
 ) -> CalibrationEstimate:
+    from tlora.adapter.strategy import choose
     from tlora.linalg.subspace import Solver
 
     assumed, options = asked
@@ -294,7 +290,7 @@ def _calibration(
         batch_size=assumed.calibration_batch,
         moments=options.needs_moments,
         sensitivity=options.needs_sensitivity,
-        budget=options.memory_budget_bytes,
+        strategy=choose(modules, {m.name: m.source for m in modules}, options),
         solver=Solver(mode=options.subspace),
     )
     passed = passes.get("calibration")

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tlora.adapter.strategy import Strategy
+from tlora.linalg.streamed import PASSES, block_width
 from tlora.linalg.subspace import Solver
 
 FLOAT = 4  # bytes of a float32: second moments, planning, and adapters on half-precision weights
@@ -67,14 +69,10 @@ class CalibrationEstimate:
     """
 
     weights: int
-    moments: int
-    """Second moments held at a time."""
-    all_moments: int
-    """Those of every input."""
+    strategy: Strategy
+    """What is held when: `held` of the second moments' `total` at a time."""
     unshared: int
     """What they would take if none were shared."""
-    blocks: int
-    """Passes over the samples that the memory budget asks for."""
     means: int
     """Mean rows of each sample."""
     activations: int
@@ -89,7 +87,7 @@ class CalibrationEstimate:
     def peak(self) -> int:
         """Bytes at the peak."""
         batch = self.activations + max(self.loss, self.sensitivity)
-        held = self.weights + self.moments + self.means
+        held = self.weights + self.strategy.held + self.means
         return held + max(batch, self.planning + self.factors)
 
 
@@ -128,29 +126,6 @@ def mean_bytes(modules: Sequence[ModuleShape], samples: int) -> int:
     return FLOAT * samples * sum(m.d_in for m in once_per_source(modules))
 
 
-def moment_blocks(modules: Sequence[ModuleShape], budget: int | None) -> list[int]:
-    """Bytes of the second moments that are held at a time, a number for each pass.
-
-    As in `plan_in_blocks`: the first pass keeps each moment that the budget still holds, the later
-    ones go through the others in order; a moment beyond the budget is held alone.
-    """
-    sizes = [FLOAT * m.d_in**2 for m in once_per_source(modules)]
-    if budget is None:
-        return [sum(sizes)]
-    first, left = 0, []
-    for size in sizes:
-        if first and first + size > budget:
-            left.append(size)
-        else:
-            first += size
-    blocks = [first]
-    for size in left:
-        if len(blocks) == 1 or blocks[-1] + size > budget:
-            blocks.append(0)
-        blocks[-1] += size
-    return blocks
-
-
 def loss_bytes(logits: int, element: int) -> int:
     """Bytes when a backward pass begins: the logits as stored, and two gradients in float32.
 
@@ -173,6 +148,13 @@ def sensitivity_bytes(modules: Sequence[ModuleShape], element: int) -> int:
     """
     copies = 1 if element == FLOAT else 2
     return max((copies * FLOAT * m.d_in * m.d_out for m in modules), default=0)
+
+
+def streaming_bytes(module: ModuleShape, element: int) -> int:
+    """Bytes of a step of subspace iteration: W (where converted), W (C V), and two more blocks."""
+    converted = 0 if element == FLOAT else module.d_in * module.d_out
+    width = block_width(module.d_in, module.rank)
+    return FLOAT * (converted + (module.d_out + 2 * module.d_in) * width)
 
 
 def planning_bytes(module: ModuleShape, element: int, solver: Solver) -> int:
@@ -209,16 +191,13 @@ def planning_flops(module: ModuleShape, solver: Solver) -> float:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is asked of calibration: n samples, B a batch, and which statistics.
-
-    ``budget`` is the bytes that second moments may take together; None: no limit.
-    """
+    """What is asked of calibration: n samples, B a batch, which statistics, and how."""
 
     samples: int
     batch_size: int
     moments: bool
     sensitivity: bool
-    budget: int | None
+    strategy: Strategy
     solver: Solver
 
 
@@ -233,43 +212,50 @@ def calibration(
         work: of one calibration batch; ``kept`` includes the inputs of the targets.
         plan: what is asked.
     """
-    blocks = moment_blocks(modules, plan.budget) if plan.moments else [0]
-    solving = [planning_bytes(m, weights.element, plan.solver) for m in modules]
+    solving = [
+        streaming_bytes(m, weights.element)
+        if m.name in plan.strategy.streamed
+        else planning_bytes(m, weights.element, plan.solver)
+        for m in modules
+    ]
     loss = loss_bytes(work.logits, weights.element) if plan.sensitivity else 0
     return CalibrationEstimate(
         weights=weights.bytes,
-        moments=max(blocks),
-        all_moments=sum(blocks),
+        strategy=plan.strategy,
         unshared=moment_bytes(modules, shared=False) if plan.moments else 0,
-        blocks=len(blocks),
         means=mean_bytes(modules, plan.samples) if plan.moments else 0,
         activations=work.kept,
         loss=max(loss, update_bytes(modules) if plan.moments else 0),
         sensitivity=sensitivity_bytes(modules, weights.element) if plan.sensitivity else 0,
         planning=max(solving, default=0) if plan.moments else 0,
         factors=FLOAT * sum(m.rank * m.d_in for m in modules),
-        flops=calibration_flops(modules, work, plan, len(blocks)),
+        flops=calibration_flops(modules, work, plan),
     )
 
 
-def calibration_flops(
-    modules: Sequence[ModuleShape], work: Work, plan: CalibrationPlan, blocks: int
-) -> float:
-    """FLOPs of n / B batches, of the forward passes of later blocks, and of planning.
+def calibration_flops(modules: Sequence[ModuleShape], work: Work, plan: CalibrationPlan) -> float:
+    """FLOPs of n / B batches, of the further forward passes, and of planning.
 
     A batch: forward; with sensitivities the backward to the inputs (as much again, attention
     twice) and delta^T X of every target, 2 rows m d; the second moments, rows d^2 for each
     distinct input (half of a full product, since they are symmetric). A later block: half a
-    forward pass on average, since it stops after its last module.
+    forward pass on average, since it stops after its last module. A streaming pass: a forward
+    pass, and 4 rows d l.
     """
     forward = work.weight_flops + work.attention_flops
-    batch = forward * (1 + (blocks - 1) / 2)
+    streamed = [m for m in modules if m.name in plan.strategy.streamed]
+    blocks, runs = len(plan.strategy.blocks), plan.strategy.stream_runs
+    batch = forward * (1 + max(blocks - 1, 0) / 2 + PASSES * runs)
+    batch += sum(4 * PASSES * m.rows * m.d_in * block_width(m.d_in, m.rank) for m in streamed)
     if plan.sensitivity:
         batch += work.weight_flops + 2 * work.attention_flops
         batch += sum(2 * m.rows * m.d_in * m.d_out for m in modules)
-    if plan.moments:
-        batch += sum(m.rows * m.d_in**2 for m in once_per_source(modules))
-    planning = sum(planning_flops(m, plan.solver) for m in modules) if plan.moments else 0
+    if not plan.moments:
+        return batch * plan.samples / plan.batch_size
+    exact = [m for m in modules if m.name not in plan.strategy.streamed]
+    batch += sum(m.rows * m.d_in**2 for m in once_per_source(exact))
+    planning = sum(planning_flops(m, plan.solver) for m in exact)
+    planning += sum(6 * m.d_in * m.d_out * block_width(m.d_in, m.rank) for m in streamed)
     return batch * plan.samples / plan.batch_size + planning
 
 
