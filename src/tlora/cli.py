@@ -189,6 +189,8 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("tlora.stages").setLevel(logging.INFO)
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:

@@ -47,7 +47,7 @@ def plan_in_blocks(
     `covariance` says what happens to a module whose own moment exceeds the budget: "auto" streams
     it (whitening needs the moment itself, and so goes over budget instead), "exact" goes over
     budget, "streamed" streams every module. What is held and in how many passes is settled before
-    anything is measured, and logged.
+    anything is measured; where it takes more than one, it is logged.
 
     Args:
         model: as for `calibrate`.
@@ -62,7 +62,8 @@ def plan_in_blocks(
     targets = checked_targets(model, config)
     with probing(model), torch.no_grad():
         strategy, batches = _settle(model, targets, batches, config)
-        logger.info("%s", strategy.summary())
+        if strategy.passes > 1:
+            logger.info("%s", strategy.summary())
         bank = None
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         if config.needs_moments:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.registry import TASKS
-from tlora.runconfig import RunConfig
+from tlora.runconfig import CalibrationConfig, RunConfig
 from tlora.stages import estimate as sums
 from tlora.stages.arguments import check_trainer_fields
 from tlora.stages.estimate import CalibrationEstimate, ModuleShape, TrainingEstimate, Weights, Work
@@ -100,7 +100,7 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     assumed = _assumptions(config, model, rate)
     passes = _passes(model, targets, assumed, notes)
     weights, rows = weights_of(model), assumed.rows(assumed.calibration_batch)
-    modules = _modules(targets, options, passes.get("calibration"), rows)
+    modules = module_shapes(targets, options, passes.get("calibration"), rows)
     fused = fused_expert_parameters(model)
     # Last, because attaching changes the model.
     others = trained_beside(model, modules, options)
@@ -109,7 +109,9 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
         weights=weights,
         modules=modules,
         rank=options.r,
-        calibration=_calibration(modules, weights, passes, (assumed, options)),
+        calibration=calibration_of(
+            modules, weights, passes.get("calibration"), (config.calibration, options)
+        ),
         training=_training(targets, weights, passes, (assumed, options, others)),
         others=others,
         assumptions=assumed,
@@ -233,10 +235,13 @@ def _passes(
         return {}
 
 
-def _modules(
+def module_shapes(
     targets: list[Target], options: TLoraConfig, passed: Forward | None, rows: int
 ) -> list[ModuleShape]:
-    """Return the targets with the ranks that equal sensitivities would give."""
+    """Return the targets with the ranks that equal sensitivities would give.
+
+    ``rows`` are the rows of a batch, where no forward pass of shapes has counted them.
+    """
     from tlora.linalg.allocation import RankBounds, allocate_ranks
 
     highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in targets]
@@ -275,25 +280,32 @@ def _work(
     )
 
 
-def _calibration(
+def calibration_of(
     modules: list[ModuleShape],
     weights: Weights,
-    passes: Mapping[str, Forward],
-    asked: tuple[Assumptions, TLoraConfig],
+    passed: Forward | None,
+    asked: tuple[CalibrationConfig, TLoraConfig],
 ) -> CalibrationEstimate:
+    """Predict calibration and planning of ``modules``, as a forward pass of shapes shows them.
+
+    Args:
+        modules: the targets.
+        weights: the base model's.
+        passed: of a calibration batch; None where the model does not run without numbers.
+        asked: how many samples, how many a batch; and the adapter.
+    """
     from tlora.adapter.strategy import choose
     from tlora.linalg.subspace import Solver
 
-    assumed, options = asked
+    samples, options = asked
     wanted = sums.CalibrationPlan(
-        samples=assumed.samples,
-        batch_size=assumed.calibration_batch,
+        samples=samples.samples,
+        batch_size=min(samples.batch_size, samples.samples),
         moments=options.needs_moments,
         sensitivity=options.needs_sensitivity,
         strategy=choose(modules, {m.name: m.source for m in modules}, options),
         solver=Solver(mode=options.subspace),
     )
-    passed = passes.get("calibration")
     kept = None
     if passed:
         kept = passed.held if options.needs_sensitivity else passed.inputs
@@ -311,7 +323,7 @@ def _training(
     passed = passes.get("frozen")
     rows = assumed.rows(assumed.training_batch)
     # The rows of a training batch; LoRA takes rank r everywhere, whatever the weights' sizes.
-    modules = _modules(targets, options, passed, rows)
+    modules = module_shapes(targets, options, passed, rows)
     uniform = [dataclasses.replace(m, rank=options.r) for m in modules]
     base = weights, _work(passed, modules, weights)
     extra = (passed.held - passed.saved if passed else 0, others)

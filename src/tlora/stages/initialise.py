@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
+from tlora.stages.forecast import forecast, sentence
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
     from tlora.adapter.plan import AdapterPlan
     from tlora.methods.base import Prepared
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> RunFolder:
@@ -52,6 +57,9 @@ def adapt(setup: Setup, device: Any, plan: AdapterPlan | None = None) -> Prepare
     # what a calibration draws must not shift the training's.
     transformers.set_seed(setup.config.seed)
     batches = setup.calibration_batches()
+    if plan is None and isinstance(setup.options, TLoraConfig):
+        found = forecast(model, setup.options, batches, setup.config.calibration)
+        logger.info("%s", sentence(found))
     prepared = setup.method.prepare(model, setup.options, batches, plan)
     transformers.set_seed(setup.config.seed)
     return prepared
