@@ -36,6 +36,7 @@ def get_tlora_model(
     *,
     adapter_name: str = "default",
     progress: bool = True,
+    skip_bad_samples: bool = False,
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
@@ -47,11 +48,14 @@ def get_tlora_model(
         batches: calibration samples; see `calibrate`.
         adapter_name: PEFT's name of the adapter.
         progress: show bars (on a terminal only).
+        skip_bad_samples: as for `calibrate`.
 
     Raises:
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
-    adapter = plan_in_blocks(model, batches, config, progress=progress)
+    adapter = plan_in_blocks(
+        model, batches, config, progress=progress, skip_bad_samples=skip_bad_samples
+    )
     return attach(model, adapter, adapter_name=adapter_name)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from tlora.adapter.plan import AdapterPlan, plan_info
 from tlora.adapter.solve import allocate, solve, take_streamed
 from tlora.adapter.strategy import Strategy, choose, stream_runs
 from tlora.calibration.bank import Accumulator, MomentBank
-from tlora.calibration.batches import as_batch
+from tlora.calibration.batches import as_batch, batch_size
 from tlora.calibration.collector import Collector
-from tlora.calibration.probe import checked_targets, first_pass, probing
+from tlora.calibration.faults import numbered, warn_of_skipped, within_memory
+from tlora.calibration.probe import checked_targets, first_pass, probing, progress_bar
 from tlora.calibration.sources import input_sources
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.streams import StreamBank
@@ -40,6 +42,7 @@ def plan_in_blocks(
     config: TLoraConfig,
     *,
     progress: bool = True,
+    skip_bad_samples: bool = False,
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for the second moments.
 
@@ -54,6 +57,7 @@ def plan_in_blocks(
         batches: as for `calibrate`; read once, so a generator will do.
         config: the adapter.
         progress: show bars (on a terminal only).
+        skip_bad_samples: as for `calibrate`.
 
     Raises:
         CalibrationError: as `calibrate`.
@@ -69,15 +73,18 @@ def plan_in_blocks(
         if config.needs_moments:
             kept = {target.name for block in blocks[:1] for target in block}
             bank = MomentBank(spared={t.name for t in targets} - kept)
-        with torch.enable_grad():
-            first = first_pass(model, targets, batches, bank, config, progress=progress)
+        first = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples)
+        with torch.enable_grad(), progress_bar(batches, progress) as bar:
+            first_pass(first, batches, config, bar)
         planner = _Planner(model, targets, first, config, progress)
         planner.take(blocks[0] if blocks else [t for t in targets if bank is None], bank)
         bank = None  # frees the moments of this block before the next one is made
         for number, block in enumerate(blocks[1:], start=2):
             planner.take(block, planner.moments(block, f"Block {number} of {len(blocks)}"))
         planner.stream([t for t in targets if t.name in strategy.streamed])
-    info = plan_info(model, first.samples, planner.shares) | {"passes": planner.passes}
+    warn_of_skipped(first.skipped, first.given, stacklevel=2)
+    samples = (first.samples, len(first.skipped))
+    info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
     return AdapterPlan({t.name: planner.done[t.name] for t in targets}, config, info)
 
 
@@ -93,7 +100,12 @@ def _settle(
         batches = list(batches)
         if batches:
             batch = as_batch(batches[0], next(model.parameters()).device)
-            sources = input_sources(model, targets, batch)
+            sources = within_memory(
+                partial(input_sources, model, targets, batch),
+                lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
+                batch_size(batch),
+                config,
+            )
     return choose(targets, sources, config), batches
 
 
@@ -122,8 +134,11 @@ class _Planner:
         for target in block:
             moment = None if bank is None else bank.moment(target.name)
             measured = replace(self.statistics[target.name], moment=moment)
-            self.done[target.name] = solve(
-                target, measured, self.shares.of[target.name], self.config
+            self.done[target.name] = within_memory(
+                partial(solve, target, measured, self.shares.of[target.name], self.config),
+                partial("solving {}".format, target.name),
+                0,
+                self.config,
             )
 
     def moments(self, block: list[Target], title: str) -> MomentBank:
@@ -160,7 +175,9 @@ class _Planner:
         self.passes += 1
         collector = Collector(self.model, block, bank, backward=False)
         for unit in tqdm(self.first.units, desc=title, disable=None if self.progress else True):
-            collector.add_again(unit)
+            size = len(unit.numbers)
+            where = partial(collector.doing, unit.numbers[0], size)
+            within_memory(partial(collector.add_again, unit), where, size, self.config)
 
 
 def _statistics(target: Target, first: Collector) -> ModuleStatistics:

@@ -11,10 +11,12 @@ from torch import nn
 
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.solve import Shares, allocate, solve
+from tlora.calibration.cpu_kernels import refuse_repacked
+from tlora.calibration.identity import model_key
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
-from tlora.errors import PlanError
+from tlora.errors import AdapterError, PlanError
 from tlora.files import file_at, read_tensors, write_tensors
 
 _KIND = "plan"
@@ -109,7 +111,8 @@ def plan(
         progress: show a bar (on a terminal only).
 
     Raises:
-        PlanError: the statistics do not fit the model.
+        PlanError: the statistics are not of this model.
+        AdapterError: a weight cannot be read.
         CalibrationError: the statistics lack what ``config`` needs.
 
     Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
@@ -118,18 +121,33 @@ def plan(
 
     targets = find_targets(model, config)
     measured = [_statistics_of(target, stats) for target in targets]
+    refuse_repacked(model, AdapterError)
+    if stats.key is not None and stats.key.model != model_key(model):
+        raise PlanError(
+            f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
+            f" other parameters than this {type(model).__name__}); calibrate this model, loaded as"
+            " it is now."
+        )
     shares = allocate(targets, measured, config)
     each = list(zip(targets, measured, strict=True))
     bar = tqdm(each, desc="Planning", unit=" modules", disable=None if progress else True)
     modules = {t.name: solve(t, m, shares.of[t.name], config) for t, m in bar}
-    return AdapterPlan(modules, config, plan_info(model, stats.samples, shares))
+    skipped = stats.info.get("skipped", 0)
+    return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
 
 
-def plan_info(model: nn.Module, samples: int, shares: Shares) -> dict[str, Any]:
-    """Return where a plan comes from, as plain JSON values."""
+def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
+    """Return where a plan comes from, as plain JSON values.
+
+    Args:
+        model: the base model.
+        samples: how many counted, and how many were left out as bad.
+        shares: of the budget.
+    """
     return {
         "model": type(model).__name__,
-        "samples": samples,
+        "samples": samples[0],
+        "skipped": samples[1],
         "budget_wanted": shares.ranks.wanted,
         "budget_spent": shares.ranks.spent,
     }

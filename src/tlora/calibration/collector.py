@@ -9,6 +9,10 @@ How a batch is read, in order:
 3. backward; when the gradient delta of a target's output arrives, |W * (delta_s^T X_s)| of every
    sample is averaged and both tensors are dropped, so no full set of gradients is ever held.
 
+Bad samples (no label that counts; an input, a loss or a gradient that is not finite) are errors, or
+are left out: then the batch is read again without them, and 2 waits for 3, since a gradient is
+seen last.
+
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2). The release runs one sample at a time.
 """
 
@@ -17,8 +21,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import Accumulator
+from tlora.calibration.faults import numbered
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.targets import Target
@@ -38,11 +43,39 @@ class Unit:
 
     Attributes:
         batch: the tensors.
+        numbers: of its samples among all that were given, counted from 0.
         calls: how often each target ran, so that a later pass knows when it has seen enough.
     """
 
     batch: dict[str, Any]
+    numbers: tuple[int, ...]
     calls: dict[str, int] = field(default_factory=dict)
+
+    def without(self, rows: Collection[int]) -> Unit:
+        """Return the samples but those in ``rows``."""
+        size = len(self.numbers)
+        kept = [row for row in range(size) if row not in rows]
+        batch = {
+            key: value[kept] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+            for key, value in self.batch.items()
+        }
+        return Unit(batch, tuple(self.numbers[row] for row in kept))
+
+
+class BadSamples(Exception):
+    """Samples that cannot count; internal, answered by an error or by leaving them out.
+
+    Attributes:
+        rows: which of the unit's.
+        reason: a few words, "its loss is nan".
+        sentence: the whole error, with {} for the sample.
+    """
+
+    def __init__(self, rows: list[int], reason: str, sentence: str) -> None:
+        super().__init__(reason)
+        self.rows = rows
+        self.reason = reason
+        self.sentence = sentence
 
 
 class Collector:
@@ -53,10 +86,15 @@ class Collector:
         targets: the modules to look at.
         bank: where the inputs go; None: only sensitivities are wanted.
         backward: measure sensitivities too.
+        skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
 
     Attributes:
-        samples: samples seen so far.
+        samples: samples that count, so far.
+        given: samples seen so far, those left out included.
+        skipped: number (counted from 0) of each sample left out, and why.
         units: what was read in one forward pass each, in order.
+        sensitivities: by target: sum over samples of mean |W * dL_s/dW|, on the target's device.
+        stage: what is being done, for the message if memory runs out.
     """
 
     def __init__(
@@ -65,40 +103,36 @@ class Collector:
         targets: list[Target],
         bank: Accumulator | None,
         backward: bool,
+        skip_bad_samples: bool = False,
     ) -> None:
         self.model = model
         self.targets = targets
         self.bank = bank
         self.backward = backward
+        self.skip_bad_samples = skip_bad_samples
         self.samples = 0
+        self.given = 0
+        self.skipped: dict[int, str] = {}
         self.units: list[Unit] = []
-        self._sensitivity: dict[str, Tensor] = {}
+        self.sensitivities: dict[str, Tensor] = {}
+        self.stage = "reading"
 
-    def add(self, batch: dict[str, Any], alone: bool = False) -> None:
-        """Add a batch; cut it into single samples where its rows or loss cannot be split.
+    def add(self, batch: dict[str, Any]) -> None:
+        """Add a batch of tensors on the model's device.
 
-        Args:
-            batch: tensors on the model's device.
-            alone: it is one such sample, without padding.
+        It is cut into single samples where its rows or loss cannot be split.
         """
-        weights = reading.loss_weights(batch, self.model)
-        known = weights is not None or reading.batch_size(batch) == 1
-        if known or not self.backward:
-            try:
-                self._add(Unit(batch), weights)
-                return
-            except reading.UnknownLayout:
-                if alone:
-                    raise CalibrationError(
-                        f"sample {self.samples}: its rows of some module's input cannot be told"
-                        " from padding; give it without padding."
-                    ) from None
-        for sample in reading.single_samples(batch, self.model):
-            self.add(sample, alone=True)
+        size = reading.batch_size(batch)
+        self._take(Unit(batch, tuple(range(self.given, self.given + size))))
+        self.given += size
 
     def add_again(self, unit: Unit) -> None:
         """Add what an earlier pass has read; the forward pass stops once every target has run."""
         self._add(unit, None)
+
+    def doing(self, first: int, count: int) -> str:
+        """Return what is being done to which samples: "the backward pass of samples 4 to 7"."""
+        return f"{self.stage} of {numbered(first, count)}"
 
     def sensitivity(self, name: str) -> float | None:
         """Return S of a target, or None where none was measured.
@@ -108,37 +142,94 @@ class Collector:
         """
         if not self.backward:
             return None
-        total = self._sensitivity.get(name)
+        total = self.sensitivities.get(name)
         # A module that no sample reached does not move the loss.
         value = 0.0 if total is None else total.item() / self.samples
         if not math.isfinite(value):
             raise CalibrationError(
-                f"{name}: the gradient of the loss is not finite; calibrate in float32 or"
-                " bfloat16, or leave the sample out."
+                f"{name}: its sensitivity overflows, though that of every sample is finite;"
+                " calibrate on fewer samples."
             )
         return value
 
+    def _take(self, unit: Unit, alone: bool = False) -> None:
+        """Add a unit, or what is good of it; ``alone``: it is one sample without padding."""
+        rest = self._tried(unit, alone)
+        if rest is None:
+            samples = reading.single_samples(unit.batch, self.model)
+            for number, sample in zip(unit.numbers, samples, strict=True):
+                self._take(Unit(sample, (number,)), alone=True)
+        elif rest.numbers:
+            self._take(rest, alone)
+
+    def _tried(self, unit: Unit, alone: bool) -> Unit | None:
+        """Add a unit; return what of it is to be tried anew, None if sample by sample.
+
+        Raises:
+            CalibrationError: a sample is bad, and bad samples are not to be left out.
+        """
+        weights = reading.loss_weights(unit.batch, self.model)
+        if self.backward and weights is None and len(unit.numbers) > 1:
+            return None
+        try:
+            self._add(unit, weights)
+        except reading.UnknownLayout:
+            if alone:
+                raise CalibrationError(
+                    f"sample {unit.numbers[0]}: its rows of some module's input cannot be told"
+                    " from padding; give it without padding."
+                ) from None
+            return None
+        except BadSamples as bad:
+            if not self.skip_bad_samples:
+                sample = numbered(unit.numbers[bad.rows[0]], 1)
+                raise CalibrationError(bad.sentence.replace("{}", sample)) from None
+            self.skipped |= {unit.numbers[row]: bad.reason for row in bad.rows}
+            return unit.without(bad.rows)
+        return unit.without(range(len(unit.numbers)))
+
     def _add(self, unit: Unit, weights: Tensor | None) -> None:
-        batch = unit.batch
-        layout = reading.token_layout(batch, self.model)
+        if self.backward:
+            factors = _checked_weights(weights)
+        self.stage = "the forward pass"
+        layout = reading.token_layout(unit.batch, self.model)
         records = {target.name: Record(target) for target in self.targets}
         outputs = self._forward(unit, records, layout)
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
         for record in records.values():
             record.split(layout)
-        self._check_finite(records)
-        if self.backward:
-            factors = self._checked_weights(weights)
-            loss = self._finite_loss(outputs, batch)
-        if self.bank is not None:
-            self.bank.update(records, layout.size)
-        if self.backward:
-            with SensitivityPass(records.values(), factors, self._sensitivity):
-                # It does not where these samples reach no target (an expert).
-                if loss.requires_grad:
-                    loss.backward()
+        _check_finite(records)
+        if not self.backward:
+            self._update(records, layout.size)
+        else:
+            loss = self._finite_loss(outputs, unit)
+            late = _inputs_of(records) if self.skip_bad_samples and self.bank else None
+            if late is None:
+                self._update(records, layout.size)
+            self._add_sensitivities(records, factors, loss)
+            if late is not None:
+                self._update(late, layout.size)
         self.samples += layout.size
         self.units.append(unit)
+
+    def _update(self, records: Mapping[str, Record], size: int) -> None:
+        self.stage = "adding to the second moments"
+        if self.bank is not None:
+            self.bank.update(records, size)
+
+    def _add_sensitivities(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
+        self.stage = "the backward pass"
+        found: dict[str, Tensor] = {}
+        with SensitivityPass(records.values(), factors, found):
+            # It does not where these samples reach no target (an expert).
+            if loss.requires_grad:
+                loss.backward()
+        _check_gradients(found)
+        for name, values in found.items():
+            total = values.sum()
+            self.sensitivities[name] = (
+                self.sensitivities[name] + total if name in self.sensitivities else total
+            )
 
     def _forward(self, unit: Unit, records: dict[str, Record], layout: reading.TokenLayout) -> Any:
         options = forward_options(self.model, unit.batch)
@@ -150,64 +241,98 @@ class Collector:
             return self.model(**unit.batch, **options)
         return None
 
-    def _check_finite(self, records: dict[str, Record]) -> None:
-        calls = [
-            (r.target.name, call)
-            for r in records.values()
-            for call in r.calls
-            if call.inputs.numel() > 0
-        ]
-        if not calls:
-            return
-        device = calls[0][1].inputs.device
-        # A sum is finite only if every entry is: the cheapest check, one transfer for all. Should
-        # finite entries overflow it, the exact look below finds nothing wrong.
-        sums = [c.inputs.sum(dtype=torch.float32).to(device) for _, c in calls]
-        if torch.stack(sums).isfinite().all():
-            return
-        for name, call in calls:
-            bad = ~call.rows.isfinite().all(dim=-1)
-            if call.mask is not None:
-                bad &= call.mask
-            if bad.any():
-                sample = self.samples + int(bad.any(dim=1).nonzero()[0])
-                raise CalibrationError(
-                    f"{name}: its input is not finite on sample {sample} (counted from 0); check"
-                    " that sample, or calibrate in float32 or bfloat16."
-                )
-
-    def _checked_weights(self, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return torch.ones(1)
-        empty = (~weights.isfinite()).nonzero()
-        if len(empty):
-            raise CalibrationError(
-                f"sample {self.samples + int(empty[0])} (counted from 0) has no label that counts:"
-                " every label is -100, so its loss is undefined; leave it out or truncate less."
-            )
-        return weights
-
-    def _finite_loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+    def _finite_loss(self, outputs: Any, unit: Unit) -> Tensor:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
                 f"{type(self.model).__name__} returned no single loss for a batch with the keys"
-                f" {sorted(batch)}; add `labels`, or allocate neither ranks nor scales."
+                f" {sorted(unit.batch)}; add `labels`, or allocate neither ranks nor scales."
             )
         if not loss.isfinite():
-            sample = self._first_bad_sample(batch)
-            raise CalibrationError(
-                f"the loss of sample {sample} (counted from 0) is {loss.item()}; check its labels"
-                " and text, or calibrate in float32 or bfloat16."
+            losses = self._single_losses(unit) if len(unit.numbers) > 1 else [loss.item()]
+            rows = [row for row, value in enumerate(losses) if not math.isfinite(value)]
+            if not rows:
+                # Together they overflow, alone they do not.
+                raise reading.UnknownLayout
+            value = losses[rows[0]]
+            raise BadSamples(
+                rows,
+                f"its loss is {value}",
+                f"the loss of {{}} is {value}; check its labels and text, or calibrate in float32"
+                " or bfloat16.",
             )
         return loss
 
-    def _first_bad_sample(self, batch: dict[str, Any]) -> int:
+    def _single_losses(self, unit: Unit) -> list[float]:
         with torch.no_grad():
-            for index, sample in enumerate(reading.single_samples(batch, self.model)):
-                if not self.model(**sample)["loss"].isfinite():
-                    return self.samples + index
-        return self.samples
+            samples = reading.single_samples(unit.batch, self.model)
+            return [self.model(**sample)["loss"].item() for sample in samples]
+
+
+def _inputs_of(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Return records of the inputs alone, which outlast the backward pass."""
+    return {
+        name: Record(record.target, [replace(c, output=None, delta=None) for c in record.calls])
+        for name, record in records.items()
+    }
+
+
+def _check_finite(records: Mapping[str, Record]) -> None:
+    calls = [
+        (r.target.name, call)
+        for r in records.values()
+        for call in r.calls
+        if call.inputs.numel() > 0
+    ]
+    if not calls:
+        return
+    device = calls[0][1].inputs.device
+    # A sum is finite only if every entry is: the cheapest check, one transfer for all. Should
+    # finite entries overflow it, the exact look below finds nothing wrong.
+    sums = [c.inputs.sum(dtype=torch.float32).to(device) for _, c in calls]
+    if torch.stack(sums).isfinite().all():
+        return
+    for name, call in calls:
+        bad = ~call.rows.isfinite().all(dim=-1)
+        if call.mask is not None:
+            bad &= call.mask
+        if bad.any():
+            raise BadSamples(
+                bad.any(dim=1).nonzero().flatten().tolist(),
+                f"the input of {name} is not finite",
+                f"{name}: its input is not finite on {{}}; check that sample, or calibrate in"
+                " float32 or bfloat16.",
+            )
+
+
+def _check_gradients(found: Mapping[str, Tensor]) -> None:
+    if not found:
+        return
+    device = next(iter(found.values())).device
+    finite = torch.stack([values.to(device) for values in found.values()]).isfinite()
+    if finite.all():
+        return
+    rows = (~finite.all(dim=0)).nonzero().flatten().tolist()
+    name = list(found)[int(finite[:, rows[0]].int().argmin())]
+    raise BadSamples(
+        rows,
+        f"the gradient at {name} is not finite",
+        f"{name}: the gradient of the loss is not finite on {{}}; calibrate in float32 or bfloat16,"
+        " or leave the sample out (skip_bad_samples).",
+    )
+
+
+def _checked_weights(weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return torch.ones(1)
+    if empty := (~weights.isfinite()).nonzero().flatten().tolist():
+        raise BadSamples(
+            empty,
+            "it has no label that counts",
+            "{} has no label that counts: every label is -100, so its loss is undefined; leave it"
+            " out (skip_bad_samples) or truncate less.",
+        )
+    return weights
 
 
 def forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

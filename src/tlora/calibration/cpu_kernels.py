@@ -31,7 +31,7 @@ def keep_gradients(model: nn.Module) -> None:
     Raises:
         AdapterError: a layer has been rewritten already.
     """
-    _refuse_repacked(model, AdapterError)
+    refuse_repacked(model, AdapterError)
     for layer in _switched(model):
         setattr(layer, _SWITCH, False)
 
@@ -43,7 +43,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
     Raises:
         CalibrationError: a layer has been rewritten already.
     """
-    _refuse_repacked(model, CalibrationError)
+    refuse_repacked(model, CalibrationError)
     before = [(layer, getattr(layer, _SWITCH)) for layer in _switched(model)]
     try:
         for layer, _ in before:
@@ -65,7 +65,8 @@ def _switched(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if is_4bit_linear(m) and hasattr(m, _SWITCH)]
 
 
-def _refuse_repacked(model: nn.Module, error: type[TLoraError]) -> None:
+def refuse_repacked(model: nn.Module, error: type[TLoraError]) -> None:
+    """Raise ``error`` if a 4-bit layer has been rewritten for inference; none passes gradients."""
     names = [name for name, module in model.named_modules() if repacked(module)]
     if names:
         more = f" and {len(names) - 1} more" if names[1:] else ""

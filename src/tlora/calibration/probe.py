@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.collector import Collector
+from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
+from tlora.calibration.identity import DataKey, Key, config_key, model_key, statistics_kept
 from tlora.calibration.preserve import preserved
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets, fused_expert_parameters
@@ -26,6 +29,7 @@ def calibrate(
     config: TLoraConfig,
     *,
     progress: bool = True,
+    skip_bad_samples: bool = False,
 ) -> Calibration:
     """Measure the statistics that ``plan`` needs, on a few samples of the task.
 
@@ -39,18 +43,44 @@ def calibrate(
             allocated, with the prompt masked as in training.
         config: which modules, and which statistics.
         progress: show a bar with samples and time left (on a terminal only).
+        skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
+            or gradient are not finite, as if they had not been given; one warning names them.
 
     Raises:
-        CalibrationError: no samples, a loss that is missing or not finite (the sample is named),
-            activations that are not finite (the module is named), a model on ``meta``.
+        CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
+            good; a loss that is missing; a model on ``meta``; memory ran out.
         ConfigError: no module matches ``target_modules``.
     """
     targets = checked_targets(model, config)
     bank = MomentBank() if config.needs_moments else None
-    with probing(model):
-        collector = first_pass(model, targets, batches, bank, config, progress=progress)
+    collector = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples)
+    trail = _Trail(batches)
+    with probing(model), progress_bar(batches, progress) as bar:
+        first_pass(collector, trail, config, bar)
+    warn_of_skipped(collector.skipped, collector.given, stacklevel=2)
+    names = [target.name for target in targets]
+    key = Key(model_key(model), str(trail.data), config_key(names, statistics_kept(config)))
+    return _calibration(collector, bank, key, config)
+
+
+class _Trail:
+    """Iterates over batches and notes which they were."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        self.batches = batches
+        self.data = DataKey()
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self.batches:
+            yield batch
+            self.data = self.data.then(batch)
+
+
+def _calibration(
+    collector: Collector, bank: MomentBank | None, key: Key, config: TLoraConfig
+) -> Calibration:
     modules = {}
-    for target in targets:
+    for target in collector.targets:
         moment = None if bank is None else bank.moment(target.name)
         modules[target.name] = ModuleStatistics(
             name=target.name,
@@ -61,8 +91,13 @@ def calibrate(
             moment=moment,
             moment_id=-1 if bank is None else bank.group_of[target.name],
         )
-    info = {"model": type(model).__name__, "config": config.to_dict()}
-    return Calibration(modules, collector.samples, info)
+    info = {
+        "model": type(collector.model).__name__,
+        "config": config.to_dict(),
+        "skipped": len(collector.skipped),
+        "skipped_samples": list(collector.skipped),
+    }
+    return Calibration(modules, collector.samples, info, key)
 
 
 def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
@@ -91,29 +126,31 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def first_pass(
-    model: nn.Module,
-    targets: list[Target],
-    batches: Iterable[Mapping[str, Any]],
-    bank: MomentBank | None,
-    config: TLoraConfig,
-    *,
-    progress: bool,
-) -> Collector:
+    collector: Collector, batches: Iterable[Mapping[str, Any]], config: TLoraConfig, bar: Any
+) -> None:
     """Read every batch once, with a backward pass where the configuration needs sensitivities.
+
+    Args:
+        collector: takes the statistics in.
+        batches: as for `calibrate`.
+        config: as for `calibrate`.
+        bar: of `progress_bar`.
 
     Raises:
         CalibrationError: as `calibrate`.
     """
-    collector = Collector(model, targets, bank, backward=config.needs_sensitivity)
-    device = next(model.parameters()).device
-    with _progress_bar(batches, progress) as bar:
-        for batch in batches:
-            before = collector.samples
-            collector.add(reading.as_batch(batch, device))
-            bar.update(collector.samples - before)
+    for batch in batches:
+        size = reading.batch_size(batch) if isinstance(batch, Mapping) else 0
+        where = partial(collector.doing, collector.given, size)
+        within_memory(partial(_read, collector, batch), where, size, config)
+        bar.update(collector.given - bar.n)
     if collector.samples == 0:
-        raise CalibrationError("`batches` gave no sample; give at least one batch.")
-    return collector
+        refuse_none_left(collector.skipped)
+
+
+def _read(collector: Collector, batch: Any) -> None:
+    collector.stage = "the transfer"
+    collector.add(reading.as_batch(batch, next(collector.model.parameters()).device))
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:
@@ -126,7 +163,8 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
         )
 
 
-def _progress_bar(batches: Any, show: bool) -> Any:
+def progress_bar(batches: Any, show: bool) -> Any:
+    """Return a bar that counts samples, on a terminal only."""
     from tqdm.auto import tqdm
 
     dataset = getattr(batches, "dataset", None)

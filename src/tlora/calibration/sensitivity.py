@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tlora.calibration.hooks import Call, Record
@@ -18,7 +19,7 @@ from tlora.linalg.magnitude import weighted_magnitude
 
 
 class SensitivityPass:
-    """While open, adds each target's sum over samples of mean |W * dL_s/dW| to ``totals``.
+    """While open, notes each target's mean |W * dL_s/dW| of every sample in ``found``.
 
     A target is dealt with as soon as the gradients of all its calls are there, and its tensors
     are dropped: no full set of gradients, nor of inputs, outlives its use.
@@ -27,15 +28,15 @@ class SensitivityPass:
         records: what the forward pass recorded.
         weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
             of the sample's own loss: (labels in the batch) / (labels of s).
-        totals: running sums by target name, on the target's device; added to.
+        found: by target name: B numbers, on the target's device; filled.
     """
 
     def __init__(
-        self, records: Iterable[Record], weights: Tensor, totals: dict[str, Tensor]
+        self, records: Iterable[Record], weights: Tensor, found: dict[str, Tensor]
     ) -> None:
         self.records = list(records)
         self.weights = weights.tolist()
-        self.totals = totals
+        self.found = found
         self._handles: list[Any] = []
 
     def __enter__(self) -> SensitivityPass:
@@ -66,13 +67,11 @@ class SensitivityPass:
         if not calls:
             return
         weight = dense_weight(record.target).abs()
-        total = weight.new_zeros(())
+        values = []
         for sample, factor in enumerate(self.weights):
             pairs = [_own_rows(call, sample) for call in calls]
-            total += factor * weighted_magnitude(weight, pairs)
-        total /= weight.numel()
-        name = record.target.name
-        self.totals[name] = self.totals[name] + total if name in self.totals else total
+            values.append(factor * weighted_magnitude(weight, pairs))
+        self.found[record.target.name] = torch.stack(values) / weight.numel()
 
 
 def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:

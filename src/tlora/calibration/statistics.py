@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlora.calibration.identity import Key
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.moments import SecondMoment
 
 _KIND = "calibration"
-_FORMAT = 1
+_FORMAT = 2
 _FILE = "calibration.safetensors"
 
 
@@ -95,12 +96,20 @@ class Calibration:
     samples: int
     info: dict[str, Any] = field(default_factory=dict)
     """Where the statistics come from: model class, configuration. Plain JSON values."""
+    key: Key | None = None
+    """What they are of, to the bit; None: not known (put together by hand)."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """Return the statistics over the samples of both; see `tlora.calibration.merge.merge`."""
+        from tlora.calibration.merge import merge
+
+        return merge([self, other])
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file (tensors, and a JSON header), atomically; return its path.
@@ -129,12 +138,13 @@ class Calibration:
         # safetensors stores float32 exactly and JSON's repr of a double round-trips, so what is
         # loaded is what was saved, to the bit.
         header = {"kind": _KIND, "format": _FORMAT, "samples": self.samples, "info": self.info}
-        write_tensors(path, tensors, header | {"modules": rows, "moments": counts})
+        header |= {"key": self.key and self.key.to_dict(), "modules": rows, "moments": counts}
+        write_tensors(path, tensors, header)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote.
+        """Read what `save` wrote. Second moments are mapped, and read when they are looked at.
 
         Raises:
             ArtifactError: the file is missing, damaged or something else.
@@ -158,7 +168,8 @@ class Calibration:
             )
             for row in header["modules"]
         }
-        return cls(modules, header["samples"], header["info"])
+        key = header.get("key")
+        return cls(modules, header["samples"], header["info"], key and Key(**key))
 
     def to(self, device: torch.device | str) -> Calibration:
         """Move the second moments to ``device`` in place; return self."""

@@ -1,0 +1,102 @@
+"""What to say when a calibration fails, or left samples out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+from tlora.config import TLoraConfig
+from tlora.errors import CalibrationError
+
+_SHOWN = 10  # samples named in one message
+
+T = TypeVar("T")
+
+
+def within_memory(
+    action: Callable[[], T], where: Callable[[], str], samples: int, config: TLoraConfig
+) -> T:
+    """Return ``action()``; should memory run out, say where and what to lower.
+
+    A device raises torch.OutOfMemoryError, the CPU's allocator a bare RuntimeError.
+
+    Args:
+        action: what is done.
+        where: says what of it is being done, once it has failed.
+        samples: in the batch; 0: none is in memory.
+        config: what was asked for.
+
+    Raises:
+        CalibrationError: memory ran out. Other errors pass.
+    """
+    try:
+        return action()
+    except RuntimeError as error:
+        text = str(error).strip()
+        if not (
+            isinstance(error, torch.OutOfMemoryError)
+            or "DefaultCPUAllocator" in text
+            or "out of memory" in text
+        ):
+            raise
+    # Not inside `except`: the first error holds on to every tensor of what has failed.
+    raise CalibrationError(
+        f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{_smaller(samples)} lower"
+        " `memory_budget`, what second moments may take (now"
+        f" {'no limit' if config.memory_budget is None else repr(config.memory_budget)})."
+    )
+
+
+def _smaller(samples: int) -> str:
+    if samples > 1:
+        return (
+            " make the batches smaller (`calibration.batch_size` on the command line; this one has"
+            f" {samples} samples), or"
+        )
+    return " shorten the samples (`data.max_length` on the command line), or" if samples else ""
+
+
+def numbered(first: int, count: int) -> str:
+    """Return "samples 4 to 7 (counted from 0)"."""
+    return f"{f'sample {first}' if count == 1 else f'samples {first} to {first + count - 1}'}" + (
+        " (counted from 0)"
+    )
+
+
+def warn_of_skipped(skipped: Mapping[int, str], given: int, stacklevel: int) -> None:
+    """Warn once of the samples that were left out.
+
+    Args:
+        skipped: number of each, and why.
+        given: how many there were in all.
+        stacklevel: as in `warnings.warn`, of the caller.
+    """
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} of {given} calibration samples were left out as bad, counted from 0:"
+            f" {_listed(skipped)}.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def refuse_none_left(skipped: Mapping[int, str]) -> None:
+    """Raise for a calibration of which no sample counts.
+
+    Raises:
+        CalibrationError: always.
+    """
+    if skipped:
+        raise CalibrationError(
+            f"all {len(skipped)} calibration samples are bad: {_listed(skipped)}; give samples"
+            " that train, or calibrate in float32 or bfloat16."
+        )
+    raise CalibrationError("`batches` gave no sample; give at least one batch.")
+
+
+def _listed(skipped: Mapping[int, str]) -> str:
+    shown = [f"{number} ({reason})" for number, reason in list(skipped.items())[:_SHOWN]]
+    more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+    return f"{', '.join(shown)}{more}"

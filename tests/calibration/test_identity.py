@@ -1,0 +1,224 @@
+"""What tells calibrations apart, and what it cannot see."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import support
+from tlora import Calibration, TLoraConfig, calibrate, plan
+from tlora.calibration.identity import DataKey, config_key, config_keys_that_do, model_key
+from tlora.calibration.targets import find_targets
+from tlora.errors import PlanError
+
+
+def data_key(batches: list[Any]) -> DataKey:
+    key = DataKey()
+    for batch in batches:
+        key = key.then(batch)
+    return key
+
+
+# --- the model
+
+
+def test_a_model_has_one_key_wherever_and_however_often_it_is_made(tiny_llama):
+    model = tiny_llama()
+    key = model_key(model)
+    assert key == model_key(tiny_llama()) == model_key(model.train())
+    model.requires_grad_(False)
+    assert model_key(model) == key
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_other_parameters_are_another_model(tiny_llama, name):
+    model = tiny_llama()
+    key = model_key(model)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1 + 2**-20)
+    assert model_key(model) != key
+
+
+def test_other_names_shapes_and_dtypes_are_another_model():
+    def keyed(**layers: nn.Module) -> str:
+        model = nn.ModuleDict(layers)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        return model_key(model)
+
+    keys = {
+        keyed(a=nn.Linear(4, 6)),
+        keyed(b=nn.Linear(4, 6)),
+        keyed(a=nn.Linear(6, 4)),
+        keyed(a=nn.Linear(4, 6, dtype=torch.bfloat16)),
+        keyed(a=nn.Linear(4, 6), b=nn.Linear(4, 6)),
+    }
+    assert len(keys) == 5
+
+
+def test_a_parameter_of_any_layout_and_dtype_is_read():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strided = nn.Parameter(torch.arange(12.0).view(3, 4).T)
+            self.scalar = nn.Parameter(torch.tensor(1.0))
+            self.empty = nn.Parameter(torch.zeros(0, 3))
+            self.packed = nn.Parameter(torch.arange(9, dtype=torch.uint8), requires_grad=False)
+            self.away = nn.Parameter(torch.zeros(3, device="meta"))
+
+    model = Odd()
+    key = model_key(model)
+    model.packed.data[8] = 1
+    assert model_key(model) != key
+
+
+class _Made(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if _is_tensor(v)}
+        result = func(*args, **(kwargs or {}))
+        self.bytes += sum(
+            value.untyped_storage().nbytes()
+            for value in tree_leaves(result)
+            if _is_tensor(value) and value.untyped_storage()._cdata not in old
+        )
+        return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def test_of_a_large_model_a_few_kilobytes_a_parameter_are_read():
+    model = nn.ModuleList([nn.Linear(1024, 1024, bias=False) for _ in range(4)])
+    with _Made() as seen:
+        model_key(model)
+    assert 0 < seen.bytes <= 4 * (3 * 512 * 4)
+
+
+# --- the samples
+
+
+def test_keys_of_parts_add_up_to_the_key_of_the_whole():
+    batches = support.causal_samples()
+    for cut in range(6):
+        assert data_key(batches[:cut]) + data_key(batches[cut:]) == data_key(batches)
+    assert DataKey.parse(str(data_key(batches))) == data_key(batches)
+
+
+def test_order_content_names_and_batching_count():
+    samples = support.causal_samples((4, 4, 4))
+    changed = [s | {"labels": s["labels"].clone()} for s in samples]
+    changed[2]["labels"][0, -1] += 1
+    renamed = [{f"{k}_": v for k, v in s.items()} for s in samples]
+    keys = {
+        str(data_key(batches))
+        for batches in (
+            samples,
+            samples[::-1],
+            samples[:2],
+            changed,
+            renamed,
+            [s | {"apart": True} for s in samples],
+            [{k: v.int() for k, v in s.items()} for s in samples],
+            support.in_batches(samples, 3),
+        )
+    }
+    assert len(keys) == 8
+    shuffled = [dict(sorted(s.items(), reverse=True)) for s in samples]
+    assert data_key(shuffled) == data_key(samples)
+
+
+# --- the configuration
+
+OTHERWISE: dict[str, Any] = {
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": ["q_proj", "up_proj"],
+    "exclude_modules": ["q_proj"],
+    "layers_to_transform": [1],
+    "layers_pattern": "layers",
+    "lora_dropout": 0.5,
+    "modules_to_save": ["q_proj"],
+    "bias": "all",
+    "task_type": "CAUSAL_LM",
+    "basis": "random",
+    "whiten": True,
+    "allocate_rank": False,
+    "allocate_scale": False,
+    "scale_rule": "constant",
+    "freeze_a": False,
+    "budget": "params",
+    "rank_min": 0,
+    "rank_max": 3,
+    "covariance": "exact",
+    "subspace": "exact",
+    "memory_budget": "1GiB",
+    "seed": 1,
+}
+
+
+def what_it_holds(stats: Calibration) -> Any:
+    return [(m.name, m.moment is None, m.sensitivity) for m in stats.modules.values()]
+
+
+@pytest.mark.parametrize("field", TLoraConfig.field_names())
+def test_a_field_changes_the_key_just_when_it_changes_the_statistics(tiny_llama, field):
+    assert field in OTHERWISE, "give the new field another value here"
+    model, samples = tiny_llama(), support.causal_samples((4, 5))
+    first: dict[str, Any] = {"target_modules": ["q_proj"]} if "layers" in field else {}
+    if field == "layers_pattern":
+        first["layers_to_transform"] = [0]
+    default = TLoraConfig(**first)
+    other = dataclasses.replace(default, **{field: OTHERWISE[field]})
+    before, after = (calibrate(model, samples, c) for c in (default, other))
+
+    assert (before.key.config == after.key.config) == (
+        what_it_holds(before) == what_it_holds(after)
+    )
+    assert (before.key.model, before.key.data) == (after.key.model, after.key.data)
+
+
+def test_more_than_is_needed_will_do_and_less_will_not():
+    everything = config_key(["a"], ["moments", "sensitivity"])
+    for fields in ({}, {"basis": "random"}, {"allocate_rank": False, "allocate_scale": False}):
+        assert everything in config_keys_that_do(["a"], TLoraConfig(**fields))
+    assert config_key(["a"], ["sensitivity"]) not in config_keys_that_do(["a"], TLoraConfig())
+    assert everything not in config_keys_that_do(["b"], TLoraConfig())
+
+
+# --- planning
+
+
+def test_statistics_of_another_model_are_not_planned_from(tiny_llama, tmp_path):
+    model = tiny_llama(initializer_range=0.2)
+    config = TLoraConfig(r=2)
+    stats = calibrate(model, support.causal_samples(), config)
+    loaded = Calibration.load(stats.save(tmp_path))
+    assert loaded.key == stats.key
+    for fields in (
+        {"r": 3},
+        {"budget": "params"},
+        {"basis": "random"},
+        {"whiten": True},
+        {"allocate_rank": False},
+        {"target_modules": ["q_proj"]},
+    ):
+        assert plan(model, loaded, TLoraConfig(**({"r": 2} | fields))).modules
+
+    with torch.no_grad():
+        find_targets(model, config)[3].module.weight.mul_(2)
+    for one in (stats, loaded):
+        with pytest.raises(PlanError, match=r"another model \(LlamaForCausalLM.*calibrate this"):
+            plan(model, one, config)
+    loaded.key = None
+    assert plan(model, loaded, config).modules
