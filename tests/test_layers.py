@@ -58,6 +58,16 @@ def linalg_imports_torch_alone(path: str, tree: ast.Module, _: str) -> Iterator[
             yield f"imports {name}"
 
 
+def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
+    if not path.startswith("tlora/evaluation/"):
+        return
+    own = ("tlora.evaluation", "tlora.errors", "tlora.files", "math_verify")
+    for name in imported(path, tree):
+        top = name.split(".", maxsplit=1)[0]
+        if top not in sys.stdlib_module_names and not any(within(name, home) for home in own):
+            yield f"imports {name}"
+
+
 def hooks_are_set_in_calibration_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
     if path.startswith("tlora/calibration/"):
         return
@@ -119,6 +129,7 @@ def _undocumented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[st
 
 RULES: list[Rule] = [
     linalg_imports_torch_alone,
+    evaluation_stands_alone,
     hooks_are_set_in_calibration_alone,
     nothing_imports_the_command_line,
     peft_internals_stay_where_they_belong,
@@ -146,6 +157,8 @@ BAD = [
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from ..files import write_json", 2),
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from tlora import errors", 2),
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "def f():\n    import scipy.linalg", 1),
+    (evaluation_stands_alone, "tlora/evaluation/x.py", "def f():\n    import torch", 1),
+    (evaluation_stands_alone, "tlora/evaluation/x.py", "from tlora.tasks import base", 2),
     (hooks_are_set_in_calibration_alone, "tlora/methods/x.py", "m.register_forward_hook(f)", 1),
     (hooks_are_set_in_calibration_alone, "tlora/adapter/x.py", "t.register_hook(f)", 1),
     (hooks_are_set_in_calibration_alone, "tlora/x.py", "g = m.register_full_backward_hook", 1),
@@ -167,6 +180,12 @@ GOOD = [
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "import math, torch.linalg"),
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from . import moments\nfrom .a import b"),
     (linalg_imports_torch_alone, "tlora/adapter/x.py", "import numpy"),
+    (
+        evaluation_stands_alone,
+        "tlora/evaluation/x.py",
+        "import re\nfrom tlora.errors import DataError",
+    ),
+    (evaluation_stands_alone, "tlora/stages/x.py", "import torch"),
     (hooks_are_set_in_calibration_alone, "tlora/calibration/x.py", "m.register_forward_hook(f)"),
     (hooks_are_set_in_calibration_alone, "tlora/x.py", "m.register_buffer('a', t)"),
     (nothing_imports_the_command_line, "tlora/stages/x.py", "import tlora.client"),

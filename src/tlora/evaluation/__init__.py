@@ -1,0 +1,1 @@
+"""Scoring of what a model wrote: answers against references, programs against their tests."""
