@@ -162,7 +162,10 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         ),
         (["train", "--seed", "x"], "`seed` is 'x'; give a whole number."),
         (["train", "--dtype", "int8"], "`dtype` is 'int8'; give one of 'auto', 'float32'"),
-        (["list", "method"], "`what` is 'method'; give one of 'methods', 'tasks', 'formats'."),
+        (
+            ["list", "method"],
+            "`what` is 'method'; give one of 'methods', 'tasks', 'formats', 'presets'.",
+        ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["train", "--config"], "--config needs a YAML file."),
         (["train", "--model", "m", "--adapter.rr", "3"], "no option `rr`. Did you mean 'r'?"),

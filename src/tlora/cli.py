@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tlora import __version__
+from tlora import __version__, presets
 from tlora.errors import (
     ArtifactError,
     ConfigError,
@@ -29,11 +29,16 @@ from tlora.errors import (
     TLoraError,
     did_you_mean,
 )
-from tlora.registry import FORMATS, METHODS, TASKS, Registry
+from tlora.registry import FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
 
 _BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
-_REGISTRIES = {"methods": METHODS, "tasks": TASKS, "formats": FORMATS}
+_REGISTERED: dict[str, Callable[[], list[Entry]]] = {
+    "methods": METHODS.entries,
+    "tasks": TASKS.entries,
+    "formats": FORMATS.entries,
+    "presets": presets.entries,
+}
 
 
 @dataclass(kw_only=True)
@@ -81,7 +86,7 @@ class InspectConfig:
 class ListConfig:
     """List what is registered, a line each."""
 
-    what: Literal["methods", "tasks", "formats"] | None = field(
+    what: Literal["methods", "tasks", "formats", "presets"] | None = field(
         default=None, metadata={"positional": True}
     )
     """Which registry to list; all of them, if left out."""
@@ -150,13 +155,12 @@ def inspect(config: InspectConfig) -> None:
 
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task and --format take."""
-    for title, registry in _REGISTRIES.items():
+    for title, registered in _REGISTERED.items():
         if config.what == title or config.what is None:
-            _list_one(title, registry, heading=config.what is None)
+            _list_one(title, registered(), heading=config.what is None)
 
 
-def _list_one(title: str, registry: Registry, heading: bool) -> None:
-    entries = registry.entries()
+def _list_one(title: str, entries: list[Entry], heading: bool) -> None:
     width = max((len(entry.name) for entry in entries), default=0)
     lines = [f"{entry.name:<{width}}  {entry.summary}" for entry in entries]
     if heading:
@@ -181,7 +185,7 @@ VERBS = {
         Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
         Verb("inspect", "show a plan as a table and a picture", InspectConfig, inspect),
-        Verb("list", "list methods, tasks and formats", ListConfig, list_registered),
+        Verb("list", "list methods, tasks, formats and presets", ListConfig, list_registered),
     )
 }
 

@@ -17,11 +17,13 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 
 from tlora.errors import ConfigError, did_you_mean
-from tlora.runconfig import field_docs
+from tlora.presets import path as preset_path
+from tlora.runconfig import RunConfig, field_docs
 
 Record = TypeVar("Record")
 
 _PRINT = "--print_config"
+_PRESET = "--preset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +63,15 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     parser = make_parser(prog, record)
     parser.more_help = more_help
     # jsonargparse's own --print_config, in its help, does not know the method's options.
-    files, flags = _split_files([_underscored(word, fields) for word in argv if word != _PRINT])
+    words = [_underscored(word, fields) for word in argv if word != _PRINT]
+    presets: list[str] = []
+    if _takes_presets(record):
+        presets, words = _split_option(words, _PRESET, "a name")
+    files, flags = _split_option(words, "--config", "a YAML file")
+    # The lowest layer: files and flags are laid over it.
+    files = [*map(preset_path, presets), *files]
     faults = [fault for file in files for fault in _unknown_keys(file, fields)]
-    faults += _unknown_flags(flags, fields)
+    faults += _unknown_flags(flags, fields, [_PRESET] if _takes_presets(record) else [])
     if faults:
         raise ConfigError(faults, where="command line")
     # jsonargparse lets the later of file and flag win; the files go first, so flags always do.
@@ -83,6 +91,10 @@ def make_parser(prog: str, record: type) -> _Parser:
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the fields below; flags win."
     )
+    if _takes_presets(record):
+        parser.add_argument(
+            _PRESET, help="Whole run by name, below files and flags; see `tlora list presets`."
+        )
     parser.fields = _fields(record)
     for name, field in parser.fields.items():
         options: dict[str, Any] = {"type": field.type, "help": field.help.replace("%", "%%")}
@@ -131,21 +143,26 @@ def _fields(record: Any, prefix: str = "") -> dict[str, _Field]:
     return found
 
 
-def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into the files given by --config and the rest, each in order."""
-    files, rest = [], []
+def _takes_presets(record: type) -> bool:
+    """Return whether presets, which describe runs, make sense for a verb's record."""
+    return issubclass(record, RunConfig)
+
+
+def _split_option(argv: list[str], flag: str, wanted: str) -> tuple[list[str], list[str]]:
+    """Split the arguments into the values given by ``flag`` and the rest, each in order."""
+    found, rest = [], []
     words = iter(argv)
     for word in words:
-        if word == "--config":
-            file = next(words, None)
-            if file is None:
-                raise ConfigError("--config needs a YAML file.", where="command line")
-            files.append(file)
-        elif word.startswith("--config="):
-            files.append(word.partition("=")[2])
+        if word == flag:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{flag} needs {wanted}.", where="command line")
+            found.append(value)
+        elif word.startswith(f"{flag}="):
+            found.append(word.partition("=")[2])
         else:
             rest.append(word)
-    return files, rest
+    return found, rest
 
 
 def _underscored(word: str, fields: dict[str, _Field]) -> str:
@@ -155,9 +172,9 @@ def _underscored(word: str, fields: dict[str, _Field]) -> str:
     return f"--{name}{equals}{value}" if flag.startswith("--") and name in fields else word
 
 
-def _unknown_flags(flags: list[str], fields: dict[str, _Field]) -> list[str]:
+def _unknown_flags(flags: list[str], fields: dict[str, _Field], more: list[str]) -> list[str]:
     known = [f"--{name}" for name, field in fields.items() if not field.positional]
-    known += ["--config", "--help", _PRINT]
+    known += ["--config", "--help", _PRINT, *more]
     faults = []
     for word in flags:
         flag = word.partition("=")[0]

@@ -105,6 +105,14 @@ TASKS = Registry(
     [
         Entry("jsonl", "tlora.tasks.jsonl:Jsonl", "your file or Hub dataset, columns by --data.*"),
         Entry("gsm8k", "tlora.tasks.gsm8k:Gsm8k", "grade-school maths word problems, worked out"),
+        Entry("math", "tlora.tasks.math:Math", "MetaMathQA, the paper's training set of maths"),
+        Entry("code", "tlora.tasks.code:Code", "CodeFeedback, the paper's training set of code"),
+        Entry("chat", "tlora.tasks.chat:Chat", "WizardLM, the paper's training set of chat"),
+        Entry(
+            "commonsense",
+            "tlora.tasks.commonsense:Commonsense",
+            "commonsense_170k: the paper's eight question sets in one form",
+        ),
         Entry("cola", "tlora.tasks.glue:Cola", "GLUE: is the sentence grammatical (Matthews)"),
         Entry("sst2", "tlora.tasks.glue:Sst2", "GLUE: sentiment of a film review (accuracy)"),
         Entry(

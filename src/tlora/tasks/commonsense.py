@@ -1,0 +1,31 @@
+"""The paper's commonsense group: eight question sets as one, commonsense_170k.
+
+Source: LLM-Adapters (Hu et al., arXiv 2304.01933), whose rows put BoolQ, PIQA, SIQA, HellaSwag,
+WinoGrande, ARC-e, ARC-c and OBQA into one form: a question with its choices, and the answer as
+"the correct answer is answer2".
+"""
+
+from __future__ import annotations
+
+import re
+
+from tlora.errors import DataError
+from tlora.tasks.instruct import Instruct
+
+_ANSWER = re.compile(r"the correct answer is \w+\.?$")
+
+
+class Commonsense(Instruct):
+    """Columns instruction, output (and input, which is empty)."""
+
+    hub = ("zwhe99/commonsense_170k", None)
+
+    def response(self, text: str, where: str) -> str:
+        """Return the answer; it has to be in the form that scoring reads."""
+        text = text.strip()
+        if not _ANSWER.search(text):
+            raise DataError(
+                f"{where}: column 'output' is {text!r}, which does not end in 'the correct answer"
+                " is ...'; mend or drop the row."
+            )
+        return text

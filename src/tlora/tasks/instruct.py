@@ -1,0 +1,66 @@
+"""What the paper's instruction tasks share: an instruction, a response, one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tlora.errors import DataError
+from tlora.runconfig import Kind
+from tlora.tasks.base import INSTRUCTION_PROMPT, Row, Task, text_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns of one published form of the rows.
+
+    Attributes:
+        instruction: what goes into the prompt.
+        response: what is learned.
+        input: follows the instruction after a blank line, where it is not empty; None: no column.
+    """
+
+    instruction: str
+    response: str
+    input: str | None = None
+
+
+class Instruct(Task):
+    """Rows of an instruction and a response in one of several layouts; the paper's prompt.
+
+    A subclass names its layouts; the first one whose columns a row has is taken.
+    """
+
+    kind: Kind = "causal"
+    layouts: tuple[Layout, ...] = (Layout("instruction", "output", "input"),)
+
+    def row(self, raw: Mapping[str, Any], where: str) -> Row:
+        """Return {"prompt", "response"}."""
+        layout = self._layout(raw, where)
+        instruction = text_of(raw, layout.instruction, where).strip()
+        if layout.input and raw.get(layout.input):
+            instruction = f"{instruction}\n\n{text_of(raw, layout.input, where).strip()}"
+        if not instruction:
+            raise DataError(f"{where}: column {layout.instruction!r} is empty; drop the row.")
+        response = self.response(text_of(raw, layout.response, where), where)
+        return {"prompt": INSTRUCTION_PROMPT.format(instruction=instruction), "response": response}
+
+    def response(self, text: str, where: str) -> str:
+        """Return what is learned of a response column, as it is unless a task says otherwise.
+
+        Raises:
+            DataError: it is not what the task expects.
+        """
+        return text.strip()
+
+    def _layout(self, raw: Mapping[str, Any], where: str) -> Layout:
+        for layout in self.layouts:
+            if layout.instruction in raw and layout.response in raw:
+                return layout
+        wanted = "; ".join(f"{each.instruction!r} and {each.response!r}" for each in self.layouts)
+        have = ", ".join(map(repr, raw))
+        raise DataError(
+            f"{where}: the columns are {have}; this task reads {wanted}. For other columns use"
+            " --task jsonl with --data.prompt_column and --data.response_column."
+        )

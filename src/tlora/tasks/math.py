@@ -1,0 +1,15 @@
+"""The paper's maths group: trained on MetaMathQA (Yu et al., arXiv 2309.12284)."""
+
+from __future__ import annotations
+
+from tlora.tasks.instruct import Instruct, Layout
+
+
+class Math(Instruct):
+    """Worked answers that end in "The answer is: n", which scoring looks for.
+
+    MetaMathQA's columns (query, response), or instruction, output and maybe input.
+    """
+
+    hub = ("meta-math/MetaMathQA", None)
+    layouts = (Layout("query", "response"), Layout("instruction", "output", "input"))
