@@ -4,10 +4,11 @@
 
     run.json           the resolved configuration, whether the run is finished, what it took
     provenance.json    versions, seed, git commit and machine, one record for each start
-    plan.safetensors   the plan of the adapter, if the method makes one
+    plan.safetensors   the plan of the adapter, if the method makes one; or
+    initial.safetensors  A and B before training, if the method decides them
     log.jsonl          every line that the trainer logs
     checkpoints/       the trainer's checkpoint-N folders
-    adapter/           the final plain PEFT adapter, with the tokenizer
+    adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer
     metrics.json       the scores, where there are rows to evaluate on
 
 Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
@@ -32,7 +33,7 @@ from tlora.errors import ArtifactError, ConfigError
 from tlora.files import read_json, replacing_file, write_json
 
 if TYPE_CHECKING:
-    from tlora.adapter.plan import AdapterPlan
+    from tlora.methods.base import Plan
 
 _KIND = "tlora run"
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -44,6 +45,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.plan = self.path / "plan.safetensors"
+        self.initial = self.path / "initial.safetensors"
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -91,7 +93,7 @@ class RunFolder:
             return
         raise ConfigError(fault, where="output_dir")
 
-    def start(self, config: dict[str, Any], verb: str, plan: AdapterPlan | None = None) -> None:
+    def start(self, config: dict[str, Any], verb: str, plan: Plan | None = None) -> None:
         """Write down what is about to run; a resumed run adds its provenance.
 
         From the first file on the folder is one that can be resumed.
@@ -101,13 +103,16 @@ class RunFolder:
         starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
         starts.append(provenance(seed=config.get("seed")))
         write_json(self._provenance, {"starts": starts})
-        if plan is not None and not self.plan.is_file():
-            plan.save(self.plan)
+        if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
+            plan.save(self.path)
 
-    def saved_plan(self) -> AdapterPlan | None:
-        """Return the plan that the run was started with; None if it has not got that far."""
+    def saved_plan(self) -> Plan | None:
+        """Return what was decided when the run was started; None if nothing is saved of it."""
+        from tlora.adapter.initial import InitialAdapter
         from tlora.adapter.plan import AdapterPlan
 
+        if self.initial.is_file():
+            return InitialAdapter.load(self.initial)
         return AdapterPlan.load(self.plan) if self.plan.is_file() else None
 
     def finish(self, measured: dict[str, Any] | None = None) -> None:

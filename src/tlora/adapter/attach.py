@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import freeze_a
 from tlora.adapter.plan import AdapterPlan
+from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
@@ -156,7 +157,7 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
         r=config.r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=list(used),
-        exclude_modules=_namesakes(model, used),
+        exclude_modules=namesakes(model, used),
         rank_pattern=_pattern(ranks, grouped),
         alpha_pattern=_pattern(alphas, grouped),
         lora_dropout=config.lora_dropout,
@@ -165,16 +166,6 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
         task_type=config.task_type,
         fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in used),
     )
-
-
-def _namesakes(model: nn.Module, used: Collection[str]) -> str | None:
-    """Return a regex of the modules that PEFT would adapt too, since it takes a name for a suffix.
-
-    ("inner.proj" for "proj"); None where there are none.
-    """
-    suffixes = tuple(f".{name}" for name in used)
-    wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
-    return "|".join(map(re.escape, wrong)) or None
 
 
 def _pattern(values: dict[str, Any], grouped: bool) -> dict[str, Any]:

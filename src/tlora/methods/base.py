@@ -1,27 +1,66 @@
-"""What a method is: an options record, and how to turn a base model into one ready to train.
+"""What a method is: an options record, what it promises, and how to make a base model ready.
 
 The call order, in `tlora.stages`::
 
     options = method.options(**fields)                   # flags and YAML, checked at once
     prepared = method.prepare(model, options, batches, plan)   # plan: None, or of a resumed run
     trainer = Trainer(prepared.model, callbacks=prepared.callbacks, **prepared.trainer_kwargs)
+    # with `optimizers=(prepared.optimizer(prepared.model, arguments), None)`, where one is given
+    prepared.save(folder)                                # a plain PEFT folder
 
 Importing a method's file must be cheap: the command line reads its options record for --help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
 
+    from tlora.adapter.initial import InitialAdapter
     from tlora.adapter.plan import AdapterPlan
 
+    Plan = AdapterPlan | InitialAdapter
+
 Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method is and promises. Tables show it, and the contract tests hold it to it.
+
+    Said of the method at its default options.
+    """
+
+    title: str
+    """Title of its paper."""
+    arxiv: str | None
+    """The paper's number on arXiv, if it is there."""
+    year: int
+    """Of the paper."""
+    formula: str
+    """The adapted layer, in one line of plain text."""
+    trains: tuple[str, ...]
+    """A part of the name of each kind of parameter that trains; "" means all parameters. New
+    heads (`modules_to_save`) and biases train beside them."""
+    parameters: str
+    """Trained numbers of an m x d module, as a formula in m, d and the options."""
+    start: Literal["identical", "rounding"]
+    """The output before the first step: the base's to the bit, or up to rounding."""
+    changes_base: bool = False
+    """Whether the base weights differ from the loaded ones while training. The saved adapter fits
+    the loaded ones all the same."""
+    reads: Literal["nothing", "inputs", "gradients"] = "nothing"
+    """What of the calibration batches is used before training; gradients include inputs."""
+    source: Literal["PEFT", "tlora"] = "PEFT"
+    """Whose code the method's own step is."""
+    leaves: Literal["adapter", "model"] = "adapter"
+    """What is saved: a plain PEFT folder, or a whole transformers model."""
 
 
 @dataclass(kw_only=True)
@@ -30,13 +69,25 @@ class Prepared:
 
     model: torch.nn.Module
     """The model to train, usually a `peft.PeftModel`."""
-    plan: AdapterPlan | None = None
-    """What was decided before training, if the method decides anything; saved with the run."""
+    plan: Plan | None = None
+    """What was decided before training, if anything is: saved with the run, and given back to
+    `Method.prepare` when the run is resumed."""
     callbacks: list[TrainerCallback] = field(default_factory=list)
     """Callbacks that guard the method's invariants while training."""
     trainer_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the trainer's constructor, such as `optimizers` for a method that
-    groups its parameters by learning rate."""
+    """Further arguments of the trainer's constructor."""
+    optimizer: Callable[[torch.nn.Module, Any], torch.optim.Optimizer] | None = None
+    """Makes the optimizer from the model and the training arguments, for a method that groups its
+    parameters; by default the trainer makes its own. The schedule multiplies every group's rate."""
+    writer: Callable[[Path], None] | None = None
+    """Writes the result into a folder, for a method whose model does not save itself plainly."""
+
+    def save(self, folder: Path) -> None:
+        """Write the trained result into ``folder``: a plain PEFT adapter (of `full`: the model)."""
+        if self.writer is not None:
+            self.writer(folder)
+        else:
+            self.model.save_pretrained(folder)  # type: ignore[operator]
 
 
 class Method(Protocol):
@@ -44,13 +95,15 @@ class Method(Protocol):
 
     options: type
     """The options record: a dataclass with a `task_type` field that checks itself when made."""
+    traits: Traits
+    """What the method is and promises."""
 
     def prepare(
         self,
         model: torch.nn.Module,
         options: Any,
         batches: Batches,
-        plan: AdapterPlan | None = None,
+        plan: Any = None,
     ) -> Prepared:
         """Adapt a freshly loaded ``model``.
 
@@ -65,5 +118,13 @@ class Method(Protocol):
                 that the model's forward takes. Read only by methods that calibrate.
             plan: what an earlier call has returned and the run has saved; used as it is, and
                 nothing is calibrated.
+        """
+        ...
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return how many numbers of the adapter will train, from the base model's shapes alone.
+
+        The model is only read, and may be on `meta`. New heads and biases are not counted. None
+        where the calibration decides.
         """
         ...

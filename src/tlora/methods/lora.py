@@ -3,94 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from tlora.config import Bias
-from tlora.errors import ConfigError, unknown_names
-from tlora.methods.base import Batches, Prepared
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.options import LoraOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from tlora.adapter.plan import AdapterPlan
-
-
-@dataclass(kw_only=True)
-class LoraOptions:
-    """PEFT's names and meanings; `target_modules` starts at "all-linear", as in `TLoraConfig`.
-
-    Raises:
-        ConfigError: an option is unknown (with a suggestion) or out of range; all faults at once.
-    """
-
-    r: int = 8
-    """Rank of every module."""
-    lora_alpha: float = 8
-    """The adapter's output is multiplied by lora_alpha / r."""
-    target_modules: str | list[str] | None = "all-linear"
-    """Modules to adapt: a list of names or suffixes, a regex, "all-linear", or None for PEFT's
-    default of the architecture."""
-    exclude_modules: str | list[str] | None = None
-    """Modules to leave out."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapter's input while training."""
-    bias: Bias = "none"
-    """Which biases train: "none", "all" or "lora_only"."""
-    modules_to_save: list[str] | None = None
-    """Modules trained in full and saved with the adapter (a new classifier head)."""
-    task_type: str | None = None
-    """PEFT's task type; by default that of the task."""
-    use_rslora: bool = False
-    """Multiply by lora_alpha / sqrt(r) instead."""
-
-    def __new__(cls, *args: Any, **values: Any) -> LoraOptions:
-        # Before __init__, so that an unknown option meets our sentence and not a bare TypeError.
-        known = [field.name for field in dataclasses.fields(cls)]
-        if faults := unknown_names(values, known, "option"):
-            raise ConfigError(faults, where="lora")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        faults = []
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            faults.append(f"`r` is {self.r!r}; give a whole number, 1 or more.")
-        if not isinstance(self.lora_alpha, (int, float)) or not 0 < self.lora_alpha < math.inf:
-            faults.append(f"`lora_alpha` is {self.lora_alpha!r}; give a positive number.")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            faults.append(f"`lora_dropout` is {self.lora_dropout!r}; give a probability in [0, 1).")
-        if self.bias not in get_args(Bias):
-            options = ", ".join(map(repr, get_args(Bias)))
-            faults.append(f"`bias` is {self.bias!r}; choose one of {options}.")
-        if not isinstance(self.use_rslora, bool):
-            faults.append(f"`use_rslora` is {self.use_rslora!r}; give true or false.")
-        if faults:
-            raise ConfigError(faults, where="lora")
-
 
 class Lora:
-    """y = W x + (lora_alpha / r) B A x (Hu et al., arXiv 2106.09685), as PEFT does it."""
+    """y = W x + (lora_alpha / r) B A x, as PEFT does it: A random, B zero, both train.
 
-    options = LoraOptions
+    Source: Hu et al., arXiv 2106.09685, section 4.
+    """
+
+    options: ClassVar[type] = LoraOptions
+    traits: ClassVar[Traits] = Traits(
+        title="LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        year=2021,
+        formula="W x + (alpha / r) B A x",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="identical",
+    )
+    fields: ClassVar[dict[str, Any]] = {}
+    """What a relative of LoRA sets in PEFT's LoraConfig besides its options."""
 
     def prepare(
-        self,
-        model: torch.nn.Module,
-        options: LoraOptions,
-        batches: Batches,
-        plan: AdapterPlan | None = None,
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
         """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read.
 
         Raises:
             ConfigError: PEFT does not find the target modules.
         """
-        import peft
+        from peft import LoraConfig
 
-        config = peft.LoraConfig(**dataclasses.asdict(options))
-        try:
-            return Prepared(model=peft.get_peft_model(model, config))
-        except ValueError as error:
-            # PEFT names the modules it did not find.
-            raise ConfigError(str(error), where="lora") from error
+        from tlora.adapter.stock import wrap
+
+        return Prepared(model=wrap(model, LoraConfig(**peft_fields(options), **self.fields)))
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return r sum_i (m_i + d_i)."""
+        from tlora.adapter.stock import rows_and_columns, targets_of
+
+        return options.r * rows_and_columns(targets_of(model, options))
+
+
+def peft_fields(options: Any) -> dict[str, Any]:
+    """Return those options that PEFT's LoraConfig knows by the same name."""
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    return {name: value for name, value in dataclasses.asdict(options).items() if name in known}

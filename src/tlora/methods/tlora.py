@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.config import TLoraConfig
-from tlora.methods.base import Batches, Prepared
+from tlora.methods.base import Batches, Prepared, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -14,14 +14,28 @@ if TYPE_CHECKING:
 
 
 class TaskAwareLora:
-    """y = W x + s B A x, with A, the rank and the scale s of each module taken from the task."""
+    """y = W x + s B A x, with A, the rank and the scale s of each module taken from the task.
 
-    options = TLoraConfig
+    A: the leading right singular vectors of W C, frozen. Source: arXiv 2604.18124, section 3.
+    """
+
+    options: ClassVar[type] = TLoraConfig
+    traits: ClassVar[Traits] = Traits(
+        title="TLoRA: Task-aware Low Rank Adaptation of Large Language Models",
+        arxiv="2604.18124",
+        year=2026,
+        formula="W x + s_i B A x, A from W C and frozen, ranks r_i and scales s_i by sensitivity",
+        trains=("lora_B",),
+        parameters="r_i m",
+        start="identical",
+        reads="gradients",
+        source="tlora",
+    )
 
     def prepare(
         self,
         model: torch.nn.Module,
-        options: TLoraConfig,
+        options: Any,
         batches: Batches,
         plan: AdapterPlan | None = None,
     ) -> Prepared:
@@ -34,3 +48,22 @@ class TaskAwareLora:
             plan = plan_in_blocks(model, batches, options)
         callbacks = [FrozenACallback()] if options.freeze_a else []
         return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return sum_i r_i m_i (plus sum_i r_i d_i where A trains) at equal ranks, within bounds.
+
+        None where the ranks are allocated by sensitivity.
+        """
+        import dataclasses
+
+        from tlora.adapter.solve import allocate
+        from tlora.calibration.statistics import ModuleStatistics
+        from tlora.calibration.targets import find_targets
+
+        if options.allocate_rank:
+            return None
+        targets = find_targets(model, options)
+        unmeasured = [ModuleStatistics(t.name, t.d_in, t.d_out, 0, 1.0) for t in targets]
+        shares = allocate(targets, unmeasured, dataclasses.replace(options, allocate_scale=False))
+        inputs = 0 if options.freeze_a else 1
+        return sum(shares.of[t.name].rank * (t.d_out + inputs * t.d_in) for t in targets)

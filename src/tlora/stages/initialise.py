@@ -16,8 +16,7 @@ from tlora.stages.forecast import forecast, sentence
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
-    from tlora.adapter.plan import AdapterPlan
-    from tlora.methods.base import Prepared
+    from tlora.methods.base import Plan, Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def adapt(setup: Setup, device: Any, plan: AdapterPlan | None = None) -> Prepared:
+def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
     """Load the model onto ``device`` and prepare it by the run's method; nothing is written.
 
     With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
@@ -68,7 +67,7 @@ def adapt(setup: Setup, device: Any, plan: AdapterPlan | None = None) -> Prepare
 def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
     """Write the adapter and the tokenizer, all of it or nothing."""
     with replacing_folder(path) as part:
-        prepared.model.save_pretrained(part)  # type: ignore[operator]
+        prepared.save(part)
         setup.tokenizer.save_pretrained(part)
         for file in part.iterdir():
             # safetensors makes files private; a server under another user reads adapters too.

@@ -133,6 +133,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     from tlora.stages.callbacks import LogCallback, replace_bar
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
+    if prepared.optimizer is not None:
+        extra["optimizers"] = (prepared.optimizer(prepared.model, arguments), None)
     if setup.task.kind in ("classification", "regression"):
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids

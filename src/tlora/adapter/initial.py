@@ -1,0 +1,203 @@
+"""Adapters that begin as a part of the base weight: W' = W - s B_0 A_0, y = W' x + s B A x.
+
+While training, the base holds the residual W'. What is saved is a plain adapter for the original
+W, since W' + s B A = W + s (B A - B_0 A_0) = W + s [B, -B_0] [A; A_0]: twice the rank, the same
+scale. It is the conversion that PEFT makes for its `path_initial_model_for_weight_conversion`
+(which leaves heads in `modules_to_save` out of the result; here they are kept).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tlora.adapter.stock import exact, stored_as_floats, wrap
+from tlora.calibration.targets import Target
+from tlora.calibration.weights import dense_weight
+from tlora.errors import AdapterError, ConfigError
+from tlora.files import file_at, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_KIND = "initial adapter"
+_FILE = "initial.safetensors"
+
+
+@dataclass
+class InitialAdapter:
+    """A_0 (r x d) and B_0 (m x r) of every module by its full name, as they were before training.
+
+    A run keeps it, so that a resumed one begins from the very same residual.
+    """
+
+    modules: dict[str, tuple[Tensor, Tensor]]
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, atomically; return its path.
+
+        Args:
+            path: the file, or an existing folder that gets ``initial.safetensors``.
+        """
+        path = file_at(path, _FILE)
+        tensors = {f"{name}.A": a for name, (a, _) in self.modules.items()}
+        tensors |= {f"{name}.B": b for name, (_, b) in self.modules.items()}
+        write_tensors(path, tensors, {"kind": _KIND, "modules": list(self.modules)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> InitialAdapter:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged or something else.
+        """
+        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
+        return cls({n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in header["modules"]})
+
+
+def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None:
+    """Check that every target's weight can give a part of ``rank`` away.
+
+    Raises:
+        ConfigError: the rank exceeds a matrix, a weight is stored quantised (the residual would be
+            rounded again), or is shared with another module, which would change too.
+    """
+    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    faults = []
+    for target in targets:
+        weight: Any = target.module.weight
+        if rank > min(target.d_in, target.d_out):
+            faults.append(
+                f"`r` is too large for {target.name}, which is {target.d_out} x {target.d_in};"
+                f" {rank} ranks are taken out of it: lower `r`, or exclude the module."
+            )
+        elif not stored_as_floats(target.module):
+            faults.append(
+                f"{target.name} is quantised, and this method takes its start out of the weight,"
+                " which would be rounded again; load the model unquantised."
+            )
+        elif shared[id(weight)] > 1:
+            faults.append(
+                f"{target.name} shares its weight with another module, which would change with it;"
+                " leave it out by `exclude_modules`."
+            )
+    if faults:
+        more = [f"and {len(faults) - 5} more modules."] if faults[5:] else []
+        raise ConfigError([*faults[:5], *more], where="adapter")
+
+
+def attach_residual(
+    model: nn.Module, targets: Sequence[Target], config: LoraConfig, initial: InitialAdapter
+) -> PeftModel:
+    """Wrap ``model``, set A_0 and B_0, and leave W - s B_0 A_0 in the base.
+
+    Computed in float32 and rounded to the dtype of the weight.
+
+    Args:
+        model: the base model, changed in place.
+        targets: its modules.
+        config: r, lora_alpha and the rest, with PEFT's default initialisation.
+        initial: from before training.
+
+    Raises:
+        AdapterError: ``initial`` was made for other modules.
+    """
+    if (names := {target.name for target in targets}) != initial.modules.keys():
+        odd = ", ".join(sorted(names ^ initial.modules.keys())[:5])
+        raise AdapterError(f"the initial adapter is not of this model: {odd}; start a new run.")
+    for name, value in exact(model, targets).items():
+        setattr(config, name, value)
+    adapted = wrap(model, config)
+    with torch.no_grad():
+        for name, (a, b) in initial.modules.items():
+            layer: Any = adapted.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+            base = layer.get_base_layer()
+            first = [each.to(base.weight.device, torch.float32) for each in (b, a)]
+            part = layer.scaling["default"] * (first[0] @ first[1])
+            part = part.T if isinstance(base, Conv1D) else part
+            base.weight.copy_(base.weight.to(torch.float32) - part)
+    return adapted
+
+
+def save_converted(model: PeftModel, initial: InitialAdapter, folder: Path) -> None:
+    """Write the trained adapter as one of twice the rank that fits the original base weights."""
+    state = model.state_dict()
+    for name, (a, b) in initial.modules.items():
+        stem = f"base_model.model.{name}"
+        for part, first, dim, sign in (("lora_A", a, 0, 1), ("lora_B", b, 1, -1)):
+            key = f"{stem}.{part}.default.weight"
+            state[key] = torch.cat([state[key], sign * first.to(state[key])], dim=dim)
+    before = model.peft_config["default"]
+    doubled = copy.deepcopy(before)
+    doubled.r, doubled.lora_alpha = 2 * before.r, 2 * before.lora_alpha
+    model.peft_config["default"] = doubled
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.peft_config["default"] = before
+
+
+def start_by_peft(target: Target, config: LoraConfig, **fields: Any) -> tuple[Tensor, Tensor]:
+    """Return A_0 and B_0 that PEFT's own initialisation gives a module; the module is not touched.
+
+    PEFT initialises a float32 copy, which is dropped with its residual.
+
+    Args:
+        target: the module.
+        config: with `init_lora_weights` naming the initialisation.
+        fields: attributes that PEFT's preprocessing would have left on the module.
+    """
+    from peft.tuners.lora import Linear
+
+    scratch = linear_copy(target)
+    vars(scratch).update(fields)
+    layer = Linear(scratch, "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+def linear_copy(target: Target) -> nn.Linear:
+    """Return a plain float32 Linear (no bias) with a copy of a target's weight."""
+    weight = dense_weight(target)
+    scratch = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
+    scratch.weight = nn.Parameter(weight.clone().contiguous())
+    return scratch
+
+
+def start_by_corda(target: Target, options: Any, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A_0 and B_0 that PEFT's CorDA gives a module.
+
+    Args:
+        target: the module; it is not touched.
+        options: with `r`, `lora_alpha` and `corda_method`.
+        covariance: C, d x d.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
+
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=options.corda_method),
+        target_modules=["scratch"],
+    )
+    scratch: Any = linear_copy(target)
+    # What `preprocess_corda` leaves on a module before it decomposes.
+    scratch.covariance_matrix = covariance.to(scratch.weight.device)
+    scratch.corda_method, scratch.rank = options.corda_method, options.r
+    box = nn.ModuleDict({"scratch": scratch})
+    collect_eigens(box, config, verbose=False)
+    crop_corda_eigens(box, config)
+    return start_by_peft(target, config, eigens=scratch.eigens)

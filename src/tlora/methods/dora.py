@@ -1,0 +1,39 @@
+"""DoRA: magnitude and direction of the weight are trained apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Traits
+from tlora.methods.lora import Lora
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dora(Lora):
+    """y = g * (W + s B A) / ||W + s B A|| x, norms of the rows; A, B and the magnitudes g train.
+
+    g (m numbers) starts as the norms of W's rows. s = lora_alpha / r. Gradients do not pass the
+    norm in the denominator, as the paper proposes and PEFT does.
+
+    Source: Liu et al., arXiv 2402.09353, sections 4.1 to 4.3.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        title="DoRA: Weight-Decomposed Low-Rank Adaptation",
+        arxiv="2402.09353",
+        year=2024,
+        formula="g (W + (alpha / r) B A) / ||W + (alpha / r) B A|| x",
+        trains=("lora_A", "lora_B", "lora_magnitude_vector"),
+        parameters="r (m + d) + m",
+        start="rounding",
+    )
+    fields: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return sum_i (r (m_i + d_i) + m_i)."""
+        from tlora.adapter.stock import rows_and_columns, targets_of
+
+        targets = targets_of(model, options)
+        return options.r * rows_and_columns(targets) + sum(target.d_out for target in targets)

@@ -1,0 +1,60 @@
+"""Full fine-tuning, the other baseline: no adapter, every parameter trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.options import MethodOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FullFineTuning:
+    """y = (W + dW) x with dW unconstrained: the model itself trains.
+
+    The one method that leaves no PEFT folder: its `adapter` folder is the whole model, as
+    `save_pretrained` of transformers writes it, to be loaded by `from_pretrained`.
+
+    Source: the baseline "Full" of arXiv 2604.18124, table 1.
+    """
+
+    options: ClassVar[type] = MethodOptions
+    traits: ClassVar[Traits] = Traits(
+        title="TLoRA: Task-aware Low Rank Adaptation of Large Language Models (its baseline)",
+        arxiv="2604.18124",
+        year=2026,
+        formula="(W + dW) x",
+        trains=("",),
+        parameters="m d, and all other weights",
+        start="identical",
+        changes_base=True,
+        source="tlora",
+        leaves="model",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """Let every parameter train; nothing is drawn, no batch is read.
+
+        Raises:
+            ConfigError: a parameter is stored quantised, and so cannot be trained.
+        """
+        from tlora.errors import ConfigError
+
+        for name, parameter in model.named_parameters():
+            if not parameter.dtype.is_floating_point:
+                raise ConfigError(
+                    f"{name} is stored as {parameter.dtype}, which no gradient can change; load"
+                    " the model unquantised, or choose an adapter.",
+                    where="method",
+                )
+        return Prepared(model=model.requires_grad_(True))
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return the numbers of all parameters, tied ones once."""
+        from tlora.adapter.stock import numbers_in
+
+        return numbers_in(model)

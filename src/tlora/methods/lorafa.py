@@ -1,0 +1,85 @@
+"""LoRA-FA: LoRA with A frozen where it was drawn; the control of every other frozen A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.lora import Lora
+from tlora.methods.options import LoraOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class LoraFaOptions(LoraOptions):
+    """LoRA's options, and which optimizer moves B."""
+
+    projected: bool = False
+    """Step with (1/s^2) G_B (A A^T)^(-1) in place of B's gradient G_B, by PEFT's own AdamW for
+    LoRA-FA; of the trainer's fields it takes `learning_rate`, the schedule and `weight_decay`."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        yield from self._switch("projected")
+
+
+class LoraFa(Lora):
+    """y = W x + (lora_alpha / r) B A x with A random and frozen; only B trains.
+
+    The plain reading of the paper, with the trainer's optimizer as it is. PEFT's LoRA-FA is an
+    optimizer: it freezes A too (by `requires_grad`, which PEFT's own switches undo; here A is
+    frozen as in `tlora.adapter.freeze`), and steps B with the gradient that comes closest to full
+    fine-tuning's, computed in bfloat16 where the machine has it: `projected` turns that on.
+
+    Source: Zhang et al., arXiv 2308.03303, section 3.
+    """
+
+    options: ClassVar[type] = LoraFaOptions
+    traits: ClassVar[Traits] = Traits(
+        title="LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+        arxiv="2308.03303",
+        year=2023,
+        formula="W x + (alpha / r) B A x, A frozen",
+        trains=("lora_B",),
+        parameters="r m",
+        start="identical",
+        source="tlora",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """As LoRA's, with A frozen and guarded."""
+        from tlora.adapter.freeze import FrozenACallback, freeze_a
+
+        prepared = super().prepare(model, options, batches, plan)
+        freeze_a(prepared.model)
+        prepared.callbacks.append(FrozenACallback())
+        if options.projected:
+            prepared.optimizer = partial(_projected, options=options)
+        return prepared
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return r sum_i m_i."""
+        from tlora.adapter.stock import targets_of
+
+        return options.r * sum(target.d_out for target in targets_of(model, options))
+
+
+def _projected(
+    model: torch.nn.Module, arguments: Any, options: LoraFaOptions
+) -> torch.optim.Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
+
+    return create_lorafa_optimizer(
+        model,
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+    )

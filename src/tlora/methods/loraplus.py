@@ -1,0 +1,73 @@
+"""LoRA+: LoRA whose B learns faster than its A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.lora import Lora
+from tlora.methods.options import LoraOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class LoraPlusOptions(LoraOptions):
+    """LoRA's options, and how much faster B learns."""
+
+    lr_ratio: float = 16.0
+    """B's learning rate over A's; A's is the trainer's `learning_rate`."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        yield from self._positive("lr_ratio")
+
+
+class LoraPlus(Lora):
+    """LoRA with the learning rate of B at lr_ratio times that of A, by PEFT's optimizer groups.
+
+    The optimizer is the one that the trainer's arguments name, and its schedule scales both rates.
+    PEFT lets one-dimensional parameters (a new head's bias) learn at B's rate, and no weight decay
+    touches them.
+
+    Source: Hayou et al., arXiv 2402.12354; 16 is the ratio that its experiments recommend.
+    """
+
+    options: ClassVar[type] = LoraPlusOptions
+    traits: ClassVar[Traits] = Traits(
+        title="LoRA+: Efficient Low Rank Adaptation of Large Models",
+        arxiv="2402.12354",
+        year=2024,
+        formula="W x + (alpha / r) B A x, rate of B = lr_ratio x rate of A",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="identical",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """As LoRA's, with an optimizer of two rates."""
+        prepared = super().prepare(model, options, batches, plan)
+        prepared.optimizer = partial(_optimizer, ratio=options.lr_ratio)
+        return prepared
+
+
+def _optimizer(model: torch.nn.Module, arguments: Any, ratio: float) -> torch.optim.Optimizer:
+    """Make the optimizer that ``arguments`` names, with PEFT's groups."""
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        lr=options.pop("lr"),
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **options,
+    )
