@@ -1,0 +1,91 @@
+"""AILoRA: queries start from the principal part of their weight, values from the minor part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tlora.methods.base import Batches, Traits
+from tlora.methods.options import Scaled
+from tlora.methods.residual import ResidualLora
+
+_QUERIES = ["q_proj", "query", "q_lin", "q"]
+_VALUES = ["v_proj", "value", "v_lin", "v"]
+
+
+@dataclass(kw_only=True)
+class AiloraOptions(Scaled):
+    """LoRA's options; which modules are adapted is a part of the method."""
+
+    query_modules: list[str] | None = None
+    """Names or suffixes of the query projections; None: q_proj, query, q_lin and q."""
+    value_modules: list[str] | None = None
+    """Names or suffixes of the value projections; None: v_proj, value, v_lin and v."""
+
+
+class Ailora(ResidualLora):
+    """W = U S V^T: B_0 = U_r S_r^(1/2), A_0 = S_r^(1/2) V_r^T, of W^Q the first r, of W^V the last.
+
+    Only the query and value projections are adapted. A and B train; the base keeps W - s B_0 A_0
+    with s = lora_alpha / r, so that W is reproduced at the start whatever s is; at s = 1 what is
+    taken out is just the r components.
+
+    Source: arXiv 2510.08034, section 3.
+    """
+
+    options: ClassVar[type] = AiloraOptions
+    traits: ClassVar[Traits] = Traits(
+        title="AILoRA: Function-Aware Asymmetric Initialization for Low-Rank Adaptation of Large"
+        " Language Models",
+        arxiv="2510.08034",
+        year=2025,
+        formula="(W - s B0 A0) x + s B A x, B0 A0 the first r singular components of W^Q, the last"
+        " r of W^V",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d), of queries and values alone",
+        start="rounding",
+        changes_base=True,
+        source="tlora",
+    )
+
+    def targets(self, model: Any, options: AiloraOptions) -> Any:
+        """Return the query and value projections, in the model's order.
+
+        Raises:
+            ConfigError: the model has none by these names (GPT-2 keeps q, k and v in one matrix).
+        """
+        queries, values = self._groups(model, options)
+        chosen = {target.name: target for target in (*queries, *values)}
+        return [chosen[name] for name, _ in model.named_modules() if name in chosen]
+
+    def _groups(self, model: Any, options: AiloraOptions) -> tuple[list[Any], list[Any]]:
+        from tlora.adapter.stock import targets_named
+        from tlora.errors import ConfigError
+
+        groups, faults = [], []
+        for field, usual in (("query_modules", _QUERIES), ("value_modules", _VALUES)):
+            wanted = getattr(options, field) or usual
+            groups.append(targets_named(model, wanted, options))
+            if not groups[-1]:
+                faults.append(
+                    f"no Linear of {type(model).__name__} is named {' or '.join(wanted)}; name its"
+                    f" projections by `{field}` (a matrix of q, k and v together will not do)."
+                )
+        if faults:
+            raise ConfigError(faults, where="adapter")
+        return groups[0], groups[1]
+
+    def start(self, model: Any, targets: Any, options: AiloraOptions, batches: Batches) -> Any:
+        """Return the principal part of the queries' weights, the minor of the values'."""
+        from tqdm.auto import tqdm
+
+        from tlora.calibration.weights import dense_weight
+        from tlora.linalg.components import singular_part
+
+        values = {target.name for target in self._groups(model, options)[1]}
+        found = {}
+        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+            minor = target.name in values
+            b, a = singular_part(dense_weight(target), options.r, minor=minor)
+            found[target.name] = (a, b)
+        return found

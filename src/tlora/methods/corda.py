@@ -1,0 +1,78 @@
+"""CorDA: LoRA that starts from W seen through the inputs of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from tlora.methods.base import Batches, Traits
+from tlora.methods.options import LoraOptions
+from tlora.methods.residual import ResidualLora
+
+Mode = Literal["ipm", "kpm"]
+
+
+@dataclass(kw_only=True)
+class CordaOptions(LoraOptions):
+    """LoRA's options, and which components start."""
+
+    corda_method: Mode = "ipm"
+    """Take the components that matter most for the inputs ("ipm", instruction-previewed) or the
+    least ("kpm", knowledge-preserved: then calibrate on what is to be kept)."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        yield from self._choice("corda_method", Mode)
+
+
+class Corda(ResidualLora):
+    """W C = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T C^(-1).
+
+    Of the first r components, or the last. C is the second moment of the inputs, uncentred, with
+    0.01 of its mean diagonal added (more where it does not invert well). A and B train; the base
+    keeps W - s B_0 A_0. The decomposition is PEFT's. C is ours, on the calibration batches: every
+    real token counts once, where PEFT's own takes batches of one without padding and divides each
+    by its largest entry.
+
+    Source: Yang et al., arXiv 2406.05223, section 3.
+    """
+
+    options: ClassVar[type] = CordaOptions
+    traits: ClassVar[Traits] = Traits(
+        title="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for"
+        " Task-Aware Parameter-Efficient Fine-tuning",
+        arxiv="2406.05223",
+        year=2024,
+        formula="(W - s B0 A0) x + s B A x, s B0 A0 = U_r S_r V_r^T C^-1 of W C = U S V^T",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="rounding",
+        changes_base=True,
+        reads="inputs",
+    )
+
+    def start(self, model: Any, targets: Any, options: CordaOptions, batches: Batches) -> Any:
+        """Measure C by forward passes, and return the parts of each weight.
+
+        Raises:
+            CalibrationError: as `tlora.calibrate`; or no token reached a module.
+        """
+        from tqdm.auto import tqdm
+
+        from tlora.adapter.initial import start_by_corda
+        from tlora.adapter.stock import forward_only
+        from tlora.calibration.probe import calibrate
+        from tlora.errors import CalibrationError
+
+        stats = calibrate(model, batches, forward_only(options))
+        found = {}
+        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+            measured = stats.modules[target.name]
+            if measured.tokens == 0:
+                raise CalibrationError(
+                    f"{target.name}: no calibration sample reaches it, so CorDA has no inputs to"
+                    " go by; leave it out by `exclude_modules`."
+                )
+            found[target.name] = start_by_corda(target, options, measured.uncentred())
+        return found

@@ -1,0 +1,91 @@
+"""LoRA-GA: LoRA whose first step is close to full fine-tuning's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from tlora.methods.base import Batches, Traits
+from tlora.methods.options import LoraOptions
+from tlora.methods.residual import ResidualLora
+
+Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
+Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
+
+
+@dataclass(kw_only=True)
+class LoraGaOptions(LoraOptions):
+    """LoRA's options, and PEFT's of LoRA-GA."""
+
+    direction: Direction = "ArB2r"
+    """Which of the 2 r leading singular vectors of the gradient go to A and which to B."""
+    init_scale: Scale = "stable"
+    """How A_0 and B_0 are scaled (PEFT: `scale`)."""
+    stable_gamma: int = 16
+    """Of the scale "stable": B_0 is multiplied by m^(1/4) / stable_gamma^(1/2)."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        yield from self._choice("direction", Direction)
+        yield from self._choice("init_scale", Scale)
+        yield from self._whole("stable_gamma", 1)
+
+
+class LoraGa(ResidualLora):
+    """G = dL/dW = U S V^T: A_0 = V_(1..r)^T, B_0 = U_(r+1..2r) S_(r+1..2r) m^(1/4) / gamma^(1/2).
+
+    G is the mean of the batches' gradients at the start. A and B train; the base keeps
+    W - s B_0 A_0. PEFT's estimate and initialisation, by a randomised SVD of G. PEFT estimates in
+    training mode; here dropout is off, as in every calibration. The gradients of all targets are
+    held at once.
+
+    Source: Wang et al., arXiv 2407.05000, sections 3.2 and 3.3.
+    """
+
+    options: ClassVar[type] = LoraGaOptions
+    traits: ClassVar[Traits] = Traits(
+        title="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        arxiv="2407.05000",
+        year=2024,
+        formula="(W - s B0 A0) x + s B A x, A0 and B0 singular vectors of the gradient of W",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="rounding",
+        changes_base=True,
+        reads="gradients",
+    )
+    taken: ClassVar[int] = 2
+
+    def start(self, model: Any, targets: Any, options: LoraGaOptions, batches: Batches) -> Any:
+        """Measure G by a forward and backward pass a batch, and return A_0 and B_0 of each module.
+
+        Raises:
+            CalibrationError: there is no batch, or a loss is missing or not finite.
+        """
+        from peft import LoraConfig
+        from peft.tuners.lora.config import LoraGAConfig
+        from tqdm.auto import tqdm
+
+        from tlora.adapter.gradients import gradients_by_peft
+        from tlora.adapter.initial import start_by_peft
+        from tlora.adapter.stock import exact
+
+        config = LoraConfig(
+            r=options.r,
+            lora_alpha=options.lora_alpha,
+            init_lora_weights="lora_ga",
+            lora_ga_config=LoraGAConfig(
+                direction=options.direction,
+                scale=options.init_scale,
+                stable_gamma=options.stable_gamma,
+            ),
+            **exact(model, targets),
+        )
+        config.fan_in_fan_out = False  # what is initialised are plain copies
+        gradients = gradients_by_peft(model, targets, config, batches)
+        found = {}
+        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+            gradient = gradients.pop(target.name)
+            found[target.name] = start_by_peft(target, config, _peft_loraga_grad=gradient)
+        return found

@@ -1,0 +1,54 @@
+"""PiSSA: LoRA that starts from the principal singular components of W."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tlora.methods.base import Batches, Traits
+from tlora.methods.options import LoraOptions
+from tlora.methods.residual import ResidualLora, start_all
+
+
+@dataclass(kw_only=True)
+class PissaOptions(LoraOptions):
+    """LoRA's options, and how the components are found."""
+
+    niter: int | None = None
+    """Subspace iterations of a fast randomised SVD (PEFT: pissa_niter_N); None: the full SVD."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        if self.niter is not None:
+            yield from self._whole("niter", 0)
+
+
+class Pissa(ResidualLora):
+    """W = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T, the leading r.
+
+    A and B train; the base keeps the minor components, W - s B_0 A_0. PEFT's initialisation.
+
+    Source: Meng et al., arXiv 2404.02948, section 3.
+    """
+
+    options: ClassVar[type] = PissaOptions
+    traits: ClassVar[Traits] = Traits(
+        title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language"
+        " Models",
+        arxiv="2404.02948",
+        year=2024,
+        formula="(W - s B0 A0) x + s B A x, s B0 A0 the leading r singular components of W",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="rounding",
+        changes_base=True,
+    )
+
+    def start(self, model: Any, targets: Any, options: PissaOptions, batches: Batches) -> Any:
+        """Return the leading components of each weight; no batch is read."""
+        from peft import LoraConfig
+
+        how = "pissa" if options.niter is None else f"pissa_niter_{options.niter}"
+        config = LoraConfig(r=options.r, lora_alpha=options.lora_alpha, init_lora_weights=how)
+        return start_all(targets, config)
