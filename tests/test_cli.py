@@ -91,9 +91,9 @@ def test_every_verb_has_help_for_every_flag(tlora, verb):
 
 def test_the_help_lists_the_options_of_the_method_that_is_named(tlora):
     assert "--adapter.whiten" in tlora("train", "--help")[1]
-    lora = tlora("train", "--method", "lora", "--help")[1]
+    lora = tlora("train", "--method", "lora-ga", "--help")[1]
     assert "--adapter.whiten" not in lora
-    assert "--adapter.use_rslora" in lora
+    assert "--adapter.stable_gamma" in lora
 
 
 def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):

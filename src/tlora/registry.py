@@ -96,7 +96,37 @@ METHODS = Registry(
         Entry(
             "tlora", "tlora.methods.tlora:TaskAwareLora", "task-aware LoRA: calibrated A, B trains"
         ),
+        Entry(
+            "full", "tlora.methods.full:FullFineTuning", "full fine-tuning: every parameter trains"
+        ),
         Entry("lora", "tlora.methods.lora:Lora", "PEFT's LoRA: random A, A and B train"),
+        Entry(
+            "rslora", "tlora.methods.rslora:RankStabilisedLora", "LoRA scaled by alpha / sqrt(r)"
+        ),
+        Entry("loraplus", "tlora.methods.loraplus:LoraPlus", "LoRA+: B learns faster than A"),
+        Entry("dora", "tlora.methods.dora:Dora", "DoRA: magnitudes train beside the direction"),
+        Entry(
+            "adalora", "tlora.methods.adalora:AdaLora", "AdaLoRA: ranks are pruned while training"
+        ),
+        Entry("olora", "tlora.methods.olora:Olora", "OLoRA: A and B start from W = Q R"),
+        Entry("pissa", "tlora.methods.pissa:Pissa", "PiSSA: A and B start from W's principal part"),
+        Entry("milora", "tlora.methods.milora:Milora", "MiLoRA: A and B start from W's minor part"),
+        Entry(
+            "ailora", "tlora.methods.ailora:Ailora", "AILoRA: queries start principal, values minor"
+        ),
+        Entry(
+            "corda", "tlora.methods.corda:Corda", "CorDA: A and B start from W seen by the inputs"
+        ),
+        Entry(
+            "eva", "tlora.methods.eva:Eva", "EVA: A starts from the inputs' principal directions"
+        ),
+        Entry("lora-ga", "tlora.methods.loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
+        Entry("lora-fa", "tlora.methods.lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
+        Entry(
+            "trimatrix",
+            "tlora.methods.trimatrix:TriMatrix",
+            "Tri-Matrix: r x r numbers train between random P, R",
+        ),
     ],
 )
 

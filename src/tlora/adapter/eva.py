@@ -1,0 +1,204 @@
+"""EVA by PEFT: principal directions of each target's inputs, and a LoRA whose A they are."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.adapter.initial import InitialAdapter
+from tlora.adapter.stock import exact, wrap
+from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
+from tlora.calibration.borrowed import borrowed
+from tlora.calibration.hooks import Record, recording
+from tlora.calibration.targets import Target
+from tlora.errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+logger = logging.getLogger(__name__)
+
+_IGNORED_LABEL = -100
+# PEFT goes over the batches until all has settled, however long that takes.
+_MOST_PASSES = 200
+
+
+def principal_inputs(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: LoraConfig,
+    batches: Iterable[Mapping[str, Any]],
+) -> InitialAdapter:
+    """Return A of each target that gets ranks (r_i x d), with a B of zeros.
+
+    The model comes back as it was, also when a batch raises.
+
+    Args:
+        model: the base model.
+        targets: its modules.
+        config: with `init_lora_weights` "eva" and an `eva_config`.
+        batches: kept as long as this runs.
+
+    Raises:
+        CalibrationError: no batch, fewer tokens in one than the largest rank, or directions that
+            do not settle.
+    """
+    from peft import get_eva_state_dict
+
+    device = next(model.parameters()).device
+    kept = [as_batch(batch, device) for batch in batches]
+    if not kept:
+        raise CalibrationError("`batches` gave no sample; give at least one batch.")
+    with borrowed(model), torch.no_grad():
+        rows = _Rows(model, config, _MOST_PASSES * len(kept))
+        read = _readers(targets, rows, kept)
+        for name, value in exact(model, read).items():
+            setattr(config, name, value)
+        found = get_eva_state_dict(
+            model,
+            kept,
+            config,
+            forward_fn=rows.forward,
+            prepare_model_inputs_fn=rows.start,
+            prepare_layer_inputs_fn=rows.of,
+            show_progress_bar=False,
+        )
+    widths = {target.name: target.d_out for target in targets}
+    return InitialAdapter(
+        {name: (a.float(), torch.zeros(widths[name], len(a))) for name, a in found.items()}
+    )
+
+
+def attach_eva(
+    model: nn.Module, targets: Sequence[Target], config: LoraConfig, initial: InitialAdapter
+) -> PeftModel:
+    """Wrap ``model`` by PEFT, A as found; a module that got no rank is left out.
+
+    The config says afterwards that the weights need no special start, and carries the ranks.
+    """
+    from peft import initialize_lora_eva_weights
+
+    for name, value in exact(model, targets).items():
+        setattr(config, name, value)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora with eva initialization")
+        adapted = wrap(model, config)
+    state = {f"base_model.model.{name}": a for name, (a, _) in initial.modules.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the following layers were initialized with")
+        initialize_lora_eva_weights(adapted, eva_state_dict=state, show_progress_bar=False)
+    settled = adapted.peft_config["default"]
+    settled.init_lora_weights, settled.eva_config = True, None
+    return adapted
+
+
+class _Rows:
+    """Tells PEFT's hooks which rows of a module's input are real tokens, batch by batch."""
+
+    def __init__(self, model: nn.Module, config: LoraConfig, limit: int) -> None:
+        eva: Any = config.eva_config
+        self.model = model
+        self.labelled = eva.use_label_mask
+        self.needed = round(config.r * eva.rho)
+        """Directions that a module may get, and so the rows that each batch must have."""
+        self.left = limit
+        self.layout = TokenLayout(0, None)
+        self.counted: Tensor | None = None
+
+    def start(self, batch: dict[str, Any], _: Any = None) -> None:
+        """Read a batch's layout, before its forward pass."""
+        self.layout = token_layout(batch, self.model)
+        labels = batch.get("labels")
+        self.counted = None
+        if self.labelled and isinstance(labels, Tensor) and labels.dim() == 2:
+            self.counted = labels != _IGNORED_LABEL
+
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Run a batch.
+
+        Raises:
+            CalibrationError: this goes on for too long.
+        """
+        self.left -= 1
+        if self.left < 0:
+            raise CalibrationError(
+                f"EVA's directions have not settled after {_MOST_PASSES} passes over the"
+                " calibration batches; give more samples, or lower `tau`, `r` or `rho`."
+            )
+        with recording(model, [], self.layout, backward=False):
+            model(**batch)
+
+    def of(self, inputs: Any, _: Any, name: str) -> Tensor:
+        """Return the real rows of a module's input, rows x d."""
+        given = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+        tokens, mask = self.layout.split(self.model.get_submodule(name), given)
+        counted = self.counted
+        if counted is not None and counted.shape == tokens.shape[:2]:
+            mask = counted if mask is None else mask & counted
+        return tokens.flatten(0, 1) if mask is None else tokens[mask]
+
+
+def _readers(
+    targets: Sequence[Target], rows: _Rows, batches: Sequence[dict[str, Any]]
+) -> list[Target]:
+    """Return the targets that EVA can go by; the others start as in LoRA, which is said.
+
+    These are modules that no batch reaches, that read one row a sample (a pooler), or whose rows
+    routing has mixed (experts).
+
+    Raises:
+        CalibrationError: a module reads tokens, but fewer in some batch than the ranks it may
+            get; or no module reads any.
+        ConfigError: the ranks exceed a module's inputs.
+    """
+    left_out = set()
+    for number, batch in enumerate(batches):
+        records = [Record(target) for target in targets]
+        rows.start(batch)
+        with recording(rows.model, records, rows.layout, backward=False):
+            rows.model(**batch)
+        for record in records:
+            fewest = _fewest_rows(record, rows)
+            if fewest is None:
+                left_out.add(record.target.name)
+            elif fewest < rows.needed:
+                raise CalibrationError(
+                    f"{record.target.name}: batch {number} (counted from 0) has {fewest} tokens for"
+                    f" it, and EVA needs `r` times `rho`, {rows.needed}, in each; give a larger"
+                    " --calibration.batch_size (and a multiple of it as samples), or lower one of"
+                    " them."
+                )
+    read = [target for target in targets if target.name not in left_out]
+    if not read:
+        raise CalibrationError("no targeted module reads tokens, and EVA goes by these.")
+    for target in read:
+        if rows.needed > target.d_in:
+            raise ConfigError(
+                f"`r` times `rho` is {rows.needed}, more than the {target.d_in} inputs of"
+                f" {target.name}; lower one of them.",
+                where="adapter",
+            )
+    if left_out:
+        logger.warning(
+            "%s: no tokens for EVA to go by; started as in LoRA.", ", ".join(sorted(left_out))
+        )
+    return read
+
+
+def _fewest_rows(record: Record, rows: _Rows) -> int | None:
+    """Return the least number of rows of any call, or None for a module that EVA cannot go by."""
+    counts = []
+    for call in record.calls:
+        try:
+            tokens, _ = rows.layout.split(record.target.module, call.inputs)
+            counts.append(len(rows.of(call.inputs, None, record.target.name)))
+        except UnknownLayout:
+            return None
+        if tokens.shape[1] == 1:
+            return None
+    return min(counts, default=None)

@@ -1,0 +1,122 @@
+"""AdaLoRA: ranks are pruned while training, by the importance of their triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.options import Targeted
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class AdaLoraOptions(Targeted):
+    """PEFT's names; the schedule is counted in optimizer steps."""
+
+    init_r: int = 12
+    """Rank of every module at the start."""
+    target_r: int = 8
+    """Mean rank of a module at the end."""
+    lora_alpha: float = 8
+    """The adapter's output is multiplied by lora_alpha / init_r."""
+    tinit: int = 0
+    """Steps before the pruning starts."""
+    tfinal: int = 0
+    """Steps after it has ended."""
+    deltaT: int = 1
+    """Steps from one pruning to the next."""
+    beta1: float = 0.85
+    """Smoothing of the importance."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty."""
+    orth_reg_weight: float = 0.5
+    """Weight in the training loss of the distance of A and B from orthogonality."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        for name, low in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0)):
+            yield from self._whole(name, low)
+        yield from self._whole("deltaT", 1)
+        yield from self._positive("lora_alpha")
+        ranks = (self.init_r, self.target_r)
+        if all(isinstance(rank, int) for rank in ranks) and self.target_r >= self.init_r:
+            yield f"`target_r` is {self.target_r!r}; give less than `init_r` ({self.init_r})."
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not 0 < value < 1:
+                yield f"`{name}` is {value!r}; give a number between 0 and 1."
+        weight = self.orth_reg_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+            yield f"`orth_reg_weight` is {weight!r}; give a number, 0 or more."
+
+
+class AdaLora:
+    """y = W x + (lora_alpha / init_r) B E A x, E diagonal; least important entries of E are zeroed.
+
+    Importance: |weight x gradient| of a triplet (a column of B, an entry of E, a row of A),
+    smoothed, times its smoothed uncertainty. The ranks kept fall by a cubic schedule from init_r
+    to target_r a module. PEFT's implementation, driven by `tlora.adapter.adalora.AdaLoraCallback`.
+    The saved folder is PEFT's AdaLoRA; pruned ranks are left out of it.
+
+    Source: Zhang et al., arXiv 2303.10512, section 3.
+    """
+
+    options: ClassVar[type] = AdaLoraOptions
+    traits: ClassVar[Traits] = Traits(
+        title="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        arxiv="2303.10512",
+        year=2023,
+        formula="W x + (alpha / init_r) B E A x, E diagonal and pruned",
+        trains=("lora_A", "lora_B", "lora_E"),
+        parameters="init_r (m + d + 1), pruned to a mean of target_r",
+        start="identical",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read.
+
+        Raises:
+            ConfigError: PEFT does not find the target modules.
+        """
+        from peft import AdaLoraConfig
+
+        from tlora.adapter.adalora import AdaLoraCallback, save_pruned
+        from tlora.adapter.stock import wrap
+        from tlora.methods.lora import peft_fields
+
+        schedule = {name: getattr(options, name) for name in _SCHEDULE}
+        # The trainer knows the number of steps; until then any that the schedule fits will do.
+        steps = options.tinit + options.tfinal + 1
+        config = AdaLoraConfig(**peft_fields(options), **schedule, total_step=steps)
+        adapted = wrap(model, config)
+        return Prepared(
+            model=adapted,
+            callbacks=[AdaLoraCallback(options.orth_reg_weight)],
+            writer=partial(save_pruned, adapted, options.orth_reg_weight),
+        )
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return init_r sum_i (m_i + d_i + 1), which train at the start."""
+        from tlora.adapter.stock import rows_and_columns, targets_of
+
+        targets = targets_of(model, options)
+        return options.init_r * (rows_and_columns(targets) + len(targets))
+
+
+_SCHEDULE = (
+    "init_r",
+    "target_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+)

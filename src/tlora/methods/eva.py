@@ -1,0 +1,90 @@
+"""EVA: LoRA whose A spans the directions in which the inputs vary most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.lora import Lora, peft_fields
+from tlora.methods.options import LoraOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class EvaOptions(LoraOptions):
+    """LoRA's options, and PEFT's of EVA."""
+
+    rho: float = 2.0
+    """Ranks are shared out by explained variance, up to rho r for a module; 1: every one gets r."""
+    tau: float = 0.99
+    """A direction has settled when it turns by less than this cosine from batch to batch."""
+    use_label_mask: bool = False
+    """Count only tokens that have a label, as PEFT does; off: every real token, as the other
+    methods' calibration does."""
+    whiten: bool = False
+    """Divide each direction by the root of its singular value."""
+    adjust_scaling_factors: bool = True
+    """Keep lora_alpha / rank the same for every module, whatever its rank."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            yield from self._switch(name)
+        if isinstance(self.rho, bool) or not isinstance(self.rho, (int, float)) or self.rho < 1:
+            yield f"`rho` is {self.rho!r}; give a number, 1 or more."
+        if not isinstance(self.tau, (int, float)) or not 0 < self.tau <= 1:
+            yield f"`tau` is {self.tau!r}; give a number above 0, up to 1."
+
+
+class Eva(Lora):
+    """y = W x + s_i B A x: A = the r_i leading principal directions of the inputs; B is zero.
+
+    The ranks go to the directions of all modules that explain the most variance, N r in all. A and
+    B train. PEFT's incremental PCA, over the calibration batches again and again until every
+    direction has settled; what tokens are real and whose is told by `tlora.calibration`. Modules
+    that read one row a sample (a pooler) start as in LoRA. A resumed run takes A from its folder.
+
+    Source: Paischer et al., arXiv 2410.07170, section 3.
+    """
+
+    options: ClassVar[type] = EvaOptions
+    traits: ClassVar[Traits] = Traits(
+        title="Parameter Efficient Fine-tuning via Explained Variance Adaptation",
+        arxiv="2410.07170",
+        year=2024,
+        formula="W x + (alpha / r) B A x, A the leading principal directions of x",
+        trains=("lora_A", "lora_B"),
+        parameters="r_i (m + d)",
+        start="identical",
+        reads="inputs",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """Find A, unless ``plan`` holds it, and wrap ``model``.
+
+        Raises:
+            CalibrationError: the batches are too small for the ranks, or a direction never settles.
+            ConfigError: PEFT does not find the target modules.
+        """
+        from peft import EvaConfig, LoraConfig
+
+        from tlora.adapter.eva import attach_eva, principal_inputs
+        from tlora.adapter.stock import targets_of
+
+        names = ("rho", "tau", "use_label_mask", "whiten", "adjust_scaling_factors")
+        eva = EvaConfig(**{name: getattr(options, name) for name in names})
+        fields = peft_fields(options) | {"init_lora_weights": "eva", "eva_config": eva}
+        targets = targets_of(model, options)
+        if plan is None:
+            plan = principal_inputs(model, targets, LoraConfig(**fields), batches)
+        return Prepared(model=attach_eva(model, targets, LoraConfig(**fields), plan), plan=plan)
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return r sum_i (m_i + d_i) at rho 1; None where the ranks are shared out."""
+        return super().trainable(model, options) if options.rho == 1 else None

@@ -1,0 +1,80 @@
+"""Tri-Matrix LoRA: two random matrices with a small trained one between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.options import Targeted
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class TriMatrixOptions(Targeted):
+    """A rank and a scale; the scale is learned."""
+
+    r: int = 32
+    """Rank of every module; r^2 + 1 numbers of it train."""
+    scale: float = 1.0
+    """What each module's learned scale a starts at."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        yield from self._whole("r", 1)
+        yield from self._positive("scale")
+
+
+class TriMatrix:
+    """y = W x + a P Q R x: P (m x r) and R (r x d) random and fixed, Q (r x r) and a trained.
+
+    Q starts at zero, a at `scale`; there is an a for each module. The saved adapter is a plain
+    LoRA, A = R and B = a P Q. Not the task-aware method of the same name, and nothing of it.
+
+    Source: Islam, arXiv 2504.18735, section 3.
+    """
+
+    options: ClassVar[type] = TriMatrixOptions
+    traits: ClassVar[Traits] = Traits(
+        title="TLoRA: Tri-Matrix Low-Rank Adaptation of Large Language Models",
+        arxiv="2504.18735",
+        year=2025,
+        formula="W x + a P Q R x, P and R random and fixed",
+        trains=("lora_B.default.core", "lora_B.default.scale"),
+        parameters="r^2 + 1",
+        start="identical",
+        source="tlora",
+    )
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """Wrap ``model``. P and R are drawn from torch's global generator; no batch is read.
+
+        Raises:
+            ConfigError: PEFT does not find the target modules.
+        """
+        from peft import LoraConfig
+
+        from tlora.adapter.freeze import FrozenACallback
+        from tlora.adapter.stock import wrap
+        from tlora.adapter.trimatrix import make_trimatrix, save_written_out
+        from tlora.methods.lora import peft_fields
+
+        adapted = wrap(model, LoraConfig(**peft_fields(options), lora_alpha=options.r))
+        make_trimatrix(adapted, options.scale)
+        return Prepared(
+            model=adapted,
+            callbacks=[FrozenACallback()],
+            writer=partial(save_written_out, adapted),
+        )
+
+    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
+        """Return N (r^2 + 1)."""
+        from tlora.adapter.stock import targets_of
+
+        return len(targets_of(model, options)) * (options.r**2 + 1)
