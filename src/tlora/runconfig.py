@@ -80,12 +80,18 @@ class CalibrationConfig:
     """Training rows to calibrate on: the first ones after a seeded shuffle."""
     batch_size: int = 4
     """Rows per calibration batch; it changes memory and speed, not the statistics."""
+    skip_bad_samples: bool = False
+    """Leave out, and name, rows without a label that counts, or whose activations, loss or gradient
+    are not finite; else they are an error."""
+    cache: str | None = None
+    """File that keeps the statistics (.safetensors): written once, progress included, and used by
+    every run with the same model, rows and modules."""
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
         return [
             f"`calibration.{name}` is {value!r}; give a whole number, 1 or more."
-            for name, value in dataclasses.asdict(self).items()
+            for name, value in (("samples", self.samples), ("batch_size", self.batch_size))
             if value < 1
         ]
 

@@ -7,15 +7,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import freeze_a
 from tlora.adapter.plan import AdapterPlan
+from tlora.adapter.samples import Reading, plan_samples
 from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.targets import find_targets
@@ -36,27 +36,24 @@ def get_tlora_model(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    progress: bool = True,
-    skip_bad_samples: bool = False,
+    **reading: Unpack[Reading],
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
-    Second moments beyond ``config.memory_budget`` are made block by block; the plan is the same.
+    Second moments beyond ``config.memory_budget`` are made block by block, or with a ``cache``
+    kept in mapped files; the plan is the same.
 
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
         config: the adapter.
         batches: calibration samples; see `calibrate`.
         adapter_name: PEFT's name of the adapter.
-        progress: show bars (on a terminal only).
-        skip_bad_samples: as for `calibrate`.
+        **reading: ``progress``, ``skip_bad_samples`` and ``cache``, as for `calibrate`.
 
     Raises:
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
-    adapter = plan_in_blocks(
-        model, batches, config, progress=progress, skip_bad_samples=skip_bad_samples
-    )
+    adapter = plan_samples(model, batches, config, **reading)
     return attach(model, adapter, adapter_name=adapter_name)
 
 

@@ -1,13 +1,16 @@
-"""Second moments of many modules: shared where inputs are shared, kept while they fit."""
+"""Second moments of many modules, shared where inputs are shared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from tlora.calibration.hooks import Record
+from tlora.calibration.spill import Spill
+from tlora.calibration.targets import Target
 from tlora.linalg.moments import SecondMoment
 
 
@@ -31,17 +34,24 @@ class MomentBank:
 
     Args:
         spared: names of modules whose moments are not kept (a later pass may).
+        spill: where accumulators come from; None: from memory.
     """
 
-    def __init__(self, spared: Collection[str] = ()) -> None:
+    def __init__(self, spared: Collection[str] = (), spill: Spill | None = None) -> None:
         self.spared = frozenset(spared)
+        self.spill = spill
         self.group_of: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
+        self._mapped: set[int] = set()
 
     @property
     def bytes(self) -> int:
-        """Bytes that the kept moments take."""
-        return sum(moment_bytes(m.dim) for m in self.moments.values() if m is not None)
+        """Bytes of memory that the kept moments take."""
+        return sum(
+            moment_bytes(moment.dim)
+            for group, moment in self.moments.items()
+            if moment is not None and group not in self._mapped
+        )
 
     def moment(self, name: str) -> SecondMoment | None:
         """Return the second moment of a module, None if it is not kept (or was never seen)."""
@@ -57,7 +67,34 @@ class MomentBank:
             if moment is not None and group not in done:
                 done.add(group)
                 rows, mask = record.joined(size)
-                moment.update(rows.to(moment.scatter.device), mask)
+                # What is mapped comes to the rows instead, block by block.
+                if group not in self._mapped:
+                    rows = rows.to(moment.scatter.device)
+                moment.update(rows, mask)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `restore` takes: tensors, and plain JSON values."""
+        tensors, counts = {}, {}
+        for group, moment in self.moments.items():
+            if moment is not None:
+                tensors[f"{group}.scatter"] = moment.scatter
+                tensors[f"{group}.means"] = moment.weighted_means
+                counts[str(group)] = {"samples": moment.samples, "tokens": moment.tokens}
+        return tensors, {"group_of": self.group_of, "counts": counts}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], values: dict[str, Any], targets: Iterable[Target]
+    ) -> None:
+        """Go on from the `state` of another bank that spares none of the ``targets``."""
+        self.group_of = dict(values["group_of"])
+        for target in targets:
+            group = self.group_of.get(target.name, -1)
+            if group >= 0 and group not in self.moments:
+                scatter = self._new_moment(target, group).scatter
+                scatter.copy_(tensors[f"{group}.scatter"])
+                means = tensors[f"{group}.means"].to(scatter.device, copy=True)
+                counts = values["counts"][str(group)]
+                self.moments[group] = SecondMoment.from_parts(scatter, means, **counts)
 
     def _group(self, records: Mapping[str, Record]) -> None:
         """Put modules that read the same tensors into one group.
@@ -77,16 +114,21 @@ class MomentBank:
 
     def _new_group(self, record: Record, old: int | None) -> int:
         group = len(self.moments)
-        if old is None:
-            self.moments[group] = self._new_moment(record)
+        common = None if old is None else self.moments[old]
+        if record.target.name in self.spared:
+            self.moments[group] = None
+        elif common is None:
+            self.moments[group] = self._new_moment(record.target, group)
         else:
-            common = self.moments[old]
-            self.moments[group] = None if common is None else common.clone()
+            space = self._new_moment(record.target, group).scatter
+            self.moments[group] = common.clone(into=space)
         return group
 
-    def _new_moment(self, record: Record) -> SecondMoment | None:
-        target = record.target
-        if target.name in self.spared:
-            return None
+    def _new_moment(self, target: Target, group: int) -> SecondMoment:
         device: torch.device = next(target.module.parameters()).device
-        return SecondMoment(target.d_in, device=device)
+        if self.spill is None:
+            return SecondMoment(target.d_in, device=device)
+        scatter, in_memory = self.spill.zeros(target.d_in, device)
+        if not in_memory:
+            self._mapped.add(group)
+        return SecondMoment(target.d_in, scatter=scatter)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import Accumulator
+from tlora.calibration.checks import BadSamples, check_gradients, check_inputs, checked_weights
 from tlora.calibration.faults import numbered
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.sensitivity import SensitivityPass
@@ -60,22 +61,6 @@ class Unit:
             for key, value in self.batch.items()
         }
         return Unit(batch, tuple(self.numbers[row] for row in kept))
-
-
-class BadSamples(Exception):
-    """Samples that cannot count; internal, answered by an error or by leaving them out.
-
-    Attributes:
-        rows: which of the unit's.
-        reason: a few words, "its loss is nan".
-        sentence: the whole error, with {} for the sample.
-    """
-
-    def __init__(self, rows: list[int], reason: str, sentence: str) -> None:
-        super().__init__(reason)
-        self.rows = rows
-        self.reason = reason
-        self.sentence = sentence
 
 
 class Collector:
@@ -129,6 +114,23 @@ class Collector:
     def add_again(self, unit: Unit) -> None:
         """Add what an earlier pass has read; the forward pass stops once every target has run."""
         self._add(unit, None)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `restore` takes: tensors, and plain JSON values. The bank has its own."""
+        return dict(self.sensitivities), {
+            "samples": self.samples,
+            "given": self.given,
+            "skipped": {str(number): reason for number, reason in self.skipped.items()},
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from the `state` of another collector; its units are not kept."""
+        for target in self.targets:
+            if target.name in tensors:
+                device = next(target.module.parameters()).device
+                self.sensitivities[target.name] = tensors[target.name].to(device, copy=True)
+        self.samples, self.given = values["samples"], values["given"]
+        self.skipped = {int(number): reason for number, reason in values["skipped"].items()}
 
     def doing(self, first: int, count: int) -> str:
         """Return what is being done to which samples: "the backward pass of samples 4 to 7"."""
@@ -190,7 +192,7 @@ class Collector:
 
     def _add(self, unit: Unit, weights: Tensor | None) -> None:
         if self.backward:
-            factors = _checked_weights(weights)
+            factors = checked_weights(weights)
         self.stage = "the forward pass"
         layout = reading.token_layout(unit.batch, self.model)
         records = {target.name: Record(target) for target in self.targets}
@@ -198,7 +200,7 @@ class Collector:
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
         for record in records.values():
             record.split(layout)
-        _check_finite(records)
+        check_inputs(records)
         if not self.backward:
             self._update(records, layout.size)
         else:
@@ -224,7 +226,7 @@ class Collector:
             # It does not where these samples reach no target (an expert).
             if loss.requires_grad:
                 loss.backward()
-        _check_gradients(found)
+        check_gradients(found)
         for name, values in found.items():
             total = values.sum()
             self.sensitivities[name] = (
@@ -275,64 +277,6 @@ def _inputs_of(records: Mapping[str, Record]) -> dict[str, Record]:
         name: Record(record.target, [replace(c, output=None, delta=None) for c in record.calls])
         for name, record in records.items()
     }
-
-
-def _check_finite(records: Mapping[str, Record]) -> None:
-    calls = [
-        (r.target.name, call)
-        for r in records.values()
-        for call in r.calls
-        if call.inputs.numel() > 0
-    ]
-    if not calls:
-        return
-    device = calls[0][1].inputs.device
-    # A sum is finite only if every entry is: the cheapest check, one transfer for all. Should
-    # finite entries overflow it, the exact look below finds nothing wrong.
-    sums = [c.inputs.sum(dtype=torch.float32).to(device) for _, c in calls]
-    if torch.stack(sums).isfinite().all():
-        return
-    for name, call in calls:
-        bad = ~call.rows.isfinite().all(dim=-1)
-        if call.mask is not None:
-            bad &= call.mask
-        if bad.any():
-            raise BadSamples(
-                bad.any(dim=1).nonzero().flatten().tolist(),
-                f"the input of {name} is not finite",
-                f"{name}: its input is not finite on {{}}; check that sample, or calibrate in"
-                " float32 or bfloat16.",
-            )
-
-
-def _check_gradients(found: Mapping[str, Tensor]) -> None:
-    if not found:
-        return
-    device = next(iter(found.values())).device
-    finite = torch.stack([values.to(device) for values in found.values()]).isfinite()
-    if finite.all():
-        return
-    rows = (~finite.all(dim=0)).nonzero().flatten().tolist()
-    name = list(found)[int(finite[:, rows[0]].int().argmin())]
-    raise BadSamples(
-        rows,
-        f"the gradient at {name} is not finite",
-        f"{name}: the gradient of the loss is not finite on {{}}; calibrate in float32 or bfloat16,"
-        " or leave the sample out (skip_bad_samples).",
-    )
-
-
-def _checked_weights(weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return torch.ones(1)
-    if empty := (~weights.isfinite()).nonzero().flatten().tolist():
-        raise BadSamples(
-            empty,
-            "it has no label that counts",
-            "{} has no label that counts: every label is -100, so its loss is undefined; leave it"
-            " out (skip_bad_samples) or truncate less.",
-        )
-    return weights
 
 
 def forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

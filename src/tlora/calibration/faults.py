@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -66,7 +66,7 @@ def numbered(first: int, count: int) -> str:
     )
 
 
-def warn_of_skipped(skipped: Mapping[int, str], given: int, stacklevel: int) -> None:
+def warn_of_skipped(skipped: Mapping[Any, str], given: int, stacklevel: int) -> None:
     """Warn once of the samples that were left out.
 
     Args:
@@ -96,7 +96,7 @@ def refuse_none_left(skipped: Mapping[int, str]) -> None:
     raise CalibrationError("`batches` gave no sample; give at least one batch.")
 
 
-def _listed(skipped: Mapping[int, str]) -> str:
+def _listed(skipped: Mapping[Any, str]) -> str:
     shown = [f"{number} ({reason})" for number, reason in list(skipped.items())[:_SHOWN]]
     more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
     return f"{', '.join(shown)}{more}"

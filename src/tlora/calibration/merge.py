@@ -91,10 +91,10 @@ def _key(parts: Sequence[Calibration]) -> Key | None:
 
 def _info(parts: Sequence[Calibration]) -> dict[str, Any]:
     """Return the first part's origin; samples left out are counted on through the parts."""
-    skipped: list[int] = []
+    skipped: dict[str, str] = {}
     given = 0
     for part in parts:
-        left_out = part.info.get("skipped_samples", [])
-        skipped += [given + number for number in left_out]
+        left_out = part.info.get("skipped_samples", {})
+        skipped |= {str(given + int(number)): reason for number, reason in left_out.items()}
         given += part.samples + len(left_out)
     return parts[0].info | {"skipped": len(skipped), "skipped_samples": skipped}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from tlora.calibration import batches as reading
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.collector import Collector
 from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
-from tlora.calibration.identity import DataKey, Key, config_key, model_key, statistics_kept
+from tlora.calibration.identity import Key
+from tlora.calibration.journal import Journal
 from tlora.calibration.preserve import preserved
+from tlora.calibration.spill import Spill
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets, fused_expert_parameters
 from tlora.config import TLoraConfig
@@ -30,11 +34,14 @@ def calibrate(
     *,
     progress: bool = True,
     skip_bad_samples: bool = False,
+    cache: str | Path | None = None,
 ) -> Calibration:
     """Measure the statistics that ``plan`` needs, on a few samples of the task.
 
     The model comes back as it was (parameters, ``requires_grad``, ``.grad``, modes, hooks, random
-    states), also when a batch raises. Dropout is off while it runs.
+    states), also when a batch raises. Dropout is off while it runs. Second moments beyond
+    ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
+    files, beside the cache or in the folder for temporary files.
 
     Args:
         model: the base model, weights loaded, no adapters.
@@ -45,35 +52,38 @@ def calibrate(
         progress: show a bar with samples and time left (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
+        cache: a file. If it holds the calibration of this model, these batches and modules, it is
+            loaded and nothing is run; else the calibration is written to it, and progress on the
+            way, from which a killed run goes on to the same statistics, to the bit.
 
     Raises:
         CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
-            good; a loss that is missing; a model on ``meta``; memory ran out.
+            good; a loss that is missing; a model on ``meta``; memory ran out; ``cache`` is of
+            another model, data or config.
+        ArtifactError: ``cache`` is damaged, or something else.
         ConfigError: no module matches ``target_modules``.
     """
     targets = checked_targets(model, config)
-    bank = MomentBank() if config.needs_moments else None
+    journal = Journal(model, targets, config, cache, skip_bad_samples)
+    if (stats := journal.found(batches)) is not None:
+        skipped = stats.info.get("skipped_samples", {})
+        warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
+        return stats
+    bank = MomentBank(spill=_spill(config, journal.path)) if config.needs_moments else None
     collector = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples)
-    trail = _Trail(batches)
     with probing(model), progress_bar(batches, progress) as bar:
-        first_pass(collector, trail, config, bar)
+        first_pass(collector, journal.left(batches, collector, bank), config, bar)
+    stats = _calibration(collector, bank, journal.key, config)
+    journal.finish(stats)
     warn_of_skipped(collector.skipped, collector.given, stacklevel=2)
-    names = [target.name for target in targets]
-    key = Key(model_key(model), str(trail.data), config_key(names, statistics_kept(config)))
-    return _calibration(collector, bank, key, config)
+    return stats
 
 
-class _Trail:
-    """Iterates over batches and notes which they were."""
-
-    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        self.batches = batches
-        self.data = DataKey()
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for batch in self.batches:
-            yield batch
-            self.data = self.data.then(batch)
+def _spill(config: TLoraConfig, cache: Path | None) -> Spill | None:
+    """Return where moments go; None: all into memory."""
+    budget = 0 if config.covariance == "streamed" else config.memory_budget_bytes
+    folder = Path(tempfile.gettempdir()) if cache is None else cache.parent
+    return None if budget is None else Spill(budget, folder)
 
 
 def _calibration(
@@ -95,7 +105,7 @@ def _calibration(
         "model": type(collector.model).__name__,
         "config": config.to_dict(),
         "skipped": len(collector.skipped),
-        "skipped_samples": list(collector.skipped),
+        "skipped_samples": collector.state()[1]["skipped"],
     }
     return Calibration(modules, collector.samples, info, key)
 

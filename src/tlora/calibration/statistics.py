@@ -20,6 +20,11 @@ _FORMAT = 2
 _FILE = "calibration.safetensors"
 
 
+def calibration_file(path: str | Path) -> Path:
+    """Return the file that ``path`` means: itself, or the usual one in an existing folder."""
+    return file_at(path, _FILE)
+
+
 @dataclass
 class ModuleStatistics:
     """Statistics of one module over the calibration samples.
@@ -117,7 +122,7 @@ class Calibration:
         Args:
             path: the file, or an existing folder that gets ``calibration.safetensors``.
         """
-        path = file_at(path, _FILE)
+        path = calibration_file(path)
         tensors = {}
         rows = []
         for module in self.modules.values():
@@ -149,7 +154,7 @@ class Calibration:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
+        tensors, header = read_tensors(calibration_file(path), _KIND)
         moments = {
             int(key): SecondMoment.from_parts(
                 tensors[f"{key}.scatter"], tensors[f"{key}.means"], **counts

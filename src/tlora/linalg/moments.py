@@ -72,6 +72,7 @@ class SecondMoment:
         dim: d, the module's input columns.
         dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
         device: where to accumulate; that of the inputs avoids a copy per batch.
+        scatter: zeros to accumulate in, d x d, in place of new ones; may be mapped to a file.
     """
 
     def __init__(
@@ -79,8 +80,11 @@ class SecondMoment:
         dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        scatter: Tensor | None = None,
     ) -> None:
-        self.scatter = torch.zeros(dim, dim, dtype=dtype, device=device)
+        if scatter is None:
+            scatter = torch.zeros(dim, dim, dtype=dtype, device=device)
+        self.scatter = scatter
         self.samples = 0
         self.tokens = 0
         self._means: list[Tensor] = []
@@ -108,16 +112,22 @@ class SecondMoment:
         """
         rows = centred_rows(inputs, mask, self.scatter.dtype)
         self._add_product(rows.centred)
-        self._means.append(rows.weighted_means)
+        self._means.append(rows.weighted_means.to(self.scatter.device))
         self.samples += inputs.shape[0]
         self.tokens += rows.tokens
 
     def _add_product(self, rows: Tensor) -> None:
-        """Add X^T X to the lower triangle, block row by block row: about half of the products."""
+        """Add X^T X to the lower triangle, block row by block row: about half of the products.
+
+        Where the rows are on another device than the accumulator, each block goes there and back.
+        """
         for start in range(0, self.dim, _BLOCK):
             stop = start + _BLOCK
             block = self.scatter[start:stop, :stop]
-            block.addmm_(rows[:, start:stop].T, rows[:, :stop])
+            there = block.to(rows.device)
+            there.addmm_(rows[:, start:stop].T, rows[:, :stop])
+            if there is not block:
+                block.copy_(there)
 
     def _symmetric(self, scatter: Tensor) -> Tensor:
         """Return scatter / n with its lower triangle mirrored to the upper one."""
@@ -137,11 +147,11 @@ class SecondMoment:
         self.samples += other.samples
         self.tokens += other.tokens
 
-    def clone(self) -> SecondMoment:
-        """Return an independent copy."""
-        return SecondMoment.from_parts(
-            self.scatter.clone(), self.weighted_means.clone(), self.samples, self.tokens
-        )
+    def clone(self, into: Tensor | None = None) -> SecondMoment:
+        """Return an independent copy, its scatter in ``into`` (d x d) where that is given."""
+        scatter = self.scatter.clone() if into is None else into.copy_(self.scatter)
+        means = self.weighted_means.to(scatter.device, copy=True)
+        return SecondMoment.from_parts(scatter, means, self.samples, self.tokens)
 
     def move(self, device: torch.device | str) -> None:
         """Move the accumulator to ``device`` in place."""

@@ -13,7 +13,7 @@ Importing a method's file must be cheap: the command line reads its options reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -28,6 +28,26 @@ if TYPE_CHECKING:
     Plan = AdapterPlan | InitialAdapter
 
 Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration batches that say how they are to be read; iterates over the batches."""
+
+    batches: Batches
+    """Dicts of tensors that the model's forward takes."""
+    skip_bad_samples: bool = False
+    """Leave samples out that cannot count, where the method looks."""
+    cache: str | None = None
+    """File of the statistics, for a method that keeps some."""
+
+    @property
+    def dataset(self) -> Any:
+        """The rows of a DataLoader, for a bar that shows how many are left; else None."""
+        return getattr(self.batches, "dataset", None)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +135,8 @@ class Method(Protocol):
             model: the base model; it may be changed in place.
             options: an instance of `self.options`.
             batches: the calibration batches, exactly as training will see them: dicts of tensors
-                that the model's forward takes. Read only by methods that calibrate.
+                that the model's forward takes, often as `Samples`. Read only by methods that
+                calibrate.
             plan: what an earlier call has returned and the run has saved; used as it is, and
                 nothing is calibrated.
         """

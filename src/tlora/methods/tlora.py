@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.config import TLoraConfig
-from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.base import Batches, Prepared, Samples, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +41,18 @@ class TaskAwareLora:
     ) -> Prepared:
         """Attach ``plan``, or calibrate and plan first; the model's output does not change."""
         from tlora.adapter.attach import attach
-        from tlora.adapter.blocks import plan_in_blocks
         from tlora.adapter.freeze import FrozenACallback
+        from tlora.adapter.samples import plan_samples
 
         if plan is None:
-            plan = plan_in_blocks(model, batches, options)
+            samples = batches if isinstance(batches, Samples) else Samples(batches)
+            plan = plan_samples(
+                model,
+                samples.batches,
+                options,
+                skip_bad_samples=samples.skip_bad_samples,
+                cache=samples.cache,
+            )
         callbacks = [FrozenACallback()] if options.freeze_a else []
         return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tlora.methods.base import Method
+    from tlora.methods.base import Method, Samples
 
 
 @dataclass(kw_only=True)
@@ -41,17 +41,17 @@ class Setup:
     held_out: Dataset | None
     """The same of the evaluation rows."""
 
-    def calibration_batches(self) -> Any:
-        """Return a loader of the calibration rows: the first ones after a seeded shuffle."""
+    def calibration_batches(self) -> Samples:
+        """Return the calibration rows in batches: the first ones after a seeded shuffle."""
         from torch.utils.data import DataLoader
+
+        from tlora.methods.base import Samples
 
         count = min(self.config.calibration.samples, len(self.train))
         rows = self.train.shuffle(seed=self.config.seed).select(range(count))
-        return DataLoader(
-            rows,
-            batch_size=self.config.calibration.batch_size,
-            collate_fn=self.collator,
-        )
+        options = self.config.calibration
+        loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)
+        return Samples(loader, options.skip_bad_samples, options.cache)
 
     def load_model(self, device: Any) -> PreTrainedModel:
         """Load the base model with the head of the task; a new head is drawn from the run's seed.
