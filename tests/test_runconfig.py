@@ -45,10 +45,10 @@ def test_all_faults_are_reported_at_once():
     assert named == [
         "data.max_length",
         "calibration.samples",
-        "seed",
         "dtype",
         "data.loss_on",
         "train_file",
+        "seed",
     ]
 
 

@@ -49,6 +49,8 @@ class _Parser(jsonargparse.ArgumentParser):
 def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "") -> Parsed[Record]:
     """Read ``argv`` into a ``record``: flags over files over defaults, wherever they stand.
 
+    A first word that ends in .yaml is such a file too: `tlora compare compare.yaml`.
+
     Args:
         prog: what the user typed so far, for the usage line.
         record: the dataclass to fill.
@@ -64,6 +66,8 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     parser.more_help = more_help
     # jsonargparse's own --print_config, in its help, does not know the method's options.
     words = [_underscored(word, fields) for word in argv if word != _PRINT]
+    if words and words[0].endswith((".yaml", ".yml")) and not words[0].startswith("-"):
+        words[0] = f"--config={words[0]}"
     presets: list[str] = []
     if _takes_presets(record):
         presets, words = _split_option(words, _PRESET, "a name")

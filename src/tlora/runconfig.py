@@ -1,4 +1,4 @@
-"""Records that describe a run: what `tlora train` and `tlora init` read from flags and YAML.
+"""Records that describe a run: what the verbs that train read from flags and YAML.
 
 The text below a field is its help on the command line. Nothing here imports torch.
 """
@@ -97,8 +97,8 @@ class CalibrationConfig:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """One run: a model, a task, a method and where the result goes.
+class SharedConfig:
+    """What does not depend on the method or the seed: a model, a task, its rows, the training.
 
     Raises:
         ConfigError: values are missing or out of range; all faults are collected into one error.
@@ -110,16 +110,6 @@ class RunConfig:
     """What to learn; see `tlora list tasks`."""
     train_file: str | None = None
     """Training rows: a JSON, JSONL, CSV, TSV or Parquet file."""
-    eval_file: str | None = None
-    """Rows to evaluate on after training."""
-    output_dir: str = "tlora-run"
-    """Folder of the run: adapter, plan, checkpoints, log, provenance."""
-    method: str = "tlora"
-    """How to adapt; see `tlora list methods`."""
-    seed: int = 0
-    """Seed of the weights that start random, the order of the rows and dropout."""
-    resume: bool = False
-    """Continue the run in `output_dir` from its last good checkpoint."""
     dtype: Dtype = "auto"
     """Precision to load the model in; "auto" takes the checkpoint's own."""
     quantization: Quantization = "none"
@@ -135,9 +125,12 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
+        if faults := self.faults():
+            raise ConfigError(faults, where="run")
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
         faults = [*self.data.faults(), *self.calibration.faults()]
-        if self.seed < 0:
-            faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
         for name, value, kind in (
             ("dtype", self.dtype, Dtype),
             ("quantization", self.quantization, Quantization),
@@ -148,8 +141,38 @@ class RunConfig:
                 faults.append(f"`{name}` is {value!r}; choose one of {options}.")
         if self.train_file and self.data.dataset:
             faults.append("`train_file` and `data.dataset` are both given; give one of them.")
-        if faults:
-            raise ConfigError(faults, where="run")
+        return faults
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class RunConfig(SharedConfig):
+    """One run: a model, a task, a method and where the result goes.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    eval_file: str | None = None
+    """Rows to evaluate on after training."""
+    output_dir: str = "tlora-run"
+    """Folder of the run: adapter, plan, checkpoints, log, provenance."""
+    method: str = "tlora"
+    """How to adapt; see `tlora list methods`."""
+    seed: int = 0
+    """Seed of the weights that start random, the order of the rows and dropout."""
+    resume: bool = False
+    """Continue the run in `output_dir` from its last good checkpoint."""
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
+        faults = super().faults()
+        if self.seed < 0:
+            faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
+        return faults
 
     def options(self) -> Any:
         """Return the method's options record, made from `adapter`.
@@ -162,10 +185,6 @@ class RunConfig:
         record = METHODS.load(self.method).options
         seeded = any(field.name == "seed" for field in dataclasses.fields(record))
         return record(**({"seed": self.seed} if seeded else {}) | self.adapter)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:

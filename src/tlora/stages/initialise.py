@@ -49,11 +49,15 @@ def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
 
     With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
     """
+    return prepare(setup, setup.load_model(device), plan)
+
+
+def prepare(setup: Setup, model: Any, plan: AdapterPlan | None = None) -> Prepared:
+    """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place."""
     import transformers
 
-    model = setup.load_model(device)
-    # Seeded again on both sides: what a new head draws must not shift the method's draws, and
-    # what a calibration draws must not shift the training's.
+    # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
+    # calibration draws must not shift the training's.
     transformers.set_seed(setup.config.seed)
     batches = setup.calibration_batches()
     if plan is None and isinstance(setup.options, TLoraConfig):

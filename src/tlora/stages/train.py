@@ -63,7 +63,7 @@ def run(config: RunConfig) -> RunFolder:
     with _timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder))
     with _timed(seconds, "evaluate"):
-        metrics = evaluate(trainer, setup)
+        metrics = scores(trainer, setup.held_out)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object.
         save_adapter(prepared, setup, folder.adapter)
@@ -166,12 +166,12 @@ def _resume_point(folder: RunFolder) -> str | None:
     return str(checkpoint) if checkpoint else None
 
 
-def evaluate(trainer: Any, setup: Setup) -> dict[str, Any]:
-    """Return the trainer's scores of the evaluation rows, {} where there are none.
+def scores(trainer: Any, rows: Any) -> dict[str, Any]:
+    """Return the trainer's scores of ``rows``, {} where there are none.
 
     The trainer's timings are left out: the same weights and rows give the same scores.
     """
-    if setup.held_out is None:
+    if rows is None:
         return {}
-    scores = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    return {name: value for name, value in scores.items() if not name.endswith(_TIMINGS)}
+    found = {k.removeprefix("eval_"): v for k, v in trainer.evaluate(rows).items()}
+    return {name: value for name, value in found.items() if not name.endswith(_TIMINGS)}
