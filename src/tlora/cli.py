@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tlora import __version__, presets
+from tlora.compareconfig import CompareConfig
 from tlora.errors import (
     ArtifactError,
     ConfigError,
@@ -137,6 +138,24 @@ def train(config: RunConfig) -> None:
     _report(run(config))
 
 
+def compare(config: CompareConfig) -> None:
+    """Run what is missing of a comparison."""
+    from datasets import disable_progress_bars
+
+    from tlora.stages.compare import run
+
+    disable_progress_bars()  # the bar is about runs
+    progress = run(config, tell=_say)
+    _say(f"{progress.finished} of {progress.total} runs of part {config.shard} are finished")
+    for line in progress.failed:
+        _say(f"failed: {line}")
+    if progress.waiting:
+        _say(
+            f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; bring the"
+            f" files of all machines together in {config.output_dir}/runs and run this again."
+        )
+
+
 def inspect(config: InspectConfig) -> None:
     """Show a plan."""
     from tlora import AdapterPlan
@@ -184,6 +203,7 @@ VERBS = {
         Verb("demo", "see it work on a small embedded model", DemoConfig, demo),
         Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
+        Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
         Verb("inspect", "show a plan as a table and a picture", InspectConfig, inspect),
         Verb("list", "list methods, tasks, formats and presets", ListConfig, list_registered),
     )
@@ -201,8 +221,10 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # --help, after showing it
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        _complain("interrupted; a training goes on from its last checkpoint with --resume.")
+    except KeyboardInterrupt as stop:
+        _complain(
+            str(stop) or "interrupted; a training goes on from its last checkpoint with --resume."
+        )
         return 130
     except BrokenPipeError:
         # The reader of our output has left (`tlora list | head -1`): nothing more to say.
@@ -236,7 +258,11 @@ def _run(argv: list[str]) -> int:
     parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest, more_help)
     if parsed.print_config:
         record = parsed.record
-        _say(to_yaml(record.resolved() if isinstance(record, RunConfig) else record).rstrip())
+        _say(
+            to_yaml(
+                record.resolved() if isinstance(record, (RunConfig, CompareConfig)) else record
+            ).rstrip()
+        )
     else:
         verb.run(parsed.record)
     return 0

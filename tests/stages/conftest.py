@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import pytest
 
 from tlora.runconfig import CalibrationConfig, RunConfig
 from tlora.stages import train
+from tlora.stages.compare import PRELOAD
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fork_server():
+    """Let the first queue of the session start a fork server that serves real runs too."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD])
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
     return prepare(setup, setup.load_model(device), plan)
 
 
-def prepare(setup: Setup, model: Any, plan: AdapterPlan | None = None) -> Prepared:
+def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place."""
     import transformers
 

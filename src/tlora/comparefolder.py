@@ -1,0 +1,116 @@
+"""The folder of a comparison: one JSON file a run, merged by putting the files into one folder.
+
+::
+
+    compare.json       the comparison as it was last started, and what its runs have in common
+    runs/NAME.json     one finished or failed run
+    logs/NAME.log      what a failed run wrote to its standard streams
+    adapters/NAME/     the adapter of a final run, if they are kept
+    report.html, report.md, report.csv
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.files import read_json, write_json
+
+_KIND = "tlora comparison"
+_RUN_KIND = "tlora comparison run"
+
+
+class CompareFolder:
+    """The files of one comparison; making this object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.runs = self.path / "runs"
+        self.logs = self.path / "logs"
+        self.work = self.path / "work"
+        self.adapters = self.path / "adapters"
+        self._comparison = self.path / "compare.json"
+
+    def start(self, comparison: dict[str, Any]) -> None:
+        """Write down what is about to run.
+
+        Raises:
+            ConfigError: the folder is not free for a comparison.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; choose another --output_dir.", "output_dir")
+        if not self._comparison.is_file() and any(self.path.glob("*.json")):
+            raise ConfigError(
+                f"{self.path} holds something else; choose another --output_dir.", "output_dir"
+            )
+        write_json(self._comparison, {"kind": _KIND, "version": 1} | comparison)
+
+    def read(self) -> dict[str, Any]:
+        """Return what `start` wrote.
+
+        Raises:
+            ArtifactError: there is no comparison in the folder, or the file is damaged.
+        """
+        if not self._comparison.is_file():
+            raise ArtifactError(f"{self.path}: there is no compare.json; no comparison is here.")
+        found = read_json(self._comparison)
+        if not isinstance(found, dict) or found.get("kind") != _KIND:
+            raise ArtifactError(f"{self._comparison}: not written by `tlora compare`.")
+        return found
+
+    def record_file(self, name: str) -> Path:
+        """Return where the record of the run ``name`` is, or will be."""
+        return self.runs / f"{name}.json"
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Return the record of the run ``name``, or None if it has not run.
+
+        Raises:
+            ArtifactError: the file is damaged or something else.
+        """
+        file = self.record_file(name)
+        if not file.is_file():
+            return None
+        record = read_json(file)
+        if not isinstance(record, dict) or record.get("kind") != _RUN_KIND:
+            raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
+        return record
+
+    def write_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write the record of a run, atomically."""
+        write_json(self.record_file(name), {"kind": _RUN_KIND, "version": 1} | record)
+
+    def names(self) -> list[str]:
+        """Return the names of all records."""
+        return sorted(file.stem for file in self.runs.glob("*.json"))
+
+    @contextmanager
+    def locked(self, part: str) -> Iterator[None]:
+        """Keep a second process off the same part of the work, for as long as this one lives.
+
+        Raises:
+            ConfigError: one is at it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / f".lock-{part.replace('/', '-of-')}", os.O_CREAT | os.O_RDWR)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{self.path}: another process is at part {part} of this comparison; wait for"
+                    " it, or give each its own --shard.",
+                    where="output_dir",
+                ) from None
+            yield
+        finally:
+            os.close(handle)

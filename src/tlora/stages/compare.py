@@ -1,0 +1,244 @@
+"""`tlora compare`: methods x learning rates x seeds on one task, the same protocol for all.
+
+The walk: the record is checked and the rows are read once, before anything is written; the tuning
+runs of each method choose its learning rate on the validation rows; its final runs, other seeds at
+that rate, are reported on the test rows. Each run is a process (`tlora.stages.queue`) that leaves
+one JSON file (`tlora.stages.onerun`), so that stopping, going on and spreading over machines all
+come down to which files there are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tlora.compareconfig import CompareConfig
+from tlora.comparefolder import CompareFolder
+from tlora.errors import ConfigError, did_you_mean
+from tlora.runfolder import provenance
+from tlora.stages.onerun import portable
+from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
+from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
+
+if TYPE_CHECKING:
+    from tlora.stages.setup import Setup
+
+Tell = Callable[[str], None]
+
+RUN = "tlora.stages.onerun:run"
+PRELOAD = ("tlora.stages.preload",)
+_LOWER = ("loss", "mse")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison has come, when `run` returns."""
+
+    finished: int
+    """Runs of this part that are done."""
+    total: int
+    """Runs of this part, as far as they are known."""
+    failed: list[str]
+    """Runs that failed in this call: name and cause."""
+    waiting: list[str]
+    """Methods whose tuning runs are not all here, by label: other machines' part."""
+
+
+def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
+    """Do what is missing of this machine's part; a second call does nothing new.
+
+    Args:
+        config: the comparison.
+        tell: called with a line of text as each run ends, where there is no progress bar.
+
+    Raises:
+        ConfigError: a field is wrong, or the folder is taken.
+        DataError: rows are missing or not what the task expects.
+        KeyboardInterrupt: stopped by a signal; no run is left behind.
+    """
+    setup = check(config)
+    comparison = identify(config, setup)
+    folder = CompareFolder(config.output_dir)
+    with folder.locked(config.shard):
+        folder.start(
+            {
+                "config": portable(config),
+                "shared": experiment(config),
+                "experiment": comparison.experiment,
+                "metric": comparison.metric,
+                "better": comparison.better,
+                "provenance": provenance(seed=None),
+            }
+        )
+        shutil.rmtree(folder.work, ignore_errors=True)
+        schedule = Schedule(comparison, folder)
+        return work(schedule, workers(config), tell)
+
+
+def check(config: CompareConfig) -> Setup:
+    """Settle what can be settled before the first run; return the setup of the first method.
+
+    Raises:
+        ConfigError, DataError: as in `run`.
+    """
+    from tlora.stages.arguments import training_arguments
+    from tlora.stages.onerun import split
+    from tlora.stages.setup import settle
+
+    entry = config.entries()[0]
+    folder = CompareFolder(config.output_dir)
+    setup = settle(config.run_config(entry, entry.learning_rates[0], config.final_seeds[0]))
+    if setup.held_out is None:
+        raise ConfigError("there are no test rows; give --test_file.", where="test_file")
+    training_arguments(setup, folder.work)
+    split(setup, config.validation, config.validation_seed)
+    return setup
+
+
+def identify(config: CompareConfig, setup: Setup) -> Comparison:
+    """Return the comparison with its metric and the digest of what its runs share.
+
+    Raises:
+        ConfigError: `metric` is no score of the task.
+    """
+    known = score_names(setup)
+    metric = (config.metric or known[0]).removeprefix("eval_")
+    if metric not in known:
+        names = ", ".join(map(repr, known))
+        raise ConfigError(
+            f"`metric` is {config.metric!r}, but the scores are {names}."
+            f"{did_you_mean(metric, known)}",
+            where="compare",
+        )
+    better = config.better or ("lower" if metric in _LOWER else "higher")
+    return Comparison(config, metric, better, digest(experiment(config)))
+
+
+def score_names(setup: Setup) -> list[str]:
+    """Return the names of the scores that an evaluation gives, the task's own first."""
+    import numpy as np
+
+    task, own = setup.task, []
+    if task.kind == "classification":
+        count = max(2, len(task.label_names or ()))
+        own = list(task.metrics(np.eye(count), np.arange(count)))
+    elif task.kind == "regression":
+        own = list(task.metrics(np.arange(3.0).reshape(3, 1), np.arange(3.0)))
+    return [*own, "loss"]
+
+
+def workers(config: CompareConfig) -> Workers:
+    """Return how the runs of ``config`` are to be run on this machine."""
+    return Workers(
+        function=RUN,
+        jobs=config.jobs,
+        threads=config.threads or max(1, cores() // config.jobs),
+        preload=PRELOAD,
+        gpus=visible_gpus(),
+    )
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES should say to choose each GPU that is visible here."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(index) for index in range(count)]
+
+
+def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
+    """Run what ``schedule`` has ready until nothing is left that can start here.
+
+    Raises:
+        KeyboardInterrupt: stopped by a signal; no process of a run is left.
+    """
+    from tqdm.auto import tqdm
+
+    folder = schedule.folder
+    points: dict[str, Point] = {}
+    failed: list[str] = []
+    done, total = schedule.counts()
+    with tqdm(initial=done, total=total, desc="Comparing", unit=" runs", disable=None) as bar:
+
+        def ready() -> Job | None:
+            point = schedule.next()
+            if point is None:
+                return None
+            points[point.name] = point
+            return _job(point, schedule.comparison.config, folder, workers.threads)
+
+        def settled(job: Job, outcome: Outcome) -> None:
+            point = points[job.name]
+            if outcome.exit_code != 0 or folder.record(job.name) is None:
+                cause = _note_failure(point, schedule, outcome)
+                failed.append(f"{job.name}: {cause}")
+            else:
+                job.log.unlink(missing_ok=True)
+            done, bar.total = schedule.counts()
+            bar.update(done - bar.n)
+            if bar.disable:
+                tell(_line(point, schedule, outcome, (done, bar.total)))
+
+        try:
+            with termination_interrupts():
+                workers.work(ready, settled)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; finished runs are kept, and the same command does the rest."
+            ) from None
+        finally:
+            shutil.rmtree(folder.work, ignore_errors=True)
+    done, total = schedule.counts()
+    waiting = [entry.label for entry in schedule.waiting()]
+    return Progress(done, total, failed, waiting)
+
+
+def _job(point: Point, config: CompareConfig, folder: CompareFolder, threads: int) -> Job:
+    run = config.run_config(point.entry, point.learning_rate, point.seed)
+    keep = config.keep_adapters and point.phase == "final"
+    payload = {
+        "record": {"kind": "tlora comparison run", "version": 1} | point.record(),
+        "config": run.to_dict() | {"output_dir": str(folder.work / point.name)},
+        "validation": config.validation,
+        "validation_seed": config.validation_seed,
+        "threads": threads,
+        "file": str(folder.record_file(point.name)),
+        "work": str(folder.work / point.name),
+        "adapter": str(folder.adapters / point.name) if keep else None,
+    }
+    return Job(point.name, payload, folder.logs / f"{point.name}.log")
+
+
+def _note_failure(point: Point, schedule: Schedule, outcome: Outcome) -> str:
+    """Write the record of a run that did not finish; return its cause in a line."""
+    config = schedule.comparison.config
+    lines = outcome.last_lines
+    run = config.run_config(point.entry, point.learning_rate, point.seed)
+    record = point.record() | {
+        "status": "failed",
+        "error": {"cause": outcome.cause, "last_lines": lines},
+        "seconds": {"total": round(outcome.seconds, 3)},
+        "config": portable(run),
+        "provenance": provenance(point.seed),
+    }
+    schedule.folder.write_record(point.name, record)
+    return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause
+
+
+def _line(point: Point, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
+    """Return a line about a run that has ended."""
+    comparison = schedule.comparison
+    rows = "test" if point.phase == "final" else "validation"
+    record = schedule.folder.record(point.name) or {}
+    score = comparison.score(record, rows)
+    said = f"{rows} {comparison.metric} {score:.4f}" if score is not None else "no score"
+    if record.get("status") != "finished":
+        said = f"failed, {outcome.cause}"
+    return (
+        f"{counts[0]}/{counts[1]} {point.entry.label} {point.learning_rate:g}"
+        f" seed {point.seed}: {said} ({outcome.seconds:.0f} s)"
+    )

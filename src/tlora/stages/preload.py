@@ -1,0 +1,16 @@
+"""What the runs of a comparison import before they do anything else, for the fork server.
+
+Importing starts no thread and touches no device, so the process that has imported this may fork.
+"""
+
+import datasets  # noqa: F401
+import peft  # noqa: F401
+import scipy.stats  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch  # noqa: F401
+import transformers  # noqa: F401
+import trl  # noqa: F401
+
+import tlora.adapter.attach
+import tlora.stages.onerun
+import tlora.stages.train  # noqa: F401

@@ -1,0 +1,224 @@
+"""Real runs of a comparison, as small as can be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tlora.compareconfig import CompareConfig
+from tlora.comparefolder import CompareFolder
+from tlora.errors import ConfigError, DataError
+from tlora.runconfig import CalibrationConfig, DataConfig
+from tlora.stages import compare, onerun
+from tlora.stages.points import experiment, file_digest, model_identity
+from tlora.stages.setup import settle
+
+
+@pytest.fixture(scope="session")
+def shared(llama_folder, sums):
+    return {
+        "model": llama_folder,
+        "train_file": sums,
+        "test_file": sums,
+        "validation": 4,
+        "methods": ["lora", "tlora"],
+        "learning_rates": [1e-2],
+        "tuning_seeds": [0],
+        "final_seeds": [1],
+        "adapter": {"r": 2},
+        "calibration": CalibrationConfig(samples=4, batch_size=2),
+        "threads": 1,
+        "trainer": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def compared(shared, tmp_path_factory):
+    """Run a whole comparison once: two methods, one rate, a tuning and a final seed each."""
+    path = tmp_path_factory.mktemp("compared") / "out"
+    lines = []
+    config = CompareConfig(**shared, output_dir=str(path), keep_adapters=True)
+    progress = compare.run(config, tell=lines.append)
+    return progress, CompareFolder(path), lines
+
+
+@pytest.fixture
+def records(compared):
+    _, folder, _ = compared
+    return {(r["method"], r["phase"]): r for r in map(folder.record, folder.names())}
+
+
+def test_a_comparison_runs_to_its_end(compared):
+    progress, folder, lines = compared
+    assert (progress.finished, progress.total) == (4, 4)
+    assert progress.failed == []
+    assert progress.waiting == []
+    assert len(lines) == 4
+    assert lines[0].startswith("1/4 lora 0.01 seed 0: validation loss ")
+    assert sorted(p.name for p in folder.path.iterdir() if p.name[0] != ".") == [
+        "adapters",
+        "compare.json",
+        "logs",
+        "runs",
+    ]
+    assert sorted(p.name.split("-")[0] for p in folder.adapters.iterdir()) == ["lora", "tlora"]
+
+
+def test_a_record_says_where_it_comes_from(records):
+    record = records["tlora", "final"]
+    assert record["config"]["adapter"]["whiten"] is False  # defaults are written out
+    assert record["config"]["trainer"]["learning_rate"] == record["learning_rate"] == 1e-2
+    assert record["seed"] == record["config"]["seed"] == record["config"]["adapter"]["seed"] == 1
+    assert record["provenance"]["packages"]["torch"] == torch.__version__
+    assert record["provenance"]["git"].keys() == {"commit", "dirty"}
+    assert record["provenance"]["hardware"]["torch_threads"] == record["threads"]
+    assert record["rows"] == {"train": 20, "test": 24}
+    assert (record["steps"], record["batch"]) == (3, 2)
+    assert [step for step, _ in record["curves"]["loss"]] == [1, 2, 3]
+    assert record["seconds"].keys() == {"load", "initialise", "train", "evaluate"}
+    assert record["plan"]["model.layers.0.self_attn.q_proj"].keys() == {"rank", "scale"}
+    assert records["lora", "final"]["plan"] is None
+
+
+def test_a_record_names_no_folder_of_this_machine(compared, shared):
+    _, folder, _ = compared
+    files = [*folder.runs.iterdir(), folder.path / "compare.json"]
+    for file in files:
+        text = file.read_text()
+        assert str(Path(shared["model"]).parents[1]) not in text
+        assert str(folder.path) not in text
+
+
+def test_test_rows_are_for_final_runs_and_validation_rows_for_tuning(records):
+    for (_, phase), record in records.items():
+        assert record["scores"].keys() == {"test" if phase == "final" else "validation"}
+
+
+def test_methods_see_the_same_rows_in_the_same_order_and_seeds_another(records):
+    order = {key: record["data_order"] for key, record in records.items()}
+    assert order["lora", "final"] == order["tlora", "final"]
+    assert order["lora", "tuning"] == order["tlora", "tuning"]
+    assert order["lora", "final"] != order["lora", "tuning"]
+
+
+def test_the_memory_is_that_of_the_runs_own_process(records):
+    for record in records.values():
+        memory = record["memory"]
+        assert memory["stages"].keys() == {"initialise", "train"}
+        assert 0 < memory["bytes"] == max(memory["stages"].values()) < 2**30
+        assert memory["device"] == "cpu"
+
+
+def test_the_peak_is_that_of_its_stage():
+    from tlora.stages.memory import PeakMemory
+
+    size = 64 * 2**20
+    memory = PeakMemory(torch.device("cpu"))
+    held = torch.ones(size // 4)
+    memory.stage("large")
+    del held
+    memory.stage("small")
+    assert size * 0.9 < memory.stages["large"] < size * 1.5
+    assert memory.to_dict()["bytes"] == max(memory.stages.values())
+
+
+def test_held_out_rows_are_the_same_for_every_run_and_apart(shared, sums):
+    config = CompareConfig(**shared)
+    setup = settle(config.run_config(config.entries()[0], 1e-2, 7))
+    train, held = onerun.split(setup, 0.25, seed=0)
+    assert (len(train), len(held)) == (18, 6)
+    seen = [tuple(row) for row in [*train["input_ids"], *held["input_ids"]]]
+    assert sorted(seen) == sorted(map(tuple, setup.train["input_ids"]))
+    assert onerun.split(setup, 6, seed=0)[1]["input_ids"][:] == held["input_ids"][:]
+    assert onerun.split(setup, 6, seed=1)[1]["input_ids"][:] != held["input_ids"][:]
+    all_train, from_file = onerun.split(setup, sums, seed=0)
+    assert len(all_train) == len(from_file) == 24
+    with pytest.raises(DataError, match="holds 24 of 24 training rows out"):
+        onerun.split(setup, 24, seed=0)
+
+
+def test_what_trains_is_counted_by_where_it_belongs(tiny_bert_classifier):
+    import peft
+
+    base = tiny_bert_classifier()
+    names = {onerun._base_name(name) for name, _ in base.named_parameters()}
+    head = sum(p.numel() for p in base.classifier.parameters())
+    options = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    counts = onerun.count_parameters(peft.get_peft_model(base, options), names)
+    assert counts == {"adapter": 2 * 2 * (16 + 16), "others": head}
+    whole = tiny_bert_classifier()
+    everything = sum(p.numel() for p in whole.parameters())
+    assert onerun.count_parameters(whole, names) == {"adapter": 0, "others": everything}
+
+
+def test_a_number_that_json_does_not_have_is_null():
+    assert onerun._finite({"a": [float("nan"), 1.0, (2, float("inf"))], "b": "x"}) == {
+        "a": [None, 1.0, [2, None]],
+        "b": "x",
+    }
+
+
+def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
+    first = experiment(CompareConfig(**shared))
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(Path(shared["train_file"]).read_bytes())
+    assert experiment(CompareConfig(**shared | {"train_file": str(moved)})) == first
+    moved.write_bytes(moved.read_bytes() + b'{"prompt": "a", "response": "b"}\n')
+    assert experiment(CompareConfig(**shared | {"train_file": str(moved)})) != first
+    for change in (
+        {"trainer": {"max_steps": 4}},
+        {"validation": 5},
+        {"validation_seed": 1},
+        {"task": "gsm8k"},
+    ):
+        assert experiment(CompareConfig(**shared | change)) != first
+    for same in ({"title": "x"}, {"jobs": 3}, {"adapter": {"r": 3}}, {"learning_rates": [1.0]}):
+        assert experiment(CompareConfig(**shared | same)) == first
+    assert model_identity("a/name-on-the-hub") == "a/name-on-the-hub"
+    assert first["model"] == model_identity(shared["model"]) != shared["model"]
+    assert first["files"]["train_file"] == file_digest(shared["train_file"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"test_file": None}, ConfigError, "there are no test rows; give --test_file"),
+        ({"metric": "los"}, ConfigError, "`metric` is 'los', but the scores are 'loss'. Did you"),
+        ({"validation": 24}, DataError, "holds 24 of 24 training rows out"),
+        ({"model": None}, ConfigError, "`model` is missing"),
+        (
+            {"trainer": {"max_step": 3}},
+            ConfigError,
+            "no field `max_step`. Did you mean 'max_steps'",
+        ),
+    ],
+)
+def test_a_fault_comes_before_anything_is_written(shared, tmp_path, fields, error, message):
+    config = CompareConfig(**shared | {"output_dir": str(tmp_path / "out")} | fields)
+    with pytest.raises(error) as fault:
+        compare.run(config)
+    assert message in str(fault.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_metric_is_the_tasks_own_unless_another_is_given(shared, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"text": f"so {n}", "label": "yes" if n % 2 else "no"} for n in range(12)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(kind="classification", text_column="text", label_column="label")
+    labelled = shared | {"train_file": str(rows), "test_file": str(rows), "data": data}
+    for fields, expected in (
+        (shared, ("loss", "lower")),
+        (labelled, ("accuracy", "higher")),
+        (labelled | {"metric": "eval_loss"}, ("loss", "lower")),
+        (labelled | {"metric": "f1_macro", "better": "lower"}, ("f1_macro", "lower")),
+    ):
+        config = CompareConfig(**fields)
+        found = compare.identify(config, compare.check(config))
+        assert (found.metric, found.better) == expected
