@@ -14,14 +14,14 @@ def config(**fields):
 
 def test_an_entry_says_only_what_differs():
     made = config(
-        adapter={"r": 4, "use_rslora": True},
-        methods=["tlora", {"name": "lora", "label": "LoRA 16", "adapter": {"r": 16}}],
+        adapter={"r": 4, "lr_ratio": 2.0},
+        methods=["tlora", {"name": "loraplus", "label": "LoRA+ 16", "adapter": {"r": 16}}],
     )
-    tlora, lora = made.entries()
+    tlora, plus = made.entries()
     assert (tlora.label, tlora.adapter) == ("tlora", {"r": 4})  # it has no such option
-    assert (lora.label, lora.adapter) == ("LoRA 16", {"r": 16, "use_rslora": True})
-    assert lora.learning_rates == tlora.learning_rates == [1e-3]
-    assert lora.given() == lora.adapter
+    assert (plus.label, plus.adapter) == ("LoRA+ 16", {"r": 16, "lr_ratio": 2.0})
+    assert plus.learning_rates == tlora.learning_rates == [1e-3]
+    assert plus.given() == plus.adapter
     assert config(adapter={"r": 8}).entries()[0].given() == {}  # the method's own default
 
 

@@ -265,8 +265,8 @@ class CompareConfig(SharedConfig):
             faults.append(f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines.")
         if self.calibration.cache:
             faults.append(
-                "`calibration.cache` has no place in a comparison: each run calibrates, and its time"
-                " is counted."
+                "`calibration.cache` has no place in a comparison: each run calibrates, and the"
+                " time it takes is counted."
             )
         if not self.output_dir:
             faults.append("`output_dir` is empty; name a folder.")
