@@ -14,10 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.freeze import freeze_a
+from tlora.adapter.offloaded import load_onto_offloaded, make_room, refuse_offloaded_training
 from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.samples import Reading, plan_samples
 from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
+from tlora.calibration.offload import loaded_by
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
@@ -70,18 +72,21 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        AdapterError: the plan does not fit the model (every misfit is named), or no gradient
-            passes its 4-bit weights any more; nothing is changed.
+        AdapterError: the plan does not fit the model (every misfit is named), no gradient passes
+            its 4-bit weights any more, or a head that would train is offloaded; nothing is
+            changed.
     """
     from peft import get_peft_model
 
     _check_fit(model, plan)
+    refuse_offloaded_training(model, plan.config, plan.modules)
     keep_gradients(model)
     config = lora_config(plan, model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    make_room(adapted, adapter_name)
     with torch.no_grad():
         for name, module in plan.modules.items():
             if module.rank == 0:
@@ -127,9 +132,8 @@ def load_adapter(
         )
     if is_trainable:
         keep_gradients(model)
-    adapted = PeftModel.from_pretrained(
-        model, path, adapter_name=adapter_name, is_trainable=is_trainable
-    )
+    load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
+    adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
     if freeze:
         freeze_a(adapted, adapter_name)
     return adapted

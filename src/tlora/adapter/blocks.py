@@ -26,6 +26,7 @@ from tlora.calibration.bank import Accumulator, MomentBank
 from tlora.calibration.batches import as_batch, batch_size
 from tlora.calibration.collector import Collector
 from tlora.calibration.faults import numbered, warn_of_skipped, within_memory
+from tlora.calibration.offload import device_of
 from tlora.calibration.probe import checked_targets, first_pass, probing, progress_bar
 from tlora.calibration.sources import input_sources
 from tlora.calibration.statistics import ModuleStatistics
@@ -99,7 +100,7 @@ def _settle(
     if config.needs_moments and config.memory_budget is not None:
         batches = list(batches)
         if batches:
-            batch = as_batch(batches[0], next(model.parameters()).device)
+            batch = as_batch(batches[0], device_of(model))
             sources = within_memory(
                 partial(input_sources, model, targets, batch),
                 lambda: f"the forward pass of {numbered(0, batch_size(batch))}",

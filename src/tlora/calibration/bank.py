@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from tlora.calibration.hooks import Record
+from tlora.calibration.offload import device_of
 from tlora.calibration.spill import Spill
 from tlora.calibration.targets import Target
 from tlora.linalg.moments import SecondMoment
@@ -125,7 +125,7 @@ class MomentBank:
         return group
 
     def _new_moment(self, target: Target, group: int) -> SecondMoment:
-        device: torch.device = next(target.module.parameters()).device
+        device = device_of(target.module)
         if self.spill is None:
             return SecondMoment(target.d_in, device=device)
         scatter, in_memory = self.spill.zeros(target.d_in, device)

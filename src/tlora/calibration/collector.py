@@ -33,6 +33,7 @@ from tlora.calibration.bank import Accumulator
 from tlora.calibration.checks import BadSamples, check_gradients, check_inputs, checked_weights
 from tlora.calibration.faults import numbered
 from tlora.calibration.hooks import AllSeen, Record, recording
+from tlora.calibration.offload import device_of
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.targets import Target
 from tlora.errors import CalibrationError
@@ -127,7 +128,7 @@ class Collector:
         """Go on from the `state` of another collector; its units are not kept."""
         for target in self.targets:
             if target.name in tensors:
-                device = next(target.module.parameters()).device
+                device = device_of(target.module)
                 self.sensitivities[target.name] = tensors[target.name].to(device, copy=True)
         self.samples, self.given = values["samples"], values["given"]
         self.skipped = {int(number): reason for number, reason in values["skipped"].items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tlora.calibration.batches import TokenLayout
+from tlora.calibration.offload import saved_by_reference
 from tlora.calibration.targets import Target
 
 
@@ -56,7 +57,9 @@ class Record:
             UnknownLayout: they cannot be told apart.
         """
         for call in self.calls:
-            call.rows, call.mask = layout.split(self.target.module, call.inputs)
+            call.rows, mask = layout.split(self.target.module, call.inputs)
+            # Layers may lie on several devices, and the batch on one of them.
+            call.mask = None if mask is None else mask.to(call.rows.device)
 
     def joined(self, size: int) -> tuple[Tensor, Tensor | None]:
         """Return the inputs of all calls as one B x T x d tensor, and its B x T mask."""
@@ -111,7 +114,8 @@ def recording(
         if layout.decoder_modules:
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
             handles.append(encoder.register_forward_hook(partial(_on_encoder, layout)))
-        yield
+        with saved_by_reference(model) if backward else contextlib.nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

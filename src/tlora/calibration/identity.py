@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlora.calibration.offload import loaded_by
 from tlora.config import TLoraConfig
 
 # What a calibration may hold, by the property of `TLoraConfig` that asks for it.
@@ -89,11 +90,13 @@ def model_key(model: nn.Module) -> str:
     """
     described = []
     samples: dict[torch.device, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    offloaded = loaded_by(model)
+    # Under each of its names, because an offloaded model unties its weights as it runs.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         # DeepSpeed keeps the whole shape beside an emptied parameter.
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         described.append(f"{name} {shape} {parameter.dtype}")
-        for stored in _stored(parameter.detach()):
+        for stored in [] if name in offloaded else _stored(parameter.detach()):
             samples.setdefault(stored.device, []).append(_some_bytes(stored))
     digest = hashlib.sha256("\n".join(described).encode())
     for parts in samples.values():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tlora.calibration.cpu_kernels import gradients_kept, train_8bit
+from tlora.calibration.offload import offload_again
 
 
 @contextlib.contextmanager
@@ -20,23 +21,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
     that dropout is off (and with it gradient checkpointing, which transformers runs in training
     only). Restored after the body, also when it raises: ``requires_grad`` of each parameter, the
     mode of each module, and the random states of Python, NumPy (where loaded) and torch, so that
-    a run with calibration draws the numbers that a run without it draws. Quantised
-    layers run by the kernels that training uses (`cpu_kernels`).
+    a run with calibration draws the numbers that a run without it draws. Quantised layers run by
+    the kernels that training uses (`cpu_kernels`), and offloaded parameters are offloaded again.
     """
     modes = [(module, module.training) for module in model.modules()]
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By place: an offloaded parameter is another object after each call of its module.
+    needs = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
     with _random_states(), gradients_kept(model):
         try:
-            for parameter, _ in needs:
-                parameter.requires_grad_(False)
+            for module, name, _ in needs:
+                module.get_parameter(name).requires_grad_(False)
             model.eval()
             train_8bit(model)
             yield
         finally:
+            offload_again(model)
             for module, training in modes:
                 module.training = training
-            for parameter, needed in needs:
-                parameter.requires_grad_(needed)
+            for module, name, needed in needs:
+                module.get_parameter(name).requires_grad_(needed)
 
 
 @contextlib.contextmanager

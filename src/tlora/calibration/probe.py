@@ -19,6 +19,7 @@ from tlora.calibration.collector import Collector
 from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
 from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
+from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved
 from tlora.calibration.spill import Spill
 from tlora.calibration.statistics import Calibration, ModuleStatistics
@@ -114,14 +115,22 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     """Return the targets of a model that can be calibrated.
 
     Raises:
-        CalibrationError: a parameter is on ``meta``.
+        CalibrationError: a parameter is on ``meta`` and nothing loads it, or a target's with those
+            of another module alone.
         ConfigError: no module matches.
     """
     targets = find_targets(model, config)
+    loaded = loaded_by(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and name not in loaded:
             raise CalibrationError(
                 f"{name} is on `meta`, without values; load the model's weights to calibrate."
+            )
+    for target in targets:
+        if not can_be_loaded(target.module):
+            raise CalibrationError(
+                f"{target.name}: its weight is loaded with those of an outer module"
+                " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
     if config.target_modules == "all-linear":
         _warn_of_fused_experts(model)
@@ -160,7 +169,7 @@ def first_pass(
 
 def _read(collector: Collector, batch: Any) -> None:
     collector.stage = "the transfer"
-    collector.add(reading.as_batch(batch, next(collector.model.parameters()).device))
+    collector.add(reading.as_batch(batch, device_of(collector.model)))
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.hooks import Record
+from tlora.calibration.offload import device_of
 from tlora.calibration.targets import Target
 from tlora.calibration.weights import dense_weight
 from tlora.linalg.moments import centred_rows
@@ -32,9 +33,7 @@ class StreamBank:
     def __init__(self, targets: Sequence[Target], ranks: Mapping[str, int], seed: int) -> None:
         self.targets = targets
         self.spaces = {
-            t.name: StreamedSubspace(
-                t.d_in, ranks[t.name], seed, device=next(t.module.parameters()).device
-            )
+            t.name: StreamedSubspace(t.d_in, ranks[t.name], seed, device=device_of(t.module))
             for t in targets
         }
 

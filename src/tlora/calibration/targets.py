@@ -57,6 +57,11 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     return targets
 
 
+def heads_of(config: TLoraConfig) -> list[str]:
+    """Return the names of the modules that train in full: those asked for, and PEFT's own heads."""
+    return [*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])]
+
+
 def fused_expert_parameters(model: nn.Module) -> list[str]:
     """Return the names of 3-D expert parameters, which no Linear wraps and so nothing adapts."""
     return [
@@ -105,7 +110,7 @@ def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
-        modules_to_save=[*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])],
+        modules_to_save=heads_of(config),
         task_type=config.task_type,
     )
     _maybe_include_all_linear_layers(rule, model)

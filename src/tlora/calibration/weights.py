@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.offload import resident
 from tlora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -25,13 +26,19 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def dense_weight(target: Target) -> Tensor:
     """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
 
-    A quantised weight is dequantised anew by each call, so that no more of them are alive than
-    the caller holds; the stored one is only read.
+    A quantised weight is dequantised and an offloaded one loaded anew by each call, so that no
+    more of them are alive than the caller holds; the stored one is only read.
 
     Raises:
         AdapterError: the weight is on the meta device, is stored in a form not known here, or
             cannot be read as it is; the supported forms are named.
     """
+    with resident(target.module), torch.no_grad():
+        return _read(target).detach().to(torch.float32)
+
+
+def _read(target: Target) -> Tensor:
+    """Return a resident weight as d_out x d_in of any float dtype; may be a view of it."""
     module = target.module
     if any(parameter.is_meta for parameter in module.parameters()):
         raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
@@ -42,17 +49,16 @@ def dense_weight(target: Target) -> Tensor:
             f"{target.name}: its weight is stored as {_described(module)}, which cannot be read as"
             f" a matrix; supported are {known}: load the model in one of these."
         )
-    with torch.no_grad():
-        try:
-            weight = storage.read(module)
-        except _Unreadable as reason:
-            raise AdapterError(f"{target.name}: {reason}.") from None
+    try:
+        weight = storage.read(module)
+    except _Unreadable as reason:
+        raise AdapterError(f"{target.name}: {reason}.") from None
     if weight.shape != (target.d_out, target.d_in):
         raise AdapterError(
             f"{target.name}: its {storage.name} weight reads as {tuple(weight.shape)}, but it maps"
             f" {target.d_in} to {target.d_out} features; load the model anew."
         )
-    return weight.detach().to(torch.float32)
+    return weight
 
 
 def is_hqq_linear(module: nn.Module) -> bool:
