@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tlora import __version__, presets
 from tlora.compareconfig import CompareConfig
@@ -32,6 +32,9 @@ from tlora.errors import (
 )
 from tlora.registry import FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
+
+if TYPE_CHECKING:
+    from tlora.comparefolder import CompareFolder
 
 _BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -73,10 +76,11 @@ class InitConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class InspectConfig:
-    """Show ranks, scales and captured energy of a plan, as a table and as a picture."""
+    """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
+    comparison, make page and tables again from its files."""
 
     path: str = field(metadata={"positional": True})
-    """A run's folder, or a plan.safetensors."""
+    """A run's folder, a plan.safetensors, or a comparison's folder."""
     by: Literal["module", "layer", "projection"] = "module"
     """What a line of the table is about."""
     picture: str | None = None
@@ -139,25 +143,45 @@ def train(config: RunConfig) -> None:
 
 
 def compare(config: CompareConfig) -> None:
-    """Run what is missing of a comparison."""
+    """Run what is missing of a comparison; make its page and tables of what there is."""
     from datasets import disable_progress_bars
 
+    from tlora.comparefolder import CompareFolder
     from tlora.stages.compare import run
 
     disable_progress_bars()  # the bar is about runs
     progress = run(config, tell=_say)
     _say(f"{progress.finished} of {progress.total} runs of part {config.shard} are finished")
-    for line in progress.failed:
-        _say(f"failed: {line}")
+    _show_comparison(CompareFolder(config.output_dir))
     if progress.waiting:
         _say(
             f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; bring the"
             f" files of all machines together in {config.output_dir}/runs and run this again."
         )
+    if progress.failed:
+        raise TLoraError(
+            "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
+            + "\nThe same command tries them again."
+        )
+
+
+def _show_comparison(folder: CompareFolder) -> None:
+    from tlora.report import comparison, page, plaintext
+
+    results = comparison.read(folder)
+    path = page.save(results, folder.path / "report.html")
+    texts = folder.path / "report.md", folder.path / "report.csv"
+    plaintext.save(results, *texts)
+    _say(f"\n{plaintext.markdown(results)}\npage: {path}\ntables: {texts[0]}, {texts[1]}")
 
 
 def inspect(config: InspectConfig) -> None:
-    """Show a plan."""
+    """Show a plan, or make the page of a comparison again."""
+    from tlora.comparefolder import CompareFolder
+
+    if CompareFolder(config.path).exists:
+        _show_comparison(CompareFolder(config.path))
+        return
     from tlora import AdapterPlan
     from tlora.report.heatmap import save
     from tlora.report.tables import show
@@ -204,7 +228,7 @@ VERBS = {
         Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
         Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
-        Verb("inspect", "show a plan as a table and a picture", InspectConfig, inspect),
+        Verb("inspect", "show a plan, or a comparison again", InspectConfig, inspect),
         Verb("list", "list methods, tasks, formats and presets", ListConfig, list_registered),
     )
 }

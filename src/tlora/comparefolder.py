@@ -35,6 +35,11 @@ class CompareFolder:
         self.adapters = self.path / "adapters"
         self._comparison = self.path / "compare.json"
 
+    @property
+    def exists(self) -> bool:
+        """Whether a comparison was started here."""
+        return self._comparison.is_file()
+
     def start(self, comparison: dict[str, Any]) -> None:
         """Write down what is about to run.
 
@@ -43,7 +48,7 @@ class CompareFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; choose another --output_dir.", "output_dir")
-        if not self._comparison.is_file() and any(self.path.glob("*.json")):
+        if not self.exists and any(self.path.glob("*.json")):
             raise ConfigError(
                 f"{self.path} holds something else; choose another --output_dir.", "output_dir"
             )
@@ -55,7 +60,7 @@ class CompareFolder:
         Raises:
             ArtifactError: there is no comparison in the folder, or the file is damaged.
         """
-        if not self._comparison.is_file():
+        if not self.exists:
             raise ArtifactError(f"{self.path}: there is no compare.json; no comparison is here.")
         found = read_json(self._comparison)
         if not isinstance(found, dict) or found.get("kind") != _KIND:

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
@@ -147,6 +147,20 @@ class SharedConfig:
         """Return the fields as plain JSON values."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Make a record from plain values; the inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a name is unknown (with a suggestion) or a value out of range.
+        """
+        check_names(cls, values, where="run")
+        sections: dict[str, Any] = {}
+        for name, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
+            check_names(record, values.get(name, {}), where=name)
+            sections[name] = record(**values.get(name, {}))
+        return cls(**values | sections)
+
 
 @dataclass(kw_only=True)
 class RunConfig(SharedConfig):
@@ -185,20 +199,6 @@ class RunConfig(SharedConfig):
         record = METHODS.load(self.method).options
         seeded = any(field.name == "seed" for field in dataclasses.fields(record))
         return record(**({"seed": self.seed} if seeded else {}) | self.adapter)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Make a config from plain values; the inverse of `to_dict`.
-
-        Raises:
-            ConfigError: a name is unknown (with a suggestion) or a value out of range.
-        """
-        check_names(cls, values, where="run")
-        sections: dict[str, Any] = {}
-        for name, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
-            check_names(record, values.get(name, {}), where=name)
-            sections[name] = record(**values.get(name, {}))
-        return cls(**values | sections)
 
     def resolved(self) -> RunConfig:
         """Return this run with every option of the method written out, defaults included."""

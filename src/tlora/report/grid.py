@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from tlora.adapter.plan import AdapterPlan, ModulePlan
+Module = TypeVar("Module")
 
 OUTSIDE = "-"
 """The row of modules that belong to no numbered layer, such as a head."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Generic[Module]):
     """Where each module of a plan stands.
 
     "model.layers.3.mlp.up_proj" stands in row "3", column "up_proj". Rows of a model with
@@ -24,12 +24,12 @@ class Grid:
 
     rows: list[str]
     columns: list[str]
-    cells: dict[tuple[str, str], ModulePlan]
+    cells: dict[tuple[str, str], Module]
 
     @classmethod
-    def of(cls, plan: AdapterPlan) -> Grid:
-        """Lay out every module of ``plan``, rows and columns in the order of the model."""
-        parts = {name: split(name) for name in plan.modules}
+    def of(cls, modules: Mapping[str, Module]) -> Grid[Module]:
+        """Lay out ``modules``, by full name; rows and columns in the order of the model."""
+        parts = {name: split(name) for name in modules}
         stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
         projections = {projection for *_, projection in parts.values()}
         short = {projection: projection.rpartition(".")[2] for projection in projections}
@@ -38,7 +38,7 @@ class Grid:
         cells = {}
         for name, (stack, layer, projection) in parts.items():
             row = str(layer) if len(stacks) == 1 else f"{stack}.{layer}"
-            cells[OUTSIDE if layer is None else row, short[projection]] = plan.modules[name]
+            cells[OUTSIDE if layer is None else row, short[projection]] = modules[name]
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = list(dict.fromkeys(column for _, column in cells))
         return cls(rows, columns, cells)

@@ -56,7 +56,7 @@ def draw(plan: AdapterPlan) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    grid = Grid.of(plan)
+    grid = Grid.of(plan.modules)
     tables = [(panel, _table(grid, panel)) for panel in PANELS]
     tables = [(panel, table) for panel, table in tables if not np.isnan(table).all()]
     across = min(2, len(tables))

@@ -76,7 +76,7 @@ def scores(lines: Iterable[Score]) -> Table:
 def _groups(plan: AdapterPlan, by: str) -> dict[str, list[ModulePlan]]:
     if by == "module":
         return {name: [module] for name, module in plan.modules.items()}
-    grid = Grid.of(plan)
+    grid = Grid.of(plan.modules)
     groups: dict[str, list[ModulePlan]] = {}
     for place, module in grid.cells.items():
         groups.setdefault(place[VIEWS.index(by) - 1], []).append(module)

@@ -1,0 +1,117 @@
+"""The charts of a comparison's page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tlora.report import svg
+from tlora.report.comparison import Curve, Results
+
+_PANEL = (228, 148)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 10, 24
+
+
+def strips(results: Results) -> dict[str, str]:
+    """Return, by method, its scores on an axis that all methods share."""
+    scored = [(m, m.score) for m in results.methods if m.score is not None]
+    values = [v for m, _ in scored for v in m.scores.values()]
+    values += [
+        end for _, s in scored for end in (s.low, s.high) if end is not None and _near(end, values)
+    ]
+    scale = svg.Scale.over(values, 0, 1)
+    name = results.comparison.metric
+    return {
+        m.label: svg.strip(
+            score,
+            [*m.scores.values()],
+            (scale.low, scale.high),
+            f"{m.label}: {name} of each seed "
+            + ", ".join(f"{value:.4f}" for value in m.scores.values()),
+        )
+        for m, score in scored
+    }
+
+
+def _near(end: float, values: Sequence[float]) -> bool:
+    """Whether an interval's end is no further out than the scores are wide: two seeds have
+    intervals that would flatten everything else."""
+    low, high = min(values), max(values)
+    return low - (high - low) <= end <= high + (high - low)
+
+
+def rates(results: Results) -> dict[str, str]:
+    """Return, by method, its validation score against the learning rate."""
+    lines = {m.label: sorted(m.tuning_means.items()) for m in results.methods}
+    rates = [rate for m in results.methods for rate in m.tuning]
+    scores = [s for m in results.methods for row in m.tuning.values() for s in row if s is not None]
+    if not scores:
+        return {}
+    frame = _frame(rates, scores, log_y=False)
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(3)]
+    drawn = {}
+    for method in results.methods:
+        seeds = [(r, s) for r, row in method.tuning.items() for s in row if s is not None]
+        others = [line for label, line in lines.items() if label != method.label]
+        parts = frame.axes(ticks, frame.y.ticks(3))
+        parts += svg.lines(frame, lines[method.label], others, svg.dots(frame, seeds, "seed"))
+        if method.rate is not None:
+            best = (method.rate, method.tuning_means[method.rate])
+            parts += svg.dots(frame, [best], "chosen", 5)
+        said = ", ".join(f"{score:.4f} at {rate:g}" for rate, score in lines[method.label])
+        drawn[method.label] = svg.panel(
+            frame, parts, f"{method.label}: mean validation {results.comparison.metric} {said}"
+        )
+    return drawn
+
+
+def curves(results: Results) -> dict[str, str]:
+    """Return, by method, the training loss by step, the mean over the final seeds."""
+    lines: dict[str, Curve] = {m.label: m.curve("loss") for m in results.methods}
+    lines = {label: [(s, v) for s, v in line if v > 0] for label, line in lines.items()}
+    steps = [step for line in lines.values() for step, _ in line]
+    losses = [loss for line in lines.values() for _, loss in line]
+    if not losses:
+        return {}
+    frame = _frame(steps, losses, log_y=True, log_x=False)
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(3)]
+    drawn = {}
+    for label, line in lines.items():
+        if line:
+            others = [other for name, other in lines.items() if name != label]
+            parts = [*frame.axes(ticks, frame.y.ticks(3)), *svg.lines(frame, line, others, [])]
+            said = f"from {line[0][1]:.3g} at step {line[0][0]:g} to {line[-1][1]:.3g}"
+            drawn[label] = svg.panel(frame, parts, f"{label}: training loss {said}")
+    return drawn
+
+
+def parameters(results: Results, width: int) -> str:
+    """Return the test score against the trained numbers of each method, ``width`` pixels wide."""
+    points = [
+        (float(m.parameters), m.score.mean, m.label)
+        for m in results.methods
+        if m.score is not None and m.parameters
+    ]
+    if not points:
+        return ""
+    height = 340
+    frame = svg.Frame(
+        svg.Scale.over([x for x, *_ in points], 48, width - 14, log=True),
+        svg.Scale.over([y for _, y, _ in points], height - 42, 24),
+        width,
+        height,
+    )
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(5 if width > 500 else 3)]
+    parts = frame.axes(ticks, frame.y.ticks(5)) + svg.labelled(frame, points)
+    parts += svg.caption(frame, "trained parameters", f"test {results.comparison.metric}")
+    said = "; ".join(f"{name} {x:,.0f}, {y:.4f}" for x, y, name in points)
+    return svg.panel(frame, parts, f"Trained parameters and test score: {said}")
+
+
+def _frame(xs: Sequence[float], ys: Sequence[float], log_y: bool, log_x: bool = True) -> svg.Frame:
+    width, height = _PANEL
+    return svg.Frame(
+        svg.Scale.over(xs, _LEFT, width - _RIGHT, log=log_x),
+        svg.Scale.over(ys, height - _BOTTOM, _TOP, log=log_y),
+        width,
+        height,
+    )

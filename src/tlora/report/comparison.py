@@ -1,0 +1,284 @@
+"""What the runs of a comparison say: plain data for the page and the tables, nothing drawn."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tlora.compareconfig import CompareConfig, MethodEntry
+from tlora.comparefolder import CompareFolder
+from tlora.errors import ArtifactError
+from tlora.report.choice import means
+from tlora.report.statistics import Difference, Interval, difference, holm, interval
+from tlora.stages.points import Comparison, Point
+
+Record = dict[str, Any]
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A run that has no score, and why."""
+
+    run: str
+    cause: str
+    last_lines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method of the comparison."""
+
+    entry: MethodEntry
+    rate: float | None
+    """The learning rate that validation chose; None while it has not."""
+    tuning: dict[float, list[float | None]]
+    """Validation scores by rate, a value a tuning seed."""
+    tuning_means: dict[float, float]
+    finals: dict[int, Record]
+    """Finished final runs by seed."""
+    scores: dict[int, float]
+    """Test scores by seed."""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.entry.label
+
+    @property
+    def score(self) -> Interval | None:
+        """Mean and interval of the test scores."""
+        return interval([*self.scores.values()]) if self.scores else None
+
+    @property
+    def edge(self) -> str | None:
+        """ "lowest" or "highest" if the chosen rate is at that end of the rates tried."""
+        rates = self.entry.learning_rates
+        if self.rate is None or len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
+            return None
+        return "lowest" if self.rate == rates[0] else "highest"
+
+    @property
+    def adapter_parameters(self) -> int | None:
+        """Trained numbers of the adapter, mean over seeds."""
+        return self._count("adapter")
+
+    @property
+    def other_parameters(self) -> int | None:
+        """Trained numbers of the head and of the base model, mean over seeds."""
+        return self._count("others")
+
+    @property
+    def parameters(self) -> int | None:
+        """All trained numbers."""
+        counts = (self.adapter_parameters, self.other_parameters)
+        return None if counts[0] is None else sum(count or 0 for count in counts)
+
+    @property
+    def memory(self) -> int | None:
+        """Peak memory in bytes, the largest of the seeds."""
+        return max((r["memory"]["bytes"] for r in self.finals.values()), default=None)
+
+    @property
+    def plan(self) -> dict[str, dict[str, float]] | None:
+        """Rank and scale by module, of the lowest final seed, if the method plans them."""
+        records = [self.finals[seed] for seed in sorted(self.finals)]
+        return next((record["plan"] for record in records if record.get("plan")), None)
+
+    def seconds(self, stage: str) -> float | None:
+        """Return the mean seconds of a stage."""
+        return _mean(r["seconds"][stage] for r in self.finals.values())
+
+    def curve(self, name: str) -> Curve:
+        """Return the mean over seeds of a curve, at the steps that all seeds have."""
+        curves = [dict(map(tuple, r["curves"].get(name, []))) for r in self.finals.values()]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        points = ((step, [curve[step] for curve in curves]) for step in steps)
+        return [(s, statistics.fmean(v)) for s, v in points if None not in v]
+
+    def _count(self, what: str) -> int | None:
+        mean = _mean(r["parameters"][what] for r in self.finals.values())
+        return None if mean is None else round(mean)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole comparison, finished or not."""
+
+    comparison: Comparison
+    methods: list[MethodResult]
+    """Best test score first; methods without one last, in the order of the file."""
+    differences: dict[tuple[str, str], Difference]
+    """By pair of labels, better placed method first."""
+    holding: set[tuple[str, str]]
+    """Pairs whose difference holds when all pairs are tested together (Holm)."""
+    records: list[Record]
+    """All finished runs of this comparison."""
+    foreign: int
+    """Files in the folder that belong to other settings and are passed over."""
+
+    @property
+    def config(self) -> CompareConfig:
+        """The comparison's configuration."""
+        return self.comparison.config
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Every run without a score."""
+        return [problem for method in self.methods for problem in method.problems]
+
+    def find(self, first: str, second: str) -> Difference | None:
+        """Return first minus second, whichever way round the pair is kept."""
+        if (first, second) in self.differences:
+            return self.differences[first, second]
+        kept = self.differences.get((second, first))
+        if kept is None:
+            return None
+        i = kept.interval
+        low, high = (None if end is None else -end for end in (i.high, i.low))
+        return Difference(Interval(-i.mean, low, high, i.count), kept.p, -kept.better)
+
+    def values(self, *path: str) -> list[Any]:
+        """Return what the runs have at a path of keys, the most frequent value first."""
+        found: Counter[str] = Counter()
+        kept: dict[str, Any] = {}
+        for record in self.records:
+            value: Any = record
+            for key in path:
+                value = (value or {}).get(key)
+            found[repr(value)] += 1
+            kept[repr(value)] = value
+        return [kept[text] for text, _ in found.most_common()]
+
+
+def gather(comparison: Comparison, folder: CompareFolder) -> Results:
+    """Read the runs of ``comparison`` from ``folder``.
+
+    Raises:
+        ArtifactError: a file is damaged, or two runs were not trained alike.
+    """
+    methods = [_method(comparison, entry, folder) for entry in comparison.config.entries()]
+    sign = -1.0 if comparison.better == "higher" else 1.0
+    methods.sort(key=lambda m: (m.score is None, sign * m.score.mean if m.score else 0.0))
+    points = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
+    for method in methods:
+        if method.rate is not None:
+            points += comparison.final(method.entry, method.rate)
+    found = {point.name: folder.record(point.name) for point in points}
+    records = [r for r in found.values() if r and r["status"] == "finished"]
+    check_alike(records)
+    differences = _differences(methods, comparison.better)
+    return Results(
+        comparison=comparison,
+        methods=methods,
+        differences=differences,
+        holding=_holding(differences),
+        records=records,
+        foreign=len(set(folder.names()) - found.keys()),
+    )
+
+
+def read(folder: CompareFolder) -> Results:
+    """Read a comparison from its folder alone: neither model nor rows are needed.
+
+    Raises:
+        ArtifactError: there is none, a file is damaged, or two runs were not trained alike.
+    """
+    start = folder.read()
+    config = CompareConfig.from_dict(start["config"])
+    comparison = Comparison(config, start["metric"], start["better"], start["experiment"])
+    return gather(comparison, folder)
+
+
+def check_alike(records: Iterable[Record]) -> None:
+    """Check that runs saw as many rows in as many steps, and those of a seed in the same order.
+
+    Raises:
+        ArtifactError: two did not.
+    """
+    first: dict[Any, Record] = {}
+    for record in records:
+        size = (record["steps"], record["batch"], record["rows"]["train"])
+        _agree(first, "steps, batch and training rows", None, size, record)
+        if record["data_order"] is not None:
+            _agree(first, "order of the rows", record["seed"], record["data_order"], record)
+
+
+def _agree(first: dict[Any, Record], what: str, seed: Any, value: Any, record: Record) -> None:
+    held, by = first.setdefault((what, seed), {"value": value, "by": record["name"]}).values()
+    if held != value:
+        raise ArtifactError(
+            f"{record['name']} and {by} were not trained alike: {what} {value!r} and {held!r};"
+            " remove one of the files and run the comparison again."
+        )
+
+
+def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -> MethodResult:
+    tuning: dict[float, list[float | None]] = {}
+    points = comparison.tuning_of(entry)
+    problems = _problems(comparison, entry, points, folder)
+    for point in points:
+        score = comparison.score(folder.record(point.name), "validation")
+        tuning.setdefault(point.learning_rate, []).append(score)
+    rate = comparison.chosen(entry, folder)
+    finals: dict[int, Record] = {}
+    scores: dict[int, float] = {}
+    if rate is None:
+        reason = "no learning rate has a score at every tuning seed"
+        problems.append(Problem(f"{entry.label}, all final runs", reason))
+    else:
+        points = comparison.final(entry, rate)
+        problems += _problems(comparison, entry, points, folder)
+        for point in points:
+            record = folder.record(point.name)
+            score = comparison.score(record, "test")
+            if record is not None and score is not None:
+                finals[point.seed], scores[point.seed] = record, score
+    chosen_of = means(tuning, len(comparison.config.tuning_seeds))
+    return MethodResult(entry, rate, tuning, chosen_of, finals, scores, problems)
+
+
+def _problems(
+    comparison: Comparison, entry: MethodEntry, points: Sequence[Point], folder: CompareFolder
+) -> list[Problem]:
+    """Return why each of ``points`` has no score; those that have not run yet together."""
+    problems, missing = [], 0
+    for point in points:
+        record = folder.record(point.name)
+        rows = "test" if point.phase == "final" else "validation"
+        run = f"{entry.label}, {point.phase} run, rate {point.learning_rate:g}, seed {point.seed}"
+        if record is None:
+            missing += 1
+        elif record["status"] != "finished":
+            error = record["error"]
+            problems.append(Problem(run, f"failed, {error['cause']}", error["last_lines"]))
+        elif comparison.score(record, rows) is None:
+            problems.append(Problem(run, "its score is no number: the training diverged"))
+    if missing:
+        run = f"{entry.label}, {missing} of {len(points)} {points[0].phase} runs"
+        problems.append(Problem(run, "not run yet"))
+    return problems
+
+
+def _differences(methods: Sequence[MethodResult], better: str) -> dict[tuple[str, str], Difference]:
+    found = {}
+    for first, second in itertools.combinations(methods, 2):
+        made = difference(first.scores, second.scores, better)
+        if made is not None:
+            found[first.label, second.label] = made
+    return found
+
+
+def _holding(differences: dict[tuple[str, str], Difference]) -> set[tuple[str, str]]:
+    tested = {pair: d.p for pair, d in differences.items() if d.p is not None}
+    return {pair for pair, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = [*values]
+    return statistics.fmean(known) if known else None

@@ -1,0 +1,86 @@
+"""A comparison as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from tlora.files import replacing_file
+from tlora.report import wording
+from tlora.report.comparison import Results
+
+_COLUMNS = (
+    "method",
+    "phase",
+    "learning_rate",
+    "seed",
+    "score",
+    "adapter_parameters",
+    "other_parameters",
+    "memory_bytes",
+    "initialise_seconds",
+    "train_seconds",
+    "run",
+)
+
+
+def save(results: Results, markdown_path: str | Path, csv_path: str | Path) -> None:
+    """Write both files, each atomically."""
+    for path, text in ((markdown_path, markdown(results)), (csv_path, table(results))):
+        with replacing_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def markdown(results: Results) -> str:
+    """Return the headline table and what belongs to it."""
+    metric, better = results.comparison.metric, results.comparison.better
+    lines = [
+        f"**{results.config.title or results.config.task}** (test {metric}, {better} is better)",
+        "",
+        f"| method | {metric}, mean and 95 % interval | seeds | rate | adapter parameters | others"
+        " | peak MiB | init s | train s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in results.methods:
+        if m.score is None:
+            lines.append(f"| {m.label} | {wording.NONE} | | | | | | | |")
+            continue
+        seeds = " ".join(map(wording.number, m.scores.values()))
+        lines.append(
+            f"| {m.label} | {wording.number(m.score.mean)} {wording.margin(m.score)} | {seeds} |"
+            f" {m.rate:g} | {wording.count(m.adapter_parameters)} |"
+            f" {wording.count(m.other_parameters)} | {wording.mebibytes(m.memory)} |"
+            f" {wording.seconds(m.seconds('initialise'))} | {wording.seconds(m.seconds('train'))} |"
+        )
+    lines += ["", wording.summary(results), wording.caveat(results), ""]
+    lines += [f"- {m.label}: {said}." for m in results.methods if (said := wording.edge(m))]
+    lines += [f"- {sentence}" for sentence in wording.protocol(results)]
+    lines += [f"- Not there: {p.run}: {p.cause}." for p in results.problems]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Results) -> str:
+    """Return every finished run as a line of CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    labels = {(m.entry.name, repr(m.entry.given())): m.label for m in results.methods}
+    for record in results.records:
+        rows = "test" if record["phase"] == "final" else "validation"
+        writer.writerow(
+            [
+                labels[record["method"], repr(record["adapter"])],
+                record["phase"],
+                record["learning_rate"],
+                record["seed"],
+                results.comparison.score(record, rows),
+                record["parameters"]["adapter"],
+                record["parameters"]["others"],
+                record["memory"]["bytes"],
+                record["seconds"]["initialise"],
+                record["seconds"]["train"],
+                record["name"],
+            ]
+        )
+    return text.getvalue()

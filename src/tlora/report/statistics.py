@@ -1,0 +1,102 @@
+"""What may be said of a few seeds: intervals of a mean, and of the difference between two methods.
+
+All intervals are Student's: mean -+ t s / sqrt(n), with the sample's standard deviation s and the
+quantile t of n - 1 degrees of freedom. They cover the next seed on the same rows, not other rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+_FEWEST = 3  # two differences of rounded scores agree too often by chance
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, with its interval where there are seeds enough for one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.high is None else self.high - self.mean
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First method minus second, paired by seed."""
+
+    interval: Interval
+    p: float | None
+    """Two-sided p-value of the paired t-test; None where no spread was seen."""
+    better: int
+    """1: the first is better beyond the noise; -1: the second; 0: neither (a tie)."""
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Return the mean of ``values`` and its Student interval.
+
+    One value has no interval.
+    """
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Interval(mean, None, None, count)
+    from scipy import stats
+
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * _error(values)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def difference(
+    first: Mapping[int, float], second: Mapping[int, float], better: str, level: float = LEVEL
+) -> Difference | None:
+    """Compare two methods over the seeds that both have; None where they share none.
+
+    Runs of one seed share the rows' order and the new head, so the difference of a pair varies
+    less than the scores do. A difference whose interval holds zero is a tie; so is one of fewer
+    than three pairs, and one without any spread, which says nothing about the noise.
+
+    Args:
+        first: score by seed.
+        second: score by seed.
+        better: "higher" or "lower".
+        level: of the interval.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    differences = [first[seed] - second[seed] for seed in seeds]
+    found = interval(differences, level)
+    if found.count < _FEWEST or _error(differences) <= 1e-12 * max(1.0, abs(found.mean)):
+        return Difference(found, None, 0)
+    from scipy import stats
+
+    error = _error(differences)
+    p = float(2 * stats.t.sf(abs(found.mean) / error, found.count - 1))
+    if p >= 1 - level:
+        return Difference(found, p, 0)
+    sign = 1 if found.mean > 0 else -1
+    return Difference(found, p, sign if better == "higher" else -sign)
+
+
+def holm(p_values: Sequence[float], alpha: float = 1 - LEVEL) -> list[bool]:
+    """Return which of several tests hold together (Holm 1979): the chance that any is false is
+    at most ``alpha``."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    limits = (p_values[index] <= alpha / (len(order) - rank) for rank, index in enumerate(order))
+    holding = set(itertools.islice(order, sum(1 for _ in itertools.takewhile(bool, limits))))
+    return [index in holding for index in range(len(p_values))]
+
+
+def _error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,225 @@
+"""What a comparison's page says in sentences, and how it writes numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tlora.report.comparison import MethodResult, Results
+from tlora.report.statistics import Difference, Interval
+
+NONE = "\N{EN DASH}"
+"""What stands for a number that there is not."""
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a score: four decimals, or four digits where it is large; a dash for none."""
+    if value is None:
+        return NONE
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, the minus as a minus."""
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def count(value: float | None) -> str:
+    """Return a whole number with thin spaces between thousands."""
+    return NONE if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def mebibytes(value: float | None) -> str:
+    """Return bytes in MiB."""
+    return NONE if value is None else f"{value / 2**20:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """Return seconds with two or three digits."""
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def margin(score: Interval) -> str:
+    """Return "± half" of an interval, or what is missing for one."""
+    return "one seed" if score.half is None else f"± {number(score.half)}"
+
+
+def verdict(results: Results, first: str, second: str) -> str:
+    """Say in a sentence whether two methods differ beyond the noise."""
+    found = results.find(first, second)
+    if found is None:
+        return f"{first} and {second} have no seed in common yet."
+    if found.better == 0:
+        return _tie(first, second, found)
+    winner, loser = (first, second) if found.better == 1 else (second, first)
+    low, high = sorted(abs(end or 0.0) for end in (found.interval.low, found.interval.high))
+    return (
+        f"{winner} is better than {loser} by {number(abs(found.interval.mean))} (95 % interval"
+        f" {number(low)} to {number(high)}, {found.interval.count} seeds)."
+        f" {_together(results, first, second)}"
+    )
+
+
+def _tie(first: str, second: str, found: Difference) -> str:
+    known = found.interval
+    said = f"Tie: {first} minus {second} is {signed(known.mean)}"
+    if known.low is None or known.high is None:
+        return f"{said} at the one seed that both have, which cannot tell them apart."
+    if found.p is None:
+        return f"{said}, but {known.count} seeds without spread enough cannot tell them apart."
+    return (
+        f"{said} (95 % interval {signed(known.low)} to {signed(known.high)}, {known.count} seeds)."
+        " The interval holds zero: these seeds do not tell the two apart."
+    )
+
+
+def _together(results: Results, first: str, second: str) -> str:
+    pairs = len(results.differences)
+    if {(first, second), (second, first)} & results.holding:
+        return (
+            f"It holds too when all {pairs} pairs are tested together (Holm)." if pairs > 1 else ""
+        )
+    return (
+        f"That is this pair taken alone; when all {pairs} pairs are tested together (Holm) it does"
+        " not hold."
+    )
+
+
+def caveat(results: Results) -> str:
+    """Say what looking at many pairs does."""
+    pairs = len(results.differences)
+    expected = pairs / 20
+    return (
+        f"With {pairs} pairs at 95 %, about {expected:.0f} would differ by chance if all methods"
+        " were equal. Choose the pair before looking, or go by the test of all pairs together."
+        if pairs > 1
+        else "There is one pair, so nothing was picked from among many."
+    )
+
+
+def summary(results: Results) -> str:
+    """Say what the table shows, and what it does not."""
+    scored = [m for m in results.methods if m.score is not None]
+    if not scored:
+        return "No final run has finished yet."
+    best = scored[0]
+    score = number(best.score.mean if best.score else None)
+    if len(scored) == 1:
+        return f"Only {best.label} has final runs so far: {score}."
+    behind: list[str] = []
+    level: list[str] = []
+    for other in scored[1:]:
+        found = results.find(best.label, other.label)
+        (behind if found is not None and found.better == 1 else level).append(other.label)
+    parts = [f"Best mean: {best.label}, {score}."]
+    if level:
+        parts.append(f"Not told apart from it by these seeds: {', '.join(level)}.")
+    if behind:
+        parts.append(f"Behind it, each pair taken alone: {', '.join(behind)}.")
+    return " ".join(parts)
+
+
+def edge(method: MethodResult) -> str | None:
+    """Say if a method's best rate is the first or last of those tried."""
+    if method.edge is None:
+        return None
+    side = "above" if method.edge == "highest" else "below"
+    return (
+        f"best at the {method.edge} rate tried, {method.rate:g}: its optimum may lie {side}, and"
+        " its score may be short of what it can do"
+    )
+
+
+def protocol(results: Results) -> list[str]:
+    """Return how the comparison was made, a sentence or two each."""
+    config, comparison = results.config, results.comparison
+    rows = {k: v for r in results.records for k, v in r["rows"].items()}
+    steps = next(iter(results.values("steps")), None)
+    batch = next(iter(results.values("batch")), None)
+    tuned = ", ".join(map(str, config.tuning_seeds))
+    final = ", ".join(map(str, config.final_seeds))
+    held = (
+        f"the file {config.validation}"
+        if isinstance(config.validation, str)
+        else f"held out of the training file, the same for all (seed {config.validation_seed})"
+    )
+    return [
+        f"Task {config.task}, score {comparison.metric} ({comparison.better} is better);"
+        f" {count(rows.get('train'))} training rows, {count(rows.get('validation'))} validation"
+        f" rows ({held}), {count(rows.get('test'))} test rows.",
+        f"Every run of every method: the same rows, {count(steps)} steps of {count(batch)} rows,"
+        " the same schedule and optimizer settings, and for one seed the same order of rows and"
+        " the same new head. Runs whose steps, batch or order differ are refused.",
+        "Each method's learning rate is the one with the best mean over the tuning seeds"
+        f" ({tuned}) on the validation rows; of equal means the lower rate.",
+        f"What is reported are other seeds ({final}) at that rate, on the test rows, which no"
+        " choice has seen.",
+        "Intervals are Student's over seeds, 95 %. They say how another seed would do on these"
+        " test rows, not how other rows would do.",
+        "Differences are paired by seed. A difference whose interval holds zero, or of fewer than"
+        " three seeds, is called a tie.",
+    ]
+
+
+def memory_note(results: Results) -> str:
+    """Say what the column of memory measures."""
+    whats = [what for what in results.values("memory", "what") if what]
+    devices = [device for device in results.values("memory", "device") if device]
+    return (
+        f"{'; '.join(whats)} ({', '.join(devices)}), the largest of the final seeds"
+        if whats
+        else ""
+    )
+
+
+def environment(results: Results) -> list[tuple[str, str]]:
+    """Return versions and hardware; what differs between runs is listed, most frequent first."""
+
+    def listed(*path: str) -> str:
+        return "; ".join(str(value) for value in results.values(*path) if value is not None)
+
+    packages = results.values("provenance", "packages")
+    versions = "; ".join(
+        ", ".join(f"{name} {version}" for name, version in each.items() if version)
+        for each in packages
+        if each
+    )
+    commits = []
+    for state in results.values("provenance", "git"):
+        if state:
+            commits.append(
+                state["commit"][:12] + (" with uncommitted changes" if state["dirty"] else "")
+            )
+    gpus = [", ".join(each) for each in results.values("provenance", "hardware", "gpus") if each]
+    return [
+        ("Packages", versions or NONE),
+        ("Python", listed("provenance", "python") or NONE),
+        ("Commit", "; ".join(dict.fromkeys(commits)) or NONE),
+        ("Processor", listed("provenance", "hardware", "cpu") or NONE),
+        ("Cores", listed("provenance", "hardware", "cores") or NONE),
+        ("GPU", "; ".join(gpus) or "none"),
+        ("Threads a run", listed("threads") or NONE),
+    ]
+
+
+def mixed(results: Results) -> str | None:
+    """Say if the seconds and bytes come from unlike machines."""
+    for path, what in (
+        (("provenance", "hardware", "cpu"), "processors"),
+        (("threads",), "numbers of threads"),
+    ):
+        if len(results.values(*path)) > 1:
+            return f"Seconds and memory come from different {what}; compare them with care."
+    return None
+
+
+def again(results: Results) -> str:
+    """Return the command that makes the comparison again, given its file."""
+    config: dict[str, Any] = results.config.to_dict()
+    flags = [
+        f"--{name} {name.upper()}"
+        for name in ("model", "train_file", "test_file")
+        if config[name] is not None
+    ]
+    return " ".join(["tlora compare compare.yaml", *flags])
