@@ -163,7 +163,7 @@ def test_how_close_a_quantised_base_is_to_full_precision(demo, form):
     ours, best = plan(model, stats, uniform), plan(full, expected, uniform)
     ratios = []
     for target in find_targets(full, CONFIG):
-        product = dense_weight(target) @ expected.modules[target.name].covariance()
+        product = expected.modules[target.name].weighted(dense_weight(target))
         kept = [captured_energy(product, p.modules[target.name].lora_A) for p in (ours, best)]
         ratios.append(kept[0] / kept[1])
     assert correlation > rank

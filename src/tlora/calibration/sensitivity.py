@@ -66,12 +66,13 @@ class SensitivityPass:
         record.calls = []
         if not calls:
             return
-        weight = dense_weight(record.target).abs()
-        values = []
-        for sample, factor in enumerate(self.weights):
-            pairs = [_own_rows(call, sample) for call in calls]
-            values.append(factor * weighted_magnitude(weight, pairs))
-        self.found[record.target.name] = torch.stack(values) / weight.numel()
+        weight = dense_weight(record.target)
+        samples = [
+            [_own_rows(call, sample) for call in calls] for sample in range(len(self.weights))
+        ]
+        values = weighted_magnitude(weight, samples)
+        factors = torch.tensor(self.weights, dtype=values.dtype, device=values.device)
+        self.found[record.target.name] = factors * values / weight.numel()
 
 
 def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:
