@@ -50,7 +50,9 @@ def mapped(stats: Calibration, folder: Path) -> set[str]:
         name
         for name, module in stats.modules.items()
         if module.moment is not None
-        and any(low <= module.moment.scatter.data_ptr() < high for low, high in ranges)
+        for part in [module.moment.parts()]
+        for kept in [part.get("rows", part.get("scatter"))]
+        if any(low <= kept.data_ptr() < high for low, high in ranges)
     }
 
 

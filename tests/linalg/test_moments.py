@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tlora.linalg.moments import SecondMoment, merged
+from tlora.linalg.moments import SecondMoment, merged, mirror
 
 DIM = 5
 LENGTHS = (4, 1, 7, 3)
@@ -249,13 +249,135 @@ def test_a_clone_is_independent() -> None:
     assert_close(copy.covariance(), definition(samples[:3]))
 
 
-def test_the_parts_rebuild_the_accumulator() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_parts_rebuild_the_accumulator(wide: bool) -> None:
     samples = make_samples()
     moment = one_at_a_time(samples[:2])
-    rebuilt = SecondMoment.from_parts(
-        moment.scatter, moment.weighted_means, moment.samples, moment.tokens
-    )
+    assert set(moment.parts()) == {"means", "rows"}  # 5 tokens of 5 columns
+    if wide:
+        assert moment.scatter.shape == (DIM, DIM)
+        assert set(moment.parts()) == {"means", "scatter"}
+    rebuilt = SecondMoment.from_parts(moment.parts(), moment.samples, moment.tokens)
     rebuilt.update(samples[2][None])
     assert_close(rebuilt.covariance(), definition(samples[:3]))
     assert_close(rebuilt.uncentred(), definition(samples[:3], centre=False))
     assert (rebuilt.samples, rebuilt.tokens) == (3, sum(LENGTHS[:3]))
+
+
+# --- few tokens: rows instead of C
+
+
+WIDE = 40  # columns; LENGTHS are 15 tokens
+
+
+def wide_samples(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, WIDE, generator=generator) + 2 for length in LENGTHS]
+
+
+def gathered(samples: list[torch.Tensor]) -> SecondMoment:
+    moment = SecondMoment(WIDE)
+    for sample in samples:
+        moment.update(sample[None])
+    return moment
+
+
+def test_c_is_not_formed_while_tokens_are_no_more_than_columns() -> None:
+    samples = wide_samples()
+    moment = gathered(samples)
+    assert moment.rows is not None
+    assert moment.rows.shape == (sum(LENGTHS), WIDE)
+    weight = torch.randn(7, WIDE)
+    product = moment.weighted(weight)
+    assert moment.rows is not None  # nor is it by asking for W C or for C
+    assert product.right is not None
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert moment.rows is not None
+    assert_close(product.dense(), weight.double().numpy() @ definition(samples))
+
+
+def test_rows_turn_into_c_when_they_outgrow_it_and_nothing_is_lost() -> None:
+    samples = wide_samples() + wide_samples(1) + wide_samples(2)
+    moment = SecondMoment(WIDE)
+    formed = []
+    for sample in samples:
+        moment.update(sample[None])
+        formed.append(moment.rows is None)
+    assert formed == [sum(map(len, samples[: i + 1])) > WIDE for i in range(len(samples))]
+    assert_close(moment.covariance(), definition(samples))
+    assert_close(moment.uncentred(), definition(samples, centre=False))
+    weight = torch.randn(7, WIDE)
+    assert_close(moment.weighted(weight).dense(), weight.double().numpy() @ definition(samples))
+
+
+@pytest.mark.parametrize("split", [2, 4, 8, 11])
+def test_merging_is_right_with_rows_or_c_on_either_side(split: int) -> None:
+    samples = wide_samples() + wide_samples(1) + wide_samples(2)
+    left, right = gathered(samples[:split]), gathered(samples[split:])
+    kept = right.parts()
+    left.merge(right)
+    assert_close(left.covariance(), definition(samples))
+    assert left.tokens == sum(map(len, samples))
+    assert right.parts().keys() == kept.keys()
+
+
+def test_few_rows_merge_to_rows() -> None:
+    samples = wide_samples()
+    moment = gathered(samples[:2])
+    moment.merge(gathered(samples[2:]))
+    assert torch.equal(moment.parts()["rows"], gathered(samples).parts()["rows"])
+
+
+def test_a_clone_of_rows_is_independent() -> None:
+    samples = wide_samples()
+    moment = gathered(samples[:2])
+    copy = moment.clone()
+    copy.update(samples[2][None])
+    assert_close(moment.covariance(), definition(samples[:2]))
+    assert_close(copy.covariance(), definition(samples[:3]))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 255, 256, 257, 600])
+def test_mirroring_copies_the_lower_triangle_alone(columns: int) -> None:
+    matrix = torch.randn(columns, columns)
+    lower = matrix.tril()
+    expected = lower + lower.tril(-1).T
+    assert torch.equal(mirror(matrix), expected)
+    assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("columns", [5, 300])
+def test_what_lies_above_the_diagonal_does_not_count(columns: int) -> None:
+    rows = torch.randn(2 * columns, columns)
+    moment = SecondMoment(columns)
+    moment.update(rows[None])
+    spoilt = moment.clone()
+    spoilt.scatter.add_(torch.full_like(moment.scatter, 9.0).triu(1))
+    weight = torch.randn(3, columns)
+    assert torch.equal(spoilt.covariance(), moment.covariance())
+    assert torch.equal(spoilt.uncentred(), moment.uncentred())
+    assert torch.equal(spoilt.weighted(weight).dense(), moment.weighted(weight).dense())
+
+
+@pytest.mark.parametrize("count", [2, 4, 7, 12])
+def test_space_that_is_given_holds_rows_and_then_c_the_same_to_the_bit(count: int) -> None:
+    samples = [*wide_samples(), *wide_samples(1), *wide_samples(2)][:count]
+    space = torch.zeros(WIDE, WIDE)
+    given, own = SecondMoment(WIDE, scatter=space), SecondMoment(WIDE)
+    for sample in samples:
+        given.update(sample[None])
+        own.update(sample[None])
+    assert given.parts().keys() == own.parts().keys()
+    for name, part in own.parts().items():
+        assert torch.equal(given.parts()[name], part)
+        if name != "means":
+            assert given.parts()[name].data_ptr() == space.data_ptr()
+    weight = torch.randn(7, WIDE)
+    assert torch.equal(given.weighted(weight).dense(), own.weighted(weight).dense())
+    assert torch.equal(given.covariance(), own.covariance())
+    assert torch.equal(given.scatter, own.scatter)
+    into = torch.zeros(WIDE, WIDE)
+    copy = given.clone(into)
+    assert torch.equal(copy.scatter, own.scatter)
+    assert copy.scatter.data_ptr() == into.data_ptr()

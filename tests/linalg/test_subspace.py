@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tlora.linalg.product import Product
 from tlora.linalg.subspace import (
     Solver,
     captured_energy,
     fix_signs,
     random_basis,
     right_singular_vectors,
-    task_subspace,
     whitened,
 )
+from tlora.linalg.subspace import task_subspace as subspace_of_product
 
 SOLVERS = {
     "exact": Solver(mode="exact"),
@@ -56,6 +58,10 @@ def top_rows(matrix: torch.Tensor, rank: int) -> np.ndarray:
 def overlap(basis: torch.Tensor, rows: np.ndarray) -> float:
     """Mean squared cosine between two subspaces given by orthonormal rows."""
     return float(np.square(basis.double().numpy() @ rows.T).sum() / len(rows))
+
+
+def task_subspace(weight: torch.Tensor, moment: torch.Tensor, rank: int, solver: Solver) -> Any:
+    return subspace_of_product(weight, Product(weight @ moment.to(weight)), rank, solver)
 
 
 def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -105,6 +111,7 @@ def test_a_two_by_two_case_by_hand() -> None:
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_signs_do_not_depend_on_the_solver_s_choice(solver: Solver) -> None:
     # Q W C has the right singular vectors of W C for every orthogonal Q, also Q = -1.
+    solver = replace(solver, iterations=6)
     weight, moment = gaussian(16, 16), covariance(16)
     reference = task_subspace(weight, moment, 5, solver).basis
     largest = reference.gather(1, reference.abs().argmax(dim=1, keepdim=True))
@@ -166,16 +173,18 @@ def test_captured_energy_is_the_share_kept_by_the_basis(
     expected = np.square(product @ basis.T).sum() / np.square(product).sum()
     assert 0.1 < expected < 0.999
     assert found.captured_energy == pytest.approx(expected, abs=1e-4)
-    assert captured_energy(weight @ moment, found.basis) == pytest.approx(expected, abs=1e-6)
+    assert captured_energy(Product(weight @ moment), found.basis) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_captured_energy_of_rows_that_are_not_orthonormal_is_that_of_their_span() -> None:
     product, rows = gaussian(8, 6), gaussian(3, 6, seed=1)
     projector = np.linalg.pinv(rows.numpy()) @ rows.numpy()
     expected = np.square(product.numpy() @ projector).sum() / np.square(product.numpy()).sum()
-    assert captured_energy(product, rows) == pytest.approx(expected)
-    assert captured_energy(product, torch.eye(6)) == pytest.approx(1.0)
-    assert captured_energy(torch.zeros(8, 6), rows) == 1.0
+    assert captured_energy(Product(product), rows) == pytest.approx(expected)
+    assert captured_energy(Product(product), torch.eye(6)) == pytest.approx(1.0)
+    assert captured_energy(Product(torch.zeros(8, 6)), rows) == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -252,7 +261,7 @@ def test_no_solver_asks_for_full_factors(
         monkeypatch.setattr(torch.linalg, name, checked)
 
     guard("svd", lambda args, options: (*args[1:], options.get("full_matrices", True))[0] is False)
-    guard("qr", lambda args, options: (*args[1:], options.get("mode", "reduced"))[0] == "reduced")
+    guard("qr", lambda args, options: (*args[1:], options.get("mode", "reduced"))[0] != "complete")
     for shape in SHAPES:
         task_subspace(gaussian(*shape), covariance(shape[1], tokens), 5, solver)
     assert "svd" in calls
@@ -317,3 +326,71 @@ def test_whitening_does_not_depend_on_the_scale_of_the_inputs(scale: float) -> N
     basis = rotation(12)[:5]
     moment = torch.eye(12, dtype=torch.float64) * scale
     torch.testing.assert_close(whitened(basis, moment), basis.float())
+
+
+# --- W C in factors
+
+
+def factors(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Any, Product]:
+    """W and the factors of W X^T X."""
+    weight = gaussian(rows, columns).to(dtype)
+    x = (gaussian(tokens, columns, 5) @ decaying(columns, columns, 0.5, 5)).to(dtype)
+    return weight, Product(weight @ x.T, x)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_act_as_their_product(shape: tuple[int, int], tokens: int) -> None:
+    _, product = factors(*shape, tokens, torch.float64)
+    matrix = product.dense()
+    assert product.shape == shape == tuple(matrix.shape)
+    right, left = gaussian(shape[1], 3), gaussian(shape[0], 3)
+    torch.testing.assert_close(product.times(right), matrix @ right)
+    torch.testing.assert_close(product.transposed_times(left), matrix.T @ left)
+    torch.testing.assert_close(product.energy(), matrix.square().sum())
+    narrow, basis = product.reduced()
+    whole = narrow if basis is None else narrow @ basis.T
+    torch.testing.assert_close(whole, matrix)
+    assert narrow.shape[1] == min(tokens, shape[1])
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 9, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_factors_give_the_subspace_of_their_product(
+    solver: Solver, shape: tuple[int, int], tokens: int
+) -> None:
+    weight, product = factors(*shape, tokens, torch.float64)
+    rank = 4
+    whole = subspace_of_product(weight, Product(product.dense()), rank, Solver(mode="exact"))
+    found = subspace_of_product(weight, product, rank, solver)
+    assert found.determined == whole.determined == min(rank, tokens)
+    assert found.captured_energy == pytest.approx(whole.captured_energy, rel=1e-3)
+    assert_orthonormal(found.basis)
+    # The directions of W that complete a basis are as good as the solver is on W.
+    exact = solver.mode == "exact"
+    rows = slice(rank if exact else found.determined)
+    if found.determined or exact:
+        shared = overlap(found.basis[rows], whole.basis[rows].double().numpy())
+        assert shared > (1 - 1e-5 if exact else 0.95)
+
+
+@pytest.mark.parametrize("columns", [300, 600])
+def test_float32_factors_give_what_the_formed_product_gives(columns: int) -> None:
+    weight, product = factors(280, columns, 200, torch.float32)
+    formed = Product(product.dense())
+    found = subspace_of_product(weight, product, 16, Solver(mode="randomized"))
+    whole = subspace_of_product(weight, formed, 16, Solver(mode="randomized"))
+    torch.testing.assert_close(found.basis, whole.basis, atol=2e-3, rtol=0)
+    assert found.captured_energy == pytest.approx(whole.captured_energy, abs=1e-5)
+    assert captured_energy(product, found.basis) == pytest.approx(found.captured_energy, abs=1e-5)
+
+
+def test_two_iterations_keep_999_in_1000_of_the_best_also_where_the_spectrum_is_flat() -> None:
+    # Singular values as k^-0.5: the sixteen largest of 300 hold half of the energy.
+    matrix = decaying(300, 300, 0.5).float()
+    best = np.square(np.linalg.svd(matrix.double().numpy(), compute_uv=False))[:16].sum()
+    vectors, _ = right_singular_vectors(matrix, 16, Solver(mode="randomized"))
+    assert float((matrix @ vectors.T).square().sum()) > 0.999 * best
+    hasty, _ = right_singular_vectors(matrix, 16, Solver(mode="randomized", iterations=0))
+    assert float((matrix @ hasty.T).square().sum()) < 0.99 * best

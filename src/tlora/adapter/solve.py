@@ -157,13 +157,13 @@ def _basis(
         if statistics.moment is not None:
             weight = dense_weight(target)
             basis = basis.to(weight.device)
-            energy = captured_energy(weight @ statistics.covariance().to(weight), basis)
+            energy = captured_energy(statistics.weighted(weight), basis)
         solver = "random"
     else:
         weight = dense_weight(target)
         solved = task_subspace(
             weight,
-            statistics.covariance().to(weight),
+            statistics.weighted(weight),
             rank,
             Solver(mode=config.subspace, seed=config.seed),
         )

@@ -27,6 +27,12 @@ def moment_bytes(columns: int) -> int:
     return 4 * columns**2
 
 
+def moment_parts(tensors: Mapping[str, Tensor], group: int | str) -> dict[str, Tensor]:
+    """Return the parts of a second moment from tensors that are named "GROUP.PART"."""
+    prefix = f"{group}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 class MomentBank:
     """Accumulates the second moments of the targets.
 
@@ -69,16 +75,17 @@ class MomentBank:
                 rows, mask = record.joined(size)
                 # What is mapped comes to the rows instead, block by block.
                 if group not in self._mapped:
-                    rows = rows.to(moment.scatter.device)
+                    rows = rows.to(moment.device)
                 moment.update(rows, mask)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what `restore` takes: tensors, and plain JSON values."""
-        tensors, counts = {}, {}
+        tensors: dict[str, Tensor] = {}
+        counts = {}
         for group, moment in self.moments.items():
             if moment is not None:
-                tensors[f"{group}.scatter"] = moment.scatter
-                tensors[f"{group}.means"] = moment.weighted_means
+                parts = moment.parts()
+                tensors |= {f"{group}.{part}": tensor for part, tensor in parts.items()}
                 counts[str(group)] = {"samples": moment.samples, "tokens": moment.tokens}
         return tensors, {"group_of": self.group_of, "counts": counts}
 
@@ -90,11 +97,9 @@ class MomentBank:
         for target in targets:
             group = self.group_of.get(target.name, -1)
             if group >= 0 and group not in self.moments:
-                scatter = self._new_moment(target, group).scatter
-                scatter.copy_(tensors[f"{group}.scatter"])
-                means = tensors[f"{group}.means"].to(scatter.device, copy=True)
-                counts = values["counts"][str(group)]
-                self.moments[group] = SecondMoment.from_parts(scatter, means, **counts)
+                moment = self._new_moment(target, group)
+                moment.take(moment_parts(tensors, group), **values["counts"][str(group)])
+                self.moments[group] = moment
 
     def _group(self, records: Mapping[str, Record]) -> None:
         """Put modules that read the same tensors into one group.

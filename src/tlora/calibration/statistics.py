@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlora.calibration.bank import moment_parts
 from tlora.calibration.identity import Key
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.moments import SecondMoment
+from tlora.linalg.product import Product
 
 _KIND = "calibration"
-_FORMAT = 2
+_FORMAT = 3
 _FILE = "calibration.safetensors"
 
 
@@ -84,6 +86,14 @@ class ModuleStatistics:
         """
         return self._kept_moment().uncentred().float()
 
+    def weighted(self, weight: Tensor) -> Product:
+        """Return W C for the module's weight W (m x d), in factors where C was never formed.
+
+        Raises:
+            CalibrationError: the calibration kept no second moments.
+        """
+        return self._kept_moment().weighted(weight)
+
     def _kept_moment(self) -> SecondMoment:
         if self.moment is None:
             raise CalibrationError(
@@ -137,8 +147,8 @@ class Calibration:
             )
         counts = {}
         for key, moment in self._moments().items():
-            tensors[f"{key}.scatter"] = moment.scatter
-            tensors[f"{key}.means"] = moment.weighted_means
+            for part, tensor in moment.parts().items():
+                tensors[f"{key}.{part}"] = tensor
             counts[str(key)] = {"samples": moment.samples, "tokens": moment.tokens}
         # safetensors stores float32 exactly and JSON's repr of a double round-trips, so what is
         # loaded is what was saved, to the bit.
@@ -156,9 +166,7 @@ class Calibration:
         """
         tensors, header = read_tensors(calibration_file(path), _KIND)
         moments = {
-            int(key): SecondMoment.from_parts(
-                tensors[f"{key}.scatter"], tensors[f"{key}.means"], **counts
-            )
+            int(key): SecondMoment.from_parts(moment_parts(tensors, key), **counts)
             for key, counts in header["moments"].items()
         }
         modules = {

@@ -47,5 +47,5 @@ def weighted_magnitude(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
                 torch.addmm(gradient, part, x, beta=float(index > 0), out=gradient)
             if pairs:
                 # |W| . |G| as an inner product: one pass over the block, where |W G| takes three.
-                total += torch.dot(gradient.abs_().flatten(), block)
+                total.add_(torch.dot(gradient.abs_().flatten(), block))
     return totals

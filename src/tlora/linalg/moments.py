@@ -6,11 +6,13 @@ neither by T_s nor by the number of modules; nor do we.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tlora.linalg.product import Product
 
 _BLOCK = 256  # rows of C that are updated at once
 
@@ -20,7 +22,7 @@ class CentredRows:
     """The inputs of a batch, each sample centred over its own tokens.
 
     Attributes:
-        centred: (B T) x d; zero rows at padding.
+        centred: tokens x d; padding is left out.
         weighted_means: sqrt(T_s) mean_t X_s, B x d.
         tokens: real tokens.
     """
@@ -42,17 +44,17 @@ def centred_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Cen
     if mask is None:
         counts = torch.full((x.shape[0], 1), float(x.shape[1]), dtype=x.dtype, device=x.device)
         means = x.mean(dim=1) if x.shape[1] else x.sum(dim=1)
-        centred = x - means[:, None]
-        tokens = x.shape[0] * x.shape[1]
+        centred = (x - means[:, None]).flatten(0, 1)
+        tokens = len(centred)
     else:
         keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
         counts = keep.sum(dim=1).to(x.dtype)
         # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
         zero = x.new_zeros(())
         means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
-        centred = torch.where(keep, x - means[:, None], zero)
-        tokens = int(mask.count_nonzero())
-    return CentredRows(centred.flatten(0, 1), counts.sqrt() * means, tokens)
+        centred = (x - means[:, None])[keep[..., 0]]
+        tokens = len(centred)
+    return CentredRows(centred, counts.sqrt() * means, tokens)
 
 
 class SecondMoment:
@@ -66,13 +68,16 @@ class SecondMoment:
     The means are kept beside the centred moment as the rows sqrt(T_s) mean_t X_s, because
     C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentred moment for n x d numbers.
 
-    C is symmetric: only the lower triangle of ``scatter`` (n C) is kept up to date.
+    While the tokens are no more than d, their centred rows are kept and C is not formed: they take
+    less room, and W C is cheaper from them (`weighted`). C is symmetric: only the lower triangle
+    of ``scatter`` (n C) is kept up to date.
 
     Args:
         dim: d, the module's input columns.
         dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
         device: where to accumulate; that of the inputs avoids a copy per batch.
-        scatter: zeros to accumulate in, d x d, in place of new ones; may be mapped to a file.
+        scatter: zeros to accumulate in, d x d, in place of new ones; may be mapped to a file. The
+            rows are kept in it too.
     """
 
     def __init__(
@@ -82,26 +87,47 @@ class SecondMoment:
         device: torch.device | str | None = None,
         scatter: Tensor | None = None,
     ) -> None:
-        if scatter is None:
-            scatter = torch.zeros(dim, dim, dtype=dtype, device=device)
-        self.scatter = scatter
+        like = torch.zeros(0, dim, dtype=dtype, device=device) if scatter is None else scatter[:0]
         self.samples = 0
         self.tokens = 0
-        self._means: list[Tensor] = []
+        self._space = scatter
+        self._formed = False
+        self._rows = [like]
+        self._means = [like]
 
     @property
     def dim(self) -> int:
         """d, the number of input columns."""
-        return self.scatter.shape[0]
+        return self._means[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it accumulates."""
+        return self._means[0].device
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The centred rows of all samples, tokens x d; None once C is formed."""
+        if self._formed:
+            return None
+        if self._space is not None:
+            return self._space[: self._held]
+        return _joined(self._rows)
+
+    @property
+    def _held(self) -> int:
+        return sum(map(len, self._rows))
+
+    @property
+    def scatter(self) -> Tensor:
+        """n C, of which the lower triangle counts; forms C for good where only rows were kept."""
+        self._form(self.device)
+        return self._space  # type: ignore[return-value]
 
     @property
     def weighted_means(self) -> Tensor:
         """The rows sqrt(T_s) mean_t X_s, n x d, in the order the samples came."""
-        if not self._means:
-            return self.scatter.new_zeros(0, self.dim)
-        if len(self._means) > 1:
-            self._means = [torch.cat(self._means)]
-        return self._means[0]
+        return _joined(self._means)
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of samples.
@@ -110,29 +136,38 @@ class SecondMoment:
             inputs: B x T x d, any floating dtype: the module's inputs of B samples.
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
         """
-        rows = centred_rows(inputs, mask, self.scatter.dtype)
-        self._add_product(rows.centred)
-        self._means.append(rows.weighted_means.to(self.scatter.device))
+        rows = centred_rows(inputs, mask, self._means[0].dtype)
+        self._add(rows.centred)
+        self._means.append(rows.weighted_means.to(self.device))
         self.samples += inputs.shape[0]
         self.tokens += rows.tokens
 
-    def _add_product(self, rows: Tensor) -> None:
-        """Add X^T X to the lower triangle, block row by block row: about half of the products.
+    def _add(self, rows: Tensor) -> None:
+        if self._formed or self._held + len(rows) > self.dim:
+            self._form(rows.device)
+            _add_product(self.scatter, rows)
+        else:
+            self._keep(rows)
 
-        Where the rows are on another device than the accumulator, each block goes there and back.
-        """
-        for start in range(0, self.dim, _BLOCK):
-            stop = start + _BLOCK
-            block = self.scatter[start:stop, :stop]
-            there = block.to(rows.device)
-            there.addmm_(rows[:, start:stop].T, rows[:, :stop])
-            if there is not block:
-                block.copy_(there)
+    def _keep(self, rows: Tensor) -> None:
+        if self._space is not None:
+            held = self._held
+            rows = self._space[held : held + len(rows)].copy_(rows)
+        self._rows.append(rows.to(self.device))
 
-    def _symmetric(self, scatter: Tensor) -> Tensor:
-        """Return scatter / n with its lower triangle mirrored to the upper one."""
-        lower = scatter.tril().div_(max(self.samples, 1))
-        return lower.add_(lower.tril(-1).T)
+    def _form(self, device: torch.device) -> None:
+        """Put n C in the place of the rows, by products on ``device``."""
+        if self._formed:
+            return
+        rows = _joined(self._rows)
+        if self._space is None:
+            self._space = rows.new_zeros(self.dim, self.dim)
+        elif len(rows):
+            # They lie where C is to be; joined, they are a copy.
+            rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
+            self._space.zero_()
+        _add_product(self._space, rows.to(device))
+        self._rows, self._formed = [self._means[0][:0]], True
 
     def merge(self, other: SecondMoment) -> None:
         """Add the samples that ``other`` has seen, as if this accumulator had seen them.
@@ -142,42 +177,134 @@ class SecondMoment:
         """
         if other.dim != self.dim:
             raise ValueError(f"second moments of {self.dim} and {other.dim} columns do not merge")
-        self.scatter += other.scatter.to(self.scatter)
-        self._means.append(other.weighted_means.to(self.scatter))
+        kept = other.rows
+        if kept is not None and not self._formed and self._held + len(kept) <= self.dim:
+            self._keep(kept)
+        else:
+            self.scatter.add_(other.total().to(self.scatter))
+        self._means.append(other.weighted_means.to(self._means[0]))
         self.samples += other.samples
         self.tokens += other.tokens
 
     def clone(self, into: Tensor | None = None) -> SecondMoment:
-        """Return an independent copy, its scatter in ``into`` (d x d) where that is given."""
-        scatter = self.scatter.clone() if into is None else into.copy_(self.scatter)
-        means = self.weighted_means.to(scatter.device, copy=True)
-        return SecondMoment.from_parts(scatter, means, self.samples, self.tokens)
+        """Return an independent copy, in ``into`` (d x d) where that is given."""
+        means = self.weighted_means
+        copy = SecondMoment(self.dim, means.dtype, means.device, into)
+        copy.take(self.parts(), self.samples, self.tokens)
+        return copy
 
     def move(self, device: torch.device | str) -> None:
         """Move the accumulator to ``device`` in place."""
-        self.scatter = self.scatter.to(device)
-        self._means = [means.to(device) for means in self._means]
+        rows, self._means = self.rows, [self.weighted_means.to(device)]
+        if rows is None:
+            self._space = self.scatter.to(device)
+        else:
+            self._space, self._rows = None, [rows.to(device)]
 
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
-        return self._symmetric(self.scatter)
+        return mirror(self.total().div_(max(self.samples, 1)))
 
     def uncentred(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centred moment and the means."""
-        means = self.weighted_means
-        return self._symmetric(torch.addmm(self.scatter, means.T, means))
+        total = self.total()
+        _add_product(total, self.weighted_means)
+        return mirror(total.div_(max(self.samples, 1)))
+
+    def total(self) -> Tensor:
+        """Return n C as a new tensor, of which the lower triangle counts; rows stay rows."""
+        rows = self.rows
+        if rows is None:
+            return self.scatter.clone()
+        total = rows.new_zeros(self.dim, self.dim)
+        _add_product(total, rows)
+        return total
+
+    def weighted(self, weight: Tensor) -> Product:
+        """Return W C: in factors where there are only rows, and never by a copy of C.
+
+        Args:
+            weight: W, m x d; its dtype and device are those of the product.
+        """
+        count, rows = max(self.samples, 1), self.rows
+        if rows is None:
+            return Product(_times_symmetric(weight, self.scatter).div_(count))
+        rows = rows.to(weight)
+        return Product((weight @ rows.T).div_(count), rows)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors that `take` takes: the mean rows, and the rows or n C."""
+        rows = self.rows
+        kept = {"scatter": self.scatter} if rows is None else {"rows": rows}
+        return {"means": self.weighted_means} | kept
+
+    def take(self, parts: Mapping[str, Tensor], samples: int, tokens: int) -> None:
+        """Copy the `parts` of another one into this one, which has seen nothing."""
+        if "rows" in parts:
+            self._keep(parts["rows"].to(self.device, copy=True))
+        else:
+            self.scatter.copy_(parts["scatter"])
+        self._means = [parts["means"].to(self.device, copy=True)]
+        self.samples, self.tokens = samples, tokens
 
     @classmethod
-    def from_parts(
-        cls, scatter: Tensor, weighted_means: Tensor, samples: int, tokens: int
-    ) -> SecondMoment:
-        """Rebuild one from what it holds: n C (its lower triangle), mean rows, and the counts."""
-        moment = cls.__new__(cls)
-        moment.scatter = scatter
-        moment._means = [weighted_means]
-        moment.samples = samples
-        moment.tokens = tokens
+    def from_parts(cls, parts: Mapping[str, Tensor], samples: int, tokens: int) -> SecondMoment:
+        """Rebuild one from its `parts`, which it goes on with as they are, and the counts."""
+        means, scatter = parts["means"], parts.get("scatter")
+        moment = cls(means.shape[1], means.dtype, means.device, scatter)
+        if scatter is None:
+            moment._rows = [parts["rows"]]
+        moment._formed = scatter is not None
+        moment._means = [means]
+        moment.samples, moment.tokens = samples, tokens
         return moment
+
+
+def _add_product(scatter: Tensor, rows: Tensor) -> None:
+    """Add X^T X to the lower triangle, block row by block row: about half of the products.
+
+    Where the rows are on another device than the accumulator, each block goes there and back.
+    """
+    for start in range(0, len(scatter), _BLOCK):
+        stop = start + _BLOCK
+        block = scatter[start:stop, :stop]
+        there = block.to(rows.device)
+        there.addmm_(rows[:, start:stop].T, rows[:, :stop])
+        if there is not block:
+            block.copy_(there)
+
+
+def _times_symmetric(weight: Tensor, scatter: Tensor) -> Tensor:
+    """Return W S, m x d, for S = S^T of which the lower triangle is given: it is read alone.
+
+    Blocks of S go to the weight's device and dtype one at a time.
+    """
+    product = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for start in range(0, len(scatter), _BLOCK):
+        stop = start + _BLOCK
+        column = scatter[start:, start:stop].to(weight, copy=True)
+        mirror(column[:_BLOCK])
+        block = weight[:, start:] @ column
+        row = scatter[start:stop, :start].to(weight)
+        product[:, start:stop] = block.addmm_(weight[:, :start], row.T)
+    return product
+
+
+def mirror(matrix: Tensor) -> Tensor:
+    """Write the lower triangle of a square matrix over its upper one, in place; return it."""
+    for start in range(0, len(matrix), _BLOCK):
+        stop = start + _BLOCK
+        matrix[:start, start:stop] = matrix[start:stop, :start].T
+        corner = matrix[start:stop, start:stop].tril()
+        matrix[start:stop, start:stop] = corner + corner.tril(-1).T
+    return matrix
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return a list's rows as one tensor, which takes their place in it."""
+    if len(parts) > 1:
+        parts[:] = [torch.cat(parts)]
+    return parts[0]
 
 
 def merged(moments: Sequence[SecondMoment]) -> SecondMoment:

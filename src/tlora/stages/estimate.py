@@ -141,13 +141,11 @@ def update_bytes(modules: Sequence[ModuleShape]) -> int:
 
 
 def sensitivity_bytes(modules: Sequence[ModuleShape], element: int) -> int:
-    """Bytes of the largest dense matrix of the backward: |W| in float32, 4 m d.
+    """Bytes of the largest dense matrix of the backward: W in float32, where it is converted.
 
-    Twice that where W is stored in another precision and has to be converted first. The gradient
-    that it weighs is formed in blocks.
+    The gradient that it weighs, and |W|, are formed in blocks.
     """
-    copies = 1 if element == FLOAT else 2
-    return max((copies * FLOAT * m.d_in * m.d_out for m in modules), default=0)
+    return 0 if element == FLOAT else max((FLOAT * m.d_in * m.d_out for m in modules), default=0)
 
 
 def streaming_bytes(module: ModuleShape, element: int) -> int:
@@ -158,7 +156,7 @@ def streaming_bytes(module: ModuleShape, element: int) -> int:
 
 
 def planning_bytes(module: ModuleShape, element: int, solver: Solver) -> int:
-    """Bytes of solving one module: C, W (where converted), W C and the solver's own.
+    """Bytes of solving one module beside its moment: W (where converted), W C, the solver's own.
 
     Exact: thin SVD by divide and conquer, a copy of W C, both factors, and 4 k^2, k = min(m, d).
     Randomised: about three sketches of max(m, d) and one of m + d rows, `Solver.width` wide.
@@ -170,23 +168,22 @@ def planning_bytes(module: ModuleShape, element: int, solver: Solver) -> int:
     else:
         own = (3 * max(m, d) + m + d) * width
     converted = 0 if element == FLOAT else m * d
-    # The mirror image of C is formed beside it, before W C exists.
-    return FLOAT * (d * d + max(d * d, converted + m * d + max(own, m * d)))
+    return FLOAT * (converted + m * d + own)
 
 
 def planning_flops(module: ModuleShape, solver: Solver) -> float:
     """FLOPs of W C and of its singular vectors.
 
     W C: 2 m d^2. Exact, with p = max(m, d) and q = min(m, d): 6 p q^2 + 20 q^3 (Golub and Van
-    Loan, R-SVD). Randomised: 2 k + 1 products 2 m d w with k iterations and the width w, and 4 (m +
-    d) w^2 for the two QR of each.
+    Loan, R-SVD). Randomised: 2 k + 2 products 2 m d w with k iterations and the width w, and 4 (m +
+    d) w^2 for the two QR of each and as many before and after.
     """
     m, d = module.d_out, module.d_in
     small, large, width = min(m, d), max(m, d), solver.width(module.rank)
     if solver.resolve(m, d, module.rank) == "exact":
         return 2 * m * d * d + 6 * large * small**2 + 20 * small**3
-    products = (2 * solver.iterations + 1) * 2 * m * d * width
-    return 2 * m * d * d + products + solver.iterations * 4 * (m + d) * width**2
+    products = (2 * solver.iterations + 2) * 2 * m * d * width
+    return 2 * m * d * d + products + (solver.iterations + 1) * 4 * (m + d) * width**2
 
 
 @dataclass(frozen=True)
