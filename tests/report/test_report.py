@@ -60,14 +60,14 @@ def test_a_name_is_split_at_its_first_number(name, expected):
 
 
 def test_llama_is_laid_out_in_layers_and_short_projections():
-    grid = Grid.of(plan_of(LLAMA))
+    grid = Grid.of(plan_of(LLAMA).modules)
     assert grid.rows == ["0", "1", "2"]
     assert grid.columns == ["q_proj", "v_proj", "down_proj"]
     assert grid.cells["1", "v_proj"].name == LLAMA[4]
 
 
 def test_names_that_end_alike_keep_their_whole_projection():
-    assert Grid.of(plan_of(BERT)).columns == [
+    assert Grid.of(plan_of(BERT).modules).columns == [
         "attention.self.query",
         "attention.output.dense",
         "output.dense",
@@ -75,7 +75,7 @@ def test_names_that_end_alike_keep_their_whole_projection():
 
 
 def test_stacks_are_told_apart_and_a_head_stands_outside():
-    grid = Grid.of(plan_of([*T5, "lm_head"]))
+    grid = Grid.of(plan_of([*T5, "lm_head"]).modules)
     assert grid.rows == [
         "encoder.block.0",
         "encoder.block.1",
@@ -88,7 +88,9 @@ def test_stacks_are_told_apart_and_a_head_stands_outside():
 
 def test_every_module_has_a_cell_whatever_the_family():
     for names in (LLAMA, BERT, T5):
-        assert {module.name for module in Grid.of(plan_of(names)).cells.values()} == set(names)
+        assert {module.name for module in Grid.of(plan_of(names).modules).cells.values()} == set(
+            names
+        )
 
 
 def test_the_picture_shows_each_value_in_its_place():

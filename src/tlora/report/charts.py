@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tlora.report import svg
 from tlora.report.comparison import Curve, Results
 
-_PANEL = (228, 148)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 10, 24
+_PANEL = (168, 124)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 22
 
 
 def strips(results: Results) -> dict[str, str]:

@@ -54,7 +54,7 @@ def context(results: Results) -> dict[str, Any]:
         "rates": charts.rates(results),
         "curves": charts.curves(results),
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
-        "edges": [(m.label, said) for m in results.methods if (said := wording.edge(m))],
+        "edges": wording.edges(results),
         "maps": [(m.label, rank_map(m)) for m in results.methods if m.plan],
         "pairs": pairs(results),
         "matrix": matrix(results),

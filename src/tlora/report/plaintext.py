@@ -54,7 +54,7 @@ def markdown(results: Results) -> str:
             f" {wording.seconds(m.seconds('initialise'))} | {wording.seconds(m.seconds('train'))} |"
         )
     lines += ["", wording.summary(results), wording.caveat(results), ""]
-    lines += [f"- {m.label}: {said}." for m in results.methods if (said := wording.edge(m))]
+    lines += [f"- {sentence}" for sentence in wording.edges(results)]
     lines += [f"- {sentence}" for sentence in wording.protocol(results)]
     lines += [f"- Not there: {p.run}: {p.cause}." for p in results.problems]
     return "\n".join(lines) + "\n"

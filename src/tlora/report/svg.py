@@ -86,7 +86,7 @@ class Frame:
 
 def strip(score: Interval, seeds: Sequence[float], domain: tuple[float, float], text: str) -> str:
     """Draw one row of the table's chart: each seed a dot, the mean a tick, the interval a line."""
-    width, height = 220, 26
+    width, height = 280, 26
     x = Scale(*domain, 8, width - 8)
     middle = height / 2
     parts = [_line((8, middle), (width - 8, middle), "grid")]

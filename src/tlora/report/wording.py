@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tlora.report.comparison import MethodResult, Results
+from tlora.report.comparison import Results
 from tlora.report.statistics import Difference, Interval
 
 NONE = "\N{EN DASH}"
@@ -30,7 +30,7 @@ def count(value: float | None) -> str:
 
 def mebibytes(value: float | None) -> str:
     """Return bytes in MiB."""
-    return NONE if value is None else f"{value / 2**20:,.0f}"
+    return NONE if value is None else count(value / 2**20)
 
 
 def seconds(value: float | None) -> str:
@@ -120,15 +120,18 @@ def summary(results: Results) -> str:
     return " ".join(parts)
 
 
-def edge(method: MethodResult) -> str | None:
-    """Say if a method's best rate is the first or last of those tried."""
-    if method.edge is None:
-        return None
-    side = "above" if method.edge == "highest" else "below"
-    return (
-        f"best at the {method.edge} rate tried, {method.rate:g}: its optimum may lie {side}, and"
-        " its score may be short of what it can do"
-    )
+def edges(results: Results) -> list[str]:
+    """Say which methods were best at the first or last of the rates tried."""
+    said = []
+    for end, side in (("lowest", "below"), ("highest", "above")):
+        at_end = [m for m in results.methods if m.edge == end]
+        if at_end:
+            names = ", ".join(f"{m.label} ({m.rate:g})" for m in at_end)
+            said.append(
+                f"Best at the {end} rate tried: {names}. The optimum may lie {side} it, and the"
+                " score may be short of what the method can do."
+            )
+    return said
 
 
 def protocol(results: Results) -> list[str]:
