@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tlora import TLoraConfig
-from tlora.adapter.strategy import choose, packed
+from tlora.adapter.strategy import choose, choose_mapped, packed
 from tlora.calibration.bank import moment_bytes
 from tlora.calibration.streams import stream_bytes
 
@@ -97,3 +97,16 @@ def test_packing_keeps_the_order_and_a_piece_beyond_the_budget_alone():
     pieces = [("a", 2), ("b", 3), ("c", 9), ("d", 1), ("e", 4)]
     assert packed(pieces, 5) == [(["a", "b"], 5), (["c"], 9), (["d", "e"], 5)]
     assert packed(pieces, None) == [(list("abcde"), 19)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"memory_budget": 50_000}, {"covariance": "streamed"}])
+def test_what_is_kept_is_in_memory_or_mapped(fields):
+    shapes, sources = llama()
+    found = choose_mapped(shapes, sources, TLoraConfig(r=4, **fields))
+    assert (found.passes, found.held + found.mapped) == (1, found.total)
+    assert found.total == choose(shapes, sources, TLoraConfig(r=4)).total
+    assert (found.mapped > 0) == bool(fields)
+    assert found.held <= (found.budget or found.total)
+    assert ("in mapped files" in found.summary()) == bool(fields)
+    random = choose_mapped(shapes, sources, TLoraConfig(r=4, basis="random", **fields))
+    assert (random.held, random.mapped, random.total) == (0, 0, 0)

@@ -3,7 +3,9 @@
 - in blocks: the pass that measures sensitivities, which runs the whole model anyway, keeps the
   moments of the last modules that fit the budget; each further block takes a forward pass that
   stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one;
-- streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`).
+- streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`);
+- mapped, where the statistics are kept in a file (`calibrate`): one pass, and what is beyond the
+  budget is in memory-mapped files (`calibration/spill.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from tlora.calibration.bank import moment_bytes
+from tlora.calibration.spill import spill_budget
 from tlora.calibration.streams import stream_bytes
 from tlora.config import TLoraConfig, bytes_text
 from tlora.linalg.streamed import PASSES
@@ -51,6 +54,7 @@ class Strategy:
         held: bytes of second moments (or streaming blocks) held at a time, at the most.
         total: bytes that the moments of all modules would take at once.
         budget: the bytes that were asked for, or None.
+        mapped: bytes of second moments in mapped files.
     """
 
     blocks: tuple[tuple[str, ...], ...]
@@ -59,6 +63,7 @@ class Strategy:
     held: int
     total: int
     budget: int | None
+    mapped: int = 0
 
     @property
     def passes(self) -> int:
@@ -77,9 +82,10 @@ class Strategy:
         if self.streamed:
             parts.append(f"{len(self.streamed)} modules streamed")
         passes = f"{self.passes} pass{'es' if self.passes > 1 else ''} over the samples"
+        mapped = f", {bytes_text(self.mapped)} in mapped files" if self.mapped else ""
         return (
             f"second moments: {'; '.join(parts)}; {passes}; at most {bytes_text(self.held)} held"
-            f" (all of them: {bytes_text(self.total)})"
+            f"{mapped} (all of them: {bytes_text(self.total)})"
         )
 
 
@@ -124,6 +130,26 @@ def choose(
         total=total,
         budget=budget,
     )
+
+
+def choose_mapped(
+    modules: Sequence[Shaped], sources: Mapping[str, Hashable], config: TLoraConfig
+) -> Strategy:
+    """Say how the second moments of ``modules`` are made where all are kept; as for `choose`."""
+    budget = config.memory_budget_bytes
+    sizes = {sources.get(m.name, m.name): moment_bytes(m.d_in) for m in modules}
+    if not config.needs_moments:
+        sizes = {}
+    total = sum(sizes.values())
+    room = spill_budget(config)
+    if room is None:
+        room = total
+    held = 0
+    for size in sizes.values():
+        held += size if held + size <= room else 0
+    names = tuple(module.name for module in modules)
+    blocks = (names,) if sizes else ()
+    return Strategy(blocks, frozenset(), 0, held, total, budget, total - held)
 
 
 def stream_runs(

@@ -21,7 +21,7 @@ from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
 from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved
-from tlora.calibration.spill import Spill
+from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets, fused_expert_parameters
 from tlora.config import TLoraConfig
@@ -82,7 +82,7 @@ def calibrate(
 
 def _spill(config: TLoraConfig, cache: Path | None) -> Spill | None:
     """Return where moments go; None: all into memory."""
-    budget = 0 if config.covariance == "streamed" else config.memory_budget_bytes
+    budget = spill_budget(config)
     folder = Path(tempfile.gettempdir()) if cache is None else cache.parent
     return None if budget is None else Spill(budget, folder)
 

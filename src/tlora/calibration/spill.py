@@ -12,11 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tlora.config import bytes_text
+from tlora.config import TLoraConfig, bytes_text
 from tlora.errors import CalibrationError
 
 # What a file system says that cannot set room aside.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+def spill_budget(config: TLoraConfig) -> int | None:
+    """Return the bytes of second moments to keep in memory where all are kept; None: no limit."""
+    return 0 if config.covariance == "streamed" else config.memory_budget_bytes
 
 
 class Spill:
