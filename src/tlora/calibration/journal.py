@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tlora.calibration.bank import MomentBank
+from tlora.calibration.batches import as_batch
 from tlora.calibration.collector import Collector
 from tlora.calibration.identity import (
     DataKey,
@@ -95,7 +97,7 @@ class Journal:
             return None
         stats = Calibration.load(self.path)
         for batch in batches:
-            self.data = self.data.then(batch)
+            self.data = self._following(batch)
         if stats.key is None:
             raise CalibrationError(f"{self.path} does not say what it is of; {_WAYS_OUT}.")
         self._compare(self.path, stats.key, self.configs_that_do)
@@ -117,7 +119,7 @@ class Journal:
         done = self._resume(collector, bank)
         saved, pause = time.monotonic(), SAVE_SECONDS
         for batch in batches:
-            following = self.data.then(batch)
+            following = self._following(batch)
             if following.batches > done.batches:
                 yield batch
             self.data = following
@@ -136,6 +138,9 @@ class Journal:
         if self.path is not None and self.unfinished is not None:
             stats.save(self.path)
             self.unfinished.unlink(missing_ok=True)
+
+    def _following(self, batch: Batch) -> DataKey:
+        return self.data.then(as_batch(batch, torch.device("cpu")))
 
     def _save(self, collector: Collector, bank: MomentBank | None) -> None:
         if self.unfinished is None:
