@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tlora.adapter.freeze import lora_layers
 from tlora.adapter.initial import InitialAdapter
 from tlora.adapter.stock import exact, wrap
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
@@ -92,6 +93,12 @@ def attach_eva(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the following layers were initialized with")
         initialize_lora_eva_weights(adapted, eva_state_dict=state, show_progress_bar=False)
+    # Where PEFT changed a rank it made A and B anew, in the base's dtype.
+    adapted.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=True)
+    with torch.no_grad():
+        for name, layer in lora_layers(adapted.base_model.model):
+            if name in initial.modules:
+                layer.lora_A["default"].weight.copy_(initial.modules[name][0])
     settled = adapted.peft_config["default"]
     settled.init_lora_weights, settled.eva_config = True, None
     return adapted

@@ -33,7 +33,8 @@ class CoreB(nn.Module):
         # A buffer: saved with each checkpoint, and nothing that switches parameters trains it.
         self.register_buffer("left", left)
         self.core = nn.Parameter(torch.zeros(rank, rank, dtype=left.dtype, device=left.device))
-        self.scale = nn.Parameter(torch.tensor([scale], dtype=left.dtype, device=left.device))
+        # 1 x 1: PEFT takes a matrix of fewer dimensions for a shard that was not gathered.
+        self.scale = nn.Parameter(torch.full_like(left[:1, :1], scale))
 
     @property
     def weight(self) -> Tensor:

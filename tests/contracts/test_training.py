@@ -1,0 +1,139 @@
+"""Every registered method by `tlora train`: from nothing to an adapter, and on after a stop."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from running import small_options
+
+import tlora.demo
+from tlora.registry import METHODS
+from tlora.runconfig import CalibrationConfig, RunConfig
+from tlora.runfolder import RunFolder
+from tlora.stages import initialise, train
+from tlora.stages.callbacks import LogCallback
+
+BASE = str(Path(tlora.demo.__file__).parent / "base")
+NAMES = METHODS.names()
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """Make a run of a method on the base that the package ships."""
+    rows = tmp_path_factory.mktemp("rows") / "sums.jsonl"
+    lines = [{"prompt": f"{n} + {n} =", "response": f" {n + n}"} for n in range(24)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def make(name, folder, steps=2, resume=False):
+        method = METHODS.load(name)
+        options = {
+            key: value
+            for key, value in dataclasses.asdict(small_options(method, "CAUSAL_LM")).items()
+            if value != getattr(method.options(), key) and key != "task_type"
+        }
+        return RunConfig(
+            model=BASE,
+            train_file=str(rows),
+            output_dir=str(folder),
+            method=name,
+            seed=3,
+            resume=resume,
+            adapter=options,
+            calibration=CalibrationConfig(samples=8, batch_size=4),
+            trainer={
+                "max_steps": steps,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "save_steps": 2,
+                "logging_steps": 1,
+                "disable_tqdm": True,
+                "use_cpu": True,
+            },
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def probe():
+    """Return the logits of a prompt."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    ids = tokenizer("7 + 7 = 14", return_tensors="pt")["input_ids"]
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    return logits
+
+
+def load(folder, traits):
+    if traits.leaves == "model":
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    return peft.PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_and_leaves_what_it_says(config, probe, tmp_path, name, monkeypatch):
+    models = []
+    make_trainer = train.make_trainer
+
+    def keep(setup, prepared, *rest):
+        models.append(prepared.model)
+        return make_trainer(setup, prepared, *rest)
+
+    monkeypatch.setattr(train, "make_trainer", keep)
+    folder = train.run(config(name, tmp_path / "run"))
+    assert folder.finished
+    again = load(folder.adapter, METHODS.load(name).traits)
+    torch.testing.assert_close(probe(again), probe(models[0]), rtol=1e-4, atol=1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    assert not torch.equal(probe(again), probe(base))
+    assert (folder.adapter / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_leaves_what_changes_nothing_yet(config, probe, tmp_path, name):
+    folder = initialise.run(config(name, tmp_path / "run"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    again = load(folder.adapter, METHODS.load(name).traits)
+    torch.testing.assert_close(probe(again), probe(base), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Run until the end of a step, then press Ctrl-C; return the folder."""
+
+    def run(config, step):
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LogCallback, "on_step_end", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.run(config)
+        return RunFolder(config.output_dir)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name", ["adalora", "trimatrix", "loraplus", "pissa", "lora-ga", "eva", "dora", "full"]
+)
+def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
+    whole = train.run(config(name, tmp_path / "whole", steps=5))
+    folder = interrupted(config(name, tmp_path / "cut", steps=5), 3)
+    assert folder.last_checkpoint().name == "checkpoint-2"
+    resumed = train.run(config(name, tmp_path / "cut", steps=5, resume=True))
+    assert _weights(resumed) == _weights(whole)
+
+
+def _weights(folder):
+    [file] = folder.adapter.glob("*model.safetensors")
+    return file.read_bytes()
