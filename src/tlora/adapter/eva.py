@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _IGNORED_LABEL = -100
 # PEFT goes over the batches until all has settled, however long that takes.
-_MOST_PASSES = 200
+_MOST_BATCHES = 2000
 
 
 def principal_inputs(
@@ -56,7 +56,7 @@ def principal_inputs(
     if not kept:
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
     with borrowed(model), torch.no_grad():
-        rows = _Rows(model, config, _MOST_PASSES * len(kept))
+        rows = _Rows(model, config, _MOST_BATCHES)
         read = _readers(targets, rows, kept)
         for name, value in exact(model, read).items():
             setattr(config, name, value)
@@ -134,8 +134,9 @@ class _Rows:
         self.left -= 1
         if self.left < 0:
             raise CalibrationError(
-                f"EVA's directions have not settled after {_MOST_PASSES} passes over the"
-                " calibration batches; give more samples, or lower `tau`, `r` or `rho`."
+                f"EVA's directions have not settled after {_MOST_BATCHES} batches, of"
+                " which it reads the same ones again and again; give more samples, or lower"
+                " `tau`, `r` or `rho`."
             )
         with recording(model, [], self.layout, backward=False):
             model(**batch)
