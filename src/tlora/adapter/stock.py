@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.targets import Target, find_targets
+from tlora.calibration.weights import is_8bit_linear
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 
@@ -79,6 +80,21 @@ def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
     suffixes = tuple(f".{name}" for name in used)
     wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
     return "|".join(map(re.escape, wrong)) or None
+
+
+def refuse_8bit(model: nn.Module, options: Any, reason: str) -> None:
+    """Check that no target is one of bitsandbytes' 8-bit layers.
+
+    Raises:
+        ConfigError: one is; ``reason`` says why that cannot be.
+    """
+    for target in targets_of(model, options):
+        if is_8bit_linear(target.module):
+            raise ConfigError(
+                f"{target.name} is stored in 8 bits, and {reason}; load the model in nf4 or"
+                " unquantised.",
+                where="method",
+            )
 
 
 def rows_and_columns(targets: Sequence[Target]) -> int:

@@ -83,14 +83,16 @@ class AdaLora:
         """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read.
 
         Raises:
-            ConfigError: PEFT does not find the target modules.
+            ConfigError: PEFT does not find the target modules, or they are stored in 8 bits.
         """
         from peft import AdaLoraConfig
 
         from tlora.adapter.adalora import AdaLoraCallback, save_pruned
-        from tlora.adapter.stock import wrap
+        from tlora.adapter.stock import refuse_8bit, wrap
         from tlora.methods.lora import peft_fields
 
+        # TRL casts A, E and B to bfloat16, and PEFT leaves the inputs in float32.
+        refuse_8bit(model, options, "PEFT's AdaLoRA does not run on these layers under TRL")
         schedule = {name: getattr(options, name) for name in _SCHEDULE}
         # The trainer knows the number of steps; until then any that the schedule fits will do.
         steps = options.tinit + options.tfinal + 1

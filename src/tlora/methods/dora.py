@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tlora.methods.base import Traits
+from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.lora import Lora
 
 if TYPE_CHECKING:
@@ -30,6 +30,20 @@ class Dora(Lora):
         start="rounding",
     )
     fields: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """As LoRA's.
+
+        Raises:
+            ConfigError: PEFT does not find the target modules, or they are stored in 8 bits.
+        """
+        from tlora.adapter.stock import refuse_8bit
+
+        # Reading the weight's norms makes bitsandbytes lose its scales.
+        refuse_8bit(model, options, "PEFT's DoRA does not run on these layers")
+        return super().prepare(model, options, batches, plan)
 
     def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
         """Return sum_i (r (m_i + d_i) + m_i)."""
