@@ -16,6 +16,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "lora_alpha": 12.5,
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": "lm_head",
+    "target_parameters": [],
     "layers_to_transform": [0, 3],
     "layers_pattern": "layers",
     "lora_dropout": 0.1,
@@ -91,6 +92,14 @@ def test_a_value_out_of_range_is_one_fault_that_names_field_and_value(name: str,
     (fault,) = faults_of(**{name: bad})
     assert fault.startswith(f"`{name}`")
     assert repr(bad) in fault
+
+
+def test_parameters_are_a_list_of_names_and_go_without_dropout() -> None:
+    (fault,) = faults_of(target_parameters="experts.down_proj")
+    assert "give a list of names" in fault
+    (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
+    assert "`lora_dropout` does not go with `target_parameters`" in fault
+    assert not TLoraConfig(target_parameters=[], lora_dropout=0.1).target_parameters
 
 
 def test_values_at_the_edge_of_their_range_are_accepted() -> None:

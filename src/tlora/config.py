@@ -108,6 +108,10 @@ class TLoraConfig:
     (every Linear and Conv1D but the head), or None for PEFT's default of the architecture."""
     exclude_modules: str | list[str] | None = None
     """Modules to leave out, by PEFT's rules."""
+    target_parameters: list[str] | None = None
+    """Fused parameters of experts to adapt: a list of names or suffixes, as in PEFT
+    (["experts.gate_up_proj", "experts.down_proj"]); None: none. All experts of a parameter get
+    one rank and one scale."""
     layers_to_transform: int | list[int] | None = None
     """Layer indexes to adapt (all, if None), as in PEFT."""
     layers_pattern: str | list[str] | None = None
@@ -208,6 +212,7 @@ class TLoraConfig:
         for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"`{name}` is {value!r}; give true or false."
+        yield from self._parameter_faults()
         if self.whiten and self.covariance == "streamed":
             yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
         if self.memory_budget is not None:
@@ -215,6 +220,18 @@ class TLoraConfig:
                 parse_bytes(self.memory_budget)
             except ValueError as error:
                 yield f"`memory_budget`: {error}."
+
+    def _parameter_faults(self):
+        names = self.target_parameters
+        if names is None:
+            return
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            yield f"`target_parameters` is {names!r}; give a list of names, or None."
+        elif names and self.lora_dropout:
+            yield (
+                "`lora_dropout` does not go with `target_parameters`: PEFT adapts a parameter by"
+                " changing it, not its inputs; set it to 0."
+            )
 
     @property
     def memory_budget_bytes(self) -> int | None:

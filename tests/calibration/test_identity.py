@@ -145,6 +145,7 @@ OTHERWISE: dict[str, Any] = {
     "lora_alpha": 5,
     "target_modules": ["q_proj", "up_proj"],
     "exclude_modules": ["q_proj"],
+    "target_parameters": [],
     "layers_to_transform": [1],
     "layers_pattern": "layers",
     "lora_dropout": 0.5,

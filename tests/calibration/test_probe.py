@@ -351,7 +351,8 @@ def test_fused_experts_are_named_and_the_rest_agrees():
 
     [message] = [str(w.message) for w in caught if "experts" in str(w.message)]
     assert "model.layers.0.mlp.experts.gate_up_proj" in message
-    assert message.endswith("and 1 more.")
+    assert "and 1 more." in message
+    assert "target_parameters=['experts.gate_up_proj', 'experts.down_proj']" in message
     assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
 
 

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import support
 from tlora import TLoraConfig
-from tlora.calibration.targets import find_targets, fused_expert_parameters
+from tlora.calibration.expert_targets import fused_expert_parameters
+from tlora.calibration.targets import find_targets
 from tlora.errors import AdapterError, ConfigError
 
 FIELDS: list[dict[str, Any]] = [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.freeze import freeze_a
 from tlora.adapter.offloaded import load_onto_offloaded, make_room, refuse_offloaded_training
+from tlora.adapter.parameters import adapter_layer, parameter_keys
 from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.samples import Reading, plan_samples
 from tlora.adapter.stock import namesakes
@@ -82,16 +84,15 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     refuse_offloaded_training(model, plan.config, plan.modules)
     keep_gradients(model)
     config = lora_config(plan, model)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+    keys = parameter_keys(model, plan.modules)
+    with torch.random.fork_rng(devices=[]), _misleading_warnings_ignored():
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
     make_room(adapted, adapter_name)
     with torch.no_grad():
         for name, module in plan.modules.items():
             if module.rank == 0:
                 continue
-            layer = adapted.base_model.model.get_submodule(name)
+            layer = adapter_layer(adapted.base_model.model, name, keys.get(name))
             layer.lora_A[adapter_name].weight.copy_(module.lora_A)
             layer.lora_B[adapter_name].weight.zero_()
     if plan.config.freeze_a:
@@ -133,10 +134,21 @@ def load_adapter(
     if is_trainable:
         keep_gradients(model)
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
-    adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
+    with _misleading_warnings_ignored():
+        adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
     if freeze:
         freeze_a(adapted, adapter_name)
     return adapted
+
+
+@contextlib.contextmanager
+def _misleading_warnings_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        # It applies the patterns of parameters, but looks for their keys among modules alone.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted")
+        yield
 
 
 def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
@@ -149,7 +161,10 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     from peft import LoraConfig
 
     config = plan.config
-    used = {name: module for name, module in plan.modules.items() if module.rank > 0}
+    planned = {name: module for name, module in plan.modules.items() if module.rank > 0}
+    keys = parameter_keys(model, planned)
+    modules = [name for name in planned if name not in keys]
+    used = {keys.get(name, name): module for name, module in planned.items()}
     alpha = config.lora_alpha
     ranks = {n: m.rank for n, m in used.items() if m.rank != config.r}
     alphas = {n: m.scale * m.rank for n, m in used.items() if m.scale * m.rank != alpha}
@@ -157,15 +172,16 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     return LoraConfig(
         r=config.r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=list(used),
-        exclude_modules=namesakes(model, used),
+        target_modules=modules,
+        target_parameters=list(keys.values()) or None,
+        exclude_modules=namesakes(model, modules),
         rank_pattern=_pattern(ranks, grouped),
         alpha_pattern=_pattern(alphas, grouped),
         lora_dropout=config.lora_dropout,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         bias=config.bias,
         task_type=config.task_type,
-        fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in used),
+        fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in modules),
     )
 
 
@@ -180,7 +196,7 @@ def _pattern(values: dict[str, Any], grouped: bool) -> dict[str, Any]:
 
 
 def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
-    targets = {target.name: target for target in find_targets(model, plan.config)}
+    targets = {target.adapter: target for target in find_targets(model, plan.config)}
     faults = []
     for name, module in plan.modules.items():
         if name not in targets:
@@ -191,7 +207,10 @@ def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
             faults.append(
                 f"{name} is {shape[0]} x {shape[1]} but planned as {module.d_out} x {module.d_in}"
             )
-        if module.lora_A.shape != (module.rank, module.d_in):
+        part = targets[name].part
+        if module.experts != (part.count if part else 1):
+            faults.append(f"{name} is planned with {module.experts} experts")
+        if module.lora_A.shape != (module.experts * module.rank, module.d_in):
             faults.append(f"{name} has a lora_A of shape {tuple(module.lora_A.shape)}")
     if not any(module.rank > 0 for module in plan.modules.values()):
         faults.append("no module has a rank above 0")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tlora.adapter.experts import joined
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.plan import AdapterPlan, plan_info
 from tlora.adapter.solve import allocate, solve, take_streamed
@@ -86,7 +87,7 @@ def plan_in_blocks(
     warn_of_skipped(first.skipped, first.given, stacklevel=2)
     samples = (first.samples, len(first.skipped))
     info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
-    return AdapterPlan({t.name: planner.done[t.name] for t in targets}, config, info)
+    return AdapterPlan(joined(targets, planner.done), config, info)
 
 
 def _settle(

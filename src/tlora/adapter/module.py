@@ -11,19 +11,24 @@ from torch import Tensor
 class ModulePlan:
     """The adapter of one module: y = W x + scale * B (lora_A x), B starting at zero.
 
+    Or of a parameter that holds the matrices of E experts: y = W_e x + scale * B_e (A_e x) with
+    A_e the rows e r_i to (e + 1) r_i of lora_A.
+
     Attributes:
-        name: the module's full name in the base model.
+        name: the module's (or parameter's) full name in the base model.
         d_in: d, columns of the weight.
         d_out: m, rows of the weight and of B.
         rank: r_i; 0 leaves the module out.
         scale: s_i.
-        lora_A: r_i x d float32; orthonormal rows unless whitened or random.
-        captured_energy: share of ||W C||_F^2 that the row space of lora_A keeps; None where no
-            second moment was measured.
+        lora_A: E r_i x d float32; orthonormal rows (of each expert) unless whitened or random.
+        captured_energy: share of ||W C||_F^2 (of all experts together) that the row space of
+            lora_A keeps; None where no second moment was measured.
         sensitivity: S_i, or None where none was measured.
         solver: how the subspace was found: "exact", "randomized",
             "streamed", "random",
             or "none" at rank 0.
+        experts: E; 1 for a module.
+        total_energy: ||W C||_F^2, of which captured_energy is a share.
     """
 
     name: str
@@ -35,3 +40,9 @@ class ModulePlan:
     captured_energy: float | None
     sensitivity: float | None
     solver: str
+    experts: int = 1
+    total_energy: float | None = None
+
+    def parameters(self, freeze_a: bool) -> int:
+        """Return how many parameters train: E m r_i, and E d r_i more unless A is frozen."""
+        return self.experts * self.rank * (self.d_out + (0 if freeze_a else self.d_in))

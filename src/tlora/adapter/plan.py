@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tlora.adapter.experts import joined
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.solve import Shares, allocate, solve
 from tlora.calibration.cpu_kernels import refuse_repacked
@@ -42,8 +43,7 @@ class AdapterPlan:
     @property
     def trainable_parameters(self) -> int:
         """Adapter parameters that train: sum_i m_i r_i, plus sum_i d_i r_i where A trains too."""
-        inputs = 0 if self.config.freeze_a else 1
-        return sum(m.rank * (m.d_out + inputs * m.d_in) for m in self.modules.values())
+        return sum(m.parameters(self.config.freeze_a) for m in self.modules.values())
 
     def summary(self) -> str:
         """Return a few lines of text: modules, ranks, scales, parameters, captured energy."""
@@ -51,7 +51,7 @@ class AdapterPlan:
         ranks = [m.rank for m in modules]
         scales = [m.scale for m in modules]
         energies = [m.captured_energy for m in modules if m.captured_energy is not None]
-        uniform = self.config.r * sum(m.d_out + m.d_in for m in modules)
+        uniform = self.config.r * sum(m.experts * (m.d_out + m.d_in) for m in modules)
         lines = [
             f"{len(modules)} modules, {sum(ranks)} ranks ({min(ranks)} to {max(ranks)},"
             f" base {self.config.r})",
@@ -131,7 +131,8 @@ def plan(
     shares = allocate(targets, measured, config)
     each = list(zip(targets, measured, strict=True))
     bar = tqdm(each, desc="Planning", unit=" modules", disable=None if progress else True)
-    modules = {t.name: solve(t, m, shares.of[t.name], config) for t, m in bar}
+    solved = {t.name: solve(t, m, shares.of[t.name], config) for t, m in bar}
+    modules = joined(targets, solved)
     skipped = stats.info.get("skipped", 0)
     return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tlora.adapter.experts import Group, grouped
 from tlora.adapter.module import ModulePlan
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.targets import Target
@@ -33,7 +34,7 @@ from tlora.linalg.subspace import (
 
 @dataclass(frozen=True)
 class Shares:
-    """How the budget was shared out: by module name, and what of it was spent."""
+    """How the budget was shared out: by name of the target, and what of it was spent."""
 
     of: dict[str, Share]
     ranks: RankAllocation
@@ -59,12 +60,17 @@ def allocate(
 ) -> Shares:
     """Share ranks and scales out by the modules' sensitivities; no second moment is looked at.
 
+    The experts of a parameter count as one module and get the same rank and scale.
+
     Raises:
         CalibrationError: ``config`` allocates, but sensitivities were not measured.
     """
-    ranks = _ranks(targets, statistics, config)
-    each = zip(targets, ranks.ranks, _scales(statistics, config), strict=True)
-    of = {t.name: Share(index, rank, scale) for index, (t, rank, scale) in enumerate(each)}
+    groups = grouped(targets, statistics)
+    ranks = _ranks(groups, config)
+    each = zip(groups, ranks.ranks, _scales(groups, config), strict=True)
+    of: dict[str, Share] = {}
+    for group, rank, scale in each:
+        of |= {t.name: Share(len(of) + i, rank, scale) for i, t in enumerate(group.targets)}
     return Shares(of, ranks)
 
 
@@ -77,24 +83,33 @@ def solve(
         CalibrationError: ``config`` needs a second moment, but none was kept.
     """
     with torch.no_grad():
-        basis, energy, solver = _basis(target, statistics, share, config)
-    return _planned(target, statistics, share, basis, energy, solver)
+        found = _basis(target, statistics, share, config)
+    return _planned(target, statistics, share, found)
 
 
 def take_streamed(
     target: Target, statistics: ModuleStatistics, share: Share, found: Subspace
 ) -> ModulePlan:
     """Plan a module whose subspace was found without its second moment."""
-    return _planned(target, statistics, share, found.basis, found.captured_energy, found.method)
+    return _planned(target, statistics, share, _Found.of(found))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A (rank x d), the share of ||W C||_F^2 that it captures, all of it, how it was found."""
+
+    basis: Tensor
+    energy: float | None
+    total: float | None
+    solver: str
+
+    @classmethod
+    def of(cls, space: Subspace) -> _Found:
+        return cls(space.basis, space.captured_energy, space.total_energy, space.method)
 
 
 def _planned(
-    target: Target,
-    statistics: ModuleStatistics,
-    share: Share,
-    basis: Tensor,
-    energy: float | None,
-    solver: str,
+    target: Target, statistics: ModuleStatistics, share: Share, found: _Found
 ) -> ModulePlan:
     return ModulePlan(
         name=target.name,
@@ -102,25 +117,20 @@ def _planned(
         d_out=target.d_out,
         rank=share.rank,
         scale=share.scale,
-        lora_A=basis.cpu(),
-        captured_energy=energy,
+        lora_A=found.basis.cpu(),
+        captured_energy=found.energy,
         sensitivity=statistics.sensitivity,
-        solver=solver,
+        solver=found.solver,
+        total_energy=found.total,
     )
 
 
-def _ranks(
-    targets: Sequence[Target], statistics: Sequence[ModuleStatistics], config: TLoraConfig
-) -> RankAllocation:
-    limits = [min(t.d_in, t.d_out, config.rank_max or max(t.d_in, t.d_out)) for t in targets]
+def _ranks(groups: Sequence[Group], config: TLoraConfig) -> RankAllocation:
+    limits = [min(g.d_in, g.d_out, config.rank_max or max(g.d_in, g.d_out)) for g in groups]
     bounds = [RankBounds(min(config.rank_min, high), high) for high in limits]
-    weights = (
-        [module.required_sensitivity for module in statistics]
-        if config.allocate_rank
-        else [1.0] * len(targets)
-    )
+    weights = [group.sensitivity if config.allocate_rank else 1.0 for group in groups]
     if config.budget == "params":
-        costs = [t.d_out + (0 if config.freeze_a else t.d_in) for t in targets]
+        costs = [group.cost(config.freeze_a) for group in groups]
         allocation = allocate_ranks_by_cost(weights, config.r, bounds, costs)
         unit = "parameters"
     else:
@@ -128,7 +138,7 @@ def _ranks(
         unit = "ranks"
     if not allocation.feasible:
         warnings.warn(
-            f"{len(targets)} modules at r = {config.r} would have {allocation.wanted} {unit};"
+            f"{len(groups)} modules at r = {config.r} would have {allocation.wanted} {unit};"
             f" within rank_min = {config.rank_min}, rank_max = {config.rank_max} and the sizes of"
             f" the weights the nearest is {allocation.spent}, which the plan takes.",
             stacklevel=4,
@@ -136,38 +146,41 @@ def _ranks(
     return allocation
 
 
-def _scales(statistics: Sequence[ModuleStatistics], config: TLoraConfig) -> tuple[float, ...]:
+def _scales(groups: Sequence[Group], config: TLoraConfig) -> tuple[float, ...]:
     if not config.allocate_scale or config.scale_rule == "constant":
-        return allocate_scales([1.0] * len(statistics), config.r, config.lora_alpha, "constant")
-    weights = [module.required_sensitivity for module in statistics]
+        return allocate_scales([1.0] * len(groups), config.r, config.lora_alpha, "constant")
+    weights = [group.sensitivity for group in groups]
     return allocate_scales(weights, config.r, config.lora_alpha, config.scale_rule)
 
 
 def _basis(
     target: Target, statistics: ModuleStatistics, share: Share, config: TLoraConfig
-) -> tuple[Tensor, float | None, str]:
-    """Return A (rank x d), the energy it captures, and how it was found."""
+) -> _Found:
     rank = share.rank
     if rank == 0:
-        return torch.zeros(0, target.d_in), 0.0, "none"
+        return _Found(torch.zeros(0, target.d_in), 0.0, None, "none")
     if config.basis == "random":
-        # A seed of its own for each module: equal shapes must not get equal matrices.
-        basis = random_basis(rank, target.d_in, seed=config.seed * 1_000_003 + share.index)
-        energy = None
-        if statistics.moment is not None:
-            weight = dense_weight(target)
-            basis = basis.to(weight.device)
-            energy = captured_energy(statistics.weighted(weight), basis)
-        solver = "random"
+        found = _random_basis(target, statistics, share, config)
     else:
         weight = dense_weight(target)
-        solved = task_subspace(
-            weight,
-            statistics.weighted(weight),
-            rank,
-            Solver(mode=config.subspace, seed=config.seed),
-        )
-        basis, energy, solver = solved.basis, solved.captured_energy, solved.method
+        solver = Solver(mode=config.subspace, seed=config.seed)
+        product = statistics.weighted(weight)
+        found = _Found.of(task_subspace(weight, product, rank, solver))
     if config.whiten:
-        basis = whitened(basis, statistics.uncentred().to(basis))
-    return basis, energy, solver
+        basis = whitened(found.basis, statistics.uncentred().to(found.basis))
+        found = replace(found, basis=basis)
+    return found
+
+
+def _random_basis(
+    target: Target, statistics: ModuleStatistics, share: Share, config: TLoraConfig
+) -> _Found:
+    # A seed of its own for each module: equal shapes must not get equal matrices.
+    basis = random_basis(share.rank, target.d_in, seed=config.seed * 1_000_003 + share.index)
+    if statistics.moment is None:
+        return _Found(basis, None, None, "random")
+    weight = dense_weight(target)
+    product = statistics.weighted(weight)
+    basis = basis.to(weight.device)
+    energy = captured_energy(product, basis)
+    return _Found(basis, energy, product.energy().item(), "random")

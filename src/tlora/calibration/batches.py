@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlora.calibration.expert_layouts import has_layout
 from tlora.errors import CalibrationError
 
 Batch = Mapping[str, Any]
@@ -73,6 +74,8 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
     """
     labels = batch.get("labels")
     size = batch_size(batch)
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        return None  # The loss that balances the experts is no mean over labels.
     if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
         return None
     name = type(model).__name__
@@ -191,7 +194,12 @@ class TokenLayout:
 
 def token_layout(batch: Batch, model: nn.Module) -> TokenLayout:
     """Return the layout of a batch for ``model``, before its forward pass."""
-    routed = frozenset(id(module) for name, module in model.named_modules() if "expert" in name)
+    routed = frozenset(
+        id(module)
+        for name, module in model.named_modules()
+        # Fused experts are given all rows, and so are shared ones.
+        if "expert" in name and "shared" not in name and not has_layout(module)
+    )
     layout = TokenLayout(batch_size(batch), encoder_mask(batch), routed=routed)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = set(map(id, model.get_encoder().modules()))  # type: ignore[operator]

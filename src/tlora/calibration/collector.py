@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import Accumulator
 from tlora.calibration.checks import BadSamples, check_gradients, check_inputs, checked_weights
+from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.faults import numbered
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.offload import device_of
@@ -196,7 +197,7 @@ class Collector:
             factors = checked_weights(weights)
         self.stage = "the forward pass"
         layout = reading.token_layout(unit.batch, self.model)
-        records = {target.name: Record(target) for target in self.targets}
+        records = records_of(self.targets)
         outputs = self._forward(unit, records, layout)
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
         for record in records.values():
@@ -218,7 +219,7 @@ class Collector:
     def _update(self, records: Mapping[str, Record], size: int) -> None:
         self.stage = "adding to the second moments"
         if self.bank is not None:
-            self.bank.update(records, size)
+            self.bank.update(by_target(records), size)
 
     def _add_sensitivities(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
         self.stage = "the backward pass"
@@ -275,7 +276,7 @@ class Collector:
 def _inputs_of(records: Mapping[str, Record]) -> dict[str, Record]:
     """Return records of the inputs alone, which outlast the backward pass."""
     return {
-        name: Record(record.target, [replace(c, output=None, delta=None) for c in record.calls])
+        name: replace(record, calls=[replace(c, output=None, delta=None) for c in record.calls])
         for name, record in records.items()
     }
 

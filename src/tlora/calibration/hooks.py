@@ -28,6 +28,7 @@ class Call:
         rows: ``inputs`` as B x T x d, once split.
         mask: B x T, true at real tokens; None: all are real.
         delta: the loss's gradient at ``output``, once the backward pass has reached it.
+        others: the further tensors that the module was given (of experts: who reads which row).
     """
 
     inputs: Tensor
@@ -35,6 +36,7 @@ class Call:
     rows: Tensor
     mask: Tensor | None = None
     delta: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -140,14 +142,16 @@ def _on_target(
     kwargs: Any,
     output: Tensor,
 ) -> Tensor | None:
-    inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    inputs, *others = (value.detach() for value in given)
     started = None
     # Where the model itself switches gradients off, the loss does not depend on the target.
     backward = backward and torch.is_grad_enabled()
     if backward and not output.requires_grad:
         # A clone, because a model may write into the output in place, which a leaf forbids.
         output = started = output.detach().requires_grad_().clone()
-    record.calls.append(Call(inputs, _edge(output) if backward else None, rows=inputs))
+    edge = _edge(output) if backward else None
+    record.calls.append(Call(inputs, edge, rows=inputs, others=tuple(others)))
     if countdown is not None:
         countdown.tick()
     return started

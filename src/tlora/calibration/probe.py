@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.collector import Collector
+from tlora.calibration.expert_targets import warn_of_unadapted_experts
 from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
 from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
@@ -23,7 +23,7 @@ from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved
 from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, find_targets, fused_expert_parameters
+from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 
@@ -132,8 +132,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
                 f"{target.name}: its weight is loaded with those of an outer module"
                 " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
-    if config.target_modules == "all-linear":
-        _warn_of_fused_experts(model)
+    warn_of_unadapted_experts(model, config, stacklevel=2)
     return targets
 
 
@@ -170,16 +169,6 @@ def first_pass(
 def _read(collector: Collector, batch: Any) -> None:
     collector.stage = "the transfer"
     collector.add(reading.as_batch(batch, device_of(collector.model)))
-
-
-def _warn_of_fused_experts(model: nn.Module) -> None:
-    if fused := fused_expert_parameters(model):
-        more = f" and {len(fused) - 3} more" if fused[3:] else ""
-        warnings.warn(
-            f"{type(model).__name__} keeps experts in fused parameters, which no Linear wraps and"
-            f" which are not adapted: {', '.join(fused[:3])}{more}.",
-            stacklevel=3,
-        )
 
 
 def progress_bar(batches: Any, show: bool) -> Any:

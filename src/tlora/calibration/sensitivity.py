@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.hooks import Call, Record
 from tlora.calibration.weights import dense_weight
 from tlora.linalg.magnitude import weighted_magnitude
@@ -65,6 +66,9 @@ class SensitivityPass:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
         if not calls:
+            return
+        if isinstance(record, ExpertsRecord):
+            self.found |= record.magnitudes(calls, self.weights)
             return
         weight = dense_weight(record.target)
         samples = [

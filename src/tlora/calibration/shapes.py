@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tlora.calibration.batches import TokenLayout
+from tlora.calibration.experts import ExpertsRecord, records_of
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.targets import Target
 
@@ -87,7 +88,7 @@ def forward_of(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         state[name] = _fake(mode, tensor, trained and isinstance(tensor, nn.Parameter))
     kept = _Kept({_storage(tensor) for tensor in state.values()})
-    records = {target.name: Record(target) for target in targets}
+    records = records_of(targets)
     layout = TokenLayout(next(iter(spec.values()))[0][0], None)
     flops = _Flops()
     try:
@@ -114,7 +115,10 @@ def _summary(records: dict[str, Record], kept: _Kept, flops: _Flops, output: Any
     numbers: dict[tuple[Any, ...], int] = {}
     sources, rows = {}, {}
     for name, record in records.items():
-        if record.calls:
+        if isinstance(record, ExpertsRecord):
+            for part, met in record.expected_rows().items():
+                sources[part], rows[part] = numbers.setdefault((part,), len(numbers)), met
+        elif record.calls:
             key = (record.target.d_in, *(_place(call.inputs) for call in record.calls))
             sources[name] = numbers.setdefault(key, len(numbers))
             rows[name] = sum(c.inputs.numel() // record.target.d_in for c in record.calls)

@@ -24,7 +24,8 @@ def input_sources(
         targets: the modules to look at.
         batch: tensors on the model's device.
     """
-    records = {target.name: Record(target) for target in targets}
+    # Experts in fused parameters share no rows.
+    records = {target.name: Record(target) for target in targets if target.part is None}
     layout = token_layout(batch, model)
     with recording(model, records.values(), layout, backward=False), torch.no_grad():
         model(**batch, **forward_options(model, batch))

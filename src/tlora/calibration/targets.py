@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.weights import is_hqq_linear
+from tlora.calibration.expert_layouts import ExpertPart, part_shape
+from tlora.calibration.expert_targets import expert_parts
+from tlora.calibration.offload import loaded_by
+from tlora.calibration.weights import holds_floats, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
 
@@ -23,24 +26,41 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: y = W x + b with W of d_out x d_in (m x d)."""
+    """One linear map to adapt: y = W x + b with W of d_out x d_in (m x d).
+
+    Attributes:
+        name: the module's full name in the model; of an expert, "...experts.gate_up_proj[3]".
+        module: the module that holds W.
+        d_in: d.
+        d_out: m.
+        part: which matrix of a fused parameter W is; None: the module's own weight.
+    """
 
     name: str
     module: nn.Module
     d_in: int
     d_out: int
+    part: ExpertPart | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Name of what PEFT adapts as one: the module, or the parameter that holds the experts."""
+        return self.name if self.part is None else self.part.parameter
 
 
 def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
-    """Return the modules that PEFT would adapt for ``config``, in the model's order.
+    """Return what PEFT would adapt for ``config``: modules in the model's order, then experts.
+
+    Each expert of a fused parameter is a target of its own.
 
     Raises:
         AdapterError: the model already carries adapters.
-        ConfigError: nothing matches (the Linear names that exist are listed), or a module
-            matches that is no Linear and no Conv1D.
+        ConfigError: nothing matches (the Linear names that exist are listed), a module matches
+            that is no Linear and no Conv1D, or a parameter that is no adaptable one of experts.
     """
     names = _matching_names(model, config)
-    if not names:
+    experts = _expert_targets(model, config)
+    if not names and not experts:
         raise ConfigError(_nothing_matches(model, config), where="target_modules")
     targets, wrong = [], []
     for name in names:
@@ -54,21 +74,76 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             )
     if wrong:
         raise ConfigError(wrong, where="target_modules")
+    if experts and any(isinstance(target.module, Conv1D) for target in targets):
+        # One LoraConfig has one `fan_in_fan_out`, which PEFT refuses for parameters.
+        raise ConfigError(
+            "PEFT adapts no parameters beside Conv1D modules; leave one of both out.",
+            where="target_parameters",
+        )
+    if fault := _without_module_adapter(model, targets, config):
+        raise ConfigError(fault, where="target_modules")
+    return targets + experts
+
+
+def taken_for_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules whose names PEFT takes for those of experts that are fused by now.
+
+    transformers 5 has fused what were Linears named gate_proj, up_proj and down_proj, and on these
+    architectures PEFT turns such names in `target_modules` into those of the fused parameters
+    (peft/utils/transformers_weight_conversion.py), also where a dense layer bears them.
+    """
+    names = list(names)
+    lost = {leaf for leaf in {name.rpartition(".")[2] for name in names} if _rewritten(model, leaf)}
+    return [name for name in names if name.rpartition(".")[2] in lost]
+
+
+def _rewritten(model: nn.Module, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    rule = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(rule, model, None)
+    except ValueError:
+        return True  # one of two names that were fused into one
+    return leaf not in (rule.target_modules or ())
+
+
+def _without_module_adapter(
+    model: nn.Module, targets: list[Target], config: TLoraConfig
+) -> str | None:
+    """Say what PEFT can adapt neither as a module nor, as it is, as a parameter."""
+    taken = set(taken_for_experts(model, [target.name for target in targets]))
+    if config.lora_dropout:
+        reason, left = "which `lora_dropout` does not go with: set it to 0", sorted(taken)
+    else:
+        reason = "which may be neither quantised nor offloaded: load the model so"
+        left = [t.name for t in targets if t.name in taken and not _has_plain_weight(t.module)]
+    if not left:
+        return None
+    more = f" and {len(left) - 1} more" if left[1:] else ""
+    return (
+        f"{left[0]!r}{more}: on this architecture PEFT takes the name for that of fused experts and"
+        f" adapts the module only through its weight, {reason}, or leave it out by"
+        " `exclude_modules`."
+    )
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and holds_floats(module) and not loaded_by(module)
+
+
+def _expert_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
+    targets = []
+    for module, part in expert_parts(model, config.target_parameters or ()):
+        d_out, d_in = part_shape(module, part.attribute)
+        targets.append(Target(f"{part.parameter}[{part.index}]", module, d_in, d_out, part))
     return targets
 
 
 def heads_of(config: TLoraConfig) -> list[str]:
     """Return the names of the modules that train in full: those asked for, and PEFT's own heads."""
     return [*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])]
-
-
-def fused_expert_parameters(model: nn.Module) -> list[str]:
-    """Return the names of 3-D expert parameters, which no Linear wraps and so nothing adapts."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name
-    ]
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -96,6 +171,8 @@ def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
             " (`peft_model.unload()` returns it)."
         )
     wanted = config.target_modules
+    if wanted == []:
+        return []  # as with PEFT: parameters alone
     if wanted is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in DEFAULTS:

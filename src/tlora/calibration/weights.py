@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.expert_layouts import read_part
 from tlora.calibration.offload import resident
 from tlora.errors import AdapterError
 
@@ -42,6 +43,8 @@ def _read(target: Target) -> Tensor:
     module = target.module
     if any(parameter.is_meta for parameter in module.parameters()):
         raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
+    if target.part is not None:
+        return read_part(module, target.part)
     storage = next((each for each in _STORAGES if each.holds(module)), None)
     if storage is None:
         known = ", ".join(each.name for each in _STORAGES)
@@ -109,7 +112,8 @@ def _described(module: nn.Module) -> str:
     return " of ".join(kinds)
 
 
-def _holds_floats(module: nn.Module) -> bool:
+def holds_floats(module: nn.Module) -> bool:
+    """Return whether a module's weight is a plain tensor of a float dtype of two bytes or more."""
     weight = getattr(module, "weight", None)
     # A subclass of Tensor may say that it is of floats and store something else.
     return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in _FLOATS
@@ -159,7 +163,7 @@ def _read_hqq(module: nn.Module) -> Tensor:
 
 
 _STORAGES = (
-    _Storage("floating point", _holds_floats, _read_floats),
+    _Storage("floating point", holds_floats, _read_floats),
     _Storage(
         "bitsandbytes 4-bit",
         lambda m: is_4bit_linear(m) and _quant_state(m) is not None,

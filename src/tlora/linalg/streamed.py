@@ -100,7 +100,7 @@ class StreamedSubspace:
         vectors = completed(vectors[:determined], weight, self.rank, Solver())
         total = (kept.square().sum() + lost.square().sum() / _PROBES).item()
         energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)
-        return Subspace(vectors, energy, "streamed", determined)
+        return Subspace(vectors, energy, "streamed", determined, total)
 
     def _normal(self, rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=self._generator)

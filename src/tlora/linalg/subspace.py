@@ -56,12 +56,14 @@ class Subspace:
         method: "exact" or "randomized".
         determined: how many rows W C itself determines; the others (fewer tokens than rank, or a
             rank-deficient weight) complete it with leading directions of W.
+        total_energy: ||W C||_F^2.
     """
 
     basis: Tensor
     captured_energy: float
     method: str
     determined: int
+    total_energy: float = 0.0
 
 
 def right_singular_vectors(
@@ -157,7 +159,7 @@ def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -
     vectors = completed(vectors[: int(determined)], weight, rank, solver)
     share = 1.0 if whole == 0 else min(1.0, energy / whole)
     method = solver.resolve(weight.shape[0], weight.shape[1], rank)
-    return Subspace(vectors.float(), share, method, int(determined))
+    return Subspace(vectors.float(), share, method, int(determined), whole)
 
 
 def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from tlora.stages.dryrun import DryRun
     from tlora.stages.estimate import ModuleShape, TrainingEstimate
 
-_NAMES_SHOWN = 4
-
 
 def show(dry: DryRun, console: Console | None = None) -> None:
     """Print a dry run on ``console``, by default on standard output."""
@@ -30,7 +28,7 @@ def show(dry: DryRun, console: Console | None = None) -> None:
     console.print(calibration_table(dry))
     console.print(training_table(dry))
     how = dry.calibration.strategy.summary()
-    for line in [f"{how[0].upper()}{how[1:]}.", *_warnings(dry), *_assumed(dry)]:
+    for line in [f"{how[0].upper()}{how[1:]}.", *dry.notes, *_assumed(dry)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -135,7 +133,7 @@ def _table(first: str) -> Table:
 def _projections(modules: Iterable[ModuleShape]) -> dict[str, list[ModuleShape]]:
     groups: dict[str, list[ModuleShape]] = {}
     for module in modules:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", module.name)
+        name = re.sub(r"(?<![^.[])\d+(?![^.\]])", "*", module.name)
         groups.setdefault(name, []).append(module)
     return groups
 
@@ -163,18 +161,6 @@ def _cells(dry: DryRun, group: Sequence[ModuleShape]) -> list[str]:
         millions(ours),
         millions(lora),
     ]
-
-
-def _warnings(dry: DryRun) -> list[str]:
-    lines = list(dry.notes)
-    if dry.fused:
-        names = ", ".join(dry.fused[:_NAMES_SHOWN])
-        more = f" and {len(dry.fused) - _NAMES_SHOWN} more" if dry.fused[_NAMES_SHOWN:] else ""
-        lines.append(
-            f"Not adapted: {len(dry.fused)} fused expert parameters, which no Linear wraps"
-            f" ({names}{more})."
-        )
-    return lines
 
 
 def _assumed(dry: DryRun) -> list[str]:

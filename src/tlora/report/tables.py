@@ -84,8 +84,7 @@ def _groups(plan: AdapterPlan, by: str) -> dict[str, list[ModulePlan]]:
 
 
 def _line(plan: AdapterPlan, modules: list[ModulePlan], counted: bool) -> list[str]:
-    inputs = 0 if plan.config.freeze_a else 1
-    parameters = sum(m.rank * (m.d_out + inputs * m.d_in) for m in modules)
+    parameters = sum(module.parameters(plan.config.freeze_a) for module in modules)
     cells = [
         f"{sum(m.rank for m in modules)}",
         _mean((m.scale for m in modules), "{:.3f}"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     Raises:
         ConfigError: a field is wrong, or there is no such model.
     """
-    from tlora.calibration.targets import find_targets, fused_expert_parameters
+    from tlora.calibration.expert_targets import left_out, unadapted_experts
+    from tlora.calibration.targets import find_targets
 
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
@@ -101,7 +103,9 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     passes = _passes(model, targets, assumed, notes)
     weights, rows = weights_of(model), assumed.rows(assumed.calibration_batch)
     modules = module_shapes(targets, options, passes.get("calibration"), rows)
-    fused = fused_expert_parameters(model)
+    fused = left_out(model, options)
+    if fused:
+        notes.append(unadapted_experts(model, options))
     # Last, because attaching changes the model.
     others = trained_beside(model, modules, options)
     return DryRun(
@@ -174,17 +178,19 @@ def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig)
 
     frozen = dataclasses.replace(options, freeze_a=True)
     with torch.device("meta"):
+        experts = Counter(m.adapter for m in modules)
         planned = {
-            m.name: ModulePlan(
-                name=m.name,
+            m.adapter: ModulePlan(
+                name=m.adapter,
                 d_in=m.d_in,
                 d_out=m.d_out,
                 rank=m.rank,
                 scale=1.0,
-                lora_A=torch.empty(m.rank, m.d_in),
+                lora_A=torch.empty(experts[m.adapter] * m.rank, m.d_in),
                 captured_energy=None,
                 sensitivity=None,
                 solver="none",
+                experts=experts[m.adapter],
             )
             for m in modules
         }
@@ -238,26 +244,29 @@ def _passes(
 def module_shapes(
     targets: list[Target], options: TLoraConfig, passed: Forward | None, rows: int
 ) -> list[ModuleShape]:
-    """Return the targets with the ranks that equal sensitivities would give.
+    """Return the targets with the ranks that equal sensitivities would give, experts one by one.
 
     ``rows`` are the rows of a batch, where no forward pass of shapes has counted them.
     """
     from tlora.linalg.allocation import RankBounds, allocate_ranks
 
-    highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in targets]
+    adapters = {target.adapter: target for target in targets}
+    highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in adapters.values()]
     bounds = [RankBounds(min(options.rank_min, high), high) for high in highs]
-    ranks = allocate_ranks([1.0] * len(targets), options.r, bounds).ranks
+    shared = allocate_ranks([1.0] * len(adapters), options.r, bounds).ranks
+    ranks = dict(zip(adapters, shared, strict=True))
     return [
         ModuleShape(
             name=target.name,
             d_in=target.d_in,
             d_out=target.d_out,
-            rank=rank,
+            rank=ranks[target.adapter],
             rows=passed.rows.get(target.name, 0) if passed else rows,
             # A module that is never called has a moment of its own, all zero.
             source=passed.sources.get(target.name, -1 - i) if passed else i,
+            parameter=target.part.parameter if target.part else None,
         )
-        for i, (target, rank) in enumerate(zip(targets, ranks, strict=True))
+        for i, target in enumerate(targets)
     ]
 
 

@@ -29,6 +29,7 @@ class ModuleShape:
         rank: r_i at the uniform budget.
         rows: rows of its inputs in one batch; 0 if it is never called.
         source: equal for modules that read the same tensors.
+        parameter: the fused parameter that the module is an expert of, if it is one.
     """
 
     name: str
@@ -37,6 +38,12 @@ class ModuleShape:
     rank: int
     rows: int
     source: int
+    parameter: str | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Name of what PEFT adapts as one."""
+        return self.parameter or self.name
 
 
 @dataclass(frozen=True)
@@ -278,8 +285,14 @@ def adapter_activations(
     B's gradient needs z = A x: rows r_i. A's needs x: the tensors that the targets read
     (``shared``, counted once) where adapter and weights have the same dtype, else a converted copy
     for each module. Dropout keeps a mask of one byte an entry, and its output where A trains.
+
+    An expert of a fused parameter is adapted by forming W + s B A: that matrix is kept for the
+    gradient at its input, and its input for the gradient of the matrix.
     """
+    fused = [m for m in modules if m.parameter]
+    modules = [m for m in modules if not m.parameter]
     kept = adapter.element * sum(m.rows * m.rank for m in modules)
+    kept += weights.element * sum(m.d_in * (m.d_out + m.rows) for m in fused)
     entries = sum(m.rows * m.d_in for m in modules)
     if adapter.dropout:
         kept += entries
@@ -300,6 +313,8 @@ def adapter_training(
 
     FLOPs: base forward and backward to the inputs; A x and B z of every target forward, to their
     inputs, and for the gradients of what trains: 2 rows r (2 d + 3 m), and 2 rows r d more for A.
+    Of an expert: B A, the gradient of W + s B A, and from it that of B: 2 m d (2 r + rows), and
+    2 m d r more for A.
 
     Args:
         name: of the way to train.
@@ -315,9 +330,7 @@ def adapter_training(
     all_of_it = adapter_parameters(modules, frozen_a=False)
     beside = adapter_activations(modules, adapter, weights, shared)
     loss = loss_bytes(work.logits, weights.element)
-    through = sum(2 * m.rows * m.rank * (2 * m.d_in + 3 * m.d_out) for m in modules)
-    if not adapter.frozen_a:
-        through += sum(2 * m.rows * m.rank * m.d_in for m in modules)
+    through = sum(_adapter_flops(m, adapter.frozen_a) for m in modules)
     flops = 2 * work.weight_flops + 3 * work.attention_flops + through
     held = trained * adapter.element + others * weights.element
     return TrainingEstimate(
@@ -331,6 +344,13 @@ def adapter_training(
         flops=flops,
         checkpointed_flops=flops + work.weight_flops + work.attention_flops,
     )
+
+
+def _adapter_flops(module: ModuleShape, frozen_a: bool) -> int:
+    rows, rank, m, d = module.rows, module.rank, module.d_out, module.d_in
+    if module.parameter:
+        return 2 * m * d * ((2 if frozen_a else 3) * rank + rows)
+    return 2 * rows * rank * ((2 if frozen_a else 3) * d + 3 * m)
 
 
 def full_training(weights: Weights, work: Work) -> TrainingEstimate:

@@ -1,0 +1,135 @@
+"""Experts that share one 3-D parameter: which of them can be adapted, and what each class computes.
+
+transformers 5 keeps the experts of a layer as E matrices in one parameter (Mixtral, Qwen-MoE,
+OLMoE, DeepSeek, GPT-OSS, ...). Its decorator `use_experts_implementation` puts flags on the module
+that say how: gate or none, biases, whether a matrix is stored as m x d or d x m, a norm behind the
+experts. Only the flags are read here, never the name of a model. What expert e computes for a row x
+(transformers/integrations/moe.py, `grouped_mm_experts_forward`)::
+
+    u = W_in[e] x + b_in[e];  h = gate(u), or act(u);  y = norm(W_down[e] h + b_down[e])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tlora.calibration.offload import loaded_by
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+_DOWN = "down_proj"
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One expert's matrix in a fused parameter.
+
+    Attributes:
+        parameter: the parameter's full name in the model.
+        attribute: its name in the module.
+        index: of the expert.
+        count: E, experts in the parameter.
+    """
+
+    parameter: str
+    attribute: str
+    index: int
+    count: int
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether its input is the activated h, not the rows that the module is given."""
+        return self.attribute == _DOWN
+
+
+def has_layout(module: nn.Module) -> bool:
+    """Return whether a module says how its fused experts are laid out."""
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def fused_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield name, module and attribute of each 3-D parameter of experts, in the model's order."""
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{attribute}" if name else attribute
+            if parameter.dim() == 3 and "expert" in f"{full} {type(module).__name__}".lower():
+                yield full, module, attribute
+
+
+def why_not(module: nn.Module, attribute: str) -> str | None:
+    """Return why a fused parameter cannot be adapted, as the end of a sentence; None if it can."""
+    kind = type(module).__name__
+    if not has_layout(module):
+        return f"{kind} does not say how its experts are laid out"
+    layer: Any = module
+    if attribute not in (_inward(module), _DOWN):
+        return f"it is no projection of {kind}"
+    parameter = layer.get_parameter(attribute)
+    plain = type(parameter.data) is Tensor and parameter.is_floating_point()
+    spread = getattr(layer, "_is_expert_parallel", False) or len(parameter) != layer.num_experts
+    reasons = {
+        "it is offloaded: keep it on a device by the `device_map`": attribute in loaded_by(module),
+        f"it is stored as {parameter.dtype}: load the model with unquantised experts": (
+            not plain or parameter.itemsize < 2
+        ),
+        "its experts are spread over processes: load the model without expert parallelism": spread,
+        "PEFT cannot adapt a single transposed expert": (
+            layer.is_transposed and layer.num_experts == 1
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def part_shape(module: nn.Module, attribute: str) -> tuple[int, int]:
+    """Return m and d of one expert's matrix."""
+    layer: Any = module
+    _, rows, columns = layer.get_parameter(attribute).shape
+    return (columns, rows) if layer.is_transposed else (rows, columns)
+
+
+def read_part(module: nn.Module, part: ExpertPart) -> Tensor:
+    """Return one expert's matrix as m x d, a view of the parameter."""
+    layer: Any = module
+    matrix = layer.get_parameter(part.attribute)[part.index]
+    return matrix.T if layer.is_transposed else matrix
+
+
+def inward(module: nn.Module, expert: int, rows: Tensor) -> Tensor:
+    """Return u of an expert for its rows, tokens x d."""
+    return _linear(module, _inward(module), expert, rows)
+
+
+def activated(module: nn.Module, inner: Tensor) -> Tensor:
+    """Return h of u."""
+    layer: Any = module
+    return layer._apply_gate(inner) if layer.has_gate else layer.act_fn(inner)
+
+
+def outward(module: nn.Module, expert: int, hidden: Tensor) -> Tensor:
+    """Return W_down h + b_down of an expert, before the norm that some classes have."""
+    return _linear(module, _DOWN, expert, hidden)
+
+
+def normed(module: nn.Module, outer: Tensor) -> Tensor:
+    """Return y of it."""
+    layer: Any = module
+    return layer.post_expert_norm(outer) if layer.has_post_expert_norm else outer
+
+
+def _inward(module: nn.Module) -> str:
+    layer: Any = module
+    return "gate_up_proj" if layer.has_gate else "up_proj"
+
+
+def _linear(module: nn.Module, attribute: str, expert: int, rows: Tensor) -> Tensor:
+    layer: Any = module
+    weight = layer.get_parameter(attribute)[expert]
+    bias = layer.get_parameter(f"{attribute}_bias")[expert] if layer.has_bias else None
+    # As transformers does where autocast has left float32 rows before half-precision weights.
+    return functional.linear(
+        rows.to(weight.dtype), weight.T if layer.is_transposed else weight, bias
+    )

@@ -1,0 +1,257 @@
+"""Statistics of experts in fused parameters, expert by expert, from one call of their module.
+
+Hooks see what the module is given (the rows, which experts each row meets and with which weight)
+and the loss's gradient at what it returns. What lies between is computed here again for the rows
+of one expert at a time, by the formulas of `expert_layouts`: its inner input h, and in the backward
+pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient of more
+than one expert is ever held. Padding is routed like text; its rows are dropped here.
+
+Source: docs/method.md, 8.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.calibration import expert_layouts as layouts
+from tlora.calibration.hooks import Call, Record
+from tlora.calibration.targets import Target
+from tlora.calibration.weights import dense_weight
+from tlora.linalg.magnitude import weighted_magnitude
+
+
+def records_of(targets: Iterable[Target]) -> dict[str, Record]:
+    """Return an empty record for each module that hooks have to watch, by its name.
+
+    Targets that are experts of one module share its record.
+    """
+    records: dict[str, Record] = {}
+    for target in targets:
+        if target.part is None:
+            records[target.name] = Record(target)
+            continue
+        name = target.part.parameter.rpartition(".")[0]
+        if name not in records:
+            records[name] = ExpertsRecord(Target(name, target.module, 0, 0))
+        record = records[name]
+        if isinstance(record, ExpertsRecord):
+            record.parts.append(target)
+    return records
+
+
+def by_target(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Return the record of each target by its name, experts one by one."""
+    found: dict[str, Record] = {}
+    for name, record in records.items():
+        if isinstance(record, ExpertsRecord):
+            found |= {part.name: PartRecord(part, of=record) for part in record.parts}
+        else:
+            found[name] = record
+    return found
+
+
+@dataclass
+class ExpertsRecord(Record):
+    """What the hooks saw of a module of fused experts.
+
+    Attributes:
+        parts: the targets in it, any number of matrices of any of its experts.
+    """
+
+    parts: list[Target] = field(default_factory=list)
+    _sorted: dict[int, Routing] = field(default_factory=dict, init=False)
+
+    def routings(self, calls: Sequence[Call]) -> list[Routing]:
+        """Return the rows of each call sorted by expert; each is sorted once."""
+        experts = _part(self.parts[0]).count
+        for call in calls:
+            if id(call) not in self._sorted:
+                self._sorted[id(call)] = Routing.of(call, experts)
+        return [self._sorted[id(call)] for call in calls]
+
+    def expected_rows(self) -> dict[str, int]:
+        """Return how many rows each part reads if all experts get as many, by the part's name."""
+        met = sum(_chosen(call).numel() for call in self.calls)
+        return {part.name: -(-met // _part(part).count) for part in self.parts} if met else {}
+
+    def magnitudes(self, calls: Sequence[Call], weights: Sequence[float]) -> dict[str, Tensor]:
+        """Return each part's mean |W_e * dL_s/dW_e| of every sample, by the part's name.
+
+        Parts of an expert that these samples do not reach, and whose loss it so does not move, are
+        left out.
+
+        Args:
+            calls: those that the loss depends on, their ``delta`` known.
+            weights: B; see `SensitivityPass`.
+        """
+        experts: dict[int, list[Target]] = {}
+        for target in self.parts:
+            experts.setdefault(_part(target).index, []).append(target)
+        routings = self.routings(calls)
+        self._sorted = {}
+        found = {}
+        for expert, targets in experts.items():
+            passes = [_Pass.of(self.target.module, r, expert) for r in routings if r.total(expert)]
+            for target in targets if passes else ():
+                weight = dense_weight(target)
+                samples = [
+                    [pair for pair in pairs if len(pair[0])]
+                    for pairs in zip(*(each.pairs(target) for each in passes), strict=True)
+                ]
+                values = weighted_magnitude(weight, samples)
+                factors = torch.tensor(weights, dtype=values.dtype, device=values.device)
+                found[target.name] = factors * values / weight.numel()
+        return found
+
+
+@dataclass
+class PartRecord(Record):
+    """The rows that one expert's matrix read, as a record of a module of its own."""
+
+    of: ExpertsRecord = field(kw_only=True)
+
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """No two matrices of fused parameters read the same rows."""
+        return (self.target.name,)
+
+    def joined(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Return its rows as B x T x d, T the most of any sample, and the B x T mask."""
+        part, module = _part(self.target), self.target.module
+        samples: list[list[Tensor]] = [[] for _ in range(size)]
+        for routing in self.of.routings(self.of.calls):
+            if not routing.total(part.index):
+                continue
+            rows = routing.rows(part.index)
+            if part.reads_hidden:
+                rows = layouts.activated(module, layouts.inward(module, part.index, rows))
+            for sample, own in zip(samples, routing.split(part.index, rows), strict=True):
+                sample.append(own)
+        if not any(samples):
+            return torch.zeros(size, 0, self.target.d_in), None
+        each = [torch.cat(sample) for sample in samples]
+        padded = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+        lengths = torch.tensor([len(rows) for rows in each], device=padded.device)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        return padded, places < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The real rows of one call, sorted by the expert they meet and within it by sample.
+
+    Attributes:
+        call: of the experts' module: N rows, each of which meets k experts.
+        weights: N k, with which an expert's output for a row is multiplied.
+        each: k.
+        order: places among the N k pairs of a real row and its expert, sorted.
+        counts: by expert and sample, how many rows.
+        starts: by expert, where its places begin in ``order``.
+    """
+
+    call: Call
+    weights: Tensor
+    each: int
+    order: Tensor
+    counts: list[list[int]]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, call: Call, experts: int) -> Routing:
+        """Sort the rows of a call.
+
+        Args:
+            call: split into samples; beside the rows it was given N x k experts and weights.
+            experts: E.
+        """
+        chosen = _chosen(call)
+        weights = next(t for t in call.others if t.is_floating_point())
+        size, length = call.rows.shape[:2]
+        expert, each = chosen.flatten(), chosen.shape[-1]
+        order = torch.argsort(expert, stable=True)
+        if call.mask is not None:
+            order = order[call.mask.to(order.device).flatten()[order // each]]
+        sample = order // each // length
+        counted = torch.bincount(expert[order] * size + sample, minlength=experts * size)
+        counts = counted.view(experts, size).tolist()
+        starts = list(itertools.accumulate(map(sum, counts), initial=0))
+        return cls(call, weights.flatten(), each, order, counts, starts)
+
+    def total(self, expert: int) -> int:
+        """Return how many rows an expert got."""
+        return self.starts[expert + 1] - self.starts[expert]
+
+    def rows(self, expert: int) -> Tensor:
+        """Return what an expert read, tokens x d."""
+        return _flat(self.call.rows)[self._places(expert) // self.each]
+
+    def split(self, expert: int, rows: Tensor) -> tuple[Tensor, ...]:
+        """Cut an expert's rows into those of each sample."""
+        return rows.split(self.counts[expert])
+
+    def gradient(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the loss's gradient at the module's output at an expert's rows, and weights."""
+        if self.call.delta is None:
+            raise ValueError("the call has no gradient")
+        places = self._places(expert)
+        return _flat(self.call.delta)[places // self.each], self.weights[places][:, None]
+
+    def _places(self, expert: int) -> Tensor:
+        return self.order[self.starts[expert] : self.starts[expert + 1]]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One expert on its rows of one call, forward and backward.
+
+    Attributes:
+        routing: the call.
+        expert: which one.
+        inputs: x of W_in and h of W_down.
+        deltas: the loss's gradient at u and at W_down h.
+    """
+
+    routing: Routing
+    expert: int
+    inputs: tuple[Tensor, Tensor]
+    deltas: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module, routing: Routing, expert: int) -> _Pass:
+        rows = routing.rows(expert)
+        delta, weights = routing.gradient(expert)
+        with torch.enable_grad():
+            inner = layouts.inward(module, expert, rows).detach().requires_grad_()
+            hidden = layouts.activated(module, inner)
+            outer = layouts.outward(module, expert, hidden)
+            mixed = layouts.normed(module, outer) * weights
+            at_inner, at_outer = torch.autograd.grad(mixed, (inner, outer), delta.to(mixed.dtype))
+        return cls(routing, expert, (rows, hidden.detach()), (at_inner, at_outer))
+
+    def pairs(self, target: Target) -> list[tuple[Tensor, Tensor]]:
+        """Return delta_s and X_s of each sample for one of the two matrices, in float32."""
+        which = int(_part(target).reads_hidden)
+        deltas = self.routing.split(self.expert, self.deltas[which])
+        inputs = self.routing.split(self.expert, self.inputs[which])
+        return [(d.float(), x.float()) for d, x in zip(deltas, inputs, strict=True)]
+
+
+def _part(target: Target) -> layouts.ExpertPart:
+    if target.part is None:
+        raise ValueError(f"{target.name} is no expert of a fused parameter")
+    return target.part
+
+
+def _chosen(call: Call) -> Tensor:
+    """Return the N x k experts that the rows of a call meet."""
+    return next(tensor for tensor in call.others if not tensor.is_floating_point())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
