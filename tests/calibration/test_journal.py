@@ -262,6 +262,18 @@ def test_progress_is_saved_by_time_and_not_by_batch(model, tmp_path, monkeypatch
     assert 3 <= len(saves) <= 5
 
 
+def test_what_killed_processes_left_half_written_is_cleared_away(model, tmp_path):
+    old, fresh = (tmp_path / f".{UNFINISHED}.{name}.part" for name in ("old", "fresh"))
+    other = tmp_path / ".other.safetensors.old.part"
+    for path in (old, fresh, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    calibrate(model, batches(), config(), cache=tmp_path)
+    # What may still be written by another process, or for another file, is not touched.
+    assert (old.exists(), fresh.exists(), other.exists()) == (False, True, True)
+
+
 # Imports once, then runs each calibration in a process of its own.
 SCRIPT = """
 import os, signal, sys

@@ -120,13 +120,12 @@ class MomentBank:
     def _new_group(self, record: Record, old: int | None) -> int:
         group = len(self.moments)
         common = None if old is None else self.moments[old]
-        if record.target.name in self.spared:
-            self.moments[group] = None
-        elif common is None:
-            self.moments[group] = self._new_moment(record.target, group)
-        else:
-            space = self._new_moment(record.target, group).scatter
-            self.moments[group] = common.clone(into=space)
+        moment = None
+        if record.target.name not in self.spared:
+            moment = self._new_moment(record.target, group)
+            if common is not None:
+                moment.take(common.parts(), common.samples, common.tokens)
+        self.moments[group] = moment
         return group
 
     def _new_moment(self, target: Target, group: int) -> SecondMoment:

@@ -30,7 +30,7 @@ from tlora.calibration.statistics import Calibration, calibration_file
 from tlora.calibration.targets import Target
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
-from tlora.files import read_tensors, write_tensors
+from tlora.files import read_tensors, remove_abandoned, write_tensors
 
 SAVE_SECONDS = 300.0
 """Progress is saved when this long has passed since it was last saved, between two batches."""
@@ -73,8 +73,10 @@ class Journal:
         self.skip_bad_samples = skip_bad_samples
         self.data = DataKey()
         self.path = None if cache is None else calibration_file(cache)
-        if self.path is not None:
+        if self.path is not None and self.unfinished is not None:
             _make_room(self.path.parent)
+            remove_abandoned(self.path)
+            remove_abandoned(self.unfinished)
 
     @property
     def key(self) -> Key:

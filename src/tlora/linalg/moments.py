@@ -186,10 +186,10 @@ class SecondMoment:
         self.samples += other.samples
         self.tokens += other.tokens
 
-    def clone(self, into: Tensor | None = None) -> SecondMoment:
-        """Return an independent copy, in ``into`` (d x d) where that is given."""
+    def clone(self) -> SecondMoment:
+        """Return an independent copy."""
         means = self.weighted_means
-        copy = SecondMoment(self.dim, means.dtype, means.device, into)
+        copy = SecondMoment(self.dim, means.dtype, means.device)
         copy.take(self.parts(), self.samples, self.tokens)
         return copy
 
