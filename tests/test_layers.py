@@ -61,7 +61,7 @@ def linalg_imports_torch_alone(path: str, tree: ast.Module, _: str) -> Iterator[
 def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
     if not path.startswith("tlora/evaluation/"):
         return
-    own = ("tlora.evaluation", "tlora.errors", "tlora.files", "math_verify")
+    own = ("tlora.evaluation", "tlora.errors", "tlora.files", "math_verify", "tqdm")
     for name in imported(path, tree):
         top = name.split(".", maxsplit=1)[0]
         if top not in sys.stdlib_module_names and not any(within(name, home) for home in own):

@@ -48,6 +48,10 @@ class ArtifactError(TLoraError, OSError):
     """A file that tlora wrote (calibration, plan, run folder) is missing or damaged."""
 
 
+class SandboxError(TLoraError, RuntimeError):
+    """Programs cannot be run here as safely as was asked for."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

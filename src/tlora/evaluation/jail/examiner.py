@@ -1,0 +1,74 @@
+"""The trusted process: it runs the tests on values that it asks the candidate for.
+
+The candidate never has the tests, nor the channel on which the verdict is given, so there is
+nothing in its process by which a verdict could be forged: it can only answer, right or wrong.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import socket
+import traceback
+from typing import Any
+
+from .wire import Ended, Peer, Raised
+
+Verdict = dict[str, str]
+
+
+def examine(
+    tests: str, entry_points: list[str], connection: socket.socket, candidate: int
+) -> Verdict:
+    """Run ``tests`` with what the program defines; return {"status", "detail"}.
+
+    Names of built-in functions that the program defines anew are not taken over, unless they are
+    among ``entry_points``: the tests' own ``abs`` is Python's.
+    """
+    try:
+        peer = Peer(connection, trusting=False)
+        defined = peer.request("call", 0)
+        namespace = {
+            name: value
+            for name, value in defined.items()
+            if name in entry_points or not hasattr(builtins, name)
+        }
+        namespace["__name__"] = "tests"
+        exec(compile(tests, "tests.py", "exec"), namespace)
+    except Ended:
+        return _of_the_end(os.waitpid(candidate, 0)[1])
+    except BaseException as error:
+        return _of(error, tests)
+    return {"status": "passed", "detail": ""}
+
+
+def _of(error: BaseException, tests: str) -> Verdict:
+    kind = error.kind if isinstance(error, Raised) else type(error).__name__
+    status = "memory" if kind == "MemoryError" else "failed"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == "tests.py"
+    ]
+    where = tests.splitlines()[(lines[-1] or 1) - 1].strip() if lines else "loading the program"
+    message = str(error) if isinstance(error, Raised) else f"{kind}: {error}".rstrip(": ")
+    return {"status": status, "detail": f"{message[:500]}, at: {where[:500]}"}
+
+
+def _of_the_end(code: int) -> Verdict:
+    """Say how a candidate ended that was still needed."""
+    if not os.WIFSIGNALED(code):
+        detail = f"the program ended with exit code {os.waitstatus_to_exitcode(code)}"
+        return {"status": "failed", "detail": f"{detail} before its tests did"}
+    number = os.WTERMSIG(code)
+    if number == signal.SIGXCPU:
+        return {"status": "timed out", "detail": "the limit on CPU time"}
+    return {"status": "crashed", "detail": f"the program was ended by {_name(number)}"}
+
+
+def _name(number: Any) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
