@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import support
+from families import FAMILIES
 from tlora import TLoraConfig
 from tlora.calibration.expert_targets import fused_expert_parameters
 from tlora.calibration.targets import find_targets
@@ -83,6 +84,24 @@ def test_heads_that_peft_trains_in_full_are_no_targets(task_type):
     heads = ["classifier", "qa_outputs"]
     assert names == wrapped_by_peft(model, **fields, exclude_modules=heads)
     assert not set(heads) & set(names)
+
+
+def test_what_peft_takes_for_a_head_by_the_end_of_its_name_is_no_target():
+    model = FAMILIES["distilbert"].build()
+    names = [t.name for t in find_targets(model, TLoraConfig(task_type="SEQ_CLS"))]
+    assert not any("classifier" in name for name in names)
+    # PEFT itself wraps both pre_classifier and classifier, to train them in full.
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, task_type="SEQ_CLS"))
+    full = {n for n, m in adapted.named_modules() if type(m).__name__ == "ModulesToSaveWrapper"}
+    assert full == {"base_model.model.pre_classifier", "base_model.model.classifier"}
+
+
+def test_what_peft_refuses_in_an_architecture_is_refused_before_anything_is_measured():
+    model = FAMILIES["mamba"].build()
+    names = {t.name.rpartition(".")[2] for t in find_targets(model, TLoraConfig())}
+    assert names == {"in_proj", "x_proj", "dt_proj"}
+    with pytest.raises(ConfigError, match=r"'out_proj' is incompatible with Mamba"):
+        find_targets(model, TLoraConfig(target_modules=["x_proj", "out_proj"]))
 
 
 def test_a_target_knows_the_shape_of_its_weight(tiny_gpt2, tiny_llama):

@@ -65,7 +65,11 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     targets, wrong = [], []
     for name in names:
         module = model.get_submodule(name)
-        if sizes := _sizes(module):
+        if reason := _refused_by_peft(model, name):
+            # PEFT's own "all-linear" has them too, and then stops.
+            if config.target_modules != "all-linear":
+                wrong.append(reason)
+        elif sizes := _sizes(module):
             targets.append(Target(name, module, *sizes))
         else:
             wrong.append(
@@ -141,6 +145,20 @@ def _expert_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     return targets
 
 
+def _refused_by_peft(model: nn.Module, name: str) -> str | None:
+    """Return why PEFT does not adapt this module of this architecture (Mamba's out_proj)."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        if check:
+            check(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError as reason:
+        return str(reason)
+    return None
+
+
 def heads_of(config: TLoraConfig) -> list[str]:
     """Return the names of the modules that train in full: those asked for, and PEFT's own heads."""
     return [*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])]
@@ -194,7 +212,13 @@ def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         # PEFT adapts HQQ's layers but does not count them among all linear ones.
         rule.target_modules = {*rule.target_modules, *_hqq_names(model)}
-    return [n for n, _ in model.named_modules() if n and check_target_module_exists(rule, n)]
+    # By the ends of names PEFT also finds what trains in full (DistilBERT's pre_classifier).
+    heads = tuple(rule.modules_to_save or ())
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name and not name.endswith(heads) and check_target_module_exists(rule, name)
+    ]
 
 
 def _hqq_names(model: nn.Module) -> list[str]:
