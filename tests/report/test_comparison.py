@@ -1,0 +1,196 @@
+"""What is read from a comparison's files, and what is said of it."""
+
+import csv
+import io
+
+import pytest
+import synthetic
+
+from tlora.errors import ArtifactError
+from tlora.report import comparison, page, plaintext, wording
+
+GAPS = {"lora": 0.05, "full": -0.05}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A comparison of four methods: lora ahead, full behind, tlora and dora equal."""
+    return synthetic.comparison(tmp_path / "made")
+
+
+@pytest.fixture
+def results(made):
+    synthetic.write(made, GAPS)
+    return comparison.gather(made, comparison.CompareFolder(made.config.output_dir))
+
+
+def test_methods_come_best_first_with_seeds_means_and_intervals(results):
+    assert [m.label for m in results.methods][::3] == ["lora", "full"]
+    lora = results.methods[0]
+    assert [*lora.scores] == results.config.final_seeds
+    assert lora.score.mean == pytest.approx(sum(lora.scores.values()) / 5)
+    assert lora.score.low < lora.score.mean < lora.score.high
+    assert lora.parameters == lora.adapter_parameters + lora.other_parameters
+    assert lora.seconds("train") == 50.0
+
+
+def test_lower_scores_come_first_where_lower_is_better(tmp_path):
+    made = synthetic.comparison(tmp_path / "made", metric="loss")
+    made = comparison.Comparison(made.config, "loss", "lower", made.experiment)
+    synthetic.write(made, GAPS)
+    results = comparison.gather(made, comparison.CompareFolder(made.config.output_dir))
+    means = [m.score.mean for m in results.methods]
+    assert means == sorted(means)
+    assert "lower is better" in plaintext.markdown(results)
+
+
+def test_the_test_rows_have_no_part_in_the_choice(made):
+    folder = synthetic.write(made, GAPS)
+    before = comparison.gather(made, folder)
+    for name in folder.names():
+        record = folder.record(name)
+        if record["phase"] == "final":
+            record["scores"]["test"]["accuracy"] = 0.01
+            folder.write_record(name, record)
+    after = comparison.gather(made, folder)
+    rates = [{m.label: m.rate for m in results.methods} for results in (before, after)]
+    assert rates[0] == rates[1]
+    assert [m.score.mean for m in after.methods] == [0.01] * 4
+
+
+def test_a_best_rate_at_the_edge_is_said_so(results):
+    edges = {m.label: m.edge for m in results.methods}
+    assert edges == {"tlora": "lowest", "lora": None, "dora": "highest", "full": "lowest"}
+    said = wording.edges(results)
+    assert said[0].startswith("Best at the lowest rate tried: ")
+    assert "tlora (0.0003)" in said[0]
+    assert said[1].startswith("Best at the highest rate tried: dora (0.003).")
+
+
+def test_what_the_noise_could_have_done_is_called_a_tie(results):
+    assert wording.verdict(results, "tlora", "dora").startswith("Tie: tlora minus dora is ")
+    assert wording.verdict(results, "lora", "full").startswith("lora is better than full by 0.09")
+    assert wording.verdict(results, "full", "lora").startswith("lora is better than full by 0.09")
+    summary = wording.summary(results)
+    assert summary.startswith("Best mean: lora, 0.8")
+    assert "Behind it, each pair taken alone: " in summary
+
+
+def test_both_directions_of_a_pair_say_the_same(results):
+    for first in results.methods:
+        for second in results.methods:
+            if first is not second:
+                one = results.find(first.label, second.label)
+                other = results.find(second.label, first.label)
+                assert one.interval.mean == pytest.approx(-other.interval.mean)
+                assert one.interval.low == pytest.approx(-other.interval.high)
+                assert one.better == -other.better
+
+
+def test_equal_methods_are_called_different_in_five_percent_of_pairs_or_fewer(tmp_path):
+    """The whole way from files to the words of the page, over methods that are all equal."""
+    pairs = wins = together = 0
+    for seed in range(8):
+        made = synthetic.comparison(
+            tmp_path / str(seed), methods=synthetic.every_method()[:8], tuning_seeds=[0]
+        )
+        results = comparison.gather(made, synthetic.write(made, seed=seed))
+        said = [wording.verdict(results, *pair) for pair in results.differences]
+        pairs += len(said)
+        wins += sum(not sentence.startswith("Tie: ") for sentence in said)
+        together += bool(results.holding)
+    assert pairs == 8 * 8 * 7 / 2
+    # Pairs of one comparison share methods, so the bound is wider than for independent ones.
+    assert 0 < wins / pairs < 0.08
+    assert together <= 1
+
+
+def test_what_is_not_there_is_named_with_its_cause(made):
+    folder = synthetic.write(made, GAPS)
+    names = folder.names()
+    gone = next(n for n in names if n.startswith("dora") and "seed4-final" in n)
+    folder.record_file(gone).unlink()
+    crashed = next(n for n in names if n.startswith("tlora-lr0.003-seed1"))
+    record = folder.record(crashed)
+    error = {"cause": "ended by SIGKILL", "last_lines": ["line one", "line two"]}
+    folder.write_record(crashed, record | {"status": "failed", "error": error})
+    diverged = next(n for n in names if n.startswith("lora-lr0.001-seed2-final"))
+    record = folder.record(diverged)
+    record["scores"]["test"]["accuracy"] = None
+    folder.write_record(diverged, record)
+    results = comparison.gather(made, folder)
+    said = {problem.run: problem.cause for problem in results.problems}
+    assert said == {
+        "dora, 1 of 5 final runs": "not run yet",
+        "tlora, tuning run, rate 0.003, seed 1": "failed, ended by SIGKILL",
+        "lora, final run, rate 0.001, seed 2": "its score is no number: the training diverged",
+    }
+    text = page.render(results)
+    assert "line one\nline two" in text
+    assert next(m for m in results.methods if m.label == "lora").score.count == 4
+
+
+def test_files_of_other_settings_are_counted_and_passed_over(made, tmp_path):
+    folder = synthetic.write(made, GAPS)
+    other = synthetic.comparison(tmp_path / "made", adapter={"r": 4})
+    synthetic.write(other, GAPS)
+    results = comparison.gather(made, folder)
+    assert results.foreign == len(other.tuning()) + 4 * 5 - (6 + 5)  # `full` has no r
+    assert results.comparison is made
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"steps": 95}, "steps, batch and training rows"),
+        ({"batch": 16}, "steps, batch and training rows"),
+        ({"rows": {"train": 999}}, "steps, batch and training rows"),
+        ({"data_order": "another"}, "order of the rows"),
+    ],
+)
+def test_runs_that_were_not_trained_alike_are_refused(made, change, what):
+    folder = synthetic.write(made, GAPS)
+    name = next(n for n in folder.names() if n.startswith("tlora"))
+    folder.write_record(name, folder.record(name) | change)
+    with pytest.raises(ArtifactError) as fault:
+        comparison.gather(made, folder)
+    assert what in str(fault.value)
+    assert name in str(fault.value)
+
+
+def test_the_folder_alone_gives_the_same_page(made, results):
+    again = comparison.read(comparison.CompareFolder(made.config.output_dir))
+    assert page.render(again) == page.render(results)
+
+
+def test_the_csv_has_a_line_for_every_finished_run(results):
+    rows = list(csv.DictReader(io.StringIO(plaintext.table(results))))
+    assert len(rows) == 4 * (3 * 2 + 5)
+    finals = [r for r in rows if (r["method"], r["phase"]) == ("lora", "final")]
+    scores = next(m for m in results.methods if m.label == "lora").scores
+    assert {int(r["seed"]): float(r["score"]) for r in finals} == scores
+
+
+def test_the_markdown_has_every_seed_and_the_caveat(results):
+    text = plaintext.markdown(results)
+    for method in results.methods:
+        for score in method.scores.values():
+            assert f"{score:.4f}" in text
+    assert "about 0 would differ by chance" in text
+
+
+def test_unlike_machines_are_pointed_out(made):
+    folder = synthetic.write(made, GAPS)
+    assert wording.mixed(comparison.gather(made, folder)) is None
+    name = folder.names()[0]
+    folder.write_record(name, folder.record(name) | {"threads": 4})
+    results = comparison.gather(made, folder)
+    assert wording.mixed(results).startswith("Seconds and memory come from different numbers")
+    assert dict(wording.environment(results))["Threads a run"] == "1; 4"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.81234, "0.8123"), (12.5, "12.5000"), (1234.5, "1234"), (None, "\u2013")]
+)
+def test_scores_are_written_with_four_digits(value, text):
+    assert wording.number(value) == text

@@ -1,0 +1,174 @@
+"""The comparison's page in a browser: headless Chromium, opened from disk, no network.
+
+Chromium itself comes from the system (`apt-get install chromium`); CHROMIUM names another one.
+Without a browser these tests fail and say so; `pytest -m "not browser"` leaves them out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import synthetic
+
+from tlora.report import comparison, page
+
+pytestmark = pytest.mark.browser
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.fail(
+            "there is no Chromium to test the page with: `apt-get install chromium`, or name one"
+            ' by CHROMIUM=/path; `pytest -m "not browser"` leaves these tests out.'
+        )
+    with sync_playwright() as driver:
+        # Root, as in a container, has no use for the sandbox; nothing but our file is opened.
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A page of all methods with one crashed final run; one name is as unkind as a name can be."""
+    methods = [
+        *synthetic.every_method(),
+        {"name": "lora", "label": "</script><b>", "adapter": {"r": 3}},
+    ]
+    made = synthetic.comparison(tmp_path_factory.mktemp("page"), methods=methods)
+    folder = synthetic.write(made, {"lora": 0.05, "full": -0.05})
+    crashed = next(name for name in folder.names() if name.startswith("full") and "seed6" in name)
+    error = {"cause": "ended by SIGKILL", "last_lines": ["a" * 300]}
+    folder.write_record(crashed, folder.record(crashed) | {"status": "failed", "error": error})
+    return page.save(comparison.read(folder), folder.path / "report.html")
+
+
+@pytest.fixture
+def opened(browser, file):
+    """Open the page; after the test nothing may have been complained of or asked for."""
+    contexts, complaints, requests = [], [], []
+
+    def open_page(viewport=WIDE, scheme="light", **options):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}
+
+
+def test_tables_and_charts_are_there(opened):
+    tab = opened()
+    count = len(synthetic.every_method()) + 1
+    assert tab.locator("table.scores tbody tr").count() == count
+    assert tab.locator("table.scores svg.strip circle.seed").count() == 5 * count - 1
+    assert tab.locator("table.scores .values span").count() == 5 * count - 1
+    assert tab.locator("#rates figure svg polyline.own").count() == count
+    assert tab.locator("#loss figure svg polyline.own").count() == count
+    assert tab.locator("#size .wide circle").count() == count
+    assert tab.locator("#maps table.map tbody tr").count() == 2 * 6
+    assert tab.locator("svg:not([role=img])").count() == 0
+    assert tab.locator("svg > title").count() == tab.locator("svg").count()
+    assert "ended by SIGKILL" in tab.locator("#missing").inner_text()
+    assert tab.locator("main b").count() == 0  # the unkind name is text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_telephone(opened, scheme):
+    tab = opened(PHONE, scheme)
+    for details in tab.locator("details").all():
+        details.evaluate("element => element.open = true")
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    # What is wider, the table of all pairs, scrolls in a box of its own.
+    over = """() => [...document.querySelectorAll("main *")].filter(element =>
+        element.getBoundingClientRect().right > innerWidth + 1 && !element.closest(".scroll")
+    ).map(element => element.outerHTML.slice(0, 80))"""
+    assert tab.evaluate(over) == []
+    assert tab.locator("#size .narrow svg").is_visible()
+    assert not tab.locator("#size .wide svg").is_visible()
+    for label in ("mean", "adapter", "peak MiB", "train s"):
+        cell = tab.locator(f'table.scores td[data-label="{label}"]').first
+        assert cell.is_visible()
+        name = cell.evaluate("element => getComputedStyle(element, '::before').content")
+        assert name == f'"{label}"'
+    smallest = """() => Math.min(...[...document.querySelectorAll("svg text")]
+        .filter(text => text.getClientRects().length)
+        .map(text => text.getBoundingClientRect().height))"""
+    assert tab.evaluate(smallest) > 9
+
+
+def luminance(colour):
+    """Return the relative luminance of "rgb(r, g, b)" (WCAG 2)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_dark_and_light_differ_and_both_can_be_read(opened):
+    grounds = []
+    for scheme in ("light", "dark"):
+        tab = opened(scheme=scheme)
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        grounds.append(luminance(ground))
+        for words in ("main p", ".note", "h1", "a", "table.scores td", "svg text"):
+            style = "element => getComputedStyle(element)"
+            name = "fill" if words.startswith("svg") else "color"
+            ink = tab.locator(words).first.evaluate(f"{style}.{name}")
+            pair = sorted((luminance(ink), luminance(ground)))
+            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 4.5, (scheme, words)
+    assert grounds[0] > 0.9
+    assert grounds[1] < 0.05
+
+
+def test_two_methods_are_compared_by_choosing_them(opened):
+    tab = opened()
+    verdict = tab.locator("#verdict")
+    tab.select_option("#first", "lora")
+    tab.select_option("#second", "full")
+    assert verdict.inner_text().startswith("lora is better than full by 0.")
+    assert tab.locator("#pairs tbody tr").count() == 4  # one run of `full` crashed
+    tab.select_option("#first", "tlora")
+    tab.select_option("#second", "dora")
+    assert verdict.inner_text().startswith("Tie: tlora minus dora is ")
+    shown = [float(c) for c in tab.locator("#pairs tbody tr:first-child td").all_inner_texts()[:2]]
+    said = tab.locator("#pairs tbody tr:first-child td").nth(2).inner_text()
+    assert float(said.replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+        shown[0] - shown[1], abs=2e-4
+    )
+    tab.select_option("#second", "tlora")
+    assert verdict.inner_text() == "Choose two different methods."
+    assert tab.locator("#pairs tbody tr").count() == 0
+
+
+def test_the_selector_works_by_keyboard(opened):
+    tab = opened()
+    tab.locator("#first").focus()
+    before = tab.locator("#verdict").inner_text()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    assert tab.locator("#verdict").inner_text() != before
+
+
+def test_without_scripts_everything_but_the_selector_is_there(opened):
+    tab = opened(java_script_enabled=False)
+    assert tab.locator("table.scores svg.strip").first.is_visible()
+    tab.locator("#pair summary").click()
+    assert tab.locator("table.matrix td.win").first.is_visible()
+    assert "need JavaScript" in tab.locator("#pair").inner_text()
