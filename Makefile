@@ -2,10 +2,13 @@
 #   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
+# The page of `tlora compare` is tested in a browser: make test needs Chromium (apt-get install
+# chromium), or leaves it out: make test PYTEST_ARGS='-m "not browser"'.
 # A different package index or torch build: PIP_ARGS, as in `make test PIP_ARGS="--index-url ..."`.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test check clean
@@ -15,7 +18,7 @@ demo: $(VENV)/ready
 	$(BIN)/tlora demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -31,7 +34,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable .
 	touch $@
 
-# What the tests need besides: linters, and the quantising libraries.
+# What the tests need besides: linters, a browser's driver, and the quantising libraries.
 $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
 	touch $@
