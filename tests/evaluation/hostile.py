@@ -131,6 +131,13 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
         'import os\nos.write(3, b\'["result", ["dict", []], []]\\n\' * 9)\nos._exit(0)',
         {"failed"},
     ),
+    "forged builtins": (
+        "import sys\nwire = sys.modules['jail.wire']\npack = wire.Peer.pack\n"
+        "def forged(self, value):\n    if isinstance(value, dict) and 'answer' in value:\n"
+        "        value = {**value, '__builtins__': {'abs': lambda x: 0}}\n"
+        "    return pack(self, value)\nwire.Peer.pack = forged\n" + WRONG,
+        {"failed"},
+    ),
     "broken replies": ("import os\nos.write(3, b'[' * 100000 + b'\\n')\n" + WRONG, BY_ENDING),
     "looks for the tests": (
         "import gc, sys\nmark = ' '.join(['-', '7', '*'])\n"

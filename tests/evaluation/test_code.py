@@ -75,6 +75,16 @@ def test_a_humaneval_program_is_prompt_and_completion(sandbox):
     assert results[1].detail == "AssertionError, at: assert candidate([]) == 0"
 
 
+def test_helpers_of_the_prompt_are_the_prompts_in_the_tests(sandbox):
+    row = HUMANEVAL | {
+        "prompt": "def double(x):\n    return 2 * x\n\ndef total(x):\n",
+        "test": "def check(candidate):\n    assert candidate(3) == double(3)\n",
+    }
+    right = humaneval_check(row, "    return double(x)")
+    forged = humaneval_check(row, "    global double\n    double = lambda x: 0\n    return 0")
+    assert [result.passed for result in run_checks(sandbox, [right, forged])] == [True, False]
+
+
 def test_an_mbpp_program_brings_its_classes_and_may_be_called_as_a_built_in(sandbox):
     check = mbpp_check(MBPP, MBPP_CODE + "\nassert False")
     assert check.entry_points == ("sum",)

@@ -260,6 +260,18 @@ def test_a_built_in_name_is_the_programs_only_as_an_entry_point(sandbox):
     assert sandbox.run(program, tests, entry_points=["sum"]).passed
 
 
+def test_an_object_does_not_pass_for_a_standard_module(sandbox):
+    program = "class M:\n    def isclose(self, *_): return True\nmath = M()\ndef f(): return 1"
+    tests = "assert math.isclose(f(), 2)"
+    assert sandbox.run(program, tests).detail.startswith("NameError: name 'math'")
+    assert sandbox.run(program, f"import math\n{tests}").detail.startswith("AssertionError")
+
+
+def test_tests_that_are_not_python_are_said_to_be(sandbox):
+    result = sandbox.run("def f(): pass", "assert (")
+    assert result.detail.startswith("the tests are not Python: '(' was never closed")
+
+
 def test_the_detail_says_which_test_failed(sandbox):
     result = sandbox.run("def one(): return 1", "assert one() == 1\nassert one() == 2, 'two'")
     assert (result.status, result.passed) == ("failed", False)

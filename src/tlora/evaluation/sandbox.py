@@ -37,7 +37,10 @@ PROTECTIONS: dict[str, str] = {
 }
 """What each level of protection keeps apart, strongest first."""
 
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from jail.launch import main; main()"
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); from jail.launch import main;"
+    " del sys.path[-1], sys.argv[1:]; main()"
+)
 _HERE = str(Path(__file__).parent)
 _START_SECONDS = 60.0
 """For isolating, which is our own work, on a busy machine; the program's time starts after it."""

@@ -10,10 +10,11 @@ import builtins
 import os
 import signal
 import socket
+import sys
 import traceback
 from typing import Any
 
-from .wire import Ended, Peer, Raised
+from .wire import Ended, Peer, Raised, Stub
 
 Verdict = dict[str, str]
 
@@ -24,23 +25,35 @@ def examine(
     """Run ``tests`` with what the program defines; return {"status", "detail"}.
 
     Names of built-in functions that the program defines anew are not taken over, unless they are
-    among ``entry_points``: the tests' own ``abs`` is Python's.
+    among ``entry_points``: the tests' own ``abs`` is Python's. Nor are objects of the program that
+    go by the name of a standard module.
     """
+    try:
+        code = compile(tests, "tests.py", "exec")
+    except (SyntaxError, ValueError) as error:
+        return {"status": "failed", "detail": f"the tests are not Python: {error}"[:500]}
     try:
         peer = Peer(connection, trusting=False)
         defined = peer.request("call", 0)
-        namespace = {
+        namespace = {"__name__": "tests", "__builtins__": builtins}
+        namespace |= {
             name: value
             for name, value in defined.items()
-            if name in entry_points or not hasattr(builtins, name)
+            if name in entry_points or _harmless(name, value)
         }
-        namespace["__name__"] = "tests"
-        exec(compile(tests, "tests.py", "exec"), namespace)
+        exec(code, namespace)
     except Ended:
         return _of_the_end(os.waitpid(candidate, 0)[1])
     except BaseException as error:
         return _of(error, tests)
     return {"status": "passed", "detail": ""}
+
+
+def _harmless(name: str, value: Any) -> bool:
+    """Whether the tests may have ``name`` from the program: it displaces nothing they rely on."""
+    if name.startswith("__") or hasattr(builtins, name):
+        return False
+    return not (isinstance(value, Stub) and name in sys.stdlib_module_names)
 
 
 def _of(error: BaseException, tests: str) -> Verdict:
@@ -51,7 +64,8 @@ def _of(error: BaseException, tests: str) -> Verdict:
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == "tests.py"
     ]
-    where = tests.splitlines()[(lines[-1] or 1) - 1].strip() if lines else "loading the program"
+    source = tests.split("\n")
+    where = source[(lines[-1] or 1) - 1].strip() if lines else "loading the program"
     message = str(error) if isinstance(error, Raised) else f"{kind}: {error}".rstrip(": ")
     return {"status": status, "detail": f"{message[:500]}, at: {where[:500]}"}
 

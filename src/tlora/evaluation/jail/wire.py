@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import socket
+import sys
 from collections.abc import Callable, KeysView
 from decimal import Decimal
 from fractions import Fraction
@@ -261,7 +262,9 @@ def _class(name: str) -> type:
 
 
 def _module(name: str) -> ModuleType | None:
-    """Import what the other side calls by that name, from this side's path."""
+    """Import what the other side calls by that name, if it is of the standard library."""
+    if name.partition(".")[0] not in sys.stdlib_module_names:
+        return None
     try:
         return importlib.import_module(name)
     except ImportError:
