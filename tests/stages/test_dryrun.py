@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import moe
 import tlora
 from support import FAMILIES, make_family
 from tlora import cli
@@ -237,6 +238,31 @@ def test_fused_experts_are_named(folder):
         "v_proj",
         "o_proj",
     }
+
+    assert any("target_parameters=['experts.gate_up_proj'" in note for note in dry.notes)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_named_experts_are_counted_as_the_attached_model_has_them(folder, dtype, frozen):
+    model = moe.mixtral(hidden_size=64, intermediate_size=128, vocab_size=32)
+    model = model.to(getattr(torch, dtype))
+    adapter = {"r": 8, "lora_alpha": 8, "freeze_a": frozen, "target_parameters": moe.BOTH}
+    size = {"trainer": {"per_device_train_batch_size": 4}, "max_length": 64}
+    dry = predict(ready(model, folder), dtype=dtype, adapter=adapter, **size)
+    ids = torch.randint(3, 30, (4, 64))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    config = tlora.TLoraConfig(**adapter, allocate_rank=False)
+    adapted = tlora.get_tlora_model(model, config, [batch], progress=False).train()
+
+    assert not dry.fused
+    assert dry.training[0].trainable == adapted.num_parameters(only_trainable=True)
+    assert len(dry.modules) == 2 * (4 + 2 * moe.EXPERTS)
+    found = dry.training[0]
+    loss = 4 * 64 * 32 * (model.dtype.itemsize + 8)
+    assert found.activations - loss == pytest.approx(saved_bytes(adapted, batch), rel=0.05)
 
 
 def test_a_model_that_needs_numbers_is_counted_and_said_so(request, folder):
