@@ -134,6 +134,8 @@ def _inside(order: dict[str, Any], number: int) -> NoReturn:
 def _confine(order: dict[str, Any], number: int) -> None:
     limits, processes = order["limits"], order["limits"]["processes"] + 1
     if order["protection"] == "namespaces":
+        # The user of a user namespace has the launcher too.
+        processes += os.geteuid() != 0
         isolate.enter_file_system(limits["scratch"])
     elif os.geteuid() != 0:
         processes += isolate.threads_of_this_user()
