@@ -22,6 +22,7 @@ from tlora.adapter.samples import Reading, plan_samples
 from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.offload import loaded_by
+from tlora.calibration.sharding import refuse_wrapped
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
@@ -57,6 +58,7 @@ def get_tlora_model(
     Raises:
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
+    refuse_wrapped(model)
     adapter = plan_samples(model, batches, config, **reading)
     return attach(model, adapter, adapter_name=adapter_name)
 
@@ -75,11 +77,12 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
 
     Raises:
         AdapterError: the plan does not fit the model (every misfit is named), no gradient passes
-            its 4-bit weights any more, or a head that would train is offloaded; nothing is
-            changed.
+            its 4-bit weights any more, a head that would train is offloaded, or an engine has
+            wrapped or sharded the model already; nothing is changed.
     """
     from peft import get_peft_model
 
+    refuse_wrapped(model)
     _check_fit(model, plan)
     refuse_offloaded_training(model, plan.config, plan.modules)
     keep_gradients(model)

@@ -16,24 +16,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tlora.adapter.experts import joined
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.plan import AdapterPlan, plan_info
 from tlora.adapter.solve import allocate, solve, take_streamed
+from tlora.adapter.spread import Job, Solve, solve_each
 from tlora.adapter.strategy import Strategy, choose, stream_runs
 from tlora.calibration.bank import Accumulator, MomentBank
 from tlora.calibration.batches import as_batch, batch_size
 from tlora.calibration.collector import Collector
+from tlora.calibration.company import Company
+from tlora.calibration.distributed import Cohort
 from tlora.calibration.faults import numbered, warn_of_skipped, within_memory
 from tlora.calibration.offload import device_of
-from tlora.calibration.probe import checked_targets, first_pass, probing, progress_bar
+from tlora.calibration.probe import begin, first_pass, probing, progress_bar
 from tlora.calibration.sources import input_sources
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.streams import StreamBank
 from tlora.calibration.targets import Target
 from tlora.config import TLoraConfig
+from tlora.linalg.moments import SecondMoment
 
 logger = logging.getLogger(__name__)
 
@@ -65,49 +69,54 @@ def plan_in_blocks(
         CalibrationError: as `calibrate`.
         ConfigError: as `calibrate`.
     """
-    targets = checked_targets(model, config)
+    ranks, model, targets = begin(model, config)
     with probing(model), torch.no_grad():
-        strategy, batches = _settle(model, targets, batches, config)
-        if strategy.passes > 1:
+        strategy, batches = _settle(Company(model, ranks), targets, batches, config, ranks)
+        if strategy.passes > 1 and ranks.leads:
             logger.info("%s", strategy.summary())
-        bank = None
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
-        if config.needs_moments:
-            kept = {target.name for block in blocks[:1] for target in block}
-            bank = MomentBank(spared={t.name for t in targets} - kept)
-        first = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples)
-        with torch.enable_grad(), progress_bar(batches, progress) as bar:
+        kept = {target.name for block in blocks[:1] for target in block}
+        spared = {target.name for target in targets} - kept
+        bank = MomentBank(spared) if config.needs_moments else None
+        first = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples, ranks)
+        with torch.enable_grad(), progress_bar(batches, progress and ranks.leads) as bar:
             first_pass(first, batches, config, bar)
-        planner = _Planner(model, targets, first, config, progress)
+        planner = _Planner(targets, first, config, progress)
         planner.take(blocks[0] if blocks else [t for t in targets if bank is None], bank)
-        bank = None  # frees the moments of this block before the next one is made
-        for number, block in enumerate(blocks[1:], start=2):
-            planner.take(block, planner.moments(block, f"Block {number} of {len(blocks)}"))
+        bank = first.bank = None  # frees the moments of this block before the next one is made
+        planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
-    warn_of_skipped(first.skipped, first.given, stacklevel=2)
+    if ranks.leads:
+        warn_of_skipped(first.skipped, first.given, stacklevel=2)
     samples = (first.samples, len(first.skipped))
     info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
     return AdapterPlan(joined(targets, planner.done), config, info)
 
 
 def _settle(
-    model: nn.Module,
+    company: Company,
     targets: Sequence[Target],
     batches: Iterable[Mapping[str, Any]],
     config: TLoraConfig,
+    ranks: Cohort,
 ) -> tuple[Strategy, Iterable[Mapping[str, Any]]]:
     """Choose the strategy; where moments have to share a budget, see first which are shared."""
     sources: dict[str, int] = {}
     if config.needs_moments and config.memory_budget is not None:
-        batches = list(batches)
-        if batches:
-            batch = as_batch(batches[0], device_of(model))
-            sources = within_memory(
-                partial(input_sources, model, targets, batch),
-                lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
-                batch_size(batch),
-                config,
-            )
+        with ranks.together():
+            batches = list(batches)
+            own = as_batch(batches[0], torch.device("cpu")) if batches else None
+        # One batch for all ranks, and what one of them sees in it.
+        if (lent := ranks.lend(own)) is not None:
+            with ranks.together(), company.inside_collectives():
+                batch = as_batch(lent, device_of(company.model))
+                sources = within_memory(
+                    partial(input_sources, company.model, targets, batch),
+                    lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
+                    batch_size(batch),
+                    config,
+                )
+            sources = ranks.send(sources, 0)
     return choose(targets, sources, config), batches
 
 
@@ -116,38 +125,35 @@ class _Planner:
 
     def __init__(
         self,
-        model: nn.Module,
         targets: Sequence[Target],
         first: Collector,
         config: TLoraConfig,
         progress: bool,
     ) -> None:
-        self.model = model
         self.first = first
+        self.ranks = first.ranks
         self.config = config
         self.progress = progress
         self.statistics = {target.name: _statistics(target, first) for target in targets}
-        self.shares = allocate(targets, list(self.statistics.values()), config)
+        shares = allocate(targets, list(self.statistics.values()), config)
+        self.shares = self.ranks.send(shares, 0)
         self.done: dict[str, ModulePlan] = {}
         self.passes = 1
 
     def take(self, block: Sequence[Target], bank: MomentBank | None) -> None:
         """Plan a block's modules from their second moments."""
-        for target in block:
-            moment = None if bank is None else bank.moment(target.name)
-            measured = replace(self.statistics[target.name], moment=moment)
-            self.done[target.name] = within_memory(
-                partial(solve, target, measured, self.shares.of[target.name], self.config),
-                partial("solving {}".format, target.name),
-                0,
-                self.config,
-            )
+        moments = {t.name: None if bank is None else bank.moment(t.name) for t in block}
+        self._solve(
+            [self._job(target, moments[target.name]) for target in block],
+            lambda job, weight: solve(job.target, job.statistics, job.share, self.config, weight),
+        )
 
-    def moments(self, block: list[Target], title: str) -> MomentBank:
-        """Return a block's second moments, by a forward pass over the samples."""
-        bank = MomentBank()
-        self._pass(block, bank, title)
-        return bank
+    def take_rest(self, blocks: Sequence[list[Target]]) -> None:
+        """Plan the blocks after the first, each from a forward pass over the samples."""
+        for number, block in enumerate(blocks[1:], start=2):
+            bank = MomentBank()
+            self._pass(block, bank, f"Block {number} of {len(blocks)}")
+            self.take(block, bank)
 
     def stream(self, targets: Sequence[Target]) -> None:
         """Plan modules by subspace iteration over the samples, within the budget run by run."""
@@ -162,24 +168,38 @@ class _Planner:
         bank = StreamBank(block, ranks, self.config.seed)
         while not bank.finished:
             self._pass(block, bank, "Streaming")
-            bank.advance()
-        for target in block:
-            self.done[target.name] = take_streamed(
-                target,
-                self.statistics[target.name],
-                self.shares.of[target.name],
-                bank.result(target),
-            )
+            bank.advance(self.ranks)
+        self._solve(
+            [self._job(target) for target in block],
+            lambda job, weight: take_streamed(
+                job.target, job.statistics, job.share, bank.result(job.target, weight)
+            ),
+        )
+
+    def _job(self, target: Target, moment: SecondMoment | None = None) -> Job:
+        measured = replace(self.statistics[target.name], moment=moment)
+        return Job(target, measured, self.shares.of[target.name])
+
+    def _solve(self, jobs: Sequence[Job], solve_one: Solve) -> None:
+        def within(job: Job, weight: Tensor | None) -> ModulePlan:
+            where = partial("solving {}".format, job.target.name)
+            return within_memory(partial(solve_one, job, weight), where, 0, self.config)
+
+        self.done |= solve_each(jobs, within, self.ranks, title=None)
 
     def _pass(self, block: list[Target], bank: Accumulator, title: str) -> None:
         from tqdm.auto import tqdm
 
         self.passes += 1
-        collector = Collector(self.model, block, bank, backward=False)
-        for unit in tqdm(self.first.units, desc=title, disable=None if self.progress else True):
-            size = len(unit.numbers)
-            where = partial(collector.doing, unit.numbers[0], size)
-            within_memory(partial(collector.add_again, unit), where, size, self.config)
+        collector = Collector(self.first.model, block, bank, backward=False, ranks=self.ranks)
+        hidden = None if self.progress and self.ranks.leads else True
+        with self.ranks.together():
+            for unit in tqdm(self.first.units, desc=title, disable=hidden):
+                size = len(unit.numbers)
+                where = partial(collector.doing, unit.numbers[0], size)
+                within_memory(partial(collector.add_again, unit), where, size, self.config)
+            collector.keep_company()
+        collector.pool()
 
 
 def _statistics(target: Target, first: Collector) -> ModuleStatistics:

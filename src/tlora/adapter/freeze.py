@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from tlora.calibration.sharding import local_part
 from tlora.errors import AdapterError
 
 
@@ -48,7 +49,8 @@ def match_dtypes(model: nn.Module, adapter_name: str = "default") -> None:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """Return a sum over the bits of a tensor: equal for equal bits, on any device."""
+    """Return a sum over the bits of a tensor (of this rank's part): equal for equal bits."""
+    tensor = local_part(tensor)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     words = tensor.detach().contiguous().view(bits).flatten().to(torch.int64)
     # Weighted by position, so that swapped entries are seen; int64 wraps around, which is fine.

@@ -12,8 +12,11 @@ from torch import nn
 from tlora.adapter.experts import joined
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.solve import Shares, allocate, solve
+from tlora.adapter.spread import Job, solve_each
 from tlora.calibration.cpu_kernels import refuse_repacked
+from tlora.calibration.distributed import cohort
 from tlora.calibration.identity import model_key
+from tlora.calibration.sharding import class_name, reshard, resharded, unwrapped
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
@@ -104,8 +107,12 @@ def plan(
     The same statistics can be planned again with another rank, budget, basis or ablation, as
     long as they hold what it needs.
 
+    In a process group every rank calls it with the statistics that `calibrate` gave it: the modules
+    are shared out, and every rank ends with the same plan to the bit. Sharded weights (FSDP2,
+    ZeRO-3) are gathered one module at a time.
+
     Args:
-        model: the base model that was calibrated.
+        model: the base model that was calibrated; DDP and DeepSpeed's engine are looked through.
         stats: from `calibrate`.
         config: how to share ranks and scales out, and which subspace.
         progress: show a bar (on a terminal only).
@@ -117,24 +124,36 @@ def plan(
 
     Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
     """
-    from tqdm.auto import tqdm
+    ranks, model = cohort(), unwrapped(model)
+    reshard(model)
+    with resharded(model):
+        with ranks.together():
+            targets = find_targets(model, config)
+            measured = [_statistics_of(target, stats) for target in targets]
+            _refuse_another(model, stats)
+            shares = allocate(targets, measured, config)
+        # The first rank's, so that all have the same to the bit, whatever they were given.
+        shares = ranks.send(shares, 0)
+        each = zip(targets, measured, strict=True)
+        solved = solve_each(
+            [Job(target, module, shares.of[target.name]) for target, module in each],
+            lambda job, weight: solve(job.target, job.statistics, job.share, config, weight),
+            ranks,
+            "Planning" if progress else None,
+        )
+    skipped = stats.info.get("skipped", 0)
+    modules = joined(targets, solved)
+    return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
 
-    targets = find_targets(model, config)
-    measured = [_statistics_of(target, stats) for target in targets]
+
+def _refuse_another(model: nn.Module, stats: Calibration) -> None:
     refuse_repacked(model, AdapterError)
     if stats.key is not None and stats.key.model != model_key(model):
         raise PlanError(
             f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
-            f" other parameters than this {type(model).__name__}); calibrate this model, loaded as"
+            f" other parameters than this {class_name(model)}); calibrate this model, loaded as"
             " it is now."
         )
-    shares = allocate(targets, measured, config)
-    each = list(zip(targets, measured, strict=True))
-    bar = tqdm(each, desc="Planning", unit=" modules", disable=None if progress else True)
-    solved = {t.name: solve(t, m, shares.of[t.name], config) for t, m in bar}
-    modules = joined(targets, solved)
-    skipped = stats.info.get("skipped", 0)
-    return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
 
 
 def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
@@ -146,7 +165,7 @@ def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dic
         shares: of the budget.
     """
     return {
-        "model": type(model).__name__,
+        "model": class_name(model),
         "samples": samples[0],
         "skipped": samples[1],
         "budget_wanted": shares.ranks.wanted,

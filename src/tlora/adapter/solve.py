@@ -75,15 +75,26 @@ def allocate(
 
 
 def solve(
-    target: Target, statistics: ModuleStatistics, share: Share, config: TLoraConfig
+    target: Target,
+    statistics: ModuleStatistics,
+    share: Share,
+    config: TLoraConfig,
+    weight: Tensor | None = None,
 ) -> ModulePlan:
     """Find a module's A from its second moment.
+
+    Args:
+        target: the module.
+        statistics: what was measured of it.
+        share: what it gets of the budget.
+        config: which subspace.
+        weight: W, m x d float32, if it is at hand; None: it is read where it is needed.
 
     Raises:
         CalibrationError: ``config`` needs a second moment, but none was kept.
     """
     with torch.no_grad():
-        found = _basis(target, statistics, share, config)
+        found = _basis(target, statistics, share, config, weight)
     return _planned(target, statistics, share, found)
 
 
@@ -154,15 +165,19 @@ def _scales(groups: Sequence[Group], config: TLoraConfig) -> tuple[float, ...]:
 
 
 def _basis(
-    target: Target, statistics: ModuleStatistics, share: Share, config: TLoraConfig
+    target: Target,
+    statistics: ModuleStatistics,
+    share: Share,
+    config: TLoraConfig,
+    weight: Tensor | None,
 ) -> _Found:
     rank = share.rank
     if rank == 0:
         return _Found(torch.zeros(0, target.d_in), 0.0, None, "none")
     if config.basis == "random":
-        found = _random_basis(target, statistics, share, config)
+        found = _random_basis(target, statistics, share, config, weight)
     else:
-        weight = dense_weight(target)
+        weight = dense_weight(target) if weight is None else weight
         solver = Solver(mode=config.subspace, seed=config.seed)
         product = statistics.weighted(weight)
         found = _Found.of(task_subspace(weight, product, rank, solver))
@@ -173,13 +188,17 @@ def _basis(
 
 
 def _random_basis(
-    target: Target, statistics: ModuleStatistics, share: Share, config: TLoraConfig
+    target: Target,
+    statistics: ModuleStatistics,
+    share: Share,
+    config: TLoraConfig,
+    weight: Tensor | None,
 ) -> _Found:
     # A seed of its own for each module: equal shapes must not get equal matrices.
     basis = random_basis(share.rank, target.d_in, seed=config.seed * 1_000_003 + share.index)
     if statistics.moment is None:
         return _Found(basis, None, None, "random")
-    weight = dense_weight(target)
+    weight = dense_weight(target) if weight is None else weight
     product = statistics.weighted(weight)
     basis = basis.to(weight.device)
     energy = captured_energy(product, basis)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from tlora.calibration.distributed import Cohort
 from tlora.calibration.hooks import Record
 from tlora.calibration.offload import device_of
 from tlora.calibration.spill import Spill
@@ -19,6 +22,10 @@ class Accumulator(Protocol):
 
     def update(self, records: Mapping[str, Record], size: int) -> None:
         """Add a batch of ``size`` samples."""
+        ...
+
+    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
+        """Add up what all ranks have taken in, so that each holds the sum."""
         ...
 
 
@@ -78,6 +85,48 @@ class MomentBank:
                     rows = rows.to(moment.device)
                 moment.update(rows, mask)
 
+    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
+        """Add up the second moments of all ranks' samples, so that each rank holds the sum.
+
+        Modules that read the same tensors on every rank stay in one group: the common refinement
+        of what the ranks saw. A rank without samples agrees to any.
+        """
+        if ranks.size == 1:
+            return
+        seen = [groups for groups in ranks.gather(self.group_of) if groups]
+        # Numbers that no rank has used, so that they are the same on all.
+        [start] = ranks.highest([len(self.moments)])
+        numbers: dict[tuple[int, ...], int] = {}
+        group_of: dict[str, int] = {}
+        first: dict[int, Target] = {}
+        for target in targets if seen else ():
+            key = tuple(groups[target.name] for groups in seen)
+            group = group_of[target.name] = numbers.setdefault(key, start + len(numbers))
+            first.setdefault(group, target)
+        uses = Counter(self.group_of.get(target.name) for target in first.values())
+        for group, target in first.items():
+            old = self.group_of.get(target.name)
+            uses[old] -= 1
+            spared = target.name in self.spared
+            own = None if spared else self._taken_over(target, group, last=not uses[old])
+            self.moments[group] = own and _sum_over(ranks, own)
+        self.group_of = group_of
+        self.moments = {group: self.moments[group] for group in first}
+
+    def _taken_over(self, target: Target, group: int, last: bool) -> SecondMoment:
+        """Return a moment for a new group: the old group's own, if this is the ``last`` use."""
+        old = self.group_of.get(target.name, -1)
+        moment = self.moments.get(old)
+        if moment is None:
+            return self._new_moment(target, group)
+        if not last:
+            copy = self._new_moment(target, group)
+            copy.take(moment.parts(), moment.samples, moment.tokens)
+            return copy
+        if old in self._mapped:
+            self._mapped.add(group)
+        return moment
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what `restore` takes: tensors, and plain JSON values."""
         tensors: dict[str, Tensor] = {}
@@ -136,3 +185,29 @@ class MomentBank:
         if not in_memory:
             self._mapped.add(group)
         return SecondMoment(target.d_in, scatter=scatter)
+
+
+def _sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
+    """Return the second moment over all ranks' samples, in the place of this rank's."""
+    told = ranks.gather((moment.samples, moment.tokens, moment.rows is None))
+    samples, tokens, formed = zip(*told, strict=True)
+    means = ranks.stacked(moment.weighted_means, samples)
+    if not any(formed) and sum(tokens) <= moment.dim and moment.rows is not None:
+        rows = ranks.stacked(moment.rows, tokens)
+        others = {
+            "means": _without(means, samples, ranks.rank),
+            "rows": _without(rows, tokens, ranks.rank),
+        }
+        counts = (sum(samples) - moment.samples, sum(tokens) - moment.tokens)
+        moment.merge(SecondMoment.from_parts(others, *counts))
+        return moment
+    # In place: where it is mapped to a file, it stays so.
+    scatter = moment.scatter
+    scatter.copy_(ranks.add(scatter))
+    parts = {"means": means, "scatter": scatter}
+    return SecondMoment.from_parts(parts, sum(samples), sum(tokens))
+
+
+def _without(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    before = sum(counts[:rank])
+    return torch.cat([rows[:before], rows[before + counts[rank] :]])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration.expert_layouts import has_layout
+from tlora.calibration.sharding import class_name
 from tlora.errors import CalibrationError
 
 Batch = Mapping[str, Any]
@@ -78,7 +79,7 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
         return None  # The loss that balances the experts is no mean over labels.
     if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
         return None
-    name = type(model).__name__
+    name = class_name(model)
     if any(kind in name for kind in _PER_SAMPLE):
         return torch.full((size,), float(size), device=labels.device)
     loss_type = getattr(model, "loss_type", None)

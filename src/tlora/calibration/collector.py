@@ -13,6 +13,8 @@ Bad samples (no label that counts; an input, a loss or a gradient that is not fi
 are left out: then the batch is read again without them, and 2 waits for 3, since a gradient is
 seen last.
 
+The ranks of a sharded model run every pass together (`Company`).
+
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2). The release runs one sample at a time.
 """
 
@@ -31,11 +33,14 @@ from torch import Tensor, nn
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import Accumulator
 from tlora.calibration.checks import BadSamples, check_gradients, check_inputs, checked_weights
+from tlora.calibration.company import Company
+from tlora.calibration.distributed import ALONE, Cohort
 from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.faults import numbered
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.offload import device_of
 from tlora.calibration.sensitivity import SensitivityPass
+from tlora.calibration.sharding import class_name, reshard
 from tlora.calibration.targets import Target
 from tlora.errors import CalibrationError
 
@@ -74,6 +79,7 @@ class Collector:
         bank: where the inputs go; None: only sensitivities are wanted.
         backward: measure sensitivities too.
         skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
+        ranks: who shares the samples.
 
     Attributes:
         samples: samples that count, so far.
@@ -91,12 +97,15 @@ class Collector:
         bank: Accumulator | None,
         backward: bool,
         skip_bad_samples: bool = False,
+        ranks: Cohort = ALONE,
     ) -> None:
         self.model = model
         self.targets = targets
         self.bank = bank
         self.backward = backward
         self.skip_bad_samples = skip_bad_samples
+        self.ranks = ranks
+        self.company = Company(model, ranks)
         self.samples = 0
         self.given = 0
         self.skipped: dict[int, str] = {}
@@ -133,6 +142,35 @@ class Collector:
                 self.sensitivities[target.name] = tensors[target.name].to(device, copy=True)
         self.samples, self.given = values["samples"], values["given"]
         self.skipped = {int(number): reason for number, reason in values["skipped"].items()}
+
+    def keep_company(self) -> None:
+        """Run passes that count nothing, while other ranks of a sharded model have samples left."""
+        while self.company.open(None):
+            spare = self.company.spare
+            records = records_of(self.targets)
+            layout = reading.token_layout(spare, self.model)
+            outputs = self._forward(Unit(spare, ()), records, layout)
+            self._finish_uncounted(records, outputs)
+
+    def pool(self) -> None:
+        """Add up what all ranks have measured, so that each holds the statistics of all samples.
+
+        Samples are numbered one rank's after the other's.
+        """
+        if self.ranks.size > 1:
+            totals = {name: total.item() for name, total in self.sensitivities.items()}
+            parts = self.ranks.gather((self.samples, self.given, self.skipped, totals))
+            self.samples = self.given = 0
+            self.skipped, self.sensitivities = {}, {}
+            for samples, given, skipped, found in parts:
+                self.skipped |= {self.given + number: why for number, why in skipped.items()}
+                self.samples += samples
+                self.given += given
+                for name, total in found.items():
+                    self._add_to(name, torch.tensor(total, dtype=torch.float64))
+        if self.bank is not None:
+            self.bank.pool(self.targets, self.ranks)
+        reshard(self.model)
 
     def doing(self, first: int, count: int) -> str:
         """Return what is being done to which samples: "the backward pass of samples 4 to 7"."""
@@ -198,23 +236,38 @@ class Collector:
         self.stage = "the forward pass"
         layout = reading.token_layout(unit.batch, self.model)
         records = records_of(self.targets)
+        self.company.open(unit.batch)
         outputs = self._forward(unit, records, layout)
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
-        for record in records.values():
-            record.split(layout)
-        check_inputs(records)
-        if not self.backward:
+        try:
+            for record in records.values():
+                record.split(layout)
+            check_inputs(records)
+            loss = self._finite_loss(outputs, unit) if self.backward else None
+        except (reading.UnknownLayout, BadSamples):
+            self._finish_uncounted(records, outputs)
+            raise
+        waits = self.skip_bad_samples and self.bank is not None and loss is not None
+        late = _inputs_of(records) if waits else None
+        if late is None:
             self._update(records, layout.size)
-        else:
-            loss = self._finite_loss(outputs, unit)
-            late = _inputs_of(records) if self.skip_bad_samples and self.bank else None
-            if late is None:
-                self._update(records, layout.size)
+        self.company.meet()
+        if loss is not None:
             self._add_sensitivities(records, factors, loss)
-            if late is not None:
-                self._update(late, layout.size)
+        if late is not None:
+            self._update(late, layout.size)
         self.samples += layout.size
         self.units.append(unit)
+
+    def _finish_uncounted(self, records: dict[str, Record], outputs: Any) -> None:
+        """Run the second half of a pass for the sake of the other ranks of a sharded model."""
+        if not self.company.present:
+            return
+        for record in records.values():
+            record.calls = []
+        self.company.meet()
+        if self.backward:
+            self._run_back(records, torch.ones(0), outputs["loss"])
 
     def _update(self, records: Mapping[str, Record], size: int) -> None:
         self.stage = "adding to the second moments"
@@ -223,22 +276,33 @@ class Collector:
 
     def _add_sensitivities(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
         self.stage = "the backward pass"
-        found: dict[str, Tensor] = {}
-        with SensitivityPass(records.values(), factors, found):
-            # It does not where these samples reach no target (an expert).
-            if loss.requires_grad:
-                loss.backward()
+        found = self._run_back(records, factors, loss)
         check_gradients(found)
         for name, values in found.items():
-            total = values.sum()
-            self.sensitivities[name] = (
-                self.sensitivities[name] + total if name in self.sensitivities else total
-            )
+            self._add_to(name, values.sum())
+
+    def _run_back(
+        self, records: dict[str, Record], factors: Tensor, loss: Tensor
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with SensitivityPass(records.values(), factors, found, self.company.ranks):
+            # It does not where these samples reach no target (an expert).
+            if loss.requires_grad:
+                with self.company.inside_collectives():
+                    loss.backward()
+        return found
+
+    def _add_to(self, name: str, total: Tensor) -> None:
+        before = self.sensitivities.get(name)
+        self.sensitivities[name] = total if before is None else before + total
 
     def _forward(self, unit: Unit, records: dict[str, Record], layout: reading.TokenLayout) -> Any:
         options = forward_options(self.model, unit.batch)
+        # To stop halfway would leave a sharded model's weights gathered.
+        expected = None if self.company.sharded else unit.calls
         with (
-            recording(self.model, records.values(), layout, self.backward, unit.calls),
+            self.company.inside_collectives(),
+            recording(self.model, records.values(), layout, self.backward, expected),
             torch.set_grad_enabled(self.backward),
             contextlib.suppress(AllSeen),
         ):
@@ -249,10 +313,13 @@ class Collector:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
-                f"{type(self.model).__name__} returned no single loss for a batch with the keys"
+                f"{class_name(self.model)} returned no single loss for a batch with the keys"
                 f" {sorted(unit.batch)}; add `labels`, or allocate neither ranks nor scales."
             )
         if not loss.isfinite():
+            if self.company.present and len(unit.numbers) > 1:
+                # Each sample gets a pass of its own, which the other ranks know of.
+                raise reading.UnknownLayout
             losses = self._single_losses(unit) if len(unit.numbers) > 1 else [loss.item()]
             rows = [row for row, value in enumerate(losses) if not math.isfinite(value)]
             if not rows:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlora.calibration.offload import loaded_by
+from tlora.calibration.sharding import is_dtensor, is_zero3
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
 _DOWN = "down_proj"
@@ -72,6 +73,7 @@ def why_not(module: nn.Module, attribute: str) -> str | None:
     plain = type(parameter.data) is Tensor and parameter.is_floating_point()
     spread = getattr(layer, "_is_expert_parallel", False) or len(parameter) != layer.num_experts
     reasons = {
+        "it is sharded over ranks: plan before that": is_dtensor(parameter) or is_zero3(parameter),
         "it is offloaded: keep it on a device by the `device_map`": attribute in loaded_by(module),
         f"it is stored as {parameter.dtype}: load the model with unquantised experts": (
             not plain or parameter.itemsize < 2

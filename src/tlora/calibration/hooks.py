@@ -112,7 +112,11 @@ def recording(
     try:
         for record in records:
             hook = partial(_on_target, record, backward, countdown)
-            handles.append(record.target.module.register_forward_hook(hook, with_kwargs=True))
+            # First of all: an engine that shards the weights sees the graph that is started here,
+            # and has brought the weight together when the gradient arrives.
+            handles.append(
+                record.target.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            )
         if layout.decoder_modules:
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
             handles.append(encoder.register_forward_hook(partial(_on_encoder, layout)))

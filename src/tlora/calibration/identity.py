@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration.offload import loaded_by
+from tlora.calibration.sharding import is_zero3
 from tlora.config import TLoraConfig
 
 # What a calibration may hold, by the property of `TLoraConfig` that asks for it.
@@ -96,7 +97,9 @@ def model_key(model: nn.Module) -> str:
         # DeepSpeed keeps the whole shape beside an emptied parameter.
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         described.append(f"{name} {shape} {parameter.dtype}")
-        for stored in [] if name in offloaded else _stored(parameter.detach()):
+        # What DeepSpeed shards is whole at times.
+        unseen = name in offloaded or is_zero3(parameter)
+        for stored in [] if unseen else _stored(parameter.detach()):
             samples.setdefault(stored.device, []).append(_some_bytes(stored))
     digest = hashlib.sha256("\n".join(described).encode())
     for parts in samples.values():

@@ -18,6 +18,7 @@ from torch import nn
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.batches import as_batch
 from tlora.calibration.collector import Collector
+from tlora.calibration.distributed import ALONE, Cohort
 from tlora.calibration.identity import (
     DataKey,
     Key,
@@ -53,6 +54,7 @@ class Journal:
         config: the configuration.
         cache: the file, or a folder that has it; None: nothing is read or written.
         skip_bad_samples: whether a calibration that left some out is wanted.
+        ranks: who shares the samples; the first writes the whole, each its own progress.
 
     Raises:
         CalibrationError: the file cannot be written where it is to be.
@@ -65,12 +67,14 @@ class Journal:
         config: TLoraConfig,
         cache: str | Path | None,
         skip_bad_samples: bool,
+        ranks: Cohort = ALONE,
     ) -> None:
         names = [target.name for target in targets]
         self.model = model_key(model)
         self.config = config_key(names, statistics_kept(config))
         self.configs_that_do = config_keys_that_do(names, config)
         self.skip_bad_samples = skip_bad_samples
+        self.ranks = ranks
         self.data = DataKey()
         self.path = None if cache is None else calibration_file(cache)
         if self.path is not None and self.unfinished is not None:
@@ -86,7 +90,8 @@ class Journal:
     @property
     def unfinished(self) -> Path | None:
         """Where progress is saved."""
-        return self.path and self.path.with_name(f"{self.path.name}.unfinished")
+        whose = "" if self.ranks.size == 1 else f"-{self.ranks.rank}-of-{self.ranks.size}"
+        return self.path and self.path.with_name(f"{self.path.name}.unfinished{whose}")
 
     def found(self, batches: Iterable[Batch]) -> Calibration | None:
         """Return the calibration that the file holds, None where there is no file.
@@ -95,15 +100,18 @@ class Journal:
             CalibrationError: it is of another model, other samples or another configuration.
             ArtifactError: it is damaged.
         """
-        if self.path is None or not self.path.is_file():
+        if self.path is None or not self.ranks.send(self.path.is_file(), 0):
             return None
-        stats = Calibration.load(self.path)
-        for batch in batches:
-            self.data = self._following(batch)
-        if stats.key is None:
-            raise CalibrationError(f"{self.path} does not say what it is of; {_WAYS_OUT}.")
-        self._compare(self.path, stats.key, self.configs_that_do)
-        self._check_skipped(self.path, stats.info.get("skipped", 0))
+        with self.ranks.together():
+            stats = Calibration.load(self.path)
+            for batch in batches:
+                self.data = self._following(batch)
+        self.pooled_key()
+        with self.ranks.together():
+            if stats.key is None:
+                raise CalibrationError(f"{self.path} does not say what it is of; {_WAYS_OUT}.")
+            self._compare(self.path, stats.key, self.configs_that_do)
+            self._check_skipped(self.path, stats.info.get("skipped", 0))
         return stats
 
     def left(
@@ -138,8 +146,15 @@ class Journal:
     def finish(self, stats: Calibration) -> None:
         """Write the whole, where there is a file, and remove the progress."""
         if self.path is not None and self.unfinished is not None:
-            stats.save(self.path)
+            with self.ranks.together():
+                if self.ranks.leads:
+                    stats.save(self.path)
             self.unfinished.unlink(missing_ok=True)
+
+    def pooled_key(self) -> Key:
+        """Return the key of all ranks' batches, one rank's after the other's."""
+        self.data = sum(self.ranks.gather(self.data), DataKey())
+        return self.key
 
     def _following(self, batch: Batch) -> DataKey:
         return self.data.then(as_batch(batch, torch.device("cpu")))

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import MomentBank
 from tlora.calibration.collector import Collector
+from tlora.calibration.distributed import Cohort, cohort
 from tlora.calibration.expert_targets import warn_of_unadapted_experts
 from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
 from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
 from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved
+from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets
@@ -44,8 +46,13 @@ def calibrate(
     ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
     files, beside the cache or in the folder for temporary files.
 
+    In a process group every rank gives its share of the batches (any number, or none) and gets the
+    statistics of all samples, those of one process up to rounding; all batches on every rank give
+    the same. What one rank raises is raised on all, with the rank's number.
+
     Args:
-        model: the base model, weights loaded, no adapters.
+        model: the base model, weights loaded, no adapters; DDP, FSDP2 and DeepSpeed's engine may
+            hold it (docs/distributed.md).
         batches: dicts of what its forward takes; a DataLoader works as it is. A batch of B padded
             samples gives what B batches of one give. Labels are needed where ranks or scales are
             allocated, with the prompt masked as in training.
@@ -59,24 +66,34 @@ def calibrate(
 
     Raises:
         CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
-            good; a loss that is missing; a model on ``meta``; memory ran out; ``cache`` is of
-            another model, data or config.
+            good; no loss; a model on ``meta``; memory ran out; ``cache`` is another calibration.
         ArtifactError: ``cache`` is damaged, or something else.
         ConfigError: no module matches ``target_modules``.
     """
-    targets = checked_targets(model, config)
-    journal = Journal(model, targets, config, cache, skip_bad_samples)
-    if (stats := journal.found(batches)) is not None:
-        skipped = stats.info.get("skipped_samples", {})
-        warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
-        return stats
-    bank = MomentBank(spill=_spill(config, journal.path)) if config.needs_moments else None
-    collector = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples)
-    with probing(model), progress_bar(batches, progress) as bar:
-        first_pass(collector, journal.left(batches, collector, bank), config, bar)
-    stats = _calibration(collector, bank, journal.key, config)
+    ranks, model, targets = begin(model, config)
+    with ranks.together():
+        journal = Journal(model, targets, config, cache, skip_bad_samples, ranks)
+    if (stats := journal.found(batches)) is None:
+        bank = MomentBank(spill=_spill(config, journal.path)) if config.needs_moments else None
+        reads = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples, ranks)
+        stats = _measured(reads, bank, batches, journal, config, progress)
+    skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
+    warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
+    return stats
+
+
+def _measured(
+    reads: Collector,
+    bank: MomentBank | None,
+    batches: Iterable[Mapping[str, Any]],
+    journal: Journal,
+    config: TLoraConfig,
+    progress: bool,
+) -> Calibration:
+    with probing(reads.model), progress_bar(batches, progress and reads.ranks.leads) as bar:
+        first_pass(reads, journal.left(batches, reads, bank), config, bar)
+    stats = _calibration(reads, bank, journal.pooled_key(), config)
     journal.finish(stats)
-    warn_of_skipped(collector.skipped, collector.given, stacklevel=2)
     return stats
 
 
@@ -103,12 +120,24 @@ def _calibration(
             moment_id=-1 if bank is None else bank.group_of[target.name],
         )
     info = {
-        "model": type(collector.model).__name__,
+        "model": class_name(collector.model),
         "config": config.to_dict(),
         "skipped": len(collector.skipped),
         "skipped_samples": collector.state()[1]["skipped"],
     }
     return Calibration(modules, collector.samples, info, key)
+
+
+def begin(model: nn.Module, config: TLoraConfig) -> tuple[Cohort, nn.Module, list[Target]]:
+    """Return the ranks that calibrate together, the model inside its wrappers, and its targets.
+
+    Raises:
+        CalibrationError: as `checked_targets`, or the model is wrapped by the first FSDP.
+        ConfigError: no module matches.
+    """
+    ranks, model = cohort(), unwrapped(model)
+    with ranks.together():
+        return ranks, model, checked_targets(model, config)
 
 
 def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
@@ -119,6 +148,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             of another module alone.
         ConfigError: no module matches.
     """
+    refuse_unread(model)
     targets = find_targets(model, config)
     loaded = loaded_by(model)
     for name, parameter in model.named_parameters():
@@ -139,7 +169,8 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Run passes inside: the model is frozen and in eval mode, and afterwards as it was."""
-    with preserved(model), torch.inference_mode(False):
+    reshard(model)
+    with preserved(model), resharded(model), torch.inference_mode(False):
         yield
 
 
@@ -157,11 +188,14 @@ def first_pass(
     Raises:
         CalibrationError: as `calibrate`.
     """
-    for batch in batches:
-        size = reading.batch_size(batch) if isinstance(batch, Mapping) else 0
-        where = partial(collector.doing, collector.given, size)
-        within_memory(partial(_read, collector, batch), where, size, config)
-        bar.update(collector.given - bar.n)
+    with collector.ranks.together():
+        for batch in batches:
+            size = reading.batch_size(batch) if isinstance(batch, Mapping) else 0
+            where = partial(collector.doing, collector.given, size)
+            within_memory(partial(_read, collector, batch), where, size, config)
+            bar.update(collector.given - bar.n)
+        collector.keep_company()
+    collector.pool()
     if collector.samples == 0:
         refuse_none_left(collector.skipped)
 

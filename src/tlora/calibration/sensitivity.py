@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlora.calibration.distributed import ALONE, Cohort
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.hooks import Call, Record
-from tlora.calibration.weights import dense_weight
+from tlora.calibration.weights import dense_weight, is_whole_weight
 from tlora.linalg.magnitude import weighted_magnitude
 
 
@@ -30,14 +31,21 @@ class SensitivityPass:
         weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
             of the sample's own loss: (labels in the batch) / (labels of s).
         found: by target name: B numbers, on the target's device; filled.
+        company: the ranks that hold a part of each weight. One that is not whole when a gradient
+            arrives is gathered by all of them at the end of the pass.
     """
 
     def __init__(
-        self, records: Iterable[Record], weights: Tensor, found: dict[str, Tensor]
+        self,
+        records: Iterable[Record],
+        weights: Tensor,
+        found: dict[str, Tensor],
+        company: Cohort = ALONE,
     ) -> None:
         self.records = list(records)
         self.weights = weights.tolist()
         self.found = found
+        self.company = company
         self._handles: list[Any] = []
 
     def __enter__(self) -> SensitivityPass:
@@ -51,26 +59,31 @@ class SensitivityPass:
     def __exit__(self, kind: Any, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for record in self.records:
-            # Calls that the loss does not depend on never get a gradient: add the others.
-            if kind is None:
+        if kind is not None:
+            return
+        # Calls that the loss does not depend on never get a gradient: add the others.
+        left = [any(call.delta is not None for call in record.calls) for record in self.records]
+        for record, wanted in zip(self.records, self.company.highest(left), strict=True):
+            if wanted:
                 self._add(record)
+            record.calls = []
 
     def _receive(self, record: Record, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
         if call.output is not None:
             call.delta = deltas[call.output.output_nr]
-        if all(other.delta is not None for other in record.calls):
+        complete = all(other.delta is not None for other in record.calls)
+        if complete and is_whole_weight(record.target.module):
             self._add(record)
 
     def _add(self, record: Record) -> None:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
-        if not calls:
-            return
         if isinstance(record, ExpertsRecord):
             self.found |= record.magnitudes(calls, self.weights)
             return
         weight = dense_weight(record.target)
+        if not calls:
+            return  # another rank alone had use for it
         samples = [
             [_own_rows(call, sample) for call in calls] for sample in range(len(self.weights))
         ]

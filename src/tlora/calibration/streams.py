@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tlora.calibration.distributed import Cohort
 from tlora.calibration.hooks import Record
 from tlora.calibration.offload import device_of
 from tlora.calibration.targets import Target
@@ -53,11 +54,19 @@ class StreamBank:
             space = self.spaces[name]
             space.add(centred[source].to(space.block.device))
 
-    def advance(self) -> None:
-        """End a pass."""
-        for target in self.targets:
-            self.spaces[target.name].advance(dense_weight(target))
+    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
+        """Add up the products with C of all ranks' samples, so that each rank holds the sum."""
+        for target in targets:
+            space = self.spaces[target.name]
+            space.product = ranks.add(space.product)
 
-    def result(self, target: Target) -> Subspace:
-        """Return a module's subspace after the last pass."""
-        return self.spaces[target.name].result(dense_weight(target))
+    def advance(self, ranks: Cohort) -> None:
+        """End a pass. Every rank goes on with the first one's blocks, to the bit."""
+        for target in self.targets:
+            space = self.spaces[target.name]
+            space.advance(dense_weight(target))
+            space.block = ranks.copy_from(0, space.block)
+
+    def result(self, target: Target, weight: Tensor | None = None) -> Subspace:
+        """Return a module's subspace after the last pass; ``weight``: W, if it is at hand."""
+        return self.spaces[target.name].result(dense_weight(target) if weight is None else weight)

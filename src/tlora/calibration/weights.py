@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.expert_layouts import read_part
 from tlora.calibration.offload import resident
+from tlora.calibration.sharding import is_a, is_dtensor, is_whole, is_zero3
 from tlora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def dense_weight(target: Target) -> Tensor:
     """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
 
     A quantised weight is dequantised and an offloaded one loaded anew by each call, so that no
-    more of them are alive than the caller holds; the stored one is only read.
+    more of them are alive than the caller holds; the stored one is only read. One that is sharded
+    over ranks is gathered, so that every rank has to call.
 
     Raises:
         AdapterError: the weight is on the meta device, is stored in a form not known here, or
@@ -66,17 +68,22 @@ def _read(target: Target) -> Tensor:
 
 def is_hqq_linear(module: nn.Module) -> bool:
     """Return whether a module is HQQ's linear layer, which is no subclass of nn.Linear."""
-    return _is(module, "hqq", "HQQLinear")
+    return is_a(module, "hqq", "HQQLinear")
 
 
 def is_4bit_linear(module: nn.Module) -> bool:
     """Return whether a module is bitsandbytes' 4-bit linear layer."""
-    return _is(module, "bitsandbytes", "Linear4bit")
+    return is_a(module, "bitsandbytes", "Linear4bit")
 
 
 def is_8bit_linear(module: nn.Module) -> bool:
     """Return whether a module is bitsandbytes' 8-bit linear layer."""
-    return _is(module, "bitsandbytes", "Linear8bitLt")
+    return is_a(module, "bitsandbytes", "Linear8bitLt")
+
+
+def is_whole_weight(module: nn.Module) -> bool:
+    """Return whether a module's weight can be read without the other ranks."""
+    return all(map(is_whole, module.parameters(recurse=False)))
 
 
 def repacked(module: nn.Module) -> bool:
@@ -94,14 +101,6 @@ class _Storage:
     holds: Callable[[nn.Module], bool]
     read: Callable[[nn.Module], Tensor]
     """Gives d_out x d_in of any float dtype; may be a view of the stored weight."""
-
-
-def _is(thing: Any, library: str, name: str) -> bool:
-    """Return whether a class ``name`` of ``library`` is among the classes of ``thing``."""
-    return any(
-        kind.__name__ == name and kind.__module__.partition(".")[0] == library
-        for kind in type(thing).__mro__
-    )
 
 
 def _described(module: nn.Module) -> str:
@@ -122,6 +121,19 @@ def holds_floats(module: nn.Module) -> bool:
 def _read_floats(module: nn.Module) -> Tensor:
     weight: Any = module.weight
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _read_dtensor(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    whole = weight.full_tensor()
+    return whole.T if isinstance(module, Conv1D) else whole
+
+
+def _read_zero3(module: nn.Module) -> Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([module.weight]):
+        return _read_floats(module).detach().clone()
 
 
 def _quant_state(module: nn.Module) -> Any:
@@ -163,6 +175,12 @@ def _read_hqq(module: nn.Module) -> Tensor:
 
 
 _STORAGES = (
+    _Storage("sharded by FSDP2", lambda m: is_dtensor(getattr(m, "weight", None)), _read_dtensor),
+    _Storage(
+        "sharded by ZeRO-3",
+        lambda m: is_zero3(weight := getattr(m, "weight", None)) and not is_whole(weight),
+        _read_zero3,
+    ),
     _Storage("floating point", holds_floats, _read_floats),
     _Storage(
         "bitsandbytes 4-bit",
@@ -172,7 +190,7 @@ _STORAGES = (
     _Storage("bitsandbytes 8-bit", is_8bit_linear, _read_8bit),
     _Storage(
         "torchao int8",
-        lambda m: _is(getattr(m, "weight", None), "torchao", "Int8Tensor"),
+        lambda m: is_a(getattr(m, "weight", None), "torchao", "Int8Tensor"),
         _read_torchao,
     ),
     _Storage("HQQ", is_hqq_linear, _read_hqq),

@@ -1,0 +1,184 @@
+"""Two ranks measure and plan what one process does, however samples and weights are dealt out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from ranks import Ranks
+
+from support import causal_samples, distance, padded
+from tlora import AdapterPlan, Calibration, TLoraConfig, calibrate, plan
+from tlora.adapter.blocks import plan_in_blocks
+
+EVEN = [[[0, 1], [2]], [[3, 4]]]
+UNEVEN = [[[0], [1], [2, 3], [4]], []]
+ENGINES = ["plain", "ddp", "fsdp"]
+
+
+@pytest.fixture(scope="session")
+def folder(saved: Any, tiny_llama: Any) -> str:
+    return saved(tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def alone(folder: str) -> Callable[..., tuple[Calibration, AdapterPlan]]:
+    """Calibrate and plan in this process."""
+
+    def run(fields: dict[str, Any], samples: Any = None) -> tuple[Calibration, AdapterPlan]:
+        config = TLoraConfig(**fields)
+        model = jobs.load(folder)
+        stats = calibrate(model, [padded(samples or causal_samples())], config)
+        return stats, plan(model, stats, config)
+
+    return run
+
+
+def assert_same_statistics(found: Calibration, expected: Calibration, times: int = 1) -> None:
+    assert list(found.modules) == list(expected.modules)
+    assert found.samples == times * expected.samples
+    groups: dict[int, set[int]] = {}
+    for name, module in found.modules.items():
+        other = expected.modules[name]
+        assert module.tokens == times * other.tokens, name
+        assert module.sensitivity == pytest.approx(other.sensitivity, rel=1e-4), name
+        assert distance(module.covariance(), other.covariance()) < 1e-5, name
+        assert distance(module.uncentred(), other.uncentred()) < 1e-5, name
+        groups.setdefault(module.moment_id, set()).add(other.moment_id)
+    assert all(len(others) == 1 for others in groups.values())
+    assert len(groups) == len({m.moment_id for m in expected.modules.values()})
+
+
+def assert_same_plan(found: AdapterPlan, expected: AdapterPlan) -> None:
+    """Equal up to the rounding of the statistics: ranks, scales, subspaces."""
+    for name, module in found.modules.items():
+        other = expected.modules[name]
+        assert (module.rank, module.d_in, module.d_out) == (other.rank, other.d_in, other.d_out)
+        assert module.scale == pytest.approx(other.scale, rel=1e-4), name
+        overlap = (module.lora_A @ other.lora_A.T).square().sum() / max(1, other.rank)
+        assert overlap == pytest.approx(1.0, abs=1e-3), name
+
+
+def both(kind: Any, out: Path, name: str) -> list[Any]:
+    return [kind.load(out / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+
+
+def assert_equal_to_the_bit(left: AdapterPlan, right: AdapterPlan) -> None:
+    assert list(left.modules) == list(right.modules)
+    for name, module in left.modules.items():
+        other = vars(right.modules[name])
+        assert torch.equal(module.lora_A, other["lora_A"]), name
+        assert {k: v for k, v in vars(module).items() if k != "lora_A"} == {
+            k: v for k, v in other.items() if k != "lora_A"
+        }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dealt", [EVEN, UNEVEN, UNEVEN[::-1]], ids=["even", "none1", "none0"])
+def test_statistics_and_plan_are_those_of_one_process(
+    engine: str, dealt: Any, ranks: Ranks, folder: str, alone: Any, tmp_path: Path
+) -> None:
+    stats, expected = alone({"r": 2})
+    ranks.run(jobs.measure, folder, engine, dealt, {"r": 2}, str(tmp_path))
+    for found in both(Calibration, tmp_path, "stats"):
+        assert_same_statistics(found, stats)
+    first, second = both(AdapterPlan, tmp_path, "plan")
+    assert_equal_to_the_bit(first, second)
+    assert_same_plan(first, expected)
+
+
+def test_all_batches_on_every_rank_give_the_same(ranks, folder, alone, tmp_path):
+    stats, _ = alone({"r": 2})
+    ranks.run(jobs.measure, folder, "plain", [[[0, 1, 2, 3, 4]]] * 2, {"r": 2}, str(tmp_path))
+    for found in both(Calibration, tmp_path, "stats"):
+        assert_same_statistics(found, stats, times=2)
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory_budget": 1, "covariance": "exact"},
+        {"memory_budget": 1, "covariance": "exact", "allocate_rank": False, "rank_min": 0},
+        {"covariance": "streamed"},
+    ],
+    ids=["blocks", "uniform", "streamed"],
+)
+def test_blocks_and_streams_plan_what_one_process_plans(engine, fields, ranks, folder, tmp_path):
+    fields = {"r": 2, **fields}
+    expected = plan_in_blocks(jobs.load(folder), [padded(causal_samples())], TLoraConfig(**fields))
+    passes = ranks.run(jobs.planned, folder, engine, UNEVEN, fields, str(tmp_path))
+    assert passes == [expected.info["passes"]] * 2
+    first, second = both(AdapterPlan, tmp_path, "plan")
+    assert_equal_to_the_bit(first, second)
+    assert_same_plan(first, expected)
+
+
+def test_each_module_is_solved_once_and_one_sharded_weight_is_held_at_a_time(ranks, folder):
+    (first, alive), (second, _) = ranks.run(jobs.solved, folder, EVEN)
+    names = [name for name, _ in jobs.load(folder).named_modules() if name.endswith("_proj")]
+    assert sorted(first + second) == sorted(names)
+    assert abs(len(first) - len(second)) <= 1
+    assert set(alive) == {1}
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+def test_a_bad_sample_of_one_rank_is_raised_on_all_and_named(engine, ranks, folder):
+    said = ranks.run(jobs.failure, folder, engine, [[[0, 1], [2]], [[3], [4]]], (4,))
+    assert said[0] == said[1]
+    kind, sentence = said[0]
+    assert kind == "CalibrationError"
+    assert sentence.startswith("rank 1: sample 1 (counted from 0) has no label that counts")
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+def test_batches_that_raise_on_one_rank_stop_all(engine, ranks, folder):
+    said = ranks.run(jobs.broken, folder, engine, [[[0], [1], [2]], [[3], [4]]])
+    assert said == ["rank 1 failed with OSError: the disk is gone"] * 2
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+def test_bad_samples_left_out_are_numbered_through_the_ranks(
+    engine, ranks, folder, alone, tmp_path
+):
+    numbers = ranks.run(jobs.skipped, folder, engine, EVEN, (1, 3), str(tmp_path))
+    assert numbers == [[1, 3]] * 2
+    good = [sample for i, sample in enumerate(causal_samples()) if i not in (1, 3)]
+    stats, _ = alone({"r": 2}, good)
+    for found in both(Calibration, tmp_path, "stats"):
+        assert_same_statistics(found, stats)
+
+
+def test_one_cache_serves_all_ranks(ranks, folder, tmp_path):
+    (key, again), other = ranks.run(jobs.cached, folder, EVEN, str(tmp_path))
+    assert other == (key, again)
+    assert again
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_attaching_to_a_wrapped_model_is_refused_before_anything_runs(ranks, folder, alone):
+    _, found = alone({"r": 2})
+    found.save(folder)
+    first, second = ranks.run(jobs.refused, folder)
+    assert first == second
+    assert len(first) == 4
+    assert all("before" in sentence for sentence in first)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_plan_of_the_sharded_model_trains_on_the_plain_one_then_wrapped(
+    engine, ranks, folder, tmp_path
+):
+    ranks.run(jobs.measure, folder, "fsdp", EVEN, {"r": 2}, str(tmp_path))
+    first, second = ranks.run(jobs.train, folder, engine, str(tmp_path / "plan-0.safetensors"))
+    assert first == second
+
+
+def test_a_sharded_a_that_moves_is_seen(ranks, folder, alone, tmp_path):
+    file = alone({"r": 2})[1].save(tmp_path / "plan.safetensors")
+    for said in ranks.run(jobs.tampered, folder, str(file)):
+        assert "A changed while training" in said
