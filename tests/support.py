@@ -152,6 +152,23 @@ def image_samples(count: int = 5) -> list[Sample]:
     ]
 
 
+def demo_samples(count: int) -> list[Sample]:
+    """The first rows of the demo's task, as its base reads them."""
+    from tlora.demo import corpus
+    from tlora.stages.demo import BASE_MODEL
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL)
+    samples = []
+    for row in corpus.shifted_task(0)[0][:count]:
+        prompt, response = (tokenizer(row[key])["input_ids"] for key in ("prompt", "response"))
+        text = torch.tensor([prompt + response])
+        labels = text.clone()
+        labels[:, : len(prompt)] = -100
+        mask = torch.ones_like(text)
+        samples.append({"input_ids": text, "attention_mask": mask, "labels": labels})
+    return samples
+
+
 def padded(samples: Sequence[Sample], side: str = "right", length: int = 0) -> Sample:
     """Join samples into one batch: padding of 0, labels of -100, positions where on the left."""
     batch = {}

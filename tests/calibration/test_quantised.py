@@ -130,22 +130,10 @@ def test_padding_on_the_left_changes_nothing(folder, form):
 @pytest.fixture(scope="module")
 def demo() -> tuple[Any, list[support.Sample], Calibration]:
     """The demo's base in full precision, 16 of its samples, and their statistics."""
-    import transformers
-
-    from tlora.demo import corpus
     from tlora.stages.demo import BASE_MODEL
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL)
-    samples = []
-    for row in corpus.shifted_task(0)[0][:16]:
-        prompt, response = (tokenizer(row[key])["input_ids"] for key in ("prompt", "response"))
-        text = torch.tensor([prompt + response])
-        labels = text.clone()
-        labels[:, : len(prompt)] = -100
-        mask = torch.ones_like(text)
-        samples.append({"input_ids": text, "attention_mask": mask, "labels": labels})
     model = quantised_bases.full(BASE_MODEL).eval()
-    inputs = support.in_batches(samples, 8)
+    inputs = support.in_batches(support.demo_samples(16), 8)
     return model, inputs, calibrate(model, inputs, CONFIG)
 
 

@@ -22,6 +22,7 @@ from tlora.linalg.allocation import (
     allocate_ranks_by_cost,
     allocate_scales,
 )
+from tlora.linalg.precision import full_precision
 from tlora.linalg.subspace import (
     Solver,
     Subspace,
@@ -74,6 +75,7 @@ def allocate(
     return Shares(of, ranks)
 
 
+@full_precision
 def solve(
     target: Target,
     statistics: ModuleStatistics,

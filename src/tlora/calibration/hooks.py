@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tlora.calibration.batches import TokenLayout
 from tlora.calibration.offload import saved_by_reference
 from tlora.calibration.targets import Target
+from tlora.errors import CalibrationError
 
 
 @dataclass
@@ -149,6 +153,8 @@ def _on_target(
     given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     inputs, *others = (value.detach() for value in given)
     started = None
+    if backward and not (torch.is_grad_enabled() and output.requires_grad):
+        _refuse_checkpointed(record.target)
     # Where the model itself switches gradients off, the loss does not depend on the target.
     backward = backward and torch.is_grad_enabled()
     if backward and not output.requires_grad:
@@ -159,6 +165,22 @@ def _on_target(
     if countdown is not None:
         countdown.tick()
     return started
+
+
+def _refuse_checkpointed(target: Target) -> None:
+    """Raise if activations are recomputed here: what a graph is made of would not be seen again.
+
+    Raises:
+        CalibrationError: the call is within torch.utils.checkpoint.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise CalibrationError(
+                f"{target.name}: the model checkpoints its activations in eval mode too, which"
+                " hides the gradient here; switch gradient checkpointing off to calibrate."
+            )
+        frame = frame.f_back
 
 
 def _edge(output: Tensor) -> GradientEdge:

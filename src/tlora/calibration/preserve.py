@@ -12,17 +12,22 @@ from torch import nn
 from tlora.calibration.cpu_kernels import gradients_kept, train_8bit
 from tlora.calibration.offload import offload_again
 
+# The attribute by which models of transformers, and those of timm, are told.
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Run the body with every parameter frozen and the model in eval mode; then undo both.
 
     Frozen, so that a backward pass forms no weight gradient and touches no ``.grad``; eval, so
-    that dropout is off (and with it gradient checkpointing, which transformers runs in training
-    only). Restored after the body, also when it raises: ``requires_grad`` of each parameter, the
-    mode of each module, and the random states of Python, NumPy (where loaded) and torch, so that
-    a run with calibration draws the numbers that a run without it draws. Quantised layers run by
-    the kernels that training uses (`cpu_kernels`), and offloaded parameters are offloaded again.
+    that dropout is off. Gradient checkpointing is off too, and quantised layers run by the kernels
+    that training uses (`cpu_kernels`).
+
+    Restored after the body, also when it raises: ``requires_grad`` of each parameter, mode and
+    switches of each module, and the random states of Python, NumPy (where loaded) and torch, so
+    that a run with calibration draws the numbers that a run without it draws. Offloaded parameters
+    are offloaded again.
     """
     modes = [(module, module.training) for module in model.modules()]
     # By place: an offloaded parameter is another object after each call of its module.
@@ -31,7 +36,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
-    with _random_states(), gradients_kept(model):
+    with _random_states(), gradients_kept(model), _activations_kept(model):
         try:
             for module, name, _ in needs:
                 module.get_parameter(name).requires_grad_(False)
@@ -44,6 +49,24 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for module, name, needed in needs:
                 module.get_parameter(name).requires_grad_(needed)
+
+
+@contextlib.contextmanager
+def _activations_kept(model: nn.Module) -> Iterator[None]:
+    """Switch gradient checkpointing off while the body runs: some have it in eval mode too."""
+    on = [
+        (module, switch)
+        for module in model.modules()
+        for switch in _CHECKPOINTING
+        if vars(module).get(switch) is True
+    ]
+    try:
+        for module, switch in on:
+            setattr(module, switch, False)
+        yield
+    finally:
+        for module, switch in on:
+            setattr(module, switch, True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tlora.linalg.precision import full_precision
+
 # Entries of G formed at once: a megabyte stays in a core's cache, while an accelerator is faster
 # with few large products.
 _CPU_ENTRIES = 2**18
@@ -19,6 +21,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 """(delta, x) of each call of the module on one sample: T x m and T x d float32."""
 
 
+@full_precision
 def weighted_magnitude(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
     """Return sum_jk |W_jk| |G_s,jk| of each sample, with G_s = sum over its pairs of delta^T x.
 

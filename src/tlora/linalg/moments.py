@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tlora.linalg.precision import full_precision
 from tlora.linalg.product import Product
 
 _BLOCK = 256  # rows of C that are updated at once
@@ -129,6 +130,7 @@ class SecondMoment:
         """The rows sqrt(T_s) mean_t X_s, n x d, in the order the samples came."""
         return _joined(self._means)
 
+    @full_precision
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of samples.
 
@@ -201,16 +203,19 @@ class SecondMoment:
         else:
             self._space, self._rows = None, [rows.to(device)]
 
+    @full_precision
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
         return mirror(self.total().div_(max(self.samples, 1)))
 
+    @full_precision
     def uncentred(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centred moment and the means."""
         total = self.total()
         _add_product(total, self.weighted_means)
         return mirror(total.div_(max(self.samples, 1)))
 
+    @full_precision
     def total(self) -> Tensor:
         """Return n C as a new tensor, of which the lower triangle counts; rows stay rows."""
         rows = self.rows
@@ -220,6 +225,7 @@ class SecondMoment:
         _add_product(total, rows)
         return total
 
+    @full_precision
     def weighted(self, weight: Tensor) -> Product:
         """Return W C: in factors where there are only rows, and never by a copy of C.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tlora.linalg.precision import full_precision
 from tlora.linalg.subspace import (
     Solver,
     Subspace,
@@ -67,10 +68,12 @@ class StreamedSubspace:
         """Whether all passes are made."""
         return self._done == self.passes
 
+    @full_precision
     def add(self, centred: Tensor) -> None:
         """Add X^T (X V) for centred rows X, tokens x d float32."""
         self.product.addmm_(centred.T, centred @ self.block)
 
+    @full_precision
     def advance(self, weight: Tensor) -> None:
         """End a pass: take the product for C V and make the next block. ``weight``: W, m x d."""
         self._done += 1
@@ -85,6 +88,7 @@ class StreamedSubspace:
             self.block = torch.cat([self.block, probes], dim=1)
         self.product = torch.zeros_like(self.block)
 
+    @full_precision
     def result(self, weight: Tensor) -> Subspace:
         """Return the subspace after the last pass.
 
