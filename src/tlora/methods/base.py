@@ -77,6 +77,9 @@ class Traits:
     the loaded ones all the same."""
     reads: Literal["nothing", "inputs", "gradients"] = "nothing"
     """What of the calibration batches is used before training; gradients include inputs."""
+    pools: bool = False
+    """Whether the ranks of a process group may each be given a share of the calibration batches,
+    because what they see is added up; else every rank gets all of them."""
     source: Literal["PEFT", "tlora"] = "PEFT"
     """Whose code the method's own step is."""
     leaves: Literal["adapter", "model"] = "adapter"

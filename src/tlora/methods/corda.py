@@ -50,6 +50,7 @@ class Corda(ResidualLora):
         start="rounding",
         changes_base=True,
         reads="inputs",
+        pools=True,
     )
 
     def start(self, model: Any, targets: Any, options: CordaOptions, batches: Batches) -> Any:

@@ -29,6 +29,7 @@ class TaskAwareLora:
         parameters="r_i m",
         start="identical",
         reads="gradients",
+        pools=True,
         source="tlora",
     )
 

@@ -42,13 +42,20 @@ class Setup:
     """The same of the evaluation rows."""
 
     def calibration_batches(self) -> Samples:
-        """Return the calibration rows in batches: the first ones after a seeded shuffle."""
+        """Return the calibration rows in batches: the first ones after a seeded shuffle.
+
+        In a process group they are dealt out to the ranks like cards, if the method adds up what
+        the ranks see.
+        """
         from torch.utils.data import DataLoader
 
+        from tlora.calibration.distributed import ALONE, cohort
         from tlora.methods.base import Samples
 
         count = min(self.config.calibration.samples, len(self.train))
-        rows = self.train.shuffle(seed=self.config.seed).select(range(count))
+        ranks = cohort() if self.method.traits.pools else ALONE
+        own = range(ranks.rank, count, ranks.size)
+        rows = self.train.shuffle(seed=self.config.seed).select(own)
         options = self.config.calibration
         loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)
         return Samples(loader, options.skip_bad_samples, options.cache)

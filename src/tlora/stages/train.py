@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def run(config: RunConfig) -> RunFolder:
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     _check_evaluation(setup, arguments)
+    _refuse_sharding(arguments)
     seconds: dict[str, float] = {}
     with _timed(seconds, "initialise"):
         prepared = adapt(setup, arguments.device, plan)
@@ -61,7 +63,7 @@ def run(config: RunConfig) -> RunFolder:
     if trainer.is_world_process_zero():
         folder.start(config.resolved().to_dict(), "train", prepared.plan)
     with _timed(seconds, "train"):
-        trainer.train(resume_from_checkpoint=_resume_point(folder))
+        trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
     with _timed(seconds, "evaluate"):
         metrics = scores(trainer, setup.held_out)
     if trainer.is_world_process_zero():
@@ -86,6 +88,24 @@ def _check_evaluation(setup: Setup, arguments: Any) -> None:
         raise ConfigError(
             f"`eval_strategy` is {str(arguments.eval_strategy.value)!r}, but there are no"
             " evaluation rows; give --eval_file.",
+            where="trainer",
+        )
+
+
+def _refuse_sharding(arguments: Any) -> None:
+    """Refuse engines that keep the trained weights in parts: a run saves them whole.
+
+    Raises:
+        ConfigError: FSDP or ZeRO-3 is asked for, by a field or by `accelerate launch`.
+    """
+    fsdp = bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    zero3 = deepspeed is not None and deepspeed.is_zero3()
+    if fsdp or zero3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise ConfigError(
+            f"{'FSDP' if fsdp else 'ZeRO-3'} keeps the weights in parts, which `tlora train` does"
+            " not save; launch it with DDP or ZeRO-2, or `tlora init` and train the adapter by"
+            " a script of your own (docs/distributed.md).",
             where="trainer",
         )
 
@@ -156,8 +176,15 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     return trainer
 
 
-def _resume_point(folder: RunFolder) -> str | None:
-    """Return the checkpoint to go on from, and clear away what lies beyond it."""
+def _resume_point(folder: RunFolder, trainer: Any) -> str | None:
+    """Return the checkpoint to go on from; the first rank clears away what lies beyond it."""
+    from tlora.calibration.distributed import cohort
+
+    point = _rewound(folder) if trainer.is_world_process_zero() else None
+    return cohort().send(point, 0)
+
+
+def _rewound(folder: RunFolder) -> str | None:
     checkpoint = folder.last_checkpoint()
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     for broken in folder.drop_checkpoints_after(step):
