@@ -50,10 +50,8 @@ def test_the_ranks_fall_to_the_budget(trainer):
 
     run.add_callback(Count)
     run.train()
-    modules = len(kept(prepared.model))
-    assert counts[0] == 4 * modules
-    assert counts == sorted(counts, reverse=True)
-    assert set(counts[4:]) == {2 * modules}
+    # 14 modules: from 56 ranks to 28 by the cube of what is left of steps 2 to 5.
+    assert counts == [56, 39, 31, 28, 28, 28, 28, 28]
     assert len(set(kept(prepared.model))) > 1
     assert prepared.model.peft_config["default"].total_step == 8
 
