@@ -67,6 +67,7 @@ def principal_inputs(
             forward_fn=rows.forward,
             prepare_model_inputs_fn=rows.start,
             prepare_layer_inputs_fn=rows.of,
+            gather_distributed_inputs=False,  # every process reads the same batches
             show_progress_bar=False,
         )
     widths = {target.name: target.d_out for target in targets}
