@@ -27,7 +27,8 @@ def test_an_entry_says_only_what_differs():
 
 def test_rates_of_an_entry_replace_the_common_ones():
     entry = {"name": "lora", "learning_rates": [3e-3, "1e-4"]}
-    assert config(methods=[entry, "tlora"]).entries()[0].learning_rates == [1e-4, 3e-3]
+    both = config(methods=[entry, "tlora"], learning_rates=[1.0, 2.0])
+    assert [e.learning_rates for e in both.entries()] == [[1e-4, 3e-3], [1.0, 2.0]]
     assert config(methods=[entry], learning_rates=[]).entries()[0].learning_rates == [1e-4, 3e-3]
 
 
@@ -65,6 +66,10 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": []}, "`learning_rates` is []; give positive numbers"),
         ({"learning_rates": [1e-3, 0.001]}, "each once"),
         ({"learning_rates": [-1.0]}, "give positive numbers"),
+        (
+            {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
+            "1 to 2 values; whoever is tried at more is tuned better",
+        ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),
         ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the rate cannot be reported"),

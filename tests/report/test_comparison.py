@@ -130,6 +130,20 @@ def test_what_is_not_there_is_named_with_its_cause(made):
     assert next(m for m in results.methods if m.label == "lora").score.count == 4
 
 
+def test_a_comparison_that_has_only_begun_has_a_page(made):
+    folder = comparison.CompareFolder(made.config.output_dir)
+    results = comparison.gather(made, folder)
+    assert wording.summary(results) == "No final run has finished yet."
+    assert "lora, 6 of 6 tuning runs: not run yet" in page.render(results)
+    synthetic.write(made, GAPS)
+    for name in folder.names():
+        if "final" in name:
+            folder.record_file(name).unlink()
+    results = comparison.gather(made, folder)
+    assert page.render(results).count("no final run has finished") == 4
+    assert "| lora | \u2013 |" in plaintext.markdown(results)
+
+
 def test_files_of_other_settings_are_counted_and_passed_over(made, tmp_path):
     folder = synthetic.write(made, GAPS)
     other = synthetic.comparison(tmp_path / "made", adapter={"r": 4})

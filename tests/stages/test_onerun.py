@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tlora import cli
 from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
 from tlora.errors import ConfigError, DataError
@@ -61,6 +62,7 @@ def test_a_comparison_runs_to_its_end(compared):
     assert progress.waiting == []
     assert len(lines) == 4
     assert lines[0].startswith("1/4 lora 0.01 seed 0: validation loss ")
+    assert lines[-1].endswith(" s), 0 s left")
     assert sorted(p.name for p in folder.path.iterdir() if p.name[0] != ".") == [
         "adapters",
         "compare.json",
@@ -68,6 +70,27 @@ def test_a_comparison_runs_to_its_end(compared):
         "runs",
     ]
     assert sorted(p.name.split("-")[0] for p in folder.adapters.iterdir()) == ["lora", "tlora"]
+
+
+def test_the_page_is_made_from_the_files_alone(compared, tmp_path, capsys):
+    _, folder, _ = compared
+    copy = tmp_path / "elsewhere"
+    (copy / "runs").mkdir(parents=True)
+    for file in [folder.path / "compare.json", *folder.runs.iterdir()]:
+        (copy / file.relative_to(folder.path)).write_bytes(file.read_bytes())
+    assert cli.main(["inspect", str(copy)]) == 0
+    said = capsys.readouterr().out
+    page = (copy / "report.html").read_text()
+    for method, rank in (("lora", None), ("tlora", "q_proj")):
+        score = folder.record(
+            next(n for n in folder.names() if n.startswith(method) and "final" in n)
+        )["scores"]["test"]["loss"]
+        assert f"{score:.4f}" in page
+        assert f"{score:.4f}" in said
+        assert rank is None or rank in page
+    assert "Tie: " in page  # one seed tells nothing apart
+    assert (copy / "report.md").read_text() in said
+    assert len((copy / "report.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_a_record_says_where_it_comes_from(records):
@@ -222,3 +245,14 @@ def test_the_metric_is_the_tasks_own_unless_another_is_given(shared, tmp_path):
         config = CompareConfig(**fields)
         found = compare.identify(config, compare.check(config))
         assert (found.metric, found.better) == expected
+
+
+def test_each_job_gets_one_of_the_visible_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert compare.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert compare.visible_gpus() == ["3", "5"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compare.visible_gpus() == []

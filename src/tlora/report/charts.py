@@ -8,7 +8,7 @@ from tlora.report import svg
 from tlora.report.comparison import Curve, Results
 
 _PANEL = (168, 124)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 22
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 14, 8, 22
 
 
 def strips(results: Results) -> dict[str, str]:
@@ -73,7 +73,7 @@ def curves(results: Results) -> dict[str, str]:
     if not losses:
         return {}
     frame = _frame(steps, losses, log_y=True, log_x=False)
-    ticks = [(value, svg.short(value)) for value in frame.x.ticks(3)]
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(3) if value == int(value)]
     drawn = {}
     for label, line in lines.items():
         if line:

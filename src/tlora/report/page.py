@@ -81,8 +81,8 @@ def pairs(results: Results) -> str:
             if a is not b
         },
     }
-    # "</" would end the script element that holds the text.
-    return json.dumps(found, ensure_ascii=False).replace("</", "<\\/")
+    # A "<" could end the script element that holds the text.
+    return json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def matrix(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:

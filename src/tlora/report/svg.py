@@ -102,8 +102,9 @@ def lines(
     frame: Frame, own: Sequence[Point], others: Iterable[Sequence[Point]], extra: list[str]
 ) -> list[str]:
     """Return one method's line in front of all others' in grey; ``extra`` goes in between."""
-    parts = [_path(frame, line, "other") for line in others]
-    return [*parts, *extra, _path(frame, own, "own")]
+    parts = [*(_path(frame, line, "other") for line in others), *extra, _path(frame, own, "own")]
+    # A line of one point would not be seen.
+    return [*parts, *dots(frame, own, "seed")] if len(own) == 1 else parts
 
 
 def panel(frame: Frame, parts: Sequence[str], text: str) -> str:
