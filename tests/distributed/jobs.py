@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -250,3 +251,36 @@ def tampered(folder: str, file: str) -> str:
     except TLoraError as error:
         return str(error)
     return "none"
+
+
+def zero3(folder: str, dealt: Dealt, out: str) -> list[int]:
+    """Calibrate and plan with weights that a stand-in of ZeRO-3 keeps; return what was gathered."""
+    import sys
+
+    import zero
+
+    model = load(folder)
+    kept = zero.partition(model)
+    parts = [parameter.ds_tensor.clone() for parameter in kept]
+    before = sys.modules.get("deepspeed")
+    sys.modules["deepspeed"] = zero.MODULE
+    try:
+        config = TLoraConfig(r=2)
+        stats = calibrate(model, batches(dealt), config)
+        zero.GATHERED.clear()
+        found = plan(model, stats, config)
+    finally:
+        if before is None:
+            del sys.modules["deepspeed"]
+        else:
+            sys.modules["deepspeed"] = before
+    del model.ds_inflight_param_registry
+    with pytest.raises(TLoraError, match="no engine brings it together"):
+        calibrate(model, batches(dealt), config)
+    for parameter, part in zip(kept, parts, strict=True):
+        assert parameter.ds_status is zero.Status.NOT_AVAILABLE
+        assert parameter.numel() == 0
+        assert torch.equal(parameter.ds_tensor, part)
+    stats.save(Path(out) / f"stats-{dist.get_rank()}.safetensors")
+    found.save(Path(out) / f"plan-{dist.get_rank()}.safetensors")
+    return zero.GATHERED

@@ -182,3 +182,19 @@ def test_a_sharded_a_that_moves_is_seen(ranks, folder, alone, tmp_path):
     file = alone({"r": 2})[1].save(tmp_path / "plan.safetensors")
     for said in ranks.run(jobs.tampered, folder, str(file)):
         assert "A changed while training" in said
+
+
+@pytest.mark.parametrize("dealt", [EVEN, UNEVEN], ids=["even", "none1"])
+def test_weights_that_zero3_partitions_are_gathered_one_by_one(
+    dealt, ranks, folder, alone, tmp_path
+):
+    stats, expected = alone({"r": 2})
+    gathered = ranks.run(jobs.zero3, folder, dealt, str(tmp_path))
+    # For planning each targeted weight once, on both ranks in the same order.
+    assert gathered[0] == gathered[1]
+    assert len(gathered[0]) == len(set(gathered[0])) == len(expected.modules)
+    for found in both(Calibration, tmp_path, "stats"):
+        assert_same_statistics(found, stats)
+    first, second = both(AdapterPlan, tmp_path, "plan")
+    assert_equal_to_the_bit(first, second)
+    assert_same_plan(first, expected)

@@ -110,6 +110,12 @@ def refuse_unread(model: nn.Module) -> None:
     if any(map(_is_fsdp, model.modules())):
         return
     for name, parameter in model.named_parameters():
+        # DeepSpeed's mark of a model whose layers it brings together as they run.
+        if is_zero3(parameter) and not hasattr(model, "ds_inflight_param_registry"):
+            raise CalibrationError(
+                f"{name} is partitioned by ZeRO-3, but no engine brings it together; give the"
+                " engine that deepspeed.initialize returns."
+            )
         if is_dtensor(parameter):
             raise CalibrationError(
                 f"{name} is a DTensor outside `fully_shard` (tensor parallelism?); calibrate the"
