@@ -41,7 +41,7 @@ def test_the_difference_is_the_paired_t_test_over_common_seeds():
     ("first", "second"),
     [
         ([0.81, 0.84, 0.80], [0.80, 0.85, 0.80]),  # zero is inside
-        ([0.9, 0.8], [0.5, 0.4]),  # two pairs
+        ([0.9, 0.801], [0.5, 0.4]),  # two pairs, however alike
         ([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]),  # no spread
         ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     ],
