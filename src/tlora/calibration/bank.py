@@ -179,6 +179,10 @@ class MomentBank:
 
     def _new_moment(self, target: Target, group: int) -> SecondMoment:
         device = device_of(target.module)
+        if self.spill is None and device.type == "cpu":
+            # One place for rows and then C: pages that are not written take no memory, and rows
+            # that go when C comes would leave holes between what a pass keeps.
+            return SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in))
         if self.spill is None:
             return SecondMoment(target.d_in, device=device)
         scatter, in_memory = self.spill.zeros(target.d_in, device)
