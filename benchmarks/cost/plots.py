@@ -33,7 +33,8 @@ def draw(points: Sequence[Any], result: dict[str, Any], path: Path) -> list[Path
 
 
 def _any(point: Any, result: dict[str, Any]) -> bool:
-    return any(runs_of(point, subject, result) for subject in point.subjects)
+    runs = [run for subject in point.subjects for run in runs_of(point, subject, result)]
+    return any("seconds" in run for run in runs)
 
 
 def _colour(subject: str) -> str:

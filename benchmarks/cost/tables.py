@@ -37,7 +37,7 @@ def table(point: Any, result: dict[str, Any]) -> str:
     """Return the rows of one point: seconds, spread, and ratios to the bare passes and to (b)."""
     seconds = {s: median(runs_of(point, s, result), "seconds") for s in point.subjects}
     peaks = {s: median(runs_of(point, s, result), "peak_bytes") for s in point.subjects}
-    if all(map(math.isnan, seconds.values())):
+    if not any(runs_of(point, s, result) for s in point.subjects):
         return ""
     shape, setting = point.shape, point.setting
     lines = [
