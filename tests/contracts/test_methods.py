@@ -176,6 +176,7 @@ def test_a_resumed_run_is_prepared_the_same(ran, make_model, batches_of, tmp_pat
     folder = RunFolder(tmp_path / "run")
     folder.start({"seed": 5}, "train", run.prepared.plan)
     plan = folder.saved_plan()
+    assert (plan is None) == (run.prepared.plan is None)
     batches = batches_of(kind) if plan is None else _Unread()
     again = prepare(name, make_model(kind), run.options, batches, plan)
     state = again.model.state_dict()
