@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import support
 from families import FAMILIES
-from tlora import TLoraConfig
+from tlora import TLoraConfig, get_tlora_model
 from tlora.calibration.expert_targets import fused_expert_parameters
+from tlora.calibration.probe import checked_targets
 from tlora.calibration.targets import find_targets
 from tlora.errors import AdapterError, ConfigError
 
@@ -160,3 +161,35 @@ def test_fused_experts_are_named():
             self.linear = Conv1D(8, 8)
 
     assert fused_expert_parameters(Fused()) == ["experts.gate_up"]
+
+
+def test_a_head_tied_to_the_embedding_is_adapted_alone_and_peft_warns(tiny_gpt2, tmp_path):
+    model, [batch] = tiny_gpt2(), support.in_batches(support.causal_samples(), 5)
+    fresh, before = copy.deepcopy(model), support.logits_of(model, batch)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    fields = TLoraConfig(r=2, target_modules=["lm_head", "c_attn"], task_type="CAUSAL_LM")
+
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        adapted = get_tlora_model(model, fields, [batch])
+
+    assert torch.equal(support.logits_of(adapted, batch), before)
+    base = adapted.base_model.model
+    assert base.lm_head.base_layer.weight is base.transformer.wte.weight
+    assert type(base.transformer.wte) is nn.Embedding
+    weight = base.transformer.wte.weight.clone()
+    losses = support.train(adapted, batch, steps=3)
+    assert losses[-1] < losses[0]
+    assert torch.equal(base.transformer.wte.weight, weight)
+    adapted.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(support.logits_of(again, batch), support.logits_of(adapted, batch))
+
+
+def test_a_module_under_two_names_is_a_target_once_and_said_to_be(tiny_llama):
+    model = tiny_llama()
+    layers = model.model.layers
+    layers[1].mlp.up_proj = layers[0].mlp.up_proj
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.up_proj is also model\.layers\.1\.mlp"):
+        names = [t.name for t in checked_targets(model, TLoraConfig())]
+    assert "model.layers.0.mlp.up_proj" in names
+    assert "model.layers.1.mlp.up_proj" not in names

@@ -25,7 +25,7 @@ from tlora.calibration.preserve import preserved
 from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, find_targets
+from tlora.calibration.targets import Target, find_targets, warn_of_second_names
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 
@@ -163,6 +163,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
                 " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
     warn_of_unadapted_experts(model, config, stacklevel=2)
+    warn_of_second_names(model, targets, stacklevel=2)
     return targets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,26 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     except ValueError as reason:
         return str(reason)
     return None
+
+
+def warn_of_second_names(model: nn.Module, targets: Iterable[Target], stacklevel: int) -> None:
+    """Warn of targets that the model has under a second name too, where PEFT leaves them bare."""
+    first = {name: id(module) for name, module in model.named_modules()}
+    # An expert's target is a part of its module, and has no module's name.
+    names = {id(t.module): t.name for t in targets if first.get(t.name) == id(t.module)}
+    again = [
+        f"{names[id(module)]} is also {name}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if names.get(id(module), name) != name
+    ]
+    if again:
+        more = f" and {len(again) - 3} more" if again[3:] else ""
+        warnings.warn(
+            f"{'; '.join(again[:3])}{more}: one module under several names is calibrated on all its"
+            " calls, but PEFT adapts those under the first name alone; `exclude_modules` leaves it"
+            " out.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def heads_of(config: TLoraConfig) -> list[str]:
