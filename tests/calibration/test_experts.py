@@ -9,11 +9,13 @@ import warnings
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from torch import nn
 
 import moe
 import support
 from tlora import Calibration, TLoraConfig, calibrate, plan
+from tlora.calibration import expert_layouts as layouts
 from tlora.calibration.expert_targets import unadapted_experts
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
@@ -143,6 +145,14 @@ def test_the_weight_of_an_expert_is_read_as_m_x_d():
             assert torch.equal(weight, expected)
 
 
+def test_autocast_does_not_round_what_is_computed_again():
+    experts = moe.mixtral().model.layers[0].mlp.experts
+    rows = torch.randn(5, moe.SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    plain = layouts.inward(experts, 1, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layouts.inward(experts, 1, rows), plain)
+
+
 def test_statistics_are_saved_and_loaded_to_the_bit(tmp_path):
     model = moe.gpt_oss()
     batches = support.in_batches(support.causal_samples(LENGTHS), 5)
@@ -230,12 +240,8 @@ def in_int8(experts):
     ("change", "reason"),
     [
         (lambda e: setattr(e, "_is_expert_parallel", True), "spread over processes"),
-        (
-            lambda e: setattr(
-                e, "gate_up_proj", nn.Parameter(e.gate_up_proj.to(torch.int8), False)
-            ),
-            "stored as torch.int8",
-        ),
+        (in_int8, "stored as torch.int8"),
+        (lambda e: cpu_offload(e, "cpu"), "offloaded: keep it on a device"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_what_to_do(change, reason):

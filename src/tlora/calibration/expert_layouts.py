@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from tlora.calibration.offload import loaded_by
 from tlora.calibration.sharding import is_dtensor, is_zero3
+from tlora.linalg.precision import full_precision
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
 _DOWN = "down_proj"
@@ -127,11 +128,12 @@ def _inward(module: nn.Module) -> str:
     return "gate_up_proj" if layer.has_gate else "up_proj"
 
 
+@full_precision
 def _linear(module: nn.Module, attribute: str, expert: int, rows: Tensor) -> Tensor:
     layer: Any = module
     weight = layer.get_parameter(attribute)[expert]
     bias = layer.get_parameter(f"{attribute}_bias")[expert] if layer.has_bias else None
-    # As transformers does where autocast has left float32 rows before half-precision weights.
+    # In the weight's dtype, as transformers' `grouped_mm`, which autocast leaves alone.
     return functional.linear(
         rows.to(weight.dtype), weight.T if layer.is_transposed else weight, bias
     )
