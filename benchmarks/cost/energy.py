@@ -75,7 +75,8 @@ def rows_of(path: Path, texts: list[str], ranks: list[int]) -> list[dict[str, An
 
 def _row(path: Path, *rest: Any) -> dict[str, Any]:
     model, batches, names, best, fields = rest
-    row: dict[str, Any] = {"model": path.name, "rank": fields["r"], "modules": len(names)}
+    title = path.parent.name if path.name == "model" else path.name
+    row: dict[str, Any] = {"model": title, "rank": fields["r"], "modules": len(names)}
     for way, more in WAYS.items():
         found = plan_in_blocks(model, batches, TLoraConfig(**fields, **more), progress=False)
         row[way] = min(

@@ -12,6 +12,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 from subjects import TITLES
 from tables import curve, exponent, median, runs_of
 
@@ -85,7 +86,7 @@ def growth(points: Sequence[Any], result: dict[str, Any], path: Path) -> Path:
     )
     for column, axis in enumerate(axes_names):
         subjects = list(dict.fromkeys(s for p in points if p.axis == axis for s in p.subjects))
-        for row, (field, unit) in enumerate((("seconds", 1.0), ("peak_bytes", 2.0**20))):
+        for row, (field, unit) in enumerate((("cpu_seconds", 1.0), ("peak_bytes", 2.0**20))):
             axes = grid[row][column]
             for subject in subjects:
                 sizes, values = curve(points, axis, subject, field, result)
@@ -104,11 +105,12 @@ def growth(points: Sequence[Any], result: dict[str, Any], path: Path) -> Path:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.tick_params(which="both", labelsize=7)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=6)
             axes.set_xlabel(AXES[axis])
-    grid[0][0].set_ylabel("seconds")
+    grid[0][0].set_ylabel("seconds of CPU")
     grid[1][0].set_ylabel("peak above the model, MiB")
     figure.suptitle("How the cost of initialising grows (exponents fitted)", fontsize=10)
     return _saved(figure, path.with_name(f"{path.stem}.png"))

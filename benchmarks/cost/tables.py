@@ -85,7 +85,7 @@ def exponents(points: Sequence[Any], axes: Sequence[str], result: dict[str, Any]
     for subject in subjects:
         cells = []
         for axis in axes:
-            for field in ("seconds", "peak_bytes"):
+            for field in ("cpu_seconds", "peak_bytes"):
                 fit = exponent(*curve(points, axis, subject, field, result))
                 cells.append("" if math.isnan(fit) else f"{fit:.2f}")
         lines.append(f"| {TITLES[subject]} | {' | '.join(cells)} |")
