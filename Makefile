@@ -18,7 +18,7 @@ demo: $(VENV)/ready
 	$(BIN)/tlora demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -84,6 +84,7 @@ def test_an_error_in_the_queue_leaves_no_job_behind(tmp_path):
     def settled(job, outcome):
         raise RuntimeError("the caller's own fault")
 
+    before = set(multiprocessing.active_children())  # other tests may keep processes
     with pytest.raises(RuntimeError, match="own fault"):
         Workers("fake_runs:run", jobs=2).work(next_job, settled)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before

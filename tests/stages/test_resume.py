@@ -132,7 +132,7 @@ def test_resuming_with_another_field_is_refused_and_all_are_named(config, interr
     with pytest.raises(ConfigError) as caught:
         train.run(other)
     named = [fault.split("`")[1] for fault in caught.value.faults]
-    assert named == ["seed", "trainer.learning_rate"]
+    assert named == ["trainer.learning_rate", "seed"]
     assert "`seed` is 4, but the run was started with 0; leave it out" in str(caught.value)
 
 
