@@ -16,6 +16,7 @@ from tlora.adapter.stock import exact, wrap
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
 from tlora.calibration.borrowed import borrowed
 from tlora.calibration.hooks import Record, recording
+from tlora.calibration.offload import device_of
 from tlora.calibration.targets import Target
 from tlora.errors import CalibrationError, ConfigError
 
@@ -51,7 +52,7 @@ def principal_inputs(
     """
     from peft import get_eva_state_dict
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     kept = [as_batch(batch, device) for batch in batches]
     if not kept:
         raise CalibrationError("`batches` gave no sample; give at least one batch.")

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.batches import as_batch
 from tlora.calibration.borrowed import borrowed
+from tlora.calibration.offload import device_of
 from tlora.calibration.targets import Target
 from tlora.errors import CalibrationError
 
@@ -64,7 +65,7 @@ def _backward(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     from tqdm.auto import tqdm
 
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     count = 0
     for batch in tqdm(batches, desc="Calibrating", unit=" batches", disable=None):
         loss = getattr(model(**as_batch(batch, device)), "loss", None)
