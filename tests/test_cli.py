@@ -182,7 +182,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["train", "--data.max_length", "0"], "`data.max_length` is 0; give a whole number, 1"),
         (["train", "stray"], "unrecognized arguments: stray"),
         (["inspect", "nowhere"], "nowhere: there is no such file."),
-        (["inspect", "."], "there is no plan.safetensors; its method makes no plan."),
+        (["inspect", "."], "there is no plan.safetensors; give a run's folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tlora, argv, message, tmp_path, monkeypatch):

@@ -189,7 +189,10 @@ def inspect(config: InspectConfig) -> None:
     path = Path(config.path)
     file = path / "plan.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        raise ArtifactError(f"{path}: there is no plan.safetensors; its method makes no plan.")
+        raise ArtifactError(
+            f"{path}: there is no plan.safetensors; give a run's folder (an adapter's plan is one"
+            " folder up), of a method that plans."
+        )
     plan = AdapterPlan.load(file)
     show(plan, by=config.by)
     picture = save(plan, config.picture or file.with_name("plan.png"))

@@ -122,3 +122,8 @@ def test_what_a_tokenizer_returns_is_a_batch(tiny_tokenizer):
     batch = as_batch(encoded, CPU)
     assert batch_size(batch) == 2
     assert torch.equal(batch["input_ids"], encoded["input_ids"])
+
+
+def test_one_sample_without_its_batch_dimension_is_refused():
+    with pytest.raises(CalibrationError, match=r"input_ids has the shape \(5,\); give samples x"):
+        as_batch({"input_ids": torch.arange(5)}, torch.device("cpu"))

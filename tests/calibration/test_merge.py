@@ -154,3 +154,9 @@ def test_bad_samples_are_counted_through(family_of):
         whole = calibrate(family.model, family.samples, config(), skip_bad_samples=True)
     assert whole.info["skipped_samples"] == {"3": "it has no label that counts"}
     assert_equal_but_for_rounding(first + second, whole)
+
+
+def test_what_is_no_calibration_does_not_add(tiny_llama):
+    stats = Calibration({}, 0)
+    with pytest.raises(TypeError):
+        stats + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -193,3 +194,19 @@ def test_a_module_under_two_names_is_a_target_once_and_said_to_be(tiny_llama):
         names = [t.name for t in checked_targets(model, TLoraConfig())]
     assert "model.layers.0.mlp.up_proj" in names
     assert "model.layers.1.mlp.up_proj" not in names
+
+
+def test_a_name_that_nothing_bears_beside_others_is_said(tiny_llama):
+    config = TLoraConfig(target_modules=["q_proj", "v_prj", "v_proj"])
+    with pytest.warns(UserWarning, match=r"names 'v_prj', which no module .* mean 'v_proj'"):
+        targets = find_targets(tiny_llama(), config)
+    assert {target.name.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        there = ["q_proj", "model.layers.0.mlp.up_proj", "v_proj"]
+        find_targets(tiny_llama(), TLoraConfig(target_modules=there, exclude_modules=["v_proj"]))
+
+
+def test_what_is_no_configuration_is_refused(tiny_llama):
+    with pytest.raises(ConfigError, match=r"is a list; give a TLoraConfig"):
+        find_targets(tiny_llama(), [{"input_ids": None}])

@@ -40,8 +40,6 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
         "calibration.batch_size": "2",
         "trainer.max_steps": "2",
         "trainer.per_device_train_batch_size": "2",
-        "trainer.use_cpu": "true",
-        "trainer.ddp_backend": "gloo",
         "trainer.disable_tqdm": "true",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -63,6 +61,9 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     assert folder.finished
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sums.jsonl"]
+    # The ranks train together: two rows each of 24 a step, and one of them writes the log.
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [pytest.approx(2 * 4 / 24)]
     # One rank speaks.
     assert done.stdout.count(f"adapter: {folder.adapter}") == 1
     config = RunConfig(

@@ -91,6 +91,8 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
         ("none.jsonl", None, r"none\.jsonl: there is no such file"),
         ("rows.xlsx", "x", r"files of kind '\.xlsx' are not read; use \.json, "),
         ("rows.csv", "prompt,response\n", "there are no rows"),
+        ("rows.jsonl", "", "there are no rows"),
+        ("rows.json", "", "there are no rows"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, text, message):

@@ -134,6 +134,8 @@ def load_adapter(
             f"{path}: the folder holds no adapter_config.json; give the folder that"
             " `save_pretrained` wrote."
         )
+    if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
+        raise AdapterError(f"{path}: there is no such folder; give the one of an adapter.")
     if is_trainable:
         keep_gradients(model)
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained

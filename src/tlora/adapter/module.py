@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class ModulePlan:
     d_out: int
     rank: int
     scale: float
-    lora_A: Tensor
+    lora_A: Tensor = field(repr=False)
     captured_energy: float | None
     sensitivity: float | None
     solver: str

@@ -48,6 +48,12 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
             " forward takes (input_ids, attention_mask, labels, ...)."
         )
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    ids = moved.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() < 2:
+        raise CalibrationError(
+            f"input_ids has the shape {tuple(ids.shape)}; give samples x tokens (for one sample"
+            " input_ids[None])."
+        )
     if not any(isinstance(value, Tensor) for value in moved.values()):
         raise CalibrationError(
             f"a calibration batch with the keys {sorted(moved)} holds no tensor; let the tokenizer"

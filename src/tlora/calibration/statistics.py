@@ -124,7 +124,7 @@ class Calibration:
         """Return the statistics over the samples of both; see `tlora.calibration.merge.merge`."""
         from tlora.calibration.merge import merge
 
-        return merge([self, other])
+        return merge([self, other]) if isinstance(other, Calibration) else NotImplemented
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file (tensors, and a JSON header), atomically; return its path.

@@ -59,7 +59,14 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
         ConfigError: nothing matches (the Linear names that exist are listed), a module matches
             that is no Linear and no Conv1D, or a parameter that is no adaptable one of experts.
     """
+    if not isinstance(config, TLoraConfig):
+        raise ConfigError(
+            f"the configuration is a {type(config).__name__}; give a TLoraConfig, after the model"
+            " and the batches of `calibrate`, before the batches of `get_tlora_model`.",
+            where="config",
+        )
     names = _matching_names(model, config)
+    _warn_of_unmatched(model, config)
     experts = _expert_targets(model, config)
     if not names and not experts:
         raise ConfigError(_nothing_matches(model, config), where="target_modules")
@@ -88,6 +95,23 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     if fault := _without_module_adapter(model, targets, config):
         raise ConfigError(fault, where="target_modules")
     return targets + experts
+
+
+def _warn_of_unmatched(model: nn.Module, config: TLoraConfig) -> None:
+    """Warn of names in a list that no module bears: PEFT adapts the others without a word."""
+    wanted = config.target_modules
+    if not isinstance(wanted, list):
+        return
+    names = [f".{name}" for name, _ in model.named_modules()]
+    unmatched = [each for each in wanted if not any(name.endswith(f".{each}") for name in names)]
+    if unmatched and len(unmatched) < len(wanted):
+        leaves = {name.rpartition(".")[2] for name in names}
+        hints = "".join(did_you_mean(each, leaves) for each in unmatched)
+        warnings.warn(
+            f"`target_modules` names {', '.join(map(repr, unmatched))}, which no module of the"
+            f" model is called; the others are adapted.{hints}",
+            stacklevel=4,
+        )
 
 
 def taken_for_experts(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from pathlib import Path
@@ -69,7 +70,8 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     """Make the training arguments: the user's fields over our defaults over the library's.
 
     Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
-    turns on, stay off on a machine without an accelerator, where they only cost.
+    turns on, stay off on a machine without an accelerator, where they only cost; the ranks of a
+    launch talk by gloo there.
 
     Raises:
         ConfigError: transformers or TRL refuse a value; their sentence says why.
@@ -87,6 +89,9 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     ours: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         ours["bf16"] = False
+    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Left to themselves the ranks of a launch on a CPU would each train on their own.
+        ours |= {"use_cpu": True, "ddp_backend": "gloo"}
     if not torch.cuda.is_available():
         ours["dataloader_pin_memory"] = False
         # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.

@@ -61,11 +61,20 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     transformers.set_seed(setup.config.seed)
     batches = setup.calibration_batches()
     if plan is None and isinstance(setup.options, TLoraConfig):
-        found = forecast(model, setup.options, batches, setup.config.calibration)
-        logger.info("%s", sentence(found))
+        logger.info("%s", _forecast(model, setup, batches))
     prepared = setup.method.prepare(model, setup.options, batches, plan)
     transformers.set_seed(setup.config.seed)
     return prepared
+
+
+def _forecast(model: Any, setup: Setup, batches: Any) -> str:
+    """Say what the calibration of a run will take."""
+    from tlora.calibration.statistics import calibration_file
+
+    cache = setup.config.calibration.cache
+    if cache and calibration_file(cache).is_file():
+        return f"calibration: from {cache}, if it is of this model and these rows"
+    return sentence(forecast(model, setup.options, batches, setup.config.calibration))
 
 
 def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:

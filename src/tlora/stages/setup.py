@@ -155,6 +155,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     path = Path(str(config.model))
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    if not path.exists() and (path.is_absolute() or str(config.model).startswith(".")):
+        raise ConfigError(f"there is no folder {str(config.model)!r}; give a model's.", "model")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code

@@ -43,6 +43,10 @@ def run(config: RunConfig) -> RunFolder:
     """
     folder = RunFolder(config.output_dir)
     plan = None
+    if config.resume and not folder.exists and not config.model:
+        raise ConfigError(
+            f"there is no run in {folder.path} to resume; name its folder by --output_dir.", "run"
+        )
     if not (config.resume and folder.exists):
         folder.refuse_unless_free()
     elif folder.finished:

@@ -69,8 +69,9 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(builder, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if "corresponds to no data" in str(error):
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        # StopIteration: what the reader of JSON makes of an empty file.
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             raise DataError(f"{where}: there are no rows.") from error
         cause = _first_bad_line(where) or _innermost(error)
         raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
