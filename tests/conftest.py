@@ -171,3 +171,25 @@ def tiny_t5() -> ModelFactory:
         return seeded(lambda: transformers.T5ForConditionalGeneration(config))
 
     return make
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Run until the end of a step, then let the user press Ctrl-C; return the folder."""
+
+    from tlora.runfolder import RunFolder
+    from tlora.stages import train
+    from tlora.stages.callbacks import LogCallback
+
+    def run(config, step):
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LogCallback, "on_step_end", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.run(config)
+        return RunFolder(config.output_dir)
+
+    return run

@@ -199,12 +199,12 @@ def test_a_module_under_two_names_is_a_target_once_and_said_to_be(tiny_llama):
 def test_a_name_that_nothing_bears_beside_others_is_said(tiny_llama):
     config = TLoraConfig(target_modules=["q_proj", "v_prj", "v_proj"])
     with pytest.warns(UserWarning, match=r"names 'v_prj', which no module .* mean 'v_proj'"):
-        targets = find_targets(tiny_llama(), config)
+        targets = checked_targets(tiny_llama(), config)
     assert {target.name.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         there = ["q_proj", "model.layers.0.mlp.up_proj", "v_proj"]
-        find_targets(tiny_llama(), TLoraConfig(target_modules=there, exclude_modules=["v_proj"]))
+        checked_targets(tiny_llama(), TLoraConfig(target_modules=there, exclude_modules=["v_proj"]))
 
 
 def test_what_is_no_configuration_is_refused(tiny_llama):

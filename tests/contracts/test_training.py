@@ -16,7 +16,6 @@ from tlora.runconfig import CalibrationConfig, RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages import initialise, train
 from tlora.stages.arguments import training_arguments
-from tlora.stages.callbacks import LogCallback
 from tlora.stages.setup import settle
 
 BASE = str(Path(tlora.demo.__file__).parent / "base")
@@ -115,24 +114,6 @@ def test_the_trainer_takes_the_optimizer_of_the_method(config, tmp_path):
     trainer.create_optimizer_and_scheduler(2)
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
     assert rates == {1e-2, 16e-2}
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """Run until the end of a step, then press Ctrl-C; return the folder."""
-
-    def run(config, step):
-        def stop(self, args, state, control, **_):
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(LogCallback, "on_step_end", stop)
-            with pytest.raises(KeyboardInterrupt):
-                train.run(config)
-        return RunFolder(config.output_dir)
-
-    return run
 
 
 @pytest.mark.parametrize(

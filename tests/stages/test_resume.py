@@ -14,29 +14,10 @@ from tlora.errors import ConfigError
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages import train
-from tlora.stages.callbacks import LogCallback
 
 
 def weights(folder):
     return (folder.adapter / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """Run until the end of a step, then let the user press Ctrl-C; return the folder."""
-
-    def run(config, step):
-        def stop(self, args, state, control, **_):
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(LogCallback, "on_step_end", stop)
-            with pytest.raises(KeyboardInterrupt):
-                train.run(config)
-        return RunFolder(config.output_dir)
-
-    return run
 
 
 @pytest.mark.parametrize(("method", "step"), [("tlora", 1), ("tlora", 3), ("lora", 1), ("lora", 5)])

@@ -25,7 +25,7 @@ from tlora.calibration.preserve import preserved
 from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, find_targets, warn_of_second_names
+from tlora.calibration.targets import Target, find_targets, warn_of_second_names, warn_of_unmatched
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 
@@ -162,6 +162,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
                 f"{target.name}: its weight is loaded with those of an outer module"
                 " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
+    warn_of_unmatched(model, config, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
     warn_of_second_names(model, targets, stacklevel=2)
     return targets

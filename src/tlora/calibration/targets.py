@@ -66,7 +66,6 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             where="config",
         )
     names = _matching_names(model, config)
-    _warn_of_unmatched(model, config)
     experts = _expert_targets(model, config)
     if not names and not experts:
         raise ConfigError(_nothing_matches(model, config), where="target_modules")
@@ -97,7 +96,7 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     return targets + experts
 
 
-def _warn_of_unmatched(model: nn.Module, config: TLoraConfig) -> None:
+def warn_of_unmatched(model: nn.Module, config: TLoraConfig, stacklevel: int) -> None:
     """Warn of names in a list that no module bears: PEFT adapts the others without a word."""
     wanted = config.target_modules
     if not isinstance(wanted, list):
@@ -110,7 +109,7 @@ def _warn_of_unmatched(model: nn.Module, config: TLoraConfig) -> None:
         warnings.warn(
             f"`target_modules` names {', '.join(map(repr, unmatched))}, which no module of the"
             f" model is called; the others are adapted.{hints}",
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
 
 

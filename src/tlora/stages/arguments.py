@@ -110,6 +110,19 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         raise ConfigError(first_line(error), where="trainer") from error
 
 
+def check_model_folder(model: str | None) -> None:
+    """Refuse a model that is meant as a folder and is none; a name on the Hub passes.
+
+    Raises:
+        ConfigError: the folder is not there, or holds no config.json.
+    """
+    path = Path(str(model))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
+        raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message: the libraries' own go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

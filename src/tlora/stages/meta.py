@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.runconfig import RunConfig
-from tlora.stages.arguments import first_line
+from tlora.stages.arguments import check_model_folder, first_line
 from tlora.stages.kinds import KindSpec
 
 if TYPE_CHECKING:
@@ -97,9 +96,7 @@ def batch_spec(model: Any, batch: int, tokens: int) -> Spec:
 def _model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    path = Path(str(config.model))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    check_model_folder(config.model)
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

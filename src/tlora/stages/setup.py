@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
 from tlora.registry import METHODS, TASKS
 from tlora.runconfig import RunConfig
-from tlora.stages.arguments import check_trainer_fields, first_line
+from tlora.stages.arguments import check_model_folder, check_trainer_fields, first_line
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
@@ -152,11 +151,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     import transformers
 
-    path = Path(str(config.model))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
-    if not path.exists() and (path.is_absolute() or str(config.model).startswith(".")):
-        raise ConfigError(f"there is no folder {str(config.model)!r}; give a model's.", "model")
+    check_model_folder(config.model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code
