@@ -72,4 +72,14 @@ def tell(payload: dict[str, Any]) -> None:
     """Write what the process sees of its environment."""
     names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     seen = {name: os.environ.get(name) for name in names}
-    Path(payload["file"]).write_text(json.dumps(seen | {"pid": os.getpid()}))
+    ids = {"pid": os.getpid(), "parent": os.getppid()}
+    Path(payload["file"]).write_text(json.dumps(seen | ids))
+
+
+def usable(payload: dict[str, Any]) -> None:
+    """Probe a GPU that forked processes can use."""
+
+
+def spoilt(payload: dict[str, Any]) -> None:
+    """Probe one that they cannot."""
+    raise RuntimeError("cannot use the driver in a forked process")

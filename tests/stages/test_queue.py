@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import pytest
 
@@ -47,6 +49,22 @@ def test_every_job_is_a_process_of_its_own_with_its_threads_and_gpu(do, tmp_path
     assert len({each["pid"] for each in seen}) == 3
     assert {each["OMP_NUM_THREADS"] for each in seen} == {"3"}
     assert {each["CUDA_VISIBLE_DEVICES"] for each in seen} == {"5"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="jobs are forked on Linux alone")
+@pytest.mark.parametrize(
+    ("fields", "forked"),
+    [
+        ({}, True),
+        ({"gpus": ("5",), "probe": "fake_runs:usable"}, True),
+        ({"gpus": ("5",), "probe": "fake_runs:spoilt"}, False),
+        ({"gpus": ("5",)}, False),
+    ],
+)
+def test_jobs_on_gpus_are_forked_only_where_a_forked_one_can_use_them(do, tmp_path, fields, forked):
+    file = tmp_path / "seen.json"
+    do("tell", {"one": {"file": str(file)}}, **fields)
+    assert (json.loads(file.read_text())["parent"] != os.getpid()) is forked
 
 
 def test_a_job_that_ends_makes_others_ready(tmp_path):

@@ -31,6 +31,7 @@ Tell = Callable[[str], None]
 
 RUN = "tlora.stages.onerun:run"
 PRELOAD = ("tlora.stages.preload",)
+PROBE = "tlora.stages.preload:use_gpu"
 _LOWER = ("loss", "mse")
 
 
@@ -139,6 +140,7 @@ def workers(config: CompareConfig) -> Workers:
         threads=config.threads or max(1, cores() // config.jobs),
         preload=PRELOAD,
         gpus=visible_gpus(),
+        probe=PROBE,
     )
 
 

@@ -4,7 +4,8 @@ A process for each job is what makes jobs independent: a crash takes one job wit
 given back whole, and no model, generator or setting of one run reaches the next. What that would
 cost, importing torch and transformers for each, a fork server saves: a process that has imported
 them and nothing else is forked for every job. Where a process with those imports cannot be forked
-safely (CUDA, macOS) each job starts from nothing instead.
+safely (macOS) or a forked one cannot use the GPU (some library woke the driver as it was imported),
+each job starts from nothing instead.
 
 No job outlives the queue: it is ended when the queue stops, and ends itself when the process that
 holds the queue has died, however it died.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 _GRACE = 5.0  # seconds that a job gets to end before it is killed
+_PROBE_SECONDS = 180.0  # for the imports of the fork server, too
 _LINES_KEPT = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -78,6 +80,9 @@ class Workers:
     """Modules that the fork server imports once for all jobs."""
     gpus: Sequence[str] = ()
     """Accelerators, dealt out to the places of the queue in turn; a job sees one."""
+    probe: str | None = None
+    """Function, "module:name", called with {} in a forked process before any job, where there are
+    `gpus`: unless it succeeds, jobs are not forked. None: with `gpus` they never are."""
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
@@ -89,7 +94,7 @@ class Workers:
                 or None while there is none. A job that ends may make others ready.
             settled: called as each job ends.
         """
-        context = _context(self.preload, forks=not self.gpus)
+        context = self._context()
         running: dict[int, _Running] = {}
         try:
             while True:
@@ -105,13 +110,42 @@ class Workers:
         finally:
             _stop([each.process for each in running.values()])
 
-    def _start(self, context: Any, job: Job, place: int) -> _Running:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
+    def _context(self) -> Any:
+        if sys.platform != "linux":
+            return multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        if self.preload:
+            context.set_forkserver_preload(list(self.preload))
+        if not self.gpus or self._probed(context):
+            return context
+        return multiprocessing.get_context("spawn")
+
+    def _probed(self, context: Any) -> bool:
+        if self.probe is None:
+            return False
+        environment = self._environment(place=0)
+        process = context.Process(target=_run, args=(self.probe, {}, os.devnull, environment))
+        with _environment(environment):
+            process.start()
+        try:
+            process.join(_PROBE_SECONDS)
+            return process.exitcode == 0
+        finally:
+            _stop([process])
+
+    def _environment(self, place: int) -> dict[str, str]:
         environment = {name: str(self.threads) for name in _THREAD_VARIABLES}
         if self.gpus:
+            # Asked through the driver, "is there a GPU?" would make it useless to forked processes.
+            environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
+        return environment
+
+    def _start(self, context: Any, job: Job, place: int) -> _Running:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = self._environment(place)
         process = context.Process(
-            target=_run_job, args=(self.function, job.payload, str(job.log), environment)
+            target=_run, args=(self.function, job.payload, str(job.log), environment)
         )
         # The fork server takes these over as it starts, before it imports anything that counts
         # threads; later they change nothing.
@@ -157,15 +191,6 @@ def termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _context(preload: Sequence[str], forks: bool) -> Any:
-    if not forks or sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    if preload:
-        context.set_forkserver_preload(list(preload))
-    return context
-
-
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
@@ -180,7 +205,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_job(function: str, payload: dict[str, Any], log: str, environment: dict[str, str]) -> None:
+def _run(function: str, payload: dict[str, Any], log: str, environment: dict[str, str]) -> None:
     """Be the job's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the queue decides, and ends its jobs
     threading.Thread(target=_die_with_parent, daemon=True).start()
