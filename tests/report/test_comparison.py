@@ -7,7 +7,7 @@ import pytest
 import synthetic
 
 from tlora.errors import ArtifactError
-from tlora.report import comparison, page, plaintext, wording
+from tlora.report import comparison, numbers, page, plaintext, wording
 
 GAPS = {"lora": 0.05, "full": -0.05}
 
@@ -207,4 +207,4 @@ def test_unlike_machines_are_pointed_out(made):
     ("value", "text"), [(0.81234, "0.8123"), (12.5, "12.5000"), (1234.5, "1234"), (None, "\u2013")]
 )
 def test_scores_are_written_with_four_digits(value, text):
-    assert wording.number(value) == text
+    assert numbers.number(value) == text

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tlora.files import replacing_file
 from tlora.parsing import to_yaml
-from tlora.report import charts, wording
+from tlora.report import charts, html, numbers, wording
 from tlora.report.comparison import MethodResult, Results
 from tlora.report.grid import OUTSIDE, Grid
 
@@ -23,21 +22,7 @@ def save(results: Results, path: str | Path) -> Path:
 
 def render(results: Results) -> str:
     """Return the page."""
-    import jinja2
-    import markupsafe
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tlora.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    for function in (wording.number, wording.count, wording.mebibytes, wording.seconds):
-        environment.filters[function.__name__] = function
-    environment.filters["margin"] = wording.margin
-    environment.filters["svg"] = markupsafe.Markup  # drawn or encoded here, not by a user
-    return environment.get_template("comparison.html.j2").render(context(results))
+    return html.render("comparison.html.j2", context(results))
 
 
 def context(results: Results) -> dict[str, Any]:
@@ -56,7 +41,7 @@ def context(results: Results) -> dict[str, Any]:
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
         "edges": wording.edges(results),
         "maps": [(m.label, rank_map(m)) for m in results.methods if m.plan],
-        "pairs": pairs(results),
+        "data": pairs(results),
         "matrix": matrix(results),
         "caveat": wording.caveat(results),
         "protocol": wording.protocol(results),
@@ -81,8 +66,7 @@ def pairs(results: Results) -> str:
             if a is not b
         },
     }
-    # A "<" could end the script element that holds the text.
-    return json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")
+    return html.embedded(found)
 
 
 def matrix(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -97,7 +81,7 @@ def matrix(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
             cells.append(
                 ("", "")
                 if found is None
-                else (wording.signed(found.interval.mean), kinds[found.better])
+                else (numbers.signed(found.interval.mean), kinds[found.better])
             )
         rows.append((first, cells))
     return rows

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from tlora.files import replacing_file
-from tlora.report import wording
+from tlora.report import numbers, wording
 from tlora.report.comparison import Results
 
 _COLUMNS = (
@@ -44,14 +44,14 @@ def markdown(results: Results) -> str:
     ]
     for m in results.methods:
         if m.score is None:
-            lines.append(f"| {m.label} | {wording.NONE} | | | | | | | |")
+            lines.append(f"| {m.label} | {numbers.NONE} | | | | | | | |")
             continue
-        seeds = " ".join(map(wording.number, m.scores.values()))
+        seeds = " ".join(map(numbers.number, m.scores.values()))
         lines.append(
-            f"| {m.label} | {wording.number(m.score.mean)} {wording.margin(m.score)} | {seeds} |"
-            f" {m.rate:g} | {wording.count(m.adapter_parameters)} |"
-            f" {wording.count(m.other_parameters)} | {wording.mebibytes(m.memory)} |"
-            f" {wording.seconds(m.seconds('initialise'))} | {wording.seconds(m.seconds('train'))} |"
+            f"| {m.label} | {numbers.number(m.score.mean)} {numbers.margin(m.score)} | {seeds} |"
+            f" {m.rate:g} | {numbers.count(m.adapter_parameters)} |"
+            f" {numbers.count(m.other_parameters)} | {numbers.mebibytes(m.memory)} |"
+            f" {numbers.seconds(m.seconds('initialise'))} | {numbers.seconds(m.seconds('train'))} |"
         )
     lines += ["", wording.summary(results), wording.caveat(results), ""]
     lines += [f"- {sentence}" for sentence in wording.edges(results)]

@@ -1,48 +1,13 @@
-"""What a comparison's page says in sentences, and how it writes numbers."""
+"""What a comparison's page says in sentences."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from tlora.report import environment as machines
 from tlora.report.comparison import Results
-from tlora.report.statistics import Difference, Interval
-
-NONE = "\N{EN DASH}"
-"""What stands for a number that there is not."""
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a score: four decimals, or four digits where it is large; a dash for none."""
-    if value is None:
-        return NONE
-    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def signed(value: float) -> str:
-    """Return a difference with its sign, the minus as a minus."""
-    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
-
-
-def count(value: float | None) -> str:
-    """Return a whole number with thin spaces between thousands."""
-    return NONE if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def mebibytes(value: float | None) -> str:
-    """Return bytes in MiB."""
-    return NONE if value is None else count(value / 2**20)
-
-
-def seconds(value: float | None) -> str:
-    """Return seconds with two or three digits."""
-    if value is None:
-        return NONE
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def margin(score: Interval) -> str:
-    """Return "± half" of an interval, or what is missing for one."""
-    return "one seed" if score.half is None else f"± {number(score.half)}"
+from tlora.report.numbers import NONE, count, number, signed
+from tlora.report.statistics import Difference
 
 
 def verdict(results: Results, first: str, second: str) -> str:
@@ -178,31 +143,10 @@ def memory_note(results: Results) -> str:
 
 def environment(results: Results) -> list[tuple[str, str]]:
     """Return versions and hardware; what differs between runs is listed, most frequent first."""
-
-    def listed(*path: str) -> str:
-        return "; ".join(str(value) for value in results.values(*path) if value is not None)
-
-    packages = results.values("provenance", "packages")
-    versions = "; ".join(
-        ", ".join(f"{name} {version}" for name, version in each.items() if version)
-        for each in packages
-        if each
-    )
-    commits = []
-    for state in results.values("provenance", "git"):
-        if state:
-            commits.append(
-                state["commit"][:12] + (" with uncommitted changes" if state["dirty"] else "")
-            )
-    gpus = [", ".join(each) for each in results.values("provenance", "hardware", "gpus") if each]
+    threads = machines.listed([record["threads"] for record in results.records])
     return [
-        ("Packages", versions or NONE),
-        ("Python", listed("provenance", "python") or NONE),
-        ("Commit", "; ".join(dict.fromkeys(commits)) or NONE),
-        ("Processor", listed("provenance", "hardware", "cpu") or NONE),
-        ("Cores", listed("provenance", "hardware", "cores") or NONE),
-        ("GPU", "; ".join(gpus) or "none"),
-        ("Threads a run", listed("threads") or NONE),
+        *machines.rows([record["provenance"] for record in results.records]),
+        ("Threads a run", threads or NONE),
     ]
 
 

@@ -1,0 +1,42 @@
+"""How the pages and tables write numbers."""
+
+from __future__ import annotations
+
+from tlora.report.statistics import Interval
+
+NONE = "\N{EN DASH}"
+"""What stands for a number that there is not."""
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a score: four decimals, or four digits where it is large; a dash for none."""
+    if value is None:
+        return NONE
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, the minus as a minus."""
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def count(value: float | None) -> str:
+    """Return a whole number with thin spaces between thousands."""
+    return NONE if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def mebibytes(value: float | None) -> str:
+    """Return bytes in MiB."""
+    return NONE if value is None else count(value / 2**20)
+
+
+def seconds(value: float | None) -> str:
+    """Return seconds with two or three digits."""
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def margin(score: Interval) -> str:
+    """Return "± half" of an interval, or what is missing for one."""
+    return "one seed" if score.half is None else f"± {number(score.half)}"
