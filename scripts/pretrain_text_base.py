@@ -158,8 +158,10 @@ def main() -> None:
         model=model,
         args=arguments(flags),
         train_dataset=rows,
-        data_collator=lambda batch: (c := default_data_collator(batch))
-        | {"input_ids": c["input_ids"].long(), "labels": c["input_ids"].long()},
+        data_collator=lambda batch: (
+            (c := default_data_collator(batch))
+            | {"input_ids": c["input_ids"].long(), "labels": c["input_ids"].long()}
+        ),
     )
     checkpoints = flags.folder / "checkpoints"
     trainer.train(
