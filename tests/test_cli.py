@@ -164,7 +164,8 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["train", "--dtype", "int8"], "`dtype` is 'int8'; give one of 'auto', 'float32'"),
         (
             ["list", "method"],
-            "`what` is 'method'; give one of 'methods', 'tasks', 'formats', 'presets'.",
+            "`what` is 'method'; give one of 'methods', 'tasks', 'evaluations', 'formats',"
+            " 'presets'.",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["train", "--config"], "--config needs a YAML file."),
@@ -236,11 +237,13 @@ def test_exit_codes(tlora, monkeypatch, error, code, says):
 
 
 def test_list_shows_a_line_for_each_registered_name(tlora):
-    from tlora.registry import TASKS
+    from tlora.registry import EVALUATIONS, METHODS, TASKS
 
-    code, out, _ = tlora("list", "tasks")
+    code, out, _ = tlora("list", "methods")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == TASKS.names()
+    assert [line.split()[0] for line in out.splitlines()] == METHODS.names()
+    tasks = [line.split()[0] for line in tlora("list", "tasks")[1].splitlines()]
+    assert tasks == [*TASKS.names(), "evaluations", *EVALUATIONS.names()]
     assert "methods\n" in tlora("list")[1]
 
 

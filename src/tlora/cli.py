@@ -30,7 +30,7 @@ from tlora.errors import (
     TLoraError,
     did_you_mean,
 )
-from tlora.registry import FORMATS, METHODS, TASKS, Entry
+from tlora.registry import EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
+    "evaluations": EVALUATIONS.entries,
     "formats": FORMATS.entries,
     "presets": presets.entries,
 }
@@ -91,10 +92,11 @@ class InspectConfig:
 class ListConfig:
     """List what is registered, a line each."""
 
-    what: Literal["methods", "tasks", "formats", "presets"] | None = field(
+    what: Literal["methods", "tasks", "evaluations", "formats", "presets"] | None = field(
         default=None, metadata={"positional": True}
     )
-    """Which registry to list; all of them, if left out."""
+    """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`
+    calls tasks are evaluations, and follow them."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -199,11 +201,18 @@ def inspect(config: InspectConfig) -> None:
     _say(f"\n{plan.summary()}\npicture: {picture}")
 
 
+_FOLLOWING = {"tasks": "evaluations"}
+"""What is listed beneath: `--task` of a training and `--tasks` of an evaluation are near."""
+
+
 def list_registered(config: ListConfig) -> None:
-    """List the names that --method, --task and --format take."""
+    """List the names that --method, --task, --tasks and --format take."""
     for title, registered in _REGISTERED.items():
         if config.what == title or config.what is None:
             _list_one(title, registered(), heading=config.what is None)
+    following = _FOLLOWING.get(config.what or "")
+    if following:
+        _list_one(following, _REGISTERED[following](), heading=True)
 
 
 def _list_one(title: str, entries: list[Entry], heading: bool) -> None:
@@ -232,7 +241,12 @@ VERBS = {
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
         Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
         Verb("inspect", "show a plan, or a comparison again", InspectConfig, inspect),
-        Verb("list", "list methods, tasks, formats and presets", ListConfig, list_registered),
+        Verb(
+            "list",
+            "list methods, tasks, evaluations, formats, presets",
+            ListConfig,
+            list_registered,
+        ),
     )
 }
 

@@ -90,6 +90,10 @@ class Registry:
             ) from error
 
 
+def _evaluation(name: str, place: str, summary: str) -> Entry:
+    return Entry(name, f"tlora.evaluation.harness.{place}", summary)
+
+
 METHODS = Registry(
     "method",
     [
@@ -151,6 +155,22 @@ TASKS = Registry(
         Entry("stsb", "tlora.tasks.glue:Stsb", "GLUE: similarity 0 to 5 (Pearson, Spearman)"),
         Entry("rte", "tlora.tasks.glue:Rte", "GLUE: does one sentence entail another (accuracy)"),
         Entry("wnli", "tlora.tasks.glue:Wnli", "GLUE: which noun a pronoun means (accuracy)"),
+    ],
+)
+
+EVALUATIONS = Registry(
+    "evaluation",
+    [
+        _evaluation(
+            "gsm8k-paper", "gsm8k:Gsm8kPaper", 'GSM8K, the paper\'s: after "The answer is: "'
+        ),
+        _evaluation("gsm8k-metamath", "gsm8k:Gsm8kMetaMath", "GSM8K by MetaMath's script"),
+        _evaluation("gsm8k-hashes", "gsm8k:Gsm8kHashes", 'GSM8K in its own form: after "####"'),
+        _evaluation(
+            "gsm8k-llm-adapters", "gsm8k:Gsm8kLlmAdapters", "GSM8K, LLM-Adapters': the last number"
+        ),
+        _evaluation("math-paper", "math:MathPaper", "MATH, the paper's rule, and math-verify's"),
+        _evaluation("math500-paper", "math:Math500Paper", "MATH-500, both rules as for MATH"),
     ],
 )
 

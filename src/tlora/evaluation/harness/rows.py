@@ -1,0 +1,109 @@
+"""Where an evaluation's rows are: a file under the user's folder, or a dataset on the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import DataError
+from tlora.tasks import source
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw rows and where they come from."""
+
+    place: str
+    """The file, or the dataset and its split."""
+    raw: list[Raw]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one evaluation's rows can be had."""
+
+    files: tuple[str, ...]
+    """Paths under the user's folder, tried in this order, each also with ".gz"."""
+    origin: str
+    """Who publishes these files, for whoever has to get them."""
+    hub: str | None = None
+    """Name of the dataset on the Hub; None: it is not there in this form."""
+    configs: tuple[str | None, ...] = (None,)
+    """Configurations (subsets) of `hub`, whose rows follow one another."""
+    split: str = "test"
+    """Split of `hub`."""
+
+    def rows(self, name: str, data_dir: str | None) -> Rows:
+        """Read all rows: under ``data_dir`` if one is given, else from the Hub.
+
+        A folder is never mixed with the Hub: what is missing in it is an error.
+
+        Args:
+            name: the evaluation's, for the message of an error.
+            data_dir: the user's folder.
+
+        Raises:
+            DataError: there are none, or they cannot be read.
+        """
+        if data_dir is not None:
+            return self._local(name, Path(data_dir))
+        if self.hub is None:
+            raise DataError(
+                f"{name}: its rows are not on the Hub; give the folder that holds {self.files[0]}"
+                f" ({self.origin}) as data_dir."
+            )
+        parts = [source.read_hub(self.hub, config, self.split) for config in self.configs]
+        return Rows(f"{self.hub}, {self.split}", [row for part in parts for row in part])
+
+    def _local(self, name: str, folder: Path) -> Rows:
+        tried = [folder / f"{path}{packed}" for path in self.files for packed in ("", ".gz")]
+        found = next((path for path in tried if path.is_file()), None)
+        if found is None:
+            raise DataError(
+                f"{name}: {folder} has none of {', '.join(self.files)} (nor one of them with .gz);"
+                f" put the file there ({self.origin})."
+            )
+        return Rows(str(found), read_json(found))
+
+
+def read_json(path: Path) -> list[Raw]:
+    """Read a JSON list, or JSON lines, of objects; a further ".gz" is unpacked.
+
+    Plain JSON and not a table, since a column of tests holds values of many types.
+
+    Raises:
+        DataError: it cannot be read, is not that, or is empty.
+    """
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); get the file anew.") from error
+    lines = ".jsonl" in path.suffixes
+    # Not splitlines(): a string may hold other line breaks than "\n".
+    rows = list(_parsed(path, text.split("\n") if lines else [text]))
+    if not lines:
+        rows = rows[0] if rows and isinstance(rows[0], list) else rows
+    if not rows:
+        raise DataError(f"{path}: there are no rows.")
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: a row is not an object with named columns; get the file anew.")
+    return rows
+
+
+def _parsed(path: Path, texts: list[str]) -> Iterable[Any]:
+    for number, text in enumerate(texts, start=1):
+        if text.strip():
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                line = number if len(texts) > 1 else error.lineno
+                raise DataError(
+                    f"{path}: line {line} is not JSON ({error.msg} at character {error.colno})."
+                ) from error

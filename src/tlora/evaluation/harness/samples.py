@@ -1,0 +1,125 @@
+"""What lm-evaluation-harness logs of an item -> one record, the same for every kind of task.
+
+A record: {"item": text, "prompt", "reply", "answer" (or None), "target", "scores": {name: number}}.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+Record = dict[str, Any]
+Sample = Mapping[str, Any]
+
+
+def records(task: Task, samples: Iterable[Sample]) -> list[Record]:
+    """Return a record of every item of a task, in the order of the items.
+
+    Args:
+        task: the task, of ours or of lm-evaluation-harness.
+        samples: what ``lm_eval.evaluate(..., log_samples=True)["samples"]`` holds for it; where a
+            task reads each reply in several ways (its filters), an item has several samples.
+
+    An item's scores are called as the metric is; of several filters, as "metric,filter". Scores
+    that are no number for a single item (an F1's class and label, say) are left out. The answer
+    is the first filter's.
+    """
+    by_item: dict[Any, list[Sample]] = {}
+    for sample in samples:
+        by_item.setdefault(sample["doc_id"], []).append(sample)
+    return [_record(task, by_item[item]) for item in sorted(by_item)]
+
+
+def metrics(task: Task, results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores of a task by the names that `records` uses, the main one first.
+
+    Args:
+        task: the task.
+        results: what ``lm_eval.evaluate(...)["results"]`` holds for it.
+    """
+    found = {
+        key: value
+        for key, value in results.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+    filters = {key.partition(",")[2] for key in found}
+    short = len(filters) == 1
+    return {key.partition(",")[0] if short else key: float(v) for key, v in found.items()}
+
+
+def _record(task: Task, samples: Sequence[Sample]) -> Record:
+    first = samples[0]
+    read = first["filtered_resps"][0]
+    if isinstance(read, dict) and read.keys() >= {"reply", "answer", "scores"}:
+        said = {"reply": read["reply"], "answer": read["answer"]}
+        item, target = first["doc"]["item"], first["target"]
+    else:
+        said, target = _HARNESS.get(task.OUTPUT_TYPE, _generated)(task, first)
+        item = str(first["doc_id"])
+    prompt = _common_start([str(arguments[0]) for arguments in first["arguments"]])
+    return {
+        "item": item,
+        "prompt": prompt,
+        **said,
+        "target": _text(target),
+        "scores": _scores(samples),
+    }
+
+
+def _scores(samples: Sequence[Sample]) -> dict[str, float]:
+    return {
+        metric if len(samples) == 1 else f"{metric},{sample['filter']}": float(sample[metric])
+        for sample in samples
+        for metric in sample["metrics"]
+        if isinstance(sample[metric], (bool, int, float))
+    }
+
+
+def _generated(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
+    read = sample["filtered_resps"][0]
+    return {"reply": str(sample["resps"][0][0]), "answer": _text(read)}, sample["target"]
+
+
+def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
+    """Of a choice by likelihood: the likeliest option, by the sum over its tokens, as "acc" is."""
+    options = task.doc_to_choice(sample["doc"])
+    # With a metric of mutual information, further requests without a prompt follow.
+    likelihoods = [pair[0] for pair in sample["filtered_resps"][: len(options)]]
+    chosen = options[likelihoods.index(max(likelihoods))]
+    # Where the options stand in the prompt, it is there that the index of the right one is.
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    said = {"reply": chosen, "answer": chosen}
+    if isinstance(gold, int) and 0 <= gold < len(options):
+        return said, options[gold]
+    if isinstance(gold, list) and all(isinstance(each, int) for each in gold):
+        return said, " | ".join(options[each] for each in gold if 0 <= each < len(options))
+    return said, gold
+
+
+def _likelihood(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
+    """Of a text whose likelihood alone is asked for: nothing is generated."""
+    return {"reply": "", "answer": None}, sample["target"]
+
+
+_HARNESS = {
+    "multiple_choice": _chosen,
+    "loglikelihood": _likelihood,
+    "loglikelihood_rolling": _likelihood,
+}
+"""By what lm-evaluation-harness calls the kind of output."""
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """Return what all texts begin with; in sorted order the first and last differ the soonest."""
+    pairs = zip(min(texts), max(texts), strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, str) else str(value)

@@ -1,0 +1,175 @@
+"""Every evaluation of ours in small: rows of its own form, replies that are right and wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import LM
+
+from tlora.evaluation.answers import MARK
+from tlora.evaluation.harness import samples
+from tlora.evaluation.harness.base import Doc
+
+Reply = Callable[[Doc], str]
+
+
+class Scripted(LM):
+    """A model that says what it is told to, and remembers what it was asked."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.reply = reply
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        self.asked += [request.args for request in requests]
+        return [self.reply(request.doc) for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        """Prefer the shortest continuation after the shortest context."""
+        self.asked += [request.args for request in requests]
+        return [(-float(len("".join(request.args))), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [-float(len(request.args[0])) for request in requests]
+
+
+def evaluated(tasks: dict[str, Any], model: Scripted, **options: Any) -> dict[str, Any]:
+    """Return lm-evaluation-harness's results of ``tasks``; they survive JSON."""
+    found = lm_eval.evaluate(
+        model,
+        {"tasks": tasks},
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+        **options,
+    )
+    return json.loads(json.dumps(found, default=str))
+
+
+def scores(task: Any, reply: Reply) -> tuple[dict[str, float], list[samples.Record]]:
+    """Return the scores of a task and the record of every item, if ``reply`` answers."""
+    found = evaluated({task.name: task}, Scripted(reply))
+    results = samples.metrics(task, found["results"][task.name])
+    return results, samples.records(task, found["samples"][task.name])
+
+
+@dataclass
+class Case:
+    """One evaluation in small."""
+
+    file: str
+    rows: list[dict[str, Any]]
+    right: list[Reply]
+    """Each scores 1 by every metric."""
+    wrong: list[Reply]
+    """Each scores 0 by every metric."""
+    training: Callable[[dict[str, Any]], dict[str, str]] | None = None
+    """The training row of a test row; its prompt is the one that is asked."""
+    opening: str = ""
+    """What follows the training prompt, where the protocol begins the reply."""
+    targets: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> str:
+        """Write the rows where the evaluation looks for them; return the folder."""
+        path = folder / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ".jsonl" in path.suffixes
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        data = (text if lines else json.dumps(self.rows)).encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        return str(folder)
+
+
+def say(text: str) -> Reply:
+    """Return a reply with the reference in the place of {}."""
+    return lambda doc: text.replace("{}", doc["target"])
+
+
+def off_by(step: int, text: str) -> Reply:
+    """Return a reply with a number beside the reference."""
+    return lambda doc: text.replace("{}", str(int(float(doc["target"])) + step))
+
+
+GSM8K_ROWS = [
+    {
+        "question": "Ann has 3 pears and buys 1,021 more. How many has she?  ",
+        "answer": "She has 3+1021=<<3+1021=1024>>1024 pears.\n#### 1,024",
+    },
+    {"question": "It was 2 degrees\nand fell by 7.", "answer": "2-7=<<2-7=-5>>-5\n#### -5"},
+]
+
+
+def _gsm8k(right: str, **values: Any) -> Case:
+    from tlora.runconfig import DataConfig
+    from tlora.tasks.gsm8k import Gsm8k
+
+    return Case(
+        file="gsm8k/test.jsonl",
+        rows=GSM8K_ROWS,
+        right=[say(right), say(f"7 at first.\n{right}\n\n### Instruction:\n{MARK}9 #### 9")],
+        wrong=[
+            off_by(1, right),
+            off_by(-10, right),
+            lambda doc: right.replace("{}", doc["target"][:-1] + "0"),
+            say(""),
+            say("I do not know."),
+        ],
+        training=lambda raw: Gsm8k(DataConfig()).row(raw, "a test"),
+        targets=["1024", "-5"],
+        **values,
+    )
+
+
+MATH_ROWS = [
+    {
+        "problem": "What is half of one? ",
+        "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+        "unique_id": "test/algebra/1.json",
+    },
+    {
+        "problem": "Which $x$ solve $x^2=2$?",
+        "solution": "First \\boxed{1}, no: $x=\\boxed{\\pm\\sqrt{2}}$.",
+        "unique_id": "test/algebra/2.json",
+    },
+]
+
+
+def _math(file: str, replies: int | None = None) -> Case:
+    from tlora.runconfig import DataConfig
+    from tlora.tasks.math import Math
+
+    return Case(
+        file=file,
+        rows=MATH_ROWS,
+        right=[
+            say(f"So.\n{MARK}{{}}"),
+            say(f"{MARK}7, no.\n{MARK}$\\boxed{{{{}}}}$.\n"),
+            say(f"{MARK}{{}}\n\n### Instruction:\n{MARK}8"),
+        ][:replies],
+        wrong=[
+            lambda doc: MARK + doc["target"].replace("2", "3"),
+            lambda doc: f"{MARK}{doc['target']}{doc['target']}",
+            say("{}"),
+            say(""),
+        ][:replies],
+        training=lambda raw: Math(DataConfig()).row(
+            {"query": raw["problem"], "response": raw["solution"]}, "a test"
+        ),
+        targets=["\\frac{1}{2}", "\\pm\\sqrt{2}"],
+    )
+
+
+CASES: dict[str, Case] = {
+    "gsm8k-paper": _gsm8k(f"Worked.\n{MARK}{{}}"),
+    "gsm8k-metamath": _gsm8k(f"Worked.\n{MARK}{{}}", opening=" Let's think step by step."),
+    "gsm8k-hashes": _gsm8k("Worked.\n#### {}"),
+    "gsm8k-llm-adapters": _gsm8k("The answer is {}."),
+    "math-paper": _math("math/test.jsonl"),
+    "math500-paper": _math("math500/test.jsonl", replies=1),
+}

@@ -1,0 +1,129 @@
+"""What every evaluation of ours has to do, whatever it is about."""
+
+import json
+
+import pytest
+from scripted import CASES, Scripted, evaluated, scores
+
+from tlora.errors import DataError
+from tlora.evaluation.harness import catalogue, samples
+from tlora.evaluation.harness.base import Group, Settings
+from tlora.registry import EVALUATIONS
+
+ALLOWED = Settings(allow_code_execution=True)
+NAMES = [name for name in EVALUATIONS.names() if not isinstance(EVALUATIONS.load(name), Group)]
+
+
+def made(name, folder, settings=ALLOWED):
+    return catalogue.build([name], CASES[name].write(folder), settings)[name]
+
+
+def test_every_evaluation_has_a_case():
+    assert sorted(CASES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_answers_score_one_and_near_misses_zero(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    for reply in case.right:
+        found, items = scores(task, reply)
+        assert found == dict.fromkeys(task.metrics, 1.0)
+        assert all(item["scores"] == found for item in items)
+    for reply in case.wrong:
+        found, items = scores(task, reply)
+        assert found == dict.fromkeys(task.metrics, 0.0), items
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_is_that_of_training_and_generation_is_greedy(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    model = Scripted(case.right[0])
+    evaluated({name: task}, model)
+    prompts = [prompt for prompt, _ in model.asked]
+    if case.training:
+        trained = [case.training(row)["prompt"] for row in case.rows]
+        assert prompts == [prompt + case.opening for prompt in trained]
+    for _, generation in model.asked:
+        assert generation["until"] == list(task.stops)
+        assert generation["max_gen_toks"] == task.max_gen_toks
+        assert not generation["do_sample"]
+        assert generation["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_of_an_item_has_all_that_a_reader_needs(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    _, items = scores(task, case.right[0])
+    assert len({item["item"] for item in items}) == len(items) == len(case.rows)
+    for item, doc in zip(items, task.test_docs(), strict=True):
+        assert list(item) == ["item", "prompt", "reply", "answer", "target", "scores"]
+        assert item["prompt"] == doc["prompt"]
+        assert item["reply"] == case.right[0](doc)
+        assert item["answer"] is not None
+        assert item["item"] == doc["item"]
+        assert tuple(item["scores"]) == task.metrics
+    if case.targets:
+        assert [item["target"] for item in items] == case.targets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_protocol_names_its_source(name, tmp_path):
+    line = catalogue.protocol(made(name, tmp_path))
+    assert "\n" not in line
+    assert "arXiv" in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named_with_every_place_that_was_looked_at(name, tmp_path):
+    with pytest.raises(DataError) as error:
+        catalogue.build([name], str(tmp_path), ALLOWED)
+    said = str(error.value)
+    assert said.startswith(f"{name}: {tmp_path} has none of ")
+    for path in EVALUATIONS.load(name).source.files:
+        assert path in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_without_its_columns_is_named(name, tmp_path):
+    case = CASES[name]
+    folder = case.write(tmp_path)
+    path = tmp_path / case.file
+    bad = [{"nonsense": "1"}]
+    path.write_text(json.dumps(bad if path.suffix == ".json" else bad[0]))
+    with pytest.raises(DataError, match=r"row 1: .*column"):
+        catalogue.build([name], folder, ALLOWED)
+
+
+def test_every_item_keeps_its_name_if_only_some_are_asked(tmp_path):
+    task = made("gsm8k-paper", tmp_path)
+    right = CASES["gsm8k-paper"].right[0]
+    found = evaluated({"gsm8k-paper": task}, Scripted(right), samples={"gsm8k-paper": [1]})
+    (item,) = samples.records(task, found["samples"]["gsm8k-paper"])
+    assert (item["item"], item["target"]) == ("1", "-5")
+
+
+def test_rows_that_share_a_name_are_called_by_their_number(tmp_path):
+    case = CASES["math-paper"]
+    folder = case.write(tmp_path)
+    row = json.dumps(case.rows[0])
+    (tmp_path / case.file).write_text(f"{row}\n{row}\n")
+    task = catalogue.build(["math-paper"], folder)["math-paper"]
+    assert [doc["item"] for doc in task.test_docs()] == ["0", "1"]
+
+
+def test_a_chat_template_gets_the_prompt_as_a_users_message(tmp_path):
+    task = made("gsm8k-paper", tmp_path)
+    doc = task.test_docs()[0]
+    chat = {"apply_chat_template": True, "chat_template": json.dumps}
+    assert json.loads(task.fewshot_context(doc, 0, system_instruction="Be brief.", **chat)) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": doc["prompt"]},
+    ]
+    assert task.fewshot_context(doc, 0) == doc["prompt"]
+
+
+def test_a_file_that_is_not_json_is_named_with_its_line(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": 1}\n{"question"\n')
+    with pytest.raises(DataError, match=r"test.jsonl: line 2 is not JSON"):
+        catalogue.build(["gsm8k-paper"], str(tmp_path))
