@@ -171,6 +171,36 @@ EVALUATIONS = Registry(
         ),
         _evaluation("math-paper", "math:MathPaper", "MATH, the paper's rule, and math-verify's"),
         _evaluation("math500-paper", "math:Math500Paper", "MATH-500, both rules as for MATH"),
+        _evaluation(
+            "commonsense-paper", "commonsense:COMMONSENSE", "the eight below, by the choice named"
+        ),
+        _evaluation("boolq-paper", "commonsense:BoolQ", "BoolQ, generative: true or false"),
+        _evaluation("piqa-paper", "commonsense:Piqa", "PIQA, generative: solution1 or 2"),
+        _evaluation("social_iqa-paper", "commonsense:SocialIqa", "SIQA, generative: answer1 to 3"),
+        _evaluation(
+            "hellaswag-paper", "commonsense:HellaSwag", "HellaSwag, generative: ending1 to 4"
+        ),
+        _evaluation(
+            "winogrande-paper", "commonsense:WinoGrande", "WinoGrande, generative: option1 or 2"
+        ),
+        _evaluation("arc_easy-paper", "commonsense:ArcEasy", "ARC-e, generative: answer1 to 5"),
+        _evaluation(
+            "arc_challenge-paper", "commonsense:ArcChallenge", "ARC-c, generative: answer1 to 5"
+        ),
+        _evaluation("openbookqa-paper", "commonsense:OpenBookQa", "OBQA, generative: answer1 to 4"),
+        _evaluation(
+            "arithmetic-llm-adapters",
+            "word_problems:ARITHMETIC",
+            "LLM-Adapters' six sets of word problems, GSM8K among them",
+        ),
+        _evaluation("addsub-llm-adapters", "word_problems:AddSub", "AddSub: the last number"),
+        _evaluation(
+            "multiarith-llm-adapters", "word_problems:MultiArith", "MultiArith: the last number"
+        ),
+        _evaluation("singleeq-llm-adapters", "word_problems:SingleEq", "SingleEq: the last number"),
+        _evaluation("svamp-llm-adapters", "word_problems:Svamp", "SVAMP: the last number"),
+        _evaluation("mawps-llm-adapters", "word_problems:Mawps", "MAWPS: the last number"),
+        _evaluation("aqua-llm-adapters", "word_problems:Aqua", "AQuA: the first capital A to E"),
     ],
 )
 

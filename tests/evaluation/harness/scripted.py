@@ -165,6 +165,74 @@ def _math(file: str, replies: int | None = None) -> Case:
     )
 
 
+def _choice(file: str, choices: str) -> Case:
+    """The last choice is right in the first row and the first in the second."""
+    from tlora.runconfig import DataConfig
+    from tlora.tasks.commonsense import Commonsense
+
+    first, *_, last = choices.split("/")
+    answer = "the correct answer is "
+    return Case(
+        file=file,
+        rows=[
+            {
+                "instruction": f"Please choose: {text}\n\nAnswer format: {choices} ",
+                "input": "",
+                "output": answer + right,
+                "answer": right,
+            }
+            for text, right in (("a?", last), ("b?", first))
+        ],
+        right=[say(answer + "{}"), say("{}, and not ... " + choices)],
+        wrong=[
+            lambda doc: answer + (first if doc["target"] == last else last),
+            lambda doc: f"not {first if doc['target'] == last else last} but {doc['target']}",
+            lambda doc: doc["target"].upper(),
+            say(""),
+        ],
+        training=lambda raw: Commonsense(DataConfig()).row(raw, "a test"),
+        targets=[last, first],
+    )
+
+
+def _word_problems(file: str) -> Case:
+    from tlora.runconfig import DataConfig
+    from tlora.tasks.math import Math
+
+    return Case(
+        file=file,
+        rows=[
+            {"instruction": " Two and 2.5 ? ", "input": "", "output": "9", "answer": "4.5"},
+            {"instruction": "Half of 2000?", "input": "", "output": "", "answer": "1000.0"},
+        ],
+        right=[say("It was 3. The answer is {}."), lambda doc: f"${float(doc['target']):,}"],
+        wrong=[
+            off_by(1, "The answer is {}."),
+            lambda doc: str(float(doc["target"]) + 0.002),
+            say("{}, not 3"),
+            say("-{}"),
+            say("none"),
+            say(""),
+        ],
+        training=lambda raw: Math(DataConfig()).row(raw, "a test"),
+        targets=["4.5", "1000.0"],
+    )
+
+
+def _aqua(file: str) -> Case:
+    rows = _word_problems(file)
+    rows.rows = [raw | {"answer": letter} for raw, letter in zip(rows.rows, "EA", strict=True)]
+    rows.right = [say("the answer is ({})."), say("{} or B")]
+    rows.wrong = [
+        lambda doc: "ABCDE"[1 - "ABCDE".index(doc["target"])],
+        say("Being right is {}"),
+        lambda doc: doc["target"].lower(),
+        say(""),
+    ]
+    rows.targets = ["E", "A"]
+    return rows
+
+
 CASES: dict[str, Case] = {
     "gsm8k-paper": _gsm8k(f"Worked.\n{MARK}{{}}"),
     "gsm8k-metamath": _gsm8k(f"Worked.\n{MARK}{{}}", opening=" Let's think step by step."),
@@ -172,4 +240,18 @@ CASES: dict[str, Case] = {
     "gsm8k-llm-adapters": _gsm8k("The answer is {}."),
     "math-paper": _math("math/test.jsonl"),
     "math500-paper": _math("math500/test.jsonl", replies=1),
+    "boolq-paper": _choice("boolq/test.json", "true/false"),
+    "piqa-paper": _choice("piqa/test.json", "solution1/solution2"),
+    "social_iqa-paper": _choice("social_i_qa/test.json", "answer1/answer2/answer3"),
+    "hellaswag-paper": _choice("dataset/hellaswag/test.json", "ending1/ending2/ending3/ending4"),
+    "winogrande-paper": _choice("commonsense/winogrande_test.json", "option1/option2"),
+    "arc_easy-paper": _choice("ARC-Easy/test.json", "answer1/answer2/answer3/answer4/answer5"),
+    "arc_challenge-paper": _choice("ARC-Challenge/test.json", "answer1/answer2/answer3/answer4"),
+    "openbookqa-paper": _choice("openbookqa/test.json", "answer1/answer2/answer3/answer4"),
+    "addsub-llm-adapters": _word_problems("AddSub/test.json"),
+    "multiarith-llm-adapters": _word_problems("dataset/MultiArith/test.json"),
+    "singleeq-llm-adapters": _word_problems("math_word/SingleEq_test.json"),
+    "svamp-llm-adapters": _word_problems("SVAMP/test.json"),
+    "mawps-llm-adapters": _word_problems("mawps/test.json"),
+    "aqua-llm-adapters": _aqua("AQuA/test.json"),
 }

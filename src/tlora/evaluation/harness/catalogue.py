@@ -160,12 +160,7 @@ class _Others:
 
 
 def _hint(name: str, theirs: Iterable[str]) -> str:
-    """Suggest one of ours first: there are thousands of theirs, and one is always close."""
-    return (
-        did_you_mean(name, EVALUATIONS.names())
-        or did_you_mean(name, theirs)
-        or (
-            " Run `tlora list tasks` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
-            " tasks`."
-        )
+    return did_you_mean(name, [*EVALUATIONS.names(), *theirs]) or (
+        " Run `tlora list evaluations` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
+        " tasks`."
     )
