@@ -32,6 +32,16 @@ def test_rates_of_an_entry_replace_the_common_ones():
     assert config(methods=[entry], learning_rates=[]).entries()[0].learning_rates == [1e-4, 3e-3]
 
 
+def test_how_a_method_calibrates_is_its_own():
+    more = {"name": "tlora", "label": "64 rows", "calibration": {"samples": 64, "batch_size": 4}}
+    made = config(methods=["tlora", more], calibration=CalibrationConfig(samples=16))
+    first, second = made.entries()
+    assert (first.calibration, second.calibration) == ({}, {"samples": 64})
+    runs = [made.run_config(entry, 1e-3, 0).to_dict() for entry in (first, second)]
+    assert [run["calibration"]["samples"] for run in runs] == [16, 64]
+    assert {name for name in runs[0] if runs[0][name] != runs[1][name]} == {"calibration"}
+
+
 def test_all_runs_differ_in_method_rate_and_seed_alone():
     made = config(trainer={"max_steps": 3}, test_file="test.jsonl", train_file="train.jsonl")
     first, second = (
@@ -58,6 +68,31 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         (
             {"methods": [{"name": "lora", "adapter": {"rr": 3}}]},
             "item 1: `adapter`: there is no option `rr`. Did you mean 'r'?",
+        ),
+        ({"methods": [{"name": "tlora", "samples": 3}]}, "`samples`; put it in `calibration`"),
+        (
+            {"methods": [{"name": "tlora", "calibration": 3}]},
+            "item 1: `calibration` is 3; give `field: value` pairs",
+        ),
+        (
+            {"methods": [{"name": "tlora", "calibration": {"sample": 3}}]},
+            "item 1: `calibration`: there is no field `sample`. Did you mean 'samples'?",
+        ),
+        (
+            {"methods": [{"name": "tlora", "calibration": {"samples": "many"}}]},
+            "item 1: `calibration.samples` is 'many'; give a whole number",
+        ),
+        (
+            {"methods": [{"name": "tlora", "calibration": {"cache": "c.safetensors"}}]},
+            "item 1: `calibration.cache` has no place in a comparison: each run calibrates",
+        ),
+        (
+            {"methods": [{"name": "lora", "calibration": {"samples": 64}}]},
+            "item 1: `calibration` has no place in it: the method reads no rows",
+        ),
+        (
+            {"methods": ["eva", {"name": "eva", "label": "x", "calibration": {"samples": 32}}]},
+            "'x' says the same",
         ),
         ({"methods": ["lora", "lora"]}, "two items are called 'lora'"),
         ({"methods": ["lora", {"name": "lora", "label": "x"}]}, "'x' says the same"),

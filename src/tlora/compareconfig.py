@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
-from tlora.runconfig import RunConfig, SharedConfig
+from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
 
 Better = Literal["higher", "lower"]
 
@@ -31,6 +31,7 @@ _IN_ENTRY = {
     "target_modules": "adapter",
     "learning_rate": "learning_rates",
     "lr": "learning_rates",
+    "samples": "calibration",
 }
 
 
@@ -46,6 +47,8 @@ class MethodEntry:
     """Options of this method, over the common ones."""
     learning_rates: list[float] = field(default_factory=list)
     """Its learning rates, where they differ from the common ones."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """How it calibrates, over the common fields; only what differs from them."""
 
     def options(self, seed: int | None = None) -> Any:
         """Return the method's options record.
@@ -72,8 +75,8 @@ class CompareConfig(SharedConfig):
     title: str | None = None
     """Headline of the page; by default task and model."""
     methods: list[Any] = field(default_factory=list)
-    """What is compared: names, or items of `name`, `label`, `adapter` (options of this method,
-    over the common ones) and `learning_rates` (where they differ from the common ones)."""
+    """What is compared: names, or items of `name`, `label`, `adapter` and `calibration` (of this
+    method, over the common ones) and `learning_rates` (where they differ from the common ones)."""
     learning_rates: list[float] = field(default_factory=list)
     """Rates that every method is tried at."""
     tuning_seeds: list[int] = field(default_factory=lambda: [0, 1])
@@ -133,6 +136,11 @@ class CompareConfig(SharedConfig):
                     label=str(item.get("label") or item["name"]),
                     adapter=common | (item.get("adapter") or {}),
                     learning_rates=_rates(item.get("learning_rates") or self.learning_rates),
+                    calibration={
+                        name: value
+                        for name, value in (item.get("calibration") or {}).items()
+                        if value != getattr(self.calibration, name)
+                    },
                 )
             )
         return made
@@ -145,6 +153,7 @@ class CompareConfig(SharedConfig):
             | {
                 "method": entry.name,
                 "adapter": entry.adapter,
+                "calibration": dataclasses.replace(self.calibration, **entry.calibration),
                 "seed": seed,
                 "eval_file": self.test_file,
                 "trainer": _QUIET
@@ -194,7 +203,7 @@ class CompareConfig(SharedConfig):
             f"`methods`: two items are called {label!r}; give each a `label` of its own."
             for label in sorted({label for label in labels if labels.count(label) > 1})
         ]
-        same = [(e.name, e.adapter) for e in entries]
+        same = [(e.name, e.adapter, e.calibration) for e in entries]
         for place, entry in enumerate(entries):
             if not faults and same[place] in same[:place]:
                 faults.append(f"`methods`: {entry.label!r} says the same as an earlier item.")
@@ -253,7 +262,7 @@ class CompareConfig(SharedConfig):
         return faults
 
     def _other_faults(self) -> list[str]:
-        faults = []
+        faults = _cache_faults(self.calibration.cache, "`calibration.cache`")
         if isinstance(self.validation, (int, float)) and not (
             0 < self.validation < 1 or (self.validation >= 1 and self.validation % 1 == 0)
         ):
@@ -269,11 +278,6 @@ class CompareConfig(SharedConfig):
         digits = slash and number.isdigit() and count.isdigit()
         if not digits or not 1 <= int(number) <= int(count):
             faults.append(f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines.")
-        if self.calibration.cache:
-            faults.append(
-                "`calibration.cache` has no place in a comparison: each run calibrates, and the"
-                " time it takes is counted."
-            )
         if not self.output_dir:
             faults.append("`output_dir` is empty; name a folder.")
         return faults
@@ -311,19 +315,42 @@ def _item_faults(item: Any, where: str) -> tuple[set[str], list[str]]:
             faults += [f"{where}: {fault}" for fault in unknown_names([name], known, "field")]
     if not isinstance(item.get("name"), str):
         return set(), [*faults, f"{where} has no `name`; name a method."]
-    if not isinstance(item.get("adapter") or {}, dict):
-        faults.append(f"{where}: `adapter` is {item['adapter']!r}; give `option: value` pairs.")
+    faults += [
+        f"{where}: `{section}` is {item[section]!r}; give `{what}: value` pairs."
+        for section, what in (("adapter", "option"), ("calibration", "field"))
+        if not isinstance(item.get(section) or {}, dict)
+    ]
+    if faults:
         return set(), faults
     try:
-        options = METHODS.load(item["name"]).options
+        method = METHODS.load(item["name"])
     except ConfigError as error:
-        return set(), [*faults, *(f"{where}: {fault}" for fault in error.faults)]
-    names = [f.name for f in dataclasses.fields(options)]
+        return set(), [f"{where}: {fault}" for fault in error.faults]
+    names = [f.name for f in dataclasses.fields(method.options)]
     faults += [
         f"{where}: `adapter`: {fault}"
         for fault in unknown_names(item.get("adapter") or {}, names, "option")
     ]
+    faults += [
+        f"{where}: {fault}" for fault in _calibration_faults(item.get("calibration") or {}, method)
+    ]
     return set(names), faults
+
+
+def _calibration_faults(given: dict[str, Any], method: Any) -> list[str]:
+    """Return what is wrong with the calibration that one method is given."""
+    known = [f.name for f in dataclasses.fields(CalibrationConfig)]
+    if unknown := unknown_names(given, known, "field"):
+        return [f"`calibration`: {fault}" for fault in unknown]
+    if given and method.traits.reads == "nothing":
+        return ["`calibration` has no place in it: the method reads no rows before training."]
+    faults = CalibrationConfig(**given).faults()
+    return faults + _cache_faults(given.get("cache"), "`calibration.cache`")
+
+
+def _cache_faults(cache: str | None, name: str) -> list[str]:
+    why = "each run calibrates, and the time it takes is counted"
+    return [f"{name} has no place in a comparison: {why}."] if cache else []
 
 
 def _is_rate(value: Any) -> bool:

@@ -92,7 +92,7 @@ class CalibrationConfig:
         return [
             f"`calibration.{name}` is {value!r}; give a whole number, 1 or more."
             for name, value in (("samples", self.samples), ("batch_size", self.batch_size))
-            if value < 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1
         ]
 
 

@@ -185,6 +185,14 @@ def test_the_csv_has_a_line_for_every_finished_run(results):
     assert {int(r["seed"]): float(r["score"]) for r in finals} == scores
 
 
+def test_the_csv_tells_items_apart_that_differ_in_calibration_alone(tmp_path):
+    more = {"name": "tlora", "label": "64 rows", "calibration": {"samples": 64}}
+    made = synthetic.comparison(tmp_path / "made", methods=["tlora", more])
+    results = comparison.gather(made, synthetic.write(made))
+    rows = list(csv.DictReader(io.StringIO(plaintext.table(results))))
+    assert [row["method"] for row in rows].count("64 rows") == len(rows) / 2 == 3 * 2 + 5
+
+
 def test_the_markdown_has_every_seed_and_the_caveat(results):
     text = plaintext.markdown(results)
     for method in results.methods:

@@ -152,6 +152,8 @@ def test_a_run_is_named_by_what_defines_it(tmp_path):
     )
     assert not set(names()) & set(names(adapter={"r": 4}))
     assert len(set(names())) == 12
+    rows = {"name": "tlora", "label": "64 rows", "calibration": {"samples": 64}}
+    assert not set(names(methods=[rows])) & set(names())
 
 
 SCRIPT = """

@@ -65,12 +65,15 @@ def table(results: Results) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    labels = {(m.entry.name, repr(m.entry.given())): m.label for m in results.methods}
+    labels = {
+        repr((m.entry.name, m.entry.given(), m.entry.calibration)): m.label
+        for m in results.methods
+    }
     for record in results.records:
         rows = "test" if record["phase"] == "final" else "validation"
         writer.writerow(
             [
-                labels[record["method"], repr(record["adapter"])],
+                labels[repr((record["method"], record["adapter"], record.get("calibration", {})))],
                 record["phase"],
                 record["learning_rate"],
                 record["seed"],

@@ -42,6 +42,7 @@ class Point:
             "phase": self.phase,
             "method": self.entry.name,
             "adapter": self.entry.given(),
+            "calibration": self.entry.calibration,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
@@ -99,6 +100,8 @@ class Comparison:
 
     def _point(self, entry: MethodEntry, rate: float, seed: int, phase: Phase) -> Point:
         defining = [self.experiment, entry.name, entry.given(), rate, seed, phase]
+        if entry.calibration:
+            defining.append(entry.calibration)
         readable = re.sub(r"[^A-Za-z0-9.-]+", "_", entry.name)
         name = f"{readable}-lr{rate:g}-seed{seed}-{phase}-{digest(defining)[:8]}"
         return Point(entry, rate, seed, phase, name)
