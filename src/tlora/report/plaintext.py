@@ -66,8 +66,7 @@ def table(results: Results) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     labels = {
-        repr((m.entry.name, m.entry.given(), m.entry.calibration)): m.label
-        for m in results.methods
+        repr((m.entry.name, m.entry.given(), m.entry.calibration)): m.label for m in results.methods
     }
     for record in results.records:
         rows = "test" if record["phase"] == "final" else "validation"
