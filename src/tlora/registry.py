@@ -171,6 +171,12 @@ EVALUATIONS = Registry(
         ),
         _evaluation("math-paper", "math:MathPaper", "MATH, the paper's rule, and math-verify's"),
         _evaluation("math500-paper", "math:Math500Paper", "MATH-500, both rules as for MATH"),
+        _evaluation("humaneval-paper", "code:HumanEvalPaper", "HumanEval, zero-shot: pass@1"),
+        _evaluation(
+            "humaneval_plus-paper", "code:HumanEvalPlusPaper", "HumanEval+, EvalPlus's inputs"
+        ),
+        _evaluation("mbpp-paper", "code:MbppPaper", "MBPP, zero-shot, its tests shown: pass@1"),
+        _evaluation("mbpp_plus-paper", "code:MbppPlusPaper", "MBPP+, EvalPlus's inputs"),
         _evaluation(
             "commonsense-paper", "commonsense:COMMONSENSE", "the eight below, by the choice named"
         ),

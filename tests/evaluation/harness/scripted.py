@@ -233,6 +233,55 @@ def _aqua(file: str) -> Case:
     return rows
 
 
+BODY = "    if n == 0:\n        return 0.0\n    return n / 3"
+HUMANEVAL_ROW = {
+    "task_id": "Test/0",
+    "prompt": 'import math\n\n\ndef third(n: int) -> float:\n    """A third of n."""\n',
+    "entry_point": "third",
+    "canonical_solution": f"{BODY}\n",
+    "test": "def check(candidate):\n    assert abs(candidate(9) - 3) < 1e-6\n",
+}
+PLUS_ROW = HUMANEVAL_ROW | {
+    "base_input": [[9]],
+    "plus_input": [[0], [-9], [1], ["nine"]],
+    "atol": 0,
+    "contract": "",
+}
+MBPP_ROW = {
+    "task_id": 11,
+    "text": "Write a function to find a third. ",
+    "code": f"def third(n):\r\n{BODY}",
+    "test_setup_code": "",
+    "test_list": ["assert third(9) == 3", "assert third(0) == 0"],
+}
+
+
+def _code(file: str, row: dict[str, Any], asked: str) -> Case:
+    from tlora.tasks.base import INSTRUCTION_PROMPT
+
+    function = f"def third(n):\n{BODY}"
+    fenced = f"Here:\n\n```python\n{function}\n```\nIt divides.\n```\nthird(0) / 0\n```"
+    return Case(
+        file=file,
+        rows=[row],
+        right=[
+            lambda doc: fenced,
+            lambda doc: f"```\n{function}\n\nassert third(1) == 7\n```",
+            lambda doc: f"{function}\nprint(third(None))",
+        ],
+        wrong=[
+            lambda doc: "```python\ndef third(n):\n    return 3.1\n```",
+            lambda doc: f"I would write {function}",
+            lambda doc: "",
+        ],
+        training=lambda raw: {"prompt": INSTRUCTION_PROMPT.format(instruction=asked)},
+    )
+
+
+_SHOWN = HUMANEVAL_ROW["prompt"].strip()
+_TESTS = "\n".join(MBPP_ROW["test_list"])
+
+
 CASES: dict[str, Case] = {
     "gsm8k-paper": _gsm8k(f"Worked.\n{MARK}{{}}"),
     "gsm8k-metamath": _gsm8k(f"Worked.\n{MARK}{{}}", opening=" Let's think step by step."),
@@ -240,6 +289,26 @@ CASES: dict[str, Case] = {
     "gsm8k-llm-adapters": _gsm8k("The answer is {}."),
     "math-paper": _math("math/test.jsonl"),
     "math500-paper": _math("math500/test.jsonl", replies=1),
+    "humaneval-paper": _code(
+        "code/HumanEval.jsonl.gz",
+        HUMANEVAL_ROW,
+        f"Complete this Python code.\n\n```python\n{_SHOWN}\n```",
+    ),
+    "humaneval_plus-paper": _code(
+        "HumanEvalPlus.jsonl",
+        PLUS_ROW,
+        f"Complete this Python code.\n\n```python\n{_SHOWN}\n```",
+    ),
+    "mbpp-paper": _code(
+        "code/mbpp.jsonl",
+        MBPP_ROW,
+        f"Write a function to find a third.\n\nIt has to pass:\n\n```python\n{_TESTS}\n```",
+    ),
+    "mbpp_plus-paper": _code(
+        "code/MbppPlus.jsonl",
+        PLUS_ROW | {"task_id": "Mbpp/11"},
+        f"Complete this Python code.\n\n```python\n{_SHOWN}\n```",
+    ),
     "boolq-paper": _choice("boolq/test.json", "true/false"),
     "piqa-paper": _choice("piqa/test.json", "solution1/solution2"),
     "social_iqa-paper": _choice("social_i_qa/test.json", "answer1/answer2/answer3"),

@@ -1,5 +1,6 @@
 """What every evaluation of ours has to do, whatever it is about."""
 
+import gzip
 import json
 
 import pytest
@@ -89,7 +90,8 @@ def test_a_row_without_its_columns_is_named(name, tmp_path):
     folder = case.write(tmp_path)
     path = tmp_path / case.file
     bad = [{"nonsense": "1"}]
-    path.write_text(json.dumps(bad if path.suffix == ".json" else bad[0]))
+    data = json.dumps(bad if path.suffix == ".json" else bad[0]).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     with pytest.raises(DataError, match=r"row 1: .*column"):
         catalogue.build([name], folder, ALLOWED)
 

@@ -24,6 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
 
+from tlora.errors import DataError
 from tlora.evaluation.answers import Protocol
 from tlora.evaluation.code import truncated
 from tlora.evaluation.harness.rows import Raw, Source
@@ -156,6 +157,10 @@ class ReplyTask(Task):
         """Read the rows; lm-evaluation-harness calls it when the task is made."""
         rows = self.source.rows(self.name, data_dir)
         raws = [(i, raw) for i, raw in enumerate(rows.raw) if self.keep(raw)]
+        if not raws:
+            raise DataError(
+                f"{rows.place}: none of its rows belongs to {self.name}; see its source."
+            )
         column = self.item_column
         named = [raw.get(column) for _, raw in raws] if column else []
         distinct = len(raws) == len({str(name) for name in named if name is not None})
