@@ -30,11 +30,13 @@ from tlora.errors import (
     TLoraError,
     did_you_mean,
 )
+from tlora.evalconfig import EvalConfig
 from tlora.registry import EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
 
 if TYPE_CHECKING:
     from tlora.comparefolder import CompareFolder
+    from tlora.evalfolder import EvalFolder
 
 _BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -167,6 +169,20 @@ def compare(config: CompareConfig) -> None:
         )
 
 
+def evaluate(config: EvalConfig) -> None:
+    """Evaluate models on tasks; make page and tables of what the folder holds."""
+    from datasets import disable_progress_bars
+
+    from tlora.stages.evaluate import run
+
+    disable_progress_bars()  # the bar is about items
+    _show_evaluation(run(config, tell=_say))
+
+
+def _show_evaluation(folder: EvalFolder) -> None:
+    _say(f"results: {folder.path / 'eval.json'}")
+
+
 def _show_comparison(folder: CompareFolder) -> None:
     from tlora.report import comparison, page, plaintext
 
@@ -239,6 +255,7 @@ VERBS = {
         Verb("demo", "see it work on a small embedded model", DemoConfig, demo),
         Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
+        Verb("eval", "base, adapters, merged models on tasks, one table", EvalConfig, evaluate),
         Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
         Verb("inspect", "show a plan, or a comparison again", InspectConfig, inspect),
         Verb(

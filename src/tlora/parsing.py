@@ -8,6 +8,7 @@ be checked by whoever knows the names. jsonargparse reads the values by their ty
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ Record = TypeVar("Record")
 
 _PRINT = "--print_config"
 _PRESET = "--preset"
+_SAID = (["true"], ["false"])  # words that a switch takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     words = [_underscored(word, fields) for word in argv if word != _PRINT]
     if words and words[0].endswith((".yaml", ".yml")) and not words[0].startswith("-"):
         words[0] = f"--config={words[0]}"
+    words = _gathered(words, fields)
     presets: list[str] = []
     if _takes_presets(record):
         presets, words = _split_option(words, _PRESET, "a name")
@@ -85,9 +88,12 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
 
 def make_parser(prog: str, record: type) -> _Parser:
     """Make the parser of one verb."""
+    fields = _fields(record)
+    several = next((n for n, field in fields.items() if field.positional and field.several), None)
+    words = f" [{several} ...]" if several else ""
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} [--config run.yaml] [flags]",
+        usage=f"{prog}{words} [--config run.yaml] [flags]",
         description=(record.__doc__ or "").split("\n")[0],
         allow_abbrev=False,
         exit_on_error=False,
@@ -99,10 +105,10 @@ def make_parser(prog: str, record: type) -> _Parser:
         parser.add_argument(
             _PRESET, help="Whole run by name, below files and flags; see `tlora list presets`."
         )
-    parser.fields = _fields(record)
+    parser.fields = fields
     for name, field in parser.fields.items():
         options: dict[str, Any] = {"type": field.type, "help": field.help.replace("%", "%%")}
-        if field.positional:
+        if field.positional and not field.several:
             if not field.required:
                 options["nargs"] = "?"
             parser.add_argument(name, **options)
@@ -129,6 +135,10 @@ class _Field:
     @property
     def open(self) -> bool:
         return typing.get_origin(self.type) is dict
+
+    @property
+    def several(self) -> bool:
+        return typing.get_origin(self.type) is list
 
 
 def _fields(record: Any, prefix: str = "") -> dict[str, _Field]:
@@ -176,8 +186,45 @@ def _underscored(word: str, fields: dict[str, _Field]) -> str:
     return f"--{name}{equals}{value}" if flag.startswith("--") and name in fields else word
 
 
+def _gathered(words: list[str], fields: dict[str, _Field]) -> list[str]:
+    """Return the words with those that stand alone gathered in the field that takes several.
+
+    A verb that has such a field takes its words anywhere: between flags, after a switch. It also
+    takes `--name a=1,b=2` for the fields below an open one, as lm-evaluation-harness does.
+    """
+    name = next((n for n, field in fields.items() if field.positional and field.several), None)
+    if name is None:
+        return words
+    alone: list[str] = []
+    flags: list[str] = []
+    left = words[::-1]
+    while left:
+        word = left.pop()
+        flag, equals, value = word.partition("=")
+        field = fields.get(flag[2:])
+        if not word.startswith("-"):
+            alone.append(word)
+            continue
+        switch = field is not None and field.type is bool
+        if word in ("-h", "--help") or equals or (switch and left[-1:] not in _SAID):
+            flags.append(f"{word}=true" if switch and not equals else word)
+            continue
+        if not left:
+            raise ConfigError(f"{flag} needs a value.", where="command line")
+        value = left.pop()
+        pairs = field is not None and field.open and "=" in value
+        flags += _pairs(flag, value) if pairs else [f"{flag}={value}"]
+    return [*flags, f"--{name}={json.dumps(alone)}"] if alone else flags
+
+
+def _pairs(flag: str, value: str) -> list[str]:
+    """Return `--flag a=1,b=2` as `--flag.a=1`, `--flag.b=2`."""
+    pairs = (pair.partition("=") for pair in value.split(","))
+    return [f"{flag}.{key.strip()}={text.strip()}" for key, _, text in pairs]
+
+
 def _unknown_flags(flags: list[str], fields: dict[str, _Field], more: list[str]) -> list[str]:
-    known = [f"--{name}" for name, field in fields.items() if not field.positional]
+    known = [f"--{n}" for n, field in fields.items() if field.several or not field.positional]
     known += ["--config", "--help", _PRINT, *more]
     faults = []
     for word in flags:

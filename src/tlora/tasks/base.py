@@ -46,6 +46,8 @@ class Task(ABC):
     """Which loss and which head the task trains."""
     label_names: list[str] | None = None
     """Names of the classes by id, for a classification."""
+    exact: bool = False
+    """Whether a reply is right just if it is the row's response, word for word."""
     hub: tuple[str, str | None] | None = None
     """Dataset on the Hub, (name, configuration), used when no file is given."""
     hub_eval_split: str | None = None

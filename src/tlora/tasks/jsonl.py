@@ -33,6 +33,8 @@ _PAIRS = (
 class Jsonl(Task):
     """Rows with columns of your own naming."""
 
+    exact = True
+
     def __init__(self, data: DataConfig) -> None:
         if data.kind is not None and data.kind not in get_args(Kind):
             kinds = ", ".join(map(repr, get_args(Kind)))

@@ -1,0 +1,171 @@
+"""The record of `tlora eval`: which models, on which tasks, under which protocol.
+
+Where lm-evaluation-harness has a word for a field, it is the field's name. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tlora.errors import ConfigError
+from tlora.runconfig import DataConfig, Dtype, Quantization
+
+Backend = Literal["hf", "vllm"]
+
+SETTINGS = (
+    "num_fewshot",
+    "limit",
+    "gen_kwargs",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+    "max_length",
+    "dtype",
+    "quantization",
+    "backend",
+    "tokenizer",
+    "seed",
+    "data_dir",
+    "test_file",
+    "data",
+)
+"""Fields that can change a score; all results of a folder have them in common."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """One evaluation: models on tasks, every model with the same prompts, one table.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    models: list[str] = field(default_factory=list, metadata={"positional": True})
+    """What to evaluate: folders or Hub names of models and PEFT adapters, folders of `tlora
+    train`; NAME=PATH says what tables call it."""
+    tasks: list[str] | str = field(default_factory=list)
+    """Tasks, "a,b": those of `tlora list evaluations`, any of lm-evaluation-harness; for models
+    with a head, and with `test_file`, those of `tlora list tasks`."""
+    output_dir: str = "tlora-eval"
+    """Folder of the result; the same command goes on where it was stopped."""
+    model: str | None = None
+    """Base model of the adapters, in place of the one that they name; alone: what to evaluate."""
+    adapter: str | None = None
+    """An adapter to evaluate, like a further word before the flags."""
+    with_base: bool = False
+    """Evaluate the base model of each adapter too, first: what the others are compared with."""
+    merge: bool = False
+    """Evaluate each adapter merged into its base, in memory, instead of beside it."""
+    with_merged: bool = False
+    """Evaluate each adapter both ways."""
+    num_fewshot: int | None = None
+    """Examples before each question; by default the task's own number."""
+    limit: float | None = None
+    """Only the first items of each task: a number, or below 1 a share."""
+    batch_size: int | str = 16
+    """Prompts at a time, or "auto"; the longest come first."""
+    max_batch_size: int = 64
+    """Where "auto" starts from."""
+    max_length: int | None = None
+    """Tokens of prompt and reply; by default the model's own limit. Longer prompts lose their
+    beginning."""
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Generation over the task's own: max_gen_toks=256,temperature=0.7,do_sample=true."""
+    apply_chat_template: bool = False
+    """Put prompts into the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = False
+    """With a chat template, examples are earlier turns of the chat."""
+    system_instruction: str | None = None
+    """What stands before every prompt."""
+    data_dir: str | None = None
+    """Folder with the tasks' files, in place of the Hub."""
+    test_file: str | None = None
+    """Rows of a task of `tlora list tasks` to score: a JSON, JSONL, CSV, TSV or Parquet file."""
+    allow_code_execution: bool = False
+    """Run the programs that models write, where a task asks for it; docs/evaluation.md says in
+    what sandbox."""
+    backend: Backend = "hf"
+    """What generates: transformers, or vLLM where it is installed."""
+    dtype: Dtype = "auto"
+    """Precision to load models in; "auto" takes the checkpoint's own, on a CPU float32."""
+    quantization: Quantization = "none"
+    """Quantise the base while loading, by bitsandbytes: "nf4" or "int8"."""
+    device: str | None = None
+    """Where to compute ("cuda:1"); by default the first accelerator."""
+    parallelize: bool = False
+    """Spread a model that one device does not hold over all of them."""
+    tokenizer: str | None = None
+    """Tokenizer for all models, in place of each base model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    seed: int = 1234
+    """Seed of the choice of examples and of sampling."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            self.tasks = [self.tasks]
+        words = [name for word in self.tasks for name in str(word).split(",")]
+        self.tasks = list(dict.fromkeys(filter(None, map(str.strip, words))))
+        if self.limit is not None and self.limit >= 1:
+            self.limit = int(self.limit)
+        if str(self.batch_size).isdigit():
+            self.batch_size = int(self.batch_size)
+        if faults := self.faults():
+            raise ConfigError(faults, where="eval")
+
+    def entries(self) -> list[str]:
+        """Return what is to be evaluated, as the user wrote it."""
+        given = [*self.models, *([self.adapter] if self.adapter else [])]
+        return given or ([self.model] if self.model else [])
+
+    def settings(self) -> dict[str, Any]:
+        """Return what can change a score, as plain JSON values."""
+        values = self.to_dict()
+        return {name: values[name] for name in SETTINGS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
+        faults = [*self.data.faults(), *self._number_faults(), *self._choice_faults()]
+        if not self.entries():
+            faults.append("nothing to evaluate is named; give the folder of a model or an adapter.")
+        if not self.tasks:
+            faults.append("`tasks` is empty; give --tasks; see `tlora list evaluations`.")
+        if self.merge and self.with_merged:
+            faults.append("`merge` and `with_merged` are both given; give one of them.")
+        if not self.output_dir:
+            faults.append("`output_dir` is empty; name a folder.")
+        return faults
+
+    def _number_faults(self) -> list[str]:
+        faults = []
+        for name, least in (("num_fewshot", 0), ("max_batch_size", 1), ("max_length", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
+        if self.seed < 0:
+            faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
+        if self.limit is not None and self.limit <= 0:
+            faults.append(f"`limit` is {self.limit!r}; give a number of items or a share below 1.")
+        size = self.batch_size
+        if not (size == "auto" or (isinstance(size, int) and size >= 1)):
+            faults.append(f'`batch_size` is {size!r}; give a whole number, 1 or more, or "auto".')
+        return faults
+
+    def _choice_faults(self) -> list[str]:
+        hints = typing.get_type_hints(type(self))
+        faults = []
+        for name in ("backend", "dtype", "quantization"):
+            options = get_args(hints[name])
+            if getattr(self, name) not in options:
+                known = ", ".join(map(repr, options))
+                faults.append(f"`{name}` is {getattr(self, name)!r}; choose one of {known}.")
+        return faults

@@ -1,0 +1,103 @@
+"""The folder of an evaluation.
+
+::
+
+    eval.json                   models, tasks, scores, the configuration, where it was made
+    samples/MODEL/TASK.jsonl    one line an item: prompt, reply, answer, target, scores
+    report.html, report.md, report.csv
+
+A pair of model and task is written when all its items are scored: its samples first, then
+eval.json, which names it. So a killed evaluation keeps the pairs that were finished.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.files import read_json, replacing_file, write_json
+
+_KIND = "tlora evaluation"
+FORMAT = 1
+
+
+class EvalFolder:
+    """The files of one evaluation; making this object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.samples = self.path / "samples"
+        self._file = self.path / "eval.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether an evaluation was started here."""
+        return self._file.is_file()
+
+    def read(self) -> dict[str, Any]:
+        """Return what eval.json holds.
+
+        Raises:
+            ArtifactError: there is no evaluation in the folder, or the file is damaged.
+        """
+        if not self.exists:
+            raise ArtifactError(f"{self.path}: there is no eval.json; no evaluation is here.")
+        found = read_json(self._file)
+        if not isinstance(found, dict) or found.get("kind") != _KIND:
+            raise ArtifactError(f"{self._file}: not written by `tlora eval`.")
+        if found.get("format") != FORMAT:
+            raise ArtifactError(
+                f"{self._file}: its format is {found.get('format')!r}, and {FORMAT} is what this"
+                " version reads."
+            )
+        return found
+
+    def refuse_unless_free(self) -> None:
+        """Check that an evaluation may be written here, without writing anything.
+
+        Raises:
+            ConfigError: the folder is a file, or holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; choose another --output_dir.", "output_dir")
+        if not self.exists and any(self.path.glob("*.json")):
+            raise ConfigError(
+                f"{self.path} holds something else; choose another --output_dir.", "output_dir"
+            )
+
+    def write(self, evaluation: dict[str, Any]) -> None:
+        """Write eval.json, atomically."""
+        write_json(self._file, {"kind": _KIND, "format": FORMAT} | evaluation)
+
+    def samples_file(self, model: str, task: str) -> Path:
+        """Return where the samples of a pair are, or will be."""
+        return self.samples / model / f"{file_name(task)}.jsonl"
+
+    def write_samples(self, model: str, task: str, lines: list[dict[str, Any]]) -> None:
+        """Write the samples of a finished pair, atomically."""
+        with replacing_file(self.samples_file(model, task)) as part:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            part.write_text(text, encoding="utf-8")
+
+    def read_samples(self, model: str, task: str) -> list[dict[str, Any]]:
+        """Return the samples of a finished pair.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+        """
+        file = self.samples_file(model, task)
+        try:
+            with file.open(encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines]
+        except FileNotFoundError:
+            raise ArtifactError(f"{file}: there is no such file.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{file}: not JSON lines ({error}); it is damaged.") from error
+
+
+def file_name(name: str) -> str:
+    """Return a name that can be a file's: what else stands in it becomes an underscore."""
+    return re.sub(r"[^\w.+-]", "_", name)

@@ -1,0 +1,171 @@
+"""Classification and regression: a model with a head labels the rows of a registered task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, DataError
+from tlora.evalconfig import EvalConfig
+from tlora.inference.questions import Answers
+from tlora.inference.subjects import Subject
+from tlora.registry import TASKS
+from tlora.tasks import source
+from tlora.tasks.base import Row, Task
+from tlora.tasks.metrics import accuracy
+from tlora.tasks.tokens import labelled, labelled_collator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A loaded model with a head."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> Labeller:
+        """Return the labeller of an evaluation; decoders find the last token by the padding."""
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        size = config.batch_size if isinstance(config.batch_size, int) else _BATCH
+        return cls(model, tokenizer, size)
+
+
+class Labels:
+    """The rows of one task.
+
+    Raises:
+        ConfigError: it is no registered task with a head, or there are no rows.
+        DataError: a row is not what the task expects.
+    """
+
+    shots = 0
+
+    def __init__(self, name: str, config: EvalConfig) -> None:
+        self.name = name
+        self.task: Task = TASKS.load(name)(config.data)
+        if self.task.kind not in ("classification", "regression"):
+            raise ConfigError(
+                f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
+            )
+        self._rows = _rows(name, self.task, config)
+        self.items = len(self._rows)
+        summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
+        self.protocol = f"{summary}; labelled by the model's head"
+        if self.task.kind == "classification" and not self.task.label_names:
+            raise ConfigError("name the classes in the order of training.", "data.label_names")
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Fields of a model's configuration that give it the head that was trained."""
+        names = self.task.label_names or ["value"]
+        regression = self.task.kind == "regression"
+        return {
+            "num_labels": len(names),
+            "problem_type": "regression" if regression else "single_label_classification",
+        }
+
+    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        """Any model with a head can be asked; whether the head fits shows when it is loaded."""
+
+    def ask(self, lm: Labeller, answered: Callable[[int], None]) -> Answers:
+        """Label all rows, the longest first.
+
+        Args:
+            lm: the model.
+            answered: called with the number of rows labelled so far.
+        """
+        import numpy as np
+        import torch
+
+        data = self.task.data
+        encoded = [labelled(lm.tokenizer, row, data) for row in self._rows]
+        order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
+        collate = labelled_collator(lm.tokenizer)
+        logits: dict[int, Any] = {}
+        for start in range(0, self.items, lm.batch_size):
+            chosen = order[start : start + lm.batch_size]
+            batch = dict(collate([encoded[i] for i in chosen]))
+            batch = {name: value.to(lm.model.device) for name, value in batch.items()}
+            batch.pop("labels")  # the loss of some adapters cannot be computed outside of training
+            with torch.no_grad():
+                found = lm.model(**batch).logits.float().cpu().numpy()
+            logits.update(zip(chosen, found, strict=True))
+            answered(len(logits))
+        predictions = np.stack([logits[i] for i in range(self.items)])
+        labels = np.array([row["label"] for row in self._rows])
+        return self._answers(predictions, labels)
+
+    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> Answers:
+        scores = self.task.metrics(predictions, labels)
+        names = self.task.label_names
+        if names:
+            chosen = predictions.argmax(axis=-1)
+            # What is counted item by item, so that every task has a score with an interval.
+            scores = scores | {"accuracy": accuracy(chosen, labels)}
+            replies = [(names[c], names[label]) for c, label in zip(chosen, labels, strict=True)]
+        else:
+            values = predictions.reshape(len(labels))
+            replies = [(f"{v:.4f}", f"{label:g}") for v, label in zip(values, labels, strict=True)]
+        lines = []
+        for number, (row, (reply, target)) in enumerate(zip(self._rows, replies, strict=True)):
+            pair = (row["text"], row["text_pair"])
+            line = {
+                "item": str(number),
+                "prompt": "\n".join(text for text in pair if text is not None),
+                "reply": reply,
+                "answer": reply,
+                "target": target,
+                "scores": {"accuracy": float(reply == target)} if names else {},
+            }
+            lines.append(line)
+        return Answers(lines, scores)
+
+
+def make(config: EvalConfig) -> dict[str, Labels]:
+    """Return the tasks of an evaluation of models with heads.
+
+    Raises:
+        ConfigError: a name is no such task, or the tasks have different heads.
+        DataError: as `Labels`.
+    """
+    if config.test_file and len(config.tasks) > 1:
+        raise ConfigError("--test_file is of one task; give one.", where="tasks")
+    tasks = {name: Labels(name, config) for name in config.tasks}
+    if len({str(task.head) for task in tasks.values()}) > 1:
+        raise ConfigError(
+            f"{', '.join(tasks)} have different heads, and a model has one; evaluate them apart.",
+            where="tasks",
+        )
+    return tasks
+
+
+def _rows(name: str, task: Task, config: EvalConfig) -> list[Row]:
+    if config.test_file:
+        where = config.test_file
+        raw, _ = task.load(config.test_file, None)
+    elif task.hub and task.hub_eval_split:
+        where = f"{task.hub[0]}, {task.hub_eval_split}"
+        raw = source.read_hub(*task.hub, task.hub_eval_split)
+    else:
+        raise ConfigError(f"{name!r} has no rows of its own; give --test_file.", where="test_file")
+    limit = config.limit
+    if limit is not None:
+        wanted = int(limit) if limit >= 1 else math.ceil(limit * len(raw))
+        raw = raw.select(range(min(len(raw), wanted)))
+    rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
+    if not rows:
+        raise DataError(f"{where}: there are no rows.")
+    return rows

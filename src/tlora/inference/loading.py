@@ -1,0 +1,150 @@
+"""Loading what is evaluated: a model as it is, under an adapter, or with the adapter merged in."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import AdapterError, ConfigError
+from tlora.evalconfig import EvalConfig
+from tlora.inference.subjects import Head, Subject
+from tlora.runconfig import RunConfig
+from tlora.stages.arguments import first_line
+from tlora.stages.quantise import loading_options
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_CLASSES: dict[Head, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "labelled": "AutoModelForSequenceClassification",
+}
+
+
+def device_of(config: EvalConfig) -> torch.device:
+    """Return where to compute: what the user says, else the accelerator, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    if config.device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{config.device!r}: {first_line(error)}", where="device") from error
+    return device
+
+
+def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
+    """Load one model onto its device, in eval mode, its parameters without gradients.
+
+    Args:
+        subject: what to load.
+        config: device, precision and quantisation.
+        **head: fields of the model's configuration, for a head that the base does not have.
+
+    Raises:
+        ConfigError: the base cannot be loaded as asked.
+        AdapterError: the adapter does not fit it, or cannot be merged.
+    """
+    device = device_of(config)
+    model = _load_base(subject, config, device, head)
+    if subject.adapter is not None:
+        model = _adapted(model, subject)
+    if subject.kind == "merged":
+        model = _merged(model, subject)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(subject: Subject, config: EvalConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model: the base's own, so that all adapters get the same tokens.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import transformers
+
+    place = config.tokenizer or subject.model
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            place, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded from {place!r} ({first_line(error)}); give --tokenizer.",
+            where="tokenizer",
+        ) from error
+
+
+def release() -> None:
+    """Give the memory of models that nothing holds any more back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load_base(
+    subject: Subject, config: EvalConfig, device: torch.device, head: dict[str, Any]
+) -> Any:
+    import transformers
+
+    dtype = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
+    options = loading_options(
+        RunConfig(
+            model=subject.model,
+            dtype=dtype,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        device,
+    )
+    if config.parallelize:
+        options["device_map"] = "auto"
+    try:
+        model = getattr(transformers, _CLASSES[subject.head]).from_pretrained(
+            subject.model,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            **options,
+            **head,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{subject.model!r} cannot be loaded: {first_line(error)}", "model"
+        ) from error
+    placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+    return model if placed else model.to(device)
+
+
+def _adapted(model: Any, subject: Subject) -> Any:
+    from tlora import load_adapter
+
+    path = str(subject.adapter)
+    try:
+        return load_adapter(model, path, freeze=False)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{path} does not fit {subject.model}: {first_line(error)}; give its own base by"
+            " --model."
+        ) from error
+
+
+def _merged(model: Any, subject: Subject) -> Any:
+    if not hasattr(model, "merge_and_unload"):
+        raise AdapterError(f"{subject.adapter}: this kind of adapter cannot be merged.")
+    try:
+        return model.merge_and_unload()
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{subject.adapter} cannot be merged into {subject.model}: {first_line(error)}"
+        ) from error

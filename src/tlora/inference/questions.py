@@ -1,0 +1,175 @@
+"""Tasks of lm-evaluation-harness, asked of one model at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
+from tlora.evalconfig import EvalConfig
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+    from tlora.inference.subjects import Subject
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model said to one task."""
+
+    lines: list[dict[str, Any]]
+    """A line an item, as `samples/MODEL/TASK.jsonl` has them."""
+    scores: dict[str, float]
+    """The task's scores, the main one first; higher is better for all."""
+    truncated: int = 0
+    """Prompts that lost their beginning."""
+
+
+class Questions:
+    """A task of lm-evaluation-harness, set up as an evaluation says."""
+
+    def __init__(self, task: Task, config: EvalConfig) -> None:
+        from lm_eval.evaluator_utils import get_sample_size
+
+        from tlora.evaluation.harness.catalogue import protocol
+
+        self._task, self._config = task, config
+        _set_up(task, config)
+        limit = get_sample_size(task, config.limit)
+        there = len(task.eval_docs)
+        self.items = there if limit is None else min(limit, there)
+        self.shots = task.config.num_fewshot or 0
+        self.protocol: str = protocol(task)
+
+    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        """Check, before the model is loaded, that it can be asked.
+
+        Args:
+            subject: the model.
+            tokenizer: its tokenizer.
+            longest: tokens that it holds, prompt and reply.
+
+        Raises:
+            ConfigError: there is no room for a prompt, or no chat template where one is asked for.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        if self._config.apply_chat_template and not tokenizer.chat_template:
+            raise ConfigError(
+                f"{subject.name}: the tokenizer has no chat template; leave"
+                " --apply_chat_template out.",
+                where=self._task.task_name,
+            )
+        if self._task.OUTPUT_TYPE != "generate_until" or subject.head != "causal":
+            return
+        tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
+        if tokens >= longest:
+            raise ConfigError(
+                f"{tokens} new tokens are asked for, and {subject.name} holds {longest} with the"
+                " prompt; give --gen_kwargs max_gen_toks=N.",
+                where=self._task.task_name,
+            )
+
+    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+        """Ask all items of one model.
+
+        Args:
+            lm: the model, as the harness knows it.
+            answered: called with the number of items answered so far.
+        """
+        from lm_eval import evaluate
+
+        from tlora.evaluation.harness.samples import metrics, records
+        from tlora.inference.lm import Ticker
+
+        config, task = self._config, self._task
+        name = task.task_name
+        _seed(config.seed)
+        task.set_fewshot_seed(seed=config.seed)
+        before = lm.truncated
+        ticker = Ticker(lambda count: answered(_items(task, count, self.items)))
+        lm.set_cache_hook(ticker)
+        with _quiet():
+            found = evaluate(
+                lm=lm,
+                task_dict={"tasks": {name: task}, "groups": {}},
+                limit=config.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                system_instruction=config.system_instruction,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=config.fewshot_as_multiturn,
+                confirm_run_unsafe_code=config.allow_code_execution,
+            )
+        lines = records(task, found["samples"][name])
+        scores = metrics(task, found["results"][name])
+        lower = [key for key in scores if not _higher(task, key)]
+        return Answers(
+            [line | {"scores": _turned(line["scores"], lower)} for line in lines],
+            _turned(scores, lower),
+            lm.truncated - before,
+        )
+
+
+def _set_up(task: Task, config: EvalConfig) -> None:
+    """Lay what the user says over the task's own settings, as `lm_eval` does."""
+    own = task.get_config("num_fewshot")
+    if config.num_fewshot is not None and own == 0 and config.num_fewshot > 0:
+        logger.warning("%s is always zero-shot; `num_fewshot` does not count.", task.task_name)
+    elif config.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=config.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    if task.OUTPUT_TYPE == "generate_until" and config.gen_kwargs:
+        task.set_config(key="generation_kwargs", value=dict(config.gen_kwargs), update=True)
+
+
+def _items(task: Task, requests: int, items: int) -> int:
+    """Return how many items so many answered requests are."""
+    total = sum(instance.repeats or 1 for instance in task.instances)
+    return items * requests // total
+
+
+def _higher(task: Task, key: str) -> bool:
+    return task.higher_is_better().get(key.partition(",")[0]) is not False
+
+
+def _turned(scores: dict[str, float], lower: list[str]) -> dict[str, float]:
+    """Return the scores with those that are better when lower as their negatives, -perplexity."""
+    return {f"-{k}" if k in lower else k: -v if k in lower else v for k, v in scores.items()}
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator, so that a sampled reply does not depend on what was asked before."""
+    import transformers
+
+    transformers.set_seed(seed)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness' own bars and remarks off the screen; ours says what there is to say."""
+    from lm_eval.api import task as harness
+
+    bar = harness.tqdm
+    # The second speaks of prompts that are too long; they are counted and told of once.
+    logs = [logging.getLogger(n) for n in ("lm_eval", "transformers.tokenization_utils_base")]
+    levels = [log.level for log in logs]
+    harness.tqdm = lambda rows, *_, **__: rows
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        harness.tqdm = bar
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

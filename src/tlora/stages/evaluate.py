@@ -1,0 +1,297 @@
+"""`tlora eval`: models on tasks, every model with the same prompts, one table.
+
+The walk: words become models (`inference.subjects`) and tasks, both checked before anything is
+loaded or written; each model is loaded in turn and asked every task that the folder does not have
+of it yet; a pair of model and task is written when it is finished.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tlora.errors import ConfigError
+from tlora.evalconfig import EvalConfig
+from tlora.evalfolder import EvalFolder
+from tlora.inference import loading, subjects
+from tlora.inference.subjects import Subject
+from tlora.registry import TASKS
+from tlora.runfolder import provenance
+
+if TYPE_CHECKING:
+    from tlora.inference.questions import Answers
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+
+
+class Asked(Protocol):
+    """A task as an evaluation sees it."""
+
+    items: int
+    """How many items are asked."""
+    shots: int
+    """Examples before each."""
+    protocol: str
+    """What it is and its source, in a line."""
+
+    def check(self, subject: Subject, tokenizer: Any, longest: int) -> None:
+        """Raise a ConfigError if the model cannot be asked."""
+
+    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+        """Ask all items of one model."""
+
+
+def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
+    """Evaluate what is missing in the folder; a second call does nothing new.
+
+    Args:
+        config: the evaluation.
+        tell: called with a line of text as each pair of model and task ends.
+
+    Raises:
+        ConfigError: a field is wrong, a model or a task is not there, or the folder is taken or
+            was made with other settings.
+        DataError: the rows of a task are missing or not what they should be.
+        AdapterError: an adapter does not fit its base.
+        KeyboardInterrupt: stopped; finished pairs are kept.
+    """
+    folder = EvalFolder(config.output_dir)
+    folder.refuse_unless_free()
+    models = subjects.resolve(config)
+    loading.device_of(config)
+    result = Result(folder, config, models)
+    tasks = make_tasks(config, models)
+    for task in tasks.values():
+        check(task, config, models)
+    result.start(tasks)
+    todo = [(subject, [n for n in tasks if not result.has(subject, n)]) for subject in models]
+    try:
+        with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
+            for subject, names in todo:
+                if names:
+                    _ask_all(subject, {name: tasks[name] for name in names}, result, bar, tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished pairs of model and task are kept, and the same command does"
+            " the rest."
+        ) from None
+    return folder
+
+
+def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
+    """Return the tasks with all their rows read, by name.
+
+    Raises:
+        ConfigError, DataError: as `run`.
+    """
+    if all(subject.head == "labelled" for subject in models):
+        from tlora.inference import labelled
+
+        return dict(labelled.make(config))
+    from tlora.evaluation.harness import catalogue
+    from tlora.evaluation.harness.base import Settings
+    from tlora.inference import rows
+    from tlora.inference.questions import Questions
+
+    if config.test_file:
+        if len(config.tasks) > 1:
+            raise ConfigError("--test_file is of one task; give one.", where="tasks")
+        name = config.tasks[0]
+        task = TASKS.load(name)(config.data)
+        return {name: Questions(rows.from_file(name, task, config.test_file), config)}
+    settings = Settings(allow_code_execution=config.allow_code_execution)
+    built = catalogue.build(config.tasks, config.data_dir, settings)
+    return {name: Questions(task, config) for name, task in built.items()}
+
+
+def check(task: Asked, config: EvalConfig, models: list[Subject]) -> None:
+    """Check that every model can be asked a task, from configurations alone.
+
+    Raises:
+        ConfigError: as `run`.
+    """
+    import transformers
+    from lm_eval.models.utils import resolve_max_length
+
+    for subject in models:
+        tokenizer = loading.load_tokenizer(subject, config)
+        own = transformers.AutoConfig.from_pretrained(
+            subject.model, trust_remote_code=config.trust_remote_code
+        )
+        task.check(subject, tokenizer, config.max_length or resolve_max_length(own, tokenizer))
+
+
+def _ask_all(
+    subject: Subject, tasks: dict[str, Asked], result: Result, bar: Any, tell: Tell
+) -> None:
+    """Load one model, ask it the tasks, and let go of it."""
+    bar.set_description(f"loading {subject.name}")
+    lm = _model(subject, result.config, tasks)
+    for name, task in tasks.items():
+        bar.set_description(f"{subject.name}: {name}")
+        done, start = bar.n, time.perf_counter()
+        answers = task.ask(lm, partial(_advance, bar, done))
+        _advance(bar, done, task.items)
+        seconds = time.perf_counter() - start
+        result.add(subject, name, answers, seconds)
+        main, score = next(iter(answers.scores.items()), ("no score", float("nan")))
+        if answers.truncated:
+            logger.warning(
+                "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
+                subject.name,
+                answers.truncated,
+                name,
+            )
+        if bar.disable:
+            tell(f"{subject.name}: {name}: {main} {score:.4f} ({seconds:.0f} s)")
+    del lm
+    loading.release()
+
+
+def _advance(bar: Any, done: int, items: int) -> None:
+    """Move the bar to ``items`` beyond ``done``."""
+    bar.update(done + items - bar.n)
+
+
+def _model(subject: Subject, config: EvalConfig, tasks: dict[str, Asked]) -> Any:
+    tokenizer = loading.load_tokenizer(subject, config)
+    if subject.head == "labelled":
+        from tlora.inference.labelled import Labeller, Labels
+
+        head = next(task.head for task in tasks.values() if isinstance(task, Labels))
+        return Labeller.of(loading.load(subject, config, **head), tokenizer, config)
+    from tlora.inference.lm import TransformersLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on how it is called
+    return TransformersLM(loading.load(subject, config), tokenizer, config, subject.head)
+
+
+@contextmanager
+def _bar(items: int) -> Iterator[Any]:
+    """Yield the one progress bar, of items of all models and tasks, with the time left."""
+    from tqdm.auto import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        with tqdm(total=items, unit=" items", disable=None if items else True) as bar:
+            yield bar
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+class Result:
+    """eval.json as it grows.
+
+    What the folder holds of other models and tasks, evaluated with the same settings, is kept.
+    """
+
+    def __init__(self, folder: EvalFolder, config: EvalConfig, models: list[Subject]) -> None:
+        """Read what is there.
+
+        Raises:
+            ConfigError: it was made with other settings, or calls another model by a name.
+        """
+        self.config = config
+        self._folder = folder
+        self._identities = {subject.name: subject.identity() for subject in models}
+        found = folder.read() if folder.exists else {}
+        self._models: dict[str, Any] = {each["name"]: each for each in found.get("models", [])}
+        self._tasks: dict[str, Any] = {each["name"]: each for each in found.get("tasks", [])}
+        self._starts: list[Any] = found.get("starts", [])
+        self._subjects = models
+        self._refuse_mixing(found)
+
+    def _refuse_mixing(self, found: dict[str, Any]) -> None:
+        faults = []
+        before = found.get("config", {})
+        for name, value in self.config.settings().items():
+            if found and before.get(name) != value:
+                faults.append(
+                    f"`{name}` is {value!r}, but {self._folder.path} was made with"
+                    f" {before.get(name)!r}; choose another --output_dir."
+                )
+        for subject in self._subjects:
+            known = self._models.get(subject.name, {})
+            here = (subject.kind, subject.model, subject.adapter)
+            if known and (known["kind"], known["model"], known["adapter"]) != here:
+                faults.append(
+                    f"{self._folder.path} has another model called {subject.name!r}; call this one"
+                    f" otherwise: NAME={subject.path}."
+                )
+        if faults:
+            raise ConfigError(faults, where="eval")
+
+    def start(self, tasks: dict[str, Asked]) -> None:
+        """Write down what is about to run; results of models that have changed are dropped."""
+        for subject in self._subjects:
+            identity = self._identities[subject.name]
+            known = self._models.get(subject.name)
+            if known and known["identity"] != identity:
+                logger.warning("%s has changed, and is evaluated anew.", subject.name)
+                self._forget(subject.name)
+        named = {subject.name: self._entry(subject) for subject in self._subjects}
+        first = self._subjects[0]
+        # What was there keeps its place, but a base leads: the others are compared with it.
+        lead = {first.name: named[first.name]} if first.kind == "base" else {}
+        self._models = lead | {k: v for k, v in (self._models | named).items() if k not in lead}
+        for name, task in tasks.items():
+            self._tasks.setdefault(name, {"name": name, "metrics": []})
+            self._tasks[name] |= {
+                "protocol": task.protocol,
+                "items": task.items,
+                "shots": task.shots,
+            }
+            for field in ("scores", "seconds", "truncated"):
+                self._tasks[name].setdefault(field, {})
+        start = provenance(seed=self.config.seed)
+        start["packages"]["lm_eval"] = importlib.metadata.version("lm_eval")
+        self._starts.append(start)
+        self._write()
+
+    def has(self, subject: Subject, task: str) -> bool:
+        """Return whether a pair is finished."""
+        there = subject.name in self._tasks[task]["scores"]
+        return there and self._folder.samples_file(subject.name, task).is_file()
+
+    def add(self, subject: Subject, task: str, answers: Answers, seconds: float) -> None:
+        """Write a finished pair."""
+        self._folder.write_samples(subject.name, task, answers.lines)
+        entry = self._tasks[task]
+        entry["metrics"] = entry["metrics"] or list(answers.scores)
+        entry["scores"][subject.name] = answers.scores
+        entry["seconds"][subject.name] = round(seconds, 3)
+        entry["truncated"][subject.name] = answers.truncated
+        self._write()
+
+    def _entry(self, subject: Subject) -> dict[str, Any]:
+        return {
+            "name": subject.name,
+            "kind": subject.kind,
+            "model": subject.model,
+            "adapter": subject.adapter,
+            "identity": self._identities[subject.name],
+        }
+
+    def _forget(self, model: str) -> None:
+        for entry in self._tasks.values():
+            for field in ("scores", "seconds", "truncated"):
+                entry[field].pop(model, None)
+
+    def _write(self) -> None:
+        self._folder.write(
+            {
+                "config": self.config.to_dict(),
+                "provenance": self._starts[-1],
+                "starts": self._starts,
+                "models": list(self._models.values()),
+                "tasks": list(self._tasks.values()),
+            }
+        )
