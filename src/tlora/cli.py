@@ -80,10 +80,10 @@ class InitConfig(RunConfig):
 @dataclass(kw_only=True)
 class InspectConfig:
     """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
-    comparison, make page and tables again from its files."""
+    comparison or an evaluation, make page and tables again from its files."""
 
     path: str = field(metadata={"positional": True})
-    """A run's folder, a plan.safetensors, or a comparison's folder."""
+    """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
     by: Literal["module", "layer", "projection"] = "module"
     """What a line of the table is about."""
     picture: str | None = None
@@ -193,12 +193,23 @@ def _show_comparison(folder: CompareFolder) -> None:
     _say(f"\n{plaintext.markdown(results)}\npage: {path}\ntables: {texts[0]}, {texts[1]}")
 
 
+def _show_evaluation(folder: str | Path) -> None:
+    from tlora.report import evaluation
+
+    report = evaluation.write(folder)
+    _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
+
+
 def inspect(config: InspectConfig) -> None:
-    """Show a plan, or make the page of a comparison again."""
+    """Show a plan, or make the page of a comparison or an evaluation again."""
     from tlora.comparefolder import CompareFolder
+    from tlora.report import samples
 
     if CompareFolder(config.path).exists:
         _show_comparison(CompareFolder(config.path))
+        return
+    if samples.exists(config.path):
+        _show_evaluation(config.path)
         return
     from tlora import AdapterPlan
     from tlora.report.heatmap import save
@@ -257,7 +268,7 @@ VERBS = {
         Verb("train", "initialise, train, evaluate, save", RunConfig, train),
         Verb("eval", "base, adapters, merged models on tasks, one table", EvalConfig, evaluate),
         Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
-        Verb("inspect", "show a plan, or a comparison again", InspectConfig, inspect),
+        Verb("inspect", "show a plan; a comparison or an evaluation again", InspectConfig, inspect),
         Verb(
             "list",
             "list methods, tasks, evaluations, formats, presets",

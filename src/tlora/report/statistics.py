@@ -18,7 +18,7 @@ _FEWEST = 3  # two differences of rounded scores agree too often by chance
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds, with its interval where there are seeds enough for one."""
+    """A mean over seeds or items, with its interval where there are enough for one."""
 
     mean: float
     low: float | None
@@ -33,11 +33,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """First method minus second, paired by seed."""
+    """First method or model minus second, paired by seed or item."""
 
     interval: Interval
     p: float | None
-    """Two-sided p-value of the paired t-test; None where no spread was seen."""
+    """Two-sided p-value of the paired test; None where no spread was seen."""
     better: int
     """1: the first is better beyond the noise; -1: the second; 0: neither (a tie)."""
 

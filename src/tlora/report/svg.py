@@ -98,6 +98,26 @@ def strip(score: Interval, seeds: Sequence[float], domain: tuple[float, float], 
     return _svg(width, height, parts, text, "strip")
 
 
+def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> str:
+    """Draw one score a row under its name, with its interval; a line goes down from the first."""
+    step, top, foot = 34, 4, 24
+    values = [e for _, s in rows for e in (s.low, s.mean, s.high) if e is not None]
+    height = top + step * len(rows) + foot
+    frame = Frame(
+        Scale.over(values, 10, width - 14), Scale(0, 1, height - foot, top), width, height
+    )
+    ticks = [(value, short(value)) for value in frame.x.ticks(4)]
+    first = frame.x(rows[0][1].mean)
+    parts = [*frame.axes(ticks, []), _line((first, top), (first, height - foot), "grid")]
+    for place, (name, score) in enumerate(rows):
+        at = top + step * place + 22
+        parts.append(_text(frame.x.start, at - 10, name, "name"))
+        if score.low is not None and score.high is not None:
+            parts.append(_line((frame.x(score.low), at), (frame.x(score.high), at), "interval"))
+        parts.append(_dot(frame.x(score.mean), at, 4, "score"))
+    return panel(frame, parts, text)
+
+
 def lines(
     frame: Frame, own: Sequence[Point], others: Iterable[Sequence[Point]], extra: list[str]
 ) -> list[str]:

@@ -1,0 +1,164 @@
+"""An evaluation as one HTML file: the table, a picture of it, and the replies that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tlora.report import environment, html, svg
+from tlora.report import evalwording as wording
+from tlora.report.outcomes import GAINED, LOST, OTHER, Cell, Results, Row
+from tlora.report.samples import Task
+
+_PREFIX = 160  # so many characters in common are worth folding away
+
+# What the kinds of change are called, of right and wrong, and of graded scores.
+_EXACT = {
+    LOST: "right before, wrong after",
+    GAINED: "wrong before, right after",
+    OTHER: "both wrong, answered differently",
+}
+_GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, another reply"}
+
+
+def render(results: Results) -> str:
+    """Return the page."""
+    return html.render("evaluation.html.j2", context(results))
+
+
+def context(results: Results) -> dict[str, Any]:
+    """Return all that the template shows, as plain values and drawn charts."""
+    import yaml
+
+    evaluation = results.evaluation
+    listed = _listed(results)
+    rows = [(r, [_cell(results, r, cell, listed) for cell in r.cells]) for r in results.rows]
+    return {
+        "title": f"Evaluation of {', '.join(model.name for model in evaluation.models)}",
+        "summary": wording.summary(results),
+        "results": results,
+        "models": evaluation.models,
+        "rows": rows,
+        "alone": any(cell["alone"] for _, cells in rows for cell in cells),
+        "verdicts": [
+            wording.verdict(results, row, cell)
+            for row in results.rows
+            for cell in row.cells
+            if cell.difference is not None
+        ],
+        "panels": [(wording.name(row), panel(row)) for row in results.rows if row.main],
+        "caveat": wording.caveat(results),
+        "remarks": wording.remarks(results),
+        "tasks": [wording.task(task) for task in evaluation.tasks],
+        "method": wording.method(results),
+        "environment": environment.rows(_starts(evaluation.provenance)),
+        "configuration": yaml.safe_dump(evaluation.config, sort_keys=False, allow_unicode=True),
+        "listed": listed,
+        "data": html.embedded(replies(results, listed)),
+    }
+
+
+def panel(row: Row) -> str:
+    """Return the picture of one metric: a line a model, its score and interval."""
+    scored = [(cell.model, cell.score) for cell in row.cells if cell.score is not None]
+    if not scored:
+        return ""
+    said = ", ".join(f"{model} {score.mean:.4f}" for model, score in scored)
+    return svg.intervals(scored, 336, f"{wording.name(row)}: {said}")
+
+
+def replies(results: Results, listed: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the page's list of changed items is made of.
+
+    An item is there if any model changed it: texts once an item and model, and for each model the
+    places of the items that it changed.
+    """
+    return {
+        "models": [model.name for model in results.evaluation.models],
+        "tasks": [
+            _replies(results, row)
+            for row in results.rows
+            if row.task.name in listed and results.listed(row.task) is row
+        ],
+    }
+
+
+def _listed(results: Results) -> dict[str, int]:
+    """Return the place in the list of each task that has something to list."""
+    rows = [row for row in results.rows if results.listed(row.task) is row]
+    names = [row.task.name for row in rows if any(cell.changes for cell in row.cells)]
+    return {name: place for place, name in enumerate(names)}
+
+
+def _replies(results: Results, row: Row) -> dict[str, Any]:
+    task = row.task
+    models = [model.name for model in results.evaluation.models]
+    changed = sorted({i for cell in row.cells for kind in cell.changes.values() for i in kind})
+    place = {item: number for number, item in enumerate(changed)}
+    prefix = common_prefix(task)
+    items = []
+    for i in changed:
+        first = task.samples[models[0]][i]
+        item: dict[str, Any] = {
+            "id": first.item,
+            "prompt": first.prompt[len(prefix) :],
+            "target": first.target,
+            "replies": [],
+        }
+        for model in models:
+            if model not in task.samples:
+                item["replies"].append(None)
+                continue
+            sample = task.samples[model][i]
+            own = None if sample.prompt == first.prompt else sample.prompt[len(prefix) :]
+            scores = [sample.scores.get(metric) for metric in task.metrics]
+            item["replies"].append([sample.reply, sample.answer, scores, own])
+        items.append(item)
+    return {
+        "name": task.name,
+        "metrics": task.metrics,
+        "names": _EXACT if row.right_or_wrong else _GRADED,
+        "exact": row.right_or_wrong,
+        "main": task.metrics.index(row.metric),
+        "prefix": prefix,
+        "items": items,
+        "changes": [
+            {kind: [place[i] for i in found] for kind, found in cell.changes.items()} or None
+            for cell in row.cells
+        ],
+    }
+
+
+def common_prefix(task: Task) -> str:
+    """Return the whole lines that all prompts of a task begin with, such as examples, or "" if
+    they are few."""
+    prompts = [sample.prompt for samples in task.samples.values() for sample in samples]
+    low, high = min(prompts), max(prompts)  # what these two share, all share
+    pairs = enumerate(zip(low, high, strict=False))
+    common = low[: next((place for place, (a, b) in pairs if a != b), len(low))]
+    common = common[: common.rfind("\n") + 1]
+    return common if len(common) >= _PREFIX and low != high else ""
+
+
+def _cell(results: Results, row: Row, cell: Cell, listed: Mapping[str, int]) -> dict[str, Any]:
+    found = cell.difference
+    models = [model.name for model in results.evaluation.models]
+    browsed = row.task.name in listed and results.listed(row.task) is row
+    return {
+        "model": cell.model,
+        "score": cell.score,
+        "difference": found and found.interval,
+        "kind": found and {1: "win", -1: "loss", 0: "tie"}[found.better],
+        "alone": bool(found and found.better and row.main and results.tested > 1)
+        and (row.task.name, cell.model) not in results.holding,
+        "unlike": (row.task.name, cell.model) in results.other_prompts,
+        "task": listed.get(row.task.name),
+        "place": models.index(cell.model),
+        "changes": cell.changes if browsed else {},
+    }
+
+
+def _starts(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return one record a start: an evaluation that was stopped has several."""
+    starts = provenance.get("starts")
+    return list(starts) if isinstance(starts, list) else [provenance]

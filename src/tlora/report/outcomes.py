@@ -1,0 +1,166 @@
+"""What an evaluation says: scores, differences to the first model, and which items changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tlora.report import paired
+from tlora.report.samples import Evaluation, Sample, Task
+from tlora.report.statistics import Difference, Interval, holm
+
+LOST, GAINED, OTHER = "lost", "gained", "other"
+KINDS = (LOST, GAINED, OTHER)
+"""Scored lower than by the first model; higher; the same, not fully right, and answered
+differently."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one metric of a task."""
+
+    model: str
+    score: Interval | None
+    """None if the evaluation has no such score."""
+    difference: Difference | None
+    """To the first model; None for that one, and where items have no scores of their own."""
+    changes: dict[str, list[int]]
+    """Places of the items that changed, by the `KINDS`; empty for the first model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of a task, every model."""
+
+    task: Task
+    metric: str
+    cells: list[Cell]
+    by_item: bool
+    """Whether the score is the mean of the items' scores."""
+    right_or_wrong: bool
+    """Whether every item scored 0 or 1."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the task's main metric."""
+        return self.metric == self.task.metrics[0]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole evaluation, compared."""
+
+    evaluation: Evaluation
+    rows: list[Row]
+    tested: int
+    """How many differences of main metrics were tested."""
+    holding: set[tuple[str, str]]
+    """Tasks and models whose difference holds when all those are tested together (Holm)."""
+    other_prompts: dict[tuple[str, str], int]
+    """By task and model: how many items were put to it in other words than to the first model."""
+
+    @property
+    def first(self) -> str:
+        """The model that the others are compared to."""
+        return self.evaluation.models[0].name
+
+    @property
+    def others(self) -> list[str]:
+        """All models but the first."""
+        return [model.name for model in self.evaluation.models[1:]]
+
+    def listed(self, task: Task) -> Row | None:
+        """Return the row by which the items of ``task`` are listed; None if none has scores."""
+        return next((row for row in self.rows if row.task is task and row.by_item), None)
+
+    @property
+    def missing(self) -> list[tuple[str, list[str]]]:
+        """Tasks, and the models that are not done with them."""
+        models = [model.name for model in self.evaluation.models]
+        left = [(t.name, [m for m in models if m not in t.scores]) for t in self.evaluation.tasks]
+        return [(task, models) for task, models in left if models]
+
+
+def gather(evaluation: Evaluation) -> Results:
+    """Compare the models of ``evaluation``, each with the first."""
+    rows = [_row(evaluation, task, metric) for task in evaluation.tasks for metric in task.metrics]
+    tested = {
+        (row.task.name, cell.model): cell.difference.p
+        for row in rows
+        for cell in row.cells
+        if row.main and cell.difference is not None and cell.difference.p is not None
+    }
+    holding = {key for key, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
+    return Results(evaluation, rows, len(tested), holding, _other_prompts(evaluation))
+
+
+def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
+    scores = {model: _scores(samples, metric) for model, samples in task.samples.items()}
+    known = {model: found for model, found in scores.items() if found is not None}
+    by_item = len(known) == len(scores) and all(
+        _agrees(task.scores[model].get(metric), found) for model, found in known.items()
+    )
+    exact = by_item and all(found.right_or_wrong for found in known.values())
+    first = evaluation.models[0].name
+    cells = []
+    for model in (each.name for each in evaluation.models):
+        told = task.scores.get(model, {}).get(metric)
+        if model in known and by_item:
+            difference, changes = None, {}
+            if model != first and first in known:
+                difference = paired.difference(known[model], known[first])
+                changes = _changes(task.samples[first], task.samples[model], metric, exact)
+            cells.append(Cell(model, paired.score(known[model]), difference, changes))
+        else:
+            score = None if told is None else Interval(told, None, None, task.items)
+            cells.append(Cell(model, score, None, {}))
+    return Row(task, metric, cells, by_item, exact)
+
+
+def _scores(samples: Sequence[Sample], metric: str) -> paired.Scores | None:
+    if any(metric not in sample.scores for sample in samples):
+        return None
+    groups = [sample.group if sample.group is not None else sample.item for sample in samples]
+    grouped = len(set(groups)) < len(samples)
+    return paired.Scores([sample.scores[metric] for sample in samples], groups if grouped else None)
+
+
+def _agrees(told: float | None, found: paired.Scores) -> bool:
+    """Whether the score that eval.json tells is the mean of the items' (F1 and the like are not).
+
+    It may have been rounded to four digits.
+    """
+    mean = sum(found.values) / len(found.values)
+    return told is None or abs(told - mean) <= 1e-4 * max(1.0, abs(mean))
+
+
+def _changes(
+    before: Sequence[Sample], after: Sequence[Sample], metric: str, exact: bool
+) -> dict[str, list[int]]:
+    changes: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for place, (old, new) in enumerate(zip(before, after, strict=True)):
+        change = new.scores[metric] - old.scores[metric]
+        if change:
+            changes[GAINED if change > 0 else LOST].append(place)
+        elif not (exact and new.scores[metric] == 1) and _said(old, exact) != _said(new, exact):
+            changes[OTHER].append(place)
+    return changes
+
+
+def _said(sample: Sample, exact: bool) -> tuple[str | None, str]:
+    """Return what of a reply is compared: the answer read from it; of a graded one, all of it."""
+    if exact and sample.answer is not None:
+        return sample.answer, ""
+    return None, sample.reply.strip()
+
+
+def _other_prompts(evaluation: Evaluation) -> dict[tuple[str, str], int]:
+    first = evaluation.models[0].name
+    found = {}
+    for task in evaluation.tasks:
+        for model, samples in task.samples.items():
+            pairs = zip(task.samples.get(first, samples), samples, strict=True)
+            unlike = sum(old.prompt != new.prompt for old, new in pairs)
+            if unlike:
+                found[task.name, model] = unlike
+    return found

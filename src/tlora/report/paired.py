@@ -1,0 +1,181 @@
+"""What may be said of two models that answered the same items.
+
+The items are drawn again, not the models: the intervals say how other items of the kind would
+turn out, not how another training would.
+
+Difference of means: the percentile bootstrap (Efron 1979) over items, both models' scores of an
+item drawn together. BCa limits were tried beside it: the correction is estimated from the few
+items that changed, and of two equal models that differ on 8 % of 50 items it calls one better in
+10 % of the cases, percentile limits in 4 % (5 % is what 95 % intervals promise). From some hundred
+items on the two agree.
+
+Test: signs of the differences flipped at random (Fisher's paired randomisation test), which for
+right and wrong is McNemar's exact test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tlora.report.statistics import LEVEL, Difference, Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESAMPLES = 10_000
+SEED = 0
+_FEW = 32  # so many distinct values are drawn as counts, faster than item by item
+_BLOCK = 2**22  # numbers drawn at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one model on the items of a task, in an order that all models share."""
+
+    values: Sequence[float]
+    groups: Sequence[str] | None = None
+    """Items of one group, such as the turns of a conversation, are drawn together."""
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether every score is 0 or 1."""
+        return all(value in (0.0, 1.0) for value in self.values)
+
+
+def score(scores: Scores) -> Interval:
+    """Return the mean and its 95 % interval; one item has no interval.
+
+    Of right and wrong it is Wilson's (1927), which does not shrink to a point where all or none
+    are right; otherwise the percentile bootstrap.
+    """
+    count = len(scores.values)
+    mean = math.fsum(scores.values) / count
+    if count < 2:
+        return Interval(mean, None, None, count)
+    if scores.right_or_wrong and scores.groups is None:
+        return Interval(mean, *_wilson(mean, count), count)
+    return Interval(mean, *_limits(*_totals(scores.values, scores.groups)), count)
+
+
+def difference(first: Scores, second: Scores) -> Difference | None:
+    """Compare two models on the same items, first minus second; higher is better.
+
+    One is called better if the interval leaves zero out and the test says p < 0.05 too: with five
+    changed items or fewer, no matter which way, it never does.
+
+    Args:
+        first: scores of one model.
+        second: scores of the other, item for item, with the same groups.
+
+    Returns:
+        None for fewer than two items.
+    """
+    count = len(first.values)
+    if count < 2:
+        return None
+    # Rounded, or 0.3 - 0.2 and 0.2 - 0.1 would be different differences.
+    pairs = zip(first.values, second.values, strict=True)
+    differences = [round(a - b, 12) for a, b in pairs]
+    totals, sizes = _totals(differences, first.groups)
+    low, high = _limits(totals, sizes)
+    p = sign_flip(totals)
+    mean = math.fsum(differences) / count
+    better = 0
+    if p < 1 - LEVEL and not low <= 0 <= high:
+        better = 1 if mean > 0 else -1
+    return Difference(Interval(mean, low, high, count), p, better)
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Return the two-sided p-value of "as likely up as down", given the sizes of the differences.
+
+    Exact where all differences that are not zero have one size (McNemar 1947: twice the binomial
+    tail of the rarer sign); else from `RESAMPLES` random flips, never below 1 / (RESAMPLES + 1).
+
+    Args:
+        differences: one a group (an item, if none is grouped), float64 of any length.
+    """
+    import numpy as np
+
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    if len(sizes) == 1:
+        from scipy import stats
+
+        rarer = min((differences > 0).sum(), (differences < 0).sum())
+        return min(1.0, 2 * float(stats.binom.cdf(rarer, counts[0], 0.5)))
+    generator = np.random.default_rng(SEED)
+    beyond = 0
+    seen = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    for rows in _blocks(len(sizes)):
+        ups = generator.binomial(counts, 0.5, size=(rows, len(sizes)))
+        beyond += int((np.abs((2 * ups - counts) @ sizes) >= seen).sum())
+    return (1 + beyond) / (1 + RESAMPLES)
+
+
+def resampled_means(totals: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return `RESAMPLES` means of as many groups, drawn with replacement from a fixed seed.
+
+    A mean is sum(totals) / sum(sizes) over what was drawn.
+
+    Args:
+        totals: sum of the values of each group, float64 of shape (groups,).
+        sizes: number of values of each group, same shape.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(SEED)
+    count = len(totals)
+    kinds, numbers = np.unique(np.stack([totals, sizes], axis=1), axis=0, return_counts=True)
+    if len(kinds) <= _FEW:
+        # How often each kind of group is drawn is multinomial: no need to draw group by group.
+        drawn = generator.multinomial(count, numbers / count, size=RESAMPLES) @ kinds
+        return drawn[:, 0] / drawn[:, 1]
+    means = []
+    for rows in _blocks(count):
+        drawn = generator.integers(count, size=(rows, count), dtype=np.int32)
+        means.append(totals[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(means)
+
+
+def _totals(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the number of the values of each group."""
+    import numpy as np
+
+    if groups is None:
+        return np.asarray(values, dtype=np.float64), np.ones(len(values))
+    place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    where = [place[group] for group in groups]
+    return np.bincount(where, weights=values).round(12), np.bincount(where).astype(np.float64)
+
+
+def _limits(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Return the percentile limits, each the next mean outwards where two would do."""
+    import numpy as np
+
+    means = resampled_means(totals, sizes).round(12)
+    tail = (1 - LEVEL) / 2
+    low = np.quantile(means, tail, method="lower")
+    return float(low), float(np.quantile(means, 1 - tail, method="higher"))
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    from scipy import stats
+
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count)
+    half *= math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    # At a share of 0 or 1 the limit is that share, but for the last digit.
+    return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))
+
+
+def _blocks(width: int) -> list[int]:
+    """Return numbers of resamples that together are all, each of at most `_BLOCK` numbers."""
+    most = max(1, _BLOCK // width)
+    whole, rest = divmod(RESAMPLES, most)
+    return [most] * whole + [rest] * bool(rest)

@@ -1,0 +1,283 @@
+"""The folder of an evaluation, read and checked: which models gave which replies to which items.
+
+::
+
+    eval.json                     configuration, provenance, models, tasks and their scores
+    samples/MODEL/TASK.jsonl      a line an item: prompt, reply, answer, target, scores
+
+Everything that is wrong is named at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import ArtifactError
+from tlora.files import read_json
+
+FILE = "eval.json"
+FORMAT = 1
+_SHOWN = 3  # so many of one kind of fault are spelled out
+_AGAIN = "evaluate again into an empty folder"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was evaluated."""
+
+    name: str
+    kind: str
+    """ "base", "adapter" or "merged"."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item and what one model made of it."""
+
+    item: str
+    prompt: str
+    reply: str
+    answer: str | None
+    """As read from the reply; None if there is none in it."""
+    target: str | None
+    scores: dict[str, float]
+    group: str | None
+    """Items of one group depend on each other, as the turns of a conversation do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task and all samples of it."""
+
+    name: str
+    metrics: list[str]
+    """The first is the main one; higher is better for all."""
+    protocol: str
+    shots: int | None
+    scores: dict[str, dict[str, float]]
+    """By model and metric, as eval.json has them; a model that it does not name is not done."""
+    samples: dict[str, list[Sample]]
+    """By model that is done, items in the same order for all."""
+
+    @property
+    def items(self) -> int:
+        """The number of items; 0 where no model is done."""
+        return len(next(iter(self.samples.values()), []))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation as it is on disk; differences are to the first model."""
+
+    models: list[Model]
+    tasks: list[Task]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def exists(folder: str | Path) -> bool:
+    """Whether an evaluation is in ``folder``."""
+    return (Path(folder) / FILE).is_file()
+
+
+def read(folder: str | Path) -> Evaluation:
+    """Read an evaluation.
+
+    Raises:
+        ArtifactError: files are missing, damaged or of another format, or models were asked
+            different things; all faults are listed.
+    """
+    return _Reader(Path(folder)).evaluation()
+
+
+@dataclass
+class _Reader:
+    folder: Path
+    faults: list[str] = field(default_factory=list)
+
+    def evaluation(self) -> Evaluation:
+        found = read_json(self.folder / FILE)
+        if not isinstance(found, dict) or "format" not in found:
+            raise ArtifactError(f"{self.folder / FILE}: not written by `tlora eval`.")
+        if found["format"] != FORMAT:
+            raise ArtifactError(
+                f"{self.folder / FILE}: of format {found['format']!r}, and this version of tlora"
+                f" reads format {FORMAT}; use the version that wrote it, or {_AGAIN}."
+            )
+        models = [
+            Model(str(m["name"]), str(m.get("kind", ""))) for m in self._named(found, "models")
+        ]
+        self._raise()
+        tasks = [self._task(task, models) for task in self._named(found, "tasks")]
+        self._raise()
+        parts = [found.get(name) or {} for name in ("config", "provenance")]
+        return Evaluation(models, [task for task in tasks if task], *parts)
+
+    def _raise(self) -> None:
+        if len(self.faults) == 1:
+            raise ArtifactError(f"{self.folder}: {self.faults[0]}")
+        if self.faults:
+            lines = "".join(f"\n  - {fault}" for fault in self.faults)
+            raise ArtifactError(f"{self.folder}: {len(self.faults)} faults:{lines}")
+
+    def _named(self, found: dict[str, Any], what: str) -> list[dict[str, Any]]:
+        """Return the list ``what``, of objects that have names of their own."""
+        listed = found.get(what)
+        if not isinstance(listed, list) or not listed:
+            self.faults.append(f"{FILE} lists no {what}; {_AGAIN}.")
+            return []
+        if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in listed):
+            self.faults.append(f"{FILE}: one of the {what} has no name; {_AGAIN}.")
+            return []
+        names = [each["name"] for each in listed]
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            self.faults.append(f"{FILE}: two {what} are called {name!r}; {_AGAIN}.")
+        return listed
+
+    def _task(self, task: dict[str, Any], models: list[Model]) -> Task | None:
+        name, metrics = task["name"], task.get("metrics")
+        if metrics is None or not _texts(metrics):
+            self.faults.append(f"{FILE}: task {name!r} has no list of metrics; {_AGAIN}.")
+            return None
+        scores = task.get("scores") or {}
+        before = len(self.faults)
+        done = [model.name for model in models if model.name in scores]
+        samples = {model: self._samples(model, name, task.get("items")) for model in done}
+        if len(self.faults) > before:
+            return None
+        for model in done[1:]:
+            self._check_alike(name, (done[0], samples[done[0]]), (model, samples[model]))
+        if len(self.faults) > before:
+            return None
+        for listed in list(samples.values())[1:]:
+            order = {sample.item: place for place, sample in enumerate(samples[done[0]])}
+            listed.sort(key=lambda sample: order[sample.item])
+        return Task(
+            name=name,
+            metrics=metrics,
+            protocol=str(task.get("protocol") or ""),
+            shots=task.get("shots"),
+            scores=scores,
+            samples=samples,
+        )
+
+    def _samples(self, model: str, task: str, count: Any) -> list[Sample]:
+        place = Path("samples") / model / f"{file_name(task)}.jsonl"
+        file = self.folder / place
+        if not file.resolve().is_relative_to(self.folder.resolve()):
+            self.faults.append(f"{FILE}: {place} lies outside of the folder; {_AGAIN}.")
+            return []
+        if not file.is_file():
+            self.faults.append(f"there is no {place}; the evaluation is not whole, {_AGAIN}.")
+            return []
+        samples, faults = [], []
+        seen: set[str] = set()
+        for number, line in _lines(file):
+            sample = _sample(line)
+            if isinstance(sample, Sample) and sample.item in seen:
+                sample = f"item {sample.item!r} is there twice"
+            if isinstance(sample, str):
+                faults.append(f"{place}, line {number}: {sample}.")
+            else:
+                seen.add(sample.item)
+                samples.append(sample)
+        if not faults and count is not None and count != len(samples):
+            faults.append(f"{place} has {len(samples)} items, {FILE} says {count}; {_AGAIN}.")
+        elif not faults and not samples:
+            faults.append(f"{place} is empty; {_AGAIN}.")
+        if len({frozenset(sample.scores) for sample in samples}) > 1:
+            faults.append(f"{place}: not every item has the same scores; {_AGAIN}.")
+        self.faults += faults[:_SHOWN]
+        if len(faults) > _SHOWN:
+            self.faults.append(f"{place}: {len(faults) - _SHOWN} more lines are damaged.")
+        return samples
+
+    def _check_alike(
+        self, task: str, first: tuple[str, list[Sample]], second: tuple[str, list[Sample]]
+    ) -> None:
+        """Note if two models were given different items, or items with different targets."""
+        (one, mine), (other, theirs) = first, second
+        known = {sample.item: sample for sample in mine}
+        given = {sample.item for sample in theirs}
+        ends = f"their scores cannot be compared item by item; {_AGAIN}."
+        for there, missing, without in (
+            (one, [s.item for s in mine if s.item not in given], other),
+            (other, [s.item for s in theirs if s.item not in known], one),
+        ):
+            if missing:
+                self.faults.append(
+                    f"{task}: {there} has {_some(missing)} which {without} has not; {ends}"
+                )
+        unlike = [s.item for s in theirs if s.item in known and known[s.item].target != s.target]
+        if unlike:
+            self.faults.append(
+                f"{task}: {one} and {other} have different targets for {_some(unlike)}; {ends}"
+            )
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def _sample(line: str) -> Sample | str:
+    """Return the sample of a line, or what is wrong with it."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error})"
+    fault = next(_faults(found), None)
+    if fault is not None:
+        return fault
+    names = ("item", "prompt", "reply", "answer", "target", "group")
+    scores = {metric: float(value) for metric, value in found["scores"].items()}
+    return Sample(**{name: _clean(found.get(name)) for name in names}, scores=scores)
+
+
+def _faults(found: Any) -> Iterator[str]:
+    if not isinstance(found, dict):
+        yield "not a JSON object"
+        return
+    for name in ("item", "prompt", "reply"):
+        if not isinstance(found.get(name), str):
+            yield f"`{name}` is {found.get(name)!r:.60}, not text"
+    for name in ("answer", "target", "group"):
+        if not isinstance(found.get(name), str | None):
+            yield f"`{name}` is {found.get(name)!r:.60}, neither text nor null"
+    scores = found.get("scores")
+    if not isinstance(scores, dict):
+        yield "`scores` is no object of numbers by metric"
+        return
+    for metric, value in scores.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            yield f"the score {metric!r} is {value!r:.60}, not a finite number"
+
+
+def _clean(text: Any) -> Any:
+    """Return ``text`` without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text and text.encode("utf-8", "replace").decode("utf-8")
+
+
+def file_name(task: str) -> str:
+    """Return the name of a task's file: what a file's name could not hold is an underscore."""
+    return re.sub(r"[^\w.+-]", "_", task)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _some(items: list[str]) -> str:
+    """Return how many ``items`` there are and the first of them."""
+    named = ", ".join(map(repr, items[:_SHOWN]))
+    more = ", ..." if len(items) > _SHOWN else ""
+    return f"{len(items)} item{'s' if len(items) > 1 else ''} ({named}{more})"
