@@ -180,7 +180,10 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def _show_evaluation(folder: EvalFolder) -> None:
-    _say(f"results: {folder.path / 'eval.json'}")
+    from tlora.report import evaluation
+
+    report = evaluation.write(folder.path)
+    _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
 
 
 def _show_comparison(folder: CompareFolder) -> None:
@@ -193,23 +196,16 @@ def _show_comparison(folder: CompareFolder) -> None:
     _say(f"\n{plaintext.markdown(results)}\npage: {path}\ntables: {texts[0]}, {texts[1]}")
 
 
-def _show_evaluation(folder: str | Path) -> None:
-    from tlora.report import evaluation
-
-    report = evaluation.write(folder)
-    _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
-
-
 def inspect(config: InspectConfig) -> None:
     """Show a plan, or make the page of a comparison or an evaluation again."""
     from tlora.comparefolder import CompareFolder
-    from tlora.report import samples
+    from tlora.evalfolder import EvalFolder
 
     if CompareFolder(config.path).exists:
         _show_comparison(CompareFolder(config.path))
         return
-    if samples.exists(config.path):
-        _show_evaluation(config.path)
+    if EvalFolder(config.path).exists:
+        _show_evaluation(EvalFolder(config.path))
         return
     from tlora import AdapterPlan
     from tlora.report.heatmap import save

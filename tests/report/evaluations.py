@@ -70,6 +70,7 @@ def write(folder: Path, tasks: Mapping[str, Mapping[str, list[Line]]], **fields:
         )
     kinds = {"base": "base"}
     found = {
+        "kind": "tlora evaluation",
         "format": 1,
         "config": {"tasks": list(tasks), "seed": 0},
         "provenance": PROVENANCE,

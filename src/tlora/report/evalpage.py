@@ -51,7 +51,7 @@ def context(results: Results) -> dict[str, Any]:
         "remarks": wording.remarks(results),
         "tasks": [wording.task(task) for task in evaluation.tasks],
         "method": wording.method(results),
-        "environment": environment.rows(_starts(evaluation.provenance)),
+        "environment": environment.rows(evaluation.starts),
         "configuration": yaml.safe_dump(evaluation.config, sort_keys=False, allow_unicode=True),
         "listed": listed,
         "data": html.embedded(replies(results, listed)),
@@ -156,9 +156,3 @@ def _cell(results: Results, row: Row, cell: Cell, listed: Mapping[str, int]) -> 
         "place": models.index(cell.model),
         "changes": cell.changes if browsed else {},
     }
-
-
-def _starts(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return one record a start: an evaluation that was stopped has several."""
-    starts = provenance.get("starts")
-    return list(starts) if isinstance(starts, list) else [provenance]

@@ -168,6 +168,12 @@ def remarks(results: Results) -> list[str]:
         for (task, model), unlike in results.other_prompts.items()
     ]
     said += [
+        f"{found.name}: {count(lost)} prompts were too long for {model} and lost their beginning."
+        for found in results.evaluation.tasks
+        for model, lost in found.truncated.items()
+        if lost
+    ]
+    said += [
         f"{name(row)}: the score is not the mean of scores of items, so it has no interval and is"
         " not compared."
         for row in results.rows

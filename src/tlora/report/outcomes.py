@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,13 +99,13 @@ def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
     scores = {model: _scores(samples, metric) for model, samples in task.samples.items()}
     known = {model: found for model, found in scores.items() if found is not None}
     by_item = len(known) == len(scores) and all(
-        _agrees(task.scores[model].get(metric), found) for model, found in known.items()
+        _agrees(_told(task, model, metric), found) for model, found in known.items()
     )
     exact = by_item and all(found.right_or_wrong for found in known.values())
     first = evaluation.models[0].name
     cells = []
     for model in (each.name for each in evaluation.models):
-        told = task.scores.get(model, {}).get(metric)
+        told = _told(task, model, metric)
         if model in known and by_item:
             difference, changes = None, {}
             if model != first and first in known:
@@ -115,6 +116,12 @@ def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
             score = None if told is None else Interval(told, None, None, task.items)
             cells.append(Cell(model, score, None, {}))
     return Row(task, metric, cells, by_item, exact)
+
+
+def _told(task: Task, model: str, metric: str) -> float | None:
+    """Return the score that eval.json has; None for none and for what is no number."""
+    value = task.scores.get(model, {}).get(metric)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _scores(samples: Sequence[Sample], metric: str) -> paired.Scores | None:

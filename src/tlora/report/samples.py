@@ -1,9 +1,4 @@
-"""The folder of an evaluation, read and checked: which models gave which replies to which items.
-
-::
-
-    eval.json                     configuration, provenance, models, tasks and their scores
-    samples/MODEL/TASK.jsonl      a line an item: prompt, reply, answer, target, scores
+"""An evaluation's folder, read and checked: which models gave which replies to which items.
 
 Everything that is wrong is named at once.
 """
@@ -12,19 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError
-from tlora.files import read_json
+from tlora.evalfolder import EvalFolder
 
-FILE = "eval.json"
-FORMAT = 1
+_FILE = "eval.json"
 _SHOWN = 3  # so many of one kind of fault are spelled out
-_AGAIN = "evaluate again into an empty folder"
+_AGAIN = "evaluate into another folder"
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,13 @@ class Task:
 
     name: str
     metrics: list[str]
-    """The first is the main one; higher is better for all."""
+    """The first is the main one; higher is better for all. Empty where no model is done."""
     protocol: str
     shots: int | None
     scores: dict[str, dict[str, float]]
     """By model and metric, as eval.json has them; a model that it does not name is not done."""
+    truncated: dict[str, int]
+    """By model, how many prompts were too long for it and lost their beginning."""
     samples: dict[str, list[Sample]]
     """By model that is done, items in the same order for all."""
 
@@ -78,12 +73,8 @@ class Evaluation:
     models: list[Model]
     tasks: list[Task]
     config: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-def exists(folder: str | Path) -> bool:
-    """Whether an evaluation is in ``folder``."""
-    return (Path(folder) / FILE).is_file()
+    starts: list[dict[str, Any]]
+    """Provenance of each start; an evaluation that was stopped has several."""
 
 
 def read(folder: str | Path) -> Evaluation:
@@ -93,57 +84,51 @@ def read(folder: str | Path) -> Evaluation:
         ArtifactError: files are missing, damaged or of another format, or models were asked
             different things; all faults are listed.
     """
-    return _Reader(Path(folder)).evaluation()
+    return _Reader(EvalFolder(folder)).evaluation()
 
 
 @dataclass
 class _Reader:
-    folder: Path
+    folder: EvalFolder
     faults: list[str] = field(default_factory=list)
 
     def evaluation(self) -> Evaluation:
-        found = read_json(self.folder / FILE)
-        if not isinstance(found, dict) or "format" not in found:
-            raise ArtifactError(f"{self.folder / FILE}: not written by `tlora eval`.")
-        if found["format"] != FORMAT:
-            raise ArtifactError(
-                f"{self.folder / FILE}: of format {found['format']!r}, and this version of tlora"
-                f" reads format {FORMAT}; use the version that wrote it, or {_AGAIN}."
-            )
+        found = self.folder.read()
         models = [
             Model(str(m["name"]), str(m.get("kind", ""))) for m in self._named(found, "models")
         ]
         self._raise()
         tasks = [self._task(task, models) for task in self._named(found, "tasks")]
         self._raise()
-        parts = [found.get(name) or {} for name in ("config", "provenance")]
-        return Evaluation(models, [task for task in tasks if task], *parts)
+        starts = found.get("starts") or [found.get("provenance") or {}]
+        done = [task for task in tasks if task is not None]
+        return Evaluation(models, done, found.get("config") or {}, starts)
 
     def _raise(self) -> None:
         if len(self.faults) == 1:
-            raise ArtifactError(f"{self.folder}: {self.faults[0]}")
+            raise ArtifactError(f"{self.folder.path}: {self.faults[0]}")
         if self.faults:
             lines = "".join(f"\n  - {fault}" for fault in self.faults)
-            raise ArtifactError(f"{self.folder}: {len(self.faults)} faults:{lines}")
+            raise ArtifactError(f"{self.folder.path}: {len(self.faults)} faults:{lines}")
 
     def _named(self, found: dict[str, Any], what: str) -> list[dict[str, Any]]:
         """Return the list ``what``, of objects that have names of their own."""
         listed = found.get(what)
         if not isinstance(listed, list) or not listed:
-            self.faults.append(f"{FILE} lists no {what}; {_AGAIN}.")
+            self.faults.append(f"{_FILE} lists no {what}; {_AGAIN}.")
             return []
         if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in listed):
-            self.faults.append(f"{FILE}: one of the {what} has no name; {_AGAIN}.")
+            self.faults.append(f"{_FILE}: one of the {what} has no name; {_AGAIN}.")
             return []
         names = [each["name"] for each in listed]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            self.faults.append(f"{FILE}: two {what} are called {name!r}; {_AGAIN}.")
+            self.faults.append(f"{_FILE}: two {what} are called {name!r}; {_AGAIN}.")
         return listed
 
     def _task(self, task: dict[str, Any], models: list[Model]) -> Task | None:
         name, metrics = task["name"], task.get("metrics")
         if metrics is None or not _texts(metrics):
-            self.faults.append(f"{FILE}: task {name!r} has no list of metrics; {_AGAIN}.")
+            self.faults.append(f"{_FILE}: task {name!r} has no list of metrics; {_AGAIN}.")
             return None
         scores = task.get("scores") or {}
         before = len(self.faults)
@@ -164,14 +149,15 @@ class _Reader:
             protocol=str(task.get("protocol") or ""),
             shots=task.get("shots"),
             scores=scores,
+            truncated=task.get("truncated") or {},
             samples=samples,
         )
 
     def _samples(self, model: str, task: str, count: Any) -> list[Sample]:
-        place = Path("samples") / model / f"{file_name(task)}.jsonl"
-        file = self.folder / place
-        if not file.resolve().is_relative_to(self.folder.resolve()):
-            self.faults.append(f"{FILE}: {place} lies outside of the folder; {_AGAIN}.")
+        file = self.folder.samples_file(model, task)
+        place = file.relative_to(self.folder.path)
+        if not file.resolve().is_relative_to(self.folder.samples.resolve()):
+            self.faults.append(f"{_FILE}: {place} is outside of samples/; {_AGAIN}.")
             return []
         if not file.is_file():
             self.faults.append(f"there is no {place}; the evaluation is not whole, {_AGAIN}.")
@@ -188,7 +174,7 @@ class _Reader:
                 seen.add(sample.item)
                 samples.append(sample)
         if not faults and count is not None and count != len(samples):
-            faults.append(f"{place} has {len(samples)} items, {FILE} says {count}; {_AGAIN}.")
+            faults.append(f"{place} has {len(samples)} items, {_FILE} says {count}; {_AGAIN}.")
         elif not faults and not samples:
             faults.append(f"{place} is empty; {_AGAIN}.")
         if len({frozenset(sample.scores) for sample in samples}) > 1:
@@ -267,13 +253,8 @@ def _clean(text: Any) -> Any:
     return text and text.encode("utf-8", "replace").decode("utf-8")
 
 
-def file_name(task: str) -> str:
-    """Return the name of a task's file: what a file's name could not hold is an underscore."""
-    return re.sub(r"[^\w.+-]", "_", task)
-
-
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _some(items: list[str]) -> str:
