@@ -48,6 +48,10 @@ class ArtifactError(TLoraError, OSError):
     """A file that tlora wrote (calibration, plan, run folder) is missing or damaged."""
 
 
+class JudgeError(TLoraError, RuntimeError):
+    """A judge of answers did not answer, though it was asked again."""
+
+
 class SandboxError(TLoraError, RuntimeError):
     """Programs cannot be run here as safely as was asked for."""
 

@@ -82,7 +82,7 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
         ids += _end(tokenizer, ids)
         learnt = [True] * len(ids)
     else:
-        prompt = [*_prompt_ids(tokenizer, row["prompt"])]
+        prompt = [*prompt_ids(tokenizer, row["prompt"])]
         response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"]]
         response += _end(tokenizer, response)
         ids = prompt + response
@@ -137,7 +137,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [] if end is None or (ids and ids[-1] == end) else [end]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenise with the opening special tokens, without a closing one."""
     ids = tokenizer(prompt)["input_ids"]
     closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id

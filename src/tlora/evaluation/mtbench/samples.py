@@ -1,0 +1,74 @@
+"""The lines of an evaluation's samples: one for each turn, with all that a later judging needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tlora.errors import ArtifactError
+from tlora.evaluation.mtbench.judging import TURNS, Answered, Judged, Judgement
+from tlora.evaluation.mtbench.questions import Question
+from tlora.evaluation.mtbench.scores import MAIN
+
+_TEXTS = ("reply", "rendered")
+
+
+def to_lines(answered: Sequence[Answered], judged: Judged | None = None) -> list[dict[str, Any]]:
+    """Return two lines a question; their scores are empty where there is no grade (yet)."""
+    lines = []
+    for place, each in enumerate(answered):
+        pair = judged.judgements[place] if judged else (None, None)
+        for turn, judgement in zip(TURNS, pair, strict=True):
+            lines.append(_line(each, turn, judgement))
+    return lines
+
+
+def _line(each: Answered, turn: int, judgement: Judgement | None) -> dict[str, Any]:
+    question, at = each.question, turn - 1
+    line: dict[str, Any] = {
+        "item": f"{question.id}/{turn}",
+        "group": question.id,
+        "prompt": question.turns[at],
+        "reply": each.answers[at],
+        "answer": None,
+        "target": question.references[at] if question.references else None,
+        "scores": {},
+        "turn": turn,
+        "category": question.category,
+        "rendered": each.prompts[at],
+    }
+    if judgement is not None:
+        line |= {"judgement": judgement.reply.text, "status": judgement.status}
+        line["scores"] = {} if judgement.score is None else {MAIN: judgement.score}
+    return line
+
+
+def from_lines(lines: Iterable[Mapping[str, Any]], where: str) -> list[Answered]:
+    """Return the questions and answers that `to_lines` wrote.
+
+    Args:
+        lines: the lines, in order.
+        where: the file, for the message of an error.
+
+    Raises:
+        ArtifactError: a line is missing or is not such a line.
+    """
+    rows = list(lines)
+    try:
+        return [_answered(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where}: these are no answers to MT-Bench ({error!r}).") from error
+
+
+def _answered(first: Mapping[str, Any], second: Mapping[str, Any]) -> Answered:
+    if (first["turn"], second["turn"]) != TURNS or first["group"] != second["group"]:
+        raise ValueError(f"{first['item']} and {second['item']} are not two turns of a question")
+    targets = (first["target"], second["target"])
+    question = Question(
+        first["group"],
+        first["category"],
+        (first["prompt"], second["prompt"]),
+        None if None in targets else targets,
+    )
+    replies, prompts = (tuple(line[name] for line in (first, second)) for name in _TEXTS)
+    return Answered(question, replies, prompts)

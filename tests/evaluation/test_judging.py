@@ -1,0 +1,436 @@
+"""Judging against a server on a real socket: slow, broken, busy, refusing."""
+
+import asyncio
+import dataclasses
+import email.utils
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import judge_server
+import pytest
+from judge_server import cut, hang_up, raw, says, slow, status
+
+from tlora.errors import ConfigError, JudgeError
+from tlora.evaluation.mtbench import endpoint
+from tlora.evaluation.mtbench.config import JudgeConfig
+from tlora.evaluation.mtbench.judging import Answered, judge
+from tlora.evaluation.mtbench.questions import Question
+
+KEY = "sk-test-d41d8cd98f00b204"
+
+
+@pytest.fixture
+def server():
+    with judge_server.running() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def config(server, **fields):
+    given = {"model": "grader", "concurrency": 1, "retries": 3} | fields
+    return JudgeConfig(url=server.url, **given)
+
+
+def answered(count=1):
+    return [
+        Answered(
+            Question(str(n), "writing", (f"first of {n}", f"second of {n}")),
+            (f"answer one of {n}", f"answer two of {n}"),
+        )
+        for n in range(count)
+    ]
+
+
+def scores(judged):
+    return [each.score for pair in judged.judgements for each in pair]
+
+
+def statuses(judged):
+    return [each.status for pair in judged.judgements for each in pair]
+
+
+def test_a_question_is_two_requests_of_the_protocol(server, tmp_path):
+    server.script = [says("Fine. Rating: [[3]]"), says("Better. Rating: [[8.5]]")]
+    judged = judge(answered(), config(server), tmp_path)
+    assert scores(judged) == [3.0, 8.5]
+    for body in server.bodies:
+        assert body["path"] == "/v1/chat/completions"
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("grader", 0.0, 2048)
+        assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    first, second = (body["messages"][1]["content"] for body in server.bodies)
+    assert "first of 0" in first
+    assert "answer one of 0" in first
+    assert "second of 0" not in first
+    assert "answer two of 0" not in first
+    for text in ("first of 0", "answer one of 0", "second of 0", "answer two of 0"):
+        assert text in second
+    assert all("Authorization" not in headers for headers in server.headers)
+
+
+def test_further_fields_are_sent_and_null_leaves_one_out(server, tmp_path):
+    request = {"seed": 3, "max_tokens": None, "max_completion_tokens": 99}
+    judge(answered(), config(server, request=request), tmp_path)
+    body = server.bodies[0]
+    assert "max_tokens" not in body
+    assert (body["seed"], body["max_completion_tokens"]) == (3, 99)
+
+
+def test_grades_go_to_the_answers_they_are_of(server, tmp_path):
+    def grade(body):
+        text = body["messages"][1]["content"]
+        number = int(text.split("first of ")[1].split("\n")[0])
+        # The later a question, the sooner its grade.
+        return slow(0.02 * (5 - number), says(f"[[{number + (5 if 'second of' in text else 1)}]]"))
+
+    server.by_body = grade
+    judged = judge(
+        answered(5),
+        config(server, concurrency=10),
+        tmp_path,
+    )
+    assert scores(judged) == [1, 5, 2, 6, 3, 7, 4, 8, 5, 9]
+
+
+def test_so_many_requests_run_at_a_time_and_no_more(server, tmp_path):
+    server.always = slow(0.05, says("[[7]]"))
+    judge(answered(6), config(server, concurrency=3), tmp_path)
+    assert server.most_at_once == 3
+
+
+PASSING = {
+    "busy": status(429),
+    "server error": status(500),
+    "gateway": status(503, "<html>no</html>"),
+    "not JSON": raw(b"<html>login</html>"),
+    "half of JSON": raw(b'{"choices": [{"mess'),
+    "no choice": raw(b'{"choices": []}'),
+    "an error with status 200": raw(b'{"error": {"message": "overloaded"}}'),
+    "content of another type": says(None, message={"content": [1]}),
+    "not UTF-8": raw(b"\xff\xfe\xfd"),
+    "cut": cut,
+    "hung up": hang_up,
+    "slow": slow(0.6, says("too late [[1]]")),
+}
+
+
+@pytest.mark.parametrize("failure", PASSING)
+def test_what_passes_is_tried_again(server, tmp_path, failure):
+    server.script = [PASSING[failure], PASSING[failure]]
+    judged = judge(answered(), config(server, timeout=0.3), tmp_path)
+    assert scores(judged) == [7.0, 7.0]
+    assert len(server.bodies) == 4
+    assert judged.counts(config(server))["retried"] == 2
+
+
+def test_a_slow_trickle_is_a_timeout_too(server, tmp_path):
+    def trickle(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(20):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    server.script = [trickle]
+    started = time.monotonic()
+    judged = judge(answered(), config(server, timeout=0.3), tmp_path)
+    assert scores(judged) == [7.0, 7.0]
+    assert time.monotonic() - started < 0.9
+
+
+def test_waits_double(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.1)
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
+    server.script = [status(500)] * 3
+    judge(answered(), config(server), tmp_path)
+    gaps = [after - before for before, after in zip(server.times, server.times[1:4], strict=False)]
+    for gap, wait in zip(gaps, (0.1, 0.2, 0.4), strict=True):
+        assert wait <= gap < wait + 0.1
+
+
+def test_retry_after_is_waited_for_by_all(server, tmp_path):
+    server.script = [status(429, Retry_After="0.5")]
+    server.always = slow(0.02, says("[[7]]"))
+    judge(answered(3), config(server, concurrency=2), tmp_path)
+    # The one beside the refused request was on its way already.
+    assert all(at - server.times[0] >= 0.5 for at in server.times[2:])
+
+
+def test_retry_after_may_be_a_date(server, tmp_path):
+    at = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
+    server.script = [status(503, Retry_After=at)]
+    judge(answered(), config(server), tmp_path)
+    assert 0.9 <= server.times[1] - server.times[0] < 2.2
+
+
+@pytest.mark.parametrize("header", ["soon", "nan", "-3"])
+def test_a_retry_after_without_sense_does_no_harm(server, tmp_path, header):
+    server.script = [status(429, Retry_After=header)]
+    assert scores(judge(answered(), config(server), tmp_path)) == [7.0, 7.0]
+
+
+def test_a_wait_of_days_is_an_error(server, tmp_path):
+    server.always = status(429, Retry_After="100000")
+    with pytest.raises(JudgeError, match=r"in 1 tries: status 429 \(busy\)"):
+        judge(answered(), config(server), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "advice"),
+    [
+        (401, "bad key", "no key was sent: OPENAI_API_KEY is unset"),
+        (404, "no such model", "check `judge.url`, `judge.model`"),
+        (400, "max_tokens is unknown", "`judge.request`"),
+        (429, '{"error": {"code": "insufficient_quota"}}', "insufficient_quota"),
+        (302, "elsewhere", "status 302"),
+    ],
+)
+def test_what_does_not_pass_is_an_error_at_once(server, tmp_path, code, text, advice):
+    server.always = status(code, text, Location="http://127.0.0.1:1/")
+    with pytest.raises(ConfigError) as error:
+        judge(answered(4), config(server), tmp_path)
+    assert text in str(error.value)
+    assert advice in str(error.value)
+    assert len(server.bodies) == 1
+
+
+def test_an_endpoint_that_is_down_ends_it_after_the_tries_of_one_round(tmp_path, server):
+    gone = dataclasses.replace(config(server), url="http://127.0.0.1:9/v1")
+    with pytest.raises(JudgeError, match="ConnectError") as error:
+        judge(answered(100), gone, tmp_path)
+    assert "in 4 tries" in str(error.value)
+
+
+def test_what_was_judged_beside_a_failure_is_kept(server, tmp_path):
+    def act(body):
+        bad = "first of 1\n" in body["messages"][1]["content"]
+        return status(500, "out of order") if bad else says("[[7]]")
+
+    server.by_body = act
+    some = config(server, retries=1, concurrency=8)
+    with pytest.raises(JudgeError, match=r"2 of 6 judgements failed\..*out of order"):
+        judge(answered(3), some, tmp_path)
+    server.by_body = None
+    server.bodies.clear()
+    judged = judge(answered(3), some, tmp_path)
+    assert scores(judged) == [7.0] * 6
+    assert len(server.bodies) == 2
+
+
+UNRATED = {
+    "I cannot judge this.": "no rating",
+    "": "no rating",
+    "[[0]]": "out of range",
+    "[[11]]": "out of range",
+    "Rating: [[1000000]]": "out of range",
+    "[[ten]]": "no rating",
+}
+
+
+@pytest.mark.parametrize("text", UNRATED)
+def test_a_judgement_without_a_grade_is_counted_and_not_asked_again(server, tmp_path, text):
+    server.script = [says(text), says("[[4]]")]
+    judged = judge(answered(), config(server), tmp_path)
+    assert scores(judged) == [None, 4.0]
+    assert statuses(judged) == [UNRATED[text], "rated"]
+    assert judged.counts(config(server))["unrated"] == {UNRATED[text]: 1}
+    assert scores(judge(answered(), config(server), tmp_path)) == [None, 4.0]
+    assert len(server.bodies) == 2
+
+
+def test_the_endpoints_own_refusals_are_told_apart(server, tmp_path):
+    server.script = [
+        says(None, message={"refusal": "I must not, [[5]] or not."}),
+        says("[[5]]", finish_reason="content_filter"),
+        says("The answer begins well and", finish_reason="length"),
+        says("[[6]] and then some", finish_reason="length"),
+    ]
+    judged = judge(answered(2), config(server), tmp_path)
+    assert statuses(judged) == ["declined", "declined", "cut off", "rated"]
+    assert scores(judged) == [None, None, None, 6.0]
+
+
+def test_a_kept_judgement_makes_no_request(server, tmp_path):
+    first = judge(answered(2), config(server), tmp_path)
+    assert len(server.bodies) == 4
+    again = judge(answered(2), config(server), tmp_path)
+    assert len(server.bodies) == 4
+    assert again.judgements == first.judgements
+    assert (first.asked, again.asked) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"temperature": 0.5},
+        {"max_tokens": 7},
+        {"request": {"seed": 1}},
+        {"prompts": "changed"},
+    ],
+)
+def test_another_request_is_another_judgement(server, tmp_path, change):
+    judge(answered(), config(server), tmp_path / "kept")
+    if "prompts" in change:
+        change = {"prompts": str(write_prompts(tmp_path))}
+    judge(answered(), dataclasses.replace(config(server), **change), tmp_path / "kept")
+    assert len(server.bodies) == 4
+
+
+def write_prompts(folder):
+    rows = []
+    for name in ("single-v1", "single-math-v1"):
+        for turns in ("", "-multi-turn"):
+            fields = ["question_1", "answer_1", "question_2", "answer_2"]
+            fields = fields if turns else ["question", "answer"]
+            if "math" in name:
+                fields += ["ref_answer_1", "ref_answer_2"] if turns else ["ref_answer_1"]
+            template = " ".join(f"{{{field}}}" for field in fields)
+            rows.append(
+                {
+                    "name": name + turns,
+                    "system_prompt": "s",
+                    "prompt_template": template,
+                    "output_format": "[[rating]]",
+                }
+            )
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_another_answer_is_judged_anew(server, tmp_path):
+    judge(answered(), config(server), tmp_path)
+    other = dataclasses.replace(answered()[0], answers=("answer one of 0", "changed"))
+    judge([other], config(server), tmp_path)
+    assert len(server.bodies) == 3  # the first turn is the same
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"url": 1}', "\x00"])
+def test_a_damaged_judgement_is_asked_for_again(server, tmp_path, damage):
+    judge(answered(), config(server), tmp_path)
+    file = next(tmp_path.glob("*.json"))
+    file.write_text(damage)
+    assert scores(judge(answered(), config(server), tmp_path)) == [7.0, 7.0]
+    assert len(server.bodies) == 3
+
+
+def test_tokens_and_cost_are_of_all_judgements_kept_ones_too(server, tmp_path):
+    priced = config(server, price_in=2.0, price_out=10.0)
+    expected = {"judgements": 4, "tokens_in": 400, "tokens_out": 40, "cost": 0.0012}
+    for asked in (4, 0):
+        counts = judge(answered(2), priced, tmp_path).counts(priced)
+        assert counts["asked_now"] == asked
+        assert {name: counts[name] for name in expected} == pytest.approx(expected)
+    assert judge(answered(2), config(server), tmp_path).counts(config(server))["cost"] is None
+
+
+def test_a_cost_is_not_made_up_where_tokens_are_not_counted(server, tmp_path):
+    priced = config(server, price_in=2.0, price_out=10.0)
+    server.script = [says("[[7]]", usage={}), says("[[7]]", usage={"prompt_tokens": "many"})]
+    counts = judge(answered(2), priced, tmp_path).counts(priced)
+    assert counts["without_token_counts"] == 2
+    assert (counts["tokens_in"], counts["cost"]) == (200, None)
+
+
+def everything_in(folder):
+    return "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "MY_KEY"])
+def test_the_key_is_sent_and_is_nowhere_else(server, tmp_path, monkeypatch, caplog, capfd, name):
+    monkeypatch.setenv(name, f" {KEY}\n")
+    caplog.set_level(logging.DEBUG)
+    keyed = config(server, key_variable=name)
+    server.script = [says(f"Your header says Bearer {KEY}, so [[5]]"), status(500, f"at {KEY}")]
+    judged = judge(answered(), keyed, tmp_path)
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    assert scores(judged) == [5.0, 7.0]
+    server.always = status(401, f'{{"error": "incorrect key {KEY}"}}')
+    messages = []
+    for failing in (status(401, f"incorrect {KEY}"), status(503, f"at {KEY}"), cut):
+        server.always = failing
+        with pytest.raises((ConfigError, JudgeError)) as error:
+            judge(answered(3), keyed, tmp_path)
+        messages += [str(error.getrepr()), str(error.value), repr(error.value)]
+    assert any("[key]" in message for message in messages)
+    seen = [everything_in(tmp_path), caplog.text, "".join(capfd.readouterr()), *messages]
+    seen += [repr(judged), repr(keyed), repr(endpoint.Endpoint(keyed, None, KEY))]
+    assert all(KEY not in text for text in seen)
+    assert all(name not in path.name for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("key", ["sk-\x07secret", "sk-sécret-secret", "two secret words"])
+def test_a_key_that_no_header_carries_is_refused_unseen(server, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="the key in OPENAI_API_KEY has characters") as error:
+        judge(answered(), config(server), tmp_path)
+    assert "cret" not in str(error.value)
+    assert server.bodies == []
+
+
+def test_a_key_does_not_travel_unencrypted(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    far = JudgeConfig(url="http://judge.example/v1", model="grader")
+    with pytest.raises(ConfigError, match="would travel unencrypted"):
+        endpoint.read_key(far)
+    assert endpoint.read_key(dataclasses.replace(far, key_variable=None)) is None
+    assert endpoint.read_key(dataclasses.replace(far, url="https://judge.example/v1")) == KEY
+
+
+def test_a_filler_of_a_key_is_no_secret(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    server.always = says("EMPTY words. [[2]]")
+    judged = judge(answered(), config(server), tmp_path)
+    assert judged.judgements[0][0].reply.text == "EMPTY words. [[2]]"
+
+
+def test_it_runs_inside_an_event_loop(server, tmp_path):
+    async def notebook():
+        return judge(answered(), config(server), tmp_path)
+
+    assert scores(asyncio.run(notebook())) == [7.0, 7.0]
+
+
+JOB = """
+import sys
+from tlora.evaluation.mtbench.config import JudgeConfig
+from tlora.evaluation.mtbench.judging import Answered, judge
+from tlora.evaluation.mtbench.questions import Question
+answered = [Answered(Question(str(n), "writing", (f"q {n}", f"r {n}")), ("a", "b"))
+            for n in range(20)]
+config = JudgeConfig(url=sys.argv[1], model="grader", concurrency=2)
+print(len(judge(answered, config, sys.argv[2]).judgements))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_after_a_kill_only_the_rest_is_asked(server, tmp_path, stop):
+    server.always = slow(0.03, says("[[7]]"))
+    command = [sys.executable, "-c", JOB, server.url, str(tmp_path)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+    while len(server.bodies) < 10:
+        time.sleep(0.01)
+        assert job.poll() is None
+    job.send_signal(stop)
+    started = time.monotonic()
+    job.communicate(timeout=10)
+    assert time.monotonic() - started < 2
+    kept = len(list(tmp_path.glob("*.json")))
+    assert 0 < kept < 40
+    assert list(tmp_path.glob("*.json")) == list(tmp_path.glob("[!.]*"))
+    asked = len(server.bodies)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "20"
+    assert len(server.bodies) - asked == 40 - kept
