@@ -118,7 +118,7 @@ class Labels:
             replies = [(names[c], names[label]) for c, label in zip(chosen, labels, strict=True)]
         else:
             values = predictions.reshape(len(labels))
-            replies = [(f"{v:.4f}", f"{label:g}") for v, label in zip(values, labels, strict=True)]
+            replies = [(f"{v:.6g}", f"{label:g}") for v, label in zip(values, labels, strict=True)]
         lines = []
         for number, (row, (reply, target)) in enumerate(zip(self._rows, replies, strict=True)):
             pair = (row["text"], row["text_pair"])

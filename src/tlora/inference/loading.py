@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import AdapterError, ConfigError
@@ -54,9 +57,11 @@ def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
         AdapterError: the adapter does not fit it, or cannot be merged.
     """
     device = device_of(config)
-    model = _load_base(subject, config, device, head)
+    model, drawn = _load_base(subject, config, device, head)
     if subject.adapter is not None:
         model = _adapted(model, subject)
+    if drawn:
+        _check_head(model, drawn, subject)
     if subject.kind == "merged":
         model = _merged(model, subject)
     return model.eval().requires_grad_(False)
@@ -93,7 +98,8 @@ def release() -> None:
 
 def _load_base(
     subject: Subject, config: EvalConfig, device: torch.device, head: dict[str, Any]
-) -> Any:
+) -> tuple[Any, list[str]]:
+    """Return the model, and of one with a head the parameters that its files do not have."""
     import transformers
 
     dtype = config.dtype
@@ -111,19 +117,46 @@ def _load_base(
     if config.parallelize:
         options["device_map"] = "auto"
     try:
-        model = getattr(transformers, _CLASSES[subject.head]).from_pretrained(
-            subject.model,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-            **head,
-        )
+        with _without_report(bool(head)):
+            model, found = getattr(transformers, _CLASSES[subject.head]).from_pretrained(
+                subject.model,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **options,
+                **head,
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{subject.model!r} cannot be loaded: {first_line(error)}", "model"
         ) from error
     placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-    return model if placed else model.to(device)
+    return model if placed else model.to(device), sorted(found["missing_keys"]) if head else []
+
+
+@contextlib.contextmanager
+def _without_report(quiet: bool) -> Iterator[None]:
+    """Keep transformers from reporting a head as missing that the adapter is about to bring."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    if quiet:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _check_head(model: Any, drawn: list[str], subject: Subject) -> None:
+    """Raise if a parameter was drawn at random and the adapter did not bring it."""
+    brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in drawn)
+    lost = [each for each in modules if not any(f".{each}.modules" in name for name in brought)]
+    if lost:
+        raise AdapterError(
+            f"{subject.path} has no trained {', '.join(lost)}; give an adapter that was trained on"
+            " the task, with its head."
+        )
 
 
 def _adapted(model: Any, subject: Subject) -> Any:
