@@ -261,12 +261,12 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     assert code == 0, err
     assert "down_proj" in out
     assert (tmp_path / "init" / "plan.png").read_bytes().startswith(b"\x89PNG")
-    code, out, err = tlora(
-        "train",
-        *common,
-        *("--output_dir", tmp_path / "run", "--eval_file", rows),
-        *("--trainer.max_steps", "2", "--trainer.save_strategy", "no"),
-    )
+    training = ["train", *common, "--output_dir", tmp_path / "run", "--eval_file", rows]
+    training += ["--trainer.max_steps", "2", "--trainer.save_strategy", "no"]
+    code, _, err = tlora(*training)
+    assert code == 2
+    assert "of 8 training rows 8 ask what" in err
+    code, out, err = tlora(*training, "--data.overlap", "allow")
     assert code == 0, err
     assert '"loss":' in out
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in out

@@ -18,6 +18,7 @@ from tlora.registry import METHODS
 
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
 LossOn = Literal["response", "all"]
+Overlap = Literal["refuse", "drop", "allow"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -61,6 +62,9 @@ class DataConfig:
     """Use the first so many training rows."""
     max_eval_rows: int | None = None
     """Use the first so many evaluation rows."""
+    overlap: Overlap = "refuse"
+    """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those
+    training rows, or "allow" them; each time they are counted and some are named."""
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
@@ -135,6 +139,7 @@ class SharedConfig:
             ("dtype", self.dtype, Dtype),
             ("quantization", self.quantization, Quantization),
             ("data.loss_on", self.data.loss_on, LossOn),
+            ("data.overlap", self.data.overlap, Overlap),
         ):
             if value not in get_args(kind):
                 options = ", ".join(map(repr, get_args(kind)))

@@ -25,13 +25,22 @@ def llama_folder(saved, tiny_llama) -> str:
     return saved(tiny_llama())
 
 
+def sums_of(numbers: range, file: Path) -> str:
+    rows = [{"prompt": f"{n}+{n}?", "response": f" {'so ' * (n % 5)}{n + n}"} for n in numbers]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
 @pytest.fixture(scope="session")
 def sums(tmp_path_factory) -> str:
     """A JSONL of 24 prompts with responses of different lengths."""
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"prompt": f"{n}+{n}?", "response": f" {'so ' * (n % 5)}{n + n}"} for n in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return sums_of(range(24), tmp_path_factory.mktemp("rows") / "sums.jsonl")
+
+
+@pytest.fixture(scope="session")
+def other_sums(tmp_path_factory) -> str:
+    """A JSONL of 24 other prompts, to evaluate on."""
+    return sums_of(range(24, 48), tmp_path_factory.mktemp("rows") / "other-sums.jsonl")
 
 
 @pytest.fixture(scope="session")

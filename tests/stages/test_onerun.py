@@ -17,11 +17,11 @@ from tlora.stages.setup import settle
 
 
 @pytest.fixture(scope="session")
-def shared(llama_folder, sums):
+def shared(llama_folder, sums, other_sums):
     return {
         "model": llama_folder,
         "train_file": sums,
-        "test_file": sums,
+        "test_file": other_sums,
         "validation": 4,
         "methods": ["lora", "tlora"],
         "learning_rates": [1e-2],
@@ -166,6 +166,22 @@ def test_held_out_rows_are_the_same_for_every_run_and_apart(shared, sums):
         onerun.split(setup, 24, seed=0)
 
 
+def test_held_out_rows_that_are_trained_on_too_are_counted(shared, tmp_path, caplog):
+    rows = [*Path(shared["train_file"]).read_text().splitlines()]
+    file = tmp_path / "twice.jsonl"
+    file.write_text("\n".join([*rows, *rows[:6], *rows[:3]]))  # 33 rows
+    config = CompareConfig(**shared | {"train_file": str(file), "validation": 16})
+    setup = compare.check(config)
+    train, held = onerun.split(setup, 16, seed=0)
+    stay = [*map(tuple, train["input_ids"])]
+    twins = sum(tuple(ids) in stay for ids in held["input_ids"])
+    assert 0 < twins < 16
+    assert f"{twins} of the 16 rows held out of {file} are there more than once" in caplog.text
+    caplog.clear()
+    compare.check(CompareConfig(**shared))
+    assert caplog.text == ""
+
+
 def test_what_trains_is_counted_by_where_it_belongs(tiny_bert_classifier):
     import peft
 
@@ -199,13 +215,24 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
         {"validation": 5},
         {"validation_seed": 1},
         {"task": "gsm8k"},
+        {"data": DataConfig(overlap="drop")},
     ):
         assert experiment(CompareConfig(**shared | change)) != first
-    for same in ({"title": "x"}, {"jobs": 3}, {"adapter": {"r": 3}}, {"learning_rates": [1.0]}):
+    for same in (
+        {"title": "x"},
+        {"jobs": 3},
+        {"adapter": {"r": 3}},
+        {"learning_rates": [1.0]},
+        {"data": DataConfig(overlap="allow")},
+    ):
         assert experiment(CompareConfig(**shared | same)) == first
     assert model_identity("a/name-on-the-hub") == "a/name-on-the-hub"
     assert first["model"] == model_identity(shared["model"]) != shared["model"]
     assert first["files"]["train_file"] == file_digest(shared["train_file"])
+
+
+SAME_ROWS = object()
+"""Stands for the training file, which is made later."""
 
 
 @pytest.mark.parametrize(
@@ -215,6 +242,8 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
         ({"metric": "los"}, ConfigError, "`metric` is 'los', but the scores are 'loss'. Did you"),
         ({"validation": 24}, DataError, "holds 24 of 24 training rows out"),
         ({"model": None}, ConfigError, "`model` is missing"),
+        ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
+        ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
         (
             {"trainer": {"max_step": 3}},
             ConfigError,
@@ -223,6 +252,7 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
     ],
 )
 def test_a_fault_comes_before_anything_is_written(shared, tmp_path, fields, error, message):
+    fields = {name: shared["train_file"] if v is SAME_ROWS else v for name, v in fields.items()}
     config = CompareConfig(**shared | {"output_dir": str(tmp_path / "out")} | fields)
     with pytest.raises(error) as fault:
         compare.run(config)
@@ -234,7 +264,8 @@ def test_the_metric_is_the_tasks_own_unless_another_is_given(shared, tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = [{"text": f"so {n}", "label": "yes" if n % 2 else "no"} for n in range(12)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = DataConfig(kind="classification", text_column="text", label_column="label")
+    names = {"kind": "classification", "text_column": "text", "label_column": "label"}
+    data = DataConfig(**names, overlap="allow")
     labelled = shared | {"train_file": str(rows), "test_file": str(rows), "data": data}
     for fields, expected in (
         (shared, ("loss", "lower")),

@@ -67,7 +67,7 @@ def test_none_loads_what_is_there(config, folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_trains_b_and_peft_loads_the_adapter(config, folder, form, dtype):
+def test_a_run_trains_b_and_peft_loads_the_adapter(config, other_sums, folder, form, dtype):
     trainer = {
         "max_steps": 25,
         "learning_rate": 0.05,
@@ -77,7 +77,7 @@ def test_a_run_trains_b_and_peft_loads_the_adapter(config, folder, form, dtype):
         "eval_steps": 5,
     }
     fields = {"model": folder, "quantization": form, "dtype": dtype, "trainer": trainer}
-    run = train.run(config(eval_file=config().train_file, **fields))
+    run = train.run(config(eval_file=other_sums, **fields))
 
     assert run.config()["quantization"] == form
     log = [json.loads(line) for line in run.log.read_text().splitlines()]

@@ -14,8 +14,8 @@ from tlora.stages.arguments import training_arguments
 from tlora.stages.setup import settle
 
 
-def test_a_run_leaves_what_the_folder_promises(config):
-    folder = train.run(config(eval_file=config().train_file))
+def test_a_run_leaves_what_the_folder_promises(config, other_sums):
+    folder = train.run(config(eval_file=other_sums))
     assert folder.finished
     assert sorted(path.name for path in folder.path.iterdir()) == [
         "adapter",
@@ -169,10 +169,12 @@ def test_a_folder_of_other_things_is_left_alone(config):
 
 @pytest.fixture
 def reviews(tmp_path):
-    file = tmp_path / "train.tsv"
-    lines = [f"{'good' if n % 2 else 'bad'} {n}\t{n % 2}" for n in range(12)]
-    file.write_text("sentence\tlabel\n" + "\n".join(lines))
-    return str(file)
+    """Rows to train on and rows to evaluate on."""
+    files = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    for file, numbers in zip(files, (range(12), range(12, 24)), strict=True):
+        lines = [f"{'good' if n % 2 else 'bad'} {n}\t{n % 2}" for n in numbers]
+        file.write_text("sentence\tlabel\n" + "\n".join(lines))
+    return dict(zip(("train_file", "eval_file"), map(str, files), strict=True))
 
 
 @pytest.mark.parametrize("method", ["tlora", "lora"])
@@ -180,9 +182,7 @@ def test_classification_trains_a_new_head_and_reports_the_tasks_metric(
     config, saved, tiny_bert_classifier, reviews, method
 ):
     model = saved(tiny_bert_classifier())
-    folder = train.run(
-        config(model=model, task="sst2", train_file=reviews, eval_file=reviews, method=method)
-    )
+    folder = train.run(config(model=model, task="sst2", method=method, **reviews))
     assert 0 <= json.loads(folder.metrics.read_text())["accuracy"] <= 1
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model)
     heads = {key: value.clone() for key, value in base.named_parameters() if "classifier" in key}
@@ -193,21 +193,50 @@ def test_classification_trains_a_new_head_and_reports_the_tasks_metric(
 
 
 def test_regression_reports_correlations(config, saved, tiny_bert_classifier, tmp_path):
-    rows = tmp_path / "rows.csv"
-    rows.write_text("a,b,score\n" + "\n".join(f"x {n},y {n},{n / 4}" for n in range(12)))
+    rows, others = tmp_path / "rows.csv", tmp_path / "others.csv"
+    for file, numbers in ((rows, range(12)), (others, range(12, 24))):
+        file.write_text("a,b,score\n" + "\n".join(f"x {n},y {n},{n / 4}" for n in numbers))
     data = DataConfig(
         kind="regression", text_column="a", text_pair_column="b", label_column="score"
     )
     model = saved(tiny_bert_classifier(num_labels=1))
-    folder = train.run(config(model=model, train_file=str(rows), eval_file=str(rows), data=data))
+    folder = train.run(config(model=model, train_file=str(rows), eval_file=str(others), data=data))
     assert {"loss", "pearson", "spearmanr", "mse"} <= json.loads(folder.metrics.read_text()).keys()
 
 
-def test_seq2seq_trains(config, saved, tiny_t5):
+def test_seq2seq_trains(config, saved, tiny_t5, other_sums):
     data = DataConfig(kind="seq2seq")
-    run = config(model=saved(tiny_t5()), data=data, eval_file=config().train_file)
+    run = config(model=saved(tiny_t5()), data=data, eval_file=other_sums)
     folder = train.run(run)
     assert json.loads(folder.metrics.read_text())["loss"] > 0
     assert json.loads((folder.adapter / "adapter_config.json").read_text())["task_type"] == (
         "SEQ_2_SEQ_LM"
     )
+
+
+@pytest.fixture
+def some_of_the_same(config, other_sums, tmp_path):
+    """Evaluation rows of which two ask what rows 3 and 21 of the training file ask."""
+    trained_on = Path(config().train_file).read_text().splitlines()
+    file = tmp_path / "some.jsonl"
+    rows = [trained_on[2].upper().replace("PROMPT", "prompt").replace("RESPONSE", "response")]
+    file.write_text("\n".join([*rows, trained_on[20], Path(other_sums).read_text()]))
+    return str(file)
+
+
+@pytest.mark.parametrize("stage", [train, initialise])
+def test_training_rows_that_evaluation_rows_ask_are_refused(config, some_of_the_same, stage):
+    bad = config(eval_file=some_of_the_same)
+    with pytest.raises(DataError, match=r"of 24 training rows 2 ask .* \(rows 3, 21\)"):
+        stage.run(bad)
+    assert not Path(bad.output_dir).exists()
+
+
+def test_they_are_dropped_or_allowed_if_told_so(config, some_of_the_same):
+    def rows(overlap):
+        setup = settle(config(eval_file=some_of_the_same, data=DataConfig(overlap=overlap)))
+        return [tuple(ids) for ids in setup.train["input_ids"]], len(setup.held_out)
+
+    (everything, held_out), (kept, held_out_too) = rows("allow"), rows("drop")
+    assert kept == [*everything[:2], *everything[3:20], *everything[21:]]
+    assert held_out == held_out_too == 26

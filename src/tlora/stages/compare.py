@@ -9,6 +9,7 @@ come down to which files there are.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -25,7 +26,11 @@ from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
 from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tlora.stages.setup import Setup
+
+logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
@@ -87,17 +92,34 @@ def check(config: CompareConfig) -> Setup:
         ConfigError, DataError: as in `run`.
     """
     from tlora.stages.arguments import training_arguments
-    from tlora.stages.onerun import split
+    from tlora.stages.onerun import split, validation_files
     from tlora.stages.setup import settle
 
     entry = config.entries()[0]
     folder = CompareFolder(config.output_dir)
-    setup = settle(config.run_config(entry, entry.learning_rates[0], config.final_seeds[0]))
+    run_config = config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
+    setup = settle(run_config, *validation_files(config.validation))
     if setup.held_out is None:
         raise ConfigError("there are no test rows; give --test_file.", where="test_file")
     training_arguments(setup, folder.work)
-    split(setup, config.validation, config.validation_seed)
+    train, held = split(setup, config.validation, config.validation_seed)
+    if not isinstance(config.validation, str) and (twins := repeated(held, train)):
+        logger.warning(
+            "%d of the %d rows held out of %s are there more than once and trained on too; they"
+            " choose learning rates and are not in the table.",
+            twins,
+            len(held),
+            config.train_file or config.data.dataset or "the training rows",
+        )
     return setup
+
+
+def repeated(rows: Dataset, others: Dataset) -> int:
+    """Return how many of ``rows`` have the tokens of one of ``others``."""
+    places: dict[int, int] = {}
+    for ids in rows["input_ids"]:
+        places[hash(tuple(ids))] = places.get(hash(tuple(ids)), 0) + 1
+    return sum(places.pop(hash(tuple(ids)), 0) for ids in others["input_ids"])
 
 
 def identify(config: CompareConfig, setup: Setup) -> Comparison:

@@ -97,6 +97,11 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     return setup.train.select(kept), setup.train.select(sorted(chosen))
 
 
+def validation_files(validation: float | str) -> list[str]:
+    """Return the file of validation rows, if it is one."""
+    return [validation] if isinstance(validation, str) else []
+
+
 class OrderDigest:
     """Collates as before; while `on`, digests the rows that it sees, in their order."""
 
@@ -173,7 +178,7 @@ def _rows(
     config: RunConfig, payload: dict[str, Any]
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
     """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
-    setup = settle(config)
+    setup = settle(config, *validation_files(payload["validation"]))
     train, validation = split(setup, payload["validation"], payload["validation_seed"])
     final = payload["record"]["phase"] == "final"
     scored = {"test": setup.held_out} if final else {"validation": validation}

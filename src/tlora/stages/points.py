@@ -202,7 +202,11 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
         )
         if path
     }
-    shared = _given(dataclasses.asdict(config), dataclasses.asdict(SharedConfig()))
+    values = dataclasses.asdict(config)
+    if values["data"]["overlap"] != "drop":
+        # Whether rows are refused or allowed changes nothing in a run that is made.
+        del values["data"]["overlap"]
+    shared = _given(values, dataclasses.asdict(SharedConfig()))
     for name in ("model", "train_file", "adapter"):
         shared.pop(name, None)
     held_out = {"validation": config.validation, "validation_seed": config.validation_seed}

@@ -14,6 +14,7 @@ from tlora.stages.arguments import check_model_folder, check_trainer_fields, fir
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
+from tlora.tasks.contamination import keep_apart
 from tlora.tasks.tokens import tokenised
 
 if TYPE_CHECKING:
@@ -108,12 +109,17 @@ class Setup:
         return model if placed else model.to(device)
 
 
-def settle(config: RunConfig) -> Setup:
+def settle(config: RunConfig, *validation: str) -> Setup:
     """Check ``config`` against the method, the trainer, the model and the rows, in that order.
+
+    Args:
+        config: the run.
+        validation: further files of evaluation rows, which are kept apart from the training rows.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range.
-        DataError: rows are missing or not what the task expects.
+        DataError: rows are missing or not what the task expects, or training rows ask what
+            evaluation rows ask.
     """
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
@@ -129,6 +135,8 @@ def settle(config: RunConfig) -> Setup:
         config.train_file or config.data.dataset or "training rows",
         config.eval_file or "evaluation rows",
     )
+    others = {file: task.load(config.train_file, file)[1] for file in validation}
+    train = keep_apart(train, {names[1]: held_out} | others, task, names[0])
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),
