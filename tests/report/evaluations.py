@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tlora.evalfolder import EvalFolder
+from tlora.files import read_json, write_json
 
 PROVENANCE = {
     "python": "3.11.7",
@@ -50,9 +52,7 @@ def write(folder: Path, tasks: Mapping[str, Mapping[str, list[Line]]], **fields:
     for task, by_model in tasks.items():
         metrics = list(next(iter(by_model.values()))[0]["scores"])
         for model, made in by_model.items():
-            file = folder / "samples" / model / f"{task}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(line) + "\n" for line in made), encoding="utf-8")
+            EvalFolder(folder).write_samples(model, task, made)
         scores = {
             model: {m: sum(line["scores"][m] for line in made) / len(made) for m in metrics}
             for model, made in by_model.items()
@@ -70,20 +70,16 @@ def write(folder: Path, tasks: Mapping[str, Mapping[str, list[Line]]], **fields:
         )
     kinds = {"base": "base"}
     found = {
-        "kind": "tlora evaluation",
-        "format": 1,
         "config": {"tasks": list(tasks), "seed": 0},
         "provenance": PROVENANCE,
         "models": [{"name": name, "kind": kinds.get(name, "adapter")} for name in models],
         "tasks": listed,
     }
-    change(folder, **found | fields)
+    EvalFolder(folder).write(found | fields)
     return folder
 
 
 def change(folder: Path, **fields: Any) -> None:
     """Lay ``fields`` over eval.json."""
     file = folder / "eval.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found | fields), encoding="utf-8")
+    write_json(file, read_json(file) | fields)

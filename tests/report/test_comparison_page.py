@@ -1,40 +1,14 @@
-"""The comparison's page in a browser: headless Chromium, opened from disk, no network.
-
-Chromium itself comes from the system (`apt-get install chromium`); CHROMIUM names another one.
-Without a browser these tests fail and say so; `pytest -m "not browser"` leaves them out.
-"""
+"""The comparison's page in a browser, opened from disk."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-
 import pytest
 import synthetic
+from browsing import PHONE, contrast, luminance, overhanging
 
 from tlora.report import comparison, page
 
 pytestmark = pytest.mark.browser
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.fail(
-            "there is no Chromium to test the page with: `apt-get install chromium`, or name one"
-            ' by CHROMIUM=/path; `pytest -m "not browser"` leaves these tests out.'
-        )
-    with sync_playwright() as driver:
-        # Root, as in a container, has no use for the sandbox; nothing but our file is opened.
-        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +24,6 @@ def file(tmp_path_factory):
     error = {"cause": "ended by SIGKILL", "last_lines": ["a" * 300]}
     folder.write_record(crashed, folder.record(crashed) | {"status": "failed", "error": error})
     return page.save(comparison.read(folder), folder.path / "report.html")
-
-
-@pytest.fixture
-def opened(browser, file):
-    """Open the page; after the test nothing may have been complained of or asked for."""
-    contexts, complaints, requests = [], [], []
-
-    def open_page(viewport=WIDE, scheme="light", **options):
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(file.as_uri())
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}
 
 
 def test_tables_and_charts_are_there(opened):
@@ -97,10 +49,7 @@ def test_nothing_is_wider_than_a_telephone(opened, scheme):
         details.evaluate("element => element.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     # What is wider, the table of all pairs, scrolls in a box of its own.
-    over = """() => [...document.querySelectorAll("main *")].filter(element =>
-        element.getBoundingClientRect().right > innerWidth + 1 && !element.closest(".scroll")
-    ).map(element => element.outerHTML.slice(0, 80))"""
-    assert tab.evaluate(over) == []
+    assert overhanging(tab) == []
     assert tab.locator("#size .narrow svg").is_visible()
     assert not tab.locator("#size .wide svg").is_visible()
     for label in ("mean", "adapter", "peak MiB", "train s"):
@@ -114,13 +63,6 @@ def test_nothing_is_wider_than_a_telephone(opened, scheme):
     assert tab.evaluate(smallest) > 9
 
 
-def luminance(colour):
-    """Return the relative luminance of "rgb(r, g, b)" (WCAG 2)."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_dark_and_light_differ_and_both_can_be_read(opened):
     grounds = []
     for scheme in ("light", "dark"):
@@ -128,11 +70,7 @@ def test_dark_and_light_differ_and_both_can_be_read(opened):
         ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         grounds.append(luminance(ground))
         for words in ("main p", ".note", "h1", "a", "table.scores td", "svg text"):
-            style = "element => getComputedStyle(element)"
-            name = "fill" if words.startswith("svg") else "color"
-            ink = tab.locator(words).first.evaluate(f"{style}.{name}")
-            pair = sorted((luminance(ink), luminance(ground)))
-            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 4.5, (scheme, words)
+            assert contrast(tab, words) > 4.5, (scheme, words)
     assert grounds[0] > 0.9
     assert grounds[1] < 0.05
 

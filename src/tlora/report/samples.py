@@ -160,7 +160,9 @@ class _Reader:
             self.faults.append(f"{_FILE}: {place} is outside of samples/; {_AGAIN}.")
             return []
         if not file.is_file():
-            self.faults.append(f"there is no {place}; the evaluation is not whole, {_AGAIN}.")
+            self.faults.append(
+                f"there is no {place}; the command of the evaluation makes it if given again."
+            )
             return []
         samples, faults = [], []
         seen: set[str] = set()

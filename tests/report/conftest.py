@@ -1,0 +1,57 @@
+"""Pages in a browser: headless Chromium, no network.
+
+Chromium itself comes from the system (`apt-get install chromium`); CHROMIUM names another one.
+Without a browser these tests fail and say so; `pytest -m "not browser"` leaves them out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from browsing import WIDE
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.fail(
+            "there is no Chromium to test the page with: `apt-get install chromium`, or name one"
+            ' by CHROMIUM=/path; `pytest -m "not browser"` leaves these tests out.'
+        )
+    with sync_playwright() as driver:
+        # Root, as in a container, has no use for the sandbox; nothing but our file is opened.
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser, file):
+    """Open the page that the module calls `file`.
+
+    After the test nothing may have been complained of or asked for.
+    """
+    contexts, complaints, requests = [], [], []
+
+    def open_page(viewport=WIDE, scheme="light", **options):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}

@@ -1,0 +1,335 @@
+"""What is read from an evaluation's files, what is said of it, and how its faults are told."""
+
+import csv
+import io
+import json
+import random
+
+import evaluations
+import pytest
+
+from tlora import cli
+from tlora.errors import ArtifactError
+from tlora.report import evaluation, evalwording, outcomes, samples
+
+SUMS, CHAT = "sums", "chat"
+
+
+def graded(count, mean, seed):
+    """Return samples scored 1 to 10, two turns of each conversation."""
+    draw = random.Random(seed)
+    made = evaluations.lines(
+        [float(min(10, max(1, round(draw.gauss(mean, 1.5))))) for _ in range(count)], "rating"
+    )
+    return [
+        line | {"answer": None, "target": None, "group": str(place // 2), "reply": f"{seed}"}
+        for place, line in enumerate(made)
+    ]
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """Right and wrong of a base, a model that is clearly better, and one that is not."""
+    return evaluations.drawn(300, [0.3, 0.5, 0.31])
+
+
+@pytest.fixture
+def tasks(scores):
+    sums = [evaluations.lines(made, seed=seed) for seed, made in enumerate(scores)]
+    chats = [graded(60, mean, seed) for seed, mean in enumerate((5, 7, 5), start=3)]
+    names = ("base", "good", "same")
+    return {
+        SUMS: dict(zip(names, sums, strict=True)),
+        CHAT: dict(zip(names, chats, strict=True)),
+    }
+
+
+@pytest.fixture
+def folder(tasks, tmp_path):
+    return evaluations.write(tmp_path / "out", tasks)
+
+
+def results_of(folder):
+    return outcomes.gather(samples.read(folder))
+
+
+def rewritten(folder, model, change, task=SUMS):
+    """Apply ``change`` to the list of samples of one model."""
+    file = folder / "samples" / model / f"{task}.jsonl"
+    made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in change(made)), encoding="utf-8")
+
+
+def test_differences_are_to_the_first_model_item_by_item(folder, scores):
+    row = results_of(folder).rows[0]
+    assert [cell.model for cell in row.cells] == ["base", "good", "same"]
+    assert row.cells[0].difference is None
+    base, good, _ = scores
+    assert row.cells[1].difference.interval.mean == pytest.approx((sum(good) - sum(base)) / 300)
+    assert row.cells[1].difference.better == 1
+    assert row.cells[2].difference.better == 0
+    changes = row.cells[1].changes
+    assert changes["gained"] == [i for i in range(300) if good[i] > base[i]]
+    assert changes["lost"] == [i for i in range(300) if good[i] < base[i]]
+    told = [json.loads(line) for line in (folder / "samples/base/sums.jsonl").open()]
+    asked = [json.loads(line) for line in (folder / "samples/good/sums.jsonl").open()]
+    both = [i for i in range(300) if base[i] == good[i] == 0]
+    assert changes["other"] == [i for i in both if told[i]["answer"] != asked[i]["answer"]]
+    assert 0 < len(changes["other"]) < len(both)
+
+
+def test_graded_scores_keep_their_scale(folder):
+    results = results_of(folder)
+    row = next(row for row in results.rows if row.task.name == CHAT)
+    assert not row.right_or_wrong
+    assert 4 < row.cells[0].score.mean < 6
+    assert 1 < row.cells[1].difference.interval.mean < 3
+    assert row.cells[1].difference.better == 1
+    # The same score for another reply is a change; that of the same reply is not.
+    assert row.cells[1].changes["other"]
+    rewritten(folder, "good", lambda made: [m | {"reply": "3"} for m in made], CHAT)
+    assert not results_of(folder).rows[1].cells[1].changes["other"]
+
+
+def test_the_turns_of_a_conversation_are_drawn_together(folder):
+    before = results_of(folder).rows[1].cells[1].difference.interval
+    for model in ("base", "good", "same"):
+        rewritten(folder, model, lambda made: [m | {"group": None} for m in made], CHAT)
+    after = results_of(folder).rows[1].cells[1].difference.interval
+    assert before.mean == after.mean
+    assert (before.low, before.high) != (after.low, after.high)
+
+
+def test_the_order_of_the_lines_does_not_matter(folder):
+    before = evaluation.write(folder).text
+    rewritten(folder, "good", lambda made: made[::-1])
+    assert evaluation.write(folder).text == before
+
+
+def test_what_the_noise_could_have_done_is_never_called_a_win(folder):
+    results = results_of(folder)
+    row = results.rows[0]
+    tie = evalwording.verdict(results, row, row.cells[2])
+    assert tie.startswith("sums: tie, same minus base is ")
+    assert "these items do not tell the two apart" in tie
+    win = evalwording.verdict(results, row, row.cells[1])
+    assert win.startswith("sums: good is better than base by 0.1700 ")
+    assert "(95 % interval of the difference +0.12" in win
+    assert "tested together (Holm)" in win
+    assert evalwording.summary(results) == (
+        "good against base: better on all 2 tasks."
+        " same against base: not told apart from it on all 2 tasks."
+    )
+
+
+def test_a_model_that_lost_is_called_worse(tasks, tmp_path):
+    names = ("good", "base")
+    turned = {task: {name: made[name] for name in names} for task, made in tasks.items()}
+    results = results_of(evaluations.write(tmp_path / "turned", turned))
+    said = evalwording.verdict(results, results.rows[0], results.rows[0].cells[1])
+    assert said.startswith("sums: base is worse than good by 0.1700 ")
+    assert "base against good: worse on all 2 tasks." in evalwording.summary(results)
+
+
+def test_few_changed_items_are_a_tie_and_the_reason_is_said(tmp_path):
+    up = {"base": [0.0] * 50, "up": [1.0] * 5 + [0.0] * 45}
+    tasks = {SUMS: {name: evaluations.lines(made) for name, made in up.items()}}
+    results = results_of(evaluations.write(tmp_path / "few", tasks))
+    said = evalwording.verdict(results, results.rows[0], results.rows[0].cells[1])
+    assert "sums: tie, up minus base is +0.1000" in said
+    assert "so few changed items could fall this way by chance" in said
+
+
+def test_identical_models_change_nothing(tasks, tmp_path):
+    copies = {SUMS: {"base": tasks[SUMS]["base"], "copy": tasks[SUMS]["base"]}}
+    results = results_of(evaluations.write(tmp_path / "copies", copies))
+    cell = results.rows[0].cells[1]
+    assert (cell.difference.interval.low, cell.difference.interval.high) == (0, 0)
+    assert cell.changes == {"lost": [], "gained": [], "other": []}
+    assert "No item is scored differently." in evalwording.verdict(results, results.rows[0], cell)
+
+
+def test_different_prompts_are_said_with_the_difference(folder):
+    rewritten(folder, "good", lambda made: [m | {"prompt": "Hm. " + m["prompt"]} for m in made])
+    results = results_of(folder)
+    assert results.other_prompts == {(SUMS, "good"): 300}
+    said = evalwording.verdict(results, results.rows[0], results.rows[0].cells[1])
+    assert "On 300 of 300 items the two were given different prompts" in said
+    text = evaluation.write(folder).text
+    assert "sums: good was given other prompts than base on 300 items." in text
+
+
+def test_a_score_that_is_no_mean_of_items_is_shown_and_not_compared(folder):
+    """As F1 or a correlation: known for all items together, not for each."""
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    told[0]["metrics"] = ["f1", "exact_match"]
+    for model, value in (("base", 0.41), ("good", 0.52), ("same", 0.4)):
+        told[0]["scores"][model]["f1"] = value
+    evaluations.change(folder, tasks=told)
+    results = results_of(folder)
+    row = results.rows[0]
+    assert (row.metric, row.by_item) == ("f1", False)
+    assert [cell.score.mean for cell in row.cells] == [0.41, 0.52, 0.4]
+    assert all(cell.score.low is None and cell.difference is None for cell in row.cells)
+    # The items are listed by the metric that they have.
+    assert results.listed(row.task).metric == "exact_match"
+    text = evaluation.write(folder).text
+    assert "sums (f1): the score is not the mean of scores of items" in text
+    assert "| sums | f1 | 300 | 0.4100 | 0.5200 | 0.4000 |" in text
+
+
+def test_a_score_that_the_items_do_not_give_is_not_compared(folder):
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    told[0]["scores"]["good"]["exact_match"] += 0.01
+    evaluations.change(folder, tasks=told)
+    assert not results_of(folder).rows[0].by_item
+
+
+def test_models_that_are_not_done_are_named(folder):
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    del told[0]["scores"]["same"]
+    begun = {"name": "begun", "metrics": [], "protocol": "", "items": 9, "shots": 0, "scores": {}}
+    evaluations.change(folder, tasks=[*told, begun])
+    results = results_of(folder)
+    assert results.missing == [(SUMS, ["same"]), ("begun", ["base", "good", "same"])]
+    assert results.rows[0].cells[2].score is None
+    text = evaluation.write(folder).text
+    assert "sums: same is not done." in text
+    assert "begun: base, good, same are not done." in text
+    del told[1]["scores"]["base"]
+    evaluations.change(folder, tasks=told)
+    cells = results_of(folder).rows[1].cells
+    assert cells[1].score.mean > 5
+    assert all(cell.difference is None for cell in cells)
+    evaluation.write(folder)
+
+
+def test_one_model_alone_has_a_report(tasks, tmp_path):
+    alone = evaluations.write(tmp_path / "alone", {SUMS: {"base": tasks[SUMS]["base"]}})
+    report = evaluation.write(alone)
+    assert "nothing to compare it with" in report.text
+    assert 'id="items"' not in report.page.read_text(encoding="utf-8")
+
+
+def test_the_csv_has_a_line_for_every_score(folder):
+    report = evaluation.write(folder)
+    rows = list(csv.DictReader(io.StringIO(report.table.read_text(encoding="utf-8"))))
+    assert [(r["task"], r["model"]) for r in rows] == [
+        (task, model) for task in (SUMS, CHAT) for model in ("base", "good", "same")
+    ]
+    cell = results_of(folder).rows[0].cells[1]
+    known = cell.difference.interval
+    told = [float(rows[1][f"difference{end}"]) for end in ("", "_low", "_high")]
+    assert told == [known.mean, known.low, known.high]
+    assert [row["verdict"] for row in rows] == ["", "better", "tie"] * 2
+    assert int(rows[1]["gained"]) == len(cell.changes["gained"])
+
+
+def test_inspect_makes_the_same_report_again(folder, capsys):
+    report = evaluation.write(folder)
+    files = (report.page, report.markdown, report.table)
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert [path.read_bytes() for path in files] == before
+    assert "| sums | exact_match | 300 |" in capsys.readouterr().out
+
+
+def swapped(made):
+    return [made[0] | {"item": "other"}, *made[1:]]
+
+
+FAULTS = {
+    "missing file": (lambda f: (f / "samples/good/sums.jsonl").unlink(), "there is no samples/g"),
+    "fewer items": (lambda f: rewritten(f, "good", lambda m: m[:-1]), "has 299 items, eval.json"),
+    "no items": (lambda f: rewritten(f, "good", lambda m: []), "has 0 items, eval.json says 300"),
+    "another item": (
+        lambda f: rewritten(f, "good", swapped),
+        "sums: base has 1 item ('sum-0') which good has not; their scores cannot be compared",
+    ),
+    "another target": (
+        lambda f: rewritten(f, "good", lambda m: [s | {"target": "?"} for s in m]),
+        "different targets for 300 items ('sum-0', 'sum-1', 'sum-2', ...)",
+    ),
+    "twice": (lambda f: rewritten(f, "good", lambda m: [*m, m[0]]), "'sum-0' is there twice"),
+    "no prompt": (
+        lambda f: rewritten(f, "good", lambda m: [m[0] | {"prompt": None}, *m[1:]]),
+        "samples/good/sums.jsonl, line 1: `prompt` is None, not text.",
+    ),
+    "a number as answer": (
+        lambda f: rewritten(f, "good", lambda m: [m[0] | {"answer": 3}, *m[1:]]),
+        "`answer` is 3, neither text nor null",
+    ),
+    "no number": (
+        lambda f: rewritten(f, "good", lambda m: [m[0] | {"scores": {"exact_match": "1"}}, *m[1:]]),
+        "the score 'exact_match' is '1', not a finite number",
+    ),
+    "not finite": (
+        lambda f: rewritten(
+            f, "good", lambda m: [m[0] | {"scores": {"exact_match": float("nan")}}, *m[1:]]
+        ),
+        "the score 'exact_match' is nan, not a finite number",
+    ),
+    "scores missing": (
+        lambda f: rewritten(f, "good", lambda m: [m[0] | {"scores": {}}, *m[1:]]),
+        "not every item has the same scores",
+    ),
+    "not JSON": (
+        lambda f: (f / "samples/good/sums.jsonl").write_text("{\n" * 9),
+        "6 more lines are damaged",
+    ),
+    "another format": (lambda f: evaluations.change(f, format=2), "its format is 2"),
+    "no models": (lambda f: evaluations.change(f, models=[]), "eval.json lists no models"),
+    "models alike": (
+        lambda f: evaluations.change(f, models=[{"name": "base"}, {"name": "base"}]),
+        "two models are called 'base'",
+    ),
+    "no names": (lambda f: evaluations.change(f, tasks=[{}]), "one of the tasks has no name"),
+    "no metrics": (
+        lambda f: evaluations.change(f, tasks=[{"name": SUMS, "metrics": None}]),
+        "task 'sums' has no list of metrics",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_a_sentence_and_nothing_is_written(folder, fault, capsys):
+    spoil, message = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(ArtifactError) as raised:
+        evaluation.write(folder)
+    assert message in str(raised.value)
+    assert cli.main(["inspect", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert not [*folder.glob("report.*"), *folder.glob("*.part")]
+
+
+def test_all_faults_are_told_at_once(folder):
+    rewritten(folder, "good", swapped)
+    (folder / "samples" / "same" / "chat.jsonl").unlink()
+    with pytest.raises(ArtifactError) as raised:
+        evaluation.write(folder)
+    assert "3 faults:" in str(raised.value)
+    assert "sums: good has 1 item ('other') which base has not" in str(raised.value)
+    assert "there is no samples/same/chat.jsonl" in str(raised.value)
+
+
+def test_names_do_not_lead_out_of_the_folder(folder, tmp_path):
+    (tmp_path / "secret.jsonl").write_text("{}\n")
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    task = told["tasks"][0] | {"name": "secret", "scores": {"../..": {"exact_match": 1.0}}}
+    evaluations.change(folder, models=[{"name": "../.."}], tasks=[task])
+    with pytest.raises(ArtifactError, match="is outside of samples/"):
+        evaluation.write(folder)
+
+
+def test_a_name_cannot_break_the_table(tasks, tmp_path):
+    odd = {SUMS: {"base": tasks[SUMS]["base"], "a|b": tasks[SUMS]["good"]}}
+    report = evaluation.write(evaluations.write(tmp_path / "odd", odd))
+    assert "| task | metric | items | base | a\\|b |" in report.text
+
+
+def test_halves_of_surrogate_pairs_can_be_written(folder):
+    rewritten(folder, "good", lambda made: [m | {"reply": "\ud83d"} for m in made])
+    assert evaluation.write(folder).page.is_file()
