@@ -15,7 +15,19 @@ from typing import Any, Literal, get_args
 
 from tlora.errors import ConfigError, did_you_mean
 
-Basis = Literal["weight-covariance", "random"]
+# The paper's two come first; the others have to hold what they are made of.
+Basis = Literal[
+    "weight-covariance",
+    "random",
+    "covariance",
+    "weight-half-covariance",
+    "gradient",
+    "gradient-covariance",
+    "gradient-moment",
+    "weight-gradient-moment",
+]
+Whiten = bool | Literal["half"]
+SensitivityRule = Literal["magnitude", "fisher"]
 Budget = Literal["rank", "params"]
 ScaleRule = Literal["released", "constant", "proportional"]
 CovarianceMode = Literal["auto", "exact", "streamed"]
@@ -24,6 +36,19 @@ Bias = Literal["none", "all", "lora_only"]
 
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+# What of the calibration a basis is made from: second moments of the inputs, the mean gradient, or
+# the inputs' second moment weighted by the gradients.
+_READS: dict[Basis, tuple[str, ...]] = {
+    "weight-covariance": ("moments",),
+    "random": (),
+    "covariance": ("moments",),
+    "weight-half-covariance": ("moments",),
+    "gradient": ("gradient",),
+    "gradient-covariance": ("gradient", "moments"),
+    "gradient-moment": ("gradient_moment",),
+    "weight-gradient-moment": ("gradient_moment",),
+}
 
 _OWNS_SCALE = "task-aware LoRA sets every module's scale itself, as alpha_pattern / rank_pattern"
 _OWNS_INIT = "task-aware LoRA sets A from the calibration and B to zero"
@@ -126,14 +151,22 @@ class TLoraConfig:
     """PEFT's task type: "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", ... or None."""
 
     basis: Basis = "weight-covariance"
-    """What the rows of A span: the leading right singular vectors of W C (the paper), or
-    LoRA's own random A (the paper's ablation without initialisation)."""
-    whiten: bool = False
-    """Give the features A x equal variance: A' = c K^(-1/2) A with K = A C0 A^T."""
+    """What the rows of A span. "weight-covariance": the leading right singular vectors of W C (the
+    paper); "random": LoRA's own random A (its ablation without initialisation). Not in the paper,
+    the leading right singular vectors of: C ("covariance"), W C^(1/2) ("weight-half-covariance"),
+    the mean gradient G ("gradient"), G C ("gradient-covariance"), N, the inputs' second moment with
+    each token weighted by its squared gradient ("gradient-moment"), W N
+    ("weight-gradient-moment")."""
+    whiten: Whiten = False
+    """Give the features A x equal variance: A' = c K^(-1/2) A with K = A C0 A^T; "half" takes
+    K^(-1/4), which halves the spread of their variances on a logarithmic scale."""
     allocate_rank: bool = True
     """Share the ranks out by sensitivity; off: every module gets r."""
     allocate_scale: bool = True
     """Set the scales by sensitivity; off: every module gets lora_alpha / r."""
+    sensitivity_rule: SensitivityRule = "magnitude"
+    """What ranks and scales are shared out by: "magnitude", the mean of |w * dL/dw| (the paper), or
+    "fisher", the mean of (dL/dw)^2."""
     scale_rule: ScaleRule = "released"
     """Rule used when `allocate_scale` is on: "released" (only ever raises a scale),
     "proportional" (keeps the mean), "constant"."""
@@ -154,7 +187,8 @@ class TLoraConfig:
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
     memory_budget: int | str | None = None
-    """Memory that second moments may take together: bytes or "2GiB"; None: no limit."""
+    """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
+    or "2GiB"; None: no limit."""
     seed: int = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
@@ -209,17 +243,30 @@ class TLoraConfig:
             if (value := getattr(self, name)) not in get_args(kind):
                 options = ", ".join(map(repr, get_args(kind)))
                 yield f"`{name}` is {value!r}; choose one of {options}."
-        for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a"):
+        for name in ("allocate_rank", "allocate_scale", "freeze_a"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"`{name}` is {value!r}; give true or false."
         yield from self._parameter_faults()
-        if self.whiten and self.covariance == "streamed":
-            yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
+        yield from self._basis_faults()
         if self.memory_budget is not None:
             try:
                 parse_bytes(self.memory_budget)
             except ValueError as error:
                 yield f"`memory_budget`: {error}."
+
+    def _basis_faults(self):
+        if not isinstance(self.whiten, bool) and self.whiten != "half":
+            yield f"`whiten` is {self.whiten!r}; give true, false or 'half'."
+        if self.covariance != "streamed":
+            return
+        if self.whiten:
+            yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
+        if self.basis in get_args(Basis) and not self.streams:
+            yield (
+                f"`basis` {self.basis!r} has to hold what it is made of, which covariance"
+                ' "streamed" avoids; set `covariance` to "exact", or `basis` to'
+                ' "weight-covariance".'
+            )
 
     def _parameter_faults(self):
         names = self.target_parameters
@@ -240,13 +287,45 @@ class TLoraConfig:
 
     @property
     def needs_sensitivity(self) -> bool:
-        """Whether planning asks for sensitivities, and so calibration for a backward pass."""
-        return self.allocate_rank or (self.allocate_scale and self.scale_rule != "constant")
+        """Whether planning asks for the sensitivities of the paper, mean |w * dL/dw|."""
+        return self._allocates and self.sensitivity_rule == "magnitude"
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether planning asks for the mean of (dL/dw)^2."""
+        return self._allocates and self.sensitivity_rule == "fisher"
 
     @property
     def needs_moments(self) -> bool:
         """Whether planning asks for the second moments of the inputs."""
-        return self.basis != "random" or self.whiten
+        return self._basis_reads("moments") or bool(self.whiten)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether planning asks for the mean gradient of each weight."""
+        return self._basis_reads("gradient")
+
+    @property
+    def needs_gradient_moment(self) -> bool:
+        """Whether planning asks for the second moments that gradients weight."""
+        return self._basis_reads("gradient_moment")
+
+    @property
+    def streams(self) -> bool:
+        """Whether no more of what the basis is made from has to be held than its products."""
+        return self.basis in get_args(Basis)[:2]
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether planning asks for anything of the loss, and so calibration for labels."""
+        return self._allocates or self.needs_gradient or self.needs_gradient_moment
+
+    @property
+    def _allocates(self) -> bool:
+        return self.allocate_rank or (self.allocate_scale and self.scale_rule != "constant")
+
+    def _basis_reads(self, statistic: str) -> bool:
+        return statistic in _READS[self.basis]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -261,6 +340,7 @@ class TLoraConfig:
 _CHOICES: dict[str, Any] = {
     "basis": Basis,
     "budget": Budget,
+    "sensitivity_rule": SensitivityRule,
     "scale_rule": ScaleRule,
     "covariance": CovarianceMode,
     "subspace": SubspaceMode,

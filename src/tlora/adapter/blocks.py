@@ -1,10 +1,11 @@
-"""Planning without holding all second moments, within a memory budget.
+"""Planning without holding all second moments and gradients, within a memory budget.
 
 One pass over the samples measures the sensitivities and keeps the second moments of a first block
 of modules. Ranks and scales are settled, those modules are solved, their moments freed; then a
 forward pass over the same samples, which stops after the last module it is for, does the next
-block, until none is left. A module whose own second moment exceeds the budget is solved by subspace
-iteration over the samples instead. `strategy.py` says which module is done when.
+block, until none is left (for a basis of gradients a whole pass, forward and backward). A module
+whose own second moment exceeds the budget is solved by subspace iteration over the samples
+instead. `strategy.py` says which module is done when.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ from tlora.calibration.collector import Collector
 from tlora.calibration.company import Company
 from tlora.calibration.distributed import Cohort
 from tlora.calibration.faults import numbered, warn_of_skipped, within_memory
+from tlora.calibration.gradients import Backward, GradientBank, backward_again, backward_for
 from tlora.calibration.offload import device_of
 from tlora.calibration.probe import begin, first_pass, probing, progress_bar
 from tlora.calibration.sources import input_sources
-from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.streams import StreamBank
 from tlora.calibration.targets import Target
 from tlora.config import TLoraConfig
-from tlora.linalg.moments import SecondMoment
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,14 @@ def plan_in_blocks(
         kept = {target.name for block in blocks[:1] for target in block}
         spared = {target.name for target in targets} - kept
         bank = MomentBank(spared) if config.needs_moments else None
-        first = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples, ranks)
+        backward = backward_for(config, kept)
+        first = Collector(model, targets, bank, backward, skip_bad_samples, ranks)
         with torch.enable_grad(), progress_bar(batches, progress and ranks.leads) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)
-        planner.take(blocks[0] if blocks else [t for t in targets if bank is None], bank)
+        planner.take(
+            blocks[0] if blocks else [t for t in targets if bank is None], bank, first.gradients
+        )
         bank = first.bank = None  # frees the moments of this block before the next one is made
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
@@ -134,26 +137,31 @@ class _Planner:
         self.ranks = first.ranks
         self.config = config
         self.progress = progress
-        self.statistics = {target.name: _statistics(target, first) for target in targets}
+        self.statistics = {target.name: first.measured(target) for target in targets}
         shares = allocate(targets, list(self.statistics.values()), config)
         self.shares = self.ranks.send(shares, 0)
         self.done: dict[str, ModulePlan] = {}
         self.passes = 1
 
-    def take(self, block: Sequence[Target], bank: MomentBank | None) -> None:
-        """Plan a block's modules from their second moments."""
-        moments = {t.name: None if bank is None else bank.moment(t.name) for t in block}
+    def take(
+        self,
+        block: Sequence[Target],
+        bank: MomentBank | None,
+        gradients: GradientBank | None = None,
+    ) -> None:
+        """Plan a block's modules from their second moments, and gradients."""
         self._solve(
-            [self._job(target, moments[target.name]) for target in block],
+            [self._job(target, bank, gradients) for target in block],
             lambda job, weight: solve(job.target, job.statistics, job.share, self.config, weight),
         )
 
     def take_rest(self, blocks: Sequence[list[Target]]) -> None:
-        """Plan the blocks after the first, each from a forward pass over the samples."""
+        """Plan the blocks after the first, each from a pass over the samples."""
         for number, block in enumerate(blocks[1:], start=2):
-            bank = MomentBank()
-            self._pass(block, bank, f"Block {number} of {len(blocks)}")
-            self.take(block, bank)
+            bank = MomentBank() if self.config.needs_moments else None
+            backward = backward_again(self.config)
+            self._pass(block, bank, f"Block {number} of {len(blocks)}", backward)
+            self.take(block, bank, None if backward is None else backward.bank)
 
     def stream(self, targets: Sequence[Target]) -> None:
         """Plan modules by subspace iteration over the samples, within the budget run by run."""
@@ -172,12 +180,24 @@ class _Planner:
         self._solve(
             [self._job(target) for target in block],
             lambda job, weight: take_streamed(
-                job.target, job.statistics, job.share, bank.result(job.target, weight)
+                job.target,
+                job.statistics,
+                job.share,
+                self.config,
+                bank.result(job.target, weight),
             ),
         )
 
-    def _job(self, target: Target, moment: SecondMoment | None = None) -> Job:
+    def _job(
+        self,
+        target: Target,
+        bank: MomentBank | None = None,
+        gradients: GradientBank | None = None,
+    ) -> Job:
+        moment = None if bank is None else bank.moment(target.name)
         measured = replace(self.statistics[target.name], moment=moment)
+        if gradients is not None:
+            gradients.give(target, measured)
         return Job(target, measured, self.shares.of[target.name])
 
     def _solve(self, jobs: Sequence[Job], solve_one: Solve) -> None:
@@ -187,26 +207,22 @@ class _Planner:
 
         self.done |= solve_each(jobs, within, self.ranks, title=None)
 
-    def _pass(self, block: list[Target], bank: Accumulator, title: str) -> None:
+    def _pass(
+        self,
+        block: list[Target],
+        bank: Accumulator | None,
+        title: str,
+        backward: Backward | None = None,
+    ) -> None:
         from tqdm.auto import tqdm
 
         self.passes += 1
-        collector = Collector(self.first.model, block, bank, backward=False, ranks=self.ranks)
+        collector = Collector(self.first.model, block, bank, backward, ranks=self.ranks)
         hidden = None if self.progress and self.ranks.leads else True
-        with self.ranks.together():
+        with self.ranks.together(), torch.set_grad_enabled(backward is not None):
             for unit in tqdm(self.first.units, desc=title, disable=hidden):
                 size = len(unit.numbers)
                 where = partial(collector.doing, unit.numbers[0], size)
                 within_memory(partial(collector.add_again, unit), where, size, self.config)
             collector.keep_company()
         collector.pool()
-
-
-def _statistics(target: Target, first: Collector) -> ModuleStatistics:
-    return ModuleStatistics(
-        name=target.name,
-        d_in=target.d_in,
-        d_out=target.d_out,
-        samples=first.samples,
-        sensitivity=first.sensitivity(target.name),
-    )

@@ -15,6 +15,7 @@ import torch
 from tlora.adapter.module import ModulePlan
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.targets import Target
+from tlora.config import SensitivityRule
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ class Group:
         """m of each target."""
         return self.targets[0].d_out
 
-    @property
-    def sensitivity(self) -> float:
+    def sensitivity(self, rule: SensitivityRule) -> float:
         """S, the mean over all entries: of equal matrices the mean of each one's.
 
         Raises:
             CalibrationError: none was measured.
         """
-        return sum(s.required_sensitivity for s in self.statistics) / len(self.statistics)
+        return sum(s.sensitivity_by(rule) for s in self.statistics) / len(self.statistics)
 
     def cost(self, freeze_a: bool) -> int:
         """Trainable parameters that a rank costs: E m, and E d more where A trains."""

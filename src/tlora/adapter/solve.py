@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tlora.adapter.bases import MATRICES
 from tlora.adapter.experts import Group, grouped
 from tlora.adapter.module import ModulePlan
 from tlora.calibration.statistics import ModuleStatistics
@@ -31,6 +32,9 @@ from tlora.linalg.subspace import (
     task_subspace,
     whitened,
 )
+
+# By `TLoraConfig.whiten`: the power of K.
+_WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def solve(
     config: TLoraConfig,
     weight: Tensor | None = None,
 ) -> ModulePlan:
-    """Find a module's A from its second moment.
+    """Find a module's A from its statistics.
 
     Args:
         target: the module.
@@ -93,23 +97,31 @@ def solve(
         weight: W, m x d float32, if it is at hand; None: it is read where it is needed.
 
     Raises:
-        CalibrationError: ``config`` needs a second moment, but none was kept.
+        CalibrationError: ``config`` needs a second moment or gradient, but none was kept.
     """
     with torch.no_grad():
         found = _basis(target, statistics, share, config, weight)
-    return _planned(target, statistics, share, found)
+    return _planned(target, statistics.measured(config.sensitivity_rule), share, found)
 
 
 def take_streamed(
-    target: Target, statistics: ModuleStatistics, share: Share, found: Subspace
+    target: Target,
+    statistics: ModuleStatistics,
+    share: Share,
+    config: TLoraConfig,
+    found: Subspace,
 ) -> ModulePlan:
     """Plan a module whose subspace was found without its second moment."""
-    return _planned(target, statistics, share, _Found.of(found))
+    sensitivity = statistics.measured(config.sensitivity_rule)
+    return _planned(target, sensitivity, share, _Found.of(found))
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A (rank x d), the share of ||W C||_F^2 that it captures, all of it, how it was found."""
+    """A (rank x d), the share of ||M||_F^2 that it captures, all of it, how it was found.
+
+    M is the matrix of the basis (`MATRICES`), W C of a random one.
+    """
 
     basis: Tensor
     energy: float | None
@@ -121,9 +133,7 @@ class _Found:
         return cls(space.basis, space.captured_energy, space.total_energy, space.method)
 
 
-def _planned(
-    target: Target, statistics: ModuleStatistics, share: Share, found: _Found
-) -> ModulePlan:
+def _planned(target: Target, sensitivity: float | None, share: Share, found: _Found) -> ModulePlan:
     return ModulePlan(
         name=target.name,
         d_in=target.d_in,
@@ -132,7 +142,7 @@ def _planned(
         scale=share.scale,
         lora_A=found.basis.cpu(),
         captured_energy=found.energy,
-        sensitivity=statistics.sensitivity,
+        sensitivity=sensitivity,
         solver=found.solver,
         total_energy=found.total,
     )
@@ -141,7 +151,8 @@ def _planned(
 def _ranks(groups: Sequence[Group], config: TLoraConfig) -> RankAllocation:
     limits = [min(g.d_in, g.d_out, config.rank_max or max(g.d_in, g.d_out)) for g in groups]
     bounds = [RankBounds(min(config.rank_min, high), high) for high in limits]
-    weights = [group.sensitivity if config.allocate_rank else 1.0 for group in groups]
+    rule = config.sensitivity_rule
+    weights = [group.sensitivity(rule) if config.allocate_rank else 1.0 for group in groups]
     if config.budget == "params":
         costs = [group.cost(config.freeze_a) for group in groups]
         allocation = allocate_ranks_by_cost(weights, config.r, bounds, costs)
@@ -162,7 +173,7 @@ def _ranks(groups: Sequence[Group], config: TLoraConfig) -> RankAllocation:
 def _scales(groups: Sequence[Group], config: TLoraConfig) -> tuple[float, ...]:
     if not config.allocate_scale or config.scale_rule == "constant":
         return allocate_scales([1.0] * len(groups), config.r, config.lora_alpha, "constant")
-    weights = [group.sensitivity for group in groups]
+    weights = [group.sensitivity(config.sensitivity_rule) for group in groups]
     return allocate_scales(weights, config.r, config.lora_alpha, config.scale_rule)
 
 
@@ -176,15 +187,16 @@ def _basis(
     rank = share.rank
     if rank == 0:
         return _Found(torch.zeros(0, target.d_in), 0.0, None, "none")
-    if config.basis == "random":
+    matrix = MATRICES.get(config.basis)
+    if matrix is None:
         found = _random_basis(target, statistics, share, config, weight)
     else:
         weight = dense_weight(target) if weight is None else weight
         solver = Solver(mode=config.subspace, seed=config.seed)
-        product = statistics.weighted(weight)
-        found = _Found.of(task_subspace(weight, product, rank, solver))
+        found = _Found.of(task_subspace(weight, matrix(weight, statistics), rank, solver))
     if config.whiten:
-        basis = whitened(found.basis, statistics.uncentred().to(found.basis))
+        power = _WHITENING[config.whiten]
+        basis = whitened(found.basis, statistics.uncentred().to(found.basis), power)
         found = replace(found, basis=basis)
     return found
 

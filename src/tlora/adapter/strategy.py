@@ -1,8 +1,9 @@
-"""How second moments are made within a memory budget, settled before anything is measured.
+"""How second moments and gradients are made within a memory budget, settled before measuring.
 
 - in blocks: the pass that measures sensitivities, which runs the whole model anyway, keeps the
   moments of the last modules that fit the budget; each further block takes a forward pass that
-  stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one;
+  stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one
+  (where the basis needs gradients: a whole forward pass, and a backward one to its first module);
 - streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`);
 - mapped, where the statistics are kept in a file (`calibrate`): one pass, and what is beyond the
   budget is in memory-mapped files (`calibration/spill.py`).
@@ -44,17 +45,19 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Strategy:
-    """Which second moments are held when.
+    """Which second moments and gradients are held when.
 
     Attributes:
-        blocks: names of the modules whose moments are held together. The first block is filled by
-            the pass that measures sensitivities, each other one by a pass of its own.
+        blocks: names of the modules whose moments (and gradients) are held together. The first
+            block is filled by the pass that measures sensitivities, each other one by a pass of
+            its own.
         streamed: names of the modules whose subspace is found without their moment.
         stream_runs: runs that the streamed modules take at the base rank; allocation may change it.
-        held: bytes of second moments (or streaming blocks) held at a time, at the most.
-        total: bytes that the moments of all modules would take at once.
+        held: bytes of these (or of streaming blocks) held at a time, at the most.
+        total: bytes that those of all modules would take at once.
         budget: the bytes that were asked for, or None.
-        mapped: bytes of second moments in mapped files.
+        mapped: bytes in mapped files.
+        kind: what they are, in words.
     """
 
     blocks: tuple[tuple[str, ...], ...]
@@ -64,6 +67,7 @@ class Strategy:
     total: int
     budget: int | None
     mapped: int = 0
+    kind: str = "second moments"
 
     @property
     def passes(self) -> int:
@@ -84,7 +88,7 @@ class Strategy:
         passes = f"{self.passes} pass{'es' if self.passes > 1 else ''} over the samples"
         mapped = f", {bytes_text(self.mapped)} in mapped files" if self.mapped else ""
         return (
-            f"second moments: {'; '.join(parts)}; {passes}; at most {bytes_text(self.held)} held"
+            f"{self.kind}: {'; '.join(parts)}; {passes}; at most {bytes_text(self.held)} held"
             f"{mapped} (all of them: {bytes_text(self.total)})"
         )
 
@@ -101,15 +105,15 @@ def choose(
         config: its `covariance`, `memory_budget`, and whether moments are needed at all.
     """
     budget = config.memory_budget_bytes
-    if not config.needs_moments:
+    if not _holds_anything(config):
         return Strategy((), frozenset(), 0, 0, 0, budget)
     streamed = _streamed(modules, config)
     groups: dict[Hashable, list[Shaped]] = {}
     for module in modules:
-        groups.setdefault(sources.get(module.name, module.name), []).append(module)
-    total = sum(moment_bytes(group[0].d_in) for group in groups.values())
+        groups.setdefault(_source(module, sources, config), []).append(module)
+    total = sum(_bytes(group, config) for group in groups.values())
     exact = [
-        (kept, moment_bytes(kept[0].d_in))
+        (kept, _bytes(kept, config))
         for group in groups.values()
         if (kept := [m for m in group if m.name not in streamed])
     ]
@@ -129,6 +133,7 @@ def choose(
         held=max((size for _, size in [*blocks, *runs]), default=0),
         total=total,
         budget=budget,
+        kind=_kind(config),
     )
 
 
@@ -137,19 +142,50 @@ def choose_mapped(
 ) -> Strategy:
     """Say how the second moments of ``modules`` are made where all are kept; as for `choose`."""
     budget = config.memory_budget_bytes
-    sizes = {sources.get(m.name, m.name): moment_bytes(m.d_in) for m in modules}
-    if not config.needs_moments:
-        sizes = {}
-    total = sum(sizes.values())
+    if not _holds_anything(config):
+        return Strategy((), frozenset(), 0, 0, 0, budget)
+    groups = {sources.get(m.name, m.name): moment_bytes(m.d_in) for m in modules}
+    sizes = list(groups.values()) if config.needs_moments else []
+    sizes += [gradient_bytes(m.d_out, m.d_in, config) for m in modules]
+    total = sum(sizes)
     room = spill_budget(config)
     if room is None:
         room = total
     held = 0
-    for size in sizes.values():
+    for size in sizes:
         held += size if held + size <= room else 0
     names = tuple(module.name for module in modules)
-    blocks = (names,) if sizes else ()
-    return Strategy(blocks, frozenset(), 0, held, total, budget, total - held)
+    kind = _kind(config)
+    return Strategy((names,), frozenset(), 0, held, total, budget, total - held, kind)
+
+
+def gradient_bytes(rows: int, columns: int, config: TLoraConfig) -> int:
+    """Return the bytes of what a module's gradients make for the basis: G, m x d, or N, d x d."""
+    mean = 4 * rows * columns if config.needs_gradient else 0
+    return mean + (moment_bytes(columns) if config.needs_gradient_moment else 0)
+
+
+def _bytes(group: Sequence[Shaped], config: TLoraConfig) -> int:
+    """Return the bytes held for modules that read the same tensors."""
+    shared = moment_bytes(group[0].d_in) if config.needs_moments else 0
+    return shared + sum(gradient_bytes(m.d_out, m.d_in, config) for m in group)
+
+
+def _source(module: Shaped, sources: Mapping[str, Hashable], config: TLoraConfig) -> Hashable:
+    return sources.get(module.name, module.name) if config.needs_moments else module.name
+
+
+def _holds_anything(config: TLoraConfig) -> bool:
+    return config.needs_moments or config.needs_gradient or config.needs_gradient_moment
+
+
+def _kind(config: TLoraConfig) -> str:
+    wanted = {
+        "second moments": config.needs_moments,
+        "mean gradients": config.needs_gradient,
+        "gradient-weighted moments": config.needs_gradient_moment,
+    }
+    return " and ".join(kind for kind, needed in wanted.items() if needed)
 
 
 def stream_runs(
@@ -183,6 +219,6 @@ def _streamed(modules: Sequence[Shaped], config: TLoraConfig) -> frozenset[str]:
         return frozenset()
     if config.covariance == "streamed":
         return frozenset(module.name for module in modules)
-    if budget is None or config.whiten:
+    if budget is None or config.whiten or not config.streams:
         return frozenset()
     return frozenset(m.name for m in modules if moment_bytes(m.d_in) > budget)

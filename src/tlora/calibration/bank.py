@@ -109,7 +109,7 @@ class MomentBank:
             uses[old] -= 1
             spared = target.name in self.spared
             own = None if spared else self._taken_over(target, group, last=not uses[old])
-            self.moments[group] = own and _sum_over(ranks, own)
+            self.moments[group] = own and sum_over(ranks, own)
         self.group_of = group_of
         self.moments = {group: self.moments[group] for group in first}
 
@@ -178,28 +178,35 @@ class MomentBank:
         return group
 
     def _new_moment(self, target: Target, group: int) -> SecondMoment:
-        device = device_of(target.module)
-        if self.spill is None and device.type == "cpu":
-            # One place for rows and then C: pages that are not written take no memory, and rows
-            # that go when C comes would leave holes between what a pass keeps.
-            return SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in))
-        if self.spill is None:
-            return SecondMoment(target.d_in, device=device)
-        scatter, in_memory = self.spill.zeros(target.d_in, device)
+        moment, in_memory = new_moment(target, self.spill)
         if not in_memory:
             self._mapped.add(group)
-        return SecondMoment(target.d_in, scatter=scatter)
+        return moment
 
 
-def _sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
+def new_moment(target: Target, spill: Spill | None) -> tuple[SecondMoment, bool]:
+    """Return an empty second moment for a target, and whether it is in memory."""
+    device = device_of(target.module)
+    if spill is None and device.type == "cpu":
+        # One place for rows and then C: pages that are not written take no memory, and rows
+        # that go when C comes would leave holes between what a pass keeps.
+        return SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in)), True
+    if spill is None:
+        return SecondMoment(target.d_in, device=device), True
+    scatter, in_memory = spill.zeros(target.d_in, device)
+    return SecondMoment(target.d_in, scatter=scatter), in_memory
+
+
+def sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
     """Return the second moment over all ranks' samples, in the place of this rank's."""
-    told = ranks.gather((moment.samples, moment.tokens, moment.rows is None))
-    samples, tokens, formed = zip(*told, strict=True)
-    means = ranks.stacked(moment.weighted_means, samples)
+    own = moment.weighted_means
+    told = ranks.gather((moment.samples, moment.tokens, moment.rows is None, len(own)))
+    samples, tokens, formed, held = zip(*told, strict=True)
+    means = ranks.stacked(own, held)
     if not any(formed) and sum(tokens) <= moment.dim and moment.rows is not None:
         rows = ranks.stacked(moment.rows, tokens)
         others = {
-            "means": _without(means, samples, ranks.rank),
+            "means": _without(means, held, ranks.rank),
             "rows": _without(rows, tokens, ranks.rank),
         }
         counts = (sum(samples) - moment.samples, sum(tokens) - moment.tokens)

@@ -7,7 +7,8 @@ How a batch is read, in order:
 2. the inputs are split into samples, checked to be finite, and added to the second moments, once
    for modules that read the same tensor;
 3. backward; when the gradient delta of a target's output arrives, |W * (delta_s^T X_s)| of every
-   sample is averaged and both tensors are dropped, so no full set of gradients is ever held.
+   sample is averaged (or what else is asked of it) and both tensors are dropped, so no full set of
+   a batch's gradients is ever held.
 
 Bad samples (no label that counts; an input, a loss or a gradient that is not finite) are errors, or
 are left out: then the batch is read again without them, and 2 waits for 3, since a gradient is
@@ -37,10 +38,12 @@ from tlora.calibration.company import Company
 from tlora.calibration.distributed import ALONE, Cohort
 from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.faults import numbered
+from tlora.calibration.gradients import Backward, GradientBank
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.offload import device_of
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.sharding import class_name, reshard
+from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.targets import Target
 from tlora.errors import CalibrationError
 
@@ -76,8 +79,8 @@ class Collector:
     Args:
         model: in eval mode, its parameters frozen (see `preserved`).
         targets: the modules to look at.
-        bank: where the inputs go; None: only sensitivities are wanted.
-        backward: measure sensitivities too.
+        bank: where the inputs go; None: they are not wanted.
+        backward: what a backward pass is run for; None: none is run.
         skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
         ranks: who shares the samples.
 
@@ -86,7 +89,7 @@ class Collector:
         given: samples seen so far, those left out included.
         skipped: number (counted from 0) of each sample left out, and why.
         units: what was read in one forward pass each, in order.
-        sensitivities: by target: sum over samples of mean |W * dL_s/dW|, on the target's device.
+        sensitivities: by target: sum over samples of what is measured, on the target's device.
         stage: what is being done, for the message if memory runs out.
     """
 
@@ -95,7 +98,7 @@ class Collector:
         model: nn.Module,
         targets: list[Target],
         bank: Accumulator | None,
-        backward: bool,
+        backward: Backward | None,
         skip_bad_samples: bool = False,
         ranks: Cohort = ALONE,
     ) -> None:
@@ -113,6 +116,11 @@ class Collector:
         self.sensitivities: dict[str, Tensor] = {}
         self.stage = "reading"
 
+    @property
+    def gradients(self) -> GradientBank | None:
+        """Where gradients are accumulated; None: they are not wanted."""
+        return None if self.backward is None else self.backward.bank
+
     def add(self, batch: dict[str, Any]) -> None:
         """Add a batch of tensors on the model's device.
 
@@ -123,8 +131,12 @@ class Collector:
         self.given += size
 
     def add_again(self, unit: Unit) -> None:
-        """Add what an earlier pass has read; the forward pass stops once every target has run."""
-        self._add(unit, None)
+        """Add what an earlier pass has read.
+
+        Without a backward pass the forward pass stops once every target has run.
+        """
+        weights = reading.loss_weights(unit.batch, self.model) if self.backward else None
+        self._add(unit, weights)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what `restore` takes: tensors, and plain JSON values. The bank has its own."""
@@ -170,20 +182,26 @@ class Collector:
                     self._add_to(name, torch.tensor(total, dtype=torch.float64))
         if self.bank is not None:
             self.bank.pool(self.targets, self.ranks)
+        if self.gradients is not None:
+            self.gradients.pool(self.targets, self.ranks)
         reshard(self.model)
 
     def doing(self, first: int, count: int) -> str:
         """Return what is being done to which samples: "the backward pass of samples 4 to 7"."""
         return f"{self.stage} of {numbered(first, count)}"
 
-    def sensitivity(self, name: str) -> float | None:
-        """Return S of a target, or None where none was measured.
+    def measured(self, target: Target) -> ModuleStatistics:
+        """Return what was measured of a target, without what the banks accumulate.
 
         Raises:
             CalibrationError: it is not finite.
         """
-        if not self.backward:
-            return None
+        found = ModuleStatistics(target.name, target.d_in, target.d_out, self.samples, None)
+        if self.backward is not None and self.backward.statistic is not None:
+            setattr(found, self.backward.statistic, self._mean(target.name))
+        return found
+
+    def _mean(self, name: str) -> float:
         total = self.sensitivities.get(name)
         # A module that no sample reached does not move the loss.
         value = 0.0 if total is None else total.item() / self.samples
@@ -253,7 +271,7 @@ class Collector:
             self._update(records, layout.size)
         self.company.meet()
         if loss is not None:
-            self._add_sensitivities(records, factors, loss)
+            self._add_gradients(records, factors, loss)
         if late is not None:
             self._update(late, layout.size)
         self.samples += layout.size
@@ -274,23 +292,28 @@ class Collector:
         if self.bank is not None:
             self.bank.update(by_target(records), size)
 
-    def _add_sensitivities(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
+    def _add_gradients(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
         self.stage = "the backward pass"
-        found = self._run_back(records, factors, loss)
-        check_gradients(found)
-        for name, values in found.items():
-            self._add_to(name, values.sum())
+        done = self._run_back(records, factors, loss)
+        check_gradients(done.found)
+        done.accumulate()
+        if done.asked.statistic is not None:
+            for name, values in done.found.items():
+                self._add_to(name, values.sum())
 
     def _run_back(
         self, records: dict[str, Record], factors: Tensor, loss: Tensor
-    ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        with SensitivityPass(records.values(), factors, found, self.company.ranks):
+    ) -> SensitivityPass:
+        if self.backward is None:
+            raise ValueError("nothing is asked of a backward pass")
+        ranks, late = self.company.ranks, self.skip_bad_samples
+        done = SensitivityPass(records.values(), factors, self.backward, ranks, late)
+        with done:
             # It does not where these samples reach no target (an expert).
             if loss.requires_grad:
                 with self.company.inside_collectives():
                     loss.backward()
-        return found
+        return done
 
     def _add_to(self, name: str, total: Tensor) -> None:
         before = self.sensitivities.get(name)
@@ -298,12 +321,13 @@ class Collector:
 
     def _forward(self, unit: Unit, records: dict[str, Record], layout: reading.TokenLayout) -> Any:
         options = forward_options(self.model, unit.batch)
-        # To stop halfway would leave a sharded model's weights gathered.
-        expected = None if self.company.sharded else unit.calls
+        backward = self.backward is not None
+        # To stop halfway would leave a sharded model's weights gathered; a backward needs the loss.
+        expected = None if self.company.sharded or backward else unit.calls
         with (
             self.company.inside_collectives(),
-            recording(self.model, records.values(), layout, self.backward, expected),
-            torch.set_grad_enabled(self.backward),
+            recording(self.model, records.values(), layout, backward, expected),
+            torch.set_grad_enabled(backward),
             contextlib.suppress(AllSeen),
         ):
             return self.model(**unit.batch, **options)
@@ -314,7 +338,8 @@ class Collector:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
                 f"{class_name(self.model)} returned no single loss for a batch with the keys"
-                f" {sorted(unit.batch)}; add `labels`, or allocate neither ranks nor scales."
+                f" {sorted(unit.batch)}; add `labels`, or allocate neither ranks nor"
+                " scales and take a `basis` without gradients."
             )
         if not loss.isfinite():
             if self.company.present and len(unit.numbers) > 1:

@@ -12,7 +12,7 @@ Source: docs/method.md, 8.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from tlora.calibration import expert_layouts as layouts
 from tlora.calibration.hooks import Call, Record
 from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight
-from tlora.linalg.magnitude import weighted_magnitude
+from tlora.linalg.magnitude import Pairs
 
 
 def records_of(targets: Iterable[Target]) -> dict[str, Record]:
@@ -80,34 +79,30 @@ class ExpertsRecord(Record):
         met = sum(_chosen(call).numel() for call in self.calls)
         return {part.name: -(-met // _part(part).count) for part in self.parts} if met else {}
 
-    def magnitudes(self, calls: Sequence[Call], weights: Sequence[float]) -> dict[str, Tensor]:
-        """Return each part's mean |W_e * dL_s/dW_e| of every sample, by the part's name.
+    def pairs(self, calls: Sequence[Call]) -> Iterator[tuple[Target, list[Pairs]]]:
+        """Yield each part with its pairs (delta, x) of every sample, expert by expert.
 
         Parts of an expert that these samples do not reach, and whose loss it so does not move, are
         left out.
 
         Args:
             calls: those that the loss depends on, their ``delta`` known.
-            weights: B; see `SensitivityPass`.
         """
         experts: dict[int, list[Target]] = {}
         for target in self.parts:
             experts.setdefault(_part(target).index, []).append(target)
         routings = self.routings(calls)
         self._sorted = {}
-        found = {}
         for expert, targets in experts.items():
             passes = [_Pass.of(self.target.module, r, expert) for r in routings if r.total(expert)]
             for target in targets if passes else ():
-                weight = dense_weight(target)
-                samples = [
-                    [pair for pair in pairs if len(pair[0])]
-                    for pairs in zip(*(each.pairs(target) for each in passes), strict=True)
-                ]
-                values = weighted_magnitude(weight, samples)
-                factors = torch.tensor(weights, dtype=values.dtype, device=values.device)
-                found[target.name] = factors * values / weight.numel()
-        return found
+                yield (
+                    target,
+                    [
+                        [pair for pair in pairs if len(pair[0])]
+                        for pairs in zip(*(each.pairs(target) for each in passes), strict=True)
+                    ],
+                )
 
 
 @dataclass

@@ -21,7 +21,13 @@ from tlora.calibration.sharding import is_zero3
 from tlora.config import TLoraConfig
 
 # What a calibration may hold, by the property of `TLoraConfig` that asks for it.
-_KINDS = {"sensitivity": "needs_sensitivity", "moments": "needs_moments"}
+_KINDS = {
+    "sensitivity": "needs_sensitivity",
+    "moments": "needs_moments",
+    "fisher": "needs_fisher",
+    "gradient": "needs_gradient",
+    "gradient_moment": "needs_gradient_moment",
+}
 
 _SAMPLED = 512  # entries looked at of a parameter
 _PRIME = 2**255 - 19

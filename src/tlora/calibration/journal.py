@@ -167,6 +167,10 @@ class Journal:
         tensors = {f"total {name}": total for name, total in totals.items()}
         tensors |= {f"moment {name}": tensor for name, tensor in moments.items()}
         header = {"kind": _KIND, "key": self.key.to_dict(), "collector": values, "bank": shared}
+        if collector.gradients is not None:
+            sums, tokens = collector.gradients.state()
+            tensors |= {f"gradient {name}": tensor for name, tensor in sums.items()}
+            header["gradient_tokens"] = tokens
         write_tensors(self.unfinished, tensors, header)
 
     def _resume(self, collector: Collector, bank: MomentBank | None) -> DataKey:
@@ -181,6 +185,9 @@ class Journal:
         collector.restore(_named(tensors, "total "), header["collector"])
         if bank is not None:
             bank.restore(_named(tensors, "moment "), header["bank"], collector.targets)
+        if collector.gradients is not None:
+            sums = _named(tensors, "gradient ")
+            collector.gradients.restore(sums, header["gradient_tokens"], collector.targets)
         return done
 
     def _compare_progress(self, done: DataKey) -> None:

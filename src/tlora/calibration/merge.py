@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tlora.calibration.identity import DataKey, Key
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.errors import CalibrationError
@@ -14,7 +16,7 @@ from tlora.linalg.moments import SecondMoment, merged
 def merge(parts: Sequence[Calibration]) -> Calibration:
     """Return what one calibration over the samples of all ``parts``, in this order, gives.
 
-    S = sum_p n_p S_p / sum_p n_p and C = sum_p n_p C_p / sum_p n_p, equal up to rounding. Modules
+    S = sum_p n_p S_p / sum_p n_p, likewise C and the rest, equal up to rounding. Modules
     that share a second moment in every part share one in the result. The parts stay as they are;
     the result's second moments are in memory, on the first part's devices.
 
@@ -41,23 +43,41 @@ def merge(parts: Sequence[Calibration]) -> Calibration:
         if module.moment is not None:
             group = numbers.setdefault(tuple(m.moment_id for m in each), len(numbers))
             if group not in moments:
-                moments[group] = merged([m.moment for m in each if m.moment is not None])
+                moments[group] = merged([m.kept_moment() for m in each])
         modules[name] = ModuleStatistics(
             name=name,
             d_in=module.d_in,
             d_out=module.d_out,
             samples=samples,
-            sensitivity=_mean(each),
+            sensitivity=_mean(each, "sensitivity"),
             moment=moments.get(group),
             moment_id=group,
+            fisher=_mean(each, "fisher"),
+            gradient=_mean_gradient(each),
+            gradient_moment=_merged([m.gradient_moment for m in each]),
         )
     return Calibration(modules, samples, _info(parts), _key(parts))
 
 
-def _mean(each: Sequence[ModuleStatistics]) -> float | None:
-    known = [(m.samples, m.sensitivity) for m in each if m.sensitivity is not None]
+def _mean(each: Sequence[ModuleStatistics], name: str) -> float | None:
+    values = [(m.samples, getattr(m, name)) for m in each]
+    known = [(n, value) for n, value in values if value is not None]
     samples = sum(n for n, _ in known)
     return sum(n * value for n, value in known) / samples if known else None
+
+
+def _mean_gradient(each: Sequence[ModuleStatistics]) -> Tensor | None:
+    if any(m.gradient is None for m in each):
+        return None
+    total = each[0].samples * each[0].kept_gradient()
+    for module in each[1:]:
+        total.add_(module.kept_gradient().to(total.device), alpha=module.samples)
+    return total.div_(sum(m.samples for m in each))
+
+
+def _merged(moments: Sequence[SecondMoment | None]) -> SecondMoment | None:
+    known = [moment for moment in moments if moment is not None]
+    return merged(known) if known else None
 
 
 def _fault(first: Calibration, other: Calibration) -> str | None:
@@ -69,8 +89,7 @@ def _fault(first: Calibration, other: Calibration) -> str | None:
             " calibrations of one model."
         )
     alike = list(first.modules) == list(other.modules) and all(
-        (a.d_in, a.d_out) == (b.d_in, b.d_out)
-        and (a.moment is None, a.sensitivity is None) == (b.moment is None, b.sensitivity is None)
+        (a.d_in, a.d_out) == (b.d_in, b.d_out) and _holds(a) == _holds(b)
         for a, b in zip(first.modules.values(), other.modules.values(), strict=True)
     )
     if alike and not (first.key and other.key and first.key.config != other.key.config):
@@ -79,6 +98,11 @@ def _fault(first: Calibration, other: Calibration) -> str | None:
         f"they were made with different configurations ({len(first)} and {len(other)} modules);"
         " merge calibrations of the same modules that hold the same statistics."
     )
+
+
+def _holds(module: ModuleStatistics) -> list[bool]:
+    names = ("moment", "sensitivity", "fisher", "gradient", "gradient_moment")
+    return [getattr(module, name) is not None for name in names]
 
 
 def _key(parts: Sequence[Calibration]) -> Key | None:

@@ -18,13 +18,14 @@ from tlora.calibration.collector import Collector
 from tlora.calibration.distributed import Cohort, cohort
 from tlora.calibration.expert_targets import warn_of_unadapted_experts
 from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
+from tlora.calibration.gradients import backward_for
 from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
 from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved
 from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.spill import Spill, spill_budget
-from tlora.calibration.statistics import Calibration, ModuleStatistics
+from tlora.calibration.statistics import Calibration
 from tlora.calibration.targets import Target, find_targets, warn_of_second_names, warn_of_unmatched
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
@@ -42,8 +43,8 @@ def calibrate(
     """Measure the statistics that ``plan`` needs, on a few samples of the task.
 
     The model comes back as it was (parameters, ``requires_grad``, ``.grad``, modes, hooks, random
-    states), also when a batch raises. Dropout is off while it runs. Second moments beyond
-    ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
+    states), also when a batch raises. Dropout is off while it runs. Second moments and gradients
+    beyond ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
     files, beside the cache or in the folder for temporary files.
 
     In a process group every rank gives its share of the batches (any number, or none) and gets the
@@ -55,7 +56,7 @@ def calibrate(
             hold it (docs/distributed.md).
         batches: dicts of what its forward takes; a DataLoader works as it is. A batch of B padded
             samples gives what B batches of one give. Labels are needed where ranks or scales are
-            allocated, with the prompt masked as in training.
+            allocated or the basis needs gradients, with the prompt masked as in training.
         config: which modules, and which statistics.
         progress: show a bar with samples and time left (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
@@ -74,8 +75,10 @@ def calibrate(
     with ranks.together():
         journal = Journal(model, targets, config, cache, skip_bad_samples, ranks)
     if (stats := journal.found(batches)) is None:
-        bank = MomentBank(spill=_spill(config, journal.path)) if config.needs_moments else None
-        reads = Collector(model, targets, bank, config.needs_sensitivity, skip_bad_samples, ranks)
+        spill = _spill(config, journal.path)
+        bank = MomentBank(spill=spill) if config.needs_moments else None
+        backward = backward_for(config, spill=spill)
+        reads = Collector(model, targets, bank, backward, skip_bad_samples, ranks)
         stats = _measured(reads, bank, batches, journal, config, progress)
     skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
@@ -109,16 +112,12 @@ def _calibration(
 ) -> Calibration:
     modules = {}
     for target in collector.targets:
-        moment = None if bank is None else bank.moment(target.name)
-        modules[target.name] = ModuleStatistics(
-            name=target.name,
-            d_in=target.d_in,
-            d_out=target.d_out,
-            samples=collector.samples,
-            sensitivity=collector.sensitivity(target.name),
-            moment=moment,
-            moment_id=-1 if bank is None else bank.group_of[target.name],
-        )
+        module = modules[target.name] = collector.measured(target)
+        if bank is not None:
+            module.moment = bank.moment(target.name)
+            module.moment_id = bank.group_of[target.name]
+        if collector.gradients is not None:
+            collector.gradients.give(target, module)
     info = {
         "model": class_name(collector.model),
         "config": config.to_dict(),

@@ -1,27 +1,29 @@
-"""Output gradients -> sensitivities, as a backward pass delivers them.
+"""Output gradients -> what is measured of them, as a backward pass delivers them.
 
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2): S = (1/n) sum_s mean_jk |W (dL_s/dW)|_jk,
-the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient.
+the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient. Other
+measures, and accumulated gradients: docs/method.md, 9.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tlora.calibration.distributed import ALONE, Cohort
 from tlora.calibration.experts import ExpertsRecord
+from tlora.calibration.gradients import Backward
 from tlora.calibration.hooks import Call, Record
+from tlora.calibration.targets import Target
 from tlora.calibration.weights import dense_weight, is_whole_weight
-from tlora.linalg.magnitude import weighted_magnitude
+from tlora.linalg.magnitude import Pairs
 
 
 class SensitivityPass:
-    """While open, notes each target's mean |W * dL_s/dW| of every sample in ``found``.
+    """While open, notes what is measured of each target on every sample.
 
     A target is dealt with as soon as the gradients of all its calls are there, and its tensors
     are dropped: no full set of gradients, nor of inputs, outlives its use.
@@ -30,22 +32,31 @@ class SensitivityPass:
         records: what the forward pass recorded.
         weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
             of the sample's own loss: (labels in the batch) / (labels of s).
-        found: by target name: B numbers, on the target's device; filled.
+        asked: what is measured, and where gradients are accumulated.
         company: the ranks that hold a part of each weight. One that is not whole when a gradient
             arrives is gathered by all of them at the end of the pass.
+        late: accumulate gradients in `accumulate` alone, when all that was measured is known; the
+            rows and gradients of all calls are kept until then.
+
+    Attributes:
+        found: by target name: B numbers, on the target's device.
     """
 
     def __init__(
         self,
         records: Iterable[Record],
         weights: Tensor,
-        found: dict[str, Tensor],
+        asked: Backward,
         company: Cohort = ALONE,
+        late: bool = False,
     ) -> None:
         self.records = list(records)
         self.weights = weights.tolist()
-        self.found = found
+        self.asked = asked
+        self.found: dict[str, Tensor] = {}
         self.company = company
+        self.late = late
+        self._kept: list[tuple[Record, list[Call]]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> SensitivityPass:
@@ -68,28 +79,54 @@ class SensitivityPass:
                 self._add(record)
             record.calls = []
 
+    def accumulate(self) -> None:
+        """Accumulate the gradients that were kept; nothing where it is not `late`."""
+        if (bank := self.asked.bank) is not None:
+            for record, calls in self._kept:
+                for target, samples in _pairs(record, calls, len(self.weights)):
+                    bank.update(target, samples, self.weights)
+        self._kept = []
+
     def _receive(self, record: Record, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
         if call.output is not None:
             call.delta = deltas[call.output.output_nr]
         complete = all(other.delta is not None for other in record.calls)
-        if complete and is_whole_weight(record.target.module):
+        if complete and (not self._reads_weight or is_whole_weight(record.target.module)):
             self._add(record)
+
+    @property
+    def _reads_weight(self) -> bool:
+        return self.asked.measure.reads_weight
 
     def _add(self, record: Record) -> None:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
-        if isinstance(record, ExpertsRecord):
-            self.found |= record.magnitudes(calls, self.weights)
-            return
-        weight = dense_weight(record.target)
         if not calls:
-            return  # another rank alone had use for it
-        samples = [
-            [_own_rows(call, sample) for call in calls] for sample in range(len(self.weights))
+            # Another rank alone has use for its weight, and needs this one's part of it.
+            if self._reads_weight and not isinstance(record, ExpertsRecord):
+                dense_weight(record.target)
+            return
+        bank = self.asked.bank
+        for target, samples in _pairs(record, calls, len(self.weights)):
+            self.found[target.name] = self.asked.measure.of(target, samples, self.weights)
+            if bank is not None and not self.late:
+                bank.update(target, samples, self.weights)
+        if bank is not None and self.late:
+            self._kept.append((record, calls))
+
+
+def _pairs(record: Record, calls: list[Call], size: int) -> Iterator[tuple[Target, list[Pairs]]]:
+    """Yield each target of a record with the pairs (delta, x) of each of ``size`` samples.
+
+    Parts of an expert that no sample reaches are left out.
+    """
+    if isinstance(record, ExpertsRecord):
+        yield from record.pairs(calls)
+    else:
+        samples: list[Pairs] = [
+            [_own_rows(call, sample) for call in calls] for sample in range(size)
         ]
-        values = weighted_magnitude(weight, samples)
-        factors = torch.tensor(self.weights, dtype=values.dtype, device=values.device)
-        self.found[record.target.name] = factors * values / weight.numel()
+        yield record.target, samples
 
 
 def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Second moments beyond the memory budget: in files that are mapped to memory."""
+"""Second moments and gradients beyond the memory budget: in files that are mapped to memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def spill_budget(config: TLoraConfig) -> int | None:
 
 
 class Spill:
-    """Gives out d x d accumulators: in memory while the budget lasts, then in mapped files.
+    """Gives out accumulators: in memory while the budget lasts, then in mapped files.
 
     The system writes a mapped file out and drops it from memory as it sees fit. It has no name any
     more once it is mapped (where the system allows that, else until the process ends), so it goes
@@ -43,32 +43,45 @@ class Spill:
         self.room = budget
         self.folder = folder
 
-    def zeros(self, dim: int, device: torch.device) -> tuple[Tensor, bool]:
-        """Return d x d float32 zeros, and whether they are in memory (then on ``device``).
+    def zeros(
+        self, columns: int, device: torch.device, rows: int | None = None
+    ) -> tuple[Tensor, bool]:
+        """Return float32 zeros, and whether they are in memory (then on ``device``).
+
+        Args:
+            columns: of the matrix.
+            device: of what is in memory.
+            rows: of the matrix; None: as many as columns.
 
         Raises:
             CalibrationError: the folder cannot take the file.
         """
-        size = 4 * dim**2
+        rows = columns if rows is None else rows
+        size = 4 * rows * columns
         if size <= self.room:
             self.room -= size
-            return torch.zeros(dim, dim, device=device), True
+            return torch.zeros(rows, columns, device=device), True
         try:
-            return _mapped(dim, size, self.folder), False
+            return _mapped((rows, columns), size, self.folder), False
         except OSError as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise CalibrationError(
-                f"a second moment of {bytes_text(size)} beyond `memory_budget` cannot be put in"
-                f" {self.folder} ({error.strerror}; {bytes_text(free)} free); raise"
+                f"{_named(rows, columns)} of {bytes_text(size)} beyond `memory_budget` cannot be"
+                f" put in {self.folder} ({error.strerror}; {bytes_text(free)} free); raise"
                 " `memory_budget`, or set TMPDIR to a folder on a disk with room."
             ) from error
 
 
-def _mapped(dim: int, size: int, folder: Path) -> Tensor:
+def _named(rows: int, columns: int) -> str:
+    return "a second moment" if rows == columns else "a gradient"
+
+
+def _mapped(shape: tuple[int, int], size: int, folder: Path) -> Tensor:
     handle, name = tempfile.mkstemp(prefix=".tlora-", suffix=".moment", dir=folder)
     try:
         _reserve(handle, size)
-        return torch.from_file(name, shared=True, size=dim**2, dtype=torch.float32).view(dim, dim)
+        entries = torch.from_file(name, shared=True, size=size // 4, dtype=torch.float32)
+        return entries.view(shape)
     finally:
         os.close(handle)
         _remove(Path(name))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlora.calibration.bank import moment_parts
 from tlora.calibration.identity import Key
+from tlora.config import SensitivityRule
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.moments import SecondMoment
@@ -40,6 +41,10 @@ class ModuleStatistics:
         moment: second moment of the inputs, shared with the modules that read the same tensor;
             None if the configuration needs none.
         moment_id: equal for modules that share ``moment``.
+        fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, where the configuration asks for it.
+        gradient: G = (1/n) sum_s dL_s/dW, m x d float32, where the configuration asks for it.
+        gradient_moment: N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T with delta_t the gradient of
+            L_s at the module's output and x_t its input, where the configuration asks for it.
     """
 
     name: str
@@ -49,11 +54,18 @@ class ModuleStatistics:
     sensitivity: float | None
     moment: SecondMoment | None = None
     moment_id: int = -1
+    fisher: float | None = None
+    gradient: Tensor | None = None
+    gradient_moment: SecondMoment | None = None
 
     @property
     def tokens(self) -> int:
         """Real tokens that the module saw; 0 where no moment was kept."""
         return 0 if self.moment is None else self.moment.tokens
+
+    def measured(self, rule: SensitivityRule) -> float | None:
+        """Return what ranks and scales are shared out by; None if it was not measured."""
+        return self.sensitivity if rule == "magnitude" else self.fisher
 
     @property
     def required_sensitivity(self) -> float:
@@ -70,13 +82,29 @@ class ModuleStatistics:
             )
         return self.sensitivity
 
+    def sensitivity_by(self, rule: SensitivityRule) -> float:
+        """Return what ranks and scales are shared out by.
+
+        Raises:
+            CalibrationError: it was not measured.
+        """
+        if rule == "magnitude":
+            return self.required_sensitivity
+        if self.fisher is None:
+            raise CalibrationError(
+                f"{self.name}: no squared gradient was measured, because the configuration"
+                " calibrated for does not allocate by it; calibrate again with sensitivity_rule"
+                '="fisher".'
+            )
+        return self.fisher
+
     def covariance(self) -> Tensor:
         """Return C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d float32.
 
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self._kept_moment().covariance().float()
+        return self.kept_moment().covariance().float()
 
     def uncentred(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d float32.
@@ -84,7 +112,7 @@ class ModuleStatistics:
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self._kept_moment().uncentred().float()
+        return self.kept_moment().uncentred().float()
 
     def weighted(self, weight: Tensor) -> Product:
         """Return W C for the module's weight W (m x d), in factors where C was never formed.
@@ -92,9 +120,42 @@ class ModuleStatistics:
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self._kept_moment().weighted(weight)
+        return self.kept_moment().weighted(weight)
 
-    def _kept_moment(self) -> SecondMoment:
+    def kept_gradient(self) -> Tensor:
+        """Return G.
+
+        Raises:
+            CalibrationError: the calibration kept no gradients.
+        """
+        if self.gradient is None:
+            raise CalibrationError(self._lacks("mean gradient", "gradient"))
+        return self.gradient
+
+    def kept_gradient_moment(self) -> SecondMoment:
+        """Return N.
+
+        Raises:
+            CalibrationError: the calibration kept none.
+        """
+        if self.gradient_moment is None:
+            raise CalibrationError(
+                self._lacks("gradient-weighted second moment", "gradient-moment")
+            )
+        return self.gradient_moment
+
+    def _lacks(self, what: str, basis: str) -> str:
+        return (
+            f"{self.name}: no {what} was kept, because the `basis` calibrated for needs none;"
+            f' calibrate again with the `basis` that is planned for, or basis="{basis}".'
+        )
+
+    def kept_moment(self) -> SecondMoment:
+        """Return the second moment of the inputs.
+
+        Raises:
+            CalibrationError: the calibration kept no second moments.
+        """
         if self.moment is None:
             raise CalibrationError(
                 f"{self.name}: no second moment was kept, because the configuration calibrated"
@@ -144,7 +205,10 @@ class Calibration:
                     "sensitivity": module.sensitivity,
                     "moment": module.moment_id,
                 }
+                | ({} if module.fisher is None else {"fisher": module.fisher})
             )
+            if module.gradient is not None:
+                tensors[_gradient_key(module.name)] = module.gradient
         counts = {}
         for key, moment in self._moments().items():
             for part, tensor in moment.parts().items():
@@ -166,7 +230,7 @@ class Calibration:
         """
         tensors, header = read_tensors(calibration_file(path), _KIND)
         moments = {
-            int(key): SecondMoment.from_parts(moment_parts(tensors, key), **counts)
+            key: SecondMoment.from_parts(moment_parts(tensors, key), **counts)
             for key, counts in header["moments"].items()
         }
         modules = {
@@ -176,8 +240,11 @@ class Calibration:
                 d_out=row["d_out"],
                 samples=header["samples"],
                 sensitivity=row["sensitivity"],
-                moment=moments.get(row["moment"]),
+                moment=moments.get(str(row["moment"])),
                 moment_id=row["moment"],
+                fisher=row.get("fisher"),
+                gradient=tensors.get(_gradient_key(row["name"])),
+                gradient_moment=moments.get(_moment_key(row["name"])),
             )
             for row in header["modules"]
         }
@@ -185,10 +252,28 @@ class Calibration:
         return cls(modules, header["samples"], header["info"], key and Key(**key))
 
     def to(self, device: torch.device | str) -> Calibration:
-        """Move the second moments to ``device`` in place; return self."""
+        """Move second moments and gradients to ``device`` in place; return self."""
         for moment in self._moments().values():
             moment.move(device)
+        for module in self.modules.values():
+            module.gradient = None if module.gradient is None else module.gradient.to(device)
         return self
 
-    def _moments(self) -> dict[int, SecondMoment]:
-        return {m.moment_id: m.moment for m in self.modules.values() if m.moment is not None}
+    def _moments(self) -> dict[str, SecondMoment]:
+        """Return every second moment once, by the name it has in a file."""
+        each = self.modules.values()
+        shared = {str(m.moment_id): m.moment for m in each if m.moment is not None}
+        own = {
+            _moment_key(m.name): m.gradient_moment for m in each if m.gradient_moment is not None
+        }
+        return shared | own
+
+
+def _gradient_key(name: str) -> str:
+    """Return what a file calls a module's mean gradient ("/" is in no module's name)."""
+    return f"gradient/{name}"
+
+
+def _moment_key(name: str) -> str:
+    """Return what a file calls a module's gradient-weighted moment; its parts follow a dot."""
+    return f"gradient-moment/{name}/"

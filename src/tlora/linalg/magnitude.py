@@ -1,6 +1,7 @@
-"""sum |W * G_s| of each sample, for gradients G_s that are never held whole.
+"""sum |W * G_s| or sum G_s^2 of each sample, for gradients G_s that are never held whole.
 
-Source: arXiv 2604.18124, section 3 (docs/method.md, 2), with G_s = dL_s/dW = delta_s^T X_s.
+Source: arXiv 2604.18124, section 3 (docs/method.md, 2), with G_s = dL_s/dW = delta_s^T X_s; the
+squares are not in the paper (docs/method.md, 9).
 """
 
 from __future__ import annotations
@@ -52,3 +53,34 @@ def weighted_magnitude(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
                 # |W| . |G| as an inner product: one pass over the block, where |W G| takes three.
                 total.add_(torch.dot(gradient.abs_().flatten(), block))
     return totals
+
+
+@full_precision
+def squared_norm(samples: Sequence[Pairs]) -> Tensor:
+    """Return ||G_s||_F^2 of each sample, with G_s = sum over its pairs of delta^T x.
+
+    With few tokens by two Gram matrices, T x T, over the tokens of all pairs:
+    ||delta^T x||_F^2 = sum_tu (delta delta^T)_tu (x x^T)_tu; else block of rows by block of rows.
+
+    Args:
+        samples: the pairs of each sample; one of them at least has one.
+
+    Returns:
+        A value per sample, float32 on the device of the pairs; 0 without pairs.
+    """
+    like = next(delta for pairs in samples for delta, _ in pairs)
+    totals = like.new_zeros(len(samples))
+    for total, pairs in zip(totals, samples, strict=True):
+        if pairs:
+            delta, x = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+            total.copy_(_squared_norm(delta, x))
+    return totals
+
+
+def _squared_norm(delta: Tensor, x: Tensor) -> Tensor:
+    tokens, rows, columns = len(delta), delta.shape[1], x.shape[1]
+    if tokens * (rows + columns) <= rows * columns:
+        return (delta @ delta.T).mul_(x @ x.T).sum().clamp_min(0)
+    entries = _CPU_ENTRIES if delta.device.type == "cpu" else _DEVICE_ENTRIES
+    blocks = delta.split(max(1, entries // columns), dim=1)
+    return torch.stack([(block.T @ x).square().sum() for block in blocks]).sum()

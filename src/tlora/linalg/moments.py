@@ -144,6 +144,16 @@ class SecondMoment:
         self.samples += inputs.shape[0]
         self.tokens += rows.tokens
 
+    @full_precision
+    def add_rows(self, rows: Tensor) -> None:
+        """Add tokens x d rows as they are: no mean is taken off, and no sample counted.
+
+        A moment takes either these or samples (`update`). ``samples``, the divisor, is the
+        caller's to set.
+        """
+        self._add(rows.to(self._means[0].dtype))
+        self.tokens += len(rows)
+
     def _add(self, rows: Tensor) -> None:
         if self._formed or self._held + len(rows) > self.dim:
             self._form(rows.device)

@@ -138,7 +138,7 @@ def captured_energy(product: Product, basis: Tensor) -> float:
 
 
 def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -> Subspace:
-    """Return the leading ``rank`` right singular vectors of W C.
+    """Return the leading ``rank`` right singular vectors of W C, or of another matrix.
 
     Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
     leading right singular vectors of W outside the span found. (The released code takes whatever
@@ -146,7 +146,8 @@ def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -
 
     Args:
         weight: W, m x d, float32 or float64.
-        product: W C, formed or in factors (`SecondMoment.weighted`).
+        product: W C, formed or in factors (`SecondMoment.weighted`); or any matrix of d columns and
+            ``rank`` rows or more, which then stands for W C in the result (`bases`).
         rank: r, at most min(m, d).
         solver: how the singular vectors are found.
     """
@@ -158,7 +159,7 @@ def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -
     determined, energy, whole = torch.stack([nonzero.double(), kept, total]).tolist()
     vectors = completed(vectors[: int(determined)], weight, rank, solver)
     share = 1.0 if whole == 0 else min(1.0, energy / whole)
-    method = solver.resolve(weight.shape[0], weight.shape[1], rank)
+    method = solver.resolve(*product.shape, rank)
     return Subspace(vectors.float(), share, method, int(determined), whole)
 
 

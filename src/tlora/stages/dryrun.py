@@ -312,13 +312,13 @@ def calibration_of(
         samples=samples.samples,
         batch_size=min(samples.batch_size, samples.samples),
         moments=options.needs_moments,
-        sensitivity=options.needs_sensitivity,
+        sensitivity=options.needs_backward,
         strategy=settle(modules, {m.name: m.source for m in modules}, options),
         solver=Solver(mode=options.subspace),
     )
     kept = None
     if passed:
-        kept = passed.held if options.needs_sensitivity else passed.inputs
+        kept = passed.held if options.needs_backward else passed.inputs
     work = _work(passed, modules, weights, kept)
     return sums.calibration(modules, weights, work, wanted)
 

@@ -1,0 +1,64 @@
+"""The matrices whose leading right singular vectors make a frozen basis, beside the paper's W C.
+
+Each is a `Product`, in factors where the second moment is still rows of inputs, so that nothing of
+d x d is formed for few tokens. Sources: docs/method.md, 9; C alone: EVA, arXiv 2410.07170, section
+3 (which takes the inputs uncentred, and trains A). W C^(1/2) weighs directions by the standard
+deviation of the inputs, where W C weighs them by the variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tlora.linalg.moments import SecondMoment, mirror
+from tlora.linalg.precision import full_precision
+from tlora.linalg.product import Product
+
+
+@full_precision
+def moment_itself(moment: SecondMoment, like: Tensor) -> Product:
+    """Return C, d x d: its right singular vectors are its eigenvectors, largest first.
+
+    Args:
+        moment: C.
+        like: gives the device and dtype of the product (W).
+    """
+    count, rows = max(moment.samples, 1), moment.rows
+    if rows is None:
+        return Product(mirror(moment.total().to(like).div_(count)))
+    rows = rows.to(like)
+    return Product(rows.T / count, rows)
+
+
+@full_precision
+def half_weighted(weight: Tensor, moment: SecondMoment) -> Product:
+    """Return W C^(1/2), m x d, with the symmetric root C^(1/2) = sum_k sqrt(l_k) v_k v_k^T.
+
+    From T rows X / sqrt(n) of which C is the Gram matrix, v_k = X^T u_k / sqrt(n l_k) with the
+    eigenvectors u_k of the T x T one; else by the eigenvectors of C. Eigenvalues below rounding
+    (max(T, d) eps of the largest) count as zero.
+
+    Args:
+        weight: W, m x d; its dtype and device are those of the product.
+        moment: C.
+    """
+    count, rows = max(moment.samples, 1), moment.rows
+    if rows is None:
+        matrix = mirror(moment.total().to(weight).div_(count))
+        values, vectors = torch.linalg.eigh(matrix)
+        kept = _above_rounding(values)
+        directions = vectors[:, kept].T
+    else:
+        rows = rows.to(weight) / count**0.5
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = _above_rounding(values)
+        directions = (vectors[:, kept] / values[kept].sqrt()).T @ rows
+    return Product((weight @ directions.T) * values[kept].sqrt(), directions)
+
+
+def _above_rounding(values: Tensor) -> Tensor:
+    """Return which of a positive semi-definite matrix' eigenvalues (ascending) are no rounding."""
+    if not len(values):
+        return values > 0
+    return values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
