@@ -27,6 +27,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "whiten": True,
     "allocate_rank": False,
     "allocate_scale": False,
+    "sensitivity_rule": "fisher",
     "scale_rule": "proportional",
     "freeze_a": False,
     "budget": "params",

@@ -156,6 +156,7 @@ OTHERWISE: dict[str, Any] = {
     "whiten": True,
     "allocate_rank": False,
     "allocate_scale": False,
+    "sensitivity_rule": "fisher",
     "scale_rule": "constant",
     "freeze_a": False,
     "budget": "params",
