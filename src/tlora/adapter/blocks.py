@@ -50,13 +50,13 @@ def plan_in_blocks(
     progress: bool = True,
     skip_bad_samples: bool = False,
 ) -> AdapterPlan:
-    """Calibrate and plan in one go, within `config.memory_budget` for the second moments.
+    """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
-    With moments in blocks the plan is the one that `calibrate` and `plan` give, to the bit.
+    In blocks the plan is the one that `calibrate` and `plan` give, to the bit.
     `covariance` says what happens to a module whose own moment exceeds the budget: "auto" streams
-    it (whitening needs the moment itself, and so goes over budget instead), "exact" goes over
-    budget, "streamed" streams every module. What is held and in how many passes is settled before
-    anything is measured; where it takes more than one, it is logged.
+    it (whitening and other bases need the moment itself, and go over budget instead), "exact" goes
+    over budget, "streamed" streams every module. What is held, in how many passes, is settled
+    before anything is measured; where it takes more than one, it is logged.
 
     Args:
         model: as for `calibrate`.
@@ -76,21 +76,18 @@ def plan_in_blocks(
             logger.info("%s", strategy.summary())
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
-        spared = {target.name for target in targets} - kept
-        bank = MomentBank(spared) if config.needs_moments else None
-        backward = backward_for(config, kept)
-        first = Collector(model, targets, bank, backward, skip_bad_samples, ranks)
+        bank = MomentBank({t.name for t in targets} - kept) if config.needs_moments else None
+        asked = backward_for(config, kept)
+        first = Collector(model, targets, bank, asked, skip_bad_samples, ranks)
         with torch.enable_grad(), progress_bar(batches, progress and ranks.leads) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)
-        planner.take(
-            blocks[0] if blocks else [t for t in targets if bank is None], bank, first.gradients
-        )
+        begun = blocks[0] if blocks else [t for t in targets if bank is None]
+        planner.take(begun, bank, first.gradients)
         bank = first.bank = None  # frees the moments of this block before the next one is made
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
-    if ranks.leads:
-        warn_of_skipped(first.skipped, first.given, stacklevel=2)
+    warn_of_skipped(first.skipped if ranks.leads else {}, first.given, stacklevel=2)
     samples = (first.samples, len(first.skipped))
     info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
     return AdapterPlan(joined(targets, planner.done), config, info)

@@ -47,23 +47,23 @@ def calibrate(
     beyond ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
     files, beside the cache or in the folder for temporary files.
 
-    In a process group every rank gives its share of the batches (any number, or none) and gets the
-    statistics of all samples, those of one process up to rounding; all batches on every rank give
-    the same. What one rank raises is raised on all, with the rank's number.
+    In a process group every rank gives its share of the batches (any number, or none) and gets
+    all samples' statistics, up to rounding; all batches on every rank give the same. What one rank
+    raises is raised on all, with the rank's number.
 
     Args:
         model: the base model, weights loaded, no adapters; DDP, FSDP2 and DeepSpeed's engine may
             hold it (docs/distributed.md).
         batches: dicts of what its forward takes; a DataLoader works as it is. A batch of B padded
             samples gives what B batches of one give. Labels are needed where ranks or scales are
-            allocated or the basis needs gradients, with the prompt masked as in training.
+            allocated, or `basis` needs gradients; with the prompt masked as in training.
         config: which modules, and which statistics.
         progress: show a bar with samples and time left (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
         cache: a file. If it holds the calibration of this model, these batches and modules, it is
-            loaded and nothing is run; else the calibration is written to it, and progress on the
-            way, from which a killed run goes on to the same statistics, to the bit.
+            loaded and nothing runs; else it is written, and progress on the way, from which a
+            killed run goes on to the same statistics, to the bit.
 
     Raises:
         CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
@@ -75,25 +75,25 @@ def calibrate(
     with ranks.together():
         journal = Journal(model, targets, config, cache, skip_bad_samples, ranks)
     if (stats := journal.found(batches)) is None:
-        spill = _spill(config, journal.path)
-        bank = MomentBank(spill=spill) if config.needs_moments else None
-        backward = backward_for(config, spill=spill)
-        reads = Collector(model, targets, bank, backward, skip_bad_samples, ranks)
-        stats = _measured(reads, bank, batches, journal, config, progress)
+        stats = _measured(model, targets, batches, journal, config, progress)
     skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
     return stats
 
 
 def _measured(
-    reads: Collector,
-    bank: MomentBank | None,
+    model: nn.Module,
+    targets: list[Target],
     batches: Iterable[Mapping[str, Any]],
     journal: Journal,
     config: TLoraConfig,
     progress: bool,
 ) -> Calibration:
-    with probing(reads.model), progress_bar(batches, progress and reads.ranks.leads) as bar:
+    spill, ranks = _spill(config, journal.path), journal.ranks
+    bank = MomentBank(spill=spill) if config.needs_moments else None
+    asked = backward_for(config, spill=spill)
+    reads = Collector(model, targets, bank, asked, journal.skip_bad_samples, ranks)
+    with probing(model), progress_bar(batches, progress and ranks.leads) as bar:
         first_pass(reads, journal.left(batches, reads, bank), config, bar)
     stats = _calibration(reads, bank, journal.pooled_key(), config)
     journal.finish(stats)
