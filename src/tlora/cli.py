@@ -56,6 +56,9 @@ class DemoConfig:
     """Folder of the result."""
     seed: int = 0
     """Seed of the demonstration."""
+    rows_only: bool = False
+    """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`
+    and `tlora compare`."""
 
 
 @dataclass(kw_only=True)
@@ -108,8 +111,13 @@ def demo(config: DemoConfig) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from tlora.report.tables import scores
-    from tlora.stages.demo import run
+    from tlora.stages.demo import BASE_MODEL, run, write_rows
 
+    if config.rows_only:
+        for name, folder in write_rows(config.output_dir, config.seed).items():
+            _say(f"{name}: {folder}/train.jsonl and test.jsonl")
+        _say(f"model: {BASE_MODEL}")
+        return
     # The bars of training stay; loading and tokenising take no time here.
     disable_progress_bar()
     disable_progress_bars()

@@ -16,6 +16,9 @@ from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
 
 Better = Literal["higher", "lower"]
 
+EXACT_MATCH = "exact_match"
+"""The metric for which a run's model writes its answers; all others come of predictions."""
+
 _UNEQUAL = {
     "learning_rate": "give `learning_rates`; the rate is what is tuned",
     "auto_find_batch_size": "the batch would depend on the memory that a method takes",
@@ -91,7 +94,8 @@ class CompareConfig(SharedConfig):
     test_file: str | None = None
     """Rows that the table reports on; by default the dataset's own evaluation split."""
     metric: str | None = None
-    """Score to compare by; by default the task's first, or "loss" where it has none."""
+    """Score to compare by; by default the task's first, or "loss" where it has none. Where text is
+    learnt also "exact_match": the share of rows whose response the model writes to the letter."""
     better: Better | None = None
     """Which scores are better; by default lower for losses and errors, higher for the rest."""
     output_dir: str = "tlora-compare"
@@ -171,6 +175,11 @@ class CompareConfig(SharedConfig):
             adapter = {k: v for k, v in options.items() if k != "seed" or k in entry.adapter}
             items.append(dataclasses.asdict(dataclasses.replace(entry, adapter=adapter)))
         return dataclasses.replace(self, methods=items)
+
+    @property
+    def writes_answers(self) -> bool:
+        """Whether runs are scored by exact match."""
+        return (self.metric or "").removeprefix("eval_") == EXACT_MATCH
 
     @property
     def part(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tlora.demo.corpus import FORMS, Row, held_out_rows, shifted_task
+from tlora.demo.corpus import FORMS, SHIFTED, Row, held_out_rows, shifted_task
 
 BASE = Path(str(files("tlora.demo") / "base"))
 
@@ -66,8 +66,9 @@ def test_it_answers_held_out_problems_of_its_own_forms(model: Any, tokenizer: An
     assert exact_match(model, tokenizer, rows) > 0.8
 
 
-def test_it_cannot_do_the_shifted_task(model: Any, tokenizer: Any) -> None:
-    assert exact_match(model, tokenizer, shifted_task(0)[1]) < 0.2
+@pytest.mark.parametrize("form", SHIFTED)
+def test_it_cannot_do_the_shifted_tasks(model: Any, tokenizer: Any, form: str) -> None:
+    assert exact_match(model, tokenizer, shifted_task(0, form=form)[1]) < 0.2
 
 
 def test_padding_on_either_side_gives_the_same_answer(model: Any, tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tlora.demo.corpus import (
     FORMS,
+    SHIFTED,
     Problem,
     Row,
     held_out_rows,
@@ -53,12 +54,42 @@ def read_pretraining(prompt: str) -> int:
     return answer
 
 
-def read_shifted(prompt: str) -> int:
-    """The answer to a prompt of the shifted form, from the wording alone."""
+def read_ledger(prompt: str) -> int:
+    """The answer to a prompt of the form `ledger`, from the wording alone."""
     item = re.match(r"How many (\w+) now\?", prompt)[1]
     (stock,) = re.findall(rf"had (\d+) {item}\b", prompt)
     ((verb, amount),) = re.findall(rf"(buys|sold) (\d+) {item}\b", prompt)
     return int(stock) + (1 if verb == "buys" else -1) * int(amount)
+
+
+def read_spelled(prompt: str) -> int:
+    """The same of `spelled`."""
+    a, verb, b = re.fullmatch(r"How much is (\S+) (and|less) (\S+)\? Answer:", prompt).groups()
+    return value_of(a) + (1 if verb == "and" else -1) * value_of(b)
+
+
+def value_of(words: str) -> int:
+    """The number below 100 that is written in words."""
+    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    ones += " fifteen sixteen seventeen eighteen nineteen"
+    tens = "twenty thirty forty fifty sixty seventy eighty ninety"
+    values = {word: n for n, word in enumerate(ones.split())}
+    values |= {word: 10 * n for n, word in enumerate(tens.split(), start=2)}
+    return sum(values[word] for word in words.split("-"))
+
+
+def read_program(prompt: str) -> int:
+    """The same of `program`: it is run."""
+    *lines, shown = prompt.removesuffix(". Answer:").split("; ")
+    variables: dict[str, int] = {}
+    for line in lines:
+        name, sign, number = re.fullmatch(r"(\w) ([+-]?)= (\d+)", line).groups()
+        before = variables[name] if sign else 0
+        variables[name] = before + int(f"{sign}{number}")
+    return variables[re.fullmatch(r"print\((\w)\)", shown)[1]]
+
+
+SHIFTED_READERS = {"ledger": read_ledger, "spelled": read_spelled, "program": read_program}
 
 
 def shape(prompt: str) -> str:
@@ -87,9 +118,18 @@ def test_pretraining_answers_are_right() -> None:
         assert read_pretraining(row["prompt"]) == stated(row), row
 
 
-def test_shifted_answers_are_right() -> None:
-    for row in chain(*shifted_task(0)):
-        assert read_shifted(row["prompt"]) == stated(row), row
+@pytest.mark.parametrize("form", SHIFTED)
+def test_shifted_answers_are_right_and_no_prompt_comes_twice(form: str) -> None:
+    rows = [*chain(*shifted_task(0, form=form))]
+    for row in rows:
+        assert SHIFTED_READERS[form](row["prompt"]) == stated(row), row
+    assert len({row["prompt"] for row in rows}) == len(rows) == 2200
+
+
+@pytest.mark.parametrize("form", SHIFTED)
+def test_the_halves_share_no_problem_whatever_the_form(form: str) -> None:
+    train, test = ({row["response"] for row in half} for half in shifted_task(0, form=form))
+    assert train.isdisjoint(test)
 
 
 def test_the_seed_alone_decides() -> None:
@@ -122,7 +162,8 @@ def test_pretraining_never_shows_a_held_out_problem() -> None:
 
 def test_pretraining_never_shows_the_shifted_form() -> None:
     shown = {shape(row["prompt"]) for row in islice(pretraining_rows(0), 20_000)}
-    assert shown.isdisjoint(shape(row["prompt"]) for row in shifted_task(0)[1])
+    for form in SHIFTED:
+        assert shown.isdisjoint(shape(row["prompt"]) for row in shifted_task(0, form=form)[1])
 
 
 @pytest.mark.parametrize("form", FORMS)

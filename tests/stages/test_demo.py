@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from tlora import cli
+from tlora.demo import corpus
 from tlora.errors import ConfigError
 from tlora.stages import demo
 
@@ -64,3 +66,16 @@ def test_an_adapter_that_peft_reads_differently_is_reported(result, monkeypatch)
     model, tokenizer = demo._load_base()
     with pytest.raises(demo.AdapterError, match="its logits differ"):
         demo._reload_alone(model, tokenizer, demo.RunFolder(folder / "tlora"), ["1+1="])
+
+
+def test_the_rows_of_every_task_alone(tmp_path, capsys):
+    assert cli.main(["demo", "--rows_only", "--output_dir", str(tmp_path / "rows")]) == 0
+    told = capsys.readouterr()
+    for form in corpus.SHIFTED:
+        train, test = (
+            [json.loads(line) for line in (tmp_path / "rows" / form / name).open()]
+            for name in ("train.jsonl", "test.jsonl")
+        )
+        assert (train, test) == corpus.shifted_task(0, test=500, form=form)
+        assert f"{form}: " in told.out + told.err
+    assert demo.BASE_MODEL in told.out + told.err

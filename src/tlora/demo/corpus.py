@@ -11,9 +11,10 @@ Two things are kept apart:
 * problems: one in ten, chosen by the problem itself, is held out. A held-out problem appears in no
   training row of any form, neither in pretraining nor in the training half of the shifted task,
   so that a right answer on it is computed and not remembered;
-* forms: the shifted form is never seen in pretraining. It uses the operations the base knows, in
-  a layout it does not: the question comes first, the change before the opening stock, and a
-  count of something else stands among the facts.
+* forms: the shifted forms are never seen in pretraining. They use the operations the base knows,
+  worded as it has not met them. `ledger`, the demo's: the question comes first, the change before
+  the opening stock, and a count of something else stands among the facts. `spelled`: numbers are
+  written as words. `program`: a few lines of code, one variable of which is not asked for.
 """
 
 import random
@@ -30,6 +31,12 @@ NAMES = ("Tom", "Mia", "Sam", "Ann", "Leo", "Eva", "Max", "Zoe")
 ITEMS = ("apples", "books", "coins", "eggs", "pens", "cups", "keys", "shells")
 COLOURS = ("red", "blue", "green", "white")
 PLACES = ("box", "shop", "bag", "room")
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
+    *("eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 class Problem(NamedTuple):
@@ -148,12 +155,31 @@ def _mixed(problem: Problem, rng: random.Random) -> str:
     )
 
 
-def _shifted(problem: Problem, rng: random.Random) -> str:
+def _ledger(problem: Problem, rng: random.Random) -> str:
     (item, other), place = rng.sample(ITEMS, 2), rng.choice(PLACES)
     change = {"+": "buys", "-": "sold"}[problem.op]
     facts = [f"{change} {problem.b} {item}", f"had {problem.a} {item}"]
     facts.insert(rng.randrange(3), f"gave away {rng.randrange(1, LIMIT)} {other}")
     return f"How many {item} now? The {place} book: {'; '.join(facts)}. Answer:"
+
+
+def _spelled(problem: Problem, rng: random.Random) -> str:
+    verb = {"+": "and", "-": "less"}[problem.op]
+    return f"How much is {_in_words(problem.a)} {verb} {_in_words(problem.b)}? Answer:"
+
+
+def _in_words(number: int) -> str:
+    if number < len(_SMALL):
+        return _SMALL[number]
+    tens, ones = _TENS[number // 10 - 2], number % 10
+    return f"{tens}-{_SMALL[ones]}" if ones else tens
+
+
+def _program(problem: Problem, rng: random.Random) -> str:
+    asked, other = rng.sample("abcdefgh", 2)
+    lines = [f"{asked} = {problem.a}", f"{asked} {problem.op}= {problem.b}"]
+    lines.insert(rng.randrange(3), f"{other} = {rng.randrange(1, LIMIT)}")
+    return f"{'; '.join(lines)}; print({asked}). Answer:"
 
 
 class Form(NamedTuple):
@@ -177,8 +203,12 @@ FORMS: dict[str, Form] = {
 }
 """The forms of pretraining. The bare one gets a larger share: it carries the arithmetic."""
 
-SHIFTED = Form(("+", "-"), _shifted)
-"""The form that pretraining never shows."""
+SHIFTED: dict[str, Form] = {
+    "ledger": Form(("+", "-"), _ledger),
+    "spelled": Form(("+", "-"), _spelled),
+    "program": Form(("+", "-"), _program),
+}
+"""The forms that pretraining never shows."""
 
 
 def _row(form: Form, held_out: bool, rng: random.Random) -> Row:
@@ -210,11 +240,13 @@ def held_out_rows(form: str, seed: int, count: int) -> list[Row]:
     return _distinct(FORMS[form], True, count, random.Random(f"held out {form} {seed}"))
 
 
-def shifted_task(seed: int, train: int = 2000, test: int = 200) -> tuple[list[Row], list[Row]]:
-    """The task to adapt to: `(train rows, test rows)` of the shifted form.
+def shifted_task(
+    seed: int, train: int = 2000, test: int = 200, form: str = "ledger"
+) -> tuple[list[Row], list[Row]]:
+    """The task to adapt to: `(train rows, test rows)` of a shifted form.
 
     The two halves share no problem `(a, operation, b)`: training rows are drawn from the problems
     that are not held out, test rows from those that are. No prompt occurs twice.
     """
-    rng = random.Random(f"shifted {seed}")
-    return _distinct(SHIFTED, False, train, rng), _distinct(SHIFTED, True, test, rng)
+    rng, shifted = random.Random(f"shifted {seed}"), SHIFTED[form]
+    return _distinct(shifted, False, train, rng), _distinct(shifted, True, test, rng)

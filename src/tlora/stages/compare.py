@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tlora.compareconfig import CompareConfig
+from tlora.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.comparefolder import CompareFolder
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
+from tlora.stages.exactmatch import prompt_and_response
 from tlora.stages.onerun import portable
 from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
 from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
@@ -111,6 +112,9 @@ def check(config: CompareConfig) -> Setup:
             len(held),
             config.train_file or config.data.dataset or "the training rows",
         )
+    if setup.task.kind == "causal" and config.writes_answers:
+        for row in [*held, *setup.held_out]:
+            prompt_and_response(row)
     return setup
 
 
@@ -151,6 +155,8 @@ def score_names(setup: Setup) -> list[str]:
         own = list(task.metrics(np.eye(count), np.arange(count)))
     elif task.kind == "regression":
         own = list(task.metrics(np.arange(3.0).reshape(3, 1), np.arange(3.0)))
+    elif task.kind == "causal":
+        return ["loss", EXACT_MATCH]
     return [*own, "loss"]
 
 
@@ -195,7 +201,7 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
             if point is None:
                 return None
             points[point.name] = point
-            return _job(point, schedule.comparison.config, folder, workers.threads)
+            return _job(point, schedule.comparison, folder, workers.threads)
 
         def settled(job: Job, outcome: Outcome) -> None:
             point = points[job.name]
@@ -238,7 +244,8 @@ class _TimeLeft:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
-def _job(point: Point, config: CompareConfig, folder: CompareFolder, threads: int) -> Job:
+def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
+    config = comparison.config
     run = config.run_config(point.entry, point.learning_rate, point.seed)
     keep = config.keep_adapters and point.phase == "final"
     payload = {
@@ -246,6 +253,7 @@ def _job(point: Point, config: CompareConfig, folder: CompareFolder, threads: in
         "config": run.to_dict() | {"output_dir": str(folder.work / point.name)},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
+        "exact_match": config.writes_answers,
         "threads": threads,
         "file": str(folder.record_file(point.name)),
         "work": str(folder.work / point.name),

@@ -97,6 +97,32 @@ def run(
         return _run(folder, seed, tell, steps, start)
 
 
+def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
+    """Write the rows of each task that the embedded base can be adapted to; train nothing.
+
+    Args:
+        output_dir: folder of the result, which must be free: train.jsonl and test.jsonl in a
+            folder for each task.
+        seed: of the rows.
+        test: test rows of a task.
+
+    Returns:
+        The folders, by name of the task.
+
+    Raises:
+        ConfigError: the folder is taken.
+    """
+    from tlora.demo import corpus
+
+    folder = Path(output_dir)
+    RunFolder(folder).refuse_unless_free()
+    for form in corpus.SHIFTED:
+        train_rows, test_rows = corpus.shifted_task(seed, test=test, form=form)
+        _write_rows(folder / form / "train.jsonl", train_rows)
+        _write_rows(folder / form / "test.jsonl", test_rows)
+    return {form: folder / form for form in corpus.SHIFTED}
+
+
 def _run(
     folder: Path, seed: int, tell: Callable[[str], None], steps: int, start: float
 ) -> DemoResult:

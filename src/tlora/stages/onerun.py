@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.compareconfig import EXACT_MATCH
 from tlora.errors import DataError
 from tlora.files import write_json
 from tlora.runconfig import RunConfig, SharedConfig
@@ -35,8 +36,9 @@ def run(payload: dict[str, Any]) -> None:
 
     Args:
         payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
-            "validation", "validation_seed", "threads", "file", "work" (a folder that may be used
-            and is removed) and "adapter" (where to keep the adapter, or None).
+            "validation", "validation_seed", "exact_match" (whether to score by it too), "threads",
+            "file", "work" (a folder that may be used and is removed) and "adapter" (where to keep
+            the adapter, or None).
     """
     import datasets
     import torch
@@ -129,7 +131,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
     from tlora.stages.arguments import training_arguments
     from tlora.stages.initialise import prepare, save_adapter
     from tlora.stages.memory import PeakMemory
-    from tlora.stages.train import make_trainer, scores
+    from tlora.stages.train import make_trainer
 
     config = RunConfig.from_dict(payload["config"])
     setup, scored, order = _rows(config, payload)
@@ -153,7 +155,8 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
     memory.stage("train")
     curves = _curves(trainer.state.log_history)  # before the evaluations below are added to it
     with _timed(seconds, "evaluate"):
-        found = {name: scores(trainer, rows) for name, rows in scored.items()}
+        written = payload["exact_match"]
+        found = {name: _scores(trainer, rows, setup, written) for name, rows in scored.items()}
     if payload["adapter"]:
         save_adapter(prepared, setup, Path(payload["adapter"]))
     modules = prepared.plan.modules if isinstance(prepared.plan, AdapterPlan) else {}
@@ -172,6 +175,18 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "provenance": provenance(config.seed),
         "threads": payload["threads"],
     }
+
+
+def _scores(trainer: Any, rows: Dataset, setup: Setup, written: bool) -> dict[str, Any]:
+    """Return the trainer's scores of ``rows`` and, if ``written``, the exact match."""
+    from tlora.stages.exactmatch import exact_match
+    from tlora.stages.train import scores
+
+    found = scores(trainer, rows)
+    if written:
+        size = trainer.args.per_device_eval_batch_size
+        found[EXACT_MATCH] = exact_match(trainer.model, setup.tokenizer, rows, size)
+    return found
 
 
 def _rows(

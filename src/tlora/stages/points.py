@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tlora.compareconfig import CompareConfig, MethodEntry
+from tlora.compareconfig import EXACT_MATCH, CompareConfig, MethodEntry
 from tlora.comparefolder import CompareFolder
 from tlora.report.choice import best_rate
 from tlora.runconfig import SharedConfig
@@ -211,7 +211,9 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
         shared.pop(name, None)
     held_out = {"validation": config.validation, "validation_seed": config.validation_seed}
     split = held_out if not isinstance(config.validation, str) else {}
-    return shared | {"model": model_identity(config.model), "files": files} | split
+    # Every run has the other scores; answers are written only where they are what is compared.
+    written = {"metric": EXACT_MATCH} if config.writes_answers else {}
+    return shared | {"model": model_identity(config.model), "files": files} | split | written
 
 
 def digest(value: Any) -> str:

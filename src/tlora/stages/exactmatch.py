@@ -1,0 +1,89 @@
+"""Exact match of a comparison's run: the model writes its answer, right to the letter or wrong.
+
+Works on tokenised rows, so on whatever a causal task makes of its rows and on any part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import DataError
+from tlora.tasks.tokens import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def exact_match(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
+) -> float:
+    """Return the share of ``rows`` whose response the model writes exactly, white space aside.
+
+    Written greedily, by as many tokens as the longest response has; special tokens, of which the
+    closing one ends an answer, are not compared.
+
+    Args:
+        model: a causal model, or one with an adapter; in evaluation mode only in here.
+        rows: "input_ids" and "labels" of a prompt with its response each.
+        batch_size: rows at a time.
+
+    Raises:
+        DataError: a row is no prompt with one response after it.
+    """
+    import torch
+
+    pairs = [prompt_and_response(row) for row in rows]
+    longest = max(len(response) for _, response in pairs)
+    right, training = 0, model.training
+    model.eval()
+    try:
+        for start in range(0, len(pairs), batch_size):
+            some = pairs[start : start + batch_size]
+            batch = _padded_left([prompt for prompt, _ in some], tokenizer.pad_token_id)
+            with torch.no_grad():
+                tokens = model.generate(
+                    **{name: torch.tensor(value).to(model.device) for name, value in batch.items()},
+                    max_new_tokens=longest,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            new = tokens[:, len(batch["input_ids"][0]) :]
+            right += sum(
+                written.strip() == wanted.strip()
+                for written, wanted in zip(
+                    tokenizer.batch_decode(new, skip_special_tokens=True),
+                    tokenizer.batch_decode([r for _, r in some], skip_special_tokens=True),
+                    strict=True,
+                )
+            )
+    finally:
+        model.train(training)
+    return right / len(pairs)
+
+
+def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the token ids of a row up to the first that is learnt, and those from there on.
+
+    Raises:
+        DataError: there is no prompt, or something after the response that is not learnt.
+    """
+    ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    start = learnt.index(True)
+    if start == 0 or not all(learnt[start:]):
+        raise DataError(
+            "exact match needs rows of a prompt with one response, the prompt left out of the loss;"
+            ' compare plain text and chats by `metric: loss`, and leave `data.loss_on` "response".'
+        )
+    return [*ids[:start]], [*ids[start:]]
+
+
+def _padded_left(prompts: Sequence[list[int]], pad: int) -> dict[str, list[list[int]]]:
+    """Return prompts of one length, so that all answers start at the same place."""
+    width = max(map(len, prompts))
+    missing = [width - len(prompt) for prompt in prompts]
+    return {
+        "input_ids": [[pad] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)],
+        "attention_mask": [[0] * gap + [1] * (width - gap) for gap in missing],
+    }

@@ -1,0 +1,86 @@
+"""Exact match by writing, on tokenised rows, and as the metric of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from datasets import Dataset
+
+from tlora.compareconfig import CompareConfig
+from tlora.demo.corpus import held_out_rows
+from tlora.demo.solve import answers
+from tlora.demo.solve import exact_match as by_text
+from tlora.errors import DataError
+from tlora.runconfig import DataConfig
+from tlora.stages import compare
+from tlora.stages.demo import _load_base
+from tlora.stages.exactmatch import exact_match, prompt_and_response
+from tlora.stages.points import experiment
+from tlora.tasks.tokens import causal
+
+
+def tokenised(tokenizer, rows):
+    return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
+
+
+def test_it_equals_exact_match_by_text_and_leaves_the_model_as_it_was():
+    model, tokenizer = _load_base()
+    rows = [row for form in ("gain", "symbols") for row in held_out_rows(form, seed=1, count=4)]
+    written = answers(model, tokenizer, [row["prompt"] for row in rows])
+    right = [dict(row, response=w) for row, w in zip(rows, written, strict=True)]
+    mixed = [*right[:6], *(dict(row, response="no number") for row in right[6:])]
+    model.train()
+    for batch_size in (1, 3, 100):
+        assert exact_match(model, tokenizer, tokenised(tokenizer, mixed), batch_size) == 0.75
+    assert model.training
+    assert by_text(model, tokenizer, mixed) == 0.75
+
+
+def test_a_row_without_prompt_or_with_two_responses_is_refused():
+    assert prompt_and_response({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == ([5], [6, 7])
+    for labels in ([5, 6, 7], [-100, 6, -100]):
+        with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+            prompt_and_response({"input_ids": [5, 6, 7], "labels": labels})
+
+
+@pytest.fixture
+def config(llama_folder, sums, tmp_path):
+    return CompareConfig(
+        model=llama_folder,
+        train_file=sums,
+        test_file=sums,
+        validation=4,
+        methods=["lora"],
+        learning_rates=[1e-2],
+        tuning_seeds=[0],
+        final_seeds=[1],
+        threads=1,
+        metric="exact_match",
+        output_dir=str(tmp_path / "out"),
+        trainer={"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True},
+    )
+
+
+def test_a_comparison_by_it_writes_answers_and_higher_is_better(config):
+    found = compare.identify(config, compare.check(config))
+    assert (found.metric, found.better) == ("exact_match", "higher")
+    progress = compare.run(config)
+    assert (progress.finished, progress.failed) == (2, [])
+    folder = compare.CompareFolder(config.output_dir)
+    for record in map(folder.record, folder.names()):
+        (scores,) = record["scores"].values()
+        assert scores["exact_match"] in {n / record["rows"].get("test", 4) for n in range(25)}
+        assert scores["loss"] > 0
+
+
+def test_runs_by_loss_are_other_runs(config):
+    by_loss, by_name = (dataclasses.replace(config, metric=m) for m in ("loss", None))
+    assert experiment(by_loss) == experiment(by_name) != experiment(config)
+
+
+def test_plain_text_is_refused_before_anything_is_written(config):
+    whole = dataclasses.replace(config, data=DataConfig(loss_on="all"))
+    with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+        compare.run(whole)
+    assert not compare.CompareFolder(config.output_dir).path.exists()
