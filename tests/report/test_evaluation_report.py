@@ -178,6 +178,44 @@ def test_a_score_that_is_no_mean_of_items_is_shown_and_not_compared(folder):
     assert "| sums | f1 | 300 | 0.4100 | 0.5200 | 0.4000 |" in text
 
 
+def test_items_without_a_score_are_left_out_and_a_metric_may_be_of_a_part(folder):
+    """As an answer that a judge did not grade, and the first turns of conversations."""
+
+    def turns(made):
+        marks = [line["scores"]["rating"] for line in made]
+        scores = [{"rating": m} | ({"first": m} if i % 2 == 0 else {}) for i, m in enumerate(marks)]
+        return [line | {"scores": given} for line, given in zip(made, scores, strict=True)]
+
+    for model in ("base", "good", "same"):
+        rewritten(folder, model, turns, CHAT)
+    rewritten(folder, "good", lambda made: [made[0] | {"scores": {}}, *made[1:]], CHAT)
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    told[1] |= {"metrics": ["rating", "first"], "scores": {m: {} for m in ("base", "good", "same")}}
+    evaluations.change(folder, tasks=told)
+    rating, first = results_of(folder).rows[1:]
+    assert (rating.items, first.items) == (60, 30)
+    assert [cell.score.count for cell in rating.cells] == [60, 59, 60]
+    assert rating.cells[1].difference.interval.count == 59
+    assert first.cells[1].difference.interval.count == 29
+    assert first.cells[2].difference.interval.count == 30
+    samples_of = first.task.samples["base"]
+    mean = sum(sample.scores["first"] for sample in samples_of[::2]) / 30
+    assert first.cells[0].score.mean == pytest.approx(mean)
+    text = evaluation.write(folder).text
+    assert "chat (rating): 1 items of good have no score and are left out." in text
+
+
+def test_a_model_that_is_not_graded_yet_has_no_score(folder):
+    rewritten(folder, "good", lambda made: [line | {"scores": {}} for line in made], CHAT)
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    told[1]["scores"]["good"] = {}
+    evaluations.change(folder, tasks=told)
+    cells = results_of(folder).rows[1].cells
+    assert cells[1].score is None
+    assert cells[2].difference is not None
+    assert "no score</span>" in evaluation.write(folder).page.read_text(encoding="utf-8")
+
+
 def test_a_score_that_the_items_do_not_give_is_not_compared(folder):
     told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
     told[0]["scores"]["good"]["exact_match"] += 0.01
@@ -270,10 +308,6 @@ FAULTS = {
             f, "good", lambda m: [m[0] | {"scores": {"exact_match": float("nan")}}, *m[1:]]
         ),
         "the score 'exact_match' is nan, not a finite number",
-    ),
-    "scores missing": (
-        lambda f: rewritten(f, "good", lambda m: [m[0] | {"scores": {}}, *m[1:]]),
-        "not every item has the same scores",
     ),
     "not JSON": (
         lambda f: (f / "samples/good/sums.jsonl").write_text("{\n" * 9),

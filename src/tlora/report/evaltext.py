@@ -35,7 +35,7 @@ def markdown(results: Results) -> str:
         "|---|---|---|" + "---|" * len(models),
     ]
     lines += [
-        _line([r.task.name, r.metric, numbers.count(r.task.items), *map(_cell, r.cells)])
+        _line([r.task.name, r.metric, numbers.count(r.items), *map(_cell, r.cells)])
         for r in results.rows
     ]
     lines += ["", wording.summary(results), wording.caveat(results), ""]
@@ -69,7 +69,7 @@ def table(results: Results) -> str:
                     row.task.name,
                     row.metric,
                     cell.model,
-                    row.task.items,
+                    row.items,
                     *([score.mean, score.low, score.high] if score else [""] * 3),
                     *difference,
                     *(len(cell.changes[kind]) if cell.changes else "" for kind in KINDS),

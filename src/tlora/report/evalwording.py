@@ -45,11 +45,11 @@ def verdict(results: Results, row: Row, cell: Cell) -> str:
 
 
 def _why(row: Row) -> str:
-    if row.task.items == 1:
+    if row.items == 1:
         return "one item says nothing about others"
     if not row.by_item and row.task.samples:
         return "the score is not the mean of scores of items"
-    return "one of them is not done"
+    return "one of them has no score"
 
 
 def _said(results: Results, row: Row, cell: Cell, found: Difference) -> str:
@@ -166,6 +166,13 @@ def remarks(results: Results) -> list[str]:
     said += [
         f"{task}: {model} was given other prompts than {results.first} on {count(unlike)} items."
         for (task, model), unlike in results.other_prompts.items()
+    ]
+    said += [
+        f"{name(row)}: {count(lacking)} items of {model} have no score and are left out."
+        for row in results.rows
+        if row.main and row.by_item
+        for model, samples in row.task.samples.items()
+        if (lacking := sum(row.metric not in sample.scores for sample in samples))
     ]
     said += [
         f"{found.name}: {count(lost)} prompts were too long for {model} and lost their beginning."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tlora.report import paired
@@ -36,6 +36,8 @@ class Row:
     task: Task
     metric: str
     cells: list[Cell]
+    items: int
+    """How many items have this score; some metrics are of a part of the items."""
     by_item: bool
     """Whether the score is the mean of the items' scores."""
     right_or_wrong: bool
@@ -96,26 +98,34 @@ def gather(evaluation: Evaluation) -> Results:
 
 
 def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
-    scores = {model: _scores(samples, metric) for model, samples in task.samples.items()}
-    known = {model: found for model, found in scores.items() if found is not None}
-    by_item = len(known) == len(scores) and all(
-        _agrees(_told(task, model, metric), found) for model, found in known.items()
+    known = {
+        model: found
+        for model, samples in task.samples.items()
+        if (found := {i: s.scores[metric] for i, s in enumerate(samples) if metric in s.scores})
+    }
+    told = {model.name: _told(task, model.name, metric) for model in evaluation.models}
+    # F1 and the like are of all items together: there is nothing to draw again, item by item.
+    by_item = bool(known) and all(
+        _agrees(value, known.get(model)) for model, value in told.items() if value is not None
     )
-    exact = by_item and all(found.right_or_wrong for found in known.values())
+    exact = by_item and all(value in (0, 1) for found in known.values() for value in found.values())
     first = evaluation.models[0].name
     cells = []
-    for model in (each.name for each in evaluation.models):
-        told = _told(task, model, metric)
-        if model in known and by_item:
-            difference, changes = None, {}
-            if model != first and first in known:
-                difference = paired.difference(known[model], known[first])
-                changes = _changes(task.samples[first], task.samples[model], metric, exact)
-            cells.append(Cell(model, paired.score(known[model]), difference, changes))
-        else:
-            score = None if told is None else Interval(told, None, None, task.items)
+    for model, value in told.items():
+        if not (by_item and model in known):
+            score = None if value is None else Interval(value, None, None, task.items)
             cells.append(Cell(model, score, None, {}))
-    return Row(task, metric, cells, by_item, exact)
+            continue
+        samples, difference, changes = task.samples[model], None, {}
+        if model != first and first in known:
+            both = [i for i in known[model] if i in known[first]]
+            pair = (_scores(samples, known[name], both) for name in (model, first))
+            difference = paired.difference(*pair)
+            changes = _changes(task.samples[first], samples, metric, both, exact)
+        own = _scores(samples, known[model], list(known[model]))
+        cells.append(Cell(model, paired.score(own), difference, changes))
+    items = max(map(len, known.values())) if by_item else task.items
+    return Row(task, metric, cells, items, by_item, exact)
 
 
 def _told(task: Task, model: str, metric: str) -> float | None:
@@ -124,28 +134,32 @@ def _told(task: Task, model: str, metric: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _scores(samples: Sequence[Sample], metric: str) -> paired.Scores | None:
-    if any(metric not in sample.scores for sample in samples):
-        return None
-    groups = [sample.group if sample.group is not None else sample.item for sample in samples]
-    grouped = len(set(groups)) < len(samples)
-    return paired.Scores([sample.scores[metric] for sample in samples], groups if grouped else None)
+def _scores(
+    samples: Sequence[Sample], values: Mapping[int, float], places: Sequence[int]
+) -> paired.Scores:
+    groups = [samples[i].group or samples[i].item for i in places]
+    grouped = len(set(groups)) < len(places)
+    return paired.Scores([values[i] for i in places], groups if grouped else None)
 
 
-def _agrees(told: float | None, found: paired.Scores) -> bool:
-    """Whether the score that eval.json tells is the mean of the items' (F1 and the like are not).
-
-    It may have been rounded to four digits.
-    """
-    mean = sum(found.values) / len(found.values)
-    return told is None or abs(told - mean) <= 1e-4 * max(1.0, abs(mean))
+def _agrees(told: float, found: Mapping[int, float] | None) -> bool:
+    """Whether the score that eval.json tells is the mean of the items', but for rounding."""
+    if not found:
+        return False
+    mean = sum(found.values()) / len(found)
+    return abs(told - mean) <= 1e-4 * max(1.0, abs(mean))
 
 
 def _changes(
-    before: Sequence[Sample], after: Sequence[Sample], metric: str, exact: bool
+    before: Sequence[Sample],
+    after: Sequence[Sample],
+    metric: str,
+    places: Sequence[int],
+    exact: bool,
 ) -> dict[str, list[int]]:
     changes: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for place, (old, new) in enumerate(zip(before, after, strict=True)):
+    for place in places:
+        old, new = before[place], after[place]
         change = new.scores[metric] - old.scores[metric]
         if change:
             changes[GAINED if change > 0 else LOST].append(place)

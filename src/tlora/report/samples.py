@@ -40,6 +40,7 @@ class Sample:
     """As read from the reply; None if there is none in it."""
     target: str | None
     scores: dict[str, float]
+    """By metric; one that the item has no part in, or that could not be given, is left out."""
     group: str | None
     """Items of one group depend on each other, as the turns of a conversation do."""
 
@@ -179,8 +180,6 @@ class _Reader:
             faults.append(f"{place} has {len(samples)} items, {_FILE} says {count}; {_AGAIN}.")
         elif not faults and not samples:
             faults.append(f"{place} is empty; {_AGAIN}.")
-        if len({frozenset(sample.scores) for sample in samples}) > 1:
-            faults.append(f"{place}: not every item has the same scores; {_AGAIN}.")
         self.faults += faults[:_SHOWN]
         if len(faults) > _SHOWN:
             self.faults.append(f"{place}: {len(faults) - _SHOWN} more lines are damaged.")
