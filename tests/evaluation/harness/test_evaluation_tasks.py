@@ -122,10 +122,3 @@ def test_a_chat_template_gets_the_prompt_as_a_users_message(tmp_path):
         {"role": "user", "content": doc["prompt"]},
     ]
     assert task.fewshot_context(doc, 0) == doc["prompt"]
-
-
-def test_a_file_that_is_not_json_is_named_with_its_line(tmp_path):
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": 1}\n{"question"\n')
-    with pytest.raises(DataError, match=r"test.jsonl: line 2 is not JSON"):
-        catalogue.build(["gsm8k-paper"], str(tmp_path))
