@@ -73,12 +73,18 @@ def test_drawn_programs_are_scored_by_pass_at_k(tmp_path):
         assert (generation["temperature"], generation["top_p"]) == (0.3, 0.95)
 
 
-def test_the_further_inputs_of_plus_count_only_there(tmp_path):
-    """Right for the one original input, wrong for 0 among the further ones."""
+@pytest.mark.parametrize(
+    ("body", "base"),
+    [
+        ("    return n / 3 or 9", 1.0),  # wrong for 0, which is among the further inputs
+        ("    return 0 if n == 9 else n / 3", 0.0),  # wrong for the one original input alone
+    ],
+)
+def test_plus_needs_all_inputs_and_base_the_original_ones(body, base, tmp_path):
     folder = CASES["humaneval_plus-paper"].write(tmp_path)
     task = catalogue.build(["humaneval_plus-paper"], folder, ALLOWED)["humaneval_plus-paper"]
-    found, _ = scores(task, lambda doc: "    return n / 3 or 9")
-    assert found == {"pass@1": 0.0, "pass@1_base": 1.0}
+    found, _ = scores(task, lambda doc: body)
+    assert found == {"pass@1": 0.0, "pass@1_base": base}
 
 
 def test_a_body_completes_the_prompt_of_humaneval(tmp_path):

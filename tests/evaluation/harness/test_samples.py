@@ -134,3 +134,21 @@ def test_the_protocol_of_a_standard_task_is_its_name_version_and_shots():
     said = catalogue.protocol(task)
     assert said.startswith("lm-evaluation-harness 0.")
     assert said.endswith("small (version 3.0), 0-shot, loglikelihood")
+
+
+def test_requests_for_the_options_alone_are_no_options():
+    """The mutual information of an option needs its likelihood without the prompt, too."""
+    task = standard(
+        output_type="multiple_choice",
+        doc_to_choice="options",
+        doc_to_target="gold",
+        metric_list=[{"metric": "acc"}, {"metric": "acc_mutual_info"}],
+    )
+    items, _ = run(task)
+    assert [item["reply"] for item in items] == ["3", "5"]
+
+
+def test_standard_errors_are_no_scores():
+    task = standard(output_type="loglikelihood", doc_to_target="q", metric_list=[{"metric": "acc"}])
+    results = {"alias": "small", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}
+    assert samples.metrics(task, results) == {"acc": 0.5}
