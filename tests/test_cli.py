@@ -85,7 +85,7 @@ def test_every_verb_has_help_for_every_flag(tlora, verb):
     record = cli.VERBS[verb].record
     for field in dataclasses.fields(record):
         assert field.name in out
-    plain = {field.name for field in dataclasses.fields(record)} - {"data", "calibration"}
+    plain = {field.name for field in dataclasses.fields(record)} - {"data", "calibration", "judge"}
     assert plain == field_docs(record).keys()
 
 
@@ -137,6 +137,14 @@ def test_lists_booleans_and_words_are_read_as_such(resolved):
     assert run["resume"] is True
 
 
+def test_open_fields_take_names_below_them_at_any_depth(tlora):
+    code, out, err = tlora(
+        "eval", "m", "--tasks", "t", "--judge.request.seed", "3", "--print_config"
+    )
+    assert code == 0, err
+    assert yaml.safe_load(out)["judge"]["request"] == {"seed": 3}
+
+
 def test_the_resolved_run_reads_back_as_itself(resolved, run_yaml):
     run = resolved("--model", "m", "--adapter.r", "6", "--trainer.learning_rate", "1e-5")
     assert resolved("--config", run_yaml(yaml.safe_dump(run))) == run
@@ -159,6 +167,10 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (
             ["train", "--adaptor.r", "3"],
             "there is no flag `--adaptor.r`. Did you mean '--adapter.r'?",
+        ),
+        (
+            ["eval", "--judge.reqest.seed", "3"],
+            "there is no flag `--judge.reqest.seed`. Did you mean '--judge.request.seed'?",
         ),
         (["train", "--seed", "x"], "`seed` is 'x'; give a whole number."),
         (["train", "--dtype", "int8"], "`dtype` is 'int8'; give one of 'auto', 'float32'"),
@@ -237,13 +249,13 @@ def test_exit_codes(tlora, monkeypatch, error, code, says):
 
 
 def test_list_shows_a_line_for_each_registered_name(tlora):
-    from tlora.registry import EVALUATIONS, METHODS, TASKS
+    from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS
 
     code, out, _ = tlora("list", "methods")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == METHODS.names()
     tasks = [line.split()[0] for line in tlora("list", "tasks")[1].splitlines()]
-    assert tasks == [*TASKS.names(), "evaluations", *EVALUATIONS.names()]
+    assert tasks == [*TASKS.names(), "evaluations", *EVALUATIONS.names(), *CONVERSATIONS.names()]
     assert "methods\n" in tlora("list")[1]
 
 

@@ -4,7 +4,15 @@ import sys
 import pytest
 
 from tlora.errors import ConfigError
-from tlora.registry import EVALUATIONS, FORMATS, METHODS, TASKS, Entry, Registry
+from tlora.registry import (
+    CONVERSATIONS,
+    EVALUATIONS,
+    FORMATS,
+    METHODS,
+    TASKS,
+    Entry,
+    Registry,
+)
 
 
 @pytest.fixture
@@ -69,7 +77,9 @@ def test_a_built_in_name_wins_over_an_entry_point(registry, third_party):
     assert registry.load("pi") == pytest.approx(3.14159, abs=1e-5)
 
 
-@pytest.mark.parametrize("registered", [METHODS, TASKS, EVALUATIONS, FORMATS], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "registered", [METHODS, TASKS, EVALUATIONS, CONVERSATIONS, FORMATS], ids=lambda r: r.kind
+)
 def test_every_registered_name_loads_and_says_what_it_is(registered):
     for entry in registered.entries():
         assert registered.load(entry.name) is not None

@@ -31,7 +31,7 @@ from tlora.errors import (
     did_you_mean,
 )
 from tlora.evalconfig import EvalConfig
-from tlora.registry import EVALUATIONS, FORMATS, METHODS, TASKS, Entry
+from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
-    "evaluations": EVALUATIONS.entries,
+    "evaluations": lambda: [*EVALUATIONS.entries(), *CONVERSATIONS.entries()],
     "formats": FORMATS.entries,
     "presets": presets.entries,
 }

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from tlora.errors import ConfigError
+from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.runconfig import DataConfig, Dtype, Quantization
 
 Backend = Literal["hf", "vllm"]
+ChatPrompt = Literal["auto", "template", "instruction"]
 
 SETTINGS = (
     "num_fewshot",
@@ -23,6 +25,7 @@ SETTINGS = (
     "apply_chat_template",
     "fewshot_as_multiturn",
     "system_instruction",
+    "chat_prompt",
     "max_length",
     "dtype",
     "quantization",
@@ -104,7 +107,11 @@ class EvalConfig:
     """Run Python code that comes with the model."""
     seed: int = 1234
     """Seed of the choice of examples and of sampling."""
+    chat_prompt: ChatPrompt = "auto"
+    """Prompts of conversations: the model's chat "template", the paper's "instruction" prompt,
+    which `--task chat` trains on, or "auto": the first where there is one."""
     data: DataConfig = field(default_factory=DataConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
@@ -123,6 +130,11 @@ class EvalConfig:
         given = [*self.models, *([self.adapter] if self.adapter else [])]
         return given or ([self.model] if self.model else [])
 
+    @property
+    def only_grades(self) -> bool:
+        """Whether no model is named, and a judge is: what the folder holds is graded."""
+        return self.judge.url is not None and not self.entries()
+
     def settings(self) -> dict[str, Any]:
         """Return what can change a score, as plain JSON values."""
         values = self.to_dict()
@@ -134,10 +146,11 @@ class EvalConfig:
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
-        faults = [*self.data.faults(), *self._number_faults(), *self._choice_faults()]
-        if not self.entries():
+        faults = [*self.data.faults(), *self.judge.faults()]
+        faults += [*self._number_faults(), *self._choice_faults()]
+        if not (self.entries() or self.judge.url):
             faults.append("nothing to evaluate is named; give the folder of a model or an adapter.")
-        if not self.tasks:
+        if not (self.tasks or self.only_grades):
             faults.append("`tasks` is empty; give --tasks; see `tlora list evaluations`.")
         if self.merge and self.with_merged:
             faults.append("`merge` and `with_merged` are both given; give one of them.")
@@ -163,7 +176,7 @@ class EvalConfig:
     def _choice_faults(self) -> list[str]:
         hints = typing.get_type_hints(type(self))
         faults = []
-        for name in ("backend", "dtype", "quantization"):
+        for name in ("backend", "dtype", "quantization", "chat_prompt"):
             options = get_args(hints[name])
             if getattr(self, name) not in options:
                 known = ", ".join(map(repr, options))

@@ -237,15 +237,17 @@ def _unknown_flags(flags: list[str], fields: dict[str, _Field], more: list[str])
 
 def _hint(name: str, known: Iterable[str], fields: dict[str, _Field]) -> str:
     """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
-    dashes = "--" if name.startswith("--") else ""
-    rest = name.partition(".")[2]
-    below = [f"{dashes}{section}.{rest}" for section, field in fields.items() if field.open]
-    return did_you_mean(name, [*known, *(below if rest else [])])
+    dashes, words = "--" if name.startswith("--") else "", name.split(".")
+    below = [
+        ".".join([f"{dashes}{section}", *words[depth:]])
+        for section, field in fields.items()
+        if field.open and len(words) > (depth := section.count(".") + 1)
+    ]
+    return did_you_mean(name, [*known, *below])
 
 
 def _below_open(name: str, fields: dict[str, _Field]) -> bool:
-    section, dot, _ = name.partition(".")
-    return bool(dot) and section in fields and fields[section].open
+    return any(field.open and name.startswith(f"{known}.") for known, field in fields.items())
 
 
 def _unknown_keys(file: str, fields: dict[str, _Field]) -> list[str]:

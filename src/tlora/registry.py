@@ -210,4 +210,15 @@ EVALUATIONS = Registry(
     ],
 )
 
+CONVERSATIONS = Registry(
+    "conversation",
+    [
+        Entry(
+            "mtbench",
+            "tlora.inference.conversations:MtBench",
+            "MT-Bench: two turns, graded 1 to 10 by a judge (--judge.*)",
+        ),
+    ],
+)
+
 FORMATS = Registry("format", [])

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 
-import judge_server
 import pytest
-from judge_server import cut, hang_up, raw, says, slow, status
 
+import judge_server
+from judge_server import cut, hang_up, raw, says, slow, status
 from tlora.errors import ConfigError, JudgeError
 from tlora.evaluation.mtbench import endpoint
 from tlora.evaluation.mtbench.config import JudgeConfig
@@ -182,7 +182,7 @@ def test_a_retry_after_without_sense_does_no_harm(server, tmp_path, header):
 
 def test_a_wait_of_days_is_an_error(server, tmp_path):
     server.always = status(429, Retry_After="100000")
-    with pytest.raises(JudgeError, match=r"in 1 tries: status 429 \(busy\)"):
+    with pytest.raises(JudgeError, match=r"tries: 1\): status 429 \(busy\)"):
         judge(answered(), config(server), tmp_path)
 
 
@@ -207,9 +207,10 @@ def test_what_does_not_pass_is_an_error_at_once(server, tmp_path, code, text, ad
 
 def test_an_endpoint_that_is_down_ends_it_after_the_tries_of_one_round(tmp_path, server):
     gone = dataclasses.replace(config(server), url="http://127.0.0.1:9/v1")
-    with pytest.raises(JudgeError, match="ConnectError") as error:
+    with pytest.raises(
+        JudgeError, match=r"^of 200 judgements 0 were .* 3 failed.*tries: 4\): ConnectError"
+    ):
         judge(answered(100), gone, tmp_path)
-    assert "in 4 tries" in str(error.value)
 
 
 def test_what_was_judged_beside_a_failure_is_kept(server, tmp_path):
@@ -219,7 +220,7 @@ def test_what_was_judged_beside_a_failure_is_kept(server, tmp_path):
 
     server.by_body = act
     some = config(server, retries=1, concurrency=8)
-    with pytest.raises(JudgeError, match=r"2 of 6 judgements failed\..*out of order"):
+    with pytest.raises(JudgeError, match=r"of 6 judgements 4 were made.* 2 failed.*out of order"):
         judge(answered(3), some, tmp_path)
     server.by_body = None
     server.bodies.clear()

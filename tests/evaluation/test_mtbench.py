@@ -14,6 +14,7 @@ from tlora.evaluation.mtbench.prompts import OURS, digest, rating, read_prompts
 from tlora.evaluation.mtbench.questions import (
     NEEDS_REFERENCE,
     Question,
+    json_lines,
     read_questions,
     temperature,
     with_references,
@@ -37,7 +38,8 @@ def write(path, rows):
 @pytest.fixture
 def questions(tmp_path):
     file = write(tmp_path / "question.jsonl", [*QUESTIONS, ""])
-    return with_references(read_questions(file), write(tmp_path / "gpt-4.jsonl", REFERENCES))
+    references = json_lines(write(tmp_path / "gpt-4.jsonl", REFERENCES))
+    return with_references(read_questions(json_lines(file)), references)
 
 
 def test_questions_are_read_with_the_references_that_their_category_needs(questions):
@@ -51,7 +53,7 @@ def test_a_line_separator_inside_a_question_does_not_end_it(tmp_path):
     row = QUESTIONS[0] | {"turns": ["a\u2028b\x85c", "d"]}
     file = write(tmp_path / "q.jsonl", [])
     file.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert read_questions(file)[0].turns[0] == "a\u2028b\x85c"
+    assert read_questions(json_lines(file))[0].turns[0] == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -67,17 +69,18 @@ def test_a_line_separator_inside_a_question_does_not_end_it(tmp_path):
 )
 def test_a_bad_question_is_named_by_its_line(tmp_path, row, says):
     with pytest.raises(DataError, match=says):
-        read_questions(write(tmp_path / "q.jsonl", [QUESTIONS[0], row]))
+        read_questions(json_lines(write(tmp_path / "q.jsonl", [QUESTIONS[0], row])))
 
 
 def test_missing_files_and_references_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jsonl: cannot be read"):
-        read_questions(tmp_path / "nothing.jsonl")
-    questions = read_questions(write(tmp_path / "q.jsonl", QUESTIONS))
+        read_questions(json_lines(tmp_path / "nothing.jsonl"))
+    questions = read_questions(json_lines(write(tmp_path / "q.jsonl", QUESTIONS)))
     with pytest.raises(DataError, match="no reference answer to the questions 111"):
-        with_references(questions, write(tmp_path / "r.jsonl", []))
+        with_references(questions, [])
     with pytest.raises(DataError, match="line 1: `choices` holds no answer to two turns"):
-        with_references(questions, write(tmp_path / "r.jsonl", [{"question_id": 1}]))
+        bad = write(tmp_path / "r.jsonl", [{"question_id": 1}])
+        with_references(questions, json_lines(bad))
 
 
 def test_the_published_temperatures():
@@ -231,7 +234,12 @@ def test_lines_hold_all_that_a_later_judging_needs(questions):
         assert [line["item"] for line in lines] == ["81/1", "81/2", "111/1", "111/2"]
         assert [line["group"] for line in lines] == ["81", "81", "111", "111"]
         assert [line["target"] for line in lines] == [None, None, "two", "three"]
-    assert [line["scores"] for line in lines] == [{"score": 2}, {"score": 6}, {"score": 10}, {}]
+    assert [line["scores"] for line in lines] == [
+        {"score": 2, "turn_1": 2, "writing": 2},
+        {"score": 6, "turn_2": 6, "writing": 6},
+        {"score": 10, "turn_1": 10, "math": 10},
+        {},
+    ]
     assert lines[3]["status"] == "no rating"
     assert all(line["scores"] == {} for line in to_lines(some))
 

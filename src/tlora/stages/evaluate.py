@@ -20,8 +20,9 @@ from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading, subjects
 from tlora.inference.subjects import Subject
-from tlora.registry import TASKS
+from tlora.registry import CONVERSATIONS, TASKS
 from tlora.runfolder import provenance
+from tlora.stages.grade import check_judge, grade
 
 if TYPE_CHECKING:
     from tlora.inference.questions import Answers
@@ -56,14 +57,19 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         tell: called with a line of text as each pair of model and task ends.
 
     Raises:
-        ConfigError: a field is wrong, a model or a task is not there, or the folder is taken or
-            was made with other settings.
+        ConfigError: a field is wrong, a model or a task is not there, the folder is taken or
+            was made with other settings, or the judge's endpoint refuses.
         DataError: the rows of a task are missing or not what they should be.
         AdapterError: an adapter does not fit its base.
+        JudgeError: some conversations could not be graded; the rest of the result is kept.
         KeyboardInterrupt: stopped; finished pairs are kept.
     """
     folder = EvalFolder(config.output_dir)
     folder.refuse_unless_free()
+    check_judge(config)
+    if config.only_grades:
+        grade(folder, config, {}, tell)
+        return folder
     models = subjects.resolve(config)
     loading.device_of(config)
     result = Result(folder, config, models)
@@ -77,6 +83,7 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
             for subject, names in todo:
                 if names:
                     _ask_all(subject, {name: tasks[name] for name in names}, result, bar, tell)
+        grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; finished pairs of model and task are kept, and the same command does"
@@ -106,9 +113,12 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
         name = config.tasks[0]
         task = TASKS.load(name)(config.data)
         return {name: Questions(rows.from_file(name, task, config.test_file), config)}
+    chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = Settings(allow_code_execution=config.allow_code_execution)
-    built = catalogue.build(config.tasks, config.data_dir, settings)
-    return {name: Questions(task, config) for name, task in built.items()}
+    others = [name for name in config.tasks if name not in chats]
+    built = catalogue.build(others, config.data_dir, settings)
+    tasks: dict[str, Asked] = {name: Questions(task, config) for name, task in built.items()}
+    return tasks | {name: CONVERSATIONS.load(name)(name, config) for name in chats}
 
 
 def check(task: Asked, config: EvalConfig, models: list[Subject]) -> None:
@@ -141,7 +151,6 @@ def _ask_all(
         _advance(bar, done, task.items)
         seconds = time.perf_counter() - start
         result.add(subject, name, answers, seconds)
-        main, score = next(iter(answers.scores.items()), ("no score", float("nan")))
         if answers.truncated:
             logger.warning(
                 "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
@@ -150,7 +159,8 @@ def _ask_all(
                 name,
             )
         if bar.disable:
-            tell(f"{subject.name}: {name}: {main} {score:.4f} ({seconds:.0f} s)")
+            main = next((f"{key} {value:.4f}" for key, value in answers.scores.items()), "answered")
+            tell(f"{subject.name}: {name}: {main} ({seconds:.0f} s)")
     del lm
     loading.release()
 

@@ -114,7 +114,7 @@ class Endpoint:
                 self.retried += 1
                 if not left or (failure.wait or 0) > _LONGEST_REQUESTED_WAIT:
                     raise JudgeError(
-                        f"{self.url} gave no judgement in {tries - left} tries: {failure}"
+                        f"{self.url} gave no judgement (tries: {tries - left}): {failure}"
                     ) from None
                 if failure.wait is not None:
                     self._pause_until = max(self._pause_until, time.monotonic() + failure.wait)

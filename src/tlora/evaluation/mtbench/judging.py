@@ -26,6 +26,7 @@ from tlora.evaluation.mtbench.prompts import OURS, JudgePrompts, rating, read_pr
 from tlora.evaluation.mtbench.questions import Question
 
 TURNS = (1, 2)
+_HOPELESS = 3
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,13 @@ async def _ask_all(
                     tasks = [group.create_task(crew.ask(body)) for body in bodies]
             except ExceptionGroup as errors:
                 # One that cannot be helped; the group has cancelled what was under way.
-                raise errors.exceptions[0] from None
+                if not isinstance(errors.exceptions[0], JudgeError):
+                    raise errors.exceptions[0] from None
     if crew.failures:
         raise JudgeError(
-            f"{len(crew.failures)} of {len(bodies)} judgements failed. The first:"
-            f" {crew.failures[0]} The others are kept in {cache.path}: the same command asks for"
-            " the rest."
+            f"of {len(bodies)} judgements {crew.made} were made, and are kept in {cache.path}, and"
+            f" {len(crew.failures)} failed; the same command asks for the rest. The first failure:"
+            f" {crew.failures[0]}"
         )
     replies = [reply for task in tasks if (reply := task.result()) is not None]
     return replies, crew.endpoint.retried
@@ -167,6 +169,7 @@ class _Crew:
     def __init__(self, endpoint: Endpoint, cache: JudgementCache, bar: Any) -> None:
         self.endpoint, self.cache, self.bar = endpoint, cache, bar
         self.failures: list[JudgeError] = []
+        self.made = 0
         self._in_a_row = 0
         self._places = asyncio.Semaphore(endpoint.config.concurrency)
 
@@ -174,7 +177,7 @@ class _Crew:
         """Return the reply, kept on disk; None if there was none and others may fare better.
 
         Raises:
-            JudgeError: as many requests in a row have failed as run at a time.
+            JudgeError: so many requests in a row have failed that none is likely to fare better.
         """
         async with self._places:
             try:
@@ -182,11 +185,12 @@ class _Crew:
             except JudgeError as error:
                 self.failures.append(error)
                 self._in_a_row += 1
-                if self._in_a_row >= self.endpoint.config.concurrency:
+                if self._in_a_row >= max(self.endpoint.config.concurrency, _HOPELESS):
                     raise
                 return None
         self._in_a_row = 0
         self.cache.put(self.endpoint.url, body, reply)
+        self.made += 1
         self.bar.update()
         return reply
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,18 @@ def temperature(question: Question) -> float:
     return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read questions, in the order of the file.
+Rows = Iterable[tuple[str, Mapping[str, Any]]]
+"""Raw rows, each with where it stands, for the message of an error."""
+
+
+def read_questions(rows: Rows) -> list[Question]:
+    """Return the questions of raw rows, in their order.
 
     Raises:
-        DataError: the file is missing, a line is not such a question, or an id comes twice.
+        DataError: a row is not such a question, or an id comes twice.
     """
     questions: dict[str, Question] = {}
-    for where, row in json_lines(path):
+    for where, row in rows:
         name, turns = _question_id(row, where), _pair(row.get("turns"))
         if turns is None or not isinstance(row.get("category"), str):
             raise DataError(
@@ -68,14 +72,14 @@ def read_questions(path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def with_references(questions: Sequence[Question], path: str | Path) -> list[Question]:
-    """Return the questions with the reference answers of ``path``, where their category needs them.
+def with_references(questions: Sequence[Question], rows: Rows) -> list[Question]:
+    """Return the questions with the reference answers of raw rows, where their category needs them.
 
     Raises:
-        DataError: the file is missing, a line is not a reference answer, or a question lacks one.
+        DataError: a row is not a reference answer, or a question lacks one.
     """
     found: dict[str, tuple[str, str]] = {}
-    for where, row in json_lines(path):
+    for where, row in rows:
         try:
             turns = _pair(row["choices"][0]["turns"])
         except (KeyError, IndexError, TypeError):
@@ -86,8 +90,8 @@ def with_references(questions: Sequence[Question], path: str | Path) -> list[Que
     needing = [q for q in questions if q.category in NEEDS_REFERENCE]
     if lacking := [q.id for q in needing if q.id not in found]:
         raise DataError(
-            f"{path}: there is no reference answer to the questions {', '.join(lacking)}, which"
-            " are judged by one; take the file that belongs to the questions."
+            f"there is no reference answer to the questions {', '.join(lacking)}, which are judged"
+            " by one; take the file of references that belongs to the questions."
         )
     return [
         dataclasses.replace(q, references=found[q.id]) if q.category in NEEDS_REFERENCE else q
@@ -118,7 +122,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _question_id(row: dict[str, Any], where: str) -> str:
+def _question_id(row: Mapping[str, Any], where: str) -> str:
     name = row.get("question_id")
     if isinstance(name, bool) or not isinstance(name, (int, str)):
         raise DataError(f"{where}: `question_id` is {name!r}, not a number or a text.")

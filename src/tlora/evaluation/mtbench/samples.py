@@ -8,7 +8,7 @@ from typing import Any
 from tlora.errors import ArtifactError
 from tlora.evaluation.mtbench.judging import TURNS, Answered, Judged, Judgement
 from tlora.evaluation.mtbench.questions import Question
-from tlora.evaluation.mtbench.scores import MAIN
+from tlora.evaluation.mtbench.scores import grade_names
 
 _TEXTS = ("reply", "rendered")
 
@@ -39,7 +39,8 @@ def _line(each: Answered, turn: int, judgement: Judgement | None) -> dict[str, A
     }
     if judgement is not None:
         line |= {"judgement": judgement.reply.text, "status": judgement.status}
-        line["scores"] = {} if judgement.score is None else {MAIN: judgement.score}
+        if judgement.score is not None:
+            line["scores"] = dict.fromkeys(grade_names(question, turn), judgement.score)
     return line
 
 

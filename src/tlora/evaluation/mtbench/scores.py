@@ -10,14 +10,20 @@ import math
 from collections.abc import Sequence
 
 from tlora.evaluation.mtbench.judging import TURNS, Answered, Judged
+from tlora.evaluation.mtbench.questions import Question
 
 MAIN = "score"
 
 
+def grade_names(question: Question, turn: int) -> tuple[str, ...]:
+    """Return the names of the means that the grade of one answer counts in."""
+    return (MAIN, f"turn_{turn}", question.category)
+
+
 def metric_names(answered: Sequence[Answered]) -> list[str]:
     """Return the names of the scores: all answers, each turn, each category in the file's order."""
-    categories = dict.fromkeys(each.question.category for each in answered)
-    return [MAIN, *(f"turn_{turn}" for turn in TURNS), *categories]
+    names = [(grade_names(each.question, turn)) for each in answered for turn in TURNS]
+    return list(dict.fromkeys(name for column in zip(*names, strict=True) for name in column))
 
 
 def means(answered: Sequence[Answered], judged: Judged) -> dict[str, float]:
@@ -29,6 +35,6 @@ def means(answered: Sequence[Answered], judged: Judged) -> dict[str, float]:
     for each, pair in zip(answered, judged.judgements, strict=True):
         for turn, judgement in zip(TURNS, pair, strict=True):
             if judgement.score is not None:
-                for name in (MAIN, f"turn_{turn}", each.question.category):
+                for name in grade_names(each.question, turn):
                     grades[name].append(judgement.score)
     return {name: math.fsum(some) / len(some) for name, some in grades.items() if some}

@@ -1,0 +1,196 @@
+"""MT-Bench asked of a model: both turns, the second after the model's own first answer.
+
+What it writes is graded later (`tlora.stages.grade`), when no model is in memory any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
+from tlora.evalconfig import EvalConfig
+from tlora.evaluation.harness.rows import Source
+from tlora.evaluation.mtbench.judging import Answered
+from tlora.evaluation.mtbench.questions import (
+    Question,
+    read_questions,
+    temperature,
+    with_references,
+)
+from tlora.evaluation.mtbench.samples import to_lines
+from tlora.inference.chat import FORMS, ChatForm, Messages, form_of
+from tlora.inference.questions import Answers
+from tlora.inference.subjects import Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENS = 1024
+_FASTCHAT = "https://github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
+
+
+class MtBench:
+    """MT-Bench's two-turn questions (Zheng et al., arXiv 2306.05685).
+
+    Raises:
+        ConfigError: a setting cannot be kept.
+        DataError: the files of questions and references are missing or damaged.
+
+    Source: turns, temperatures and the length of an answer are those of FastChat's script.
+    Departure: questions are asked in batches, so samples are not drawn alike.
+    """
+
+    shots = 0
+    questions = Source(
+        ("mt_bench/question.jsonl", "question.jsonl", "chat/mt_bench_question.jsonl"),
+        f"{_FASTCHAT}/question.jsonl",
+    )
+    references = Source(
+        (
+            "mt_bench/reference_answer/gpt-4.jsonl",
+            "reference_answer/gpt-4.jsonl",
+            "chat/mt_bench_reference_gpt4.jsonl",
+        ),
+        f"{_FASTCHAT}/reference_answer/gpt-4.jsonl",
+    )
+
+    def __init__(self, name: str, config: EvalConfig) -> None:
+        self.name, self._config = name, config
+        self._tokens, self._greedy = _generation(config.gen_kwargs)
+        asked, answers = (
+            source.rows(name, config.data_dir) for source in (self.questions, self.references)
+        )
+        found = with_references(
+            read_questions(_numbered(asked.place, asked.raw)),
+            _numbered(answers.place, answers.raw),
+        )
+        self._questions = found[: _first(config.limit, len(found))]
+        self._forms: dict[str, ChatForm] = {}
+        self.items = 2 * len(self._questions)
+
+    @property
+    def protocol(self) -> str:
+        """What it is and its source, in a line; the prompts' form is known after `check`."""
+        heat = "greedy" if self._greedy else "the published temperatures by category"
+        forms: dict[str, list[str]] = {form.says: [] for form in self._forms.values()}
+        for model, form in self._forms.items():
+            forms[form.says].append(model)
+        prompts = "; ".join(
+            says if len(forms) == 1 else f"{says} ({', '.join(models)})"
+            for says, models in forms.items()
+        )
+        return (
+            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {heat}, up to {self._tokens}"
+            f" tokens; prompts: {prompts}"
+        )
+
+    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        """Check, before the model is loaded, that it can be asked, and how.
+
+        Args:
+            subject: the model.
+            tokenizer: its tokenizer.
+            longest: tokens that it holds, prompt and reply.
+
+        Raises:
+            ConfigError: it has no chat template and one is asked for, or no room for a prompt.
+        """
+        wanted = self._config.chat_prompt
+        if wanted == "template" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"{subject.name}: the tokenizer has no chat template; give --chat_prompt auto or"
+                " instruction.",
+                where=self.name,
+            )
+        if subject.head == "causal" and self._tokens >= longest:
+            raise ConfigError(
+                f"{self._tokens} new tokens are asked for, and {subject.name} holds {longest} with"
+                " the prompt; give --gen_kwargs max_gen_toks=N.",
+                where=self.name,
+            )
+        self._forms[subject.name] = FORMS.get(wanted) or form_of(tokenizer)
+
+    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+        """Have the first turns of all questions answered, then the second ones; no scores yet.
+
+        Args:
+            lm: the model, as the harness knows it.
+            answered: called with the number of turns answered so far.
+        """
+        from tlora.inference.lm import Ticker
+
+        system = self._config.system_instruction
+        start = [{"role": "system", "content": system}] if system else []
+        chats: list[Messages] = [[*start] for _ in self._questions]
+        form = self._form(lm)
+        before, prompts, replies = lm.truncated, [], []
+        for turn in (0, 1):
+            for chat, question in zip(chats, self._questions, strict=True):
+                chat.append({"role": "user", "content": question.turns[turn]})
+            prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
+            lm.set_cache_hook(Ticker(partial(_beyond, answered, turn * len(chats))))
+            replies.append(self._written(lm, prompts[turn], form))
+            for chat, reply in zip(chats, replies[turn], strict=True):
+                chat.append({"role": "assistant", "content": reply})
+        pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
+        said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
+        return Answers(to_lines(said), {}, lm.truncated - before)
+
+    def _form(self, lm: Any) -> ChatForm:
+        return FORMS.get(self._config.chat_prompt) or form_of(lm.tokenizer)
+
+    def _written(self, lm: Any, prompts: list[str], form: ChatForm) -> list[str]:
+        import transformers
+        from lm_eval.api.instance import Instance
+
+        transformers.set_seed(self._config.seed)
+        requests = []
+        for index, (prompt, question) in enumerate(zip(prompts, self._questions, strict=True)):
+            options = self._options(question, form)
+            requests.append(Instance("generate_until", {}, (prompt, options), index))
+        return [reply.strip() for reply in lm.generate_until(requests)]
+
+    def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
+        heat = 0.0 if self._greedy else temperature(question)
+        return {
+            "until": list(form.stops),
+            "max_gen_toks": self._tokens,
+            "do_sample": heat > 0,
+            "temperature": heat,
+        }
+
+
+def _beyond(answered: Callable[[int], None], done: int, count: int) -> None:
+    answered(done + count)
+
+
+def _generation(options: dict[str, Any]) -> tuple[int, bool]:
+    """Return (most tokens of a reply, whether all are greedy) of the user's wishes."""
+    tokens, sampled = options.get("max_gen_toks", _TOKENS), options.get("do_sample", True)
+    faults = [
+        f"`gen_kwargs.{name}` has no place in MT-Bench, whose temperatures belong to it; give"
+        " max_gen_toks, or do_sample=false for greedy answers."
+        for name in options
+        if name not in ("max_gen_toks", "do_sample")
+    ]
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        faults.append(f"`gen_kwargs.max_gen_toks` is {tokens!r}; give a whole number, 1 or more.")
+    if not isinstance(sampled, bool):
+        faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")
+    if faults:
+        raise ConfigError(faults, where="eval")
+    return tokens, not sampled
+
+
+def _first(limit: float | None, there: int) -> int:
+    if limit is None:
+        return there
+    return int(limit) if limit >= 1 else math.ceil(limit * there)
+
+
+def _numbered(place: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{place}, row {number}", row
