@@ -83,7 +83,11 @@ def test_theirs_that_run_programs_are_refused_unless_allowed(theirs):
 
 def test_names_are_those_of_the_registry():
     assert catalogue.names() == EVALUATIONS.names()
-    assert [entry.name for entry in catalogue.entries()] == EVALUATIONS.names()
+    described = {entry.name: entry for entry in catalogue.entries()}
+    assert list(described) == EVALUATIONS.names()
+    for name in GROUPS:
+        assert described[name].protocol == ", ".join(EVALUATIONS.load(name).members)
+    assert "arXiv 2309.12284" in described["gsm8k-metamath"].protocol
 
 
 @pytest.mark.parametrize("name", GROUPS)

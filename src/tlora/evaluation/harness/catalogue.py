@@ -6,11 +6,12 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError, TLoraError, did_you_mean
-from tlora.registry import EVALUATIONS, Entry
+from tlora.registry import EVALUATIONS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -25,9 +26,27 @@ def names() -> list[str]:
     return EVALUATIONS.names()
 
 
-def entries() -> list[Entry]:
-    """Return our own evaluations and groups with a line about each; nothing is imported."""
-    return EVALUATIONS.entries()
+@dataclass(frozen=True)
+class Described:
+    """One evaluation or group of ours, for a listing."""
+
+    name: str
+    summary: str
+    """What it is, in a few words."""
+    protocol: str
+    """Prompt, reading and scoring with their sources; of a group, its members."""
+
+
+def entries() -> list[Described]:
+    """Describe our own evaluations and groups, which imports them all but reads no rows."""
+    from tlora.evaluation.harness.base import Group
+
+    found = []
+    for entry in EVALUATIONS.entries():
+        made = EVALUATIONS.load(entry.name)
+        said = ", ".join(made.members) if isinstance(made, Group) else made.protocol
+        found.append(Described(entry.name, entry.summary, said))
+    return found
 
 
 def build(
