@@ -38,7 +38,8 @@ def markdown(results: Results) -> str:
         _line([r.task.name, r.metric, numbers.count(r.items), *map(_cell, r.cells)])
         for r in results.rows
     ]
-    lines += ["", wording.summary(results), wording.caveat(results), ""]
+    said = " ".join(filter(None, (wording.summary(results), wording.caveat(results))))
+    lines += ["", said, ""]
     if results.others:
         lines += [
             f"- {wording.verdict(results, row, cell)}"

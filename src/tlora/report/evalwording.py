@@ -131,7 +131,7 @@ def caveat(results: Results) -> str:
 
 def task(found: Task) -> str:
     """Return what a task is, in a line."""
-    shots = "" if found.shots is None else f", {found.shots} examples before each"
+    shots = "" if not found.shots else f", {found.shots} examples before each"
     protocol = f": {found.protocol.rstrip('.')}" if found.protocol else ""
     return f"{found.name}{protocol}; {count(found.items)} items{shots}."
 

@@ -4,10 +4,10 @@ The items are drawn again, not the models: the intervals say how other items of 
 turn out, not how another training would.
 
 Difference of means: the percentile bootstrap (Efron 1979) over items, both models' scores of an
-item drawn together. BCa limits were tried beside it: the correction is estimated from the few
-items that changed, and of two equal models that differ on 8 % of 50 items it calls one better in
-10 % of the cases, percentile limits in 4 % (5 % is what 95 % intervals promise). From some hundred
-items on the two agree.
+item drawn together. BCa limits correct by what the few items that changed have in common, which
+goes wrong where few did: of equal models that differ on 8 % of 50 items they leave zero out in 10 %
+of the cases, percentile limits in 5 % (benchmarks/quality/intervals.py). From some hundred items
+on the two agree.
 
 Test: signs of the differences flipped at random (Fisher's paired randomisation test), which for
 right and wrong is McNemar's exact test.
