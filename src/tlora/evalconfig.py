@@ -17,6 +17,7 @@ from tlora.runconfig import DataConfig, Dtype, Quantization
 
 Backend = Literal["hf", "vllm"]
 ChatPrompt = Literal["auto", "template", "instruction"]
+Sandbox = Literal["namespaces", "landlock"]
 
 SETTINGS = (
     "num_fewshot",
@@ -26,6 +27,7 @@ SETTINGS = (
     "fewshot_as_multiturn",
     "system_instruction",
     "chat_prompt",
+    "n_samples",
     "max_length",
     "dtype",
     "quantization",
@@ -37,6 +39,7 @@ SETTINGS = (
     "data",
 )
 """Fields that can change a score; all results of a folder have them in common."""
+_POSITIVE = ("max_batch_size", "max_length", "n_samples")
 
 
 @dataclass(kw_only=True)
@@ -91,8 +94,12 @@ class EvalConfig:
     allow_code_execution: bool = False
     """Run the programs that models write, where a task asks for it; docs/evaluation.md says in
     what sandbox."""
+    sandbox: Sandbox = "namespaces"
+    """How programs are kept apart; "landlock" is weaker, for machines that forbid the first."""
+    n_samples: int = 1
+    """Programs for each problem of code; more than 1 are drawn, not greedy."""
     backend: Backend = "hf"
-    """What generates: transformers, or vLLM where it is installed."""
+    """What generates: transformers, or vLLM where it is installed, which takes adapters merged."""
     dtype: Dtype = "auto"
     """Precision to load models in; "auto" takes the checkpoint's own, on a CPU float32."""
     quantization: Quantization = "none"
@@ -160,7 +167,7 @@ class EvalConfig:
 
     def _number_faults(self) -> list[str]:
         faults = []
-        for name, least in (("num_fewshot", 0), ("max_batch_size", 1), ("max_length", 1)):
+        for name, least in (("num_fewshot", 0), *((name, 1) for name in _POSITIVE)):
             value = getattr(self, name)
             if value is not None and value < least:
                 faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
@@ -176,7 +183,7 @@ class EvalConfig:
     def _choice_faults(self) -> list[str]:
         hints = typing.get_type_hints(type(self))
         faults = []
-        for name in ("backend", "dtype", "quantization", "chat_prompt"):
+        for name in ("backend", "sandbox", "dtype", "quantization", "chat_prompt"):
             options = get_args(hints[name])
             if getattr(self, name) not in options:
                 known = ", ".join(map(repr, options))

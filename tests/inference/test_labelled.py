@@ -20,7 +20,7 @@ def rows(path, columns, label, count):
     draw = random.Random(count)
     lines = ["\t".join([*columns, "label"])]
     for _ in range(count):
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in columns]
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in columns]
         lines.append("\t".join([*texts, str(label(texts))]))
     Path(path).write_text("\n".join(lines) + "\n")
     return str(path)

@@ -17,6 +17,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 from tlora.evalconfig import EvalConfig
+from tlora.inference.loading import unheard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,15 +38,16 @@ class TransformersLM(HFLM):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, head: str
     ) -> None:
         self.truncated = 0
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend=head,
-            batch_size=config.batch_size,
-            max_batch_size=config.max_batch_size,
-            max_length=config.max_length,
-            softmax_dtype="float32",
-        )
+        with unheard("lm_eval"):  # on being given a model that is loaded
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend=head,
+                batch_size=config.batch_size,
+                max_batch_size=config.max_batch_size,
+                max_length=config.max_length,
+                softmax_dtype="float32",
+            )
         self._closes = head == "causal" and _closes(tokenizer)
 
     def tok_encode(

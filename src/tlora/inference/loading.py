@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,21 @@ from tlora.stages.quantise import loading_options
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def unheard(*names: str) -> Iterator[None]:
+    """Keep the loggers of other libraries silent but for errors."""
+    logs = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
 
 _CLASSES: dict[Head, str] = {
     "causal": "AutoModelForCausalLM",
@@ -42,6 +58,31 @@ def device_of(config: EvalConfig) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"{config.device!r}: {first_line(error)}", where="device") from error
     return device
+
+
+def check_backend(config: EvalConfig, models: list[Subject]) -> None:
+    """Check that what generates is there, and takes these models.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.backend == "hf":
+        device_of(config)
+        return
+    faults = []
+    if importlib.util.find_spec("vllm") is None:
+        faults.append("'vllm' is not installed; pip install vllm, or leave --backend out.")
+    faults += [
+        f"vLLM knows one rank and one scale, and {subject.name} may have many; add --merge."
+        for subject in models
+        if subject.kind == "adapter"
+    ]
+    if any(subject.head == "labelled" for subject in models):
+        faults.append("vLLM writes texts, and these models label them; leave --backend out.")
+    if config.quantization != "none":
+        faults.append("`quantization` is of transformers alone; leave it or --backend out.")
+    if faults:
+        raise ConfigError(faults, where="backend")
 
 
 def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
@@ -117,7 +158,8 @@ def _load_base(
     if config.parallelize:
         options["device_map"] = "auto"
     try:
-        with _without_report(bool(head)):
+        # It would report a head as missing that the adapter is about to bring.
+        with unheard(*(["transformers"] if head else [])):
             model, found = getattr(transformers, _CLASSES[subject.head]).from_pretrained(
                 subject.model,
                 dtype=dtype,
@@ -132,19 +174,6 @@ def _load_base(
         ) from error
     placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
     return model if placed else model.to(device), sorted(found["missing_keys"]) if head else []
-
-
-@contextlib.contextmanager
-def _without_report(quiet: bool) -> Iterator[None]:
-    """Keep transformers from reporting a head as missing that the adapter is about to bring."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    if quiet:
-        log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _check_head(model: Any, drawn: list[str], subject: Subject) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
+from tlora.inference.loading import unheard
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -94,7 +95,7 @@ class Questions:
         name = task.task_name
         _seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
-        before = lm.truncated
+        before = getattr(lm, "truncated", 0)
         ticker = Ticker(lambda count: answered(_items(task, count, self.items)))
         lm.set_cache_hook(ticker)
         with _quiet():
@@ -115,7 +116,7 @@ class Questions:
         return Answers(
             [line | {"scores": _turned(line["scores"], lower)} for line in lines],
             _turned(scores, lower),
-            lm.truncated - before,
+            getattr(lm, "truncated", 0) - before,
         )
 
 
@@ -161,15 +162,10 @@ def _quiet() -> Iterator[None]:
     from lm_eval.api import task as harness
 
     bar = harness.tqdm
-    # The second speaks of prompts that are too long; they are counted and told of once.
-    logs = [logging.getLogger(n) for n in ("lm_eval", "transformers.tokenization_utils_base")]
-    levels = [log.level for log in logs]
     harness.tqdm = lambda rows, *_, **__: rows
-    for log in logs:
-        log.setLevel(logging.ERROR)
     try:
-        yield
+        # The second speaks of prompts that are too long; they are counted and told of once.
+        with unheard("lm_eval", "transformers.tokenization_utils_base"):
+            yield
     finally:
         harness.tqdm = bar
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)

@@ -71,11 +71,10 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         grade(folder, config, {}, tell)
         return folder
     models = subjects.resolve(config)
-    loading.device_of(config)
+    loading.check_backend(config, models)
     result = Result(folder, config, models)
     tasks = make_tasks(config, models)
-    for task in tasks.values():
-        check(task, config, models)
+    check(tasks, config, models)
     result.start(tasks)
     todo = [(subject, [n for n in tasks if not result.has(subject, n)]) for subject in models]
     try:
@@ -114,15 +113,19 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
         task = TASKS.load(name)(config.data)
         return {name: Questions(rows.from_file(name, task, config.test_file), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
-    settings = Settings(allow_code_execution=config.allow_code_execution)
+    settings = Settings(
+        allow_code_execution=config.allow_code_execution,
+        protection=config.sandbox,
+        samples=config.n_samples,
+    )
     others = [name for name in config.tasks if name not in chats]
     built = catalogue.build(others, config.data_dir, settings)
     tasks: dict[str, Asked] = {name: Questions(task, config) for name, task in built.items()}
     return tasks | {name: CONVERSATIONS.load(name)(name, config) for name in chats}
 
 
-def check(task: Asked, config: EvalConfig, models: list[Subject]) -> None:
-    """Check that every model can be asked a task, from configurations alone.
+def check(tasks: dict[str, Asked], config: EvalConfig, models: list[Subject]) -> None:
+    """Check that every model can be asked every task, from configurations alone.
 
     Raises:
         ConfigError: as `run`.
@@ -135,7 +138,9 @@ def check(task: Asked, config: EvalConfig, models: list[Subject]) -> None:
         own = transformers.AutoConfig.from_pretrained(
             subject.model, trust_remote_code=config.trust_remote_code
         )
-        task.check(subject, tokenizer, config.max_length or resolve_max_length(own, tokenizer))
+        longest = config.max_length or resolve_max_length(own, tokenizer)
+        for task in tasks.values():
+            task.check(subject, tokenizer, longest)
 
 
 def _ask_all(
@@ -177,9 +182,12 @@ def _model(subject: Subject, config: EvalConfig, tasks: dict[str, Asked]) -> Any
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
         return Labeller.of(loading.load(subject, config, **head), tokenizer, config)
+    if config.backend == "vllm":
+        from tlora.inference.vllm import MergedVLLM
+
+        return MergedVLLM(subject, config)
     from tlora.inference.lm import TransformersLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on how it is called
     return TransformersLM(loading.load(subject, config), tokenizer, config, subject.head)
 
 

@@ -1,0 +1,54 @@
+"""vLLM as lm-evaluation-harness asks it: models as they are, adapters merged into a folder first.
+
+vLLM gives all modules of an adapter one rank and one scale, and would silently answer for another
+model than the one that was trained (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from lm_eval.models.vllm_causallms import VLLM
+
+from tlora.evalconfig import EvalConfig
+from tlora.inference.loading import load, load_tokenizer, release
+from tlora.inference.subjects import Subject
+
+
+class MergedVLLM(VLLM):
+    """One model of an evaluation in vLLM.
+
+    Args:
+        subject: the model; an adapter is merged on the device of `config`, and the merged model
+            written to a temporary folder for as long as this object lives.
+        config: precision, batch size and greatest length.
+    """
+
+    def __init__(self, subject: Subject, config: EvalConfig) -> None:
+        place = subject.model
+        if subject.kind == "merged":
+            self._merged = tempfile.TemporaryDirectory(prefix="tlora-merged-")
+            place = self._merged.name
+            load(subject, config).save_pretrained(place)
+            load_tokenizer(subject, config).save_pretrained(place)
+            release()
+        super().__init__(
+            pretrained=place,
+            tokenizer=config.tokenizer or place,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+        )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Generate replies, without a bar of its own."""
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, without a bar of its own."""
+        return super().loglikelihood(requests, disable_tqdm=True)
