@@ -153,6 +153,9 @@ TASKS = Registry(
             "mrpc", "tlora.tasks.glue:Mrpc", "GLUE: are two sentences paraphrases (F1, accuracy)"
         ),
         Entry("stsb", "tlora.tasks.glue:Stsb", "GLUE: similarity 0 to 5 (Pearson, Spearman)"),
+        Entry("qqp", "tlora.tasks.glue:Qqp", "GLUE: do two questions ask the same (F1, accuracy)"),
+        Entry("mnli", "tlora.tasks.glue:Mnli", "GLUE: entails, contradicts or neither (accuracy)"),
+        Entry("qnli", "tlora.tasks.glue:Qnli", "GLUE: does it answer the question (accuracy)"),
         Entry("rte", "tlora.tasks.glue:Rte", "GLUE: does one sentence entail another (accuracy)"),
         Entry("wnli", "tlora.tasks.glue:Wnli", "GLUE: which noun a pronoun means (accuracy)"),
     ],

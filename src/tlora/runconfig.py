@@ -28,8 +28,8 @@ class DataConfig:
     """Where rows come from and how they become tokens."""
 
     kind: Kind | None = None
-    """What is learned, for tasks that leave it open (jsonl): "causal" (the default),
-    "seq2seq", "classification" or "regression"."""
+    """What is learned, for tasks that leave it open: "causal" (jsonl's default), "seq2seq"
+    (GLUE tasks as text to text), "classification" or "regression"."""
     dataset: str | None = None
     """Name of a dataset on the Hub, in place of --train_file."""
     dataset_config: str | None = None

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 
@@ -56,6 +58,37 @@ LAYOUTS = {
         "index\tsentence1\tsentence2\tlabel\n0\tThe drain.\tThe hair.\t0\n",
         [("The drain.", "The hair.", 0)],
     ),
+    "qqp, a question broken over two lines": (
+        "qqp",
+        "train.tsv",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        "0\t1\t2\tA?\tB?\t0\n1\t3\t4\tC\nc?\tD?\t1\n2\t5\t6\tE?\tF?\t1\n",
+        [("A?", "B?", 0), ("E?", "F?", 1)],
+    ),
+    "mnli, one annotator in training": (
+        "mnli",
+        "train.tsv",
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
+        "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        "0\t7\t7n\tfiction\t( A\t( B\t(ROOT\t(ROOT\tA.\tB.\tentailment\tneutral\n",
+        [("A.", "B.", 1)],
+    ),
+    "mnli, five annotators in development": (
+        "mnli",
+        "dev_mismatched.tsv",
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
+        "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2"
+        "\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label\n"
+        f"0\t7\t7c\tfacts\t( A\t( B\t(ROOT\t(ROOT\tA.\tB.{5 * chr(9)}neutral\tcontradiction\n",
+        [("A.", "B.", 2)],
+    ),
+    "qnli": (
+        "qnli",
+        "train.tsv",
+        'index\tquestion\tsentence\tlabel\n0\tWho?\tHe "was.\tentailment\n'
+        "1\tWhen?\tNow.\tnot_entailment\n",
+        [("Who?", 'He "was.', 0), ("When?", "Now.", 1)],
+    ),
     "a line separator inside a sentence": (
         "sst2",
         "train.tsv",
@@ -81,6 +114,79 @@ def test_published_layouts_are_read(case, tmp_path):
     ]
 
 
+# Raffel et al. 2020, appendix D: prompt and response of a row of each task.
+AS_TEXT = {
+    "cola": (
+        {"sentence": "John made Bill master of himself. ", "label": 1},
+        "cola sentence: John made Bill master of himself.",
+        "acceptable",
+    ),
+    "sst2": (
+        {"sentence": "it confirms fincher 's status", "label": 1},
+        "sst2 sentence: it confirms fincher 's status",
+        "positive",
+    ),
+    "mrpc": (
+        {"sentence1": "A.", "sentence2": "B.", "label": 1},
+        "mrpc sentence1: A. sentence2: B.",
+        "equivalent",
+    ),
+    "qqp": (
+        {"question1": "A?", "question2": "B?", "label": 0},
+        "qqp question1: A? question2: B?",
+        "not_duplicate",
+    ),
+    "stsb": (
+        {"sentence1": "A.", "sentence2": "B.", "label": 3.25},
+        "stsb sentence1: A. sentence2: B.",
+        "3.2",
+    ),
+    "mnli": (
+        {"premise": "A.", "hypothesis": "B.", "label": 2},
+        "mnli hypothesis: B. premise: A.",
+        "contradiction",
+    ),
+    "qnli": (
+        {"question": "A?", "sentence": "B.", "label": 0},
+        "qnli question: A? sentence: B.",
+        "entailment",
+    ),
+    "rte": (
+        {"sentence1": "A.", "sentence2": "B.", "label": 1},
+        "rte sentence1: A. sentence2: B.",
+        "not_entailment",
+    ),
+    "wnli": (
+        {"sentence1": "A.", "sentence2": "B.", "label": 0},
+        "wnli sentence1: A. sentence2: B.",
+        "not_entailment",
+    ),
+}
+
+
+def as_text(name):
+    return TASKS.load(name)(DataConfig(kind="seq2seq"))
+
+
+@pytest.mark.parametrize("name", AS_TEXT)
+def test_text_to_text_is_as_t5_published_it(name):
+    raw, prompt, response = AS_TEXT[name]
+    assert as_text(name).row(raw, "row 1") == {"prompt": prompt, "response": response}
+
+
+@pytest.mark.parametrize(
+    ("label", "word"),
+    [(0, "0.0"), (0.09, "0.0"), (0.11, "0.2"), (2.667, "2.6"), (4.95, "5.0"), (5, "5.0")],
+)
+def test_a_similarity_is_rounded_to_fifths(label, word):
+    assert as_text("stsb").word(label) == word
+
+
+def test_other_kinds_are_refused():
+    with pytest.raises(ConfigError, match="is 'causal', but this task is 'classification' or"):
+        TASKS.load("sst2")(DataConfig(kind="causal"))
+
+
 def test_a_line_of_another_width_names_file_and_line(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("sentence\tlabel\nfine\t1\nfine 1\n")
@@ -102,8 +208,22 @@ def test_a_label_outside_the_classes_names_its_row(tmp_path):
         rows("sst2", path)
 
 
+@pytest.mark.parametrize("label", ["5.2", "-1", "nan", "high"])
+def test_a_similarity_outside_the_scale_names_its_row(label, tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text(f"sentence1\tsentence2\tscore\nA.\tB.\t5\nA.\tB.\t{label}\n")
+    with pytest.raises(DataError, match=f"row 2: label '{label}' is not a number from 0 to 5"):
+        rows("stsb", path)
+
+
 def logits(classes):
     return np.eye(2)[np.array(classes)]
+
+
+def replies(name, labels):
+    """What a model would have to write for these labels; -1: something else."""
+    task = as_text(name)
+    return [task.word(label) if label >= 0 else "Positive." for label in labels]
 
 
 PREDICTED, LABELS = [1, 1, 0, 0, 1, 0], np.array([1, 0, 0, 0, 1, 1])
@@ -130,6 +250,120 @@ def test_stsb_correlations_equal_the_hand_computed_ones():
     scores = task.metrics(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 3.0, 2.0]))
     # Deviations (-4/3, -1/3, 5/3) and (-1, 1, 0): -(-4/3) - 1/3 = 1 over sqrt(42/9 * 2).
     assert scores == pytest.approx({"pearson": 1 / (42 / 9 * 2) ** 0.5, "spearmanr": 0.5})
+
+
+CLASSES = ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+CASES = {
+    "mixed": ([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]),
+    "all right": ([1, 0, 1], [1, 0, 1]),
+    "all wrong": ([0, 1, 0], [1, 0, 1]),
+    "one class predicted": ([1, 1, 1], [1, 0, 1]),
+    "the other class predicted": ([0, 0, 0], [1, 0, 1]),
+    "one class in the labels": ([1, 0, 1], [0, 0, 0]),
+    "one class in both": ([1, 1, 1], [1, 1, 1]),
+    "a single row": ([1], [1]),
+}
+
+
+def by_definition(name, predicted, labels):
+    accuracy = sklearn.metrics.accuracy_score(labels, predicted)
+    if name == "cola":
+        one_class = len({*labels, *predicted}) == 1  # sklearn warns, and says 0 too
+        matthews = 0.0 if one_class else sklearn.metrics.matthews_corrcoef(labels, predicted)
+        return {"matthews_correlation": matthews}
+    if name in ("mrpc", "qqp"):
+        f1 = sklearn.metrics.f1_score(labels, predicted, zero_division=0)
+        return {"f1": f1, "accuracy": accuracy}
+    return {"accuracy": accuracy}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_scores_of_classes_and_of_words_equal_the_definition(name, case):
+    predicted, labels = CASES[case]
+    expected = pytest.approx(by_definition(name, predicted, labels))
+    task = TASKS.load(name)(DataConfig())
+    assert task.metrics(np.eye(3)[predicted], np.array(labels)) == expected
+    assert as_text(name).reply_metrics(replies(name, predicted), replies(name, labels)) == expected
+
+
+NUMBERS = {
+    "mixed": ([0.2, 3.0, 5.0, 1.2], [0.0, 3.2, 4.8, 1.0]),
+    "ties": ([1.0, 1.0, 2.0, 3.0], [0.2, 0.4, 0.4, 3.0]),
+    "falling": ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_similarities_are_correlated_as_scipy_does(case):
+    predicted, labels = NUMBERS[case]
+    expected = pytest.approx(
+        {
+            "pearson": scipy.stats.pearsonr(predicted, labels).statistic,
+            "spearmanr": scipy.stats.spearmanr(predicted, labels).statistic,
+        }
+    )
+    task = TASKS.load("stsb")(DataConfig())
+    assert task.metrics(np.array(predicted)[:, None], np.array(labels)) == expected
+    assert as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels)) == (
+        expected
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("predicted", "labels"),
+    [([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [3.0, 3.0]), ([1.0], [1.0])],
+)
+def test_constant_similarities_have_no_correlation(predicted, labels):
+    zero = {"pearson": 0.0, "spearmanr": 0.0}
+    task = TASKS.load("stsb")(DataConfig())
+    assert task.metrics(np.array(predicted)[:, None], np.array(labels)) == zero
+    assert as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels)) == zero
+
+
+@pytest.mark.parametrize(
+    "reply", ["Positive", "negative positive", "", "positive.", "1", "not_positive", "positiv"]
+)
+def test_a_reply_that_is_no_label_is_wrong(reply):
+    assert as_text("sst2").reply_metrics([reply] * 2, ["positive", "negative"]) == {"accuracy": 0.0}
+    assert as_text("sst2").reply_metrics([" positive "], ["positive"]) == {"accuracy": 1.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_replies_that_are_no_labels_lower_every_score():
+    labels, predicted = [1, 1, 0, 0, 1], [1, -1, 0, -1, 1]
+    # F1 as in T5's evaluation: each counts as the other class, here one miss and one false alarm.
+    assert as_text("mrpc").reply_metrics(replies("mrpc", predicted), replies("mrpc", labels)) == (
+        pytest.approx({"f1": 2 * 2 / (2 * 2 + 1 + 1), "accuracy": 3 / 5})
+    )
+    right = as_text("cola").reply_metrics(replies("cola", labels), replies("cola", labels))
+    some = as_text("cola").reply_metrics(replies("cola", predicted), replies("cola", labels))
+    none = as_text("cola").reply_metrics(["?"] * 5, replies("cola", labels))
+    assert right["matthews_correlation"] == 1
+    assert some["matthews_correlation"] == pytest.approx(
+        sklearn.metrics.matthews_corrcoef(labels, predicted)
+    )
+    assert none["matthews_correlation"] == 0
+
+
+@pytest.mark.parametrize("reply", ["nan", "inf", "-0.2", "5.2", "about 3", "", "3,2"])
+def test_a_reply_that_is_no_similarity_counts_as_minus_one(reply):
+    labels = replies("stsb", [1.0, 4.0, 2.0])
+    assert as_text("stsb").reply_metrics(["1.0", "4.0", reply], labels) == (
+        pytest.approx(
+            {
+                "pearson": scipy.stats.pearsonr([1, 4, -1], [1, 4, 2]).statistic,
+                "spearmanr": scipy.stats.spearmanr([1, 4, -1], [1, 4, 2]).statistic,
+            }
+        )
+    )
+
+
+def test_a_target_that_does_not_come_back_is_an_error():
+    with pytest.raises(DataError, match="comes back from the tokenizer as 'not equivalent'"):
+        as_text("mrpc").reply_metrics(["equivalent"] * 2, ["equivalent", "not equivalent"])
 
 
 @pytest.mark.filterwarnings("error")

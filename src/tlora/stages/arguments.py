@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.stages.kinds import KindSpec
+from tlora.stages.replies import generation_fields
 
 if TYPE_CHECKING:
     from tlora.stages.setup import Setup
@@ -71,10 +72,11 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
 
     Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
     turns on, stay off on a machine without an accelerator, where they only cost; the ranks of a
-    launch talk by gloo there.
+    launch talk by gloo there. A task that reads replies is evaluated by generating them.
 
     Raises:
         ConfigError: transformers or TRL refuse a value; their sentence says why.
+        DataError: replies are to be read, and the tokenizer does not give the responses back.
     """
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
@@ -98,6 +100,7 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         names = ("activation_checkpointing", "gradient_checkpointing")
         if not any(name in given for name in names):
             ours[next(name for name in names if name in known)] = False
+    ours |= generation_fields(setup)
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
     if "max_length" in known:
         fixed["max_length"] = setup.task.data.max_length

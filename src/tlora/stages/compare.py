@@ -149,12 +149,16 @@ def score_names(setup: Setup) -> list[str]:
     """Return the names of the scores that an evaluation gives, the task's own first."""
     import numpy as np
 
+    from tlora.stages.replies import reply_scores
+
     task, own = setup.task, []
     if task.kind == "classification":
         count = max(2, len(task.label_names or ()))
         own = list(task.metrics(np.eye(count), np.arange(count)))
     elif task.kind == "regression":
         own = list(task.metrics(np.arange(3.0).reshape(3, 1), np.arange(3.0)))
+    elif task.reads_replies:
+        own = list(reply_scores(setup))
     elif task.kind == "causal":
         return ["loss", EXACT_MATCH]
     return [*own, "loss"]

@@ -17,6 +17,7 @@ from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
 from tlora.stages.initialise import adapt, save_adapter
 from tlora.stages.quantise import keep_dtypes
+from tlora.stages.replies import texts
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
@@ -162,6 +163,11 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     if setup.task.kind in ("classification", "regression"):
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids
+        )
+    elif setup.task.reads_replies and arguments.predict_with_generate:
+        extra["compute_metrics"] = lambda prediction: setup.task.reply_metrics(
+            texts(setup.tokenizer, prediction.predictions),
+            texts(setup.tokenizer, prediction.label_ids),
         )
     # Packed rows need TRL's own collator, which lays them end to end.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):

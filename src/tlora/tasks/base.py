@@ -5,7 +5,8 @@ The call order, in `tlora.stages`::
     task = Task(data)                        # data: a DataConfig
     train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
     row = task.row(raw, where)               # one raw row -> one of the shapes below
-    scores = task.metrics(predictions, labels)
+    scores = task.metrics(predictions, labels)           # of a model with a head, or
+    scores = task.reply_metrics(replies, targets)        # of one that generates
 
 Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
@@ -44,6 +45,10 @@ class Task(ABC):
 
     kind: Kind = "causal"
     """Which loss and which head the task trains."""
+    other_kinds: tuple[Kind, ...] = ()
+    """Kinds that `data.kind` may ask for in its place."""
+    reads_replies: bool = False
+    """Whether `reply_metrics` scores what the model generates."""
     label_names: list[str] | None = None
     """Names of the classes by id, for a classification."""
     exact: bool = False
@@ -55,11 +60,14 @@ class Task(ABC):
 
     def __init__(self, data: DataConfig) -> None:
         self.data = dataclasses.replace(data)
-        if data.kind not in (None, self.kind):
+        known = (self.kind, *self.other_kinds)
+        if data.kind not in (None, *known):
             raise ConfigError(
-                f"`data.kind` is {data.kind!r}, but this task is {self.kind!r}; leave it out.",
+                f"`data.kind` is {data.kind!r}, but this task is {' or '.join(map(repr, known))};"
+                f" {'choose one of them' if self.other_kinds else 'leave it out'}.",
                 where="data",
             )
+        self.kind = data.kind or self.kind
 
     @abstractmethod
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
@@ -77,6 +85,18 @@ class Task(ABC):
         """Score the model's ``predictions`` (rows, or rows x classes) against ``labels`` (rows).
 
         A task without scores of its own, such as a causal one, is judged by its loss alone.
+        """
+        return {}
+
+    def reply_metrics(self, replies: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+        """Score the texts that a model generated against the rows' own responses.
+
+        Args:
+            replies: a text for each row, without special tokens.
+            targets: the responses of the same rows, as the tokenizer gives them back.
+
+        Raises:
+            DataError: a target cannot be read back.
         """
         return {}
 

@@ -1,4 +1,10 @@
-"""GLUE: six of its tasks, with the benchmark's metrics (Wang et al., arXiv 1804.07461).
+"""GLUE: its nine tasks, with the benchmark's metrics (Wang et al., arXiv 1804.07461).
+
+Each is a classification (STS-B a regression) with a new head, or with `data.kind` "seq2seq" text to
+text as in T5 (Raffel et al., arXiv 1910.10683, appendix D, and its released code): the prompt is
+the task's name and each text after the name of its column, in the order of those names; the
+response is the class as a word, or the similarity rounded to fifths. A reply is read back as that
+word or number, and what is neither counts as wrong. (T5 itself puts WNLI another way.)
 
 Rows come from `nyu-mll/glue` on the Hub or from local files in the layout that each task was
 published in. Some of those have no header and some are quoted by nobody, so they are read here
@@ -7,11 +13,12 @@ line by line: fields are split at tabs, and a quotation mark is a character like
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.runconfig import Kind
+from tlora.runconfig import DataConfig, Kind
 from tlora.tasks import metrics
 from tlora.tasks.base import Row, Task, text_of
 from tlora.tasks.source import existing_file, read_file
@@ -19,6 +26,8 @@ from tlora.tasks.source import existing_file, read_file
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 # Columns of each file layout under the Hub's names; None: a column that is not used.
 Layout = tuple[str | None, ...]
@@ -28,6 +37,8 @@ class Glue(Task):
     """What the GLUE tasks share: reading a layout, a text or a pair of texts, a label."""
 
     kind: Kind = "classification"
+    other_kinds: tuple[Kind, ...] = ("seq2seq",)
+    hub: tuple[str, str]
     hub_eval_split = "validation"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
     """The text columns: one, or a pair."""
@@ -37,6 +48,12 @@ class Glue(Task):
     """Layouts of lines in a file without a header, told apart by their number of fields."""
     renamed: Mapping[str, str] = {}
     """Header names of a published file that differ from the Hub's."""
+    broken_lines = False
+    """Whether the published file has lines with too few fields, which the Hub leaves out."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        self.reads_replies = self.kind == "seq2seq"
 
     def read_file(self, path: str) -> Dataset:
         """Read a .tsv, .txt or .csv of the task's published layout, or any file with a header."""
@@ -51,7 +68,12 @@ class Glue(Task):
             raise DataError(f"{path}: the file has no rows.")
         header = tuple(self.renamed.get(name, name) for name in lines[0])
         if set(self.columns) <= set(header):
-            return Dataset.from_list(_named(path, (header,), lines[1:], first=2))
+            rows = lines[1:]
+            if self.broken_lines:
+                rows = [fields for fields in rows if len(fields) >= len(header)]
+                if missing := len(lines) - 1 - len(rows):
+                    logger.warning("%s: %d broken lines are left out.", path, missing)
+            return Dataset.from_list(_named(path, (header,), rows, first=2))
         if len(lines[0]) in map(len, self.headless):
             return Dataset.from_list(_named(path, self.headless, lines, first=1))
         if path.endswith(".csv"):
@@ -63,13 +85,17 @@ class Glue(Task):
         )
 
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
-        """Return {"text", "text_pair", "label"}."""
+        """Return {"text", "text_pair", "label"}, or as text to text {"prompt", "response"}."""
         texts = [text_of(raw, column, where).strip() for column in self.columns]
-        label = text_of(raw, "label", where)
+        label = self.label(text_of(raw, "label", where), where)
+        if self.kind == "seq2seq":
+            named = sorted(zip(self.columns, texts, strict=True))
+            parts = [self.hub[1], *(f"{column}: {text}" for column, text in named)]
+            return {"prompt": " ".join(parts), "response": self.word(label)}
         return {
             "text": texts[0],
             "text_pair": texts[1] if len(texts) > 1 else None,
-            "label": self.label(label, where),
+            "label": label,
         }
 
     def label(self, text: str, where: str) -> float:
@@ -79,6 +105,28 @@ class Glue(Task):
         if str(value).isdigit() and int(value) < count:
             return int(value)
         raise DataError(f"{where}: label {text!r} is not one of the classes 0 to {count - 1}.")
+
+    def word(self, label: float) -> str:
+        """Return a label as text."""
+        return (self.label_names or [])[int(label)]
+
+    def read(self, text: str) -> float:
+        """Return the label that ``text`` is; -1 if it is none."""
+        names = self.label_names or []
+        return names.index(text.strip()) if text.strip() in names else -1
+
+    def reply_metrics(self, replies: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+        """Score the labels that the replies are."""
+        import numpy as np
+
+        labels = np.array([self.read(target) for target in targets])
+        if (labels == -1).any():
+            lost = targets[int((labels == -1).argmax())]
+            raise DataError(
+                f"the label of a row comes back from the tokenizer as {lost!r}; use a model whose"
+                " tokenizer keeps the label words of the task."
+            )
+        return self.score(np.array([self.read(reply) for reply in replies]), labels)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score the predicted classes; ``predictions`` are logits, rows x classes."""
@@ -157,14 +205,70 @@ class Stsb(Glue):
 
     def label(self, text: str, where: str) -> float:
         """Return the similarity."""
+        if self.read(text) < 0:
+            raise DataError(f"{where}: label {text!r} is not a number from 0 to 5.")
+        return float(text)
+
+    def word(self, label: float) -> str:
+        """Return the similarity rounded to the nearest fifth: "3.8"."""
+        return f"{round(label * 5) / 5:.1f}"
+
+    def read(self, text: str) -> float:
+        """Return the number from 0 to 5 that ``text`` is; -1 if it is none."""
         try:
-            return float(text)
+            number = float(text)
         except ValueError:
-            raise DataError(f"{where}: label {text!r} is not a number from 0 to 5.") from None
+            return -1.0
+        return number if 0 <= number <= 5 else -1.0
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Pearson's and Spearman's correlation; ``predictions`` are rows x 1."""
-        return metrics.correlations(predictions.reshape(len(labels)), labels)
+        """Score the numbers; ``predictions`` are rows x 1."""
+        return self.score(predictions.reshape(len(labels)), labels)
+
+    def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Pearson's and Spearman's correlation."""
+        return metrics.correlations(predicted, labels)
+
+
+class Qqp(Glue):
+    """Do two questions ask the same. Published with the columns of `renamed`."""
+
+    hub = ("nyu-mll/glue", "qqp")
+    columns = ("question1", "question2")
+    label_names = ["not_duplicate", "duplicate"]  # noqa: RUF012
+    renamed = {"is_duplicate": "label"}  # noqa: RUF012
+    broken_lines = True
+
+    def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """F1 of the class "duplicate", and accuracy."""
+        return {
+            "f1": metrics.f1(predicted, labels),
+            "accuracy": metrics.accuracy(predicted, labels),
+        }
+
+
+class Mnli(Glue):
+    """Does the premise entail the hypothesis, contradict it, or neither.
+
+    Evaluated on the matched set; on the mismatched one with `data.eval_split`
+    "validation_mismatched", or its file.
+    """
+
+    hub = ("nyu-mll/glue", "mnli")
+    hub_eval_split = "validation_matched"
+    columns = ("premise", "hypothesis")
+    label_names = ["entailment", "neutral", "contradiction"]  # noqa: RUF012
+    label_words = {"entailment": 0, "neutral": 1, "contradiction": 2}  # noqa: RUF012
+    renamed = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}  # noqa: RUF012
+
+
+class Qnli(Glue):
+    """Does the sentence hold the answer to the question."""
+
+    hub = ("nyu-mll/glue", "qnli")
+    columns = ("question", "sentence")
+    label_names = ["entailment", "not_entailment"]  # noqa: RUF012
+    label_words = {"entailment": 0, "not_entailment": 1}  # noqa: RUF012
 
 
 class Rte(Glue):

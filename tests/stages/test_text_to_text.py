@@ -1,0 +1,144 @@
+"""A task as text to text: the trainer generates, the task reads the replies back."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from tlora.compareconfig import CompareConfig
+from tlora.errors import DataError
+from tlora.runconfig import DataConfig
+from tlora.stages import compare, train
+from tlora.stages.arguments import training_arguments
+from tlora.stages.setup import settle
+
+WORDS = ["<pad>", "<unk>", "</s>", "sst2", "sentence:", "negative", "positive", "good", "bad"]
+WORDS += ["stsb", "sentence1:", "sentence2:", *(f"{n / 5:.1f}" for n in range(26))]
+WORDS += [f"film{n}" for n in range(32)]
+
+
+def word_tokenizer(words):
+    """A token a word, closed by </s>, as T5's tokenizer closes a text."""
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    )
+
+
+@pytest.fixture
+def t5(tiny_t5, tmp_path):
+    """Save a T5 whose words are these."""
+
+    def save(words):
+        folder = tmp_path / "t5"
+        tiny_t5(vocab_size=len(WORDS), d_model=32).save_pretrained(folder)
+        word_tokenizer(words).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Rows to train on and rows to evaluate on; each film is good or bad."""
+    files = {"train_file": tmp_path / "train.tsv", "eval_file": tmp_path / "dev.tsv"}
+    for file, films in zip(files.values(), (range(20), range(20, 32)), strict=True):
+        lines = [f"film{n} {'good' if n % 3 else 'bad'}\t{int(n % 3 > 0)}" for n in films]
+        file.write_text("sentence\tlabel\n" + "\n".join(lines))
+    return {name: str(file) for name, file in files.items()}
+
+
+def generated(folder, base, prompts, new_tokens):
+    """What the run's adapter replies, loaded by PEFT alone, a prompt at a time."""
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(model, folder.adapter).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder.adapter)
+    replies = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(input_ids=ids, max_new_tokens=new_tokens)
+        replies.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return replies
+
+
+def test_a_run_is_scored_by_the_replies_that_its_adapter_gives(config, t5, reviews):
+    base = t5(WORDS)
+    trainer = {
+        "max_steps": 30,
+        "per_device_train_batch_size": 20,
+        "per_device_eval_batch_size": 5,
+        "learning_rate": 0.03,
+        "save_strategy": "no",
+    }
+    run = config(
+        model=base,
+        task="sst2",
+        data=DataConfig(kind="seq2seq"),
+        method="lora",
+        adapter={"r": 8, "modules_to_save": ["lm_head"]},
+        trainer=trainer,
+        **reviews,
+    )
+    folder = train.run(run)
+    rows = [line.split("\t") for line in Path(reviews["eval_file"]).read_text().splitlines()[1:]]
+    replies = generated(folder, base, [f"sst2 sentence: {text}" for text, _ in rows], 3)
+    right = [
+        reply == ("positive" if label == "1" else "negative")
+        for reply, (_, label) in zip(replies, rows, strict=True)
+    ]
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["accuracy"] > 0.5  # neither nothing nor the rarer word
+    assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"), [({}, (True, 4)), ({"generation_max_length": 9}, (True, 9))]
+)
+def test_a_reply_may_be_longer_than_any_response(config, t5, reviews, tmp_path, trainer, expected):
+    data = DataConfig(kind="seq2seq")
+    run = config(model=t5(WORDS), task="sst2", data=data, trainer=trainer, **reviews)
+    arguments = training_arguments(settle(run), tmp_path)
+    assert (arguments.predict_with_generate, arguments.generation_max_length) == expected
+
+
+def test_a_task_that_reads_no_replies_does_not_generate(config, saved, tiny_t5, tmp_path):
+    run = config(model=saved(tiny_t5()), data=DataConfig(kind="seq2seq"))
+    assert not training_arguments(settle(run), tmp_path).predict_with_generate
+
+
+def test_a_tokenizer_that_loses_a_label_is_refused_before_anything_is_written(config, t5, reviews):
+    lossy = [word if word != "positive" else "other" for word in WORDS]
+    run = config(model=t5(lossy), task="sst2", data=DataConfig(kind="seq2seq"), **reviews)
+    with pytest.raises(DataError, match="comes back from the tokenizer as ''"):
+        train.run(run)
+    assert not Path(run.output_dir).exists()
+
+
+def test_a_comparison_knows_the_scores_of_replies(t5, tmp_path):
+    files = tmp_path / "train.tsv", tmp_path / "test.tsv"
+    for file, films in zip(files, (range(12), range(12, 24)), strict=True):
+        lines = [f"film{n}\tfilm{n} good\t{n % 6}" for n in films]
+        file.write_text("sentence1\tsentence2\tscore\n" + "\n".join(lines))
+    config = CompareConfig(
+        model=t5(WORDS),
+        task="stsb",
+        data=DataConfig(kind="seq2seq"),
+        train_file=str(files[0]),
+        test_file=str(files[1]),
+        validation=4,
+        methods=["lora"],
+        learning_rates=[1e-3],
+        trainer={"use_cpu": True},
+    )
+    setup = compare.check(config)
+    assert compare.score_names(setup) == ["pearson", "spearmanr", "loss"]
+    assert compare.identify(config, setup).better == "higher"
