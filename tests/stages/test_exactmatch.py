@@ -45,11 +45,11 @@ def test_a_row_without_prompt_or_with_two_responses_is_refused():
 
 
 @pytest.fixture
-def config(llama_folder, sums, tmp_path):
+def config(llama_folder, sums, other_sums, tmp_path):
     return CompareConfig(
         model=llama_folder,
         train_file=sums,
-        test_file=sums,
+        test_file=other_sums,
         validation=4,
         methods=["lora"],
         learning_rates=[1e-2],
