@@ -239,7 +239,7 @@ SAME_ROWS = object()
     ("fields", "error", "message"),
     [
         ({"test_file": None}, ConfigError, "there are no test rows; give --test_file"),
-        ({"metric": "los"}, ConfigError, "`metric` is 'los', but the scores are 'loss'. Did you"),
+        ({"metric": "los"}, ConfigError, "but the scores are 'loss', 'exact_match'. Did you"),
         ({"validation": 24}, DataError, "holds 24 of 24 training rows out"),
         ({"model": None}, ConfigError, "`model` is missing"),
         ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
