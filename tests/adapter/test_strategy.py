@@ -110,3 +110,35 @@ def test_what_is_kept_is_in_memory_or_mapped(fields):
     assert ("in mapped files" in found.summary()) == bool(fields)
     random = choose_mapped(shapes, sources, TLoraConfig(r=4, basis="random", **fields))
     assert (random.held, random.mapped, random.total) == (0, 0, 0)
+
+
+GRADIENTS = ["gradient", "gradient-covariance", "gradient-moment", "weight-gradient-moment"]
+
+
+def bytes_of(block: Any, shapes: list[Shape], sources: dict[str, int], basis: str) -> int:
+    own = [shape for shape in shapes if shape.name in block]
+    total = held(block, shapes, sources) if basis == "gradient-covariance" else 0
+    if basis in ("gradient", "gradient-covariance"):
+        return total + sum(4 * shape.d_in * shape.d_out for shape in own)
+    return sum(4 * shape.d_in**2 for shape in own)
+
+
+@pytest.mark.parametrize("basis", GRADIENTS)
+@pytest.mark.parametrize("budget", [1, 50_000, 10**9])
+def test_gradients_count_for_each_module_whatever_it_shares(basis, budget):
+    found, shapes, sources = strategy(basis=basis, memory_budget=budget)
+    assert sorted(itertools.chain(*found.blocks)) == sorted(shape.name for shape in shapes)
+    sizes = [bytes_of(set(block), shapes, sources, basis) for block in found.blocks]
+    assert found.held == max(sizes)
+    assert sum(sizes) == found.total
+    # Nothing streams; what exceeds the budget alone has a block of its own.
+    assert (found.streamed, found.passes) == (frozenset(), len(found.blocks))
+    several = [block for block in found.blocks if len({sources[name] for name in block}) > 1]
+    assert all(bytes_of(set(block), shapes, sources, basis) <= budget for block in several)
+    assert ("gradient" in found.summary()) and ("mean gradients" in found.summary()) == (
+        basis in ("gradient", "gradient-covariance")
+    )
+    mapped = choose_mapped(shapes, sources, TLoraConfig(r=4, basis=basis, memory_budget=budget))
+    assert mapped.total == found.total
+    assert mapped.held + mapped.mapped == mapped.total
+    assert mapped.held <= budget

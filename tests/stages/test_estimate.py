@@ -131,3 +131,41 @@ def test_training_states_are_of_what_trains():
     full = sums.full_training(weights, work)
     assert (full.trainable, full.gradients, full.optimizer) == (1000, 4000, 8000)
     assert full.checkpointed_flops == full.flops + 110
+
+
+def predicted(basis, kept=0, **fields):
+    config = TLoraConfig(basis=basis, **fields)
+    strategy = choose(LLAMA_2_7B, {m.name: m.source for m in LLAMA_2_7B}, config)
+    plan = sums.CalibrationPlan(
+        8, 4, config.needs_moments, config.needs_backward, strategy, Solver(), config
+    )
+    weights, work = Weights(10**9, 2 * 10**9, 2), sums.Work(kept, kept, 0, 10**15, 0)
+    return sums.calibration(LLAMA_2_7B, weights, work, plan)
+
+
+def test_gradients_are_held_until_their_modules_are_solved():
+    plain, mean = predicted("weight-covariance"), predicted("gradient")
+    assert mean.strategy.held == 4 * sum(m.d_out * m.d_in for m in LLAMA_2_7B)
+    assert mean.means == 0
+    both = predicted("gradient-covariance")
+    assert both.strategy.held == mean.strategy.held + plain.strategy.held
+    weighted = predicted("gradient-moment")
+    assert weighted.strategy.held == sums.moment_bytes(LLAMA_2_7B, shared=False)
+    products = sum(2 * m.rows * m.d_out * m.d_in for m in LLAMA_2_7B)
+    assert both.flops - plain.flops == pytest.approx(products * 8 / 4)
+
+
+def test_blocks_of_gradients_take_a_backward_pass_each():
+    whole, blocks = (predicted("gradient", memory_budget=m) for m in (None, "4GiB"))
+    assert blocks.strategy.held <= 4 * GIB < whole.strategy.held
+    more = (len(blocks.strategy.blocks) - 1) * 1.5 * 10**15 * 8 / 4
+    assert blocks.flops - whole.flops == pytest.approx(more)
+    assert blocks.peak < whole.peak
+
+
+def test_squared_gradients_read_no_weight_and_a_root_takes_room():
+    assert predicted("gradient", sensitivity_rule="fisher").sensitivity == 0
+    assert predicted("gradient").sensitivity > 0
+    plain, root = predicted("weight-covariance"), predicted("weight-half-covariance")
+    assert root.planning - plain.planning == 3 * 4 * 11008**2
+    assert root.flops > plain.flops

@@ -62,7 +62,7 @@ def calibration_table(dry: DryRun) -> Table:
     if strategy.held < strategy.total:
         sharing += f"; {bytes_text(strategy.total)} at once"
     made.add_row("weights", bytes_text(found.weights))
-    made.add_row(f"second moments, float32 ({sharing})", bytes_text(strategy.held))
+    made.add_row(f"{strategy.kind}, float32 ({sharing})", bytes_text(strategy.held))
     made.add_row(f"mean rows of {assumed.samples} samples", bytes_text(found.means))
     batch = assumed.batch(assumed.calibration_batch)
     made.add_row(
@@ -70,7 +70,9 @@ def calibration_table(dry: DryRun) -> Table:
     )
     made.add_row("batch: loss, or rows in float32", bytes_text(found.loss))
     made.add_row("batch: the largest dense gradient term, |W|", bytes_text(found.sensitivity))
-    made.add_row("planning: C, W C and SVD of one module, the largest", bytes_text(found.planning))
+    made.add_row(
+        "planning: matrices and SVD of one module, the largest", bytes_text(found.planning)
+    )
     made.add_row("planning: A of all modules", bytes_text(found.factors))
     made.add_section()
     made.add_row("peak (the larger of batch and planning)", bytes_text(found.peak), style="bold")

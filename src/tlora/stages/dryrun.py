@@ -315,6 +315,7 @@ def calibration_of(
         sensitivity=options.needs_backward,
         strategy=settle(modules, {m.name: m.source for m in modules}, options),
         solver=Solver(mode=options.subspace),
+        config=options,
     )
     kept = None
     if passed:

@@ -9,11 +9,13 @@ passes once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tlora.adapter.strategy import Strategy
+from tlora.config import TLoraConfig
 from tlora.linalg.streamed import PASSES, block_width
 from tlora.linalg.subspace import Solver
+from tlora.stages import basiscost as bases
 
 FLOAT = 4  # bytes of a float32: second moments, planning, and adapters on half-precision weights
 
@@ -195,7 +197,10 @@ def planning_flops(module: ModuleShape, solver: Solver) -> float:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is asked of calibration: n samples, B a batch, which statistics, and how."""
+    """What is asked of calibration: n samples, B a batch, which statistics, and how.
+
+    ``sensitivity`` stands for the backward pass, whatever it is run for; ``config`` says that.
+    """
 
     samples: int
     batch_size: int
@@ -203,6 +208,12 @@ class CalibrationPlan:
     sensitivity: bool
     strategy: Strategy
     solver: Solver
+    config: TLoraConfig = field(default_factory=TLoraConfig)
+
+    @property
+    def solves(self) -> bool:
+        """Whether a matrix of the statistics is decomposed, or captured energy measured."""
+        return self.moments or bases.accumulates(self.config)
 
 
 def calibration(
@@ -219,19 +230,23 @@ def calibration(
     solving = [
         streaming_bytes(m, weights.element)
         if m.name in plan.strategy.streamed
-        else planning_bytes(m, weights.element, plan.solver)
+        else planning_bytes(bases.solved(m, plan.config), weights.element, plan.solver)
+        + bases.root_bytes(m, plan.config)
         for m in modules
     ]
     loss = loss_bytes(work.logits, weights.element) if plan.sensitivity else 0
+    loss = max(loss, bases.gradient_row_bytes(modules, plan.config))
+    dense = plan.sensitivity and plan.config.needs_sensitivity
+    unshared = moment_bytes(modules, shared=False) if plan.moments else 0
     return CalibrationEstimate(
         weights=weights.bytes,
         strategy=plan.strategy,
-        unshared=moment_bytes(modules, shared=False) if plan.moments else 0,
+        unshared=unshared + bases.accumulated_bytes(modules, plan.config),
         means=mean_bytes(modules, plan.samples) if plan.moments else 0,
         activations=work.kept,
         loss=max(loss, update_bytes(modules) if plan.moments else 0),
-        sensitivity=sensitivity_bytes(modules, weights.element) if plan.sensitivity else 0,
-        planning=max(solving, default=0) if plan.moments else 0,
+        sensitivity=sensitivity_bytes(modules, weights.element) if dense else 0,
+        planning=max(solving, default=0) if plan.solves else 0,
         factors=FLOAT * sum(m.rank * m.d_in for m in modules),
         flops=calibration_flops(modules, work, plan),
     )
@@ -242,23 +257,30 @@ def calibration_flops(modules: Sequence[ModuleShape], work: Work, plan: Calibrat
 
     A batch: forward; with sensitivities the backward to the inputs (as much again, attention
     twice) and delta^T X of every target, 2 rows m d; the second moments, rows d^2 for each
-    distinct input (half of a full product, since they are symmetric). A later block: half a
-    forward pass on average, since it stops after its last module. A streaming pass: a forward
-    pass, and 4 rows d l.
+    distinct input (half of a full product, since they are symmetric); G and N, where the basis
+    takes them. A later block: half a forward pass on average, since it stops after its last module;
+    with gradients a forward and half a backward pass. A streaming pass: a forward pass, and
+    4 rows d l.
     """
     forward = work.weight_flops + work.attention_flops
     streamed = [m for m in modules if m.name in plan.strategy.streamed]
     blocks, runs = len(plan.strategy.blocks), plan.strategy.stream_runs
-    batch = forward * (1 + max(blocks - 1, 0) / 2 + PASSES * runs)
+    back = work.weight_flops + 2 * work.attention_flops
+    later = forward + back / 2 if bases.accumulates(plan.config) else forward / 2
+    batch = forward * (1 + PASSES * runs) + later * max(blocks - 1, 0)
+    batch += bases.gradient_flops(modules, plan.config)
     batch += sum(4 * PASSES * m.rows * m.d_in * block_width(m.d_in, m.rank) for m in streamed)
     if plan.sensitivity:
-        batch += work.weight_flops + 2 * work.attention_flops
-        batch += sum(2 * m.rows * m.d_in * m.d_out for m in modules)
-    if not plan.moments:
+        batch += back
+        if plan.config.needs_sensitivity or plan.config.needs_fisher:
+            batch += sum(2 * m.rows * m.d_in * m.d_out for m in modules)
+    if not plan.solves:
         return batch * plan.samples / plan.batch_size
     exact = [m for m in modules if m.name not in plan.strategy.streamed]
-    batch += sum(m.rows * m.d_in**2 for m in once_per_source(exact))
-    planning = sum(planning_flops(m, plan.solver) for m in exact)
+    if plan.moments:
+        batch += sum(m.rows * m.d_in**2 for m in once_per_source(exact))
+    planning = sum(planning_flops(bases.solved(m, plan.config), plan.solver) for m in exact)
+    planning += sum(bases.root_flops(m, plan.config) for m in exact)
     planning += sum(6 * m.d_in * m.d_out * block_width(m.d_in, m.rank) for m in streamed)
     return batch * plan.samples / plan.batch_size + planning
 
