@@ -17,7 +17,7 @@ import judge_server
 from judge_server import cut, hang_up, raw, says, slow, status
 from tlora.errors import ConfigError, JudgeError
 from tlora.evaluation.mtbench import endpoint
-from tlora.evaluation.mtbench.config import JudgeConfig
+from tlora.evaluation.mtbench.config import JudgeConfig, is_local
 from tlora.evaluation.mtbench.judging import Answered, judge
 from tlora.evaluation.mtbench.questions import Question
 
@@ -388,6 +388,50 @@ def test_a_key_does_not_travel_unencrypted(tmp_path, monkeypatch):
         endpoint.read_key(far)
     assert endpoint.read_key(dataclasses.replace(far, key_variable=None)) is None
     assert endpoint.read_key(dataclasses.replace(far, url="https://judge.example/v1")) == KEY
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("[::1]", True),
+        ("127.0.0.1.example", False),
+        ("localhost.example", False),
+        ("10.0.0.1", False),
+        ("[::2]", False),
+    ],
+)
+def test_which_hosts_are_this_machine(host, local):
+    assert is_local(f"http://{host}:8000/v1") is local
+
+
+def test_a_key_with_a_slash_is_found_where_json_has_escaped_it(server, tmp_path, monkeypatch):
+    key = 'sk/test/"x"/d41d8cd98f'
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    escaped = json.dumps({"choices": [{"message": {"content": f"{key} [[5]]"}}]})
+    server.script = [raw(escaped.replace("/", r"\/").encode())]
+    judged = judge(answered(), config(server), tmp_path)
+    assert judged.judgements[0][0].reply.text == "[key] [[5]]"
+    server.always = status(400, json.dumps(key).replace("/", r"\/"))
+    with pytest.raises(ConfigError, match=r'"\[key\]"'):
+        judge(answered(2), config(server), tmp_path)
+
+
+def test_no_proxy_stands_before_this_machine(server, tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert scores(judge(answered(), config(server), tmp_path)) == [7.0, 7.0]
+
+
+def test_half_of_a_surrogate_pair_can_be_kept(server, tmp_path):
+    server.script = [says("well done \ud83d [[5]]")]
+    judged = judge(answered(), config(server), tmp_path)
+    assert judged.judgements[0][0].reply.text == "well done ? [[5]]"
+    assert judge(answered(), config(server), tmp_path).judgements == judged.judgements
 
 
 def test_a_filler_of_a_key_is_no_secret(server, tmp_path, monkeypatch):

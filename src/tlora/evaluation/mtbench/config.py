@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,10 @@ class JudgeConfig:
 def is_local(url: str) -> bool:
     """Whether ``url`` names this machine."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _url_faults(url: str) -> list[str]:

@@ -12,6 +12,7 @@ before anyone sees it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import email.utils
 import json
 import os
@@ -138,7 +139,8 @@ class Endpoint:
             raise _TryAgain(self._safe(f"{type(error).__name__} ({error}).")) from None
         text = self._safe(response.text)
         if response.status_code == 200:
-            return _read(text)
+            reply = _read(text)
+            return dataclasses.replace(reply, text=self._safe(reply.text))
         self._refuse(response.status_code, text)
         raise _TryAgain(
             f"status {response.status_code} ({_excerpt(text)}).",
@@ -165,7 +167,10 @@ class Endpoint:
     def _safe(self, text: str) -> str:
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
             return text
-        return text.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
+        quoted = json.dumps(self.key)[1:-1]
+        for form in (self.key, quoted, quoted.replace("/", r"\/")):
+            text = text.replace(form, "[key]")
+        return text
 
 
 def completions_url(config: JudgeConfig) -> str:
@@ -191,10 +196,12 @@ def _read(text: str) -> Reply:
         raise _TryAgain(f"an answer that is no chat completion ({_excerpt(text)}).") from None
     if not isinstance(content, (str, type(None))):
         raise _TryAgain(f"an answer whose content is no text ({_excerpt(text)}).")
+    said = content or (refusal if isinstance(refusal, str) else "")
     usage = value.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        text=content or (refusal if isinstance(refusal, str) else ""),
+        # A reply that was cut may end in half of a surrogate pair, which no file can hold.
+        text=said.encode("utf-8", "replace").decode(),
         finish="refusal" if refusal else str(choice.get("finish_reason") or ""),
         tokens_in=_count(usage.get("prompt_tokens")),
         tokens_out=_count(usage.get("completion_tokens")),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tlora.errors import JudgeError
 from tlora.evaluation.mtbench.cache import JudgementCache
-from tlora.evaluation.mtbench.config import JudgeConfig
+from tlora.evaluation.mtbench.config import JudgeConfig, is_local
 from tlora.evaluation.mtbench.endpoint import (
     Endpoint,
     Reply,
@@ -143,7 +143,11 @@ async def _ask_all(
 
     key = read_key(config)
     limits = httpx2.Limits(max_connections=config.concurrency)
-    async with httpx2.AsyncClient(timeout=config.timeout, limits=limits) as client:
+    # No proxy of the environment stands between this machine and itself.
+    direct = is_local(config.url or "")
+    async with httpx2.AsyncClient(
+        timeout=config.timeout, limits=limits, trust_env=not direct
+    ) as client:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
             crew = _Crew(Endpoint(config, client, key), cache, bar)
             try:
