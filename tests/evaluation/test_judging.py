@@ -107,6 +107,12 @@ def test_so_many_requests_run_at_a_time_and_no_more(server, tmp_path):
     assert server.most_at_once == 3
 
 
+def test_waiting_for_ones_turn_is_no_timeout(server, tmp_path):
+    server.always = slow(0.15, says("[[7]]"))
+    some = config(server, timeout=0.4, retries=0)
+    assert scores(judge(answered(3), some, tmp_path)) == [7.0] * 6
+
+
 PASSING = {
     "busy": status(429),
     "server error": status(500),
@@ -229,6 +235,13 @@ def test_what_was_judged_beside_a_failure_is_kept(server, tmp_path):
     assert len(server.bodies) == 2
 
 
+def test_failures_here_and_there_do_not_end_it(server, tmp_path):
+    server.script = [status(500), says("[[7]]")] * 6
+    with pytest.raises(JudgeError, match=r"of 12 judgements 6 were made.* 6 failed"):
+        judge(answered(6), config(server, retries=0), tmp_path)
+    assert len(server.bodies) == 12
+
+
 UNRATED = {
     "I cannot judge this.": "no rating",
     "": "no rating",
@@ -287,6 +300,8 @@ def test_another_request_is_another_judgement(server, tmp_path, change):
         change = {"prompts": str(write_prompts(tmp_path))}
     judge(answered(), dataclasses.replace(config(server), **change), tmp_path / "kept")
     assert len(server.bodies) == 4
+    judge(answered(), config(server), tmp_path / "kept")
+    assert len(server.bodies) == 4  # both are kept
 
 
 def write_prompts(folder):
@@ -412,8 +427,10 @@ def test_a_key_with_a_slash_is_found_where_json_has_escaped_it(server, tmp_path,
     monkeypatch.setenv("OPENAI_API_KEY", key)
     escaped = json.dumps({"choices": [{"message": {"content": f"{key} [[5]]"}}]})
     server.script = [raw(escaped.replace("/", r"\/").encode())]
+    by_number = "".join(f"\\u{ord(character):04x}" for character in key)
+    server.script.append(raw(escaped.replace(json.dumps(key)[1:-1], by_number).encode()))
     judged = judge(answered(), config(server), tmp_path)
-    assert judged.judgements[0][0].reply.text == "[key] [[5]]"
+    assert [each.reply.text for each in judged.judgements[0]] == ["[key] [[5]]"] * 2
     server.always = status(400, json.dumps(key).replace("/", r"\/"))
     with pytest.raises(ConfigError, match=r'"\[key\]"'):
         judge(answered(2), config(server), tmp_path)

@@ -24,15 +24,9 @@ class JudgementCache:
         self.path = Path(path)
 
     def get(self, url: str, body: dict[str, Any]) -> Reply | None:
-        """Return the reply to a request, or None if it has to be asked.
-
-        A damaged file, or one whose request is another, counts as none.
-        """
+        """Return the reply to a request, or None if it has to be asked; so where it is damaged."""
         try:
-            saved = read_json(self._file(url, body))
-            if saved["url"] != url or saved["request"] != body:
-                return None
-            reply = Reply(**saved["reply"])
+            reply = Reply(**read_json(self._file(url, body))["reply"])
             return reply if isinstance(reply.text, str) else None
         except (ArtifactError, KeyError, TypeError):
             return None
