@@ -189,20 +189,22 @@ def test_items_without_a_score_are_left_out_and_a_metric_may_be_of_a_part(folder
     for model in ("base", "good", "same"):
         rewritten(folder, model, turns, CHAT)
     rewritten(folder, "good", lambda made: [made[0] | {"scores": {}}, *made[1:]], CHAT)
+    rewritten(folder, "base", lambda made: [*made[:-1], made[-1] | {"scores": {}}], CHAT)
     told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
     told[1] |= {"metrics": ["rating", "first"], "scores": {m: {} for m in ("base", "good", "same")}}
     evaluations.change(folder, tasks=told)
     rating, first = results_of(folder).rows[1:]
     assert (rating.items, first.items) == (60, 30)
-    assert [cell.score.count for cell in rating.cells] == [60, 59, 60]
-    assert rating.cells[1].difference.interval.count == 59
+    assert [cell.score.count for cell in rating.cells] == [59, 59, 60]
+    assert [cell.difference.interval.count for cell in rating.cells[1:]] == [58, 59]
     assert first.cells[1].difference.interval.count == 29
     assert first.cells[2].difference.interval.count == 30
     samples_of = first.task.samples["base"]
     mean = sum(sample.scores["first"] for sample in samples_of[::2]) / 30
     assert first.cells[0].score.mean == pytest.approx(mean)
     text = evaluation.write(folder).text
-    assert "chat (rating): 1 items of good have no score and are left out." in text
+    assert "chat (rating): good has no score on 1 of 60 items, which are left out." in text
+    assert "same has no score" not in text
 
 
 def test_a_model_that_is_not_graded_yet_has_no_score(folder):
@@ -240,6 +242,15 @@ def test_models_that_are_not_done_are_named(folder):
     assert cells[1].score.mean > 5
     assert all(cell.difference is None for cell in cells)
     evaluation.write(folder)
+
+
+def test_prompts_that_lost_their_beginning_are_counted(folder):
+    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    told[0]["truncated"] = {"base": 0, "good": 12}
+    evaluations.change(folder, tasks=told)
+    text = evaluation.write(folder).text
+    assert "sums: 12 of 300 prompts lost their beginning, being too long for good." in text
+    assert "too long for base" not in text
 
 
 def test_one_model_alone_has_a_report(tasks, tmp_path):

@@ -168,14 +168,16 @@ def remarks(results: Results) -> list[str]:
         for (task, model), unlike in results.other_prompts.items()
     ]
     said += [
-        f"{name(row)}: {count(lacking)} items of {model} have no score and are left out."
+        f"{name(row)}: {model} has no score on {count(lacking)} of {count(row.task.items)} items,"
+        " which are left out."
         for row in results.rows
         if row.main and row.by_item
         for model, samples in row.task.samples.items()
         if (lacking := sum(row.metric not in sample.scores for sample in samples))
     ]
     said += [
-        f"{found.name}: {count(lost)} prompts were too long for {model} and lost their beginning."
+        f"{found.name}: {count(lost)} of {count(found.items)} prompts lost their beginning, being"
+        f" too long for {model}."
         for found in results.evaluation.tasks
         for model, lost in found.truncated.items()
         if lost
