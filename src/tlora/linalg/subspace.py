@@ -15,9 +15,6 @@ from torch import Tensor
 
 from tlora.linalg.product import Product
 
-# Up to here an SVD takes an accelerator longer than a CPU with the copies there and back.
-_SMALL = 1024
-
 
 @dataclass(frozen=True)
 class Solver:
@@ -94,21 +91,14 @@ def right_singular_vectors(
         raise ValueError(f"rank {rank} is not between 1 and min{(rows, columns)}")
     if solver.resolve(rows, columns, rank) == "exact":
         narrow, basis = product.reduced()
-        values, vectors = _svd(narrow)
+        _, values, vectors = torch.linalg.svd(narrow, full_matrices=False)
     else:
         basis = _dominant(product, solver.width(rank), solver)
         # Of M V only the right factor is wanted: that of its triangle, without the left one.
         triangle = torch.linalg.qr(product.times(basis), mode="r").R
-        values, vectors = _svd(triangle)
+        _, values, vectors = torch.linalg.svd(triangle, full_matrices=False)
     vectors = vectors[:rank]
     return fix_signs(vectors if basis is None else vectors @ basis.T), values[:rank]
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the singular values, descending, and the right singular vectors as rows."""
-    small = matrix.device.type != "cpu" and min(matrix.shape) <= _SMALL
-    _, values, vectors = torch.linalg.svd(matrix.cpu() if small else matrix, full_matrices=False)
-    return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def _dominant(product: Product, width: int, solver: Solver) -> Tensor:
