@@ -17,6 +17,7 @@ from tlora.evaluation.mtbench import endpoint
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.inference import loading
 from tlora.inference.chat import INSTRUCTION, TEMPLATE
+from tlora.inference.conversations import MtBench
 from tlora.stages import evaluate
 from tlora.stages.demo import BASE_MODEL
 
@@ -142,13 +143,52 @@ def test_the_second_turn_follows_the_models_own_first_answer(config, chatty, for
     assert protocol.endswith(f"prompts: {chosen.says}; not graded")
 
 
+class Recorder:
+    """A model that says what it was asked for."""
+
+    truncated = 0
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.requests = []
+
+    def set_cache_hook(self, hook):
+        self.hook = hook
+
+    def generate_until(self, requests):
+        self.requests += [request.args for request in requests]
+        for request in requests:
+            self.hook.add_partial("generate_until", request.args, "")
+        return [f" reply {number}\n" for number, _ in enumerate(requests)]
+
+
+@pytest.mark.parametrize("form", ["template", "instruction"])
+def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn(
+    config, chatty, form
+):
+    lm = Recorder(AutoTokenizer.from_pretrained(chatty))
+    counts = []
+    answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).ask(lm, counts.append)
+    stops = {"template": [], "instruction": ["### Instruction:"]}[form]
+    for (_, options), heat in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
+        assert options == {
+            "until": stops,
+            "max_gen_toks": 1024,
+            "do_sample": heat > 0,
+            "temperature": heat,
+        }
+    assert counts == [1, 2, 3, 4, 5, 6]
+    assert [line["reply"] for line in answers.lines[::2]] == ["reply 0", "reply 1", "reply 2"]
+
+
 def test_only_categories_with_a_temperature_are_sampled(config):
     replies = []
-    for seed in (1, 2):
-        evaluate.run(config(seed=seed, output_dir=f"out{seed}"))
-        found = EvalFolder(f"out{seed}").read_samples("chatty", "mtbench")
+    for number, seed in enumerate((1, 1, 2)):
+        evaluate.run(config(seed=seed, output_dir=f"out{number}"))
+        found = EvalFolder(f"out{number}").read_samples("chatty", "mtbench")
         replies.append({line["item"]: line["reply"] for line in found})
-    one, other = replies
+    one, again, other = replies
+    assert again == one
     assert one["111/1"] == other["111/1"]
     assert any(one[item] != other[item] for item in ("81/1", "82/1"))
 
@@ -216,6 +256,7 @@ def test_the_command_line_grades_later_without_a_model(
     assert loaded == ["base"]
     assert [(line["reply"], line["rendered"]) for line in lines("base")] == before
     assert entry()["scores"]["base"]["score"] == 7.0
+    assert "not graded" not in entry()["protocol"]
     assert len(server.bodies) == 6
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert "7.0" in Path("out/report.md").read_text()
@@ -246,6 +287,7 @@ def test_another_judge_grades_all_models_again(config, server):
     evaluate.run(EvalConfig(output_dir="out", judge=by(server, model="stricter")))
     assert entry()["scores"]["chatty"]["score"] == 2.0
     assert "by stricter" in entry()["protocol"]
+    assert "by grader" not in entry()["protocol"]
 
 
 def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server, caplog):
