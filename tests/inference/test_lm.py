@@ -190,3 +190,17 @@ def test_an_encoder_decoder_says_the_same_in_any_batch(saved, tiny_t5, tmp_path)
     assert one == replies(subject, settings(batch_size=3), prompts, max_gen_toks=6)
     tokenizer = loading.load_tokenizer(subject, settings())
     assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 6 for text in one)
+
+
+def test_a_head_that_the_adapter_replaces_is_not_tied_back(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(tie_word_embeddings=True)
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    head = adapted.base_model.model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+    kept = head.clone()
+    lm = TransformersLM(adapted, tiny_tokenizer, settings(), "causal")
+    assert torch.equal(lm.model.get_output_embeddings().modules_to_save["default"].weight, kept)
+    assert "tie_weights" not in vars(adapted)

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tlora.compareconfig import CompareConfig
 from tlora.errors import DataError
+from tlora.evalconfig import EvalConfig
 from tlora.runconfig import DataConfig
-from tlora.stages import compare, train
+from tlora.stages import compare, evaluate, train
 from tlora.stages.arguments import training_arguments
 from tlora.stages.setup import settle
 
@@ -98,6 +99,20 @@ def test_a_run_is_scored_by_the_replies_that_its_adapter_gives(config, t5, revie
     assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
     assert metrics["accuracy"] > 0.5  # neither nothing nor the rarer word
     assert metrics["loss"] > 0
+    evaluation = evaluate.run(
+        EvalConfig(
+            models=[str(folder.path)],
+            tasks=["sst2"],
+            data=DataConfig(kind="seq2seq"),
+            test_file=reviews["eval_file"],
+            output_dir=str(folder.path.with_name("evaluation")),
+        )
+    )
+    (found,) = evaluation.read()["tasks"]
+    assert found["scores"][folder.path.name] == {"accuracy": pytest.approx(metrics["accuracy"])}
+    lines = evaluation.read_samples(folder.path.name, "sst2")
+    assert [line["reply"] for line in lines] == replies
+    assert [line["scores"]["accuracy"] for line in lines] == right
 
 
 @pytest.mark.parametrize(

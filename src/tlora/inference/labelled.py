@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError
+from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.inference.questions import Answers
 from tlora.inference.subjects import Subject
+from tlora.inference.testrows import scored_rows
 from tlora.registry import TASKS
-from tlora.tasks import source
-from tlora.tasks.base import Row, Task
+from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy
 from tlora.tasks.tokens import labelled, labelled_collator
 
@@ -60,7 +59,7 @@ class Labels:
             raise ConfigError(
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
-        self._rows = _rows(name, self.task, config)
+        self._rows = scored_rows(name, self.task, config, config.limit)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
         self.protocol = f"{summary}; labelled by the model's head"
@@ -150,22 +149,3 @@ def make(config: EvalConfig) -> dict[str, Labels]:
             where="tasks",
         )
     return tasks
-
-
-def _rows(name: str, task: Task, config: EvalConfig) -> list[Row]:
-    if config.test_file:
-        where = config.test_file
-        raw, _ = task.load(config.test_file, None)
-    elif task.hub and task.hub_eval_split:
-        where = f"{task.hub[0]}, {task.hub_eval_split}"
-        raw = source.read_hub(*task.hub, task.hub_eval_split)
-    else:
-        raise ConfigError(f"{name!r} has no rows of its own; give --test_file.", where="test_file")
-    limit = config.limit
-    if limit is not None:
-        wanted = int(limit) if limit >= 1 else math.ceil(limit * len(raw))
-        raw = raw.select(range(min(len(raw), wanted)))
-    rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
-    if not rows:
-        raise DataError(f"{where}: there are no rows.")
-    return rows

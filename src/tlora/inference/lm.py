@@ -9,7 +9,8 @@ cannot compute outside of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class TransformersLM(HFLM):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, head: str
     ) -> None:
         self.truncated = 0
-        with unheard("lm_eval"):  # on being given a model that is loaded
+        with unheard("lm_eval"), _tied_already(model):  # the remark: a model that is loaded
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -164,6 +165,16 @@ class EndOfRows(transformers.StoppingCriteria):
                 text = self._tokenizer.decode(tail)
                 self._ended[row] = any(stop in text for stop in self._stop)
         return torch.tensor(self._ended, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _tied_already(model: Any) -> Iterator[None]:
+    """Let `HFLM` not tie a model's weights again: under an adapter of the head that fails."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 class Ticker:

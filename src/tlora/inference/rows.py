@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lm_eval.api.metrics import mean
+
 from tlora.errors import ConfigError, DataError
+from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.base import Doc, Reading, ReplyTask
 from tlora.evaluation.harness.rows import Source
+from tlora.inference.testrows import scored_rows
 from tlora.tasks.base import Task
 
 _SPACE = 8  # tokens of white space and of the end
@@ -55,30 +59,81 @@ class ExactRows(ReplyTask):
         return read
 
 
-def from_file(name: str, task: Task, path: str) -> ExactRows:
-    """Make an evaluation of the prompts and responses in a file.
+class ReadRows(ExactRows):
+    """Rows whose replies the task itself reads back and scores, as all of them together.
+
+    Args:
+        name: what results call it.
+        docs: as of `ExactRows`.
+        task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
+            by item besides.
+    """
+
+    protocol = "the reply is read back by the task and scored by its own metrics; greedy"
+    reads = "task"
+
+    def __init__(self, name: str, docs: list[Doc], task: Task) -> None:
+        self._task_of_rows = task
+        targets = [doc["target"] for doc in docs]
+        self._own = tuple(task.reply_metrics(targets, targets))
+        self._counted = ("accuracy",) if task.label_names else ()
+        self.metrics = tuple(dict.fromkeys([*self._own, *self._counted]))
+        super().__init__(name, docs)
+
+    def read(self, docs: Sequence[Doc], replies: Sequence[Sequence[str]]) -> list[Reading]:
+        """Note for each first reply whether it is the row's label."""
+        return [
+            Reading(
+                reply,
+                reply.strip() or None,
+                dict.fromkeys(self._counted, float(reply.strip() == doc["target"])),
+            )
+            for doc, (reply, *_) in zip(docs, replies, strict=True)
+        ]
+
+    def process_results(self, doc: Doc, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what each score is made of: (reply, target), or a number of this row."""
+        pair = (results[0]["reply"], doc["target"])
+        return {**dict.fromkeys(self.metrics, pair), **results[0]["scores"]}
+
+    def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
+        """Return for each score the function that makes it of all rows."""
+
+        def own(metric: str) -> Callable[[list[Any]], float]:
+            return lambda pairs: self._task_of_rows.reply_metrics(*zip(*pairs, strict=True))[metric]
+
+        return {name: mean if name in self._counted else own(name) for name in self.metrics}
+
+
+def of_task(name: str, task: Task, config: EvalConfig) -> ExactRows:
+    """Make an evaluation of the prompts and responses of a task.
 
     Args:
         name: the registered name of the task.
-        task: reads the file, as in training.
-        path: the file.
+        task: reads the rows, as in training.
+        config: which rows.
 
     Raises:
-        ConfigError: the rows of this task are not scored by their responses.
+        ConfigError: the rows of this task are not scored by their responses, or there are none.
         DataError: a row is not what the task expects.
     """
-    if not task.exact:
+    if task.kind in ("classification", "regression"):
+        raise ConfigError(
+            f"{name!r} has labels, and the models write texts; give models with a trained head,"
+            " or --data.kind seq2seq where the task can be put as text to text.",
+            where="tasks",
+        )
+    if not (task.exact or task.reads_replies):
         raise ConfigError(
             f"the rows of {name!r} are not scored by their responses; leave --test_file out for"
             " the evaluations that have a --data_dir.",
             where="test_file",
         )
-    rows, _ = task.load(path, None)
     docs = []
-    for number, raw in enumerate(rows):
-        where = f"{path}, row {number + 1}"
-        row = task.row(raw, where)
+    for number, row in enumerate(scored_rows(name, task, config)):
         if "prompt" not in row:
-            raise DataError(f"{where} has no prompt and response, so no reply can be scored.")
+            raise DataError(
+                f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
+            )
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
-    return ExactRows(name, docs)
+    return ReadRows(name, docs, task) if task.reads_replies else ExactRows(name, docs)

@@ -20,7 +20,7 @@ from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading, subjects
 from tlora.inference.subjects import Subject
-from tlora.registry import CONVERSATIONS, TASKS
+from tlora.registry import CONVERSATIONS
 from tlora.runfolder import provenance
 from tlora.stages.grade import check_judge, grade
 
@@ -103,15 +103,12 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
         return dict(labelled.make(config))
     from tlora.evaluation.harness import catalogue
     from tlora.evaluation.harness.base import Settings
-    from tlora.inference import rows
+    from tlora.inference import rows, testrows
     from tlora.inference.questions import Questions
 
-    if config.test_file:
-        if len(config.tasks) > 1:
-            raise ConfigError("--test_file is of one task; give one.", where="tasks")
-        name = config.tasks[0]
-        task = TASKS.load(name)(config.data)
-        return {name: Questions(rows.from_file(name, task, config.test_file), config)}
+    if config.test_file or config.data.kind:
+        name, task = testrows.one_task(config)
+        return {name: Questions(rows.of_task(name, task, config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = Settings(
         allow_code_execution=config.allow_code_execution,

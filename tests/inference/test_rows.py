@@ -1,0 +1,88 @@
+"""Rows of a task as an evaluation: equal to the letter, or read back by the task."""
+
+import pytest
+from lm_eval import evaluate
+from lm_eval.api.model import LM
+
+from tlora.errors import ConfigError
+from tlora.evalconfig import EvalConfig
+from tlora.evaluation.harness.samples import metrics, records
+from tlora.inference import rows
+from tlora.registry import TASKS
+from tlora.runconfig import DataConfig
+
+
+class Says(LM):
+    """Says what it is told to."""
+
+    def __init__(self, replies):
+        super().__init__()
+        self.replies = replies
+
+    def generate_until(self, requests):
+        assert all(request.args[1]["max_gen_toks"] > 0 for request in requests)
+        return self.replies
+
+    def loglikelihood(self, requests):
+        raise AssertionError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def scored(name, lines, replies, tmp_path, **data):
+    file = tmp_path / "rows.tsv"
+    file.write_text("\n".join("\t".join(line) for line in lines) + "\n")
+    config = EvalConfig(
+        models=["m"], tasks=[name], test_file=str(file), data=DataConfig(**data), limit=2
+    )
+    task = rows.of_task(name, TASKS.load(name)(config.data), config)
+    found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
+    lines = records(task, found["samples"][name])
+    return metrics(task, found["results"][name]), [line["scores"] for line in lines]
+
+
+def test_white_space_at_the_ends_of_a_reply_does_not_count(tmp_path):
+    lines = [("prompt", "response"), ("a", "x y"), ("b", "z"), ("c", "z")]
+    scores, items = scored("jsonl", lines, [" x y\n", "z.", "Z"], tmp_path)
+    assert scores == {"exact_match": pytest.approx(1 / 3)}
+    assert [item["exact_match"] for item in items] == [1.0, 0.0, 0.0]
+
+
+def test_scores_of_all_rows_together_are_the_tasks_own(tmp_path):
+    lines = [("sentence", "label"), *((f"s{n}", str(n % 2)) for n in range(6))]
+    replies = [
+        "unacceptable",
+        " acceptable",
+        "acceptable",
+        "nonsense",
+        "unacceptable",
+        "acceptable",
+    ]
+    scores, items = scored("cola", lines, replies, tmp_path, kind="seq2seq")
+    task = TASKS.load("cola")(DataConfig(kind="seq2seq"))
+    targets = ["unacceptable", "acceptable"] * 3
+    expected = task.reply_metrics(replies, targets)["matthews_correlation"]
+    assert 0 < expected < 1
+    assert scores == {
+        "matthews_correlation": pytest.approx(expected),
+        "accuracy": pytest.approx(4 / 6),
+    }
+    assert [item["accuracy"] for item in items] == [1, 1, 0, 0, 1, 1]
+    assert [list(item) for item in items] == [["accuracy"]] * 6
+
+
+def test_a_number_that_is_read_back_is_scored_with_the_others(tmp_path):
+    lines = [("sentence1", "sentence2", "label")]
+    lines += [(f"a{n}", f"b{n}", str(n)) for n in range(5)]
+    replies = ["0.2", "1.0", "1.8", "3.4", "none"]
+    scores, items = scored("stsb", lines, replies, tmp_path, kind="seq2seq")
+    task = TASKS.load("stsb")(DataConfig(kind="seq2seq"))
+    targets = [f"{n:.1f}" for n in range(5)]
+    assert scores == pytest.approx(task.reply_metrics(replies, targets))
+    assert items == [{}] * 5
+
+
+def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
+    lines = [("sentence", "label"), ("s", "1")]
+    with pytest.raises(ConfigError, match="'sst2' has labels, and the models write texts"):
+        scored("sst2", lines, ["positive"], tmp_path)
