@@ -117,6 +117,22 @@ def test_statistics_are_those_of_the_dequantised_model_however_batched(folder, f
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_gradients_are_those_of_the_dequantised_model(folder, form):
+    model = quantised_bases.load(folder, form)
+    for basis in ("gradient", "gradient-moment"):
+        config = TLoraConfig(basis=basis, sensitivity_rule="fisher")
+        stats = calibrate(model, batches(5), config)
+        plain = calibrate(dequantised(model, folder), batches(5), config)
+        for name, module in stats.modules.items():
+            other = plain.modules[name]
+            assert module.fisher == pytest.approx(other.fisher, rel=1e-4)
+            if basis == "gradient":
+                assert support.distance(module.gradient, other.gradient) < 1e-4
+            else:
+                moments = (module.gradient_moment, other.gradient_moment)
+                assert support.distance(*(moment.covariance() for moment in moments)) < 1e-4
+
+
 def test_padding_on_the_left_changes_nothing(folder, form):
     model = quantised_bases.load(folder, form)
     alone = calibrate(model, batches(1), CONFIG)

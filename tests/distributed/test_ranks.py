@@ -91,6 +91,30 @@ def test_statistics_and_plan_are_those_of_one_process(
     assert_same_plan(first, expected)
 
 
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize(
+    "case", [("gradient-covariance", EVEN), ("weight-gradient-moment", UNEVEN)], ids=["G", "N"]
+)
+def test_gradients_of_all_ranks_add_up(engine, case, ranks, folder, alone, tmp_path):
+    basis, dealt = case
+    fields = {"r": 2, "basis": basis, "sensitivity_rule": "fisher"}
+    stats, expected = alone(fields)
+    ranks.run(jobs.measure, folder, engine, dealt, fields, str(tmp_path))
+    for found in both(Calibration, tmp_path, "stats"):
+        for name, module in found.modules.items():
+            other = stats.modules[name]
+            assert module.fisher == pytest.approx(other.fisher, rel=1e-4), name
+            if basis == "gradient-covariance":
+                assert distance(module.gradient, other.gradient) < 1e-5, name
+                assert distance(module.covariance(), other.covariance()) < 1e-5, name
+            else:
+                moments = (module.gradient_moment, other.gradient_moment)
+                assert distance(*(moment.covariance() for moment in moments)) < 1e-5, name
+    first, second = both(AdapterPlan, tmp_path, "plan")
+    assert_equal_to_the_bit(first, second)
+    assert_same_plan(first, expected)
+
+
 def test_all_batches_on_every_rank_give_the_same(ranks, folder, alone, tmp_path):
     stats, _ = alone({"r": 2})
     ranks.run(jobs.measure, folder, "plain", [[[0, 1, 2, 3, 4]]] * 2, {"r": 2}, str(tmp_path))
@@ -105,8 +129,9 @@ def test_all_batches_on_every_rank_give_the_same(ranks, folder, alone, tmp_path)
         {"memory_budget": 1, "covariance": "exact"},
         {"memory_budget": 1, "covariance": "exact", "allocate_rank": False, "rank_min": 0},
         {"covariance": "streamed"},
+        {"memory_budget": 3000, "basis": "gradient"},
     ],
-    ids=["blocks", "uniform", "streamed"],
+    ids=["blocks", "uniform", "streamed", "gradients"],
 )
 def test_blocks_and_streams_plan_what_one_process_plans(engine, fields, ranks, folder, tmp_path):
     fields = {"r": 2, **fields}
