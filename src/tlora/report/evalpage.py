@@ -34,7 +34,7 @@ def context(results: Results) -> dict[str, Any]:
     listed = _listed(results)
     rows = [(r, [_cell(results, r, cell, listed) for cell in r.cells]) for r in results.rows]
     return {
-        "title": f"Evaluation of {', '.join(model.name for model in evaluation.models)}",
+        "title": _title(results),
         "summary": wording.summary(results),
         "results": results,
         "models": evaluation.models,
@@ -81,6 +81,16 @@ def replies(results: Results, listed: Mapping[str, int]) -> dict[str, Any]:
             if row.task.name in listed and results.listed(row.task) is row
         ],
     }
+
+
+def _title(results: Results) -> str:
+    evaluation = results.evaluation
+    models, tasks = ([each.name for each in many] for many in (evaluation.models, evaluation.tasks))
+    named = [
+        ", ".join(names) if len(names) <= 3 else f"{len(names)} {what}"
+        for names, what in ((models, "models"), (tasks, "tasks"))
+    ]
+    return f"{named[0]} on {named[1]}"
 
 
 def _listed(results: Results) -> dict[str, int]:
