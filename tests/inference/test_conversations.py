@@ -231,7 +231,7 @@ def test_answers_grades_and_report_in_one_run(config, demo_adapter, server, chat
     assert (counts["judgements"], counts["tokens_in"]) == (6, 600)
     assert counts["cost"] == pytest.approx((600 * 1.0 + 60 * 2.0) / 1e6)
     assert task["protocol"].endswith(
-        "; graded 1 to 10 by grader at temperature 0, mtbench-single, our wording"
+        "; graded 1 to 10 by grader at temperature 0.0, mtbench-single, our wording"
     )
 
 
@@ -284,9 +284,13 @@ def test_a_model_that_is_added_is_graded_and_the_others_keep_their_grades(
 def test_another_judge_grades_all_models_again(config, server):
     evaluate.run(config(judge=by(server)))
     server.always = says("[[2]]")
-    evaluate.run(EvalConfig(output_dir="out", judge=by(server, model="stricter")))
+    stricter = by(server, model="stricter", request={"temperature": None, "seed": 3})
+    evaluate.run(EvalConfig(output_dir="out", judge=stricter))
     assert entry()["scores"]["chatty"]["score"] == 2.0
-    assert "by stricter" in entry()["protocol"]
+    assert "by stricter at its own temperature" in entry()["protocol"]
+    sent = {"model": "stricter", "max_tokens": 2048, "seed": 3}
+    assert entry()["judge"]["request"] == sent
+    assert sent.items() <= server.bodies[-1].items()
     assert "by grader" not in entry()["protocol"]
 
 
@@ -298,7 +302,7 @@ def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server
     assert "chatty: 2 of 6 answers to mtbench got no grade and count in no mean" in caplog.text
     assert task["scores"]["chatty"]["score"] == 7.0
     assert [line["scores"].get("score") for line in lines()[:3]] == [None, None, 7.0]
-    assert "2 items of chatty have no score" in Path("out/report.md").read_text()
+    assert "chatty has no score on 2 of 6 items" in Path("out/report.md").read_text()
 
 
 def test_a_judge_that_fails_leaves_the_answers_and_the_same_command_goes_on(config, server, loaded):

@@ -9,7 +9,7 @@ from typing import Any
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench.endpoint import read_key
+from tlora.evaluation.mtbench.endpoint import read_key, request_body
 from tlora.evaluation.mtbench.judging import Judged, judge, judge_prompts
 from tlora.evaluation.mtbench.samples import from_lines, to_lines
 from tlora.evaluation.mtbench.scores import means, metric_names
@@ -88,11 +88,8 @@ def _grade(
     entry["scores"] = scores
     entry["judge"] = {
         "url": judge_config.url,
-        "model": judge_config.model,
         "prompts": judge_prompts(judge_config).label,
-        "temperature": judge_config.temperature,
-        "max_tokens": judge_config.max_tokens,
-        "request": judge_config.request,
+        "request": {k: v for k, v in request_body(judge_config, []).items() if k != "messages"},
         "models": counts,
     }
 
@@ -120,7 +117,10 @@ def _line(model: str, task: str, judged: Judged, counts: dict[str, Any]) -> str:
 def _by(judge_entry: Mapping[str, Any] | None) -> str:
     if judge_entry is None:
         return "not graded"
-    return (
-        f"graded 1 to 10 by {judge_entry['model']} at temperature {judge_entry['temperature']:g},"
-        f" {judge_entry['prompts']}"
+    request = judge_entry["request"]
+    heat = (
+        f"temperature {request['temperature']}"
+        if "temperature" in request
+        else "its own temperature"
     )
+    return f"graded 1 to 10 by {request['model']} at {heat}, {judge_entry['prompts']}"
