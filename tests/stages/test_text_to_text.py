@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tlora.evalconfig import EvalConfig
 from tlora.runconfig import DataConfig
 from tlora.stages import compare, evaluate, train
 from tlora.stages.arguments import training_arguments
+from tlora.stages.replies import texts
 from tlora.stages.setup import settle
 
 WORDS = ["<pad>", "<unk>", "</s>", "sst2", "sentence:", "negative", "positive", "good", "bad"]
@@ -49,10 +51,12 @@ def t5(tiny_t5, tmp_path):
 
 @pytest.fixture
 def reviews(tmp_path):
-    """Rows to train on and rows to evaluate on; each film is good or bad."""
+    """Rows to train on and rows to evaluate on; each film is good or bad, film30 is mislabelled."""
     files = {"train_file": tmp_path / "train.tsv", "eval_file": tmp_path / "dev.tsv"}
     for file, films in zip(files.values(), (range(20), range(20, 32)), strict=True):
-        lines = [f"film{n} {'good' if n % 3 else 'bad'}\t{int(n % 3 > 0)}" for n in films]
+        lines = [
+            f"film{n} {'good' if n % 3 else 'bad'}\t{int(n % 3 > 0 or n == 30)}" for n in films
+        ]
         file.write_text("sentence\tlabel\n" + "\n".join(lines))
     return {name: str(file) for name, file in files.items()}
 
@@ -97,7 +101,7 @@ def test_a_run_is_scored_by_the_replies_that_its_adapter_gives(config, t5, revie
     ]
     metrics = json.loads(folder.metrics.read_text())
     assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
-    assert metrics["accuracy"] > 0.5  # neither nothing nor the rarer word
+    assert 0.5 < metrics["accuracy"] < 1  # more than the rarer word; not what the rows say
     assert metrics["loss"] > 0
     evaluation = evaluate.run(
         EvalConfig(
@@ -123,6 +127,12 @@ def test_a_reply_may_be_longer_than_any_response(config, t5, reviews, tmp_path, 
     run = config(model=t5(WORDS), task="sst2", data=data, trainer=trainer, **reviews)
     arguments = training_arguments(settle(run), tmp_path)
     assert (arguments.predict_with_generate, arguments.generation_max_length) == expected
+
+
+def test_padding_is_no_part_of_a_text():
+    tokenizer = word_tokenizer(WORDS)
+    ids = np.array([[0, 5, 2, -100], [7, 8, 2, 0], [2, -100, -100, -100]])
+    assert texts(tokenizer, ids) == ["negative", "good bad", ""]
 
 
 def test_a_task_that_reads_no_replies_does_not_generate(config, saved, tiny_t5, tmp_path):
