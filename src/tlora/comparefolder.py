@@ -11,14 +11,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import read_json, write_json
+from tlora.files import locked, read_json, write_json
 
 _KIND = "tlora comparison"
 _RUN_KIND = "tlora comparison run"
@@ -100,22 +99,10 @@ class CompareFolder:
         Raises:
             ConfigError: one is at it.
         """
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
+        refusal = ConfigError(
+            f"{self.path}: another process is at part {part} of this comparison; wait for it, or"
+            " give each its own --shard.",
+            where="output_dir",
+        )
+        with locked(self.path / f".lock-{part.replace('/', '-of-')}", refusal):
             yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / f".lock-{part.replace('/', '-of-')}", os.O_CREAT | os.O_RDWR)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    f"{self.path}: another process is at part {part} of this comparison; wait for"
-                    " it, or give each its own --shard.",
-                    where="output_dir",
-                ) from None
-            yield
-        finally:
-            os.close(handle)

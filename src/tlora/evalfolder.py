@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import read_json, replacing_file, write_json
+from tlora.files import locked, read_json, replacing_file, write_json
 
 _KIND = "tlora evaluation"
 FORMAT = 1
@@ -67,6 +69,21 @@ class EvalFolder:
             raise ConfigError(
                 f"{self.path} holds something else; choose another --output_dir.", "output_dir"
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from writing here, for as long as this one lives.
+
+        Raises:
+            ConfigError: one is at it.
+        """
+        refusal = ConfigError(
+            f"{self.path}: another process is evaluating into it; wait for it, or give each its"
+            " own --output_dir.",
+            where="output_dir",
+        )
+        with locked(self.path / ".lock", refusal):
+            yield
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""

@@ -84,6 +84,31 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
+    """Keep other processes off what the lock file ``path`` stands for, for as long as this lives.
+
+    Raises:
+        Exception: ``refusal``, if another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise refusal from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def file_at(path: str | Path, name: str) -> Path:
     """Return ``path``, or the file ``name`` in it where it is an existing folder."""
     path = Path(path)

@@ -185,6 +185,16 @@ def test_a_taken_folder_is_refused(config, here):
         evaluate.run(config())
 
 
+def test_two_processes_do_not_write_one_table(config):
+    with (
+        EvalFolder("out").locked(),
+        pytest.raises(ConfigError, match="out: another process is evaluating into it"),
+    ):
+        evaluate.run(config(limit=1))
+    assert not EvalFolder("out").exists
+    assert evaluate.run(config(limit=1)).exists
+
+
 def test_the_command_line_says_where_the_result_is(config, capsys, demo_adapter, demo_file):
     words = ["eval", "--with_base", f"drawn={demo_adapter}", "--tasks", "jsonl"]
     words += ["--test_file", demo_file, "--limit", "3", "--output_dir", "out"]

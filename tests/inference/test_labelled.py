@@ -10,6 +10,7 @@ import pytest
 from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
+from tlora.report import evaluation as report
 from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import evaluate, train
 
@@ -80,6 +81,7 @@ def test_the_scores_are_those_that_training_ended_with(task, encoder, here):
             scores = found[size]["scores"][name]
             expected = pytest.approx({n: metrics[n] for n in own}, abs=1e-4)
             assert {n: scores[n] for n in own} == expected
+    assert task in report.write("out32").text
     lines = EvalFolder("out32").read_samples("run", task)
     assert lines == EvalFolder("out1").read_samples("run", task)
     if "accuracy" in found[1]["metrics"]:

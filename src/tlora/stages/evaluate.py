@@ -72,23 +72,32 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         return folder
     models = subjects.resolve(config)
     loading.check_backend(config, models)
-    result = Result(folder, config, models)
+    Result(folder, config, models)  # refuses other settings before rows are read
     tasks = make_tasks(config, models)
     check(tasks, config, models)
-    result.start(tasks)
-    todo = [(subject, [n for n in tasks if not result.has(subject, n)]) for subject in models]
-    try:
-        with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
-            for subject, names in todo:
-                if names:
-                    _ask_all(subject, {name: tasks[name] for name in names}, result, bar, tell)
-        grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; finished pairs of model and task are kept, and the same command does"
-            " the rest."
-        ) from None
+    with folder.locked():
+        result = Result(folder, config, models)
+        result.start(tasks)
+        try:
+            _ask_missing(result, models, tasks, tell)
+            grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; finished pairs of model and task are kept, and the same command does"
+                " the rest."
+            ) from None
     return folder
+
+
+def _ask_missing(
+    result: Result, models: list[Subject], tasks: dict[str, Asked], tell: Tell
+) -> None:
+    """Ask each model what the folder does not have of it yet, under one progress bar."""
+    todo = [(subject, [n for n in tasks if not result.has(subject, n)]) for subject in models]
+    with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
+        for subject, names in todo:
+            if names:
+                _ask_all(subject, {name: tasks[name] for name in names}, result, bar, tell)
 
 
 def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
