@@ -1,4 +1,5 @@
 import itertools
+import json
 import logging
 import unicodedata
 
@@ -114,6 +115,21 @@ def test_places_are_those_of_the_questions_that_are_known():
 )
 def test_the_question_of_a_row_is_without_the_answer(row, question):
     assert question_of(row) == question
+
+
+def test_the_items_of_an_evaluation_are_recognised_in_the_rows_of_its_task(tmp_path):
+    from tlora.evaluation.harness.catalogue import build
+
+    file = tmp_path / "gsm8k" / "test.jsonl"
+    file.parent.mkdir()
+    lines = [{"question": f"What is {n} + 1?", "answer": f"So.\n#### {n + 1}"} for n in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = build(["gsm8k-paper"], str(tmp_path))["gsm8k-paper"]
+    asked = Questions(question_of(doc) for doc in evaluation.test_docs())
+    gsm8k = TASKS.load("gsm8k")(DataConfig())
+    others = [line | {"question": line["question"].replace("+", "-")} for line in lines]
+    rows = Dataset.from_list([others[0], lines[2], others[3], lines[0]])
+    assert asked.places(questions(rows, gsm8k, "t")) == [1, 3]
 
 
 def raw(*asked):
