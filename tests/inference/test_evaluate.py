@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tlora import cli
 from tlora.errors import ConfigError
@@ -208,19 +209,42 @@ def test_the_command_line_says_where_the_result_is(config, capsys, demo_adapter,
     assert "2 faults" in capsys.readouterr().err
 
 
+def test_a_file_of_fields_gives_the_record_that_print_config_shows(here, capsys):
+    (here / "eval.yaml").write_text(
+        "models: [one, named=two]\ntasks: a, b\nlimit: 5\ngen_kwargs: {max_gen_toks: 7}\n"
+    )
+    words = ["--with_base", "--gen_kwargs", "temperature=0.5", "--limit", "0.5", "--print_config"]
+    assert cli.main(["eval", "eval.yaml", *words]) == 0
+    shown = capsys.readouterr().out
+    fields = yaml.safe_load(shown)
+    assert (fields["models"], fields["tasks"]) == (["one", "named=two"], ["a", "b"])
+    assert (fields["limit"], fields["with_base"]) == (0.5, True)
+    assert fields["gen_kwargs"] == {"max_gen_toks": 7, "temperature": 0.5}
+    (here / "shown.yaml").write_text(shown)
+    assert cli.main(["eval", "shown.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == shown
+    assert cli.main(["eval", "eval.yaml", "three", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["models"] == ["three"]
+    assert cli.main(["eval", "one", "--task", "a"]) == 2
+    assert "there is no flag `--task`. Did you mean '--tasks'?" in capsys.readouterr().err
+    assert cli.main(["eval", "one", "--tasks"]) == 2
+    assert "--tasks needs a value" in capsys.readouterr().err
+
+
 def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
     rows = [{"q": f"{n}+1=", "right": n % 2, "options": ["5", "7"]} for n in range(4)]
     (here / "rows.json").write_text(json.dumps(rows))
     (here / "choice.yaml").write_text(
         "task: choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.json}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: '{{options}}'\ndoc_to_target: right\ntarget_delimiter: ''\n"
+        "test_split: test\nfewshot_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\ndoc_to_target: right\ntarget_delimiter: ''\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true},"
         " {metric: brier_score, aggregation: brier_score, higher_is_better: false}]\n"
     )
     for size in (1, 8):
         folder = f"out{size}"
         fields = {"test_file": None, "tasks": ["./choice.yaml"], "batch_size": size}
+        fields |= {"num_fewshot": 2}
         evaluate.run(config(**fields, output_dir=folder))
     one, many = (EvalFolder(f"out{size}").read()["tasks"][0] for size in (1, 8))
     assert one["metrics"] == ["acc", "-brier_score"]
@@ -231,3 +255,11 @@ def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
         said = [EvalFolder(f"out{size}").read_samples(model, "choice") for size in (1, 8)]
         assert said[0] == said[1]
         assert {line["reply"] for line in said[0]} <= {"5", "7"}
+    # The examples are drawn anew for each model, and are the same.
+    asked = [
+        [line["prompt"] for line in EvalFolder("out1").read_samples(m, "choice")]
+        for m in ("base", "drawn")
+    ]
+    assert asked[0] == asked[1]
+    assert all(prompt.count("+1=") == 3 for prompt in asked[0])
+    assert one["shots"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -165,7 +166,8 @@ def _quiet() -> Iterator[None]:
     harness.tqdm = lambda rows, *_, **__: rows
     try:
         # The second speaks of prompts that are too long; they are counted and told of once.
-        with unheard("lm_eval", "transformers.tokenization_utils_base"):
+        said = contextlib.redirect_stdout(io.StringIO())
+        with said, unheard("lm_eval", "transformers.tokenization_utils_base"):
             yield
     finally:
         harness.tqdm = bar
