@@ -237,7 +237,8 @@ def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
     (here / "choice.yaml").write_text(
         "task: choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.json}}\n"
         "test_split: test\nfewshot_split: test\noutput_type: multiple_choice\n"
-        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\ndoc_to_target: right\ntarget_delimiter: ''\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\ndoc_to_target: right\n"
+        "target_delimiter: ''\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true},"
         " {metric: brier_score, aggregation: brier_score, higher_is_better: false}]\n"
     )

@@ -3,11 +3,13 @@
 import pytest
 from lm_eval import evaluate
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.samples import metrics, records
 from tlora.inference import rows
+from tlora.inference.questions import Questions
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 
@@ -86,3 +88,14 @@ def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
     lines = [("sentence", "label"), ("s", "1")]
     with pytest.raises(ConfigError, match="'sst2' has labels, and the models write texts"):
         scored("sst2", lines, ["positive"], tmp_path)
+
+
+def test_what_the_user_says_of_generation_wins_over_the_task(tmp_path):
+    given = {"max_new_tokens": 5, "temperature": 0.5}
+    config = EvalConfig(models=["m"], tasks=["t"], gen_kwargs=given)
+    task = rows.ExactRows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
+    asked = Questions(task, config)
+    (request,) = (task.build_all_requests(), task.instances)[1]
+    said = normalize_gen_kwargs(request.args[1])
+    assert (said["max_gen_toks"], said["temperature"], said["do_sample"]) == (5, 0.5, True)
+    assert (asked.items, asked.shots) == (1, 0)

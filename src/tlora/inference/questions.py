@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ONE_NAME = dict.fromkeys(("max_new_tokens", "max_tokens", "max_completion_tokens"), "max_gen_toks")
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -131,7 +133,20 @@ def _set_up(task: Task, config: EvalConfig) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     if task.OUTPUT_TYPE == "generate_until" and config.gen_kwargs:
-        task.set_config(key="generation_kwargs", value=dict(config.gen_kwargs), update=True)
+        value = _generation(config.gen_kwargs)
+        task.set_config(key="generation_kwargs", value=value, update=True)
+
+
+def _generation(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a user says of generation in one way, so that it wins over what a task says.
+
+    The harness would take the task's `max_gen_toks` before the user's `max_new_tokens`, and ignore
+    a temperature where the task is greedy.
+    """
+    found = {_ONE_NAME.get(name, name): value for name, value in given.items()}
+    if float(found.get("temperature") or 0) > 0:
+        found.setdefault("do_sample", True)
+    return found
 
 
 def _items(task: Task, requests: int, items: int) -> int:
