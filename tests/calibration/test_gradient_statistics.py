@@ -17,6 +17,7 @@ from support import Sample, Toy, distance, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration import journal
+from tlora.calibration.gradients import GradientBank
 from tlora.calibration.merge import merge
 from tlora.errors import CalibrationError
 
@@ -261,6 +262,23 @@ def test_blocks_plan_what_one_pass_plans_to_the_bit(model, basis, rule):
         for name, module in found.modules.items():
             assert torch.equal(module.lora_A, expected[name].lora_A), name
             assert (module.rank, module.scale) == (expected[name].rank, expected[name].scale)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_no_more_gradients_are_held_than_the_budget_takes(model, basis, monkeypatch):
+    add, most = GradientBank.update, []
+
+    def watched(bank: GradientBank, *args: Any) -> None:
+        add(bank, *args)
+        moments = sum(4 * moment.dim**2 for moment in bank.moments.values())
+        most.append(moments + sum(4 * total.numel() for total in bank.totals.values()))
+
+    monkeypatch.setattr(GradientBank, "update", watched)
+    plan_in_blocks(model, batches(), config(basis, memory_budget=9000))
+    assert 2000 < max(most) <= 9000
+    most.clear()
+    plan_in_blocks(model, batches(), config(basis))
+    assert max(most) > 9000
 
 
 @pytest.mark.parametrize("basis", BASES)

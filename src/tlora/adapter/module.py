@@ -21,14 +21,14 @@ class ModulePlan:
         rank: r_i; 0 leaves the module out.
         scale: s_i.
         lora_A: E r_i x d float32; orthonormal rows (of each expert) unless whitened or random.
-        captured_energy: share of ||W C||_F^2 (of all experts together) that the row space of
-            lora_A keeps; None where no second moment was measured.
-        sensitivity: S_i, or None where none was measured.
-        solver: how the subspace was found: "exact", "randomized",
-            "streamed", "random",
-            or "none" at rank 0.
+        captured_energy: share of ||M||_F^2 (of all experts together) that the row space of lora_A
+            keeps, M = W C or the matrix of another basis (docs/method.md, 9); None for a random
+            basis where no second moment was measured.
+        sensitivity: S_i by the configuration's rule, or None where it was not measured.
+        solver: how the subspace was found: "exact", "randomized", "streamed", "random", or "none"
+            at rank 0.
         experts: E; 1 for a module.
-        total_energy: ||W C||_F^2, of which captured_energy is a share.
+        total_energy: ||M||_F^2, of which captured_energy is a share.
     """
 
     name: str

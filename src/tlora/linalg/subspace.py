@@ -194,7 +194,7 @@ def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
     Args:
         basis: A, r x d.
         uncentred: C0, d x d: the uncentred second moment of the inputs.
-        power: -1/2 whitens fully, -1/4 half.
+        power: -1/2 whitens fully; with -1/4 the variances are the square roots of what they were.
     """
     kernel = basis.double() @ uncentred.double() @ basis.double().T
     values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
