@@ -1,10 +1,12 @@
 """Words of the command line become models, or one sentence for each that does not."""
 
+import copy
 import json
 import re
 import shutil
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from tlora.errors import AdapterError, ConfigError
@@ -139,8 +141,6 @@ def test_an_adapter_that_does_not_fit_its_base_is_named(adapters, saved, tiny_ll
 
 
 def test_merging_gives_the_adapters_logits_and_no_adapter(here, saved, tiny_llama):
-    import torch
-
     base = saved(tiny_llama())
     model = get_peft_model(
         tiny_llama(),
@@ -156,3 +156,27 @@ def test_merging_gives_the_adapters_logits_and_no_adapter(here, saved, tiny_llam
         )
     assert not [name for name, _ in merged.named_modules() if "lora" in name]
     assert not any(p.requires_grad for p in adapted.parameters())
+
+
+def test_tokens_that_were_added_come_with_the_adapters_tokenizer(
+    here, saved, tiny_llama, tiny_tokenizer
+):
+    base = saved(tiny_llama())
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<one>", "<two>", *(f"<{n}>" for n in range(99))])
+    tokenizer.save_pretrained("made")
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    made.save_pretrained("made", save_embedding_layers=True)
+    fields = {"models": ["made"], "model": base, "tasks": ["t"], "with_base": True}
+    config = EvalConfig(**fields)
+    with pytest.raises(AdapterError, match=r"made does not fit .* --tokenizer"):
+        loading.load(resolve(config)[1], config)
+    config = EvalConfig(**fields, tokenizer="made")
+    for subject in resolve(config):
+        loaded = loading.load(subject, config)
+        assert loaded.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    ids = torch.tensor([tokenizer("a <one> b <two>")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, made.eval()(input_ids=ids).logits)

@@ -99,6 +99,8 @@ def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
     """
     device = device_of(config)
     model, drawn = _load_base(subject, config, device, head)
+    if config.tokenizer:
+        _make_room(model, len(load_tokenizer(subject, config)))
     if subject.adapter is not None:
         model = _adapted(model, subject)
     if drawn:
@@ -176,6 +178,12 @@ def _load_base(
     return model if placed else model.to(device), sorted(found["missing_keys"]) if head else []
 
 
+def _make_room(model: Any, tokens: int) -> None:
+    """Give the embedding rows for tokens that were added to the tokenizer; none is taken away."""
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokens)
+
+
 def _check_head(model: Any, drawn: list[str], subject: Subject) -> None:
     """Raise if a parameter was drawn at random and the adapter did not bring it."""
     brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
@@ -197,7 +205,7 @@ def _adapted(model: Any, subject: Subject) -> Any:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(
             f"{path} does not fit {subject.model}: {first_line(error)}; give its own base by"
-            " --model."
+            " --model, and if tokens were added for it, --tokenizer."
         ) from error
 
 
