@@ -94,8 +94,8 @@ class CompareConfig(SharedConfig):
     test_file: str | None = None
     """Rows that the table reports on; by default the dataset's own evaluation split."""
     metric: str | None = None
-    """Score to compare by; by default the task's first, or "loss" where it has none. Where text is
-    learnt also "exact_match": the share of rows whose response the model writes to the letter."""
+    """Score to compare by; by default the task's first, or "loss" where it has none. Of a
+    causal task also "exact_match": the share of rows whose response is written to the letter."""
     better: Better | None = None
     """Which scores are better; by default lower for losses and errors, higher for the rest."""
     output_dir: str = "tlora-compare"
