@@ -11,7 +11,7 @@ from tlora import presets
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.parsing import parse
-from tlora.registry import TASKS
+from tlora.registry import METHODS, TASKS
 from tlora.runconfig import RunConfig
 from tlora.stages.arguments import check_trainer_fields
 from tlora.stages.kinds import KINDS
@@ -79,7 +79,20 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path):
     run = resolved(*words)
     assert (run.adapter["r"], run.adapter["lora_alpha"], run.seed) == (4, 16, 3)
     assert run.trainer["learning_rate"] == 2e-5
+    assert run.adapter["target_modules"] == PROJECTIONS
     assert run == resolved(*words[4:], *words[:4])  # wherever it stands
+
+
+def test_of_options_a_file_changes_those_that_it_names(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("trainer: {learning_rate: 1e-3, max_steps: 5}")
+    second.write_text("trainer: {max_steps: 7}\nadapter: {seed: 3}")
+    run = resolved("--preset", "paper-math", "--config", str(first), "--config", str(second))
+    preset = yaml.safe_load(Path(presets.path("paper-math")).read_text())
+    assert run.trainer == preset["trainer"] | {"learning_rate": 1e-3, "max_steps": 7}
+    assert run.adapter.items() >= (preset["adapter"] | {"seed": 3}).items()
+    flag = resolved("--preset=paper-math", f"--config={first}", "--trainer.max_steps", "9")
+    assert flag.trainer == preset["trainer"] | {"learning_rate": 1e-3, "max_steps": 9}
 
 
 def test_an_unknown_preset_is_met_with_a_suggestion():
@@ -89,3 +102,21 @@ def test_an_unknown_preset_is_met_with_a_suggestion():
         presets.path("zzz")
     with pytest.raises(ConfigError, match="--preset needs a name"):
         resolved("--preset")
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_takes_a_preset_and_of_its_options_those_that_it_has(method):
+    run = resolved("--preset", "paper-math", "--method", method)
+    preset = yaml.safe_load(Path(presets.path("paper-math")).read_text())["adapter"]
+    assert run.method == method
+    assert {name: run.adapter.get(name, value) for name, value in preset.items()} == preset
+
+
+def test_an_option_that_the_user_gives_is_not_left_out(tmp_path):
+    words = ["--preset", "paper-math", "--method", "full"]
+    with pytest.raises(ConfigError, match="option `r`"):
+        resolved(*words, "--adapter.r", "4")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"adapter": {"lora_alpha": 16}}))
+    with pytest.raises(ConfigError, match="option `lora_alpha`"):
+        resolved(*words, "--config", str(file))

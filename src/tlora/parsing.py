@@ -19,6 +19,7 @@ import jsonargparse
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.presets import path as preset_path
+from tlora.registry import METHODS
 from tlora.runconfig import RunConfig, field_docs
 
 Record = TypeVar("Record")
@@ -83,6 +84,11 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
         raise ConfigError(faults, where="command line")
     # jsonargparse lets the later of file and flag win; the files go first, so flags always do.
     values = parser.parse_args([*(f"--config={file}" for file in files), *flags])
+    _add_options(values, files, parser)
+    if presets:
+        given = _options(files[len(presets) :])
+        given |= {flag.partition("=")[0].removeprefix("--adapter.") for flag in flags}
+        values["adapter"] = _fitting(values, _options(files[: len(presets)]) - given)
     return Parsed(_build(record, values), print_config=_PRINT in argv)
 
 
@@ -103,7 +109,9 @@ def make_parser(prog: str, record: type) -> _Parser:
     )
     if _takes_presets(record):
         parser.add_argument(
-            _PRESET, help="Whole run by name, below files and flags; see `tlora list presets`."
+            _PRESET,
+            help="Whole run by name, below files and flags; see `tlora list presets`. Another"
+            " --method takes those of its `adapter` options that it has.",
         )
     parser.fields = fields
     for name, field in parser.fields.items():
@@ -296,6 +304,36 @@ def _build(record: Any, values: Any) -> Any:
         kind, value = hints[field.name], values[field.name]
         given[field.name] = _build(kind, value) if dataclasses.is_dataclass(kind) else value
     return record(**given)
+
+
+def _add_options(values: Any, files: list[str], parser: _Parser) -> None:
+    """Lay the open fields of the files over one another name by name.
+
+    jsonargparse takes the last file's `adapter` or `trainer` for the whole field.
+    """
+    if len(files) < 2:
+        return
+    layers = [parser.parse_args([f"--config={file}"]) for file in files]
+    for name in (name for name, field in parser.fields.items() if field.open):
+        below: dict[str, Any] = {}
+        for layer in layers:
+            below |= layer[name]
+        values[name] = below | values[name]
+
+
+def _options(files: list[str]) -> set[str]:
+    """Return the names of the method's options that the files give."""
+    return {name for file in files for name in _read_yaml(file).get("adapter", {})}
+
+
+def _fitting(values: Any, preset: set[str]) -> dict[str, Any]:
+    """Return the method's options without those that only a preset gives and the method lacks.
+
+    As in a comparison, so that `--preset NAME --method OTHER` is one command. What the user gave is
+    left for the method to judge.
+    """
+    known = {field.name for field in dataclasses.fields(METHODS.load(values["method"]).options)}
+    return {k: v for k, v in values["adapter"].items() if k in known or k not in preset}
 
 
 def _plain(message: str, fields: dict[str, _Field]) -> str:
