@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import moe
 import tlora
@@ -318,6 +320,30 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
         predict(str(tmp_path))
     with pytest.raises(ConfigError, match="model"):
         predict(None)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rows", "batches"),
+    [
+        ({"max_steps": 10, "gradient_accumulation_steps": 4}, 100, 40),
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 16}, 100, 7),
+        ({"num_train_epochs": 1.5, "gradient_accumulation_steps": 4}, 100, 19),
+        ({}, 100, 38),
+        ({}, None, None),
+    ],
+)
+def test_batches_of_a_run_are_counted_where_steps_or_rows_are(folder, trainer, rows, batches):
+    config = RunConfig(
+        model=folder(LLAMA | {"num_hidden_layers": 1}),
+        data=DataConfig(max_length=16, max_train_rows=rows),
+        trainer=trainer,
+    )
+    dry = dryrun.run(config, rate=1e12)
+    assert dry.assumptions.batches == batches
+    written = Console(record=True, width=100, file=io.StringIO())
+    show(dry, written)
+    span = "a batch" if batches is None else f"{batches} batches"
+    assert f"time of {span} (estimate)" in written.export_text()
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run", "--dry-run=true"])

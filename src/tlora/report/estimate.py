@@ -83,11 +83,11 @@ def calibration_table(dry: DryRun) -> Table:
 def training_table(dry: DryRun) -> Table:
     """Return memory and time of training: task-aware LoRA, LoRA at the same rank, everything."""
     assumed = dry.assumptions
-    made = _table(f"training, {assumed.batch(assumed.training_batch)} a step")
+    made = _table(f"training, {assumed.batch(assumed.training_batch)} at a time")
     for way in dry.training:
         made.add_column(way.name, justify="right", no_wrap=True)
-    steps = assumed.steps or 1
-    span = f"{steps:,} steps" if assumed.steps else "a step"
+    batches = assumed.batches or 1
+    span = f"{batches:,} batches" if assumed.batches else "a batch"
 
     def add(title: str, value: Callable[[TrainingEstimate], str], style: str = "") -> None:
         made.add_row(title, *map(value, dry.training), style=style)
@@ -101,10 +101,10 @@ def training_table(dry: DryRun) -> Table:
     made.add_section()
     add("peak", lambda t: bytes_text(t.peak(False)), "bold")
     add("the same, gradient checkpointing", lambda t: bytes_text(t.peak(True)), "bold")
-    add(f"time of {span} (estimate)", lambda t: duration(steps * t.flops / assumed.rate), "bold")
+    add(f"time of {span} (estimate)", lambda t: duration(batches * t.flops / assumed.rate), "bold")
     add(
         "the same, gradient checkpointing",
-        lambda t: duration(steps * t.checkpointed_flops / assumed.rate),
+        lambda t: duration(batches * t.checkpointed_flops / assumed.rate),
         "bold",
     )
     return made

@@ -6,6 +6,7 @@ The model is built on `meta`: no weight is read, nothing is written, nothing is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _TRAINING_BATCH = 8
 """What TRL and transformers take where `per_device_train_batch_size` is not given."""
+_EPOCHS = 3
+"""The same of `num_train_epochs`."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Assumptions:
     tokens: int | None
     """Tokens a sample; None for images."""
     training_batch: int
-    steps: int | None
-    """Training steps, where `trainer.max_steps` says so."""
+    batches: int | None
+    """Batches of the training, where the number of steps or of training rows is given."""
     rate: float
     """FLOP/s."""
     rate_source: str
@@ -205,17 +208,27 @@ def _assumptions(config: RunConfig, model: Any, rate: float | None) -> Assumptio
     source = "given"
     if rate is None:
         rate, source = measured_rate(model.dtype)
-    steps = config.trainer.get("max_steps")
     return Assumptions(
         dtype=str(model.dtype).removeprefix("torch."),
         samples=config.calibration.samples,
         calibration_batch=min(config.calibration.batch_size, config.calibration.samples),
         tokens=None if model.main_input_name == "pixel_values" else tokens,
         training_batch=config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH),
-        steps=steps if steps and steps > 0 else None,
+        batches=_training_batches(config),
         rate=rate,
         rate_source=source,
     )
+
+
+def _training_batches(config: RunConfig) -> int | None:
+    """Return the batches of one device that trains alone; None where the rows are not counted."""
+    steps, rows = config.trainer.get("max_steps"), config.data.max_train_rows
+    if steps and steps > 0:
+        return steps * config.trainer.get("gradient_accumulation_steps", 1)
+    if rows is None:
+        return None
+    size = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
+    return math.ceil(rows * config.trainer.get("num_train_epochs", _EPOCHS) / size)
 
 
 def _passes(
