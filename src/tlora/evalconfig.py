@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from tlora.errors import ConfigError
 from tlora.evaluation.mtbench.config import JudgeConfig
-from tlora.runconfig import DataConfig, Dtype, Quantization
+from tlora.runconfig import DataConfig, Dtype, Quantization, split_names
 
 Backend = Literal["hf", "vllm"]
 ChatPrompt = Literal["auto", "template", "instruction"]
@@ -121,10 +121,7 @@ class EvalConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str):
-            self.tasks = [self.tasks]
-        words = [name for word in self.tasks for name in str(word).split(",")]
-        self.tasks = list(dict.fromkeys(filter(None, map(str.strip, words))))
+        self.tasks = split_names(self.tasks)
         if self.limit is not None and self.limit >= 1:
             self.limit = int(self.limit)
         if str(self.batch_size).isdigit():

@@ -65,6 +65,14 @@ class DataConfig:
     overlap: Overlap = "refuse"
     """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those
     training rows, or "allow" them; each time they are counted and some are named."""
+    guard: list[str] | str = field(default_factory=list)
+    """Evaluations of `tlora list evaluations`, "a,b", whose questions are kept apart from the
+    training rows like those of evaluation rows; see `overlap`."""
+    guard_dir: str | None = None
+    """Folder with their files, in place of the Hub: what `tlora eval` calls `data_dir`."""
+
+    def __post_init__(self) -> None:
+        self.guard = split_names(self.guard)
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
@@ -208,6 +216,13 @@ class RunConfig(SharedConfig):
     def resolved(self) -> RunConfig:
         """Return this run with every option of the method written out, defaults included."""
         return dataclasses.replace(self, adapter=dataclasses.asdict(self.options()))
+
+
+def split_names(names: list[str] | str) -> list[str]:
+    """Return names, given as a list or as "a,b", each once and without empty ones."""
+    words = [names] if isinstance(names, str) else names
+    split = [name.strip() for word in words for name in str(word).split(",")]
+    return list(dict.fromkeys(filter(None, split)))
 
 
 def check_names(record: type, values: dict[str, Any], where: str) -> None:

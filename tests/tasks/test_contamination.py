@@ -6,9 +6,10 @@ import unicodedata
 import pytest
 from datasets import Dataset
 
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
+from tlora.stages.setup import guarded
 from tlora.tasks.base import INSTRUCTION_PROMPT
 from tlora.tasks.contamination import Questions, keep_apart, question_of, questions
 
@@ -192,3 +193,50 @@ def test_a_bad_row_is_named_by_its_number():
     rows = rows.map(lambda row, n: {"response": None if n == 1100 else "r"}, with_indices=True)
     with pytest.raises(DataError, match=r"t\.jsonl, row 1101: column 'response'"):
         list(questions(rows, task(rows), "t.jsonl"))
+
+
+GSM8K = [
+    {"question": f"Anna has {n} apples and eats one. How many are left?", "answer": f"#### {n - 1}"}
+    for n in range(1, 5)
+]
+
+
+@pytest.fixture
+def guarding(tmp_path):
+    """A folder with a test file of GSM8K's, to be guarded against."""
+    file = tmp_path / "gsm8k" / "test.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gsm8k-paper", "gsm8k-metamath"])
+def test_rows_are_kept_apart_from_what_a_named_evaluation_asks(guarding, name):
+    data = DataConfig(guard=name, guard_dir=guarding)
+    rows = Dataset.from_list([{**GSM8K[2], "question": GSM8K[2]["question"].upper()}, *NEW])
+    known = guarded(data)
+    assert list(known) == [name]
+    with pytest.raises(DataError, match=rf"of 3 training rows 1 ask what {name} asks \(row 1\)"):
+        keep_apart(rows, known, TASKS.load("gsm8k")(data), "t.jsonl")
+    dropping = TASKS.load("gsm8k")(DataConfig(overlap="drop"))
+    assert keep_apart(rows, known, dropping, "t.jsonl")["question"][:] == ["new 1", "new 2"]
+
+
+NEW = [{"question": f"new {n}", "answer": "#### 1"} for n in (1, 2)]
+
+
+def test_instructions_of_any_task_are_compared_with_an_evaluations(guarding):
+    rows = Dataset.from_list([{"instruction": GSM8K[0]["question"], "output": "0"}])
+    known = guarded(DataConfig(guard=["gsm8k-paper"], guard_dir=guarding))
+    with pytest.raises(DataError, match="1 ask what gsm8k-paper asks"):
+        keep_apart(rows, known, TASKS.load("math")(DataConfig()), "t.json")
+
+
+def test_what_cannot_be_guarded_against_is_refused_at_once(guarding):
+    with pytest.raises(ConfigError) as caught:
+        guarded(DataConfig(guard="gsm8k-papr,humaneval-paper", guard_dir=guarding))
+    assert "Did you mean 'gsm8k-paper'?" in str(caught.value)
+    assert "'humaneval-paper' asks for programs" in str(caught.value)
+    with pytest.raises(DataError, match="math-paper"):
+        guarded(DataConfig(guard="math-paper", guard_dir=guarding))
+    assert guarded(DataConfig()) == {}

@@ -67,6 +67,8 @@ def portable(config: SharedConfig) -> dict[str, Any]:
         value = values.get(name)
         if isinstance(value, str) and Path(value).exists():
             values[name] = "/".join(Path(value).parts[-2:])
+    # Which evaluations were guarded against is said; where their files lay is the machine's.
+    values["data"]["guard_dir"] = None
     return {name: value for name, value in values.items() if name not in ("output_dir", "resume")}
 
 

@@ -205,7 +205,8 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     if values["data"]["overlap"] != "drop":
         # Whether rows are refused or allowed changes nothing in a run that is made.
-        del values["data"]["overlap"]
+        del values["data"]["overlap"], values["data"]["guard"]
+    del values["data"]["guard_dir"]
     shared = _given(values, dataclasses.asdict(SharedConfig()))
     for name in ("model", "train_file", "adapter"):
         shared.pop(name, None)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
 from tlora.registry import METHODS, TASKS
-from tlora.runconfig import RunConfig
+from tlora.runconfig import DataConfig, RunConfig
 from tlora.stages.arguments import check_model_folder, check_trainer_fields, first_line
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
-from tlora.tasks.contamination import keep_apart
+from tlora.tasks.contamination import Questions, keep_apart, question_of
 from tlora.tasks.tokens import tokenised
 
 if TYPE_CHECKING:
@@ -136,7 +136,8 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         config.eval_file or "evaluation rows",
     )
     others = {file: task.load(config.train_file, file)[1] for file in validation}
-    train = keep_apart(train, {names[1]: held_out} | others, task, names[0])
+    others = {names[1]: held_out} | others | guarded(config.data)
+    train = keep_apart(train, others, task, names[0])
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),
@@ -148,6 +149,24 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         train=tokenised(train, task, kind.encode, tokenizer, names[0]),
         held_out=held_out and tokenised(held_out, task, kind.encode, tokenizer, names[1]),
     )
+
+
+def guarded(data: DataConfig) -> dict[str, Questions]:
+    """Return what the evaluations of `data.guard` ask, by name.
+
+    Raises:
+        ConfigError: one of them is not known, or asks for programs.
+        DataError: their rows cannot be had.
+    """
+    if not data.guard:
+        return {}
+    from tlora.evaluation.harness import catalogue
+
+    asked = catalogue.prompts(data.guard, data.guard_dir, where="data.guard")
+    return {
+        name: Questions(question_of({"prompt": prompt}) for prompt in prompts)
+        for name, prompts in asked.items()
+    }
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

@@ -86,21 +86,22 @@ def question_of(row: Row) -> Question:
         return "\n".join(_said(turn) for turn in row["messages"] if turn["role"] == "user")
     if "prompt" in row:
         prompt: str = row["prompt"]
-        if prompt.startswith(_OPENING) and prompt.endswith(_CLOSING):
-            return prompt[len(_OPENING) : -len(_CLOSING)]
+        if prompt.startswith(_OPENING) and _CLOSING in prompt:
+            # What follows is the beginning of a response.
+            return prompt[len(_OPENING) :].rpartition(_CLOSING)[0]
         return prompt
     pair = row.get("text_pair")
     return row["text"] if pair is None else (row["text"], pair)
 
 
 def keep_apart(
-    train: Dataset, others: Mapping[str, Dataset | None], task: Task, name: str
+    train: Dataset, others: Mapping[str, Dataset | Questions | None], task: Task, name: str
 ) -> Dataset:
     """Return the training rows as `data.overlap` of the task wants them.
 
     Args:
         train: raw training rows.
-        others: raw rows to be evaluated on, by what messages call them.
+        others: raw rows to be evaluated on, or what they ask, by what messages call them.
         task: reads both.
         name: what messages call the training rows.
 
@@ -109,7 +110,7 @@ def keep_apart(
             not what the task expects; or no training row is left.
     """
     known = {
-        other: Questions(questions(rows, task, other))
+        other: rows if isinstance(rows, Questions) else Questions(questions(rows, task, other))
         for other, rows in others.items()
         if rows is not None
     }

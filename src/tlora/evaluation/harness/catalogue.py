@@ -70,10 +70,7 @@ def build(
         DataError: the rows of a task cannot be had.
         SandboxError: the sandbox for programs does not work on this machine.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "lm-evaluation-harness is not installed; run pip install 'tlora[eval]'.", where=_WHERE
-        )
+    _require_harness(_WHERE)
     from tlora.evaluation.harness.base import Settings
 
     settings = settings or Settings()
@@ -90,6 +87,50 @@ def build(
         else:
             tasks |= others.load(name, settings)
     return tasks
+
+
+def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str, list[str]]:
+    """Return what evaluations of ours ask, every row, by name; groups are expanded.
+
+    Args:
+        names: of our evaluations and groups. Those that run programs put a problem into words of
+            their own, which rows of other sources do not have.
+        data_dir: as `build`.
+        where: what error messages call the field.
+
+    Raises:
+        ConfigError: a name is not ours, or its programs are asked for; all such faults at once. Or
+            lm-evaluation-harness is not installed.
+        DataError: the rows cannot be had.
+    """
+    _require_harness(where)
+    known, wanted = EVALUATIONS.names(), _expanded(names)
+    faults = [
+        f"there is no evaluation of ours {name!r}."
+        f"{did_you_mean(name, known) or ' Run `tlora list evaluations`.'}"
+        for name in wanted
+        if name not in known
+    ]
+    makers = {name: EVALUATIONS.load(name) for name in wanted if name in known}
+    faults += [
+        f"{name!r} asks for programs in words of its own, which training rows do not repeat; leave"
+        " it out."
+        for name, maker in makers.items()
+        if maker.runs_code
+    ]
+    if faults:
+        raise ConfigError(faults, where=where)
+    made = {name: maker(name, data_dir) for name, maker in makers.items()}
+    return {
+        name: [task.doc_to_text(doc) for doc in task.test_docs()] for name, task in made.items()
+    }
+
+
+def _require_harness(where: str) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "lm-evaluation-harness is not installed; run pip install 'tlora[eval]'.", where=where
+        )
 
 
 def protocol(task: Task) -> str:
