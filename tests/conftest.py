@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+import signal
 import string
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,9 @@ SENTENCES = (
 )
 
 ModelFactory = Callable[..., Any]
+
+# A shell lets its background jobs ignore it, and the processes that tests interrupt inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
