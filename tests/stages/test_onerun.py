@@ -216,6 +216,7 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
         {"validation_seed": 1},
         {"task": "gsm8k"},
         {"data": DataConfig(overlap="drop")},
+        {"data": DataConfig(overlap="drop", guard="gsm8k-paper")},
     ):
         assert experiment(CompareConfig(**shared | change)) != first
     for same in (
@@ -223,12 +224,23 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
         {"jobs": 3},
         {"adapter": {"r": 3}},
         {"learning_rates": [1.0]},
-        {"data": DataConfig(overlap="allow")},
+        {"data": DataConfig(overlap="allow", guard="gsm8k-paper", guard_dir="data")},
     ):
         assert experiment(CompareConfig(**shared | same)) == first
     assert model_identity("a/name-on-the-hub") == "a/name-on-the-hub"
     assert first["model"] == model_identity(shared["model"]) != shared["model"]
     assert first["files"]["train_file"] == file_digest(shared["train_file"])
+
+
+def test_what_is_guarded_against_matters_where_rows_are_dropped_and_its_folder_never(shared):
+    def dropping(**fields):
+        return CompareConfig(**shared | {"data": DataConfig(overlap="drop", **fields)})
+
+    guarded = dropping(guard="gsm8k-paper", guard_dir="one")
+    assert experiment(guarded) == experiment(dropping(guard="gsm8k-paper", guard_dir="two"))
+    assert experiment(guarded) != experiment(dropping())
+    said = onerun.portable(guarded)["data"]
+    assert (said["guard"], said["guard_dir"]) == (["gsm8k-paper"], None)
 
 
 SAME_ROWS = object()

@@ -232,6 +232,19 @@ def test_training_rows_that_evaluation_rows_ask_are_refused(config, some_of_the_
     assert not Path(bad.output_dir).exists()
 
 
+@pytest.mark.parametrize("stage", [train, initialise])
+def test_training_rows_that_a_named_evaluation_asks_are_refused(config, tmp_path, stage):
+    file = tmp_path / "data" / "gsm8k" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [{"question": f"{n} + {n}", "answer": f"#### {n + n}"} for n in (30, 2, 20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(guard="gsm8k-paper", guard_dir=str(tmp_path / "data"))
+    bad = config(data=data)
+    with pytest.raises(DataError, match=r"2 ask what gsm8k-paper asks \(rows 3, 21\)"):
+        stage.run(bad)
+    assert not Path(bad.output_dir).exists()
+
+
 def test_they_are_dropped_or_allowed_if_told_so(config, some_of_the_same):
     def rows(overlap):
         setup = settle(config(eval_file=some_of_the_same, data=DataConfig(overlap=overlap)))
