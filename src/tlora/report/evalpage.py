@@ -10,7 +10,7 @@ from tlora.report import evalwording as wording
 from tlora.report.outcomes import GAINED, LOST, OTHER, Cell, Results, Row
 from tlora.report.samples import Task
 
-_PREFIX = 160  # so many characters in common are worth folding away
+_PREFIX = 60  # so many characters in common are worth folding away
 
 # What the kinds of change are called, of right and wrong, and of graded scores.
 _EXACT = {
