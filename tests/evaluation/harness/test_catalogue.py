@@ -70,6 +70,12 @@ def test_unknown_names_are_reported_together_with_suggestions(theirs):
     assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")
 
 
+def test_a_data_set_without_its_protocol_gets_all_of_ours_suggested(theirs):
+    with pytest.raises(ConfigError) as caught:
+        catalogue.build(["math"])
+    assert "there is no task 'math'. Did you mean 'math-paper'?" in str(caught.value)
+
+
 def test_theirs_that_cannot_be_loaded_are_named_with_the_cause(theirs):
     with pytest.raises(DataError, match="offline: lm-evaluation-harness cannot load it"):
         catalogue.build(["offline"])

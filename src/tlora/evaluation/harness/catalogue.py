@@ -220,6 +220,9 @@ class _Others:
 
 
 def _hint(name: str, theirs: Iterable[str]) -> str:
+    ours = [known for known in EVALUATIONS.names() if known.startswith(f"{name}-")]
+    if ours:  # a data set without the protocol that is to read it
+        return f" Did you mean {' or '.join(map(repr, ours))}?"
     return did_you_mean(name, [*EVALUATIONS.names(), *theirs]) or (
         " Run `tlora list evaluations` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
         " tasks`."
