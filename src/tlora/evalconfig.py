@@ -122,7 +122,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         self.tasks = split_names(self.tasks)
-        if self.limit is not None and self.limit >= 1:
+        if self.limit is not None and self.limit >= 1 and self.limit == int(self.limit):
             self.limit = int(self.limit)
         if str(self.batch_size).isdigit():
             self.batch_size = int(self.batch_size)
@@ -151,7 +151,7 @@ class EvalConfig:
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
         faults = [*self.data.faults(), *self.judge.faults()]
-        faults += [*self._number_faults(), *self._choice_faults()]
+        faults += [*self._number_faults(), *self._choice_faults(), *self._generation_faults()]
         if not (self.entries() or self.judge.url):
             faults.append("nothing to evaluate is named; give the folder of a model or an adapter.")
         if not (self.tasks or self.only_grades):
@@ -170,11 +170,26 @@ class EvalConfig:
                 faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
         if self.seed < 0:
             faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
-        if self.limit is not None and self.limit <= 0:
+        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
+        if self.limit is not None and (self.limit <= 0 or not whole):
             faults.append(f"`limit` is {self.limit!r}; give a number of items or a share below 1.")
         size = self.batch_size
         if not (size == "auto" or (isinstance(size, int) and size >= 1)):
             faults.append(f'`batch_size` is {size!r}; give a whole number, 1 or more, or "auto".')
+        return faults
+
+    def _generation_faults(self) -> list[str]:
+        faults = []
+        for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+            value = self.gen_kwargs.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                faults.append(f"`gen_kwargs.{name}` is {value!r}; give a whole number, 1 or more.")
+        heat = self.gen_kwargs.get("temperature", 0)
+        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or heat < 0:
+            faults.append(f"`gen_kwargs.temperature` is {heat!r}; give a number, 0 or more.")
+        sampled = self.gen_kwargs.get("do_sample", True)
+        if not isinstance(sampled, bool):
+            faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")
         return faults
 
     def _choice_faults(self) -> list[str]:

@@ -155,6 +155,17 @@ def test_results_of_other_settings_are_not_mixed(config, demo_file):
         evaluate.run(config(limit=4, models=[f"drawn={BASE_MODEL}"], with_base=False))
 
 
+def test_a_folder_without_results_takes_other_settings(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Questions, "ask", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.run(config(limit=4))
+    found = evaluate.run(config(limit=3)).read()
+    assert found["config"]["limit"] == 3
+    assert [task["items"] for task in found["tasks"]] == [3]
+    assert len(lines("drawn")) == 3
+
+
 BAD = [
     ({"models": ["nowhere/at/all"]}, "there is no folder 'nowhere/at/all'"),
     (
@@ -164,6 +175,12 @@ BAD = [
     ({"test_file": "gone.jsonl"}, "gone.jsonl: there is no such file"),
     ({"tasks": ["gsm8k"]}, "'gsm8k' are not scored by their responses"),
     ({"gen_kwargs": {"max_gen_toks": 256}}, "256 new tokens are asked for, and base holds 256"),
+    ({"gen_kwargs": {"max_gen_toks": "abc"}}, "`gen_kwargs.max_gen_toks` is 'abc'"),
+    ({"gen_kwargs": {"max_new_tokens": 0}}, "`gen_kwargs.max_new_tokens` is 0"),
+    ({"gen_kwargs": {"temperature": "hot"}}, "`gen_kwargs.temperature` is 'hot'"),
+    ({"gen_kwargs": {"do_sample": "maybe"}}, "`gen_kwargs.do_sample` is 'maybe'"),
+    ({"gen_kwargs": {"num_beam": 2}}, "has 'num_beam', which generation does not know. Did you"),
+    ({"limit": 1.5}, "`limit` is 1.5"),
     ({"apply_chat_template": True}, "has no chat template"),
     ({"device": "cuda:77"}, "device: 'cuda:77'"),
     ({"tokenizer": "./nothing"}, "no tokenizer can be loaded from './nothing'"),

@@ -67,6 +67,14 @@ def test_a_best_rate_at_the_edge_is_said_so(results):
     assert said[1].startswith("Best at the highest rate tried: dora (0.003).")
 
 
+def test_a_single_rate_is_no_choice(tmp_path):
+    made = synthetic.comparison(tmp_path, learning_rates=[1e-3])
+    results = comparison.gather(made, synthetic.write(made, GAPS))
+    (said,) = wording.edges(results)
+    assert said.startswith("One learning rate was tried: ")
+    assert said in plaintext.markdown(results)
+
+
 def test_what_the_noise_could_have_done_is_called_a_tie(results):
     assert wording.verdict(results, "tlora", "dora").startswith("Tie: tlora minus dora is ")
     assert wording.verdict(results, "lora", "full").startswith("lora is better than full by 0.09")

@@ -204,9 +204,15 @@ def _adapted(model: Any, subject: Subject) -> Any:
         return load_adapter(model, path, freeze=False)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(
-            f"{path} does not fit {subject.model}: {first_line(error)}; give its own base by"
+            f"{path} does not fit {subject.model}: {_misfit(error)}; give its own base by"
             " --model, and if tokens were added for it, --tokenizer."
         ) from error
+
+
+def _misfit(error: BaseException) -> str:
+    """Return what does not fit: of torch's list of parameters the first, below its heading."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[1].rstrip(".") if len(said) > 1 and said[0].endswith(":") else first_line(error)
 
 
 def _merged(model: Any, subject: Subject) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, did_you_mean
 from tlora.evalconfig import EvalConfig
 from tlora.inference.loading import unheard
 
@@ -62,7 +62,8 @@ class Questions:
             longest: tokens that it holds, prompt and reply.
 
         Raises:
-            ConfigError: there is no room for a prompt, or no chat template where one is asked for.
+            ConfigError: there is no room for a prompt, no chat template where one is asked for, or
+                `gen_kwargs` has a name that transformers does not know.
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -72,7 +73,11 @@ class Questions:
                 " --apply_chat_template out.",
                 where=self._task.task_name,
             )
-        if self._task.OUTPUT_TYPE != "generate_until" or subject.head != "causal":
+        if self._task.OUTPUT_TYPE != "generate_until":
+            return
+        if faults := _unknown(self._config):
+            raise ConfigError(faults, where="eval")
+        if subject.head != "causal":
             return
         tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
         if tokens >= longest:
@@ -147,6 +152,20 @@ def _generation(given: dict[str, Any]) -> dict[str, Any]:
     if float(found.get("temperature") or 0) > 0:
         found.setdefault("do_sample", True)
     return found
+
+
+def _unknown(config: EvalConfig) -> list[str]:
+    """Return a sentence for each name in `gen_kwargs` that generation by transformers lacks."""
+    from transformers import GenerationConfig
+
+    if config.backend != "hf":
+        return []
+    known = ["max_gen_toks", "until", *_ONE_NAME, *GenerationConfig().to_dict()]
+    return [
+        f"`gen_kwargs` has {name!r}, which generation does not know.{did_you_mean(name, known)}"
+        for name in config.gen_kwargs
+        if name not in known
+    ]
 
 
 def _items(task: Task, requests: int, items: int) -> int:

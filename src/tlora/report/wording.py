@@ -86,7 +86,12 @@ def summary(results: Results) -> str:
 
 
 def edges(results: Results) -> list[str]:
-    """Say which methods were best at the first or last of the rates tried."""
+    """Say which methods were best at the first or last of the rates tried, or that it was one."""
+    if all(len(m.entry.learning_rates) == 1 for m in results.methods):
+        return [
+            "One learning rate was tried: any method's score may be short of what it can do, and"
+            " their order is of this rate alone."
+        ]
     said = []
     for end, side in (("lowest", "below"), ("highest", "above")):
         at_end = [m for m in results.methods if m.edge == end]

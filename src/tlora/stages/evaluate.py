@@ -236,8 +236,9 @@ class Result:
     def _refuse_mixing(self, found: dict[str, Any]) -> None:
         faults = []
         before = found.get("config", {})
+        finished = any(task.get("scores") for task in self._tasks.values())
         for name, value in self.config.settings().items():
-            if found and before.get(name) != value:
+            if finished and before.get(name) != value:
                 faults.append(
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
                     f" {before.get(name)!r}; choose another --output_dir."
