@@ -9,7 +9,7 @@ checkpoint in `--scratch`; delete that folder to start over.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -34,8 +34,8 @@ BATCHES_PER_CHUNK = 16
 IGNORE = -100
 
 
-def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 512 tokens in which each digit is a token of its own."""
+def byte_level_bpe(texts: Iterable[str], size: int, special_tokens: list[str]) -> Tokenizer:
+    """Byte-level BPE of at most ``size`` tokens in which each digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -45,13 +45,19 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[END, PAD],
+        vocab_size=size,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (row["prompt"] for row in islice(pretraining_rows(seed), 20_000))
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most 512 tokens in which each digit is a token of its own."""
+    texts = (row["prompt"] for row in islice(pretraining_rows(seed), 20_000))
+    tokenizer = byte_level_bpe(texts, 512, [END, PAD])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,

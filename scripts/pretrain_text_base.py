@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,12 +26,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from pretrain_base import END, byte_level_bpe
 from tlora.demo.corpus import pretraining_rows
 from tlora.files import write_json
 from tlora.runfolder import provenance
 from tlora.tasks.source import READERS, read_file
 
-END = "<|end|>"
 LENGTH = 512
 VOCABULARY = 8192
 
@@ -56,21 +55,7 @@ def sums(seed: int, count: int) -> list[str]:
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which each digit is a token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, VOCABULARY, [END])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
@@ -84,7 +69,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Return the texts end to end as rows of LENGTH tokens, int64; the rest is dropped."""
     end = tokenizer.eos_token_id
-    ids = [i for row in tokenizer(texts, verbose=False)["input_ids"] for i in (*row, end)]
+    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    ids = [i for row in rows for i in (*row, end)]
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 

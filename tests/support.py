@@ -14,6 +14,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 VOCABULARY = 160
 Sample = dict[str, Any]
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
 
 
 @dataclass(frozen=True)

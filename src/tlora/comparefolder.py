@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, write_json
+from tlora.files import locked, read_json, refuse_unless_free, write_json
 
 _KIND = "tlora comparison"
 _RUN_KIND = "tlora comparison run"
@@ -45,12 +45,7 @@ class CompareFolder:
         Raises:
             ConfigError: the folder is not free for a comparison.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; choose another --output_dir.", "output_dir")
-        if not self.exists and any(self.path.glob("*.json")):
-            raise ConfigError(
-                f"{self.path} holds something else; choose another --output_dir.", "output_dir"
-            )
+        refuse_unless_free(self.path, own=self.exists)
         write_json(self._comparison, {"kind": _KIND, "version": 1} | comparison)
 
     def read(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -40,6 +41,8 @@ SETTINGS = (
 )
 """Fields that can change a score; all results of a folder have them in common."""
 _POSITIVE = ("max_batch_size", "max_length", "n_samples")
+REPLY_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What `gen_kwargs` may call the most tokens of a reply; the first is the harness' own name."""
 
 
 @dataclass(kw_only=True)
@@ -139,6 +142,13 @@ class EvalConfig:
         """Whether no model is named, and a judge is: what the folder holds is graded."""
         return self.judge.url is not None and not self.entries()
 
+    def asked(self, there: int) -> int:
+        """Return how many of ``there`` items are asked, by `limit`."""
+        if self.limit is None:
+            return there
+        wanted = int(self.limit) if self.limit >= 1 else math.ceil(self.limit * there)
+        return min(there, wanted)
+
     def settings(self) -> dict[str, Any]:
         """Return what can change a score, as plain JSON values."""
         values = self.to_dict()
@@ -180,7 +190,7 @@ class EvalConfig:
 
     def _generation_faults(self) -> list[str]:
         faults = []
-        for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        for name in REPLY_TOKENS:
             value = self.gen_kwargs.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append(f"`gen_kwargs.{name}` is {value!r}; give a whole number, 1 or more.")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, replacing_file, write_json
+from tlora.files import locked, read_json, refuse_unless_free, replacing_file, write_json
 
 _KIND = "tlora evaluation"
 FORMAT = 1
@@ -63,12 +63,7 @@ class EvalFolder:
         Raises:
             ConfigError: the folder is a file, or holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; choose another --output_dir.", "output_dir")
-        if not self.exists and any(self.path.glob("*.json")):
-            raise ConfigError(
-                f"{self.path} holds something else; choose another --output_dir.", "output_dir"
-            )
+        refuse_unless_free(self.path, own=self.exists)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ArtifactError
+from tlora.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,24 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_unless_free(folder: Path, own: bool) -> None:
+    """Check that results may be written into ``folder``, without writing anything.
+
+    Args:
+        folder: the `output_dir`.
+        own: whether it already holds results of this kind, which are gone on with.
+
+    Raises:
+        ConfigError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --output_dir.", "output_dir")
+    if not own and any(folder.glob("*.json")):
+        raise ConfigError(
+            f"{folder} holds something else; choose another --output_dir.", "output_dir"
+        )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import LLAMA_2_7B
 from tlora.cli import VERBS
 from tlora.compareconfig import CompareConfig
 from tlora.evalconfig import EvalConfig
@@ -24,16 +25,6 @@ from tlora.stages.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
-LLAMA_2_7B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-}
 
 
 def commands(lines: Iterator[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.model import LM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlora.errors import ConfigError
@@ -21,7 +22,7 @@ from tlora.stages.demo import BASE_MODEL
 def engine(monkeypatch):
     """A stand-in that notes what it was made with."""
 
-    class VLLM:
+    class VLLM(LM):
         def __init__(self, **made):
             self.made = made
 

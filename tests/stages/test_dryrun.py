@@ -16,7 +16,7 @@ from rich.console import Console
 
 import moe
 import tlora
-from support import FAMILIES, make_family
+from support import FAMILIES, LLAMA_2_7B, make_family
 from tlora import cli
 from tlora.errors import ConfigError
 from tlora.report.estimate import show
@@ -25,17 +25,7 @@ from tlora.stages import dryrun
 from tlora.stages.estimate import adapter_parameters
 
 KINDS = {"bert": "classification", "bart": "classification", "t5": "seq2seq"}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-}
+LLAMA = LLAMA_2_7B | {"dtype": "bfloat16"}
 LLAMA_70B = {
     "vocab_size": 128256,
     "hidden_size": 8192,

@@ -5,7 +5,6 @@ What it writes is graded later (`tlora.stages.grade`), when no model is in memor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from tlora.evaluation.mtbench.questions import (
 )
 from tlora.evaluation.mtbench.samples import to_lines
 from tlora.inference.chat import FORMS, ChatForm, Messages, form_of
-from tlora.inference.questions import Answers
+from tlora.inference.questions import Answers, check_room
 from tlora.inference.subjects import Subject
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class MtBench:
             read_questions(_numbered(asked.place, asked.raw)),
             _numbered(answers.place, answers.raw),
         )
-        self._questions = found[: _first(config.limit, len(found))]
+        self._questions = found[: config.asked(len(found))]
         self._forms: dict[str, ChatForm] = {}
         self.items = 2 * len(self._questions)
 
@@ -105,12 +104,7 @@ class MtBench:
                 " instruction.",
                 where=self.name,
             )
-        if subject.head == "causal" and self._tokens >= longest:
-            raise ConfigError(
-                f"{self._tokens} new tokens are asked for, and {subject.name} holds {longest} with"
-                " the prompt; give --gen_kwargs max_gen_toks=N.",
-                where=self.name,
-            )
+        check_room(self.name, subject, self._tokens, longest)
         self._forms[subject.name] = FORMS.get(wanted) or form_of(tokenizer)
 
     def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
@@ -169,26 +163,15 @@ def _beyond(answered: Callable[[int], None], done: int, count: int) -> None:
 
 def _generation(options: dict[str, Any]) -> tuple[int, bool]:
     """Return (most tokens of a reply, whether all are greedy) of the user's wishes."""
-    tokens, sampled = options.get("max_gen_toks", _TOKENS), options.get("do_sample", True)
     faults = [
         f"`gen_kwargs.{name}` has no place in MT-Bench, whose temperatures belong to it; give"
         " max_gen_toks, or do_sample=false for greedy answers."
         for name in options
         if name not in ("max_gen_toks", "do_sample")
     ]
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        faults.append(f"`gen_kwargs.max_gen_toks` is {tokens!r}; give a whole number, 1 or more.")
-    if not isinstance(sampled, bool):
-        faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")
     if faults:
         raise ConfigError(faults, where="eval")
-    return tokens, not sampled
-
-
-def _first(limit: float | None, there: int) -> int:
-    if limit is None:
-        return there
-    return int(limit) if limit >= 1 else math.ceil(limit * there)
+    return options.get("max_gen_toks", _TOKENS), not options.get("do_sample", True)
 
 
 def _numbered(place: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -59,7 +59,7 @@ class Labels:
             raise ConfigError(
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
-        self._rows = scored_rows(name, self.task, config, config.limit)
+        self._rows = scored_rows(name, self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
         self.protocol = f"{summary}; labelled by the model's head"

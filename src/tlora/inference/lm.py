@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from tlora.evalconfig import EvalConfig
@@ -25,7 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TransformersLM(HFLM):
+class Barless(LM):
+    """A model of the harness without bars of its own; comes before the model's class."""
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Generate replies, without a bar of its own."""
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, without a bar of its own."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Score whole texts, without a bar of its own."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+
+class TransformersLM(Barless, HFLM):
     """A loaded model as the harness asks it.
 
     Args:
@@ -84,20 +103,6 @@ class TransformersLM(HFLM):
             ids[number, real] = torch.tensor(row, dtype=ids.dtype)
             mask[number, real] = 1
         return ids, mask
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate replies, without a bar of its own."""
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """Score continuations, without a bar of its own."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Score whole texts, without a bar of its own."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None

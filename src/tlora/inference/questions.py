@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, did_you_mean
-from tlora.evalconfig import EvalConfig
+from tlora.evalconfig import REPLY_TOKENS, EvalConfig
 from tlora.inference.loading import unheard
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ONE_NAME = dict.fromkeys(("max_new_tokens", "max_tokens", "max_completion_tokens"), "max_gen_toks")
+_ONE_NAME = dict.fromkeys(REPLY_TOKENS, REPLY_TOKENS[0])
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,8 @@ class Questions:
             return
         if faults := _unknown(self._config):
             raise ConfigError(faults, where="eval")
-        if subject.head != "causal":
-            return
         tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
-        if tokens >= longest:
-            raise ConfigError(
-                f"{tokens} new tokens are asked for, and {subject.name} holds {longest} with the"
-                " prompt; give --gen_kwargs max_gen_toks=N.",
-                where=self._task.task_name,
-            )
+        check_room(self._task.task_name, subject, tokens, longest)
 
     def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
         """Ask all items of one model.
@@ -128,6 +121,26 @@ class Questions:
         )
 
 
+def check_room(task: str, subject: Subject, tokens: int, longest: int) -> None:
+    """Check that a model has room for a prompt beside its reply; of encoders and decoders each has.
+
+    Args:
+        task: name of the task, for the message.
+        subject: the model.
+        tokens: most tokens of a reply.
+        longest: tokens that the model holds, prompt and reply.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if subject.head == "causal" and tokens >= longest:
+        raise ConfigError(
+            f"{tokens} new tokens are asked for, and {subject.name} holds {longest} with the"
+            " prompt; give --gen_kwargs max_gen_toks=N.",
+            where=task,
+        )
+
+
 def _set_up(task: Task, config: EvalConfig) -> None:
     """Lay what the user says over the task's own settings, as `lm_eval` does."""
     own = task.get_config("num_fewshot")
@@ -160,7 +173,7 @@ def _unknown(config: EvalConfig) -> list[str]:
 
     if config.backend != "hf":
         return []
-    known = ["max_gen_toks", "until", *_ONE_NAME, *GenerationConfig().to_dict()]
+    known = [*REPLY_TOKENS, "until", *GenerationConfig().to_dict()]
     return [
         f"`gen_kwargs` has {name!r}, which generation does not know.{did_you_mean(name, known)}"
         for name in config.gen_kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tlora.errors import ConfigError, DataError
@@ -24,8 +23,8 @@ def one_task(config: EvalConfig) -> tuple[str, Task]:
     return name, TASKS.load(name)(config.data)
 
 
-def scored_rows(name: str, task: Task, config: EvalConfig, limit: float | None = None) -> list[Row]:
-    """Return the rows to score: all, or the first ``limit``, below 1 a share.
+def scored_rows(name: str, task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
+    """Return the rows to score: all, or if ``limited`` those that `limit` of the evaluation leaves.
 
     Raises:
         ConfigError: the task has no rows of its own, and no file is given.
@@ -41,9 +40,8 @@ def scored_rows(name: str, task: Task, config: EvalConfig, limit: float | None =
         raw = source.read_hub(*task.hub, split)
     else:
         raise ConfigError(f"{name!r} has no rows of its own; give --test_file.", where="test_file")
-    if limit is not None:
-        wanted = int(limit) if limit >= 1 else math.ceil(limit * len(raw))
-        raw = raw.select(range(min(len(raw), wanted)))
+    if limited:
+        raw = raw.select(range(config.asked(len(raw))))
     rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
     if not rows:
         raise DataError(f"{where}: there are no rows.")

@@ -7,16 +7,16 @@ model than the one that was trained (docs/evaluation.md).
 from __future__ import annotations
 
 import tempfile
-from typing import Any
 
 from lm_eval.models.vllm_causallms import VLLM
 
 from tlora.evalconfig import EvalConfig
+from tlora.inference.lm import Barless
 from tlora.inference.loading import load, load_tokenizer, release
 from tlora.inference.subjects import Subject
 
 
-class MergedVLLM(VLLM):
+class MergedVLLM(Barless, VLLM):
     """One model of an evaluation in vLLM.
 
     Args:
@@ -42,13 +42,3 @@ class MergedVLLM(VLLM):
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
         )
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate replies, without a bar of its own."""
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """Score continuations, without a bar of its own."""
-        return super().loglikelihood(requests, disable_tqdm=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,12 +143,10 @@ def _replies(results: Results, row: Row) -> dict[str, Any]:
 def common_prefix(task: Task) -> str:
     """Return the whole lines that all prompts of a task begin with, such as examples, or "" if
     they are few."""
-    prompts = [sample.prompt for samples in task.samples.values() for sample in samples]
-    low, high = min(prompts), max(prompts)  # what these two share, all share
-    pairs = enumerate(zip(low, high, strict=False))
-    common = low[: next((place for place, (a, b) in pairs if a != b), len(low))]
+    prompts = {sample.prompt for samples in task.samples.values() for sample in samples}
+    common = os.path.commonprefix([*prompts])  # noqa: RUF071 - of texts, character by character
     common = common[: common.rfind("\n") + 1]
-    return common if len(common) >= _PREFIX and low != high else ""
+    return common if len(common) >= _PREFIX and len(prompts) > 1 else ""
 
 
 def _cell(results: Results, row: Row, cell: Cell, listed: Mapping[str, int]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
+_BY_MODEL = ("scores", "seconds", "truncated")
+"""What a task of eval.json holds by model."""
+
 
 class Asked(Protocol):
     """A task as an evaluation sees it."""
@@ -274,7 +277,7 @@ class Result:
                 "items": task.items,
                 "shots": task.shots,
             }
-            for field in ("scores", "seconds", "truncated"):
+            for field in _BY_MODEL:
                 self._tasks[name].setdefault(field, {})
         start = provenance(seed=self.config.seed)
         start["packages"]["lm_eval"] = importlib.metadata.version("lm_eval")
@@ -307,7 +310,7 @@ class Result:
 
     def _forget(self, model: str) -> None:
         for entry in self._tasks.values():
-            for field in ("scores", "seconds", "truncated"):
+            for field in _BY_MODEL:
                 entry[field].pop(model, None)
 
     def _write(self) -> None:

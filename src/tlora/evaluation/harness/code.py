@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -124,18 +125,16 @@ class CodeTask(ReplyTask):
 
     def read(self, docs: Sequence[Doc], replies: Sequence[Sequence[str]]) -> list[Reading]:
         """Run the programs of all replies; a problem's score is pass@k of its replies."""
-        programs = [
-            (problem, self.program(doc["row"], reply))
-            for problem, (doc, said) in enumerate(zip(docs, replies, strict=True))
-            for reply in said
-        ]
-        stages = [self.checks(docs[problem]["row"], program) for problem, program in programs]
-        passed = self._passed(stages)
+        rows = [doc["row"] for doc, said in zip(docs, replies, strict=True) for _ in said]
+        texts = [reply for said in replies for reply in said]
+        programs = [self.program(row, text) for row, text in zip(rows, texts, strict=True)]
+        stages = [self.checks(row, program) for row, program in zip(rows, programs, strict=True)]
+        tried = iter(zip(programs, self._passed(stages), strict=True))
         readings = []
-        for problem, said in enumerate(replies):
-            mine = [at for at, (owner, _) in enumerate(programs) if owner == problem]
-            scores = self.scores([passed[at] for at in mine])
-            readings.append(Reading(said[0], programs[mine[0]][1], scores))
+        for said in replies:
+            first, *further = itertools.islice(tried, len(said))
+            scores = self.scores([count for _, count in (first, *further)])
+            readings.append(Reading(said[0], first[0], scores))
         return readings
 
     def scores(self, passed: Sequence[int]) -> dict[str, float]:

@@ -5,7 +5,7 @@ A record: {"item": text, "prompt", "reply", "answer" (or None), "target", "score
 
 from __future__ import annotations
 
-import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ def _record(task: Task, samples: Sequence[Sample]) -> Record:
     else:
         said, target = _HARNESS.get(task.OUTPUT_TYPE, _generated)(task, first)
         item = str(first["doc_id"])
-    prompt = _common_start([str(arguments[0]) for arguments in first["arguments"]])
+    texts = [str(arguments[0]) for arguments in first["arguments"]]
+    prompt = os.path.commonprefix(texts)  # noqa: RUF071 - of texts, character by character
     return {
         "item": item,
         "prompt": prompt,
@@ -111,12 +112,6 @@ _HARNESS = {
     "loglikelihood_rolling": _likelihood,
 }
 """By what lm-evaluation-harness calls the kind of output."""
-
-
-def _common_start(texts: Sequence[str]) -> str:
-    """Return what all texts begin with; in sorted order the first and last differ the soonest."""
-    pairs = zip(min(texts), max(texts), strict=False)
-    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _text(value: Any) -> str:
