@@ -117,6 +117,29 @@ def test_git_state_is_the_commit_and_whether_files_changed(tmp_path):
     assert git_state(tmp_path) == clean | {"dirty": True}
 
 
+def test_a_folder_of_results_does_not_make_its_own_repository_dirty(tmp_path):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    results = tmp_path / "results" / "a [b]"
+    results.mkdir(parents=True)
+    (results / "run.json").write_text("1")
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        [*identity, "commit", "-q", "-m", "one"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (results / "run.json").write_text("2")
+    (results / "more.json").write_text("3")
+    inner = tmp_path / "results"
+    for folder in (tmp_path, inner):
+        assert git_state(folder, results)["dirty"] is False
+        assert git_state(folder, str(results))["dirty"] is False
+        assert git_state(folder, tmp_path)["dirty"] is True
+        assert git_state(folder, tmp_path.parent)["dirty"] is True
+    (inner / "a [b] beside").write_text("4")
+    assert git_state(inner, results)["dirty"] is True
+
+
 def test_the_last_checkpoint_is_the_one_of_the_highest_step(folder):
     assert folder.last_checkpoint() is None
     for step in (2, 10, 9):

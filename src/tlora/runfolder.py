@@ -101,7 +101,7 @@ class RunFolder:
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         write_json(self._run, run)
         starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
-        starts.append(provenance(seed=config.get("seed")))
+        starts.append(provenance(seed=config.get("seed"), output=self.path))
         write_json(self._provenance, {"starts": starts})
         if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
             plan.save(self.path)
@@ -210,14 +210,20 @@ def _is_whole_safetensors(path: Path) -> bool:
         return False
 
 
-def provenance(seed: int | None) -> dict[str, Any]:
-    """Return what is needed to tell where a result came from, as plain JSON values."""
+def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:
+    """Return what is needed to tell where a result came from, as plain JSON values.
+
+    Args:
+        seed: of the run, if it has one.
+        output: the folder that results go to. It may lie in the repository whose state is told;
+            its own files do not make that dirty.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seed": seed,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git": git_state(Path.cwd()),
+        "git": git_state(Path.cwd(), output),
         "hardware": _hardware(),
     }
 
@@ -229,8 +235,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return {"commit", "dirty"} of the repository that ``folder`` is in, or None."""
+def git_state(folder: Path, output: str | Path | None = None) -> dict[str, Any] | None:
+    """Return {"commit", "dirty"} of the repository that ``folder`` is in, or None.
+
+    Files under ``output`` do not count.
+    """
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -238,7 +247,12 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        paths = [":/"]
+        top = Path(git("rev-parse", "--show-toplevel"))
+        if output is not None and top in (own := Path(output).resolve()).parents:
+            paths.append(f":(top,exclude,literal){own.relative_to(top).as_posix()}")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", *paths)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
 

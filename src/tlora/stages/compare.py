@@ -78,7 +78,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
                 "experiment": comparison.experiment,
                 "metric": comparison.metric,
                 "better": comparison.better,
-                "provenance": provenance(seed=None),
+                "provenance": provenance(seed=None, output=config.output_dir),
             }
         )
         shutil.rmtree(folder.work, ignore_errors=True)
@@ -276,7 +276,7 @@ def _note_failure(point: Point, schedule: Schedule, outcome: Outcome) -> str:
         "error": {"cause": outcome.cause, "last_lines": lines},
         "seconds": {"total": round(outcome.seconds, 3)},
         "config": portable(run),
-        "provenance": provenance(point.seed),
+        "provenance": provenance(point.seed, output=schedule.folder.path),
     }
     schedule.folder.write_record(point.name, record)
     return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause

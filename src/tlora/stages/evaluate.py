@@ -279,7 +279,7 @@ class Result:
             }
             for field in _BY_MODEL:
                 self._tasks[name].setdefault(field, {})
-        start = provenance(seed=self.config.seed)
+        start = provenance(seed=self.config.seed, output=self._folder.path)
         start["packages"]["lm_eval"] = importlib.metadata.version("lm_eval")
         self._starts.append(start)
         self._write()

@@ -174,7 +174,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "seconds": seconds,
         "plan": {n: {"rank": m.rank, "scale": m.scale} for n, m in modules.items()} or None,
         "config": portable(config.resolved()),
-        "provenance": provenance(config.seed),
+        "provenance": provenance(config.seed, output=Path(payload["file"]).parent.parent),
         "threads": payload["threads"],
     }
 
