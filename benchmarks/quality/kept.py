@@ -174,8 +174,8 @@ class Watch(TrainerCallback):
             for batch in self.loader:
                 size = len(batch["labels"])
                 loss = self.model(**batch).loss
-                for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
-                    total += size * gradient
+                found = torch.autograd.grad(loss, weights)
+                sums = [old + size * new for old, new in zip(sums, found, strict=True)]
         return dict(zip(self.layers, sums, strict=True))
 
 
