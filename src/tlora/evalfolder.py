@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class EvalFolder:
         self.path = Path(path)
         self.samples = self.path / "samples"
         self._file = self.path / "eval.json"
+        self._lock = self.path / ".lock"
 
     @property
     def exists(self) -> bool:
@@ -77,8 +78,15 @@ class EvalFolder:
             " own --output_dir.",
             where="output_dir",
         )
-        with locked(self.path / ".lock", refusal):
+        with locked(self._lock, refusal):
             yield
+
+    def remove(self) -> None:
+        """Take an evaluation without samples away; the folder goes too if nothing else is in it."""
+        for file in (self._file, self._lock):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.path.rmdir()
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""

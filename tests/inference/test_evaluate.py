@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tlora import cli
-from tlora.errors import ConfigError
+from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading
@@ -281,3 +281,26 @@ def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
     assert asked[0] == asked[1]
     assert all(prompt.count("+1=") == 3 for prompt in asked[0])
     assert one["shots"] == 2
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_adapter_that_does_not_fit_leaves_no_folder(config, saved, tiny_llama, there):
+    if there:
+        Path("out/notes").mkdir(parents=True)
+    with pytest.raises(AdapterError, match="does not fit"):
+        evaluate.run(config(model=saved(tiny_llama()), with_base=False))
+    assert [str(path) for path in Path("out").rglob("*")] == ["out/notes"] * there
+    assert Path("out").exists() == there
+
+
+def test_what_is_finished_is_kept_when_a_later_adapter_does_not_fit(
+    config, demo_adapter, saved, tiny_llama
+):
+    evaluate.run(config(with_base=False))
+    before = EvalFolder("out").read()
+    with pytest.raises(AdapterError, match="does not fit"):
+        evaluate.run(
+            config(models=[f"other={demo_adapter}"], model=saved(tiny_llama()), with_base=False)
+        )
+    assert EvalFolder("out").read()["tasks"] == before["tasks"]
+    assert lines("drawn")

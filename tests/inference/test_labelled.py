@@ -126,7 +126,8 @@ def test_what_cannot_be_labelled_is_refused(saved, tiny_bert_classifier, here):
         assert not Path("tlora-eval").exists()
         return str(error.value)
 
-    assert "'gsm8k' asks for text" in refused(tasks=["gsm8k"])
+    for texts in ("gsm8k", "gsm8k-paper", "mtbench"):
+        assert f"{texts!r} asks for text" in refused(tasks=[texts])
     assert "Did you mean 'sst2'" in refused(tasks=["sst3"])
     assert "--test_file is of one task" in refused(tasks=["sst2", "cola"])
     assert "no rows of its own" in refused(

@@ -11,7 +11,7 @@ from tlora.evalconfig import EvalConfig
 from tlora.inference.questions import Answers
 from tlora.inference.subjects import Subject
 from tlora.inference.testrows import scored_rows
-from tlora.registry import TASKS
+from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy
 from tlora.tasks.tokens import labelled, labelled_collator
@@ -54,11 +54,13 @@ class Labels:
 
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name = name
-        self.task: Task = TASKS.load(name)(config.data)
-        if self.task.kind not in ("classification", "regression"):
+        asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
+        task = None if asks else TASKS.load(name)(config.data)
+        if task is None or task.kind not in ("classification", "regression"):
             raise ConfigError(
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
+        self.task: Task = task
         self._rows = scored_rows(name, self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)

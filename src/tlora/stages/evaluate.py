@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, TLoraError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading, subjects
@@ -78,18 +78,29 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
     Result(folder, config, models)  # refuses other settings before rows are read
     tasks = make_tasks(config, models)
     check(tasks, config, models)
-    with folder.locked():
+    with folder.locked(), _begun(folder):
         result = Result(folder, config, models)
         result.start(tasks)
-        try:
-            _ask_missing(result, models, tasks, tell)
-            grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; finished pairs of model and task are kept, and the same command does"
-                " the rest."
-            ) from None
+        _ask_missing(result, models, tasks, tell)
+        grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     return folder
+
+
+@contextmanager
+def _begun(folder: EvalFolder) -> Iterator[None]:
+    """Keep what is finished when the walk ends early; a folder that was new and holds none goes."""
+    new = not folder.exists
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished pairs of model and task are kept, and the same command does"
+            " the rest."
+        ) from None
+    except TLoraError:
+        if new and not folder.samples.exists():
+            folder.remove()
+        raise
 
 
 def _ask_missing(

@@ -70,6 +70,12 @@ def test_unknown_names_are_reported_together_with_suggestions(theirs):
     assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")
 
 
+def test_a_task_to_train_on_wants_its_rows(theirs):
+    with pytest.raises(ConfigError) as caught:
+        catalogue.build(["jsonl"])
+    assert "'jsonl' is one to train on; give --test_file" in str(caught.value)
+
+
 def test_a_data_set_without_its_protocol_gets_all_of_ours_suggested(theirs):
     with pytest.raises(ConfigError) as caught:
         catalogue.build(["math"])

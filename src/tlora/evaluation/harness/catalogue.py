@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError, TLoraError, did_you_mean
-from tlora.registry import EVALUATIONS
+from tlora.registry import EVALUATIONS, TASKS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -223,6 +223,8 @@ def _hint(name: str, theirs: Iterable[str]) -> str:
     ours = [known for known in EVALUATIONS.names() if known.startswith(f"{name}-")]
     if ours:  # a data set without the protocol that is to read it
         return f" Did you mean {' or '.join(map(repr, ours))}?"
+    if name in TASKS.names():
+        return f" {name!r} is one to train on; give --test_file with the rows to score."
     return did_you_mean(name, [*EVALUATIONS.names(), *theirs]) or (
         " Run `tlora list evaluations` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
         " tasks`."
