@@ -159,6 +159,10 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
     ("argv", "message"),
     [
         (["trian"], "tlora: command line: there is no verb 'trian'. Did you mean 'train'?"),
+        (
+            ["train", "--dry_run"],
+            "`tlora init --dry_run` tells what a run of the same flags takes.",
+        ),
         (["train", "--modle", "x"], "there is no flag `--modle`. Did you mean '--model'?"),
         (
             ["train", "--data.maxlength=3"],
@@ -256,7 +260,9 @@ def test_list_shows_a_line_for_each_registered_name(tlora):
     assert [line.split()[0] for line in out.splitlines()] == METHODS.names()
     tasks = [line.split()[0] for line in tlora("list", "tasks")[1].splitlines()]
     assert tasks == [*TASKS.names(), "evaluations", *EVALUATIONS.names(), *CONVERSATIONS.names()]
-    assert "methods\n" in tlora("list")[1]
+    everything = tlora("list")[1]
+    assert "methods\n" in everything
+    assert "registered" not in everything  # kinds without a name are left out
 
 
 def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):

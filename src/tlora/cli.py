@@ -239,8 +239,9 @@ _FOLLOWING = {"tasks": "evaluations"}
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task, --tasks and --format take."""
     for title, registered in _REGISTERED.items():
-        if config.what == title or config.what is None:
-            _list_one(title, registered(), heading=config.what is None)
+        entries = registered()
+        if config.what == title or (config.what is None and entries):
+            _list_one(title, entries, heading=config.what is None)
     following = _FOLLOWING.get(config.what or "")
     if following:
         _list_one(following, _REGISTERED[following](), heading=True)
@@ -250,7 +251,7 @@ def _list_one(title: str, entries: list[Entry], heading: bool) -> None:
     width = max((len(entry.name) for entry in entries), default=0)
     lines = [f"{entry.name:<{width}}  {entry.summary}" for entry in entries]
     if heading:
-        lines = [title, *(f"  {line}" for line in lines or ["none registered"])]
+        lines = [title, *(f"  {line}" for line in lines)]
     _say("\n".join(lines or [f"no {title} registered"]))
 
 

@@ -245,6 +245,8 @@ def _unknown_flags(flags: list[str], fields: dict[str, _Field], more: list[str])
 
 def _hint(name: str, known: Iterable[str], fields: dict[str, _Field]) -> str:
     """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
+    if name in ("--dry_run", "--dry-run"):
+        return " `tlora init --dry_run` tells what a run of the same flags takes."
     dashes, words = "--" if name.startswith("--") else "", name.split(".")
     below = [
         ".".join([f"{dashes}{section}", *words[depth:]])
