@@ -224,3 +224,17 @@ def test_unlike_machines_are_pointed_out(made):
 )
 def test_scores_are_written_with_four_digits(value, text):
     assert numbers.number(value) == text
+
+
+def test_a_rank_or_scale_that_all_modules_have_is_said_in_a_line(tmp_path):
+    made = synthetic.comparison(tmp_path)
+    folder = synthetic.write(made)
+    for name in folder.names():
+        record = folder.record(name)
+        for module in (record["plan"] or {}).values():
+            module["rank"] = 4
+        folder.write_record(name, record)
+    text = page.render(comparison.read(folder))
+    assert "every module has rank 4." in text
+    assert "every module has scale" not in text
+    assert text.count('<table class="map">') == 1

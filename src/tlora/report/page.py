@@ -88,7 +88,10 @@ def matrix(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def rank_map(method: MethodResult) -> dict[str, Any]:
-    """Return ranks and scales of a plan laid out as layers x projections, shares for colours."""
+    """Return ranks and scales of a plan laid out as layers x projections, shares for colours.
+
+    "same" has the rank or the scale that all modules have, if it is one.
+    """
     plan: dict[str, dict[str, Any]] = dict(method.plan or {})
     grid = Grid.of(plan)
     most = {what: max(m[what] for m in plan.values()) or 1 for what in ("rank", "scale")}
@@ -107,4 +110,7 @@ def rank_map(method: MethodResult) -> dict[str, Any]:
                 }
             )
         rows.append(("" if row == OUTSIDE else row, cells))
-    return {"columns": grid.columns, "rows": rows}
+    shown = [cell for _, cells in rows for cell in cells if cell]
+    values = {what: {cell[what] for cell in shown} for what in most}
+    same = {what: found.pop() for what, found in values.items() if len(found) == 1}
+    return {"columns": grid.columns, "rows": rows, "same": same}
