@@ -91,6 +91,8 @@ class InspectConfig:
     """What a line of the table is about."""
     picture: str | None = None
     """Where to write the picture (PNG); by default plan.png beside the plan."""
+    against: str | None = None
+    """A method of a comparison, by its label: prints its paired difference to every other one."""
 
 
 @dataclass(kw_only=True)
@@ -194,10 +196,13 @@ def _show_evaluation(folder: EvalFolder) -> None:
     _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
 
 
-def _show_comparison(folder: CompareFolder) -> None:
+def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:
     from tlora.report import comparison, page, plaintext
 
     results = comparison.read(folder)
+    if against is not None:
+        _say(plaintext.against(results, against))
+        return
     path = page.save(results, folder.path / "report.html")
     texts = folder.path / "report.md", folder.path / "report.csv"
     plaintext.save(results, *texts)
@@ -210,8 +215,10 @@ def inspect(config: InspectConfig) -> None:
     from tlora.evalfolder import EvalFolder
 
     if CompareFolder(config.path).exists:
-        _show_comparison(CompareFolder(config.path))
+        _show_comparison(CompareFolder(config.path), config.against)
         return
+    if config.against is not None:
+        raise ConfigError(f"{config.path} holds no comparison; leave it out.", "against")
     if EvalFolder(config.path).exists:
         _show_evaluation(EvalFolder(config.path))
         return
@@ -242,8 +249,7 @@ def list_registered(config: ListConfig) -> None:
         entries = registered()
         if config.what == title or (config.what is None and entries):
             _list_one(title, entries, heading=config.what is None)
-    following = _FOLLOWING.get(config.what or "")
-    if following:
+    if following := _FOLLOWING.get(config.what or ""):
         _list_one(following, _REGISTERED[following](), heading=True)
 
 

@@ -6,6 +6,7 @@ import io
 import pytest
 import synthetic
 
+from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import comparison, numbers, page, plaintext, wording
 
@@ -238,3 +239,27 @@ def test_a_rank_or_scale_that_all_modules_have_is_said_in_a_line(tmp_path):
     assert "every module has rank 4." in text
     assert "every module has scale" not in text
     assert text.count('<table class="map">') == 1
+
+
+def test_one_method_is_set_against_the_others_seed_by_seed(results, capsys):
+    assert cli.main(["inspect", results.config.output_dir, "--against", "tlora"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    told = {row[0]: row[3:] for row in rows[2:]}
+    assert list(told) == [m.label for m in results.methods]
+    assert told["tlora"] == ["", ""]
+    own = next(m for m in results.methods if m.label == "tlora").scores
+    for m in results.methods:
+        if m.label != "tlora":
+            mean = sum(own[seed] - m.scores[seed] for seed in own) / len(own)
+            assert told[m.label][0].startswith(numbers.signed(mean))
+    words = {label: word.split(",")[0] for label, (_, word) in told.items()}
+    assert words == {"lora": "worse", "tlora": "", "dora": "tied", "full": "better"}
+
+
+def test_to_set_against_what_is_not_there_is_refused(results, capsys, tmp_path):
+    folder = results.config.output_dir
+    assert cli.main(["inspect", folder, "--against", "tlroa"]) == 2
+    assert "there is no method 'tlroa' here. Did you mean 'tlora'?" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path), "--against", "tlora"]) == 2
+    assert "holds no comparison" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import csv
 import io
 from pathlib import Path
 
+from tlora.errors import ConfigError, did_you_mean
 from tlora.files import replacing_file
 from tlora.report import numbers, wording
 from tlora.report.comparison import Results
@@ -58,6 +59,39 @@ def markdown(results: Results) -> str:
     lines += [f"- {sentence}" for sentence in wording.protocol(results)]
     lines += [f"- Not there: {p.run}: {p.cause}." for p in results.problems]
     return "\n".join(lines) + "\n"
+
+
+def against(results: Results, label: str) -> str:
+    """Return a table of how each method differs from one, paired by seed.
+
+    Raises:
+        ConfigError: no method is called ``label``.
+    """
+    labels = [m.label for m in results.methods]
+    if label not in labels:
+        known = did_you_mean(label, labels) or f" There are: {'; '.join(labels)}."
+        raise ConfigError(f"there is no method {label!r} here.{known}", where="against")
+    metric, better = results.comparison.metric, results.comparison.better
+    lines = [
+        f"**{results.config.title or results.config.task}** (test {metric}, {better} is better)",
+        "",
+        f"| method | adapter parameters | {metric} | {label} minus it, 95 % | {label} is |",
+        "|---|---|---|---|---|",
+    ]
+    for m in results.methods:
+        score = numbers.NONE if m.score is None else numbers.number(m.score.mean)
+        found = None if m.label == label else results.find(label, m.label)
+        told = ["", ""]
+        if found is not None:
+            kept = (label, m.label) in results.holding or (m.label, label) in results.holding
+            word = {1: "better", -1: "worse", 0: "tied"}[found.better]
+            told = [
+                f"{numbers.signed(found.interval.mean)} {numbers.margin(found.interval)}",
+                f"{word}, of all pairs too" if kept else word,
+            ]
+        cells = [m.label, numbers.count(m.adapter_parameters), score, *told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", wording.caveat(results)])
 
 
 def table(results: Results) -> str:
