@@ -16,9 +16,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tlora import __version__, presets
 from tlora.compareconfig import CompareConfig
@@ -33,6 +33,7 @@ from tlora.errors import (
 from tlora.evalconfig import EvalConfig
 from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.runconfig import RunConfig, field_docs
+from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig
 
 if TYPE_CHECKING:
     from tlora.comparefolder import CompareFolder
@@ -46,64 +47,6 @@ _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "formats": FORMATS.entries,
     "presets": presets.entries,
 }
-
-
-@dataclass(kw_only=True)
-class DemoConfig:
-    """Train and compare on the small model that comes with the package; needs nothing else."""
-
-    output_dir: str = "demo-run"
-    """Folder of the result."""
-    seed: int = 0
-    """Seed of the demonstration."""
-    rows_only: bool = False
-    """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`
-    and `tlora compare`."""
-
-
-@dataclass(kw_only=True)
-class InitConfig(RunConfig):
-    """One initialisation: a model, a task, a method and where the result goes."""
-
-    dry_run: bool = False
-    """Show what would be adapted, and the memory and time it would take, from the model's config
-    alone: no weights are read, nothing is written."""
-    flops: float | None = None
-    """FLOP/s to predict times with in a dry run (3e14); by default measured here."""
-
-    def run_config(self) -> RunConfig:
-        """Return the run without what belongs to the dry run."""
-        return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
-
-    def resolved(self) -> RunConfig:
-        """Return the run, which any verb takes, with every option of the method written out."""
-        return self.run_config().resolved()
-
-
-@dataclass(kw_only=True)
-class InspectConfig:
-    """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
-    comparison or an evaluation, make page and tables again from its files."""
-
-    path: str = field(metadata={"positional": True})
-    """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
-    by: Literal["module", "layer", "projection"] = "module"
-    """What a line of the table is about."""
-    picture: str | None = None
-    """Where to write the picture (PNG); by default plan.png beside the plan."""
-    against: str | None = None
-    """A method of a comparison, by its label: prints its paired difference to every other one."""
-
-
-@dataclass(kw_only=True)
-class ListConfig:
-    """List what is registered, a line each."""
-
-    what: Literal["methods", "tasks", "evaluations", "formats", "presets"] | None = field(
-        default=None, metadata={"positional": True}
-    )
-    """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`
-    calls tasks are evaluations, and follow them."""
 
 
 def demo(config: DemoConfig) -> None:

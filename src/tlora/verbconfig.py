@@ -1,0 +1,70 @@
+"""The records of the verbs that need no more than a few flags.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tlora.runconfig import RunConfig
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Train and compare on the small model that comes with the package; needs nothing else."""
+
+    output_dir: str = "demo-run"
+    """Folder of the result."""
+    seed: int = 0
+    """Seed of the demonstration."""
+    rows_only: bool = False
+    """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`
+    and `tlora compare`."""
+
+
+@dataclass(kw_only=True)
+class InitConfig(RunConfig):
+    """One initialisation: a model, a task, a method and where the result goes."""
+
+    dry_run: bool = False
+    """Show what would be adapted, and the memory and time it would take, from the model's config
+    alone: no weights are read, nothing is written."""
+    flops: float | None = None
+    """FLOP/s to predict times with in a dry run (3e14); by default measured here."""
+
+    def run_config(self) -> RunConfig:
+        """Return the run without what belongs to the dry run."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
+
+    def resolved(self) -> RunConfig:
+        """Return the run, which any verb takes, with every option of the method written out."""
+        return self.run_config().resolved()
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
+    comparison or an evaluation, make page and tables again from its files."""
+
+    path: str = field(metadata={"positional": True})
+    """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
+    by: Literal["module", "layer", "projection"] = "module"
+    """What a line of the table is about."""
+    picture: str | None = None
+    """Where to write the picture (PNG); by default plan.png beside the plan."""
+    against: str | None = None
+    """A method of a comparison, by its label: prints its paired difference to every other one."""
+
+
+@dataclass(kw_only=True)
+class ListConfig:
+    """List what is registered, a line each."""
+
+    what: Literal["methods", "tasks", "evaluations", "formats", "presets"] | None = field(
+        default=None, metadata={"positional": True}
+    )
+    """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`
+    calls tasks are evaluations, and follow them."""
