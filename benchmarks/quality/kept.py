@@ -59,9 +59,7 @@ def main() -> None:
     for name in ("model", "train_file", "test_file"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rate", type=float, help="LoRA's learning rate")
-    parser.add_argument(
-        "--steps", type=int, nargs="+", help="when to measure; the last one is last"
-    )
+    parser.add_argument("--steps", type=int, nargs="+", help="after which to measure; 0: before")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--rows", type=int, default=200, help="test rows of the gradients")
     parser.add_argument("--table", action="store_true", help="print the results only")

@@ -247,12 +247,12 @@ def git_state(folder: Path, output: str | Path | None = None) -> dict[str, Any] 
         ).stdout.strip()
 
     try:
+        commit, top = git("rev-parse", "HEAD", "--show-toplevel").splitlines()
         paths = [":/"]
-        top = Path(git("rev-parse", "--show-toplevel"))
-        if output is not None and top in (own := Path(output).resolve()).parents:
+        if output is not None and Path(top) in (own := Path(output).resolve()).parents:
             paths.append(f":(top,exclude,literal){own.relative_to(top).as_posix()}")
         changed = git("status", "--porcelain", "--untracked-files=all", "--", *paths)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+        return {"commit": commit, "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -143,6 +143,10 @@ class Results:
         low, high = (None if end is None else -end for end in (i.high, i.low))
         return Difference(Interval(-i.mean, low, high, i.count), kept.p, -kept.better)
 
+    def holds(self, first: str, second: str) -> bool:
+        """Whether the pair's difference, either way round, holds when all pairs are tested."""
+        return not self.holding.isdisjoint({(first, second), (second, first)})
+
     def values(self, *path: str) -> list[Any]:
         """Return what the runs have at a path of keys, the most frequent value first."""
         found: Counter[str] = Counter()

@@ -35,10 +35,9 @@ def save(results: Results, markdown_path: str | Path, csv_path: str | Path) -> N
 
 def markdown(results: Results) -> str:
     """Return the headline table and what belongs to it."""
-    metric, better = results.comparison.metric, results.comparison.better
+    metric = results.comparison.metric
     lines = [
-        f"**{results.config.title or results.config.task}** (test {metric}, {better} is better)",
-        "",
+        *_heading(results),
         f"| method | {metric}, mean and 95 % interval | seeds | rate | adapter parameters | others"
         " | peak MiB | init s | train s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -71,10 +70,9 @@ def against(results: Results, label: str) -> str:
     if label not in labels:
         known = did_you_mean(label, labels) or f" There are: {'; '.join(labels)}."
         raise ConfigError(f"there is no method {label!r} here.{known}", where="against")
-    metric, better = results.comparison.metric, results.comparison.better
+    metric = results.comparison.metric
     lines = [
-        f"**{results.config.title or results.config.task}** (test {metric}, {better} is better)",
-        "",
+        *_heading(results),
         f"| method | adapter parameters | {metric} | {label} minus it, 95 % | {label} is |",
         "|---|---|---|---|---|",
     ]
@@ -83,15 +81,20 @@ def against(results: Results, label: str) -> str:
         found = None if m.label == label else results.find(label, m.label)
         told = ["", ""]
         if found is not None:
-            kept = (label, m.label) in results.holding or (m.label, label) in results.holding
             word = {1: "better", -1: "worse", 0: "tied"}[found.better]
             told = [
                 f"{numbers.signed(found.interval.mean)} {numbers.margin(found.interval)}",
-                f"{word}, of all pairs too" if kept else word,
+                f"{word}, of all pairs too" if results.holds(label, m.label) else word,
             ]
         cells = [m.label, numbers.count(m.adapter_parameters), score, *told]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", wording.caveat(results)])
+
+
+def _heading(results: Results) -> list[str]:
+    made = results.comparison
+    title = results.config.title or results.config.task
+    return [f"**{title}** (test {made.metric}, {made.better} is better)", ""]
 
 
 def table(results: Results) -> str:

@@ -41,7 +41,7 @@ def _tie(first: str, second: str, found: Difference) -> str:
 
 def _together(results: Results, first: str, second: str) -> str:
     pairs = len(results.differences)
-    if {(first, second), (second, first)} & results.holding:
+    if results.holds(first, second):
         return (
             f"It holds too when all {pairs} pairs are tested together (Holm)." if pairs > 1 else ""
         )
