@@ -5,6 +5,7 @@
     compare.json       the comparison as it was last started, and what its runs have in common
     runs/NAME.json     one finished or failed run
     logs/NAME.log      what a failed run wrote to its standard streams
+    work-PART/NAME/    the files of a run, for as long as it trains
     adapters/NAME/     the adapter of a final run, if they are kept
     report.html, report.md, report.csv
 """
@@ -20,7 +21,8 @@ from tlora.errors import ArtifactError, ConfigError
 from tlora.files import locked, read_json, refuse_unless_free, write_json
 
 _KIND = "tlora comparison"
-_RUN_KIND = "tlora comparison run"
+RUN_KIND = "tlora comparison run"
+_LOCK = ".lock-"
 
 
 class CompareFolder:
@@ -30,7 +32,6 @@ class CompareFolder:
         self.path = Path(path)
         self.runs = self.path / "runs"
         self.logs = self.path / "logs"
-        self.work = self.path / "work"
         self.adapters = self.path / "adapters"
         self._comparison = self.path / "compare.json"
 
@@ -61,6 +62,10 @@ class CompareFolder:
             raise ArtifactError(f"{self._comparison}: not written by `tlora compare`.")
         return found
 
+    def work(self, part: str) -> Path:
+        """Return where the runs of one part of the work have their files while they train."""
+        return self.path / f"work-{_named(part)}"
+
     def record_file(self, name: str) -> Path:
         """Return where the record of the run ``name`` is, or will be."""
         return self.runs / f"{name}.json"
@@ -75,13 +80,13 @@ class CompareFolder:
         if not file.is_file():
             return None
         record = read_json(file)
-        if not isinstance(record, dict) or record.get("kind") != _RUN_KIND:
+        if not isinstance(record, dict) or record.get("kind") != RUN_KIND:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
         return record
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run, atomically."""
-        write_json(self.record_file(name), {"kind": _RUN_KIND, "version": 1} | record)
+        write_json(self.record_file(name), {"kind": RUN_KIND, "version": 1} | record)
 
     def names(self) -> list[str]:
         """Return the names of all records."""
@@ -91,13 +96,34 @@ class CompareFolder:
     def locked(self, part: str) -> Iterator[None]:
         """Keep a second process off the same part of the work, for as long as this one lives.
 
+        Parts of one split (1/2 and 2/2) share no run, those of unlike splits (1/1 and 1/2) do.
+
         Raises:
-            ConfigError: one is at it.
+            ConfigError: one is at it, or at a part of another split.
         """
         refusal = ConfigError(
             f"{self.path}: another process is at part {part} of this comparison; wait for it, or"
             " give each its own --shard.",
             where="output_dir",
         )
-        with locked(self.path / f".lock-{part.replace('/', '-of-')}", refusal):
+        with locked(self.path / f"{_LOCK}{_named(part)}", refusal):
+            self._refuse_other_splits(part)
             yield
+
+    def _refuse_other_splits(self, part: str) -> None:
+        count = part.partition("/")[2]
+        for file in self.path.glob(f"{_LOCK}*-of-*"):
+            other = file.name.removeprefix(_LOCK).replace("-of-", "/")
+            if other.partition("/")[2] == count:
+                continue
+            refusal = ConfigError(
+                f"{self.path}: another process is at part {other} of this comparison, which has"
+                f" runs of part {part} too; give every process the same number of parts.",
+                where="shard",
+            )
+            with locked(file, refusal):
+                pass
+
+
+def _named(part: str) -> str:
+    return part.replace("/", "-of-")

@@ -22,23 +22,32 @@ def score(method: str, rate: float, seed: int) -> float:
 def run(payload: dict[str, Any]) -> None:
     """Write the record that a real run would; crash or wait where the folder says so.
 
-    A file "crash" or "wait" beside the runs' folder holds the start of a name.
+    A file "crash", "wait" or "late" (to crash when all is written) beside the runs' folder holds
+    the start of a name. Like a real run's, its own files are there for as long as it runs.
     """
     record = payload["record"]
     home = Path(payload["file"]).parents[1]
     with (home / "starts.txt").open("a") as file:
         file.write(f"{record['name']}\n")
+    mine = Path(payload["work"]) / "log.jsonl"
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.touch()
     if record["name"].startswith(_word(home / "crash")):
         sys.stderr.write("about to fail\n")
         raise RuntimeError("no luck with this one")
     if record["name"].startswith(_word(home / "wait")):
         (home / "waiting.pid").write_text(f"{os.getpid()}\n")
-        time.sleep(FOREVER)
+        deadline = time.monotonic() + FOREVER
+        while record["name"].startswith(_word(home / "wait")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    mine.unlink()
     rows = "test" if record["phase"] == "final" else "validation"
     value = score(record["method"], record["learning_rate"], record["seed"])
     write_json(
         payload["file"], record | {"status": "finished", "scores": {rows: {"accuracy": value}}}
     )
+    if record["name"].startswith(_word(home / "late")):
+        os._exit(3)
 
 
 def _word(file: Path) -> str:

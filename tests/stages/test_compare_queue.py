@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import fake_runs
@@ -101,6 +102,15 @@ def test_a_crashed_run_is_tried_again_by_the_next_call(tmp_path):
         assert folder.record(point.name)["status"] == "finished"
 
 
+def test_a_run_whose_process_fails_after_it_is_done_counts(tmp_path, caplog):
+    (tmp_path / "late").write_text("lora-lr0.01-seed1")
+    progress = run_in(tmp_path)
+    assert (progress.finished, progress.failed) == (RUNS, [])
+    assert "is done, though its process ended badly (exit code 3)" in caplog.text
+    assert run_in(tmp_path).finished == RUNS
+    assert len(starts_in(tmp_path)) == RUNS
+
+
 def test_a_method_without_any_whole_rate_has_no_final_runs(tmp_path):
     (tmp_path / "crash").write_text("tlora")
     progress = run_in(tmp_path)
@@ -157,13 +167,28 @@ def test_a_run_is_named_by_what_defines_it(tmp_path):
 
 
 SCRIPT = """
-import sys
+import json, sys
 sys.path[:0] = {paths!r}
 from test_compare_queue import run_in
 if __name__ == "__main__":
     from pathlib import Path
-    run_in(Path(sys.argv[1]))
+    run_in(Path(sys.argv[1]), **json.loads(sys.argv[2]))
 """
+
+
+@contextmanager
+def another_process(folder, **fields):
+    """Do a comparison in a process of its own, which has ended when this has."""
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT.format(paths=[str(Path(__file__).parent)]))
+    process = subprocess.Popen(
+        [sys.executable, script, folder, json.dumps(fields)], stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -172,13 +197,25 @@ def started(tmp_path):
     folder = tmp_path / "compare"
     folder.mkdir()
     (folder / "wait").write_text("tlora-lr0.1-seed0")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(paths=[str(Path(__file__).parent)]))
-    process = subprocess.Popen([sys.executable, script, folder], stderr=subprocess.DEVNULL)
-    until(lambda: len(names_in(folder)) == 11 and (folder / "waiting.pid").is_file())
-    yield process, folder, int((folder / "waiting.pid").read_text())
-    process.kill()
-    process.wait()
+    with another_process(folder) as process:
+        until(lambda: len(names_in(folder)) == 11 and (folder / "waiting.pid").is_file())
+        yield process, folder, int((folder / "waiting.pid").read_text())
+
+
+def test_two_parts_at_once_in_one_folder_leave_each_other_alone(tmp_path):
+    folder = tmp_path / "compare"
+    folder.mkdir()
+    (folder / "wait").write_text("lora-lr0.001-seed0")  # the first run of the first part
+    with another_process(folder, shard="1/2", jobs=1) as first:
+        until((folder / "waiting.pid").is_file)
+        assert run_in(folder, shard="2/2").failed == []
+        (folder / "wait").unlink()
+        first.wait(timeout=120)
+    records = map(CompareFolder(folder).record, names_in(folder))
+    assert {record["status"] for record in records} == {"finished"}
+    for number in (1, 2):
+        assert run_in(folder, shard=f"{number}/2").waiting == []
+    assert len(starts_in(folder)) == RUNS
 
 
 def until(condition):
@@ -222,6 +259,11 @@ def test_a_second_process_at_the_same_part_is_refused(tmp_path):
     with folder.locked("1/2"), other.locked("2/2"), refused, other.locked("1/2"):
         pass
     with other.locked("1/2"):
+        pass
+    refused = pytest.raises(ConfigError, match=r"part 1/2 .* runs of part 1/1 too")
+    with folder.locked("1/2"), refused, other.locked("1/1"):
+        pass
+    with other.locked("1/1"):
         pass
 
 

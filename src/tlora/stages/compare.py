@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig
-from tlora.comparefolder import CompareFolder
+from tlora.comparefolder import RUN_KIND, CompareFolder
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
 from tlora.stages.exactmatch import prompt_and_response
@@ -81,7 +81,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
                 "provenance": provenance(seed=None, output=config.output_dir),
             }
         )
-        shutil.rmtree(folder.work, ignore_errors=True)
+        shutil.rmtree(folder.work(config.shard), ignore_errors=True)
         schedule = Schedule(comparison, folder)
         return work(schedule, workers(config), tell)
 
@@ -102,7 +102,7 @@ def check(config: CompareConfig) -> Setup:
     setup = settle(run_config, *validation_files(config.validation))
     if setup.held_out is None:
         raise ConfigError("there are no test rows; give --test_file.", where="test_file")
-    training_arguments(setup, folder.work)
+    training_arguments(setup, folder.work(config.shard))
     train, held = split(setup, config.validation, config.validation_seed)
     if not isinstance(config.validation, str) and (twins := repeated(held, train)):
         logger.warning(
@@ -209,11 +209,11 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
 
         def settled(job: Job, outcome: Outcome) -> None:
             point = points[job.name]
-            if outcome.exit_code != 0 or folder.record(job.name) is None:
+            if folder.record(job.name) is None:
                 cause = _note_failure(point, schedule, outcome)
                 failed.append(f"{job.name}: {cause}")
             else:
-                job.log.unlink(missing_ok=True)
+                _note_end(job, outcome)
             done, bar.total = schedule.counts()
             bar.update(done - bar.n)
             if bar.disable:
@@ -229,7 +229,7 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
                 "interrupted; finished runs are kept, and the same command does the rest."
             ) from None
         finally:
-            shutil.rmtree(folder.work, ignore_errors=True)
+            shutil.rmtree(folder.work(schedule.comparison.config.shard), ignore_errors=True)
     done, total = schedule.counts()
     waiting = [entry.label for entry in schedule.waiting()]
     return Progress(done, total, failed, waiting)
@@ -252,18 +252,28 @@ def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: i
     config = comparison.config
     run = config.run_config(point.entry, point.learning_rate, point.seed)
     keep = config.keep_adapters and point.phase == "final"
+    work = str(folder.work(config.shard) / point.name)
     payload = {
-        "record": {"kind": "tlora comparison run", "version": 1} | point.record(),
-        "config": run.to_dict() | {"output_dir": str(folder.work / point.name)},
+        "record": {"kind": RUN_KIND, "version": 1} | point.record(),
+        "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
         "exact_match": config.writes_answers,
         "threads": threads,
         "file": str(folder.record_file(point.name)),
-        "work": str(folder.work / point.name),
+        "work": work,
         "adapter": str(folder.adapters / point.name) if keep else None,
     }
     return Job(point.name, payload, folder.logs / f"{point.name}.log")
+
+
+def _note_end(job: Job, outcome: Outcome) -> None:
+    """Remove the log of a run that has left its record, unless its process failed after that."""
+    if outcome.exit_code == 0:
+        job.log.unlink(missing_ok=True)
+    else:
+        # The record is a run's last act: what fails after it is some library's goodbye.
+        logger.warning("%s is done, though its process ended badly (%s).", job.name, outcome.cause)
 
 
 def _note_failure(point: Point, schedule: Schedule, outcome: Outcome) -> str:

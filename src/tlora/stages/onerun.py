@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-KIND = "tlora comparison run"
-
 
 def run(payload: dict[str, Any]) -> None:
     """Do the run that ``payload`` describes, and write its record to `payload["file"]`.
