@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from tlora.evalconfig import EvalConfig
 from tlora.inference.loading import unheard
+from tlora.tasks.tokens import end_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +129,7 @@ class TransformersLM(Barless, HFLM):
     ) -> Tensor:
         new_tokens = max_length - context.shape[1]
         start = context.shape[1] if self.backend == "causal" else 1
-        ends = _end_tokens(self.model, self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer)
         if not generation_kwargs.get("do_sample"):
             generation_kwargs |= {"do_sample": False}
             for name in ("temperature", "top_p", "top_k"):
@@ -198,10 +199,3 @@ def _closes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the tokenizer puts the end-of-text token behind a text."""
     end = tokenizer.eos_token_id
     return end is not None and tokenizer("a")["input_ids"][-1:] == [end]
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a reply: the model's own and the tokenizer's."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = own if isinstance(own, list) else [own]
-    return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]

@@ -5,11 +5,12 @@ Works on tokenised rows, so on whatever a causal task makes of its rows and on a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.tasks.tokens import IGNORED
+from tlora.tasks.tokens import IGNORED, end_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,8 +22,9 @@ def exact_match(
 ) -> float:
     """Return the share of ``rows`` whose response the model writes exactly, white space aside.
 
-    Written greedily, by as many tokens as the longest response has; special tokens, of which the
-    closing one ends an answer, are not compared.
+    Written greedily, by as many tokens as the longest response has, without penalties or beams that
+    the model's generation config asks for; special tokens, of which the closing one ends an answer,
+    are not compared.
 
     Args:
         model: a causal model, or one with an adapter; in evaluation mode only in here.
@@ -36,19 +38,15 @@ def exact_match(
 
     pairs = [prompt_and_response(row) for row in rows]
     longest = max(len(response) for _, response in pairs)
-    right, training = 0, model.training
-    model.eval()
-    try:
+    right = 0
+    with _greedy(model, tokenizer), torch.no_grad():
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
             batch = _padded_left([prompt for prompt, _ in some], tokenizer.pad_token_id)
-            with torch.no_grad():
-                tokens = model.generate(
-                    **{name: torch.tensor(value).to(model.device) for name, value in batch.items()},
-                    max_new_tokens=longest,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
+            tokens = model.generate(
+                **{name: torch.tensor(value).to(model.device) for name, value in batch.items()},
+                max_new_tokens=longest,
+            )
             new = tokens[:, len(batch["input_ids"][0]) :]
             right += sum(
                 written.strip() == wanted.strip()
@@ -58,9 +56,28 @@ def exact_match(
                     strict=True,
                 )
             )
-    finally:
-        model.train(training)
     return right / len(pairs)
+
+
+@contextmanager
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let the model write greedily and nothing else, in evaluation mode."""
+    from transformers import GenerationConfig
+
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, training = bare.generation_config, model.training
+    # What is not given to `generate` is filled in from here.
+    bare.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=end_tokens(bare, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.eval()
+    try:
+        yield
+    finally:
+        bare.generation_config = own
+        model.train(training)
 
 
 def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:

@@ -26,6 +26,14 @@ IGNORED = -100
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
 
 
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a reply: those of the model's generation config, and the
+    tokenizer's, with which responses are closed."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]
+
+
 def tokenised(
     rows: Dataset, task: Task, encode: Encode, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Dataset:
