@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from support import train
@@ -40,7 +41,8 @@ def test_the_random_matrices_are_those_of_the_seed_and_stay(prepared_by, tiny_ll
         _, p, _, r = parts(layer)
         assert torch.equal(p, first[name][1])
         assert torch.equal(r, first[name][3])
-        assert (p.std(), r.std()) > (0.1, 0.1)
+        for drawn in (p, r):  # uniform up to 1 / sqrt(columns), as a Linear's weight
+            assert drawn.std().item() == pytest.approx((3 * drawn.shape[1]) ** -0.5, rel=0.25)
         lefts.add(p.flatten()[0].item())
     assert len(lefts) == len(first)
 
