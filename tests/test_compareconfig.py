@@ -96,6 +96,10 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ),
         ({"methods": ["lora", "lora"]}, "two items are called 'lora'"),
         ({"methods": ["lora", {"name": "lora", "label": "x"}]}, "'x' says the same"),
+        (
+            {"methods": ["lora", {"name": "lora", "label": "x", "adapter": {"r": 8}}]},
+            "'x' says the same",
+        ),
         ({"adapter": {"rang": 3}}, "`adapter`: there is no option `rang`"),
         ({"adapter": {"r": 0}}, "`r` is 0"),
         ({"learning_rates": []}, "`learning_rates` is []; give positive numbers"),

@@ -110,6 +110,8 @@ class CompareConfig(SharedConfig):
     """Keep the trained adapters of the final runs in `output_dir`."""
 
     def __post_init__(self) -> None:
+        if type(self.validation) is int:
+            self.validation = float(self.validation)  # as a file's 500 is read
         super().__post_init__()
         for entry in self.entries():
             entry.options()
@@ -148,6 +150,11 @@ class CompareConfig(SharedConfig):
                 )
             )
         return made
+
+    def untaken(self) -> dict[str, list[str]]:
+        """Return by label the common options that a method does not have."""
+        found = {e.label: [n for n in self.adapter if n not in e.adapter] for e in self.entries()}
+        return {label: names for label, names in found.items() if names}
 
     def run_config(self, entry: MethodEntry, learning_rate: float, seed: int) -> RunConfig:
         """Return one run of the comparison, in the words of `tlora train`."""
@@ -212,7 +219,7 @@ class CompareConfig(SharedConfig):
             f"`methods`: two items are called {label!r}; give each a `label` of its own."
             for label in sorted({label for label in labels if labels.count(label) > 1})
         ]
-        same = [(e.name, e.adapter, e.calibration) for e in entries]
+        same = [(e.name, e.given(), e.calibration) for e in entries]
         for place, entry in enumerate(entries):
             if not faults and same[place] in same[:place]:
                 faults.append(f"`methods`: {entry.label!r} says the same as an earlier item.")

@@ -1,6 +1,7 @@
 """What is read from a comparison's files, and what is said of it."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -9,6 +10,7 @@ import synthetic
 from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import comparison, numbers, page, plaintext, wording
+from tlora.report.statistics import difference
 
 GAPS = {"lora": 0.05, "full": -0.05}
 
@@ -207,7 +209,8 @@ def test_the_markdown_has_every_seed_and_the_caveat(results):
     for method in results.methods:
         for score in method.scores.values():
             assert f"{score:.4f}" in text
-    assert "about 0 would differ by chance" in text
+    assert "With 6 pairs at 95 %, about 0.3 would differ by chance" in text
+    assert "Common options that a method does not have" not in text
 
 
 def test_unlike_machines_are_pointed_out(made):
@@ -218,6 +221,51 @@ def test_unlike_machines_are_pointed_out(made):
     results = comparison.gather(made, folder)
     assert wording.mixed(results).startswith("Seconds and memory come from different numbers")
     assert dict(wording.environment(results))["Threads a run"] == "1; 4"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [("cpu", "Another", "processors"), ("cores", 64, "numbers of cores"), ("gpus", ["A"], "GPUs")],
+)
+def test_so_is_unlike_hardware(made, field, value, what):
+    folder = synthetic.write(made, GAPS)
+    record = folder.record(folder.names()[0])
+    record["provenance"]["hardware"][field] = value
+    folder.write_record(record["name"], record)
+    said = wording.mixed(comparison.gather(made, folder))
+    assert said == f"Seconds and memory come from different {what}; compare them with care."
+
+
+def test_options_that_a_method_does_not_have_are_said(tmp_path):
+    made = synthetic.comparison(tmp_path, methods=["lora", "adalora", "full"], adapter={"r": 4})
+    text = plaintext.markdown(comparison.gather(made, synthetic.write(made)))
+    assert "Common options that a method does not have: adalora r; full r." in text
+
+
+def test_the_csv_does_not_depend_on_the_order_of_options(tmp_path):
+    options = {"r": 4, "lora_alpha": 8, "allocate_rank": False}
+    item = {"name": "tlora", "label": "ours", "adapter": options}
+    made = synthetic.comparison(tmp_path, methods=[item, "lora"])
+    folder = synthetic.write(made)
+    turned = item | {"adapter": dict(reversed(options.items()))}
+    again = synthetic.comparison(tmp_path, methods=[turned, "lora"])
+    table = plaintext.table(comparison.gather(again, folder))
+    assert table == plaintext.table(comparison.gather(made, folder))
+    assert table.count("ours,") == 3 * 2 + 5
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        ({1: 0.5}, {1: 0.25}, "at the one seed that both have"),
+        ({1: 0.5, 2: 0.75}, {1: 0.25, 2: 0.0}, "but 2 seeds cannot tell them apart"),
+        (dict.fromkeys(range(5), 0.5), dict.fromkeys(range(5), 0.25), "at every seed, which says"),
+    ],
+)
+def test_a_tie_for_want_of_seeds_or_spread_says_so(results, first, second, text):
+    found = difference(first, second, "higher")
+    said = wording.verdict(dataclasses.replace(results, differences={("a", "b"): found}), "a", "b")
+    assert said.startswith("Tie: a minus b is") and text in said
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ class Results:
     """Pairs whose difference holds when all pairs are tested together (Holm)."""
     records: list[Record]
     """All finished runs of this comparison."""
+    labels: dict[str, str]
+    """Of every run, finished or not, by its name: the label of its method."""
     foreign: int
     """Files in the folder that belong to other settings and are passed over."""
 
@@ -173,7 +175,8 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
     for method in methods:
         if method.rate is not None:
             points += comparison.final(method.entry, method.rate)
-    found = {point.name: folder.record(point.name) for point in points}
+    labels = {point.name: point.entry.label for point in points}
+    found = {name: folder.record(name) for name in labels}
     records = [r for r in found.values() if r and r["status"] == "finished"]
     check_alike(records)
     differences = _differences(methods, comparison.better)
@@ -183,6 +186,7 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
         differences=differences,
         holding=_holding(differences),
         records=records,
+        labels=labels,
         foreign=len(set(folder.names()) - found.keys()),
     )
 
@@ -279,7 +283,8 @@ def _differences(methods: Sequence[MethodResult], better: str) -> dict[tuple[str
 
 
 def _holding(differences: dict[tuple[str, str], Difference]) -> set[tuple[str, str]]:
-    tested = {pair: d.p for pair, d in differences.items() if d.p is not None}
+    # A pair without a p-value is one of those looked at all the same.
+    tested = {pair: 1.0 if d.p is None else d.p for pair, d in differences.items()}
     return {pair for pair, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
 
 

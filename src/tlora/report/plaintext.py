@@ -102,14 +102,11 @@ def table(results: Results) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    labels = {
-        repr((m.entry.name, m.entry.given(), m.entry.calibration)): m.label for m in results.methods
-    }
     for record in results.records:
         rows = "test" if record["phase"] == "final" else "validation"
         writer.writerow(
             [
-                labels[repr((record["method"], record["adapter"], record.get("calibration", {})))],
+                results.labels[record["name"]],
                 record["phase"],
                 record["learning_rate"],
                 record["seed"],

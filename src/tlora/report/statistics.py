@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
-_FEWEST = 3  # two differences of rounded scores agree too often by chance
+FEWEST = 3  # two differences of rounded scores agree too often by chance
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def difference(
         return None
     differences = [first[seed] - second[seed] for seed in seeds]
     found = interval(differences, level)
-    if found.count < _FEWEST or _error(differences) <= 1e-12 * max(1.0, abs(found.mean)):
+    if found.count < FEWEST or _error(differences) <= 1e-12 * max(1.0, abs(found.mean)):
         return Difference(found, None, 0)
     from scipy import stats
 

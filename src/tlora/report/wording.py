@@ -7,7 +7,7 @@ from typing import Any
 from tlora.report import environment as machines
 from tlora.report.comparison import Results
 from tlora.report.numbers import NONE, count, number, signed
-from tlora.report.statistics import Difference
+from tlora.report.statistics import FEWEST, Difference
 
 
 def verdict(results: Results, first: str, second: str) -> str:
@@ -31,8 +31,10 @@ def _tie(first: str, second: str, found: Difference) -> str:
     said = f"Tie: {first} minus {second} is {signed(known.mean)}"
     if known.low is None or known.high is None:
         return f"{said} at the one seed that both have, which cannot tell them apart."
+    if known.count < FEWEST:
+        return f"{said}, but {known.count} seeds cannot tell them apart."
     if found.p is None:
-        return f"{said}, but {known.count} seeds without spread enough cannot tell them apart."
+        return f"{said} at every seed, which says nothing of the noise."
     return (
         f"{said} (95 % interval {signed(known.low)} to {signed(known.high)}, {known.count} seeds)."
         " The interval holds zero: these seeds do not tell the two apart."
@@ -54,9 +56,8 @@ def _together(results: Results, first: str, second: str) -> str:
 def caveat(results: Results) -> str:
     """Say what looking at many pairs does."""
     pairs = len(results.differences)
-    expected = pairs / 20
     return (
-        f"With {pairs} pairs at 95 %, about {expected:.0f} would differ by chance if all methods"
+        f"With {pairs} pairs at 95 %, about {pairs / 20:.1f} would differ by chance if all methods"
         " were equal. Choose the pair before looking, or go by the test of all pairs together."
         if pairs > 1
         else "There is one pair, so nothing was picked from among many."
@@ -117,6 +118,7 @@ def protocol(results: Results) -> list[str]:
         if isinstance(config.validation, str)
         else f"held out of the training file, the same for all (seed {config.validation_seed})"
     )
+    untaken = [f"{label} {', '.join(names)}" for label, names in config.untaken().items()]
     return [
         f"Task {config.task}, score {comparison.metric} ({comparison.better} is better);"
         f" {count(rows.get('train'))} training rows, {count(rows.get('validation'))} validation"
@@ -125,13 +127,15 @@ def protocol(results: Results) -> list[str]:
         " the same schedule and optimizer settings, and for one seed the same order of rows and"
         " the same new head. Runs whose steps, batch or order differ are refused.",
         "Each method's learning rate is the one with the best mean over the tuning seeds"
-        f" ({tuned}) on the validation rows; of equal means the lower rate.",
+        f" ({tuned}) on the validation rows; of equal means the lower rate. Intervals take that"
+        " choice as given.",
         f"What is reported are other seeds ({final}) at that rate, on the test rows, which no"
         " choice has seen.",
         "Intervals are Student's over seeds, 95 %. They say how another seed would do on these"
         " test rows, not how other rows would do.",
         "Differences are paired by seed. A difference whose interval holds zero, or of fewer than"
         " three seeds, is called a tie.",
+        *([f"Common options that a method does not have: {'; '.join(untaken)}."] * bool(untaken)),
     ]
 
 
@@ -159,6 +163,8 @@ def mixed(results: Results) -> str | None:
     """Say if the seconds and bytes come from unlike machines."""
     for path, what in (
         (("provenance", "hardware", "cpu"), "processors"),
+        (("provenance", "hardware", "cores"), "numbers of cores"),
+        (("provenance", "hardware", "gpus"), "GPUs"),
         (("threads",), "numbers of threads"),
     ):
         if len(results.values(*path)) > 1:
@@ -171,7 +177,7 @@ def again(results: Results) -> str:
     config: dict[str, Any] = results.config.to_dict()
     flags = [
         f"--{name} {name.upper()}"
-        for name in ("model", "train_file", "test_file")
-        if config[name] is not None
+        for name in ("model", "train_file", "validation", "test_file")
+        if isinstance(config[name], str)
     ]
     return " ".join(["tlora compare compare.yaml", *flags])
