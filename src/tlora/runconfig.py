@@ -62,6 +62,8 @@ class DataConfig:
     """Use the first so many training rows."""
     max_eval_rows: int | None = None
     """Use the first so many evaluation rows."""
+    subset_seed: int | None = None
+    """Draw those so many rows with this seed, in place of the first: files are often sorted."""
     overlap: Overlap = "refuse"
     """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those
     training rows, or "allow" them; each time they are counted and some are named."""
@@ -81,6 +83,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"`data.{name}` is {value!r}; give a whole number, 1 or more.")
+        if self.subset_seed is not None and self.max_train_rows is self.max_eval_rows is None:
+            faults.append(
+                "`data.subset_seed` says how rows are drawn, not how many; give"
+                " `data.max_train_rows` or `data.max_eval_rows` too."
+            )
         return faults
 
 

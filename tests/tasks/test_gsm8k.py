@@ -48,3 +48,26 @@ def test_rows_are_read_from_a_file_and_limited(tmp_path):
     train, held_out = Gsm8k(DataConfig(max_train_rows=2)).load(str(file), None)
     assert [row["question"] for row in train] == ["0?", "1?"]
     assert held_out is None
+
+
+def test_rows_are_drawn_from_the_whole_file_with_a_seed(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": f"{n:02}?", "answer": ANSWER}) + "\n" for n in range(90))
+    )
+
+    def drawn(**fields):
+        parts = Gsm8k(DataConfig(**fields)).load(str(file), str(file))
+        return [[row["question"] for row in rows] for rows in parts]
+
+    first, held_out = drawn(max_train_rows=20, max_eval_rows=20, subset_seed=0)
+    assert first == held_out == sorted(set(first))
+    assert len(first) == 20
+    assert min(first) < "30?" and max(first) > "60?"
+    assert drawn(max_train_rows=20, subset_seed=0)[0] == first
+    assert drawn(max_train_rows=20, subset_seed=1)[0] != first
+    assert len(drawn(max_train_rows=20, subset_seed=1)[1]) == 90
+    assert DataConfig(subset_seed=1).faults() == [
+        "`data.subset_seed` says how rows are drawn, not how many; give `data.max_train_rows` or"
+        " `data.max_eval_rows` too."
+    ]

@@ -19,6 +19,7 @@ Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
 from __future__ import annotations
 
 import dataclasses
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -132,13 +133,17 @@ class Task(ABC):
                 "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
                 where="data",
             )
-        return _first(train, data.max_train_rows), _first(held_out, data.max_eval_rows)
+        seed = data.subset_seed
+        return _some(train, data.max_train_rows, seed), _some(held_out, data.max_eval_rows, seed)
 
 
-def _first(rows: Any, limit: int | None) -> Any:
-    if rows is None or limit is None:
+def _some(rows: Any, limit: int | None, seed: int | None) -> Any:
+    """Return the first ``limit`` rows, or as many drawn with ``seed``, in the order of the file."""
+    if rows is None or limit is None or limit >= len(rows):
         return rows
-    return rows.select(range(min(limit, len(rows))))
+    if seed is None:
+        return rows.select(range(limit))
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
 
 
 def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
