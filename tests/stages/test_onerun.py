@@ -1,6 +1,7 @@
 """Real runs of a comparison, as small as can be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,23 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
     assert model_identity("a/name-on-the-hub") == "a/name-on-the-hub"
     assert first["model"] == model_identity(shared["model"]) != shared["model"]
     assert first["files"]["train_file"] == file_digest(shared["train_file"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_model_is_known_by_weights_and_tokenizer_wherever_it_lies(shared, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(shared["model"], folder)
+    (folder / "README.md").write_text("says nothing of the model")
+    assert model_identity(str(folder)) == model_identity(shared["model"])
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    assert model_identity(str(folder)) != model_identity(shared["model"])
+
+
+def test_a_chat_template_of_its_own_file_counts(shared, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(shared["model"], folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert model_identity(str(folder)) != model_identity(shared["model"])
 
 
 def test_what_is_guarded_against_matters_where_rows_are_dropped_and_its_folder_never(shared):

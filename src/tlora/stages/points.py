@@ -22,6 +22,7 @@ from tlora.runconfig import SharedConfig
 
 Phase = Literal["tuning", "final"]
 _EDGE_BYTES = 2**20
+_SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,15 @@ def file_digest(path: str | Path) -> str:
 def model_identity(model: str | None) -> str:
     """Return the name of a model on the Hub, or a digest of the folder that holds one.
 
-    Of weight files, which may be huge, the size and the two ends are read.
+    What sets model, tokenizer and chat template up is read whole; of weight files, which may be
+    huge, the size and the two ends are.
     """
     folder = Path(str(model))
     if not folder.is_dir():
         return str(model)
-    found = hashlib.sha256((folder / "config.json").read_bytes())
+    found = hashlib.sha256()
+    for file in sorted(file for kind in _SETUP for file in folder.glob(kind)):
+        found.update(f"{file.name} ".encode() + file.read_bytes())
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         with file.open("rb") as weights:
