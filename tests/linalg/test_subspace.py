@@ -394,3 +394,17 @@ def test_two_iterations_keep_999_in_1000_of_the_best_also_where_the_spectrum_is_
     assert float((matrix @ vectors.T).square().sum()) > 0.999 * best
     hasty, _ = right_singular_vectors(matrix, 16, Solver(mode="randomized", iterations=0))
     assert float((matrix @ hasty.T).square().sum()) < 0.99 * best
+
+
+@pytest.mark.parametrize("mode", ["exact", "randomized"])
+def test_one_token_of_massive_activation_hides_no_direction(mode: str) -> None:
+    rank, weight = 16, gaussian(300, 600) / 600**0.5
+    x = gaussian(2000, 600, seed=1) * torch.arange(1, 601) ** -0.5
+    x[0, 7] = 1500.0
+    moment = x.T @ x / len(x)
+    found = task_subspace(weight.float(), moment.float(), rank, Solver(mode=mode))
+    assert found.determined == rank
+    values = np.linalg.svd((weight.double() @ moment.double()).numpy(), compute_uv=False)
+    assert values[rank - 1] / values[0] < 600 * torch.finfo(torch.float32).eps
+    exact = top_rows(weight.double() @ moment.double(), rank)
+    assert overlap(found.basis, exact) > 0.99

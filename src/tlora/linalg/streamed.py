@@ -18,6 +18,7 @@ from tlora.linalg.subspace import (
     completed,
     fix_signs,
     right_singular_vectors,
+    rounding,
 )
 
 PASSES = 3
@@ -99,8 +100,7 @@ class StreamedSubspace:
         kept, lost = image[:, :-_PROBES], image[:, -_PROBES:]
         rotation, values = right_singular_vectors(kept, self.rank, Solver(mode="exact"))
         vectors = fix_signs(rotation @ self.block[:, :-_PROBES].T)
-        tolerance = values[0] * max(kept.shape) * torch.finfo(values.dtype).eps
-        determined = int((values > tolerance).sum())
+        determined = int((values > values[0] * rounding(kept.shape, values.dtype)).sum())
         vectors = completed(vectors[:determined], weight, self.rank, Solver())
         total = (kept.square().sum() + lost.square().sum() / _PROBES).item()
         energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)

@@ -8,6 +8,7 @@ iteration with oversampling (Halko, Martinsson, Tropp 2011, algorithm 4.4).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,8 +153,7 @@ def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -
         solver: how the singular vectors are found.
     """
     vectors, values = right_singular_vectors(product, rank, solver)
-    tolerance = max(product.shape) * torch.finfo(values.dtype).eps
-    nonzero = (values > tolerance * values[:1]).sum()
+    nonzero = (values > rounding(product.shape, values.dtype) * values[:1]).sum()
     kept, total = values.double().square().sum(), product.energy()
     # One transfer for all three, since on an accelerator each waits for it.
     determined, energy, whole = torch.stack([nonzero.double(), kept, total]).tolist()
@@ -161,6 +161,16 @@ def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -
     share = 1.0 if whole == 0 else min(1.0, energy / whole)
     method = solver.resolve(*product.shape, rank)
     return Subspace(vectors.float(), share, method, int(determined), whole)
+
+
+def rounding(shape: Sequence[int], dtype: torch.dtype) -> float:
+    """Return the share of the largest singular value below which one is taken for rounding error.
+
+    sqrt(max(m, d)) eps, as errors of many signs add up. The worst case, max(m, d) eps, is 1e-3 at
+    d = 11008 in float32: one token of massive activation lifts the first value by more than that
+    over directions that are well determined.
+    """
+    return math.sqrt(max(shape)) * torch.finfo(dtype).eps
 
 
 def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:
