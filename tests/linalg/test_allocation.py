@@ -13,6 +13,7 @@ from tlora.linalg.allocation import (
     allocate_ranks,
     allocate_ranks_by_cost,
     allocate_scales,
+    equal_ranks,
 )
 
 WIDE = RankBounds(0, 10**9)
@@ -306,3 +307,12 @@ def test_constant_scales_ignore_sensitivity() -> None:
 def test_an_unknown_scale_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="'loudest'"):
         allocate_scales([1, 2], 8, 8, "loudest")
+
+
+def test_equal_ranks_are_equal_and_nobody_gets_what_others_cannot_take():
+    bounds = [RankBounds(1, 64)] * 3 + [RankBounds(1, 2)] * 2
+    found = equal_ranks(16, bounds)
+    assert found.ranks == (16, 16, 16, 2, 2)
+    assert (found.wanted, found.spent, found.feasible) == (80, 52, False)
+    assert equal_ranks(2, bounds).feasible
+    assert equal_ranks(2, [RankBounds(3, 9)]).ranks == (3,)

@@ -22,6 +22,7 @@ from tlora.linalg.allocation import (
     allocate_ranks,
     allocate_ranks_by_cost,
     allocate_scales,
+    equal_ranks,
 )
 from tlora.linalg.precision import full_precision
 from tlora.linalg.subspace import (
@@ -151,15 +152,16 @@ def _planned(target: Target, sensitivity: float | None, share: Share, found: _Fo
 def _ranks(groups: Sequence[Group], config: TLoraConfig) -> RankAllocation:
     limits = [min(g.d_in, g.d_out, config.rank_max or max(g.d_in, g.d_out)) for g in groups]
     bounds = [RankBounds(min(config.rank_min, high), high) for high in limits]
-    rule = config.sensitivity_rule
-    weights = [group.sensitivity(rule) if config.allocate_rank else 1.0 for group in groups]
-    if config.budget == "params":
+    rule, unit = config.sensitivity_rule, "ranks"
+    weights = [group.sensitivity(rule) for group in groups if config.allocate_rank]
+    if not config.allocate_rank:
+        allocation = equal_ranks(config.r, bounds)
+    elif config.budget == "params":
         costs = [group.cost(config.freeze_a) for group in groups]
         allocation = allocate_ranks_by_cost(weights, config.r, bounds, costs)
         unit = "parameters"
     else:
         allocation = allocate_ranks(weights, config.r, bounds)
-        unit = "ranks"
     if not allocation.feasible:
         warnings.warn(
             f"{len(groups)} modules at r = {config.r} would have {allocation.wanted} {unit};"

@@ -39,6 +39,18 @@ class RankAllocation:
     feasible: bool
 
 
+def equal_ranks(base_rank: int, bounds: Sequence[RankBounds]) -> RankAllocation:
+    """Give every module rank r, or what its bounds allow; what one cannot take nobody gets.
+
+    Args:
+        base_rank: r.
+        bounds: of each module's rank.
+    """
+    ranks = tuple(round(_clamp(base_rank, each)) for each in bounds)
+    wanted = len(ranks) * base_rank
+    return RankAllocation(ranks, wanted, sum(ranks), sum(ranks) == wanted)
+
+
 def allocate_ranks(
     sensitivities: Sequence[float], base_rank: int, bounds: Sequence[RankBounds]
 ) -> RankAllocation:
