@@ -165,11 +165,19 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: An
         )
 
 
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(
+    path: str | Path, kind: str, version: int | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote, if its header's "kind" is ``kind``.
 
+    Args:
+        path: the file.
+        kind: what it should be.
+        version: what the header's "format" should be; None: the kind has no formats.
+
     Raises:
-        ArtifactError: the file is missing, damaged, or holds another kind of artefact.
+        ArtifactError: the file is missing, damaged, of another format, or holds another kind of
+            artefact.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -184,5 +192,10 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     if header.get("kind") != kind:
         raise ArtifactError(
             f"{path}: this is {header.get('kind', 'no tlora file')!r}, not {kind!r}."
+        )
+    if version is not None and header.get("format") != version:
+        raise ArtifactError(
+            f"{path}: it has format {header.get('format')!r} and this version of tlora reads"
+            f" {version}; make it again, or read it with the version that wrote it."
         )
     return tensors, header

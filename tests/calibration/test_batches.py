@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import support
+from tlora import TLoraConfig, calibrate
 from tlora.calibration.batches import (
     as_batch,
     batch_size,
@@ -127,3 +128,33 @@ def test_what_a_tokenizer_returns_is_a_batch(tiny_tokenizer):
 def test_one_sample_without_its_batch_dimension_is_refused():
     with pytest.raises(CalibrationError, match=r"input_ids has the shape \(5,\); give samples x"):
         as_batch({"input_ids": torch.arange(5)}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_first_tokens_change_nothing_whatever_the_padding(tiny_llama, side, attention):
+    model = tiny_llama(initializer_range=0.2)
+    model.set_attn_implementation(attention)
+    samples = [sample | {"labels": sample["input_ids"]} for sample in support.causal_samples()]
+    config = TLoraConfig(r=2, lora_alpha=2)
+    stats = calibrate(model, support.in_batches(samples, 5, side), config)
+    support.assert_agrees(stats, support.one_at_a_time(model, samples, stats.modules))
+
+
+def test_a_classified_sample_without_a_label_weighs_nothing(tiny_llama):
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.BertConfig(vocab_size=160, num_labels=3, **shape)
+    model = transformers.BertForSequenceClassification(config)
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "labels": torch.tensor([2, -100, 0])}
+    assert loss_weights(batch, model).tolist() == [2.0, math.inf, 2.0]
+    model.config.num_labels = 1  # numbers to predict, not classes
+    assert loss_weights(batch, model).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_tensors_inside_lists_and_dicts_are_moved_too():
+    more = {"size": torch.ones(1), "name": "a"}
+    batch = {"pixel_values": torch.ones(1, 2), "images": [torch.ones(2)], "more": more, "n": 1}
+    moved = as_batch(batch, torch.device("meta"))
+    assert moved["images"][0].is_meta and moved["more"]["size"].is_meta
+    assert (moved["more"]["name"], moved["n"]) == ("a", 1)
+    assert not batch["images"][0].is_meta

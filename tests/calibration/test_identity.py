@@ -224,3 +224,22 @@ def test_statistics_of_another_model_are_not_planned_from(tiny_llama, tmp_path):
             plan(model, one, config)
     loaded.key = None
     assert plan(model, loaded, config).modules
+
+
+def test_what_lies_inside_lists_dicts_and_arrays_counts():
+    def keys(make):
+        return {str(data_key([make(torch.full((2,), float(n)))])) for n in (0, 0, 1)}
+
+    for make in (
+        lambda x: {"images": [x, x]},
+        lambda x: {"sizes": {"a": x}},
+        lambda x: {"pixels": x.numpy()},
+        lambda x: {"images": [x.numpy()]},
+        lambda x: {"number": x[0].item()},
+    ):
+        assert len(keys(make)) == 2
+    assert data_key([{"a": [1, [2]]}]) != data_key([{"a": [1, 2]}])
+
+
+def test_objects_of_a_type_are_alike_wherever_they_lie():
+    assert data_key([{"a": object()}]) == data_key([{"a": object()}]) != data_key([{"a": None}])

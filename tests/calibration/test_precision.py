@@ -19,6 +19,7 @@ from tlora.calibration.weights import dense_weight
 from tlora.errors import CalibrationError
 from tlora.linalg.magnitude import weighted_magnitude
 from tlora.linalg.moments import SecondMoment
+from tlora.linalg.precision import full_precision
 from tlora.linalg.streamed import StreamedSubspace
 
 CONFIG = TLoraConfig(r=8, lora_alpha=8, subspace="exact")
@@ -135,3 +136,24 @@ def test_a_gradient_that_overflows_float16_is_said_so():
     half = [s | {"inputs_embeds": s["inputs_embeds"].half()} for s in samples]
     with pytest.raises(CalibrationError, match=r"gradient .*not finite.*float32 or bfloat16"):
         calibrate(model.half(), half, TLoraConfig(r=2))
+
+
+def test_gradients_of_a_large_batch_fit_float16(tiny_llama):
+    model = tiny_llama(initializer_range=0.02).half()
+    samples = support.causal_samples([40] * 16)
+    config = TLoraConfig(r=2, lora_alpha=2)
+    found = {n: calibrate(model, support.in_batches(samples, n), config) for n in (1, 16)}
+    for name, module in found[16].modules.items():
+        assert module.sensitivity == pytest.approx(found[1].modules[name].sensitivity, rel=2e-3)
+
+
+def test_tf32_is_off_in_the_mathematics_and_back_afterwards():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    seen = full_precision(lambda: matmul.fp32_precision)
+    try:
+        matmul.fp32_precision = "tf32"
+        assert seen() == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

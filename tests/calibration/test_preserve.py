@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 import support
 from tlora import TLoraConfig, TLoraError, calibrate
+from tlora.calibration.collector import Unit
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
@@ -162,3 +164,26 @@ def test_the_snapshot_sees_a_disturbance(model):
     assert snapshot(model) == before
     torch.rand(1)
     assert snapshot(model) != before
+
+
+def test_a_calibration_found_in_its_file_draws_no_numbers_either(tiny_llama, tmp_path):
+    model, config = tiny_llama(), TLoraConfig(r=2, lora_alpha=2)
+    samples = support.causal_samples()
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, shuffle=True)
+    for _ in ("measured", "found"):
+        torch.manual_seed(3)
+        before = snapshot(model)
+        calibrate(model, loader, config, cache=tmp_path / "cache.safetensors")
+        assert snapshot(model) == before
+
+
+def test_batches_are_let_go_once_they_are_read(tiny_llama):
+    held = []
+
+    def batches():
+        for sample in support.causal_samples():
+            yield sample
+            held.append(sum(isinstance(each, Unit) for each in gc.get_objects()))
+
+    calibrate(tiny_llama(), batches(), TLoraConfig(r=2, lora_alpha=2))
+    assert max(held) <= 1

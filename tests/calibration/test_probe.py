@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import support
 from support import Toy, assert_agrees, one_at_a_time, toy_batch, toy_samples
-from tlora import TLoraConfig, attach, calibrate, plan
+from tlora import TLoraConfig, attach, calibrate, get_tlora_model, plan
 from tlora.errors import AdapterError, CalibrationError, ConfigError
 
 
@@ -329,13 +330,26 @@ def test_padding_may_hold_anything():
 
 def test_a_module_that_is_never_reached_has_no_statistics_but_stays():
     model = support.seeded(RoutedForSequenceClassification)
-    stats = calibrate(model, [toy_batch(toy_samples())], config(exclude_modules=["head"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # routing may pass an expert by
+        stats = calibrate(model, [toy_batch(toy_samples())], config(exclude_modules=["head"]))
     idle = stats.modules["experts.2"]
 
     assert (idle.sensitivity, idle.tokens, idle.samples) == (0.0, 0, 4)
     assert idle.covariance().shape == (8, 8)
     assert idle.covariance().norm() == 0
     assert plan(model, stats, config(exclude_modules=["head"])).modules["experts.2"].rank >= 1
+
+
+def test_another_module_that_is_never_reached_is_named(tiny_llama):
+    model = tiny_llama()
+    model.model.spare = torch.nn.Linear(16, 16)
+    said = "model.spare ran in no calibration batch"
+    batches = [support.padded(support.causal_samples())]
+    with pytest.warns(UserWarning, match=said):
+        calibrate(model, batches, config())
+    with pytest.warns(UserWarning, match=said):
+        get_tlora_model(model, config(), batches)
 
 
 def test_where_the_loss_depends_on_no_target_the_sensitivities_are_zero():

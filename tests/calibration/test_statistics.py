@@ -91,8 +91,14 @@ def test_other_and_damaged_files_are_named(stats, model, tmp_path):
     with pytest.raises(ArtifactError, match="'plan', not 'calibration'"):
         Calibration.load(plan(model, stats, TLoraConfig(r=2)).save(tmp_path))
     path = stats.save(tmp_path / "whole.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
     with pytest.raises(ArtifactError, match=r"whole\.safetensors"):
+        Calibration.load(path)
+    # In the header, whose length stays: a format of the same number of digits.
+    assert whole.count(rb"\"format\": 3") == 1
+    path.write_bytes(whole.replace(rb"\"format\": 3", rb"\"format\": 9"))
+    with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 3"):
         Calibration.load(path)
 
 

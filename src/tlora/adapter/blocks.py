@@ -30,7 +30,11 @@ from tlora.calibration.batches import as_batch, batch_size
 from tlora.calibration.collector import Collector
 from tlora.calibration.company import Company
 from tlora.calibration.distributed import Cohort
-from tlora.calibration.faults import numbered, warn_of_skipped, within_memory
+from tlora.calibration.faults import (
+    numbered,
+    warn_of_skipped,
+    within_memory,
+)
 from tlora.calibration.gradients import Backward, GradientBank, backward_again, backward_for
 from tlora.calibration.offload import device_of
 from tlora.calibration.probe import begin, first_pass, probing, progress_bar
@@ -79,6 +83,7 @@ def plan_in_blocks(
         bank = MomentBank({t.name for t in targets} - kept) if config.needs_moments else None
         asked = backward_for(config, kept)
         first = Collector(model, targets, bank, asked, skip_bad_samples, ranks)
+        first.keep_units = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and ranks.leads) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)

@@ -92,7 +92,7 @@ class AdapterPlan:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
+        tensors, header = read_tensors(file_at(path, _FILE), _KIND, _FORMAT)
         modules = {
             row["name"]: ModulePlan(**row, lora_A=tensors[row["name"]]) for row in header["modules"]
         }
@@ -151,8 +151,8 @@ def _refuse_another(model: nn.Module, stats: Calibration) -> None:
     if stats.key is not None and stats.key.model != model_key(model):
         raise PlanError(
             f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
-            f" other parameters than this {class_name(model)}); calibrate this model, loaded as"
-            " it is now."
+            f" other parameters than this {class_name(model)}), or of this one loaded another way"
+            " (whole, offloaded or sharded); calibrate this model, loaded as it is now."
         )
 
 

@@ -47,7 +47,7 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
             f"a calibration batch is a {type(batch).__name__}; give dicts of what the model's"
             " forward takes (input_ids, attention_mask, labels, ...)."
         )
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    moved: dict[str, Any] = {key: _moved(value, device) for key, value in batch.items()}
     ids = moved.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() < 2:
         raise CalibrationError(
@@ -60,6 +60,17 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
             ' or collator return tensors (return_tensors="pt").'
         )
     return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return ``value`` with the tensors in it, and in its lists and dicts, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 def batch_size(batch: Batch) -> int:
@@ -76,8 +87,7 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
 
     Not finite where a sample has no label that counts. None where it is unknown how this model's
     loss weighs its samples. Causal models score the label at position t + 1 from position t, so
-    the first label of a sample never counts. (After padding on the left a batch's loss scores it,
-    from a padding token, whose rows the sample does not own.)
+    the first label of a sample never counts (`scored_from_tokens`).
     """
     labels = batch.get("labels")
     size = batch_size(batch)
@@ -85,24 +95,49 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
         return None  # The loss that balances the experts is no mean over labels.
     if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
         return None
-    name = class_name(model)
-    if any(kind in name for kind in _PER_SAMPLE):
-        return torch.full((size,), float(size), device=labels.device)
-    loss_type = getattr(model, "loss_type", None)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        first = 0
-    elif loss_type in ("ForCausalLM", "ForConditionalGeneration") or name in _CAUSAL:
-        first = 1
-    elif loss_type in ("ForMaskedLM", "ForTokenClassification"):
-        first = 0
+    if any(kind in class_name(model) for kind in _PER_SAMPLE):
+        if labels.is_floating_point() or labels.numel() != size or _regresses(model):
+            return torch.full((size,), float(size), device=labels.device)
+        counted = labels.reshape(size, 1) != _IGNORED_LABEL
+    elif (first := _first_scored(model)) is not None:
+        counted = (labels[:, first:] != _IGNORED_LABEL).flatten(1)
     else:
         return None
-    counted = labels[:, first:] != _IGNORED_LABEL
-    mask = encoder_mask(batch)
-    own = counted
-    if first and mask is not None and mask.shape == labels.shape:
-        own = counted & mask[:, :-1].to(labels.device)
-    return counted.sum() / own.flatten(1).sum(dim=1)
+    return counted.sum() / counted.sum(dim=1)
+
+
+def scored_from_tokens(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the batch without labels that a causal model would score from a padding token.
+
+    After padding on the left that is the first label of each sample, which the sample alone does
+    not score. To pass over its gradient at the padding's rows would not do: under eager attention a
+    padding token attends to real ones.
+    """
+    labels, mask = batch.get("labels"), encoder_mask(batch)
+    if not isinstance(labels, Tensor) or mask is None or mask.shape != labels.shape:
+        return batch
+    if _first_scored(model) != 1:
+        return batch
+    labels = labels.clone()
+    labels[:, 1:][~mask[:, :-1].to(labels.device)] = _IGNORED_LABEL
+    return batch | {"labels": labels}
+
+
+def _first_scored(model: nn.Module) -> int | None:
+    """Return the place of the first label that counts in a loss over tokens; None: not known."""
+    loss_type = getattr(model, "loss_type", None)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return 0
+    if loss_type in ("ForCausalLM", "ForConditionalGeneration") or class_name(model) in _CAUSAL:
+        return 1
+    return 0 if loss_type in ("ForMaskedLM", "ForTokenClassification") else None
+
+
+def _regresses(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return getattr(config, "problem_type", None) == "regression" or (
+        getattr(config, "num_labels", None) == 1
+    )
 
 
 def encoder_mask(batch: Batch) -> Tensor | None:

@@ -88,7 +88,8 @@ class Collector:
         samples: samples that count, so far.
         given: samples seen so far, those left out included.
         skipped: number (counted from 0) of each sample left out, and why.
-        units: what was read in one forward pass each, in order.
+        keep_units: whether what is read is kept, for passes that come later.
+        units: what was read in one forward pass each, in order, if it is kept.
         sensitivities: by target: sum over samples of what is measured, on the target's device.
         stage: what is being done, for the message if memory runs out.
     """
@@ -112,8 +113,10 @@ class Collector:
         self.samples = 0
         self.given = 0
         self.skipped: dict[int, str] = {}
+        self.keep_units = False
         self.units: list[Unit] = []
         self.sensitivities: dict[str, Tensor] = {}
+        self._reached: set[str] = set()
         self.stage = "reading"
 
     @property
@@ -127,6 +130,7 @@ class Collector:
         It is cut into single samples where its rows or loss cannot be split.
         """
         size = reading.batch_size(batch)
+        batch = reading.scored_from_tokens(batch, self.model)
         self._take(Unit(batch, tuple(range(self.given, self.given + size))))
         self.given += size
 
@@ -201,6 +205,16 @@ class Collector:
             setattr(found, self.backward.statistic, self._mean(target.name))
         return found
 
+    def unreached(self) -> list[str]:
+        """Return the targets that ran in no batch; experts, which routing may pass by, aside.
+
+        None where that is not known: nothing was read by this process, or others read too.
+        """
+        if not self._reached or self.ranks.size > 1:
+            return []
+        names = records_of(self.targets).keys() - self._reached
+        return [t.name for t in self.targets if t.name in names and "expert" not in t.name]
+
     def _mean(self, name: str) -> float:
         total = self.sensitivities.get(name)
         # A module that no sample reached does not move the loss.
@@ -257,6 +271,7 @@ class Collector:
         self.company.open(unit.batch)
         outputs = self._forward(unit, records, layout)
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
+        self._reached |= {name for name, count in unit.calls.items() if count}
         try:
             for record in records.values():
                 record.split(layout)
@@ -275,7 +290,8 @@ class Collector:
         if late is not None:
             self._update(late, layout.size)
         self.samples += layout.size
-        self.units.append(unit)
+        if self.keep_units:
+            self.units.append(unit)
 
     def _finish_uncounted(self, records: dict[str, Record], outputs: Any) -> None:
         """Run the second half of a pass for the sake of the other ranks of a sharded model."""
@@ -307,12 +323,15 @@ class Collector:
         if self.backward is None:
             raise ValueError("nothing is asked of a backward pass")
         ranks, late = self.company.ranks, self.skip_bad_samples
-        done = SensitivityPass(records.values(), factors, self.backward, ranks, late)
+        # A mean over B samples has gradients 1/B the size, which 16 bits may not hold; a power of
+        # two rounds nothing.
+        scale = float(2 ** (max(1, len(factors)).bit_length() - 1))
+        done = SensitivityPass(records.values(), factors / scale, self.backward, ranks, late)
         with done:
             # It does not where these samples reach no target (an expert).
             if loss.requires_grad:
                 with self.company.inside_collectives():
-                    loss.backward()
+                    (loss * scale).backward()
         return done
 
     def _add_to(self, name: str, total: Tensor) -> None:

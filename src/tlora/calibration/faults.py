@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +78,24 @@ def warn_of_skipped(skipped: Mapping[Any, str], given: int, stacklevel: int) -> 
         warnings.warn(
             f"{len(skipped)} of {given} calibration samples were left out as bad, counted from 0:"
             f" {_listed(skipped)}.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_of_unreached(names: Sequence[str], stacklevel: int) -> None:
+    """Warn once of targets that ran in no batch, as those whose weight another module reads.
+
+    Args:
+        names: the targets.
+        stacklevel: as in `warnings.warn`, of the caller.
+    """
+    if names:
+        shown = ", ".join(names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        warnings.warn(
+            f"{shown}{more} ran in no calibration batch, so nothing is known of their inputs and an"
+            " adapter may learn nothing there; leave them out (`exclude_modules`) or give samples"
+            " that reach them.",
             stacklevel=stacklevel + 1,
         )
 

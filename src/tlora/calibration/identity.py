@@ -167,12 +167,32 @@ def _bytes(tensor: Tensor) -> Any:
 def _digest_of(batch: Mapping[str, Any]) -> int:
     digest = hashlib.sha256()
     for name in sorted(batch, key=str):
-        value = batch[name]
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(_bytes(value.detach()))
-        else:
-            # By type: the repr of an object may hold where it lies in memory.
-            text = json.dumps(value, default=lambda other: type(other).__name__, sort_keys=True)
-            digest.update(f"{name} {text}\n".encode())
+        digest.update(f"{name} ".encode())
+        _feed(digest, batch[name])
     return int.from_bytes(digest.digest(), "big")
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Add a value to a digest: tensors, arrays and images by content, also inside lists and dicts.
+
+    Of other objects the type alone: their repr may hold where they lie in memory.
+    """
+    if isinstance(value, Tensor):
+        digest.update(f"{tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(_bytes(value.detach()))
+    elif isinstance(value, Mapping):
+        digest.update(f"{len(value)} named\n".encode())
+        for name in sorted(value, key=str):
+            digest.update(f"{name} ".encode())
+            _feed(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} listed\n".encode())
+        for item in value:
+            _feed(digest, item)
+    elif hasattr(value, "tobytes"):
+        shape = getattr(value, "shape", getattr(value, "size", None))
+        digest.update(f"{type(value).__name__} {shape} {getattr(value, 'dtype', '')}\n".encode())
+        digest.update(value.tobytes())
+    else:
+        text = json.dumps(value, default=lambda other: type(other).__name__)
+        digest.update(f"{text}\n".encode())

@@ -36,7 +36,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
-    with _random_states(), gradients_kept(model), _activations_kept(model):
+    with random_states_kept(), gradients_kept(model), _activations_kept(model):
         try:
             for module, name, _ in needs:
                 module.get_parameter(name).requires_grad_(False)
@@ -70,7 +70,8 @@ def _activations_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
+    """Give the random states of Python, NumPy (where loaded) and torch back after the body."""
     python_state = random.getstate()
     numpy_random = _numpy_random()
     numpy_state = numpy_random.get_state() if numpy_random else None

@@ -17,12 +17,17 @@ from tlora.calibration.bank import MomentBank
 from tlora.calibration.collector import Collector
 from tlora.calibration.distributed import Cohort, cohort
 from tlora.calibration.expert_targets import warn_of_unadapted_experts
-from tlora.calibration.faults import refuse_none_left, warn_of_skipped, within_memory
+from tlora.calibration.faults import (
+    refuse_none_left,
+    warn_of_skipped,
+    warn_of_unreached,
+    within_memory,
+)
 from tlora.calibration.gradients import backward_for
 from tlora.calibration.identity import Key
 from tlora.calibration.journal import Journal
 from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
-from tlora.calibration.preserve import preserved
+from tlora.calibration.preserve import preserved, random_states_kept
 from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.spill import Spill, spill_budget
 from tlora.calibration.statistics import Calibration
@@ -74,7 +79,9 @@ def calibrate(
     ranks, model, targets = begin(model, config)
     with ranks.together():
         journal = Journal(model, targets, config, cache, skip_bad_samples, ranks)
-    if (stats := journal.found(batches)) is None:
+    with random_states_kept():  # a DataLoader draws some to be looked through
+        stats = journal.found(batches)
+    if stats is None:
         stats = _measured(model, targets, batches, journal, config, progress)
     skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
@@ -199,6 +206,7 @@ def first_pass(
     collector.pool()
     if collector.samples == 0:
         refuse_none_left(collector.skipped)
+    warn_of_unreached(collector.unreached(), stacklevel=3)
 
 
 def _read(collector: Collector, batch: Any) -> None:

@@ -228,7 +228,7 @@ class Calibration:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(calibration_file(path), _KIND)
+        tensors, header = read_tensors(calibration_file(path), _KIND, _FORMAT)
         moments = {
             key: SecondMoment.from_parts(moment_parts(tensors, key), **counts)
             for key, counts in header["moments"].items()
