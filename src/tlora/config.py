@@ -188,7 +188,7 @@ class TLoraConfig:
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
     memory_budget: int | str | None = None
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
-    or "2GiB"; None: no limit. On top come a row of d numbers a sample, its mean, for each moment."""
+    or "2GiB"; None: no limit. The mean of each sample, d numbers a moment, comes on top."""
     seed: int = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
