@@ -72,6 +72,43 @@ def test_batches_of_1_and_32_give_the_replies_of_the_plain_model(subjects, promp
     assert changed > len(prompts) // 4  # else the adapter would show nothing
 
 
+WISHES = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, "min_new_tokens": 9}
+
+
+@pytest.mark.parametrize("kind", ["base", "adapter"])
+def test_a_checkpoints_own_wishes_of_generation_do_not_count(kind, subjects, prompts):
+    (subject,) = (each for each in subjects if each.kind == kind)
+    some = prompts[:12]
+    plain = replies(subject, settings(), some)
+    model = loading.load(subject, settings())
+    bare = model.get_base_model() if kind == "adapter" else model
+    bare.generation_config.update(**WISHES)
+    before = bare.generation_config.to_dict()
+    lm = TransformersLM(model, loading.load_tokenizer(subject, settings()), settings(), "causal")
+    assert lm.generate_until(requests(some)) == plain
+    assert bare.generation_config.to_dict() == before
+    # Given by the user they count, one and all.
+    given = lm.generate_until(requests(some, **WISHES))
+    assert given != plain
+    bare.generation_config.update(**dict.fromkeys(WISHES))
+    assert lm.generate_until(requests(some, **WISHES)) == given
+
+
+def test_an_encoder_decoder_begins_as_its_checkpoint_says(saved, tiny_t5):
+    folder = saved(tiny_t5())
+    subject = Subject("t5", "base", folder, None, "seq2seq")
+    plain = replies(subject, settings(), PROMPTS, max_gen_toks=6)
+    model = loading.load(subject, settings())
+    model.generation_config.update(**WISHES)
+    lm = TransformersLM(model, loading.load_tokenizer(subject, settings()), settings(), "seq2seq")
+    assert lm.generate_until(requests(PROMPTS, max_gen_toks=6)) == plain
+    for start in (0, 5):
+        model.generation_config.decoder_start_token_id = start
+        ids = torch.tensor([lm.tok_encode(PROMPTS[0])])
+        out = lm._model_generate(ids, ids.shape[1] + 1, [])
+        assert out[0, 0] == start
+
+
 def test_each_row_ends_at_its_own_stop_sequence(subjects, prompts):
     base = subjects[0]
     whole = replies(base, settings(), prompts, max_gen_toks=20)
@@ -135,6 +172,7 @@ def likelihoods(model, tokenizer, pairs, head, size):
     return lm.loglikelihood(asked)
 
 
+PROMPTS = ["a", "The answer is: 72", "Natalia sold clips to 48 of her friends in April."]
 PAIRS = [("The answer is:", " 72"), ("a", " charming and often"), ("Natalia sold", " clips to 48")]
 
 
@@ -185,9 +223,8 @@ def test_an_encoder_decoder_says_the_same_in_any_batch(saved, tiny_t5, tmp_path)
     )
     model.save_pretrained(tmp_path / "adapter")
     subject = Subject("t5", "adapter", folder, str(tmp_path / "adapter"), "seq2seq")
-    prompts = ["a", "The answer is: 72", "Natalia sold clips to 48 of her friends in April."]
-    one = replies(subject, settings(batch_size=1), prompts, max_gen_toks=6)
-    assert one == replies(subject, settings(batch_size=3), prompts, max_gen_toks=6)
+    one = replies(subject, settings(batch_size=1), PROMPTS, max_gen_toks=6)
+    assert one == replies(subject, settings(batch_size=3), PROMPTS, max_gen_toks=6)
     tokenizer = loading.load_tokenizer(subject, settings())
     assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 6 for text in one)
 

@@ -119,6 +119,41 @@ def test_a_run_is_scored_by_the_replies_that_its_adapter_gives(config, t5, revie
     assert [line["scores"]["accuracy"] for line in lines] == right
 
 
+def test_evaluations_reply_greedily_whatever_the_checkpoint_asks(config, t5, reviews, tmp_path):
+    base = t5(WORDS)
+    wishes = {"min_new_tokens": 3, "repetition_penalty": 9.0, "num_beams": 2}
+
+    def scored(name, **trainer):
+        folder = train.run(
+            config(
+                model=base,
+                task="sst2",
+                data=DataConfig(kind="seq2seq"),
+                method="full",
+                adapter={},
+                trainer={"max_steps": 20, "learning_rate": 0.01, "eval_strategy": "steps"}
+                | {"eval_steps": 10, "save_strategy": "no", "per_device_train_batch_size": 20}
+                | trainer,
+                output_dir=str(tmp_path / name),
+                **reviews,
+            )
+        )
+        lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+        kept = transformers.GenerationConfig.from_pretrained(folder.adapter)
+        found = [line["eval_accuracy"] for line in lines if "eval_accuracy" in line]
+        return found, {wish: getattr(kept, wish) for wish in wishes}
+
+    plain, _ = scored("plain")
+    assert len(plain) == 3
+    assert plain[-1] > 0.5
+    own = transformers.GenerationConfig.from_pretrained(base)
+    own.update(**wishes)
+    own.save_pretrained(base)
+    assert scored("wishes") == (plain, wishes)
+    # What the user says of generation counts.
+    assert scored("asked", generation_config=base)[0] != plain
+
+
 @pytest.mark.parametrize(
     ("trainer", "expected"), [({}, (True, 4)), ({"generation_max_length": 9}, (True, 9))]
 )

@@ -3,8 +3,9 @@
 `HFLM` sorts prompts by length, pads them on the left and generates with a KV cache. What is
 changed here: each prompt is tokenised by itself and as in training (without a closing token); each
 row ends at its own stop sequence; the new tokens of an encoder-decoder are counted by themselves;
-likelihoods are computed in float32; and nothing is called with labels, whose loss some adapters
-cannot compute outside of training.
+a greedy reply is the model's own, whatever the checkpoint asks of generation; likelihoods are
+computed in float32; and nothing is called with labels, whose loss some adapters cannot compute
+outside of training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from tlora.evalconfig import EvalConfig
+from tlora.inference.greedy import greedy
 from tlora.inference.loading import unheard
 from tlora.tasks.tokens import end_tokens
 
@@ -130,21 +132,24 @@ class TransformersLM(Barless, HFLM):
         new_tokens = max_length - context.shape[1]
         start = context.shape[1] if self.backend == "causal" else 1
         ends = end_tokens(self.model, self.tokenizer)
+        alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not generation_kwargs.get("do_sample"):
             generation_kwargs |= {"do_sample": False}
             for name in ("temperature", "top_p", "top_k"):
                 generation_kwargs.pop(name, None)
+            alone = greedy(self.model, self.tokenizer)
         texts = [text for text in stop if text and text != self.tokenizer.eos_token]
         criteria = [EndOfRows(self.tokenizer, texts, start)] if texts else []
-        return self.model.generate(
-            input_ids=context,
-            max_new_tokens=new_tokens,
-            stopping_criteria=transformers.StoppingCriteriaList(criteria),
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=ends or None,
-            use_cache=True,
-            **generation_kwargs,
-        )
+        with alone:
+            return self.model.generate(
+                input_ids=context,
+                max_new_tokens=new_tokens,
+                stopping_criteria=transformers.StoppingCriteriaList(criteria),
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=ends or None,
+                use_cache=True,
+                **generation_kwargs,
+            )
 
 
 class EndOfRows(transformers.StoppingCriteria):

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.tasks.tokens import IGNORED, end_tokens
+from tlora.inference.greedy import greedy
+from tlora.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +40,7 @@ def exact_match(
     pairs = [prompt_and_response(row) for row in rows]
     longest = max(len(response) for _, response in pairs)
     right = 0
-    with _greedy(model, tokenizer), torch.no_grad():
+    with greedy(model, tokenizer), _evaluating(model), torch.no_grad():
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
             batch = _padded_left([prompt for prompt, _ in some], tokenizer.pad_token_id)
@@ -60,23 +61,13 @@ def exact_match(
 
 
 @contextmanager
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Let the model write greedily and nothing else, in evaluation mode."""
-    from transformers import GenerationConfig
-
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, training = bare.generation_config, model.training
-    # What is not given to `generate` is filled in from here.
-    bare.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=end_tokens(bare, tokenizer) or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _evaluating(model: Any) -> Iterator[None]:
+    """Keep a model in evaluation mode, and put it back into its own afterwards."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        bare.generation_config = own
         model.train(training)
 
 

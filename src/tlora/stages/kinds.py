@@ -70,7 +70,7 @@ KINDS: dict[Kind, KindSpec] = {
     "seq2seq": KindSpec(
         task_type="SEQ_2_SEQ_LM",
         auto_model="transformers:AutoModelForSeq2SeqLM",
-        trainer="transformers:Seq2SeqTrainer",
+        trainer="tlora.stages.text2text:GreedyTrainer",
         arguments="transformers:Seq2SeqTrainingArguments",
         encode=tokens.seq2seq,
         collator=tokens.seq2seq_collator,

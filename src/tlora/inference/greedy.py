@@ -1,0 +1,42 @@
+"""Greedy replies: the likeliest token each time, whatever a checkpoint asks of generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tlora.tasks.tokens import end_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BEGINNING = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+@contextmanager
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let `model.generate` write greedily and nothing else: no penalties, beams or least lengths.
+
+    Of the checkpoint's generation config the tokens that begin and end a reply alone are kept; it
+    is back, untouched, afterwards. What is given to `generate` by name wins over this.
+
+    Args:
+        model: a transformers model or a PeftModel.
+        tokenizer: its tokenizer, whose closing token ends a reply too.
+    """
+    from transformers import GenerationConfig
+
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = bare.generation_config
+    # `generate` fills in from here what it is not given.
+    bare.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=end_tokens(bare, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(own, name, None) for name in _BEGINNING},
+    )
+    try:
+        yield
+    finally:
+        bare.generation_config = own
