@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import judge_server
 from judge_server import says, status
 from tlora import cli
-from tlora.errors import ConfigError, DataError, JudgeError
+from tlora.errors import ArtifactError, ConfigError, DataError, JudgeError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.evaluation.mtbench import endpoint
@@ -263,6 +263,28 @@ def test_the_command_line_grades_later_without_a_model(
     assert cli.main(["eval", "--output_dir", "out", *judge]) == 0
     assert len(server.bodies) == 6
     assert KEY not in everything_in(here) + "".join(capfd.readouterr())
+
+
+def test_grading_alone_waits_for_nobody_and_writes_over_nobody(config, server):
+    evaluate.run(config())
+    before = Path("out/eval.json").read_bytes()
+    alone = EvalConfig(output_dir="out", judge=by(server))
+    with EvalFolder("out").locked(), pytest.raises(ConfigError, match="another process is"):
+        evaluate.run(alone)
+    assert server.bodies == []
+    assert Path("out/eval.json").read_bytes() == before
+
+    def busy(body):
+        with pytest.raises(ConfigError, match="another process is"):
+            evaluate.run(config(models=[f"second={BASE_MODEL}"]))
+        return says("[[4]]")
+
+    server.by_body = busy
+    evaluate.run(alone)
+    assert entry()["scores"]["chatty"]["score"] == 4.0
+    with pytest.raises(ArtifactError, match=r"there is no eval\.json"):
+        evaluate.run(EvalConfig(output_dir="elsewhere", judge=by(server)))
+    assert not Path("elsewhere").exists()
 
 
 def test_a_model_that_is_added_is_graded_and_the_others_keep_their_grades(

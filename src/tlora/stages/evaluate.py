@@ -71,7 +71,9 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
     folder.refuse_unless_free()
     check_judge(config)
     if config.only_grades:
-        grade(folder, config, {}, tell)
+        folder.read()  # the lock would make a folder that is not there
+        with folder.locked():
+            grade(folder, config, {}, tell)
         return folder
     models = subjects.resolve(config)
     loading.check_backend(config, models)

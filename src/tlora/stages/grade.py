@@ -42,7 +42,7 @@ def grade(
     were graded before are graded again; what the judge has said once is kept and costs nothing.
 
     Args:
-        folder: has an evaluation.
+        folder: has an evaluation, and is locked: eval.json is read here and written at the end.
         config: its judge; without one nothing is graded.
         protocols: of the conversations that have just been asked, how.
         tell: called with a line of text as each model's are graded.
