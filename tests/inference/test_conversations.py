@@ -204,6 +204,26 @@ def test_a_model_without_a_template_gets_the_papers_prompt_and_the_result_says_s
     ) in entry()["protocol"]
 
 
+def test_a_model_that_does_not_count_what_it_cuts_is_asked_too(config, chatty):
+    class Echo:
+        """As vLLM's class is: no count of prompts that lost their beginning."""
+
+        tokenizer = AutoTokenizer.from_pretrained(chatty)
+
+        def set_cache_hook(self, hook):
+            pass
+
+        def generate_until(self, requests):
+            return [f"<{request.args[0]}>" for request in requests]
+
+    answers = MtBench("mtbench", config()).ask(Echo(), lambda count: None)
+    assert answers.truncated == 0
+    assert [line["reply"] for line in answers.lines[:2]] == [
+        "<[u]Sea.[a]>",
+        "<[u]Sea.[a]<[u]Sea.[a]>[u]Again.[a]>",
+    ]
+
+
 def test_answers_grades_and_report_in_one_run(config, demo_adapter, server, chatty):
     server.by_body = lambda body: says(
         f"Words. [[{9 if 'eference' in body['messages'][0]['content'] else 4}]]"

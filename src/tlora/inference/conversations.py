@@ -120,7 +120,8 @@ class MtBench:
         start = [{"role": "system", "content": system}] if system else []
         chats: list[Messages] = [[*start] for _ in self._questions]
         form = self._form(lm)
-        before, prompts, replies = lm.truncated, [], []
+        # vLLM cuts prompts where nobody counts them.
+        before, prompts, replies = getattr(lm, "truncated", 0), [], []
         for turn in (0, 1):
             for chat, question in zip(chats, self._questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
@@ -131,7 +132,7 @@ class MtBench:
                 chat.append({"role": "assistant", "content": reply})
         pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
         said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
-        return Answers(to_lines(said), {}, lm.truncated - before)
+        return Answers(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
 
     def _form(self, lm: Any) -> ChatForm:
         return FORMS.get(self._config.chat_prompt) or form_of(lm.tokenizer)

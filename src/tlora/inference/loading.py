@@ -79,10 +79,25 @@ def check_backend(config: EvalConfig, models: list[Subject]) -> None:
     ]
     if any(subject.head == "labelled" for subject in models):
         faults.append("vLLM writes texts, and these models label them; leave --backend out.")
-    if config.quantization != "none":
-        faults.append("`quantization` is of transformers alone; leave it or --backend out.")
+    faults += [
+        f"`{name}` is of transformers alone; leave it or --backend out."
+        for name in _unheard_by_vllm(config, models)
+    ]
     if faults:
         raise ConfigError(faults, where="backend")
+
+
+def _unheard_by_vllm(config: EvalConfig, models: list[Subject]) -> list[str]:
+    """Return the fields that are given and never reach vLLM."""
+    merges = any(subject.kind == "merged" for subject in models)
+    given = {
+        "quantization": config.quantization != "none",
+        "parallelize": config.parallelize,
+        "max_batch_size": config.max_batch_size != EvalConfig.max_batch_size,
+        # Adapters are merged on it, before vLLM takes the model.
+        "device": config.device is not None and not merges,
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
