@@ -41,6 +41,8 @@ SETTINGS = (
 )
 """Fields that can change a score; all results of a folder have them in common."""
 _POSITIVE = ("max_batch_size", "max_length", "n_samples")
+_OF_TRAINING = ("train_split", "loss_on", "max_train_rows", "overlap", "guard", "guard_dir")
+"""Fields of `data` that have no meaning where nothing is trained."""
 REPLY_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What `gen_kwargs` may call the most tokens of a reply; the first is the harness' own name."""
 
@@ -160,7 +162,7 @@ class EvalConfig:
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
-        faults = [*self.data.faults(), *self.judge.faults()]
+        faults = [*self.data.faults(), *self._data_faults(), *self.judge.faults()]
         faults += [*self._number_faults(), *self._choice_faults(), *self._generation_faults()]
         if not (self.entries() or self.judge.url):
             faults.append("nothing to evaluate is named; give the folder of a model or an adapter.")
@@ -171,6 +173,14 @@ class EvalConfig:
         if not self.output_dir:
             faults.append("`output_dir` is empty; name a folder.")
         return faults
+
+    def _data_faults(self) -> list[str]:
+        default = DataConfig()
+        return [
+            f"`data.{name}` is of training alone; leave it out."
+            for name in _OF_TRAINING
+            if getattr(self.data, name) != getattr(default, name)
+        ]
 
     def _number_faults(self) -> list[str]:
         faults = []

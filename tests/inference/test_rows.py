@@ -1,6 +1,7 @@
 """Rows of a task as an evaluation: equal to the letter, or read back by the task."""
 
 import pytest
+from datasets import Dataset
 from lm_eval import evaluate
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -10,8 +11,14 @@ from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.samples import metrics, records
 from tlora.inference import rows
 from tlora.inference.questions import Questions
+from tlora.inference.subjects import Subject
+from tlora.inference.testrows import scored_rows
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
+from tlora.stages import evaluate as evaluation
+from tlora.tasks import source
+
+CAUSAL = Subject("m", "base", "m", None, "causal")
 
 
 class Says(LM):
@@ -82,6 +89,91 @@ def test_a_number_that_is_read_back_is_scored_with_the_others(tmp_path):
     targets = [f"{n:.1f}" for n in range(5)]
     assert scores == pytest.approx(task.reply_metrics(replies, targets))
     assert items == [{}] * 5
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Ten rows of any dataset; what was asked for is noted."""
+    asked = []
+
+    def read(name, config, split):
+        asked.append((name, config, split))
+        rows = [{"sentence": f"s{n}", "label": n % 2, "prompt": f"{n}"} for n in range(10)]
+        return Dataset.from_list([row | {"response": "r"} for row in rows])
+
+    monkeypatch.setattr(source, "read_hub", read)
+    return asked
+
+
+def read(name, **data):
+    config = EvalConfig(models=["m"], tasks=[name], data=DataConfig(**data))
+    return [row["text"] for row in scored_rows(TASKS.load(name)(config.data), config, limited=True)]
+
+
+def test_the_dataset_that_is_named_is_scored_by_tasks_that_have_their_own(hub):
+    read("sst2")
+    read("sst2", eval_split="test")
+    read("sst2", dataset="mine", dataset_config="part", eval_split="dev")
+    own = ("nyu-mll/glue", "sst2")
+    assert hub == [(*own, "validation"), (*own, "test"), ("mine", "part", "dev")]
+
+
+def test_so_many_test_rows_are_scored_the_first_or_drawn(hub):
+    assert read("sst2", max_eval_rows=3) == ["s0", "s1", "s2"]
+    drawn = read("sst2", max_eval_rows=3, subset_seed=1)
+    assert len(drawn) == 3
+    assert drawn == read("sst2", max_eval_rows=3, subset_seed=1) != ["s0", "s1", "s2"]
+
+
+def test_a_dataset_on_the_hub_is_one_task_of_prompts_and_responses(hub):
+    data = DataConfig(dataset="mine", eval_split="test", max_eval_rows=4)
+    config = EvalConfig(models=["m"], tasks=["jsonl"], data=data)
+    (task,) = evaluation.make_tasks(config, [CAUSAL]).values()
+    assert task.items == 4
+    assert hub == [("mine", None, "test")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "data", "says"),
+    [
+        ({}, {}, "the task has no rows of its own; give --test_file, or --data.dataset"),
+        ({}, {"dataset": "mine"}, "which rows of 'mine' are to be scored is not said"),
+        ({}, {"dataset_config": "a"}, "`data.dataset_config` needs `data.dataset`"),
+        (
+            {"test_file": "f.jsonl"},
+            {"eval_split": "test"},
+            "`data.eval_split` and --test_file both say where the rows are",
+        ),
+    ],
+)
+def test_rows_that_are_named_twice_or_not_are_refused(hub, fields, data, says):
+    config = EvalConfig(models=["m"], tasks=["jsonl"], data=DataConfig(**data), **fields)
+    with pytest.raises(ConfigError, match=says):
+        scored_rows(TASKS.load("jsonl")(config.data), config)
+    assert hub == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_split", "dev"),
+        ("loss_on", "all"),
+        ("max_train_rows", 5),
+        ("overlap", "drop"),
+        ("guard", "gsm8k-paper"),
+        ("guard_dir", "data"),
+    ],
+)
+def test_what_is_of_training_alone_is_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"`data\.{name}` is of training alone; leave it out"):
+        EvalConfig(models=["m"], tasks=["sst2"], data=DataConfig(**{name: value}))
+
+
+def test_how_rows_are_read_is_refused_where_the_rows_are_an_evaluations():
+    data = DataConfig(max_eval_rows=5)
+    config = EvalConfig(models=["m"], tasks=["gsm8k-paper"], data=data)
+    with pytest.raises(ConfigError, match=r"`data\.max_eval_rows` says how rows of yours are read"):
+        evaluation.make_tasks(config, [CAUSAL])
 
 
 def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):

@@ -61,7 +61,7 @@ class Labels:
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
         self.task: Task = task
-        self._rows = scored_rows(name, self.task, config, limited=True)
+        self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
         self.protocol = f"{summary}; labelled by the model's head"
@@ -142,8 +142,9 @@ def make(config: EvalConfig) -> dict[str, Labels]:
         ConfigError: a name is no such task, or the tasks have different heads.
         DataError: as `Labels`.
     """
-    if config.test_file and len(config.tasks) > 1:
-        raise ConfigError("--test_file is of one task; give one.", where="tasks")
+    if (config.test_file or config.data.dataset) and len(config.tasks) > 1:
+        flag = "--test_file" if config.test_file else "--data.dataset"
+        raise ConfigError(f"{flag} is of one task; give one.", where="tasks")
     tasks = {name: Labels(name, config) for name in config.tasks}
     if len({str(task.head) for task in tasks.values()}) > 1:
         raise ConfigError(

@@ -130,7 +130,7 @@ def of_task(name: str, task: Task, config: EvalConfig) -> ExactRows:
             where="test_file",
         )
     docs = []
-    for number, row in enumerate(scored_rows(name, task, config)):
+    for number, row in enumerate(scored_rows(task, config)):
         if "prompt" not in row:
             raise DataError(
                 f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."

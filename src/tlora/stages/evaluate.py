@@ -131,7 +131,7 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
     from tlora.inference import rows, testrows
     from tlora.inference.questions import Questions
 
-    if config.test_file or config.data.kind:
+    if testrows.of_a_task(config):
         name, task = testrows.one_task(config)
         return {name: Questions(rows.of_task(name, task, config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]

@@ -136,6 +136,46 @@ class Task(ABC):
         seed = data.subset_seed
         return _some(train, data.max_train_rows, seed), _some(held_out, data.max_eval_rows, seed)
 
+    def held_out(self, file: str | None) -> tuple[Dataset, str]:
+        """Read the raw rows that an evaluation without training scores, and say what they are.
+
+        Args:
+            file: their file; without one they are those of `data.dataset`, or of the task's own.
+
+        Returns:
+            Raw rows, as many as `data.max_eval_rows` leaves, and a name of them for messages.
+
+        Raises:
+            ConfigError: no rows are named, or two places of them.
+            DataError: a file or dataset is missing, unreadable or empty.
+        """
+        data = self.data
+        given = [n for n in ("dataset", "dataset_config", "eval_split") if getattr(data, n)]
+        if file and given:
+            raise ConfigError(
+                f"`data.{given[0]}` and --test_file both say where the rows are; give one.", "data"
+            )
+        if data.dataset_config and not data.dataset:
+            raise ConfigError("`data.dataset_config` needs `data.dataset`; give it too.", "data")
+        name, subset = (data.dataset, data.dataset_config) if data.dataset else self.hub or ("", "")
+        split = data.eval_split or (None if data.dataset else self.hub_eval_split)
+        if file:
+            rows, where = self.read_file(file), file
+        elif name and split:
+            rows, where = source.read_hub(name, subset, split), f"{name}, {split}"
+        elif name:
+            raise ConfigError(
+                f"which rows of {name!r} are to be scored is not said; give --data.eval_split.",
+                where="data",
+            )
+        else:
+            raise ConfigError(
+                "the task has no rows of its own; give --test_file, or --data.dataset and"
+                " --data.eval_split.",
+                where="test_file",
+            )
+        return _some(rows, data.max_eval_rows, data.subset_seed), where
+
 
 def _some(rows: Any, limit: int | None, seed: int | None) -> Any:
     """Return the first ``limit`` rows, or as many drawn with ``seed``, in the order of the file."""

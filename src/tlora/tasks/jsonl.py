@@ -61,6 +61,12 @@ class Jsonl(Task):
             self.label_names = [str(value) for value in values]
         return train, held_out
 
+    def held_out(self, file: str | None) -> tuple[Dataset, str]:
+        """Read the rows and settle which columns are meant; the classes are those of training."""
+        rows, where = super().held_out(file)
+        self._settle_columns(rows.column_names)
+        return rows, where
+
     def _settle_columns(self, have: list[str]) -> None:
         data = self.data
         named = {
