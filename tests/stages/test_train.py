@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from support import tiny_bart_classifier
 from tlora import AdapterPlan
 from tlora.errors import ConfigError, DataError, TLoraError
 from tlora.runconfig import DataConfig
@@ -190,6 +191,36 @@ def test_classification_trains_a_new_head_and_reports_the_tasks_metric(
     for key, value in heads.items():
         name = key.replace("classifier.", "classifier.modules_to_save.default.")
         assert not torch.equal(trained[f"base_model.model.{name}"], value)
+
+
+def test_an_encoder_decoder_that_classifies_is_scored_by_its_logits(config, saved, reviews):
+    for file in map(Path, reviews.values()):
+        # The head reads the state of the token that ends the text, which this tokenizer adds not.
+        file.write_text(file.read_text().replace("\t", "</s>\t").replace("ce</s>", "ce"))
+    model = saved(tiny_bart_classifier())
+    folder = train.run(config(model=model, task="sst2", **reviews))
+    found = json.loads(folder.metrics.read_text())["accuracy"]
+    setup = settle(config(model=model, task="sst2", **reviews))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    trained = peft.PeftModel.from_pretrained(base, folder.adapter).eval()
+    rows = setup.held_out.select_columns(["input_ids", "attention_mask", "labels"])
+    batch = setup.collator([*rows])
+    with torch.no_grad():
+        right = trained(**batch).logits.argmax(dim=-1) == batch["labels"]
+    assert found == pytest.approx(right.float().mean().item())
+
+
+def test_an_evaluation_that_fails_leaves_the_trained_adapter(config, other_sums, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the evaluation broke")
+
+    run = config(eval_file=other_sums)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the evaluation broke"):
+        patch.setattr(train, "scores", fail)
+        train.run(run)
+    whole = train.run(config("whole"))
+    kept = Path(run.output_dir) / "adapter" / "adapter_model.safetensors"
+    assert kept.read_bytes() == (whole.adapter / "adapter_model.safetensors").read_bytes()
 
 
 def test_regression_reports_correlations(config, saved, tiny_bert_classifier, tmp_path):

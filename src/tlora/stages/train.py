@@ -69,11 +69,13 @@ def run(config: RunConfig) -> RunFolder:
         folder.start(config.resolved().to_dict(), "train", prepared.plan)
     with _timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
+    if trainer.is_world_process_zero():
+        # The trainer may have wrapped or moved the model, but it is this very object. It is saved
+        # first: an evaluation that fails must not cost what was trained.
+        save_adapter(prepared, setup, folder.adapter)
     with _timed(seconds, "evaluate"):
         metrics = scores(trainer, setup.held_out)
     if trainer.is_world_process_zero():
-        # The trainer may have wrapped or moved the model, but it is this very object.
-        save_adapter(prepared, setup, folder.adapter)
         if metrics:
             write_json(folder.metrics, metrics)
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
@@ -164,6 +166,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids
         )
+        extra["preprocess_logits_for_metrics"] = _logits_alone
     elif setup.task.reads_replies and arguments.predict_with_generate:
         extra["compute_metrics"] = lambda prediction: setup.task.reply_metrics(
             texts(setup.tokenizer, prediction.predictions),
@@ -184,6 +187,11 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     replace_bar(trainer)
     keep_dtypes(trainer)
     return trainer
+
+
+def _logits_alone(outputs: Any, labels: Any) -> Any:
+    """Return the logits of what a classifier puts out; encoder-decoders add encoder states."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _resume_point(folder: RunFolder, trainer: Any) -> str | None:
