@@ -126,11 +126,23 @@ def test_training_states_are_of_what_trains():
     assert found.trainable == trained
     assert found.gradients == 4 * trained
     assert found.optimizer == 2 * found.gradients
-    assert found.weights == 4000 + 4 * sums.adapter_parameters(modules, frozen_a=False)
+    # The base keeps a head of its own beside the one that trains.
+    assert found.weights == 4000 + 4 * (sums.adapter_parameters(modules, frozen_a=False) + 6)
     assert found.peak(True) < found.peak(False)
     full = sums.full_training(weights, work)
     assert (full.trainable, full.gradients, full.optimizer) == (1000, 4000, 8000)
     assert full.checkpointed_flops == full.flops + 110
+
+
+def test_what_trains_beside_16_bit_weights_is_counted_in_float32():
+    work = sums.Work(10, 5, 0, 100, 10, layers=1)
+    weights = Weights(parameters=1000, bytes=2000, element=2)
+    full = sums.full_training(weights, work)
+    # Under autocast the backward pass reads a copy of the weights in 16 bits.
+    assert (full.weights, full.gradients, full.optimizer) == (4000 + 2000, 4000, 8000)
+    adapter = AdapterShape(frozen_a=True, element=4, dropout=False)
+    head = sums.adapter_training("x", [], adapter, (weights, work), (0, 6))
+    assert (head.weights, head.gradients, head.optimizer) == (2000 + 24, 24, 48)
 
 
 def predicted(basis, kept=0, **fields):

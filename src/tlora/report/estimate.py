@@ -170,9 +170,9 @@ def _assumed(dry: DryRun) -> list[str]:
     return [
         f"Assumed: weights in {a.dtype} on one device; {a.samples} calibration samples, batches of"
         f" {a.batch(a.calibration_batch)} to calibrate and of {a.batch(a.training_batch)} to train,"
-        " none shorter; no autocast; AdamW with two states a parameter;"
-        " adapters in float32. Activations are those of a CPU, whose attention keeps a T x T"
-        " matrix only where it has dropout or the model offers no other.",
+        " none shorter; no autocast, but in `full` on 16-bit weights; AdamW with two states a"
+        " parameter; what trains in float32. Activations are those of a CPU, whose attention keeps"
+        " a T x T matrix only where it has dropout or the model offers no other.",
         f"Rank {dry.rank} everywhere it fits: sensitivity moves ranks between modules, and with"
         " them parameters.",
         f"Time is work over a rate of {a.rate:.3g} FLOP/s ({a.rate_source}): an estimate, low where"

@@ -344,7 +344,7 @@ def adapter_training(
         adapter: how they are adapted.
         base: the base model's weights, and what a training batch does with them frozen.
         extra: bytes of the targets' inputs beyond what the base keeps; and parameters trained
-            outside the adapters (a head, biases).
+            outside the adapters (a head, biases): copies in float32, as the base keeps its own.
     """
     weights, work = base
     shared, others = extra
@@ -354,11 +354,11 @@ def adapter_training(
     loss = loss_bytes(work.logits, weights.element)
     through = sum(_adapter_flops(m, adapter.frozen_a) for m in modules)
     flops = 2 * work.weight_flops + 3 * work.attention_flops + through
-    held = trained * adapter.element + others * weights.element
+    held = trained * adapter.element + others * FLOAT
     return TrainingEstimate(
         name=name,
         trainable=trained + others,
-        weights=weights.bytes + all_of_it * adapter.element,
+        weights=weights.bytes + all_of_it * adapter.element + others * FLOAT,
         gradients=held,
         optimizer=2 * held,
         activations=work.kept + beside + loss,
@@ -376,18 +376,22 @@ def _adapter_flops(module: ModuleShape, frozen_a: bool) -> int:
 
 
 def full_training(weights: Weights, work: Work) -> TrainingEstimate:
-    """Predict one step of training every parameter with AdamW, all in the weights' dtype.
+    """Predict one step of training every parameter with AdamW, all in float32.
 
-    FLOPs: forward, backward to the inputs, and as much again for the weights' gradients.
+    Where the model's own dtype is narrower it computes under autocast, which keeps a copy of the
+    weights in that dtype for the backward. FLOPs: forward, backward to the inputs, and as much
+    again for the weights' gradients.
     """
     loss = loss_bytes(work.logits, weights.element)
+    stored = FLOAT * weights.parameters
+    copies = weights.bytes if weights.element < FLOAT else 0
     flops = 3 * (work.weight_flops + work.attention_flops)
     return TrainingEstimate(
         name="full",
         trainable=weights.parameters,
-        weights=weights.bytes,
-        gradients=weights.bytes,
-        optimizer=2 * weights.bytes,
+        weights=stored + copies,
+        gradients=stored,
+        optimizer=2 * stored,
         activations=work.kept + loss,
         checkpointed=work.kept_if_checkpointed + loss,
         flops=flops,

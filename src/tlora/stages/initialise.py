@@ -13,6 +13,7 @@ from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
 from tlora.stages.forecast import forecast, sentence
+from tlora.stages.precision import widen
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
 
 
 def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
-    """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place."""
+    """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place.
+
+    What trains is float32 afterwards.
+    """
     import transformers
 
     # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
@@ -63,6 +67,7 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     if plan is None and isinstance(setup.options, TLoraConfig):
         logger.info("%s", _forecast(model, setup, batches))
     prepared = setup.method.prepare(model, setup.options, batches, plan)
+    widen(prepared.model)
     transformers.set_seed(setup.config.seed)
     return prepared
 
