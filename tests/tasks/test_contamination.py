@@ -232,6 +232,40 @@ def test_instructions_of_any_task_are_compared_with_an_evaluations(guarding):
         keep_apart(rows, known, TASKS.load("math")(DataConfig()), "t.json")
 
 
+@pytest.mark.parametrize("form", ["template", "text", "chat"])
+def test_a_guarded_question_is_found_in_whatever_form_it_is_trained_on(guarding, form):
+    asked = GSM8K[1]["question"]
+    template = {"prompt_template": "Question: {question}\nAnswer:", "response_column": "answer"}
+    data = DataConfig(
+        guard="gsm8k-paper", guard_dir=guarding, **(template if form == "template" else {})
+    )
+    turns = [f"{asked}\nPlease reason step by step.", "1"]
+    row = {
+        "template": {"question": asked, "answer": "1"},
+        "text": {"text": f"Here is a riddle. {asked} The answer is 1."},
+        "chat": {
+            "messages": [
+                {"role": role, "content": said}
+                for role, said in zip(("user", "assistant"), turns, strict=True)
+            ]
+        },
+    }[form]
+    spared = json.loads(json.dumps(row).replace("eats one", "eats none"))
+    rows = Dataset.from_list([spared, row])
+    jsonl = TASKS.load("jsonl")(data)
+    jsonl._settle_columns(rows.column_names)
+    with pytest.raises(DataError, match=r"of 2 training rows 1 ask what gsm8k-paper asks \(row 2"):
+        keep_apart(rows, guarded(data), jsonl, "t.jsonl")
+
+
+def test_an_evaluation_row_is_found_inside_a_training_row():
+    asked = GSM8K[0]["question"]
+    rows, held_out = raw("a", f"{asked} Think first."), raw(asked)
+    with pytest.raises(DataError, match=r"of 2 training rows 1 ask what e asks \(row 2\)"):
+        keep_apart(rows, {"e": held_out}, task(rows), "t")
+    assert keep_apart(held_out, {"e": rows}, task(rows), "t")[:] == held_out[:]
+
+
 def test_what_cannot_be_guarded_against_is_refused_at_once(guarding):
     with pytest.raises(ConfigError) as caught:
         guarded(DataConfig(guard="gsm8k-papr,humaneval-paper", guard_dir=guarding))

@@ -50,6 +50,8 @@ class Task(ABC):
     """Kinds that `data.kind` may ask for in its place."""
     reads_replies: bool = False
     """Whether `reply_metrics` scores what the model generates."""
+    classifies: bool = False
+    """Whether a row is a text to be classified, even if it is put as text to text."""
     label_names: list[str] | None = None
     """Names of the classes by id, for a classification."""
     exact: bool = False

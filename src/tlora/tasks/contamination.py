@@ -5,23 +5,23 @@ before it starts. The question of a row is its prompt without the response, its 
 texts without the label, what the user says of a chat, or the whole of a plain text. The paper's
 prompt around an instruction is taken off.
 
-Two questions are the same if their words and symbols are, in order, after Unicode's compatibility
-form (NFKC) and casefolding. What does not count: white space, the marks ``. , ; : ! ? _``, quotes
-and apostrophes, ellipses, dashes (also written --), and a hyphen between two letters. Every other
-symbol counts: x - 5 and x + 5 are two questions.
+Two questions are the same if their wording is (`tlora.tasks.wording`). A question of eight words or
+more (and 24 letters and digits) is asked as well where it stands inside a longer text, word for
+word (`tlora.tasks.passages`): within another prompt, a plain text, a turn of a chat or a response.
+Rows with a label are compared as a whole alone, as a sentence within another is classified anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
 from tlora.tasks.base import INSTRUCTION_PROMPT, Row, Task
+from tlora.tasks.passages import Passages, Texts
+from tlora.tasks.wording import TOKEN, folded, letters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,16 +31,13 @@ logger = logging.getLogger(__name__)
 Question = str | tuple[str, ...]
 """A text, or the texts of a pair in their order."""
 
-_LETTER = r"[^\W\d_]"
-_MINUS = rf"(?<!-)(?<!{_LETTER})-(?!-)|(?<!-)-(?!-)(?!{_LETTER})"
-_TOKEN = re.compile(rf"[^\W_]+|[^\w\s.,;:!?'\"`´‘’‚‛“”„«»…–—-]|{_MINUS}")  # noqa: RUF001
 _OPENING, _CLOSING = INSTRUCTION_PROMPT.split("{instruction}")
-_MARKS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 _SHOWN = 5
+_PORTION_ROWS, _PORTION_LETTERS = 1000, 1 << 20
 
 
 class Questions:
-    """Questions to be recognised again; of each a digest of 16 bytes is kept.
+    """Questions to be recognised again: as a whole, and long ones inside other texts.
 
     Example:
         >>> known = Questions(["What is 2 + 2?"])
@@ -49,21 +46,39 @@ class Questions:
     """
 
     def __init__(self, questions: Iterable[Question]) -> None:
+        asked = set(questions)
         self._outlines: set[int] = set()
         self._digests: set[bytes] = set()
-        for question in questions:
-            texts = [_folded(text) for text in _texts(question)]
+        for question in asked:
+            texts = [folded(text) for text in _texts(question)]
             self._outlines.add(_outline(texts))
             self._digests.add(_digest(texts))
+        self._passages = Passages(text for text in asked if isinstance(text, str))
 
     def __contains__(self, question: Question) -> bool:
-        texts = [_folded(text) for text in _texts(question)]
+        """Whether a question is the same as one of these, as a whole."""
+        texts = [folded(text) for text in _texts(question)]
         # The outline costs a tenth of the digest, and rules out nearly every question.
         return _outline(texts) in self._outlines and _digest(texts) in self._digests
 
     def places(self, questions: Iterable[Question]) -> list[int]:
-        """Return the places, from 0, of the ``questions`` that are among these."""
-        return [place for place, question in enumerate(questions) if question in self]
+        """Return the places, from 0, of the ``questions`` that ask what one of these asks.
+
+        They are the same as a whole, or a long one of these stands inside.
+        """
+        looked = ((asked, [asked] if isinstance(asked, str) else []) for asked in questions)
+        return _places({"": self}, looked)[""]
+
+    def among(self, questions: list[Question], texts: Texts, owners: list[int]) -> list[int]:
+        """Return the places in ``questions`` of those that are asked.
+
+        Args:
+            questions: one of each row.
+            texts: what the rows say, to be looked through for long questions.
+            owners: of each of the ``texts``, the place of its row.
+        """
+        whole = {place for place, question in enumerate(questions) if question in self}
+        return sorted(whole | {owners[place] for place in self._passages.places(texts)})
 
 
 def questions(rows: Dataset, task: Task, name: str) -> Iterator[Question]:
@@ -72,12 +87,16 @@ def questions(rows: Dataset, task: Task, name: str) -> Iterator[Question]:
     Raises:
         DataError: a row is not what the task expects.
     """
+    return map(question_of, _rows(rows, task, name))
+
+
+def _rows(rows: Dataset, task: Task, name: str) -> Iterator[Row]:
     number = 0
     for batch in rows.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             raw = dict(zip(batch, values, strict=True))
-            yield question_of(task.row(raw, f"{name}, row {number}"))
+            yield task.row(raw, f"{name}, row {number}")
 
 
 def question_of(row: Row) -> Question:
@@ -116,11 +135,8 @@ def keep_apart(
     }
     if not known:
         return train
-    places: dict[str, list[int]] = {other: [] for other in known}
-    for place, question in enumerate(questions(train, task, name)):
-        for other, asked in known.items():
-            if question in asked:
-                places[other].append(place)
+    rows = _rows(train, task, name)
+    places = _places(known, ((question_of(row), _said_in(row, task)) for row in rows))
     found = "; ".join(_sentence(at, other) for other, at in places.items() if at)
     seen = {place for at in places.values() for place in at}
     if not seen:
@@ -140,6 +156,53 @@ def keep_apart(
     return train.select([place for place in range(len(train)) if place not in seen])
 
 
+def _places(
+    known: Mapping[str, Questions], rows: Iterable[tuple[Question, list[str]]]
+) -> dict[str, list[int]]:
+    """Return, by name, the places of the rows (question, all texts) that ask what is known."""
+    found: dict[str, list[int]] = {name: [] for name in known}
+    done = 0
+    for portion in _portions(rows):
+        asked = [question for question, _ in portion]
+        texts = [text for _, said in portion for text in said]
+        owners = [place for place, (_, said) in enumerate(portion) for _ in said]
+        looked = Texts(texts)
+        for name, questions in known.items():
+            found[name] += [done + place for place in questions.among(asked, looked, owners)]
+        done += len(portion)
+    return found
+
+
+def _portions(
+    rows: Iterable[tuple[Question, list[str]]],
+) -> Iterator[list[tuple[Question, list[str]]]]:
+    """Yield the rows some at a time: few if they are long, as much is held for each letter."""
+    portion: list[tuple[Question, list[str]]] = []
+    size = 0
+    for row in rows:
+        portion.append(row)
+        size += sum(map(len, row[1]))
+        if len(portion) == _PORTION_ROWS or size > _PORTION_LETTERS:
+            yield portion
+            portion, size = [], 0
+    yield portion
+
+
+def _said_in(row: Row, task: Task) -> list[str]:
+    """Return the texts of a row that may have a question of others inside."""
+    if "label" in row or task.classifies:
+        return []
+    if "messages" in row:
+        turns = row["messages"]
+        said = ["\n".join(map(_said, turns))]
+        # What a user says in several turns is one question.
+        several = sum(turn["role"] == "user" for turn in turns) > 1
+        return [*said, str(question_of(row))] if several else said
+    if "prompt" in row:
+        return [f"{row['prompt']}\n{row['response']}"]
+    return [row["text"]]
+
+
 def _sentence(places: list[int], other: str) -> str:
     shown = ", ".join(str(place + 1) for place in places[:_SHOWN])
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
@@ -151,19 +214,14 @@ def _texts(question: Question) -> tuple[str, ...]:
     return (question,) if isinstance(question, str) else question
 
 
-def _folded(text: str) -> str:
-    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-
-
 def _outline(texts: list[str]) -> int:
     """Return a hash of the letters and digits alone: the same for equal questions."""
-    text = "".join(texts).encode("ascii", "ignore")
-    return hash(text.translate(None, _MARKS))
+    return hash(b"".join(map(letters, texts)))
 
 
 def _digest(texts: list[str]) -> bytes:
     # A text that is nothing but marks is compared as it is.
-    tokens = [" ".join(_TOKEN.findall(text)) or text.strip() for text in texts]
+    tokens = [" ".join(TOKEN.findall(text)) or text.strip() for text in texts]
     return hashlib.blake2b("\n".join(tokens).encode(), digest_size=16).digest()
 
 

@@ -37,6 +37,7 @@ class Glue(Task):
     """What the GLUE tasks share: reading a layout, a text or a pair of texts, a label."""
 
     kind: Kind = "classification"
+    classifies = True
     other_kinds: tuple[Kind, ...] = ("seq2seq",)
     hub: tuple[str, str]
     hub_eval_split = "validation"
