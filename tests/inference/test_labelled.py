@@ -3,13 +3,16 @@
 import json
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
+from tlora.inference.outputs import order_of
 from tlora.report import evaluation as report
 from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import evaluate, train
@@ -130,6 +133,160 @@ def test_what_cannot_be_labelled_is_refused(saved, tiny_bert_classifier, here):
         assert f"{texts!r} asks for text" in refused(tasks=[texts])
     assert "Did you mean 'sst2'" in refused(tasks=["sst3"])
     assert "--test_file is of one task" in refused(tasks=["sst2", "cola"])
-    assert "no rows of its own" in refused(
-        tasks=["jsonl"], test_file=None, data=DataConfig(kind="classification")
+    named = DataConfig(kind="classification", label_names=["bad", "good"])
+    assert "no rows of its own" in refused(tasks=["jsonl"], test_file=None, data=named)
+
+
+COLUMNS = {"kind": "classification", "text_column": "text", "label_column": "label"}
+
+
+def reviews(path, count, labels=("pos", "neg")):
+    draw = random.Random(count)
+    lines = []
+    for number in range(count):
+        label = labels[number % len(labels)]
+        said = "charming" if label == "pos" else "bleak"
+        lines.append({"text": " ".join([*draw.choices(WORDS[4:], k=4), said]), "label": label})
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def run_of_reviews(base, name, names, method="lora"):
+    """Train on reviews until they are told apart."""
+    config = RunConfig(
+        model=base,
+        train_file=reviews("train.jsonl", 64),
+        data=DataConfig(**COLUMNS, label_names=names),
+        output_dir=name,
+        method=method,
+        adapter={"r": 4, "modules_to_save": ["word_embeddings", "classifier"]}
+        if method == "lora"
+        else {},
+        trainer={
+            "max_steps": 60,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        },
     )
+    return str(train.run(config).path)
+
+
+def accuracy(folder, **fields):
+    fields = {"data": DataConfig(**COLUMNS), "tasks": ["jsonl"], "output_dir": folder} | fields
+    (task,) = evaluate.run(EvalConfig(**fields)).read()["tasks"]
+    return {name: found["accuracy"] for name, found in task["scores"].items()}
+
+
+def test_each_run_keeps_the_order_of_classes_that_it_learned(encoder, here):
+    runs = [
+        run_of_reviews(encoder, "given", ["pos", "neg"]),
+        run_of_reviews(encoder, "sorted", None),
+        run_of_reviews(encoder, "whole", ["pos", "neg"], method="full"),
+    ]
+    recorded = json.loads(Path("sorted/run.json").read_text())["config"]["data"]["label_names"]
+    assert recorded == ["neg", "pos"]
+    right = {"given": 1.0, "sorted": 1.0, "whole": 1.0}
+    assert accuracy("both", models=runs, test_file=reviews("test.jsonl", 20)) == right
+    # Rows of one class alone tell no order.
+    ones = reviews("ones.jsonl", 6, labels=("pos",))
+    assert accuracy("one", models=runs, test_file=ones) == right
+    replies = [line["reply"] for line in EvalFolder("one").read_samples("given", "jsonl")]
+    assert replies == ["pos"] * 6
+    data = DataConfig(**COLUMNS, label_names=["pos", "neg"])
+    assert accuracy("said", models=["given"], test_file=ones, data=data) == {"given": 1.0}
+    with pytest.raises(ConfigError, match="pos, neg is not the order in which sorted was trained"):
+        accuracy("wrong", models=["sorted"], test_file=ones, data=data)
+    assert not Path("wrong").exists()
+
+
+def test_an_adapter_without_a_record_of_its_classes_needs_them_named(encoder, here):
+    shutil.move(run_of_reviews(encoder, "run", ["pos", "neg"]) + "/adapter", "alone")
+    test = reviews("test.jsonl", 20)
+    with pytest.raises(ConfigError, match="name the classes in the order of training") as error:
+        accuracy("out", models=["alone"], test_file=test)
+    assert "data.label_names" in str(error.value)
+    for names, share in ((["pos", "neg"], 1.0), (["neg", "pos"], 0.0)):
+        data = DataConfig(**COLUMNS, label_names=names)
+        found = accuracy("-".join(names), models=["alone"], test_file=test, data=data)
+        assert found == {"alone": share}
+
+
+@pytest.fixture
+def classifier(saved, tiny_bert_classifier):
+    """Save a classifier with these names of its outputs, the head's rows in the order ``rows``."""
+
+    def make(names, rows=None):
+        model = tiny_bert_classifier(num_labels=len(names))
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+        if rows is not None:
+            with torch.no_grad():
+                for value in model.classifier.parameters():
+                    value.copy_(value[rows].clone())
+        return saved(model)
+
+    return make
+
+
+MNLI = ["entailment", "neutral", "contradiction"]
+
+
+def labels_of(path, name, task="mnli", **data):
+    lines = ["premise\thypothesis\tlabel"]
+    lines += [f"{a} {b}\t{b}\t{n % 3}" for n, (a, b) in enumerate(pairwise(WORDS))]
+    Path("mnli.tsv").write_text("\n".join(lines) + "\n")
+    config = EvalConfig(
+        models=[f"m={path}"],
+        tasks=[task],
+        test_file="mnli.tsv",
+        output_dir=name,
+        data=DataConfig(**data),
+    )
+    evaluate.run(config)
+    return [line["reply"] for line in EvalFolder(name).read_samples("m", task)]
+
+
+def test_a_checkpoints_own_order_of_the_tasks_classes_is_followed(classifier, here):
+    plain = labels_of(classifier(["LABEL_0", "LABEL_1", "LABEL_2"]), "plain")
+    assert labels_of(classifier(MNLI), "same") == plain
+    assert labels_of(classifier(["0", "1", "2"]), "numbers") == plain
+    rows = [2, 0, 1]
+    shuffled = classifier([MNLI[row].upper() for row in rows], rows)
+    assert labels_of(shuffled, "shuffled") == plain
+    # Rows in another order under names that say nothing are others' classes, so the above shows it.
+    silent = classifier(["LABEL_0", "LABEL_1", "LABEL_2"], rows)
+    assert labels_of(silent, "silent") != plain
+    names = [MNLI[row] for row in rows]
+    assert labels_of(silent, "said", label_names=names) == plain
+
+
+def test_a_checkpoint_of_other_classes_is_refused(classifier, here):
+    other = classifier(["negative", "neutral", "positive"])
+    with pytest.raises(ConfigError) as error:
+        labels_of(other, "out")
+    assert (
+        "the outputs of m are negative, neutral, positive, and the classes that are asked for"
+        " entailment, neutral, contradiction"
+    ) in str(error.value)
+    assert not Path("out").exists()
+    assert labels_of(other, "said", label_names=MNLI) == labels_of(classifier(MNLI), "plain")
+
+
+def test_rows_of_your_own_take_the_names_of_the_checkpoint(classifier, here):
+    models = [f"one={classifier(['neg', 'pos'])}", f"two={classifier(['pos', 'neg'], [1, 0])}"]
+    scores = accuracy("out", models=models, test_file=reviews("test.jsonl", 20))
+    assert scores["one"] == scores["two"]
+    one, two = (EvalFolder("out").read_samples(name, "jsonl") for name in ("one", "two"))
+    assert one == two
+    silent = classifier(["LABEL_0", "LABEL_1"])
+    with pytest.raises(ConfigError, match="name the classes in the order of training"):
+        accuracy("silent", models=[*models, f"three={silent}"], test_file="test.jsonl")
+
+
+def test_upper_and_lower_case_are_one_unless_they_tell_classes_apart():
+    assert order_of(["B", "a"], ["A", "b"]) == [1, 0]
+    assert order_of(["a", "A"], ["A", "a"]) == [1, 0]
+    assert order_of(["a", "A"], ["a", "b"]) is None
+    assert order_of(["a"], ["a", "b"]) is None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
+from tlora.inference.outputs import Outputs, chosen_order, outputs_of
 from tlora.inference.questions import Answers
 from tlora.inference.subjects import Subject
 from tlora.inference.testrows import scored_rows
@@ -27,32 +28,37 @@ _BATCH = 32
 class Labeller:
     """A loaded model with a head."""
 
+    name: str
+    """What the evaluation calls it."""
     model: Any
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
 
     @classmethod
-    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> Labeller:
+    def of(
+        cls, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig
+    ) -> Labeller:
         """Return the labeller of an evaluation; decoders find the last token by the padding."""
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         size = config.batch_size if isinstance(config.batch_size, int) else _BATCH
-        return cls(model, tokenizer, size)
+        return cls(name, model, tokenizer, size)
 
 
 class Labels:
-    """The rows of one task.
+    """The rows of one task, and which output of each model is which of its classes.
 
     Raises:
-        ConfigError: it is no registered task with a head, or there are no rows.
+        ConfigError: it is no registered task with a head, nothing names its classes, or there are
+            no rows.
         DataError: a row is not what the task expects.
     """
 
     shots = 0
 
-    def __init__(self, name: str, config: EvalConfig) -> None:
+    def __init__(self, name: str, config: EvalConfig, models: Sequence[Subject]) -> None:
         self.name = name
         asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
         task = None if asks else TASKS.load(name)(config.data)
@@ -61,12 +67,20 @@ class Labels:
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
         self.task: Task = task
+        self._given, self._fixed = config.data.label_names, bool(type(task).label_names)
+        self._outputs: dict[str, Outputs] = {}
+        self._orders: dict[str, list[int]] = {}
+        if task.kind == "classification":
+            self._outputs = {subject.name: outputs_of(subject, config) for subject in models}
+            # A task that leaves its classes open has those of the first model that names them.
+            told = (found.names for found in self._outputs.values() if found.names)
+            task.label_names = task.label_names or next(told, None)
+            if not task.label_names:
+                raise ConfigError("name the classes in the order of training.", "data.label_names")
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
         self.protocol = f"{summary}; labelled by the model's head"
-        if self.task.kind == "classification" and not self.task.label_names:
-            raise ConfigError("name the classes in the order of training.", "data.label_names")
 
     @property
     def head(self) -> dict[str, Any]:
@@ -79,7 +93,19 @@ class Labels:
         }
 
     def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
-        """Any model with a head can be asked; whether the head fits shows when it is loaded."""
+        """Settle which output of a model is which class; the head itself shows when it is loaded.
+
+        Raises:
+            ConfigError: nothing tells the order, or the model's classes are not those of the task.
+        """
+        if self.task.label_names:
+            self._orders[subject.name] = chosen_order(
+                subject,
+                self._outputs[subject.name],
+                self.task.label_names,
+                self._given,
+                self._fixed,
+            )
 
     def ask(self, lm: Labeller, answered: Callable[[int], None]) -> Answers:
         """Label all rows, the longest first.
@@ -106,6 +132,8 @@ class Labels:
             logits.update(zip(chosen, found, strict=True))
             answered(len(logits))
         predictions = np.stack([logits[i] for i in range(self.items)])
+        if self.task.label_names:
+            predictions = predictions[:, self._orders[lm.name]]
         labels = np.array([row["label"] for row in self._rows])
         return self._answers(predictions, labels)
 
@@ -135,8 +163,8 @@ class Labels:
         return Answers(lines, scores)
 
 
-def make(config: EvalConfig) -> dict[str, Labels]:
-    """Return the tasks of an evaluation of models with heads.
+def make(config: EvalConfig, models: Sequence[Subject]) -> dict[str, Labels]:
+    """Return the tasks of an evaluation of these models with heads.
 
     Raises:
         ConfigError: a name is no such task, or the tasks have different heads.
@@ -145,7 +173,7 @@ def make(config: EvalConfig) -> dict[str, Labels]:
     if (config.test_file or config.data.dataset) and len(config.tasks) > 1:
         flag = "--test_file" if config.test_file else "--data.dataset"
         raise ConfigError(f"{flag} is of one task; give one.", where="tasks")
-    tasks = {name: Labels(name, config) for name in config.tasks}
+    tasks = {name: Labels(name, config, models) for name in config.tasks}
     if len({str(task.head) for task in tasks.values()}) > 1:
         raise ConfigError(
             f"{', '.join(tasks)} have different heads, and a model has one; evaluate them apart.",

@@ -169,13 +169,17 @@ def _model_config(model: str, config: EvalConfig, path: str) -> Any:
         ) from error
 
 
+def labels_texts(config: Any) -> bool:
+    """Return whether a model of this configuration is saved with a head that labels texts."""
+    return any(_LABELLED in name for name in getattr(config, "architectures", None) or [])
+
+
 def _head_of_model(config: Any) -> Head:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ,
     )
 
-    architectures = getattr(config, "architectures", None) or []
-    if any(_LABELLED in name for name in architectures):
+    if labels_texts(config):
         return "labelled"
     return "seq2seq" if config.model_type in SEQ2SEQ else "causal"
 

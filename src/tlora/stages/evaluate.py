@@ -125,7 +125,7 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
     if all(subject.head == "labelled" for subject in models):
         from tlora.inference import labelled
 
-        return dict(labelled.make(config))
+        return dict(labelled.make(config, models))
     from tlora.evaluation.harness import catalogue
     from tlora.evaluation.harness.base import Settings
     from tlora.inference import rows, testrows
@@ -203,7 +203,8 @@ def _model(subject: Subject, config: EvalConfig, tasks: dict[str, Asked]) -> Any
         from tlora.inference.labelled import Labeller, Labels
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
-        return Labeller.of(loading.load(subject, config, **head), tokenizer, config)
+        model = loading.load(subject, config, **head)
+        return Labeller.of(subject.name, model, tokenizer, config)
     if config.backend == "vllm":
         from tlora.inference.vllm import MergedVLLM
 

@@ -39,7 +39,7 @@ def run(config: RunConfig) -> RunFolder:
     arguments = training_arguments(setup, folder.checkpoints)
     prepared = adapt(setup, arguments.device)
     if arguments.process_index == 0:
-        folder.start(config.resolved().to_dict(), "init", prepared.plan)
+        folder.start(setup.record(), "init", prepared.plan)
         save_adapter(prepared, setup, folder.adapter)
         folder.finish()
     return folder

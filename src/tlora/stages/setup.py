@@ -41,6 +41,17 @@ class Setup:
     held_out: Dataset | None
     """The same of the evaluation rows."""
 
+    def record(self) -> dict[str, Any]:
+        """Return the resolved configuration for the run's folder, with the classes as settled.
+
+        The order of the head's outputs is known by it, whatever becomes of the training rows.
+        """
+        resolved = self.config.resolved()
+        if self.task.kind == "classification" and type(self.task).label_names is None:
+            data = dataclasses.replace(resolved.data, label_names=self.task.label_names)
+            resolved = dataclasses.replace(resolved, data=data)
+        return resolved.to_dict()
+
     def calibration_batches(self) -> Samples:
         """Return the calibration rows in batches: the first ones after a seeded shuffle.
 

@@ -66,7 +66,7 @@ def run(config: RunConfig) -> RunFolder:
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     if trainer.is_world_process_zero():
-        folder.start(config.resolved().to_dict(), "train", prepared.plan)
+        folder.start(setup.record(), "train", prepared.plan)
     with _timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
     if trainer.is_world_process_zero():
