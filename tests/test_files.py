@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tlora.errors import ArtifactError
+from tlora.errors import ArtifactError, ConfigError
 from tlora.files import (
+    locked,
     read_json,
     read_tensors,
     replacing_file,
@@ -199,3 +200,33 @@ def test_a_failed_write_of_tensors_leaves_the_old_file(tmp_path: Path) -> None:
         write_tensors(path, {"a": torch.zeros(2)}, {"kind": object()})
     assert read_tensors(path, "plan")[0]["a"].tolist() == [1, 1]
     assert names(tmp_path) == ["a"]
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    refusal = ConfigError("taken", where="here")
+    with locked(path, refusal):
+        with pytest.raises(ConfigError, match="taken"), locked(path, refusal):
+            pass
+        path.unlink()  # as its holder may
+    with locked(path, refusal):
+        assert path.is_file()
+
+
+def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, refusal = tmp_path / "new" / ".lock", ConfigError("taken", where="here")
+    real, opened = os.open, []
+
+    def slow(*arguments: object, **options: object) -> int:
+        opened.append(real(*arguments, **options))
+        if len(opened) == 1:
+            path.unlink()
+            path.parent.rmdir()
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", slow)
+    with locked(path, refusal):
+        assert len(opened) == 2
+        assert os.path.samestat(os.fstat(opened[1]), path.stat())

@@ -36,6 +36,37 @@ def test_a_new_path_and_an_empty_folder_are_free(folder):
     assert not any(folder.path.iterdir())
 
 
+def test_a_lock_file_that_a_killed_process_left_takes_no_folder(folder):
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    folder.refuse_unless_free()
+    with folder.locked():
+        folder.refuse_unless_free()
+    assert not any(folder.path.iterdir())
+
+
+def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path):
+    (tmp_path / "old").mkdir()
+    for path in ("old/a/b", "old"):
+        with RunFolder(tmp_path / path).locked():
+            assert (tmp_path / path / ".lock").is_file()
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+def test_a_locked_folder_keeps_what_was_written_to_it(folder):
+    with folder.locked():
+        folder.start({"seed": 3}, verb="train")
+    assert sorted(path.name for path in folder.path.iterdir()) == ["provenance.json", "run.json"]
+
+
+def test_the_first_rank_holds_the_lock_for_all(folder, monkeypatch):
+    with folder.locked():
+        monkeypatch.setenv("RANK", "1")
+        with folder.locked():
+            pass
+        assert (folder.path / ".lock").is_file()
+
+
 def test_a_folder_with_other_things_is_refused(folder):
     folder.path.mkdir()
     (folder.path / "thesis.tex").write_text("mine")

@@ -106,6 +106,8 @@ def refuse_unless_free(folder: Path, own: bool) -> None:
 def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
     """Keep other processes off what the lock file ``path`` stands for, for as long as this lives.
 
+    The file stays; who holds the lock may remove it.
+
     Raises:
         Exception: ``refusal``, if another process holds the lock.
     """
@@ -114,17 +116,39 @@ def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
     except ImportError:  # no such locks on this system
         yield
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
+    handle = None
+    while handle is None:
+        handle = _opened(Path(path))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
             raise refusal from None
+        except OSError:
+            pass  # a file system without locks must not keep anyone from working
+        if not _is_at(handle, Path(path)):
+            # Its last holder removed it after it was opened: another process may lock a new one.
+            os.close(handle)
+            handle = None
+    try:
         yield
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder may go with its lock file between these two lines.
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_CREAT | os.O_RDWR)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def file_at(path: str | Path, name: str) -> Path:

@@ -10,6 +10,7 @@
     checkpoints/       the trainer's checkpoint-N folders
     adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer
     metrics.json       the scores, where there are rows to evaluate on
+    .lock              while a process is at the run
 
 Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
 file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones from the rest.
@@ -17,6 +18,7 @@ file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones f
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -26,11 +28,12 @@ import shutil
 import subprocess
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import read_json, replacing_file, write_json
+from tlora.files import locked, read_json, replacing_file, write_json
 
 if TYPE_CHECKING:
     from tlora.methods.base import Plan
@@ -52,6 +55,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self._run = self.path / "run.json"
         self._provenance = self.path / "provenance.json"
+        self._lock = self.path / ".lock"
 
     @property
     def exists(self) -> bool:
@@ -83,15 +87,50 @@ class RunFolder:
             state = "a finished" if self.finished else "an unfinished"
             advice = "choose" if self.finished else "add --resume to continue it, or choose"
             fault = f"{self.path} holds {state} run; {advice} another --output_dir."
-        elif self.path.exists() and not self.path.is_dir():
-            fault = f"{self.path} is a file; choose another --output_dir."
-        elif any(path.is_file() for path in self.path.rglob("*")):
+            raise ConfigError(fault, where="output_dir")
+        self._refuse_unusable()
+        if any(path.is_file() and path != self._lock for path in self.path.rglob("*")):
             fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
+            raise ConfigError(fault, where="output_dir")
+
+    def _refuse_unusable(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            fault = f"{self.path} is a file; choose another --output_dir."
         elif not _is_writable(self.path):
             fault = f"{self.path} cannot be written to; choose another --output_dir."
         else:
             return
         raise ConfigError(fault, where="output_dir")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from running here, for as long as this one lives.
+
+        Of the ranks of a launch the first holds the lock for all. What is made for the lock goes
+        with it: a folder that nothing was written to is not left behind.
+
+        Raises:
+            ConfigError: a process is at it, or the folder cannot be written to.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        self._refuse_unusable()
+        path = self.path.absolute()
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        refusal = ConfigError(
+            f"{self.path}: another process is at the run in it; wait for it, or choose another"
+            " --output_dir.",
+            where="output_dir",
+        )
+        with locked(self._lock, refusal):
+            try:
+                yield
+            finally:
+                self._lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    for folder in new:
+                        folder.rmdir()
 
     def start(self, config: dict[str, Any], verb: str, plan: Plan | None = None) -> None:
         """Write down what is about to run; a resumed run adds its provenance.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tlora.errors import ConfigError
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
-from tlora.stages import train
+from tlora.stages import initialise, train
 
 
 def weights(folder):
@@ -68,7 +68,7 @@ def test_a_classifiers_head_resumes_too(config, interrupted, saved, tiny_bert_cl
 KILLED = """
 import os, signal, sys, transformers
 from tlora.runconfig import RunConfig
-from tlora.stages import train
+from tlora.stages import initialise, train
 import json
 
 save = transformers.Trainer._save_optimizer_and_scheduler
@@ -137,3 +137,20 @@ def test_a_second_start_in_a_folder_is_refused(config, interrupted):
     with pytest.raises(ConfigError, match="a finished run; choose another --output_dir"):
         train.run(config())
     assert Path(folder.path, "run.json").is_file()
+
+
+@pytest.mark.parametrize("stage", [train, initialise])
+def test_a_folder_that_a_process_is_at_is_refused(config, stage):
+    started = RunFolder(config("new").output_dir)
+    with started.locked(), pytest.raises(ConfigError, match="another process is at the run in it"):
+        stage.run(config("new"))
+
+
+def test_resuming_beside_a_live_run_is_refused_and_touches_nothing(config, interrupted):
+    folder = interrupted(config(), 3)
+    half = folder.checkpoints / "checkpoint-4"  # as a live run writes one
+    half.mkdir()
+    with folder.locked(), pytest.raises(ConfigError, match="wait for it, or choose another"):
+        train.run(config(resume=True))
+    assert half.is_dir()
+    assert train.run(config(resume=True)).finished

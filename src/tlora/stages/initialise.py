@@ -28,20 +28,21 @@ def run(config: RunConfig) -> RunFolder:
     The adapter is a plain PEFT one that does not change the model's output yet.
 
     Raises:
-        ConfigError: a field is wrong, or the folder is taken.
+        ConfigError: a field is wrong, or the folder is taken, be it by a live process.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
     if config.resume:
         raise ConfigError("`resume` continues a training; leave it out.", where="run")
-    folder.refuse_unless_free()
-    setup = settle(config)
-    arguments = training_arguments(setup, folder.checkpoints)
-    prepared = adapt(setup, arguments.device)
-    if arguments.process_index == 0:
-        folder.start(setup.record(), "init", prepared.plan)
-        save_adapter(prepared, setup, folder.adapter)
-        folder.finish()
+    with folder.locked():
+        folder.refuse_unless_free()
+        setup = settle(config)
+        arguments = training_arguments(setup, folder.checkpoints)
+        prepared = adapt(setup, arguments.device)
+        if arguments.process_index == 0:
+            folder.start(setup.record(), "init", prepared.plan)
+            save_adapter(prepared, setup, folder.adapter)
+            folder.finish()
     return folder
 
 

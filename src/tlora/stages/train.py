@@ -21,7 +21,7 @@ from tlora.stages.replies import texts
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
-    from tlora.methods.base import Prepared
+    from tlora.methods.base import Plan, Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,27 @@ def run(config: RunConfig) -> RunFolder:
     as without the interruption. A finished run is left as it is.
 
     Raises:
-        ConfigError: a field is wrong, or the folder is taken.
+        ConfigError: a field is wrong, or the folder is taken, be it by a live process.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
-    plan = None
     if config.resume and not folder.exists and not config.model:
         raise ConfigError(
             f"there is no run in {folder.path} to resume; name its folder by --output_dir.", "run"
         )
-    if not (config.resume and folder.exists):
-        folder.refuse_unless_free()
-    elif folder.finished:
-        logger.warning("%s holds a finished run; there is nothing to resume.", folder.path)
-        return folder
-    else:
-        config = merge_saved(config, RunConfig.from_dict(folder.config()))
-        plan = folder.saved_plan()
+    with folder.locked():
+        if config.resume and folder.finished:
+            logger.warning("%s holds a finished run; there is nothing to resume.", folder.path)
+        elif config.resume and folder.exists:
+            config = merge_saved(config, RunConfig.from_dict(folder.config()))
+            _train(config, folder, folder.saved_plan())
+        else:
+            folder.refuse_unless_free()
+            _train(config, folder)
+    return folder
+
+
+def _train(config: RunConfig, folder: RunFolder, plan: Plan | None = None) -> None:
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     _check_evaluation(setup, arguments)
@@ -79,7 +83,6 @@ def run(config: RunConfig) -> RunFolder:
         if metrics:
             write_json(folder.metrics, metrics)
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
-    return folder
 
 
 @contextlib.contextmanager
