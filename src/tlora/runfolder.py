@@ -2,7 +2,8 @@
 
 ::
 
-    run.json           the resolved configuration, whether the run is finished, what it took
+    run.json           the resolved configuration, digests of the rows and of the base model,
+                       whether the run is finished, what it took
     provenance.json    versions, seed, git commit and machine, one record for each start
     plan.safetensors   the plan of the adapter, if the method makes one; or
     initial.safetensors  A and B before training, if the method decides them
@@ -132,13 +133,45 @@ class RunFolder:
                     for folder in new:
                         folder.rmdir()
 
-    def start(self, config: dict[str, Any], verb: str, plan: Plan | None = None) -> None:
+    def refuse_changed(self, inputs: dict[str, str]) -> None:
+        """Check that a run to be resumed reads what it was started with.
+
+        Args:
+            inputs: digests as `tlora.digests.inputs_of` gives them now. A run that has saved none
+                (an older version's) is not checked.
+
+        Raises:
+            ConfigError: rows or model have changed, or are gone; each is named.
+        """
+        config = self.config()
+        faults = [
+            f"`{name}`, {config.get(name)}, has changed or is gone since the run was started; put"
+            " it back as it was, or start a new run in another --output_dir."
+            for name, before in self._read().get("inputs", {}).items()
+            if inputs.get(name) != before
+        ]
+        if faults:
+            raise ConfigError(faults, where="resume")
+
+    def start(
+        self,
+        config: dict[str, Any],
+        verb: str,
+        plan: Plan | None = None,
+        inputs: dict[str, str] | None = None,
+    ) -> None:
         """Write down what is about to run; a resumed run adds its provenance.
 
         From the first file on the folder is one that can be resumed.
+
+        Args:
+            config: the resolved configuration.
+            verb: what runs, "train" or "init".
+            plan: what was decided before training.
+            inputs: digests of what is read, which a resumed run is held to.
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
-        write_json(self._run, run)
+        write_json(self._run, run | {"inputs": inputs or {}})
         starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
         starts.append(provenance(seed=config.get("seed"), output=self.path))
         write_json(self._provenance, {"starts": starts})

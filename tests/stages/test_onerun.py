@@ -10,10 +10,11 @@ import torch
 from tlora import cli
 from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
+from tlora.digests import file_digest, model_identity
 from tlora.errors import ConfigError, DataError
 from tlora.runconfig import CalibrationConfig, DataConfig
 from tlora.stages import compare, onerun
-from tlora.stages.points import experiment, file_digest, model_identity
+from tlora.stages.points import experiment
 from tlora.stages.setup import settle
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -154,3 +155,46 @@ def test_resuming_beside_a_live_run_is_refused_and_touches_nothing(config, inter
         train.run(config(resume=True))
     assert half.is_dir()
     assert train.run(config(resume=True)).finished
+
+
+@pytest.fixture
+def own(config, llama_folder, other_sums, tmp_path):
+    """A run on copies of rows and model, which a test may change."""
+    model = tmp_path / "model"
+    shutil.copytree(llama_folder, model)
+    files = {"train_file": tmp_path / "rows.jsonl", "eval_file": tmp_path / "others.jsonl"}
+    for file, source in zip(files.values(), (config().train_file, other_sums), strict=True):
+        shutil.copy(source, file)
+    return config(model=str(model), **{name: str(file) for name, file in files.items()})
+
+
+def changed(path):
+    path.write_text(path.read_text().replace("so", "no"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train_file", lambda own: changed(Path(own.train_file))),
+        ("eval_file", lambda own: Path(own.eval_file).unlink()),
+        ("model", lambda own: (Path(own.model) / "model.safetensors").write_bytes(b"other")),
+    ],
+)
+def test_resuming_on_other_rows_or_another_model_is_refused(own, interrupted, name, change):
+    folder = interrupted(own, 3)
+    before = sorted(folder.path.rglob("*"))
+    change(own)
+    with pytest.raises(ConfigError) as caught:
+        train.run(RunConfig(output_dir=own.output_dir, resume=True))
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"`{name}`, {getattr(own, name)}, has changed or is gone since")
+    assert sorted(folder.path.rglob("*")) == before
+
+
+def test_resuming_a_run_without_digests_goes_on_as_before(own, interrupted):
+    folder = interrupted(own, 3)
+    run = json.loads((folder.path / "run.json").read_text())
+    del run["inputs"]
+    (folder.path / "run.json").write_text(json.dumps(run))
+    changed(Path(own.train_file))
+    assert train.run(RunConfig(output_dir=own.output_dir, resume=True)).finished

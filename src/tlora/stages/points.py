@@ -12,17 +12,15 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig, MethodEntry
 from tlora.comparefolder import CompareFolder
+from tlora.digests import file_digest, model_identity
 from tlora.report.choice import best_rate
 from tlora.runconfig import SharedConfig
 
 Phase = Literal["tuning", "final"]
-_EDGE_BYTES = 2**20
-_SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -222,33 +220,6 @@ def digest(value: Any) -> str:
     """Return a digest of plain JSON values."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """Return a digest of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_identity(model: str | None) -> str:
-    """Return the name of a model on the Hub, or a digest of the folder that holds one.
-
-    What sets model, tokenizer and chat template up is read whole; of weight files, which may be
-    huge, the size and the two ends are.
-    """
-    folder = Path(str(model))
-    if not folder.is_dir():
-        return str(model)
-    found = hashlib.sha256()
-    for file in sorted(file for kind in _SETUP for file in folder.glob(kind)):
-        found.update(f"{file.name} ".encode() + file.read_bytes())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = file.stat().st_size
-        with file.open("rb") as weights:
-            start = weights.read(_EDGE_BYTES)
-            weights.seek(max(0, size - _EDGE_BYTES))
-            found.update(f"{file.name} {size}".encode() + start + weights.read())
-    return found.hexdigest()
 
 
 def _given(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tlora.digests import inputs_of
 from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.runconfig import RunConfig
@@ -36,10 +37,12 @@ def run(config: RunConfig) -> RunFolder:
 
     With `config.resume` and a run in the folder, its saved configuration is used and training
     goes on from the last whole checkpoint (from the start, if there is none) to the same weights
-    as without the interruption. A finished run is left as it is.
+    as without the interruption, if the files of rows and the base model are still what they were. A
+    finished run is left as it is.
 
     Raises:
-        ConfigError: a field is wrong, or the folder is taken, be it by a live process.
+        ConfigError: a field is wrong, the folder is taken, be it by a live process, or what a
+            resumed run reads has changed.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
@@ -52,14 +55,18 @@ def run(config: RunConfig) -> RunFolder:
             logger.warning("%s holds a finished run; there is nothing to resume.", folder.path)
         elif config.resume and folder.exists:
             config = merge_saved(config, RunConfig.from_dict(folder.config()))
-            _train(config, folder, folder.saved_plan())
+            inputs = inputs_of(config)
+            folder.refuse_changed(inputs)
+            _train(config, folder, inputs, folder.saved_plan())
         else:
             folder.refuse_unless_free()
-            _train(config, folder)
+            _train(config, folder, inputs_of(config))
     return folder
 
 
-def _train(config: RunConfig, folder: RunFolder, plan: Plan | None = None) -> None:
+def _train(
+    config: RunConfig, folder: RunFolder, inputs: dict[str, str], plan: Plan | None = None
+) -> None:
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     _check_evaluation(setup, arguments)
@@ -70,7 +77,7 @@ def _train(config: RunConfig, folder: RunFolder, plan: Plan | None = None) -> No
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     if trainer.is_world_process_zero():
-        folder.start(setup.record(), "train", prepared.plan)
+        folder.start(setup.record(), "train", prepared.plan, inputs)
     with _timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
     if trainer.is_world_process_zero():
