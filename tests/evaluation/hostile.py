@@ -16,7 +16,7 @@ from tlora.evaluation.sandbox import Limits, Protection, Sandbox
 
 LIMITS = Limits(seconds=3.0, cpu_seconds=1, memory=300 << 20, output=200_000, processes=8)
 TESTS = "for n in (3, 5):\n    assert abs(answer(n) - 7 * n) < 0.5"
-"""No program below computes 7 n."""
+"""No program below computes 7 n, but those that have got past a limit."""
 WRONG = "def answer(n):\n    return 0\n"
 BY_ENDING = {"failed", "crashed"}
 
@@ -36,6 +36,33 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
     "memory of many": (
         "import os, time\nfor _ in range(2): os.fork()\nkept = b'x' * (200 << 20)\ntime.sleep(9)",
         {"memory"},
+    ),
+    "memory in nameless files": (
+        "import os\nkept = []\ntry:\n    while len(kept) < 30:\n"
+        "        kept.append(os.memfd_create('m'))\n        os.write(kept[-1], bytes(16 << 20))\n"
+        "except OSError: pass\ndef answer(n): return 7 * n * (len(kept) == 30)",
+        {"failed"},
+    ),
+    "memory in segments": (
+        "import ctypes\nlibc, made = ctypes.CDLL(None), 0\nlibc.shmat.restype = ctypes.c_void_p\n"
+        "for _ in range(30):\n    segment = libc.shmget(0, 16 << 20, 0o1600)\n"
+        "    if segment < 0: break\n"
+        "    address = ctypes.c_void_p(libc.shmat(segment, None, 0))\n"
+        "    ctypes.memset(address, 1, 16 << 20)\n    libc.shmdt(address)\n    made += 1\n"
+        "def answer(n): return 7 * n * (made == 30)",
+        {"failed"},
+    ),
+    "a file system of its own": (
+        "import ctypes, os\nlibc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()\n"
+        "written = 0\ntry:\n    libc.unshare(0x10020000)\n"
+        "    open('/proc/self/setgroups', 'w').write('deny')\n"
+        "    open('/proc/self/uid_map', 'w').write(f'0 {user} 1')\n"
+        "    open('/proc/self/gid_map', 'w').write(f'0 {group} 1')\n    os.mkdir('own')\n"
+        "    if libc.mount(b'm', b'own', b'tmpfs', 0, b'size=1g') == 0:\n"
+        "        for written in range(1, 21):\n"
+        "            open(f'own/{written}', 'wb').write(bytes(15 << 20))\n"
+        "except OSError: pass\ndef answer(n): return 7 * n * (written == 20)",
+        {"failed"},
     ),
     "endless output": ("while True: print('x' * 1000)", {"output limit"}),
     "endless errors": ("import os\nwhile True: os.write(2, b'x' * 1000)", {"output limit"}),

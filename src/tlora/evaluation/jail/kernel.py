@@ -76,9 +76,14 @@ def read_only(path: str, tree: bool = True) -> None:
     )
 
 
+def control(option: int, what: str, *arguments: Any) -> None:
+    """prctl(2); ``what`` is what the error's message calls it."""
+    zeros = [ctypes.c_ulong(0)] * (4 - len(arguments))
+    _checked(_libc.prctl(ctypes.c_int(option), *arguments, *zeros), what)
+
+
 def _prctl(option: int, value: int) -> None:
-    zero = ctypes.c_ulong(0)
-    _checked(_libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), f"prctl {option}")
+    control(option, f"prctl {option}", ctypes.c_ulong(value))
 
 
 def die_with_parent(signal: int) -> None:

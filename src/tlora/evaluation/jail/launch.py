@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import isolate, kernel
+from . import calls, isolate, kernel
 from .candidate import run
 from .examiner import Verdict, examine
 
@@ -147,6 +147,7 @@ def _confine(order: dict[str, Any], number: int) -> None:
         kernel.landlock(isolate.readable(), [order["scratch"]], devices)
     kernel.allow_inspection(False)
     isolate.set_limits(limits, processes)
+    calls.refuse()
 
 
 def _become_candidate(order: dict[str, Any], connection: socket.socket) -> NoReturn:
