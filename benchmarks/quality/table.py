@@ -1,6 +1,6 @@
 """Print the results of a sweep from before `tlora compare`, as Markdown.
 
-    python benchmarks/quality/table.py benchmarks/quality/stsb.json
+    python benchmarks/quality/table.py benchmarks/quality/demo.json
 
 For each method and learning rate: the mean over seeds, and the least and the greatest. The rate was
 chosen on the rows that are reported, alike for all methods, which `tlora compare` no longer does.
