@@ -57,7 +57,7 @@ class DataConfig:
     loss_on: LossOn = "response"
     """Which tokens count: "response" (the prompt is masked) or "all"."""
     max_length: int = 512
-    """Tokens kept of a row; what is longer loses its end."""
+    """Tokens kept of a row; what is longer loses its end, and a warning counts such rows."""
     max_train_rows: int | None = None
     """Use the first so many training rows."""
     max_eval_rows: int | None = None

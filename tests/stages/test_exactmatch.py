@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from datasets import Dataset
@@ -100,3 +101,20 @@ def test_plain_text_is_refused_before_anything_is_written(config):
     with pytest.raises(DataError, match="exact match needs rows of a prompt"):
         compare.run(whole)
     assert not compare.CompareFolder(config.output_dir).path.exists()
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
+    # The rows of one side have a longer response than those of the other.
+    long, file = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text(json.dumps({"prompt": "long?", "response": "so " * 40}) + "\n")
+    file.write_text(json.dumps({"prompt": "short?", "response": "so"}) + "\n")
+    sides = {"validation": str(file), "test_file": str(file)}
+    sides[{"validation": "validation", "test": "test_file"}[part]] = str(long)
+    cut = dataclasses.replace(config, data=DataConfig(max_length=40), **sides)
+    with pytest.raises(DataError, match=f"1 of 1 {part} rows end at `data.max_length`, 40 tokens"):
+        compare.run(cut)
+    assert not compare.CompareFolder(config.output_dir).path.exists()
+    by_loss = dataclasses.replace(cut, metric="loss")
+    assert compare.check(by_loss)
+    compare.check(dataclasses.replace(cut, data=DataConfig(max_length=256)))

@@ -60,6 +60,7 @@ def test_what_is_too_long_loses_its_end(tiny_tokenizer):
     row = {"prompt": "The answer", "response": " is: 72"}
     whole = tokens.causal(tiny_tokenizer, row, DataConfig())
     cut = tokens.causal(tiny_tokenizer, row, DataConfig(max_length=7))
+    assert (whole.pop("cut"), cut.pop("cut")) == (False, True)
     assert cut == {name: values[:7] for name, values in whole.items()}
     assert len(whole["input_ids"]) > 7
 
@@ -131,3 +132,35 @@ def test_rows_without_a_token_to_learn_are_left_out_and_counted(tokenise, caplog
 def test_no_row_left_is_an_error(tokenise):
     with pytest.raises(DataError, match="no row has a token to learn from within 3 tokens"):
         tokenise(["a charming journey"], max_length=3)
+
+
+def test_rows_whose_response_is_cut_are_counted(tokenise, caplog, tiny_tokenizer):
+    whole = tokenise(["hi", "a charming journey"], max_length=256)
+    longest = max(map(len, whole["input_ids"]))
+    assert not caplog.records
+    assert whole.column_names == ["input_ids", "labels"]
+    tokenise(["hi", "a charming journey"], max_length=longest)
+    assert not caplog.records
+    # One token less, and the closing one is lost.
+    tokenise(["hi", "a charming journey"], max_length=longest - 1)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"train.jsonl: 1 of 2 rows are longer than `data.max_length`, {longest - 1} tokens, and"
+        " lose the end of their response; raise --data.max_length."
+    )
+
+
+def test_a_cut_that_costs_nothing_to_learn_is_not_counted(chat_tokenizer):
+    row = {"messages": [*CHAT, {"role": "user", "content": "and then?"}]}
+    length = len(tokens.causal(chat_tokenizer, row, DataConfig())["input_ids"])
+    assert not tokens.causal(chat_tokenizer, row, DataConfig(max_length=length - 1))["cut"]
+
+
+def test_a_target_that_is_cut_is_known(tiny_tokenizer):
+    row = {"prompt": "hi", "response": "a charming and often affecting journey"}
+    whole = tokens.seq2seq(tiny_tokenizer, row, DataConfig())
+    length = len(whole["labels"])
+    assert not tokens.seq2seq(tiny_tokenizer, row, DataConfig(max_length=length))["cut"]
+    cut = tokens.seq2seq(tiny_tokenizer, row, DataConfig(max_length=length - 1))
+    assert cut["cut"]
+    assert cut["labels"] == whole["labels"][:-1]

@@ -21,7 +21,7 @@ from tlora.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.comparefolder import RUN_KIND, CompareFolder
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
-from tlora.stages.exactmatch import prompt_and_response
+from tlora.stages.exactmatch import check_rows
 from tlora.stages.onerun import portable
 from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
 from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
@@ -113,8 +113,9 @@ def check(config: CompareConfig) -> Setup:
             config.train_file or config.data.dataset or "the training rows",
         )
     if setup.task.kind == "causal" and config.writes_answers:
-        for row in [*held, *setup.held_out]:
-            prompt_and_response(row)
+        longest = setup.task.data.max_length
+        for name, rows in (("validation", held), ("test", setup.held_out)):
+            check_rows(rows, name, setup.tokenizer, longest)
     return setup
 
 

@@ -87,6 +87,29 @@ def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     return [*ids[:start]], [*ids[start:]]
 
 
+def check_rows(
+    rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    """Check that every row is a prompt with one whole response.
+
+    A row is taken for cut if it has ``max_length`` tokens and does not end in the closing one.
+
+    Raises:
+        DataError: a row is something else, or the responses of some are cut.
+    """
+    cut = 0
+    for row in rows:
+        prompt_and_response(row)
+        ids = row["input_ids"]
+        cut += len(ids) >= max_length and ids[-1] != tokenizer.eos_token_id
+    if cut:
+        raise DataError(
+            f"{cut} of {len(rows)} {name} rows end at `data.max_length`, {max_length} tokens,"
+            " before their response does, so exact match would ask for a part of it; raise"
+            " --data.max_length."
+        )
+
+
 def _padded_left(prompts: Sequence[list[int]], pad: int) -> dict[str, list[list[int]]]:
     """Return prompts of one length, so that all answers start at the same place."""
     width = max(map(len, prompts))

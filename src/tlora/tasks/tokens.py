@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 
+_CUT = "cut"
+"""Whether something that is to be learnt was cut off a row; `tokenised` counts it."""
+
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
 
 
@@ -38,6 +41,8 @@ def tokenised(
     rows: Dataset, task: Task, encode: Encode, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Dataset:
     """Turn raw rows into token ids; rows left without a token to learn from are dropped.
+
+    Those, and the rows whose response is cut at `data.max_length`, are counted in a warning each.
 
     Args:
         rows: raw rows, as `task.load` returned them.
@@ -73,15 +78,32 @@ def tokenised(
             len(encoded),
             task.data.max_length,
         )
-    return kept
+    return _counted(kept, name, task.data.max_length)
+
+
+def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
+    """Return ``rows`` without the column that says which are cut, after saying how many are."""
+    if _CUT not in rows.column_names:
+        return rows
+    if cut := sum(rows[_CUT]):
+        logger.warning(
+            "%s: %d of %d rows are longer than `data.max_length`, %d tokens, and lose the end of"
+            " their response; raise --data.max_length.",
+            name,
+            cut,
+            len(rows),
+            longest,
+        )
+    return rows.remove_columns(_CUT)
 
 
 def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
-    """Return {"input_ids", "labels"} of a prompt with its response, a chat or a plain text.
+    """Return {"input_ids", "labels", "cut"} of a prompt with its response, a chat or a plain text.
 
     Prompt and response are tokenised apart and joined, so the prompt's tokens are those that
     generation will start from. The end-of-sequence token closes the response and is learnt.
-    With `data.loss_on` "response" the labels of everything else are `IGNORED`.
+    With `data.loss_on` "response" the labels of everything else are `IGNORED`. "cut" says whether
+    what lies beyond `data.max_length` was to be learnt.
     """
     if "messages" in row:
         ids, learnt = _chat(tokenizer, row["messages"], masked=data.loss_on == "response")
@@ -98,17 +120,28 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     if data.loss_on == "all":
         learnt = [True] * len(ids)
     labels = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
-    return {"input_ids": ids[: data.max_length], "labels": labels[: data.max_length]}
+    return {
+        "input_ids": ids[: data.max_length],
+        "labels": labels[: data.max_length],
+        _CUT: any(label != IGNORED for label in labels[data.max_length :]),
+    }
 
 
 def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
-    """Return the encoder's "input_ids" and "attention_mask", and the decoder's "labels"."""
-    encoded = tokenizer(row["prompt"], truncation=True, max_length=data.max_length)
-    target = tokenizer(text_target=row["response"], truncation=True, max_length=data.max_length)
+    """Return the encoder's "input_ids" and "attention_mask", and the decoder's "labels".
+
+    "cut" says whether the response is longer than `data.max_length`.
+    """
+    short = {"truncation": True, "max_length": data.max_length}
+    encoded = tokenizer(row["prompt"], **short)
+    labels = tokenizer(text_target=row["response"])["input_ids"]
+    cut = len(labels) > data.max_length
     return {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],
-        "labels": target["input_ids"],
+        # Cut by the tokenizer, which knows what a text has to end in.
+        "labels": tokenizer(text_target=row["response"], **short)["input_ids"] if cut else labels,
+        _CUT: cut,
     }
 
 
