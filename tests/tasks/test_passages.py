@@ -5,7 +5,7 @@ import pytest
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 from tlora.tasks.contamination import Questions, _places, _said_in
-from tlora.tasks.passages import WORDS, Passages, Texts
+from tlora.tasks.passages import SURE_WORDS, Passages, Texts
 from tlora.tasks.wording import TOKEN, folded
 
 ASKED = "Anna has 12 apples, eats one -- and sells half of the rest. How many are left?"
@@ -46,6 +46,16 @@ def test_a_question_is_found_within_any_text(around):
 def test_a_question_that_shares_a_part_is_another(other):
     for around in AROUND:
         assert not asks(around.format(other), ASKED)
+
+
+def test_a_short_question_that_goes_on_is_another():
+    asked = "Write a Python function to calculate the factorial of a number"
+    for rest in ("", ".", ". Be brief.", "\nBe brief.", ": 6", " (6)", "[/INST]"):
+        assert asks(f"Q: {asked}{rest}", asked)
+        assert asks(f"Q: {asked}{rest}", f"{asked}.")
+    assert not asks(f"Q: {asked} using recursion.", asked)
+    asked = f"{asked} and of the one after it"
+    assert asks(f"Q: {asked} using recursion.", asked)
 
 
 def test_symbols_count_inside_a_text_too():
@@ -95,7 +105,7 @@ def test_what_is_found_is_what_the_definition_says():
 
     found = 0
     for _ in range(300):
-        passage = f"{some(20)} {' house' * WORDS}"
+        passage = f"{some(20)} {' house' * SURE_WORDS}"
         cut = passage.split()
         cut[drawn.randrange(len(cut))] = drawn.choice(words)
         texts = [

@@ -20,10 +20,14 @@ from tlora.tasks.wording import TOKEN, folded, letters
 
 WORDS = 8
 """Passages of fewer words are not looked for: shorter ones stand in texts by chance."""
+SURE_WORDS = 16
+"""Passages of fewer words count only where no word follows on the line: that would be another
+question, more closely put."""
 _WINDOW = 24
 _FACTORS = [np.uint32(pow(0x9E3779B1, power, 1 << 32)) for power in (1, 2, 4, 8)]
 _TABLE_BITS = 20
 _GOES_ON = re.compile(r"[.,:/^]\d")
+_WORD_AFTER = re.compile(r"[^\S\n]+\w")
 _NUMBER_BEFORE = re.compile(r"\d[.,:/^]$")
 
 
@@ -57,6 +61,8 @@ class _Passage(NamedTuple):
     tokens: list[str]
     before: int
     """How many symbols come before its first word."""
+    short: bool
+    """Whether it has fewer than `SURE_WORDS`."""
 
     def stands_in(self, text: str, its_letters: bytes, start: int) -> bool:
         """Whether it is a run of a folded text's words and symbols, from a place of its letters."""
@@ -70,8 +76,11 @@ class _Passage(NamedTuple):
             number += 1
         first = number - self.before
         run = found[max(first, 0) : first + len(self.tokens)]
-        same = passed == start and [match.group() for match in run] == self.tokens
-        return same and not _cuts_a_number(text, run[0].start(), run[-1].end())
+        if passed != start or [match.group() for match in run] != self.tokens:
+            return False
+        begin, end = run[0].start(), run[-1].end()
+        goes_on = self.short and _WORD_AFTER.match(text, end)
+        return not goes_on and not _cuts_a_number(text, begin, end)
 
 
 class Passages:
@@ -97,7 +106,8 @@ class Passages:
             own = hashes[start : start + len(known) - _WINDOW + 1]
             window = int(shared[own >> (32 - _TABLE_BITS)].argmin())
             before = next(number for number, token in enumerate(tokens) if _is_word(token))
-            passage = _Passage(known, window, list(tokens), before)
+            short = sum(map(_is_word, tokens)) < SURE_WORDS
+            passage = _Passage(known, window, list(tokens), before, short)
             self._known.setdefault(int(own[window]), []).append(passage)
             start += len(known) + 1
         self._windows = np.array(sorted(self._known), np.uint32)
