@@ -119,6 +119,38 @@ def test_a_later_file_wins_over_an_earlier_one(resolved, run_yaml):
     assert (run["seed"], run["model"]) == (2, "one")
 
 
+EMPTY = "model: m\nadapter:\ntrainer:\ndata:\ncalibration:\n"
+
+
+def test_an_empty_section_of_a_file_is_one_without_values(resolved, run_yaml):
+    assert resolved("--config", run_yaml(EMPTY)) == resolved("--model", "m")
+    flags = ["--data.max_length", "5", "--adapter.r", "3"]
+    run = resolved("--config", run_yaml(EMPTY), *flags)
+    assert run == resolved("--model", "m", *flags)
+
+
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_an_empty_section_takes_nothing_away_from_another_file(resolved, run_yaml, empty_first):
+    full = run_yaml("adapter: {r: 4}\ndata: {max_length: 7}\n", "full.yaml")
+    files = [run_yaml(EMPTY, "empty.yaml"), full]
+    words = [f"--config={file}" for file in (files if empty_first else files[::-1])]
+    run = resolved(*words)
+    assert (run["model"], run["adapter"]["r"], run["data"]["max_length"]) == ("m", 4, 7)
+    preset = resolved("--preset", "paper-math", *words)
+    assert preset["adapter"]["r"] == 4
+
+
+def test_an_empty_section_below_a_section_and_of_a_comparison(tlora, run_yaml):
+    file = run_yaml("tasks: [gsm8k-paper]\njudge: {request: }\n", "eval.yaml")
+    code, out, err = tlora("eval", "m", "--config", file, "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["judge"]["request"] == {}
+    file = run_yaml(f"{EMPTY}methods: [lora]\nlearning_rates: [1.0e-3]\n")
+    code, out, err = tlora("compare", file, "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["data"]["max_length"] == 512
+
+
 def test_numbers_in_scientific_notation_are_numbers(resolved, run_yaml):
     file = run_yaml("trainer:\n  learning_rate: 1e-4\n")
     assert resolved("--config", file)["trainer"]["learning_rate"] == 1e-4

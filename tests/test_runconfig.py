@@ -32,6 +32,12 @@ def test_an_unknown_name_gets_a_suggestion(values, message):
     assert message in str(caught.value)
 
 
+def test_an_empty_section_is_one_without_values():
+    sections = ("adapter", "trainer", "data", "calibration")
+    assert RunConfig.from_dict(dict.fromkeys(sections)) == RunConfig()
+    assert RunConfig.from_dict(dict.fromkeys(sections)).options()
+
+
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         RunConfig(

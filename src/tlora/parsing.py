@@ -83,7 +83,7 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     if faults:
         raise ConfigError(faults, where="command line")
     # jsonargparse lets the later of file and flag win; the files go first, so flags always do.
-    values = parser.parse_args([*(f"--config={file}" for file in files), *flags])
+    values = parser.parse_args([*(_config_flag(file, fields) for file in files), *flags])
     _add_options(values, files, parser)
     if presets:
         given = _options(files[len(presets) :])
@@ -264,7 +264,7 @@ def _unknown_keys(file: str, fields: dict[str, _Field]) -> list[str]:
     sections = {name.partition(".")[0] for name in fields}
     return [
         f"{file}: there is no field `{key}`.{_hint(key, [*fields, *sections], fields)}"
-        for key in _keys(_read_yaml(file), fields)
+        for key in _keys(_filled(_read_yaml(file), fields), fields)
         if key not in fields and not _below_open(key, fields)
     ]
 
@@ -280,6 +280,29 @@ def _keys(values: dict[str, Any], fields: dict[str, _Field], prefix: str = "") -
         else:
             found.append(name)
     return found
+
+
+def _filled(values: dict[str, Any], fields: dict[str, _Field], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a file without its empty sections: `data:` with nothing below it."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        section = any(known.startswith(f"{name}.") for known in fields)
+        if value is None and (section or (name in fields and fields[name].open)):
+            continue
+        nested = section and isinstance(value, dict)
+        found[key] = _filled(value, fields, prefix=f"{name}.") if nested else value
+    return found
+
+
+def _config_flag(file: str, fields: dict[str, _Field]) -> str:
+    """Return the flag that lets jsonargparse read a file, or what the file says if that has to be
+    given without its empty sections, which jsonargparse takes for values."""
+    import yaml
+
+    values = _read_yaml(file)
+    filled = _filled(values, fields)
+    return f"--config={file if filled == values else yaml.safe_dump(filled)}"
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -315,7 +338,7 @@ def _add_options(values: Any, files: list[str], parser: _Parser) -> None:
     """
     if len(files) < 2:
         return
-    layers = [parser.parse_args([f"--config={file}"]) for file in files]
+    layers = [parser.parse_args([_config_flag(file, parser.fields)]) for file in files]
     for name in (name for name, field in parser.fields.items() if field.open):
         below: dict[str, Any] = {}
         for layer in layers:
@@ -325,7 +348,7 @@ def _add_options(values: Any, files: list[str], parser: _Parser) -> None:
 
 def _options(files: list[str]) -> set[str]:
     """Return the names of the method's options that the files give."""
-    return {name for file in files for name in _read_yaml(file).get("adapter", {})}
+    return {name for file in files for name in _read_yaml(file).get("adapter") or ()}
 
 
 def _fitting(values: Any, preset: set[str]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class SharedConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Make a record from plain values; the inverse of `to_dict`.
+        """Make a record from plain values; the inverse of `to_dict`. A section may be None: empty.
 
         Raises:
             ConfigError: a name is unknown (with a suggestion) or a value out of range.
@@ -177,9 +177,11 @@ class SharedConfig:
         check_names(cls, values, where="run")
         sections: dict[str, Any] = {}
         for name, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
-            check_names(record, values.get(name, {}), where=name)
-            sections[name] = record(**values.get(name, {}))
-        return cls(**values | sections)
+            given = values.get(name) or {}
+            check_names(record, given, where=name)
+            sections[name] = record(**given)
+        opened = {name: values.get(name) or {} for name in ("adapter", "trainer")}
+        return cls(**values | opened | sections)
 
 
 @dataclass(kw_only=True)

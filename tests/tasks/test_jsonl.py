@@ -58,6 +58,25 @@ def test_a_misspelt_column_gets_a_suggestion(first_row):
         first_row({"prompt": "a", "response": "b"}, prompt_column="promt")
 
 
+@pytest.mark.parametrize("template", ["{}", "{question} {!r}"])
+def test_a_placeholder_without_a_name_is_refused(first_row, template):
+    with pytest.raises(ConfigError, match=r"has \{\}, which names no column; name one"):
+        first_row(
+            {"question": "a", "answer": "b"}, prompt_template=template, response_column="answer"
+        )
+
+
+def test_evaluation_rows_may_lack_the_input_that_training_rows_have(tmp_path):
+    files = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    row = {"instruction": "a", "output": "b"}
+    for file, raw in zip(files, (row | {"input": "c"}, row), strict=True):
+        file.write_text(json.dumps(raw) + "\n")
+    task = Jsonl(DataConfig())
+    train, held_out = task.load(*map(str, files))
+    assert task.row(train[0], "row 1")["prompt"] == "a\n\nc"
+    assert task.row(held_out[0], "row 1")["prompt"] == "a"
+
+
 def test_a_misspelt_placeholder_gets_a_suggestion(first_row):
     with pytest.raises(ConfigError, match=r"has \{qestion\}.*Did you mean 'question'"):
         first_row({"question": "a", "answer": "b"}, prompt_template="{qestion}")

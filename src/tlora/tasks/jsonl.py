@@ -139,7 +139,7 @@ class Jsonl(Task):
             prompt = data.prompt_template.format(**values)
         else:
             prompt = text_of(raw, str(data.prompt_column), where)
-        if self._input and raw["input"]:
+        if self._input and raw.get("input"):  # evaluation rows may have no such column
             prompt = f"{prompt}\n\n{text_of(raw, 'input', where)}"
         return {"prompt": prompt, "response": text_of(raw, str(data.response_column), where)}
 
@@ -182,11 +182,18 @@ class Jsonl(Task):
 
 def _placeholders(template: str | None) -> list[str]:
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template or "") if name]
+        names = [name for _, name, _, _ in string.Formatter().parse(template or "")]
     except ValueError as error:
         raise ConfigError(
             f"`data.prompt_template`: {error}; write a literal brace twice.", where="data"
         ) from None
+    if "" in names:
+        raise ConfigError(
+            "`data.prompt_template` has {}, which names no column; name one in the braces, or write"
+            " a literal brace twice.",
+            where="data",
+        )
+    return [name for name in names if name is not None]
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
