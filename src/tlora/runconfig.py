@@ -51,7 +51,8 @@ class DataConfig:
     label_column: str | None = None
     """Column of the class or of the number to predict."""
     label_names: list[str] | None = None
-    """Classes in the order of their ids; by default the sorted ones of the training rows."""
+    """Classes in the order of their ids; by default the sorted ones of the training rows. In
+    an evaluation: of the model's outputs, by default as its run or checkpoint names them."""
     prompt_template: str | None = None
     """Prompt with columns in braces: "Question: {question}\\nAnswer:"."""
     loss_on: LossOn = "response"
