@@ -213,6 +213,11 @@ def test_the_markdown_has_every_seed_and_the_caveat(results):
     assert "Common options that a method does not have" not in text
 
 
+def test_before_there_is_a_pair_none_is_counted(results):
+    none = dataclasses.replace(results, differences={}, holding=set())
+    assert wording.caveat(none) == "No two methods have a seed in common yet."
+
+
 def test_unlike_machines_are_pointed_out(made):
     folder = synthetic.write(made, GAPS)
     assert wording.mixed(comparison.gather(made, folder)) is None

@@ -56,6 +56,8 @@ def _together(results: Results, first: str, second: str) -> str:
 def caveat(results: Results) -> str:
     """Say what looking at many pairs does."""
     pairs = len(results.differences)
+    if not pairs:
+        return "No two methods have a seed in common yet."
     return (
         f"With {pairs} pairs at 95 %, about {pairs / 20:.1f} would differ by chance if all methods"
         " were equal. Choose the pair before looking, or go by the test of all pairs together."
