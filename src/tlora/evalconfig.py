@@ -175,11 +175,10 @@ class EvalConfig:
         return faults
 
     def _data_faults(self) -> list[str]:
-        default = DataConfig()
         return [
             f"`data.{name}` is of training alone; leave it out."
-            for name in _OF_TRAINING
-            if getattr(self.data, name) != getattr(default, name)
+            for name in self.data.given()
+            if name in _OF_TRAINING
         ]
 
     def _number_faults(self) -> list[str]:

@@ -77,6 +77,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.guard = split_names(self.guard)
 
+    def given(self) -> list[str]:
+        """Return the names of the fields that differ from their defaults."""
+        default = DataConfig()
+        names = (field.name for field in dataclasses.fields(self))
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""
         faults = []

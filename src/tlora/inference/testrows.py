@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from tlora.errors import ConfigError, DataError
 from tlora.evalconfig import EvalConfig
 from tlora.registry import TASKS
-from tlora.runconfig import DataConfig
 from tlora.tasks.base import Row, Task
 
 
@@ -19,12 +16,7 @@ def of_a_task(config: EvalConfig) -> bool:
     """
     if config.test_file or config.data.kind or config.data.dataset:
         return True
-    given = [
-        field.name
-        for field in dataclasses.fields(DataConfig)
-        if getattr(config.data, field.name) != getattr(DataConfig(), field.name)
-    ]
-    if given:
+    if given := config.data.given():
         raise ConfigError(
             f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
             " give --test_file or --data.dataset too, or leave it out.",

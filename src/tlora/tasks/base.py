@@ -115,7 +115,7 @@ class Task(ABC):
             DataError: a file or dataset is missing, unreadable or empty.
         """
         data = self.data
-        name, subset = (data.dataset, data.dataset_config) if data.dataset else self.hub or ("", "")
+        name, subset, eval_split = self._dataset()
         if train_file:
             train = self.read_file(train_file)
         elif name:
@@ -124,7 +124,6 @@ class Task(ABC):
             raise ConfigError(
                 "no training rows; give --train_file or --data.dataset.", where="data"
             )
-        eval_split = data.eval_split or (None if data.dataset else self.hub_eval_split)
         held_out = None
         if eval_file:
             held_out = self.read_file(eval_file)
@@ -159,8 +158,7 @@ class Task(ABC):
             )
         if data.dataset_config and not data.dataset:
             raise ConfigError("`data.dataset_config` needs `data.dataset`; give it too.", "data")
-        name, subset = (data.dataset, data.dataset_config) if data.dataset else self.hub or ("", "")
-        split = data.eval_split or (None if data.dataset else self.hub_eval_split)
+        name, subset, split = self._dataset()
         if file:
             rows, where = self.read_file(file), file
         elif name and split:
@@ -177,6 +175,17 @@ class Task(ABC):
                 where="test_file",
             )
         return _some(rows, data.max_eval_rows, data.subset_seed), where
+
+    def _dataset(self) -> tuple[str, str | None, str | None]:
+        """Return name, subset and evaluation split of `data.dataset`, else of the task's own.
+
+        The name is empty where there is none.
+        """
+        data = self.data
+        if data.dataset:
+            return data.dataset, data.dataset_config, data.eval_split
+        name, subset = self.hub or ("", None)
+        return name, subset, data.eval_split or self.hub_eval_split
 
 
 def _some(rows: Any, limit: int | None, seed: int | None) -> Any:
