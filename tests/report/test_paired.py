@@ -44,7 +44,7 @@ def test_the_two_ways_of_drawing_have_one_distribution(monkeypatch):
     values = np.random.default_rng(0).integers(1, 11, 200).astype(float)
     counted = resampled_means(values, np.ones(200))
     monkeypatch.setattr(paired, "_FEW", 0)
-    monkeypatch.setattr(paired, "_BLOCK", 200 * 999)  # blocks that do not come out even
+    monkeypatch.setattr(paired, "BLOCK", 200 * 999)  # blocks that do not come out even
     one_by_one = resampled_means(values, np.ones(200))
     assert len(one_by_one) == len(counted) == paired.RESAMPLES
     assert not np.array_equal(counted, one_by_one)

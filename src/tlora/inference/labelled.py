@@ -141,13 +141,13 @@ class Labels:
         scores = self.task.metrics(predictions, labels)
         names = self.task.label_names
         if names:
-            chosen = predictions.argmax(axis=-1)
+            found = chosen = predictions.argmax(axis=-1)
             # What is counted item by item, so that every task has a score with an interval.
             scores = scores | {"accuracy": accuracy(chosen, labels)}
             replies = [(names[c], names[label]) for c, label in zip(chosen, labels, strict=True)]
         else:
-            values = predictions.reshape(len(labels))
-            replies = [(f"{v:.6g}", f"{label:g}") for v, label in zip(values, labels, strict=True)]
+            found = predictions.reshape(len(labels))
+            replies = [(f"{v:.6g}", f"{label:g}") for v, label in zip(found, labels, strict=True)]
         lines = []
         for number, (row, (reply, target)) in enumerate(zip(self._rows, replies, strict=True)):
             pair = (row["text"], row["text_pair"])
@@ -158,6 +158,8 @@ class Labels:
                 "answer": reply,
                 "target": target,
                 "scores": {"accuracy": float(reply == target)} if names else {},
+                "predicted": found[number].item(),
+                "label": labels[number].item(),
             }
             lines.append(line)
         return Answers(lines, scores)

@@ -47,7 +47,7 @@ def verdict(results: Results, row: Row, cell: Cell) -> str:
 def _why(row: Row) -> str:
     if row.items == 1:
         return "one item says nothing about others"
-    if not row.by_item and row.task.samples:
+    if not (row.by_item or row.together) and row.task.samples:
         return "the score is not the mean of scores of items"
     return "one of them has no score"
 
@@ -65,15 +65,15 @@ def _said(results: Results, row: Row, cell: Cell, found: Difference) -> str:
             f" ({facts}).{_together(results, row, cell)}"
         )
     said = f"tie, {cell.model} minus {results.first} is {signed(known.mean)} ({facts})."
-    if not cell.changes["gained"] and not cell.changes["lost"]:
+    if row.by_item and not cell.changes["gained"] and not cell.changes["lost"]:
         return f"{said} No item is scored differently."
     assert known.low is not None
     assert known.high is not None
     if known.low <= 0 <= known.high:
         return f"{said} The interval holds zero: these items do not tell the two apart."
     return (
-        f"{said} The interval leaves zero out, but the exact test finds that so few changed items"
-        " could fall this way by chance."
+        f"{said} The interval leaves zero out, but the test finds that so few changed items could"
+        " fall this way by chance."
     )
 
 
@@ -151,6 +151,12 @@ def method(results: Results) -> list[str]:
         "Intervals say how other items of the kind would turn out with these same models. They say"
         " nothing of another training run, nor of items that the models have seen in training.",
     ]
+    if any(row.together for row in results.rows):
+        said.append(
+            "F1, Matthews' and other correlations are of all items together: an item's label is"
+            " drawn with both models' predictions, and p is of the test in which these are as"
+            " likely the other way round (approximate randomisation)."
+        )
     lists = [made for found in results.evaluation.tasks for made in found.samples.values()]
     if any(sample.group is not None for made in lists for sample in made):
         said.append("Items of one group, as turns of a conversation, are drawn together.")
@@ -186,6 +192,6 @@ def remarks(results: Results) -> list[str]:
         f"{name(row)}: the score is not the mean of scores of items, so it has no interval and is"
         " not compared."
         for row in results.rows
-        if not row.by_item and row.task.samples
+        if not (row.by_item or row.together) and row.task.samples
     ]
     return said

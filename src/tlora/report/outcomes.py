@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tlora.report import paired
+from tlora.report import corpus, paired
 from tlora.report.samples import Evaluation, Sample, Task
 from tlora.report.statistics import Difference, Interval, holm
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NEAR = 1e-4  # how far a score may be from what its items make, for rounding
 
 LOST, GAINED, OTHER = "lost", "gained", "other"
 KINDS = (LOST, GAINED, OTHER)
@@ -24,9 +30,10 @@ class Cell:
     score: Interval | None
     """None if the evaluation has no such score."""
     difference: Difference | None
-    """To the first model; None for that one, and where items have no scores of their own."""
+    """To the first model; None for that one, and where there is nothing to draw again."""
     changes: dict[str, list[int]]
-    """Places of the items that changed, by the `KINDS`; empty for the first model."""
+    """Places of the items that changed, by the `KINDS`; empty for the first model, and where items
+    have no scores of their own."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Row:
     """How many items have this score; some metrics are of a part of the items."""
     by_item: bool
     """Whether the score is the mean of the items' scores."""
+    together: bool
+    """Whether it is made of all predictions together, as F1 and correlations are."""
     right_or_wrong: bool
     """Whether every item scored 0 or 1."""
 
@@ -104,17 +113,17 @@ def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
         if (found := {i: s.scores[metric] for i, s in enumerate(samples) if metric in s.scores})
     }
     told = {model.name: _told(task, model.name, metric) for model in evaluation.models}
-    # F1 and the like are of all items together: there is nothing to draw again, item by item.
     by_item = bool(known) and all(
         _agrees(value, known.get(model)) for model, value in told.items() if value is not None
     )
-    exact = by_item and all(value in (0, 1) for found in known.values() for value in found.values())
+    if not by_item:
+        return _undivided(task, metric, told)
+    exact = all(value in (0, 1) for found in known.values() for value in found.values())
     first = evaluation.models[0].name
     cells = []
     for model, value in told.items():
-        if not (by_item and model in known):
-            score = None if value is None else Interval(value, None, None, task.items)
-            cells.append(Cell(model, score, None, {}))
+        if model not in known:
+            cells.append(_bare(task, model, value))
             continue
         samples, difference, changes = task.samples[model], None, {}
         if model != first and first in known:
@@ -124,8 +133,53 @@ def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
             changes = _changes(task.samples[first], samples, metric, both, exact)
         own = _scores(samples, known[model], list(known[model]))
         cells.append(Cell(model, paired.score(own), difference, changes))
-    items = max(map(len, known.values())) if by_item else task.items
-    return Row(task, metric, cells, items, by_item, exact)
+    items = max(map(len, known.values()))
+    return Row(task, metric, cells, items, by_item=True, together=False, right_or_wrong=exact)
+
+
+def _undivided(task: Task, metric: str, told: Mapping[str, float | None]) -> Row:
+    """Return the row of a score that items have no part of, as F1 or a correlation."""
+    columns = {model: _columns(task.samples[model]) for model in told if model in task.samples}
+    together = metric in corpus.STATISTICS and all(
+        _remade(metric, value, columns.get(model))
+        for model, value in told.items()
+        if value is not None
+    )
+    cells, first = [], next(iter(told))
+    for model, value in told.items():
+        if value is None or not together:
+            cells.append(_bare(task, model, value))
+            continue
+        predicted, labels = columns[model]
+        difference = None
+        if model != first and told[first] is not None:
+            difference = corpus.difference(metric, predicted, columns[first][0], labels)
+        cells.append(Cell(model, corpus.score(metric, predicted, labels), difference, {}))
+    return Row(
+        task, metric, cells, task.items, by_item=False, together=together, right_or_wrong=False
+    )
+
+
+def _bare(task: Task, model: str, value: float | None) -> Cell:
+    score = None if value is None else Interval(value, None, None, task.items)
+    return Cell(model, score, None, {})
+
+
+def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions and labels, of no items where one has none."""
+    import numpy as np
+
+    pairs = [(s.predicted, s.label) for s in samples if None not in (s.predicted, s.label)]
+    whole = pairs if len(pairs) == len(samples) else []
+    predicted, labels = np.array(whole, dtype=np.float64).reshape(-1, 2).T
+    return predicted, labels
+
+
+def _remade(metric: str, told: float, columns: tuple[np.ndarray, np.ndarray] | None) -> bool:
+    """Whether the score that eval.json tells is that of the predictions, but for rounding."""
+    if columns is None or not len(columns[0]):
+        return False
+    return abs(told - float(corpus.STATISTICS[metric](*columns))) <= _NEAR
 
 
 def _told(task: Task, model: str, metric: str) -> float | None:
@@ -147,7 +201,7 @@ def _agrees(told: float, found: Mapping[int, float] | None) -> bool:
     if not found:
         return False
     mean = sum(found.values()) / len(found)
-    return abs(told - mean) <= 1e-4 * max(1.0, abs(mean))
+    return abs(told - mean) <= _NEAR * max(1.0, abs(mean))
 
 
 def _changes(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000
 SEED = 0
 _FEW = 32  # so many distinct values are drawn as counts, faster than item by item
-_BLOCK = 2**22  # numbers drawn at a time: 32 MiB
+BLOCK = 2**22  # numbers drawn at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _blocks(width: int) -> list[int]:
-    """Return numbers of resamples that together are all, each of at most `_BLOCK` numbers."""
-    most = max(1, _BLOCK // width)
+    """Return numbers of resamples that together are all, each of at most `BLOCK` numbers."""
+    most = max(1, BLOCK // width)
     whole, rest = divmod(RESAMPLES, most)
     return [most] * whole + [rest] * bool(rest)

@@ -18,6 +18,7 @@ from tlora.evalfolder import EvalFolder
 _FILE = "eval.json"
 _SHOWN = 3  # so many of one kind of fault are spelled out
 _AGAIN = "evaluate into another folder"
+_NUMBERS = ("predicted", "label")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Sample:
     """By metric; one that the item has no part in, or that could not be given, is left out."""
     group: str | None
     """Items of one group depend on each other, as the turns of a conversation do."""
+    predicted: float | None = None
+    """What a model with a head made of it: a class by its number, or a value."""
+    label: float | None = None
+    """The true one."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,8 @@ def _sample(line: str) -> Sample | str:
         return fault
     names = ("item", "prompt", "reply", "answer", "target", "group")
     scores = {metric: float(value) for metric, value in found["scores"].items()}
-    return Sample(**{name: _clean(found.get(name)) for name in names}, scores=scores)
+    texts = {name: _clean(found.get(name)) for name in names}
+    return Sample(**texts, scores=scores, **{name: found.get(name) for name in _NUMBERS})
 
 
 def _faults(found: Any) -> Iterator[str]:
@@ -240,13 +246,20 @@ def _faults(found: Any) -> Iterator[str]:
     for name in ("answer", "target", "group"):
         if not isinstance(found.get(name), str | None):
             yield f"`{name}` is {found.get(name)!r:.60}, neither text nor null"
+    for name in _NUMBERS:
+        if not _finite(found.get(name, 0)):
+            yield f"`{name}` is {found[name]!r:.60}, not a finite number"
     scores = found.get("scores")
     if not isinstance(scores, dict):
         yield "`scores` is no object of numbers by metric"
         return
     for metric, value in scores.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not _finite(value):
             yield f"the score {metric!r} is {value!r:.60}, not a finite number"
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _clean(text: Any) -> Any:

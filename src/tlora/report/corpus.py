@@ -1,0 +1,208 @@
+"""What may be said of a score of all items together, such as F1 or a correlation.
+
+As in `tlora.report.paired`, the items are drawn again, not the models. Interval: the percentile
+bootstrap (Efron 1979), an item drawn with its label and with what each model predicted. Test: the
+two models' predictions of an item exchanged at random (approximate randomisation, Noreen 1989).
+
+Here a statistic is a function of predictions and labels of shape (..., items), classes or values,
+which gives scores of shape (...); an undefined one is 0, as in `tlora.tasks.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tlora.report.paired import BLOCK, RESAMPLES, SEED
+from tlora.report.statistics import LEVEL, Difference, Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def score(metric: str, predicted: np.ndarray, labels: np.ndarray) -> Interval:
+    """Return a score and its 95 % interval; one item has no interval.
+
+    Args:
+        metric: one of `STATISTICS`.
+        predicted: a class or a value an item, float64 of shape (items,).
+        labels: the true ones, of the same shape.
+    """
+    statistic = STATISTICS[metric]
+    value, count = float(statistic(predicted, labels)), len(labels)
+    if count < 2:
+        return Interval(value, None, None, count)
+    return Interval(value, *_limits(statistic, predicted, labels), count)
+
+
+def difference(
+    metric: str, first: np.ndarray, second: np.ndarray, labels: np.ndarray
+) -> Difference | None:
+    """Compare what two models predicted of the same items, first minus second; higher is better.
+
+    One is called better if the interval leaves zero out and the test says p < 0.05 too.
+
+    Args:
+        metric: one of `STATISTICS`.
+        first: a class or a value an item of one model, float64 of shape (items,).
+        second: of the other, item for item.
+        labels: the true ones.
+
+    Returns:
+        None for fewer than two items.
+    """
+    statistic = STATISTICS[metric]
+
+    def gap(one: np.ndarray, other: np.ndarray, true: np.ndarray) -> np.ndarray:
+        return statistic(one, true) - statistic(other, true)
+
+    count = len(labels)
+    if count < 2:
+        return None
+    mean = float(gap(first, second, labels))
+    low, high = _limits(gap, first, second, labels)
+    p = _exchanged(gap, first, second, labels)
+    better = 0
+    if p < 1 - LEVEL and not low <= 0 <= high:
+        better = 1 if mean > 0 else -1
+    return Difference(Interval(mean, low, high, count), p, better)
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """F1 of class 1; a prediction that is neither 0 nor 1 counts as the wrong one of the two."""
+    import numpy as np
+
+    chosen = np.where((predicted == 0) | (predicted == 1), predicted, 1 - labels)
+    hits, guesses, members = _counted(chosen, labels, 1.0)
+    return _shares(2.0 * hits, guesses + members)
+
+
+def f1_macro(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean F1 of the classes that are predicted or true anywhere."""
+    total: Any = 0.0
+    present: Any = 0.0
+    for name in _classes(predicted, labels):
+        hits, guesses, members = _counted(predicted, labels, name)
+        total = total + _shares(2.0 * hits, guesses + members)
+        present = present + (guesses + members > 0)
+    return _shares(total, present)
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Matthews correlation coefficient of two sets of classes (Gorodkin 2004 for several)."""
+    import numpy as np
+
+    right: Any = 0.0
+    expected, spread, truth = right, right, right
+    for name in _classes(predicted, labels):
+        hits, guesses, members = _counted(predicted, labels, name)
+        right, expected = right + hits, expected + guesses * members
+        spread, truth = spread + guesses**2, truth + members**2
+    square = float(predicted.shape[-1]) ** 2
+    return _shares(
+        right * predicted.shape[-1] - expected, np.sqrt((square - spread) * (square - truth))
+    )
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pearson's correlation."""
+    import numpy as np
+
+    x, y = (v - v.mean(axis=-1, keepdims=True) for v in (predicted, labels))
+    size = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    # Of equal values the mean is off by rounding, and so would be the spread.
+    constant = _constant(predicted) | _constant(labels)
+    return _shares((x * y).sum(axis=-1), np.where(constant, 0.0, size))
+
+
+def spearman(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing theirs."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predicted, axis=-1), rankdata(labels, axis=-1))
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    "f1": f1,
+    "f1_macro": f1_macro,
+    "matthews_correlation": matthews,
+    "pearson": pearson,
+    "spearmanr": spearman,
+}
+"""By the names that evaluations give them."""
+
+
+def _limits(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float]:
+    """Return the percentile limits of a statistic of columns whose items are drawn together."""
+    from scipy.stats import bootstrap
+
+    def of_drawn(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return statistic(*drawn)
+
+    found = bootstrap(
+        columns,
+        of_drawn,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=_rows(columns),
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=SEED,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _exchanged(
+    gap: Callable[..., np.ndarray], first: np.ndarray, second: np.ndarray, labels: np.ndarray
+) -> float:
+    """Return the two-sided p-value of "each item's predictions as likely the other way round"."""
+    from scipy.stats import permutation_test
+
+    def of_exchanged(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
+        return gap(one, other, labels)
+
+    found = permutation_test(
+        (first, second),
+        of_exchanged,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=_rows((first, second)),
+        rng=SEED,
+    )
+    return float(found.pvalue)
+
+
+def _rows(columns: tuple[np.ndarray, ...]) -> int:
+    """Return how many resamples are made at a time."""
+    return max(1, BLOCK // (len(columns) * len(columns[0])))
+
+
+def _counted(
+    predicted: np.ndarray, labels: np.ndarray, name: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how many items of a class are found, called so, and truly so."""
+    guesses, members = predicted == name, labels == name
+    return (guesses & members).sum(-1), guesses.sum(-1), members.sum(-1)
+
+
+def _classes(predicted: np.ndarray, labels: np.ndarray) -> list[float]:
+    import numpy as np
+
+    return [float(name) for name in np.union1d(predicted, labels)]
+
+
+def _constant(values: np.ndarray) -> np.ndarray:
+    return (values == values[..., :1]).all(axis=-1)
+
+
+def _shares(part: Any, whole: Any) -> np.ndarray:
+    """Return part / whole, 0 where there is no whole."""
+    import numpy as np
+
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    shape = np.broadcast_shapes(part.shape, whole.shape)
+    return np.divide(part, whole, out=np.zeros(shape), where=whole > 0)
