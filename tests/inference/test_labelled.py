@@ -99,6 +99,27 @@ def test_the_scores_are_those_that_training_ended_with(task, encoder, here):
     assert [line["item"] for line in lines] == [str(n) for n in range(21)]
 
 
+@pytest.mark.parametrize("method", ["tlora", "lora", "full"])
+def test_a_pooler_that_the_base_lacks_trains_and_is_saved(
+    method, saved, tiny_bert_classifier, here, caplog
+):
+    """DeBERTa and many sentence encoders come without one; it would be drawn anew at each load."""
+    body = tiny_bert_classifier().bert
+    body.pooler = None
+    options = {"adapter": {}} if method == "full" else {}
+    run, dev, metrics = trained("sst2", saved(body), here, method=method, **options)
+    noted = [r.message for r in caplog.records if "trains in full and is saved" in r.message]
+    assert [("bert.pooler.dense" in message) for message in noted] == [True] * (method != "full")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = EvalConfig(models=[run], tasks=["sst2"], test_file=dev, output_dir=f"out{seed}")
+        (task,) = evaluate.run(config).read()["tasks"]
+        ((name, scores),) = task["scores"].items()
+        assert scores["accuracy"] == pytest.approx(metrics["accuracy"])
+    one, two = (EvalFolder(f"out{seed}").read_samples(name, "sst2") for seed in (1, 2))
+    assert one == two
+
+
 ADALORA = {"init_r": 4, "target_r": 2, "target_modules": "all-linear"}
 
 

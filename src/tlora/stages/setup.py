@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tlora.methods.base import Method, Samples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +77,9 @@ class Setup:
     def load_model(self, device: Any) -> PreTrainedModel:
         """Load the base model with the head of the task; a new head is drawn from the run's seed.
 
+        What else of a classifier the files lack (DeBERTa's pooler, say) is drawn too. Adapted or
+        frozen it could not be saved, so it is added to the options' `modules_to_save`.
+
         Args:
             device: where to calibrate and train.
 
@@ -100,10 +106,11 @@ class Setup:
                 else "regression",
             }
         try:
-            model = self.kind.load(self.kind.auto_model).from_pretrained(
+            model, found = self.kind.load(self.kind.auto_model).from_pretrained(
                 config.model,
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
                 **quantised,
                 **head,
             )
@@ -114,10 +121,31 @@ class Setup:
         if model.config.pad_token_id is None:
             # Decoders that classify find the last real token by it.
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        if head:
+            self._train_in_full(found["missing_keys"])
         keep_gradients(model)
         # Quantised weights, and models split over devices, are where they belong already.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed else model.to(device)
+
+    def _train_in_full(self, drawn: Iterable[str]) -> None:
+        """Let the modules of parameters that the files lack train in full, besides the head."""
+        from tlora.calibration.targets import heads_of
+
+        if not hasattr(self.options, "modules_to_save"):
+            return  # all of the model trains
+        known = set(heads_of(self.options))
+        modules = {name.rpartition(".")[0] for name in drawn}
+        new = sorted(m for m in modules if m and not known.intersection(m.split(".")))
+        if new:
+            asked = self.options.modules_to_save or []
+            logger.warning(
+                "%s has no %s, which starts at random; it trains in full and is saved with the"
+                " adapter.",
+                self.config.model,
+                ", ".join(new),
+            )
+            self.options = dataclasses.replace(self.options, modules_to_save=asked + new)
 
 
 def settle(config: RunConfig, *validation: str) -> Setup:
