@@ -94,17 +94,7 @@ class Setup:
         transformers.set_seed(self.config.seed)
         config = self.config
         quantised = loading_options(config, device)
-        head: dict[str, Any] = {}
-        if self.kind.task_type == "SEQ_CLS":
-            names = self.task.label_names or ["value"]
-            head = {
-                "num_labels": len(names),
-                "id2label": dict(enumerate(names)),
-                "label2id": {name: index for index, name in enumerate(names)},
-                "problem_type": "single_label_classification"
-                if self.task.label_names
-                else "regression",
-            }
+        head = self._head()
         try:
             model, found = self.kind.load(self.kind.auto_model).from_pretrained(
                 config.model,
@@ -127,6 +117,19 @@ class Setup:
         # Quantised weights, and models split over devices, are where they belong already.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed else model.to(device)
+
+    def _head(self) -> dict[str, Any]:
+        """Return the fields of the model's configuration that give a classifier its head."""
+        if self.kind.task_type != "SEQ_CLS":
+            return {}
+        names = self.task.label_names or ["value"]
+        labelled = bool(self.task.label_names)
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            "problem_type": "single_label_classification" if labelled else "regression",
+        }
 
     def _train_in_full(self, drawn: Iterable[str]) -> None:
         """Let the modules of parameters that the files lack train in full, besides the head."""
