@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tlora.report.paired import BLOCK, RESAMPLES, SEED
+from tlora.report.paired import BLOCK, RESAMPLES, SEED, judged
 from tlora.report.statistics import LEVEL, Difference, Interval
 
 if TYPE_CHECKING:
@@ -61,13 +61,9 @@ def difference(
     count = len(labels)
     if count < 2:
         return None
-    mean = float(gap(first, second, labels))
-    low, high = _limits(gap, first, second, labels)
-    p = _exchanged(gap, first, second, labels)
-    better = 0
-    if p < 1 - LEVEL and not low <= 0 <= high:
-        better = 1 if mean > 0 else -1
-    return Difference(Interval(mean, low, high, count), p, better)
+    limits = _limits(gap, first, second, labels)
+    found = Interval(float(gap(first, second, labels)), *limits, count)
+    return judged(found, _exchanged(gap, first, second, labels))
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:

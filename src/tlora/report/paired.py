@@ -82,11 +82,17 @@ def difference(first: Scores, second: Scores) -> Difference | None:
     totals, sizes = _totals(differences, first.groups)
     low, high = _limits(totals, sizes)
     p = sign_flip(totals)
-    mean = math.fsum(differences) / count
+    return judged(Interval(math.fsum(differences) / count, low, high, count), p)
+
+
+def judged(found: Interval, p: float) -> Difference:
+    """Return a difference of two models, one better if interval and test agree that it is."""
+    assert found.low is not None
+    assert found.high is not None
     better = 0
-    if p < 1 - LEVEL and not low <= 0 <= high:
-        better = 1 if mean > 0 else -1
-    return Difference(Interval(mean, low, high, count), p, better)
+    if p < 1 - LEVEL and not found.low <= 0 <= found.high:
+        better = 1 if found.mean > 0 else -1
+    return Difference(found, p, better)
 
 
 def sign_flip(differences: np.ndarray) -> float:
