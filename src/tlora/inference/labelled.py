@@ -85,12 +85,7 @@ class Labels:
     @property
     def head(self) -> dict[str, Any]:
         """Fields of a model's configuration that give it the head that was trained."""
-        names = self.task.label_names or ["value"]
-        regression = self.task.kind == "regression"
-        return {
-            "num_labels": len(names),
-            "problem_type": "regression" if regression else "single_label_classification",
-        }
+        return self.task.head
 
     def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
         """Settle which output of a model is which class; the head itself shows when it is loaded.

@@ -123,12 +123,9 @@ class Setup:
         if self.kind.task_type != "SEQ_CLS":
             return {}
         names = self.task.label_names or ["value"]
-        labelled = bool(self.task.label_names)
-        return {
-            "num_labels": len(names),
+        return self.task.head | {
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
-            "problem_type": "single_label_classification" if labelled else "regression",
         }
 
     def _train_in_full(self, drawn: Iterable[str]) -> None:

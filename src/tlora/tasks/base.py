@@ -176,6 +176,15 @@ class Task(ABC):
             )
         return _some(rows, data.max_eval_rows, data.subset_seed), where
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """Fields of a model's configuration that give a classification or regression its head."""
+        regression = self.kind == "regression"
+        return {
+            "num_labels": len(self.label_names or ["value"]),
+            "problem_type": "regression" if regression else "single_label_classification",
+        }
+
     def _dataset(self) -> tuple[str, str | None, str | None]:
         """Return name, subset and evaluation split of `data.dataset`, else of the task's own.
 
