@@ -104,7 +104,7 @@ def settled(config: CompareConfig, run: RunConfig) -> Setup:
 def basis_of(config: CompareConfig, basis: str, seed: int) -> dict[str, Tensor]:
     """Return an orthonormal A of every module, r x d float64, by the module's name."""
     entry = next(entry for entry in config.entries() if entry.name == "tlora")
-    options = {"basis": basis, "allocate_rank": False, "allocate_scale": False}
+    options = entry.adapter | {"basis": basis, "allocate_rank": False, "allocate_scale": False}
     run = config.run_config(dataclasses.replace(entry, adapter=options), 1e-3, seed)
     setup = settled(config, run)
     found = prepare(setup, setup.load_model("cpu")).plan
