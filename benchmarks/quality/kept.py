@@ -8,9 +8,11 @@ stops at `--steps` to take the mean gradient G of the test rows at the merged we
 basis, computed before the first step from the calibration rows, the table has
 ``sum ||G A^T A||^2 / sum ||G||^2`` over the modules (A with orthonormal rows): the share of the
 gradient's square that a step along B alone can follow. "best" is what G's own leading directions
-would keep, "LoRA's A" what LoRA's trained A spans at that step; the last column is the share of
-LoRA's whole update, ``||B A A_0^T A_0||^2 / ||B A||^2``. Results are kept in kept.json, one record
-a comparison; `--table` prints them.
+would keep, "LoRA's A" what LoRA's trained A spans at that step; the next column is the share of
+LoRA's whole update, ``||B A A_0^T A_0||^2 / ||B A||^2``. The last column says how even the features
+``A x`` are over the calibration rows, ``tr(K)^2 / tr(K^2)`` with K their uncentred second moment: r
+where all are of one size and none follows another, 1 where one has it all; the median of the
+modules. Results are kept in kept.json, one record a comparison; `--table` prints them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from tlora import calibrate
 from tlora.compareconfig import CompareConfig
 from tlora.files import read_json, write_json
 from tlora.runconfig import RunConfig
@@ -79,6 +83,7 @@ def measured(flags: argparse.Namespace) -> dict[str, Any]:
     files = {name: getattr(flags, name) for name in ("model", "train_file", "test_file")}
     config = CompareConfig.from_dict(comparison | files | {"output_dir": "unused"})
     bases = {label: basis_of(config, basis, flags.seed) for label, basis in BASES.items()}
+    inputs = moments_of(config, flags.seed)
     lora = next(entry for entry in config.entries() if entry.name == "lora")
     setup = settled(config, config.run_config(lora, flags.rate, flags.seed))
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +95,7 @@ def measured(flags: argparse.Namespace) -> dict[str, Any]:
         "rows": min(flags.rows, len(setup.held_out)),
         "gradient": watch.gradient,
         "update": watch.update(),
+        "features": {label: round(evenness(basis, inputs), 2) for label, basis in bases.items()},
         "provenance": provenance(flags.seed),
     }
 
@@ -101,12 +107,30 @@ def settled(config: CompareConfig, run: RunConfig) -> Setup:
     return dataclasses.replace(setup, train=train)
 
 
-def basis_of(config: CompareConfig, basis: str, seed: int) -> dict[str, Tensor]:
-    """Return an orthonormal A of every module, r x d float64, by the module's name."""
+def task_aware(config: CompareConfig, basis: str, seed: int) -> Setup:
+    """Return the setup of TLoRA with a basis, equal ranks and scales."""
     entry = next(entry for entry in config.entries() if entry.name == "tlora")
     options = entry.adapter | {"basis": basis, "allocate_rank": False, "allocate_scale": False}
     run = config.run_config(dataclasses.replace(entry, adapter=options), 1e-3, seed)
-    setup = settled(config, run)
+    return settled(config, run)
+
+
+def moments_of(config: CompareConfig, seed: int) -> dict[str, Tensor]:
+    """Return the calibration rows' uncentred moment of every module, d x d float64, by its name."""
+    setup = task_aware(config, "covariance", seed)
+    found = calibrate(setup.load_model("cpu"), setup.calibration_batches(), setup.options)
+    return {name: module.uncentred().double() for name, module in found.modules.items()}
+
+
+def evenness(basis: dict[str, Tensor], moments: dict[str, Tensor]) -> float:
+    """Return the median over modules of how many features of one size ``A x`` amounts to."""
+    sizes = [a @ moments[name] @ a.T for name, a in basis.items()]
+    return median(float(k.trace() ** 2 / k.square().sum()) for k in sizes)
+
+
+def basis_of(config: CompareConfig, basis: str, seed: int) -> dict[str, Tensor]:
+    """Return an orthonormal A of every module, r x d float64, by the module's name."""
+    setup = task_aware(config, basis, seed)
     found = prepare(setup, setup.load_model("cpu")).plan
     return {name: _orthonormal(module.lora_A) for name, module in found.modules.items()}
 
@@ -208,15 +232,16 @@ def _share(matrices: dict[str, Tensor], basis: dict[str, Tensor]) -> float:
 def table(record: dict[str, Any]) -> str:
     """Return one comparison's shares as Markdown."""
     steps = list(next(iter(record["gradient"].values())))
+    heads = [f"gradient, step {step}" for step in steps]
     lines = [
-        f"| A | {' | '.join(f'gradient, step {step}' for step in steps)} | LoRA's update |",
-        "|---" * (len(steps) + 2) + "|",
+        f"| A | {' | '.join(heads)} | LoRA's update | features |",
+        "|---" * (len(steps) + 3) + "|",
     ]
     for label in (BEST, OWN, *BASES):
         shares = [f"{record['gradient'][label][step]:.3f}" for step in steps]
-        update = record["update"].get(label)
-        cells = [label, *shares, "" if update is None else f"{update:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        update, features = record["update"].get(label), record["features"].get(label)
+        cells = [f"{update:.3f}", f"{features:.1f}"] if update is not None else ["", ""]
+        lines.append(f"| {' | '.join([label, *shares, *cells])} |")
     return "\n".join(lines)
 
 
