@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from tlora.compareconfig import CompareConfig
 
-QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
-
 
 @pytest.fixture
-def kept(monkeypatch):
-    monkeypatch.syspath_prepend(str(QUALITY))
-    yield __import__("kept")
-    sys.modules.pop("kept", None)
+def kept(script):
+    return script("quality", "kept")
 
 
 @pytest.mark.parametrize("basis", ["weight-covariance", "gradient", "random"])

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import support
 from tlora import TLoraConfig, calibrate, plan
 
-COST = Path(__file__).parents[2] / "benchmarks" / "cost"
-
 
 @pytest.fixture
-def released_rule(monkeypatch):
-    monkeypatch.syspath_prepend(str(COST))
-    yield __import__("released_rule")
-    sys.modules.pop("released_rule", None)
+def released_rule(script):
+    return script("cost", "released_rule")
 
 
 def test_it_gives_the_sensitivities_moments_ranks_scales_and_subspaces_of_the_library(
