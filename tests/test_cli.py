@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tlora import cli
-from tlora.errors import CalibrationError, DataError
+from tlora.errors import AdapterError, CalibrationError, DataError
 
 
 @pytest.fixture
@@ -83,6 +83,9 @@ def test_every_verb_has_help_for_every_flag(tlora, verb):
     code, out, _ = tlora(verb, "--help")
     assert code == 0
     record = cli.VERBS[verb].record
+    summary = " ".join(out.split("\n\n")[1].split())
+    assert summary.endswith(".")
+    assert summary == " ".join(record.__doc__.split("\n\n")[0].split())
     for field in dataclasses.fields(record):
         assert field.name in out
     plain = {field.name for field in dataclasses.fields(record)} - {"data", "calibration", "judge"}
@@ -269,6 +272,7 @@ def test_a_file_that_is_no_mapping_is_named(tlora, run_yaml, text):
     ("error", "code", "says"),
     [
         (DataError("rows.jsonl, row 3: no text."), 2, "tlora: rows.jsonl, row 3: no text.\n"),
+        (AdapterError("out does not fit."), 2, "tlora: out does not fit.\n"),
         (CalibrationError("the loss is NaN."), 1, "tlora: the loss is NaN.\n"),
         (KeyboardInterrupt(), 130, "tlora: interrupted; a training goes on from its last"),
         (RuntimeError("a bug"), 1, "Traceback (most recent call last)"),

@@ -107,7 +107,7 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "1 to 2 values; whoever is tried at more is tuned better",
+            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` 2; whoever is tried",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),

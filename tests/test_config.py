@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
+import peft
 import pytest
 
 from tlora import errors
-from tlora.config import REFUSED_OPTIONS, TLoraConfig, parse_bytes
+from tlora.config import REFUSED_OPTIONS, TaskType, TLoraConfig, parse_bytes
 from tlora.errors import ConfigError, TLoraError, did_you_mean
 
 NOT_DEFAULT: dict[str, Any] = {
@@ -48,6 +49,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("lora_dropout", bad) for bad in (-0.1, 1.0, "0.1", None, float("nan"))],
     *[(name, "never") for name in ("basis", "budget", "scale_rule", "covariance", "subspace")],
     *[("bias", bad) for bad in ("some", None, ["none"])],
+    *[("task_type", bad) for bad in ("CAUSAL", "causal_lm", "", ["CAUSAL_LM"])],
     *[(name, "yes") for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a")],
     *[("memory_budget", bad) for bad in (0, -5, "2 gigs", "", "1e400", "1.2.3GB", True, [1])],
 ]
@@ -93,6 +95,10 @@ def test_a_value_out_of_range_is_one_fault_that_names_field_and_value(name: str,
     (fault,) = faults_of(**{name: bad})
     assert fault.startswith(f"`{name}`")
     assert repr(bad) in fault
+
+
+def test_the_task_types_are_pefts() -> None:
+    assert set(get_args(TaskType)) == {kind.value for kind in peft.TaskType}
 
 
 def test_parameters_are_a_list_of_names_and_go_without_dropout() -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tlora import __version__, presets
 from tlora.compareconfig import CompareConfig
 from tlora.errors import (
+    AdapterError,
     ArtifactError,
     ConfigError,
     DataError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tlora.comparefolder import CompareFolder
     from tlora.evalfolder import EvalFolder
 
-_BAD_INPUT = (ArtifactError, ConfigError, DataError, PlanError)
+_BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,

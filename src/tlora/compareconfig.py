@@ -241,11 +241,12 @@ class CompareConfig(SharedConfig):
             good = isinstance(rates, list) and rates and all(map(_is_rate, rates))
             if not good or len(set(map(float, rates))) < len(rates):
                 faults.append(f"{where} is {rates!r}; give positive numbers, each once.")
-        counts = {len(rates) for rates in lists.values()} if not faults else set()
-        if len(counts) > 1:
+        counts = {where: len(rates) for where, rates in lists.items()} if not faults else {}
+        if len({*counts.values()}) > 1:
+            (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda each: each[1])
             faults.append(
-                f"`learning_rates` have {min(counts)} to {max(counts)} values; whoever is tried at"
-                " more is tuned better: give every method as many."
+                f"{few} has {fewest} and {many} {most}; whoever is tried at more is tuned better:"
+                " give every method as many."
             )
         return faults
 

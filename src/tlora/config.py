@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,6 +34,9 @@ ScaleRule = Literal["released", "constant", "proportional"]
 CovarianceMode = Literal["auto", "exact", "streamed"]
 SubspaceMode = Literal["auto", "exact", "randomized"]
 Bias = Literal["none", "all", "lora_only"]
+TaskType = Literal[
+    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
 
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -111,6 +115,13 @@ def bytes_text(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def task_type_faults(task_type: str | None) -> Iterator[str]:
+    """Yield a sentence if PEFT has no such task type."""
+    if task_type is not None and task_type not in get_args(TaskType):
+        options = ", ".join(map(repr, get_args(TaskType)))
+        yield f"`task_type` is {task_type!r}; choose one of {options}, or None."
+
+
 @dataclass(kw_only=True)
 class TLoraConfig:
     """How to adapt a model with Task-aware LoRA.
@@ -147,8 +158,8 @@ class TLoraConfig:
     """Modules trained in full and saved with the adapter (a new classifier head)."""
     bias: Bias = "none"
     """Which biases train, as in PEFT."""
-    task_type: str | None = None
-    """PEFT's task type: "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", ... or None."""
+    task_type: TaskType | None = None
+    """PEFT's task type, or None: of no head that PEFT knows."""
 
     basis: Basis = "weight-covariance"
     """What the rows of A span. "weight-covariance": the leading right singular vectors of W C (the
@@ -246,6 +257,7 @@ class TLoraConfig:
         for name in ("allocate_rank", "allocate_scale", "freeze_a"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"`{name}` is {value!r}; give true or false."
+        yield from task_type_faults(self.task_type)
         yield from self._parameter_faults()
         yield from self._basis_faults()
         if self.memory_budget is not None:

@@ -40,6 +40,14 @@ class AdapterError(TLoraError, RuntimeError):
     """An adapter cannot be attached to, loaded into or read from this model."""
 
 
+class MisfitError(AdapterError):
+    """A saved adapter is not of this model's sizes; ``misfit`` says where."""
+
+    def __init__(self, path: object, model: str, misfit: str, advice: str) -> None:
+        self.misfit = misfit
+        super().__init__(f"{path} does not fit {model}: {misfit}; {advice}")
+
+
 class DataError(TLoraError, ValueError):
     """A data file or a row of it is not what the task expects."""
 

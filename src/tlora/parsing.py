@@ -100,7 +100,7 @@ def make_parser(prog: str, record: type) -> _Parser:
     parser = _Parser(
         prog=prog,
         usage=f"{prog}{words} [--config run.yaml] [flags]",
-        description=(record.__doc__ or "").split("\n")[0],
+        description=" ".join((record.__doc__ or "").split("\n\n")[0].split()),
         allow_abbrev=False,
         exit_on_error=False,
     )

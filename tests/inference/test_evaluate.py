@@ -1,6 +1,7 @@
 """`tlora eval` from end to end on the shipped base: one table, kept when stopped, gone on with."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,26 @@ def test_an_adapter_that_does_not_fit_leaves_no_folder(config, saved, tiny_llama
         evaluate.run(config(model=saved(tiny_llama()), with_base=False))
     assert [str(path) for path in Path("out").rglob("*")] == ["out/notes"] * there
     assert Path("out").exists() == there
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_cut_off_adapter_is_named_and_leaves_no_folder(config, demo_adapter, tmp_path):
+    shutil.copytree(demo_adapter, tmp_path / "cut")
+    cut_off(tmp_path / "cut" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: cut off or damaged"):
+        evaluate.run(config(models=[str(tmp_path / "cut")], with_base=False))
+    assert not Path("out").exists()
+
+
+def test_a_cut_off_base_is_named_and_leaves_no_folder(config, saved, tiny_llama):
+    base = saved(tiny_llama())
+    cut_off(Path(base) / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
+        evaluate.run(config(models=[base], with_base=False))
+    assert not Path("out").exists()
 
 
 def test_what_is_finished_is_kept_when_a_later_adapter_does_not_fit(

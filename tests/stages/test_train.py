@@ -146,6 +146,7 @@ def test_init_and_train_plan_the_same(config):
         ),
         ({"adapter": {"target_modules": ["nowhere"]}}, TLoraError, "nowhere"),
         ({"method": "lora", "adapter": {"target_modules": ["nowhere"]}}, ConfigError, "nowhere"),
+        ({"method": "lora", "adapter": {"task_type": "CAUSAL"}}, ConfigError, "`task_type` is"),
         ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
         ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
         ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),
@@ -157,6 +158,15 @@ def test_bad_input_is_named_before_anything_is_written(config, fields, error, me
         train.run(bad)
     assert message in str(caught.value)
     assert not Path(bad.output_dir).exists()
+
+
+def test_a_cut_off_model_is_named_before_anything_is_written(config, saved, tiny_llama):
+    model = saved(tiny_llama())
+    weights = Path(model) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
+        train.run(config(model=model))
+    assert not (Path(config().output_dir) / "adapter").exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(config):

@@ -19,6 +19,7 @@ from tlora.adapter.offloaded import load_onto_offloaded, make_room, refuse_offlo
 from tlora.adapter.parameters import adapter_layer, parameter_keys
 from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.samples import Reading, plan_samples
+from tlora.adapter.saved import check_saved
 from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.offload import loaded_by
@@ -124,8 +125,9 @@ def load_adapter(
         freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
 
     Raises:
-        AdapterError: the folder holds no adapter, or it is to train on and no gradient passes the
-            model's 4-bit weights any more.
+        AdapterError: the folder holds no adapter, its weights are damaged or not of the model's
+            sizes, or it is to train on and no gradient passes the model's 4-bit weights any more;
+            the model is as it was.
     """
     from peft import PeftModel
 
@@ -136,6 +138,7 @@ def load_adapter(
         )
     if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
         raise AdapterError(f"{path}: there is no such folder; give the one of an adapter.")
+    check_saved(path, model)
     if is_trainable:
         keep_gradients(model)
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained

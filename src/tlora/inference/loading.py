@@ -9,7 +9,9 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import AdapterError, ConfigError
+from safetensors import SafetensorError
+
+from tlora.errors import AdapterError, ConfigError, MisfitError
 from tlora.evalconfig import EvalConfig
 from tlora.inference.subjects import Head, Subject
 from tlora.runconfig import RunConfig
@@ -185,7 +187,7 @@ def _load_base(
                 **options,
                 **head,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"{subject.model!r} cannot be loaded: {first_line(error)}", "model"
         ) from error
@@ -215,13 +217,15 @@ def _adapted(model: Any, subject: Subject) -> Any:
     from tlora import load_adapter
 
     path = str(subject.adapter)
+    advice = "give its own base by --model, and if tokens were added for it, --tokenizer."
     try:
         return load_adapter(model, path, freeze=False)
+    except MisfitError as error:
+        raise MisfitError(path, subject.model, error.misfit, advice) from error
+    except AdapterError:
+        raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise AdapterError(
-            f"{path} does not fit {subject.model}: {_misfit(error)}; give its own base by"
-            " --model, and if tokens were added for it, --tokenizer."
-        ) from error
+        raise MisfitError(path, subject.model, _misfit(error), advice) from error
 
 
 def _misfit(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tlora.config import Bias
+from tlora.config import Bias, TaskType, task_type_faults
 from tlora.errors import ConfigError, unknown_names
 
 
@@ -23,7 +23,7 @@ class MethodOptions:
         ConfigError: an option is unknown (with a suggestion) or out of range; all faults at once.
     """
 
-    task_type: str | None = None
+    task_type: TaskType | None = None
     """PEFT's task type; by default that of the task."""
 
     def __new__(cls, *args: Any, **values: Any) -> Any:
@@ -39,7 +39,7 @@ class MethodOptions:
 
     def _faults(self) -> Iterator[str]:
         """Yield a sentence for each value that is out of range; a subclass adds its own."""
-        yield from ()
+        yield from task_type_faults(self.task_type)
 
     def _whole(self, name: str, low: int) -> Iterator[str]:
         value = getattr(self, name)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tlora.config import TLoraConfig
+from tlora.config import TaskType, TLoraConfig
 from tlora.errors import ConfigError
 from tlora.registry import TASKS
 from tlora.runconfig import CalibrationConfig, RunConfig
@@ -127,7 +127,7 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     )
 
 
-def adapter_options(config: RunConfig, task_type: str | None) -> TLoraConfig:
+def adapter_options(config: RunConfig, task_type: TaskType | None) -> TLoraConfig:
     """Return the method's options, of another method those it shares with `TLoraConfig`."""
     options = config.options()
     if not isinstance(options, TLoraConfig):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tlora.config import TaskType
 from tlora.runconfig import Kind
 from tlora.tasks import tokens
 
@@ -15,7 +16,7 @@ from tlora.tasks import tokens
 class KindSpec:
     """The classes and functions that serve one kind. Classes are "module:name", loaded late."""
 
-    task_type: str
+    task_type: TaskType
     """PEFT's name of the kind."""
     auto_model: str
     """Class that loads the model with the right head."""

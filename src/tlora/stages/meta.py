@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tlora.config import TaskType
 from tlora.errors import ConfigError
 from tlora.runconfig import RunConfig
 from tlora.stages.arguments import check_model_folder, first_line
@@ -20,7 +21,7 @@ class MetaModel:
     """A model on `meta`."""
 
     model: Any
-    task_type: str | None
+    task_type: TaskType | None
     """PEFT's name of its kind; None where the model has no head of the task's kind."""
     notes: list[str] = field(default_factory=list)
     """A sentence for each liberty taken."""

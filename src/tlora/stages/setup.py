@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from tlora.errors import ConfigError, DataError
 from tlora.registry import METHODS, TASKS
 from tlora.runconfig import DataConfig, RunConfig
@@ -104,7 +106,7 @@ class Setup:
                 **quantised,
                 **head,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"{config.model!r} cannot be loaded: {first_line(error)}", "model"
             ) from error
@@ -224,7 +226,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the tokenizer of {config.model!r} cannot be loaded: {first_line(error)}", "model"
+            f"the tokenizer of {config.model!r} cannot be loaded"
+            f" ({first_line(error).rstrip('.')}); give a model's folder, or a name on the Hub.",
+            "model",
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
