@@ -1,5 +1,5 @@
 # Everything from nothing but make and Python 3.11 or later:
-#   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
+#   make demo    adapt the shipped base model to a task it cannot do (about 2 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
 # The page of `tlora compare` is tested in a browser: make test needs Chromium (apt-get install

@@ -5,7 +5,8 @@
 The base of the comparisons that need something larger than the shipped one. Each row of a file
 (JSON, JSONL, CSV, TSV; a line of anything else) is a text, its columns in their order. Leave out
 the files that the base is to be adapted to. About three minutes on an H200. OUT is a Hugging Face
-folder with `pretraining.json` beside the weights; a run that stops goes on from OUT/checkpoints.
+folder, and `pretraining.json` beside the weights has the texts' names and SHA-256; a run that stops
+goes on from OUT/checkpoints.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pretrain_base import END, byte_level_bpe
 from tlora.demo.corpus import pretraining_rows
+from tlora.digests import file_digest
 from tlora.files import write_json
 from tlora.runfolder import provenance
 from tlora.tasks.source import READERS, read_file
@@ -156,7 +158,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(flags.folder, max_shard_size="15MB")
     tokenizer.save_pretrained(flags.folder)
     record = {
-        "files": [file.name for file in flags.text],
+        "files": {file.name: file_digest(file) for file in flags.text},
         "parameters": model.num_parameters(),
         "tokens": flags.steps * flags.batch_size * LENGTH,
         "losses": [

@@ -296,7 +296,7 @@ def _overview() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS.values())
     return (
-        "usage: tlora VERB [--config run.yaml] [flags]\n\n"
+        "usage: tlora VERB [run.yaml] [flags]\n\n"
         "Task-aware LoRA: adapt a model to a task; a plain PEFT adapter comes out.\n\n"
         f"{verbs}\n\n"
         "`tlora VERB --help` lists the flags of a verb; `tlora --version` the version."

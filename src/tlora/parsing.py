@@ -92,20 +92,28 @@ def parse(prog: str, record: type[Record], argv: list[str], more_help: str = "")
     return Parsed(_build(record, values), print_config=_PRINT in argv)
 
 
+def _words(fields: dict[str, _Field]) -> str:
+    """Return what stands before the flags, for the usage line."""
+    for name, field in fields.items():
+        if field.positional and field.several:
+            return f"[run.yaml] [{name} ...]"
+        if field.positional:
+            return name if field.required else f"[{name}]"
+    return "[run.yaml]"
+
+
 def make_parser(prog: str, record: type) -> _Parser:
     """Make the parser of one verb."""
     fields = _fields(record)
-    several = next((n for n, field in fields.items() if field.positional and field.several), None)
-    words = f" [{several} ...]" if several else ""
     parser = _Parser(
         prog=prog,
-        usage=f"{prog}{words} [--config run.yaml] [flags]",
+        usage=f"{prog} {_words(fields)} [flags]",
         description=" ".join((record.__doc__ or "").split("\n\n")[0].split()),
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file with any of the fields below; flags win."
+        "--config", action="config", help="YAML file of the fields below, or the first word."
     )
     if _takes_presets(record):
         parser.add_argument(
