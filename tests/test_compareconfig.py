@@ -107,7 +107,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` 2; whoever is tried",
+            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` 2; whoever is tried"
+            " at more is tuned better",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -113,13 +112,6 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
-
-
-def task_type_faults(task_type: str | None) -> Iterator[str]:
-    """Yield a sentence if PEFT has no such task type."""
-    if task_type is not None and task_type not in get_args(TaskType):
-        options = ", ".join(map(repr, get_args(TaskType)))
-        yield f"`task_type` is {task_type!r}; choose one of {options}, or None."
 
 
 @dataclass(kw_only=True)
@@ -257,7 +249,6 @@ class TLoraConfig:
         for name in ("allocate_rank", "allocate_scale", "freeze_a"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"`{name}` is {value!r}; give true or false."
-        yield from task_type_faults(self.task_type)
         yield from self._parameter_faults()
         yield from self._basis_faults()
         if self.memory_budget is not None:
@@ -357,4 +348,5 @@ _CHOICES: dict[str, Any] = {
     "covariance": CovarianceMode,
     "subspace": SubspaceMode,
     "bias": Bias,
+    "task_type": Literal[TaskType, None],
 }

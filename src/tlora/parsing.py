@@ -113,7 +113,7 @@ def make_parser(prog: str, record: type) -> _Parser:
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file of the fields below, or the first word."
+        "--config", action="config", help="YAML of the fields below, or the first word; flags win."
     )
     if _takes_presets(record):
         parser.add_argument(

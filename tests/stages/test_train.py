@@ -166,7 +166,7 @@ def test_a_cut_off_model_is_named_before_anything_is_written(config, saved, tiny
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
         train.run(config(model=model))
-    assert not (Path(config().output_dir) / "adapter").exists()
+    assert not Path(config().output_dir).exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(config):

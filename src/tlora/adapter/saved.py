@@ -11,7 +11,7 @@ from torch import nn
 from tlora.errors import AdapterError, MisfitError
 
 _PREFIX = "base_model.model."
-_SIDES = {".lora_A.weight": ("in_features", 1), ".lora_B.weight": ("out_features", 0)}
+_SIDES = {"lora_A": ("in_features", 1), "lora_B": ("out_features", 0)}
 
 
 def check_saved(path: str | Path, model: nn.Module) -> None:
@@ -39,8 +39,10 @@ def check_saved(path: str | Path, model: nn.Module) -> None:
 
 def _misfits(shapes: dict[str, list[int]], layers: dict[str, nn.Module]) -> Iterator[str]:
     for key, shape in shapes.items():
-        for ending, (features, dimension) in _SIDES.items():
-            name = key.removeprefix(_PREFIX).removesuffix(ending)
-            has = getattr(layers.get(name), features, None)
-            if key.endswith(ending) and isinstance(has, int) and shape[dimension] != has:
-                yield f"{name} has {has} {features}, and its {ending[1:7]} takes {shape[dimension]}"
+        name, _, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if side not in _SIDES:
+            continue
+        features, dimension = _SIDES[side]
+        has = getattr(layers.get(name), features, None)
+        if isinstance(has, int) and shape[dimension] != has:
+            yield f"{name} has {has} {features}, and its {side} takes {shape[dimension]}"

@@ -160,10 +160,9 @@ def _model_config(model: str, config: EvalConfig, path: str) -> Any:
         )
     except (OSError, ValueError) as error:
         if model == path:
-            cause = "there is no such folder, and no model of that name can be read"
             raise ConfigError(
-                f"{path!r}: {cause}; give a run, an adapter's or a model's folder, or a name on"
-                " the Hub."
+                f"{path!r}: there is no such folder, and no model of that name can be read; give a"
+                " run, an adapter's or a model's folder, or a name on the Hub."
             ) from error
         given = "--model" if model == config.model else "its adapter_config.json"
         raise ConfigError(

@@ -9,9 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from tlora.config import Bias, TaskType, task_type_faults
+from tlora.config import Bias, TaskType
 from tlora.errors import ConfigError, unknown_names
 
 
@@ -39,7 +39,7 @@ class MethodOptions:
 
     def _faults(self) -> Iterator[str]:
         """Yield a sentence for each value that is out of range; a subclass adds its own."""
-        yield from task_type_faults(self.task_type)
+        yield from self._choice("task_type", Literal[TaskType, None])
 
     def _whole(self, name: str, low: int) -> Iterator[str]:
         value = getattr(self, name)
