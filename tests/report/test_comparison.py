@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 
 import pytest
@@ -11,6 +12,7 @@ from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import comparison, numbers, page, plaintext, wording
 from tlora.report.statistics import difference
+from tlora.runconfig import DataConfig
 
 GAPS = {"lora": 0.05, "full": -0.05}
 
@@ -116,6 +118,93 @@ def test_equal_methods_are_called_different_in_five_percent_of_pairs_or_fewer(tm
     assert together <= 1
 
 
+def without(folder, start, seeds):
+    """Remove the final runs of some seeds from those whose names begin with ``start``."""
+    for name in folder.names():
+        if name.startswith(start) and any(f"seed{seed}-final" in name for seed in seeds):
+            folder.record_file(name).unlink()
+
+
+def test_a_method_that_lacks_a_seed_comes_after_those_that_do_not(made):
+    folder = synthetic.write(made, {"lora": 0.05})
+    without(folder, "lora-", [5, 6])
+    results = comparison.gather(made, folder)
+    assert [m.label for m in results.methods][-1] == "lora"
+    said = wording.summary(results)
+    assert not said.startswith("Best mean: lora")
+    assert said.endswith("Ahead of it on the seeds that both have: lora (3 of 5 seeds).")
+    assert "<small>3 of 5 seeds</small>" in page.render(results)
+
+
+def test_the_summary_says_of_each_pair_what_its_verdict_says(made):
+    folder = synthetic.write(made, GAPS)
+    without(folder, "dora", [2])
+    results = comparison.gather(made, folder)
+    best, *others = [m.label for m in results.methods]
+    groups = wording.summary(results).split(": ", 1)[1]
+    level, behind = groups.split("Behind it, each pair taken alone: ")
+    for other in others:
+        tie = wording.verdict(results, best, other).startswith("Tie: ")
+        assert (other in level) is tie
+        assert (other in behind) is not tie
+
+
+def test_no_rate_is_chosen_before_all_have_run(made):
+    folder = synthetic.write(made, GAPS)
+    lora = next(e for e in made.config.entries() if e.name == "lora")
+    folder.record_file(made.tuning_of(lora)[-1].name).unlink()
+    results = comparison.gather(made, folder)
+    method = results.methods[-1]
+    assert (method.label, method.rate, method.edge, method.score) == ("lora", None, None, None)
+    causes = {p.run: p.cause for p in results.problems}
+    assert causes["lora, all final runs"].startswith("not all tuning runs are here")
+    only = dataclasses.replace(results, methods=[method])
+    assert wording.edges(only) == []
+    assert "Not every method's learning rate is chosen." in html.unescape(page.render(only))
+
+
+def test_unlike_precision_is_refused(made):
+    folder = synthetic.write(made, GAPS)
+    names = [name for name in folder.names() if name.startswith("lora")]
+    for name, precision in zip(names, ("bf16", None), strict=False):
+        folder.write_record(name, folder.record(name) | {"autocast": precision})
+    with pytest.raises(ArtifactError, match="not trained alike: autocast None and 'bf16'"):
+        comparison.gather(made, folder)
+
+
+def test_an_order_that_was_not_recorded_is_not_called_checked(made):
+    folder = synthetic.write(made, GAPS)
+    assert "steps, batch or order differ" in plaintext.markdown(comparison.gather(made, folder))
+    for name in folder.names():
+        folder.write_record(name, folder.record(name) | {"data_order": None})
+    said = plaintext.markdown(comparison.gather(made, folder))
+    assert "steps, batch or order differ" not in said
+    assert "the order of rows was not recorded" in said
+
+
+def test_rows_that_may_be_shared_are_said_to_be(tmp_path):
+    made = synthetic.comparison(tmp_path, data=DataConfig(overlap="allow"))
+    said = plaintext.markdown(comparison.gather(made, synthetic.write(made)))
+    assert "no choice has seen" not in said
+    assert "rows that train or choose may ask too" in said
+
+
+def test_a_label_divides_no_cells(tmp_path):
+    bars = {"name": "lora", "label": "a|b"}
+    made = synthetic.comparison(tmp_path, methods=[bars, "tlora"])
+    results = comparison.gather(made, synthetic.write(made))
+    for text in (plaintext.markdown(results), plaintext.against(results, "a|b")):
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+
+
+def test_small_numbers_keep_two_digits():
+    assert numbers.number(2.14e-5) == "2.1e-05"
+    assert numbers.signed(-2.14e-5) == "\N{MINUS SIGN}2.1e-05"
+    assert (numbers.number(0.0), numbers.signed(1e-17)) == ("0.0000", "+0.0000")
+    assert (numbers.number(5.1e-5), numbers.signed(0.5)) == ("0.0001", "+0.5000")
+
+
 def test_what_is_not_there_is_named_with_its_cause(made):
     folder = synthetic.write(made, GAPS)
     names = folder.names()
@@ -144,14 +233,14 @@ def test_what_is_not_there_is_named_with_its_cause(made):
 def test_a_comparison_that_has_only_begun_has_a_page(made):
     folder = comparison.CompareFolder(made.config.output_dir)
     results = comparison.gather(made, folder)
-    assert wording.summary(results) == "No final run has finished yet."
+    assert wording.summary(results) == "No final run has a score."
     assert "lora, 6 of 6 tuning runs: not run yet" in page.render(results)
     synthetic.write(made, GAPS)
     for name in folder.names():
         if "final" in name:
             folder.record_file(name).unlink()
     results = comparison.gather(made, folder)
-    assert page.render(results).count("no final run has finished") == 4
+    assert page.render(results).count("no final run has a score") == 4
     assert "| lora | \u2013 |" in plaintext.markdown(results)
 
 

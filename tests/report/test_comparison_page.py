@@ -16,7 +16,7 @@ def file(tmp_path_factory):
     """A page of all methods with one crashed final run; one name is as unkind as a name can be."""
     methods = [
         *synthetic.every_method(),
-        {"name": "lora", "label": "</script><b>", "adapter": {"r": 3}},
+        {"name": "lora", "label": "</script>  <b>", "adapter": {"r": 3}},
     ]
     made = synthetic.comparison(tmp_path_factory.mktemp("page"), methods=methods)
     folder = synthetic.write(made, {"lora": 0.05, "full": -0.05})
@@ -90,6 +90,8 @@ def test_two_methods_are_compared_by_choosing_them(opened):
     assert float(said.replace("\N{MINUS SIGN}", "-")) == pytest.approx(
         shown[0] - shown[1], abs=2e-4
     )
+    tab.select_option("#second", "</script>  <b>")
+    assert tab.locator("#pairs tbody tr").count() == 5
     tab.select_option("#second", "tlora")
     assert verdict.inner_text() == "Choose two different methods."
     assert tab.locator("#pairs tbody tr").count() == 0

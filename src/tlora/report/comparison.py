@@ -112,7 +112,8 @@ class Results:
 
     comparison: Comparison
     methods: list[MethodResult]
-    """Best test score first; methods without one last, in the order of the file."""
+    """Best test score first; those that lack a final seed after all that do not, and those
+    without a score last, in the order of the file."""
     differences: dict[tuple[str, str], Difference]
     """By pair of labels, better placed method first."""
     holding: set[tuple[str, str]]
@@ -128,6 +129,11 @@ class Results:
     def config(self) -> CompareConfig:
         """The comparison's configuration."""
         return self.comparison.config
+
+    @property
+    def chosen(self) -> bool:
+        """Whether every method has its learning rate."""
+        return all(method.rate is not None for method in self.methods)
 
     @property
     def problems(self) -> list[Problem]:
@@ -170,7 +176,8 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
     """
     methods = [_method(comparison, entry, folder) for entry in comparison.config.entries()]
     sign = -1.0 if comparison.better == "higher" else 1.0
-    methods.sort(key=lambda m: (m.score is None, sign * m.score.mean if m.score else 0.0))
+    # Means over other seeds are not in one order: who failed at a bad seed would gain by it.
+    methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
     points = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
     for method in methods:
         if method.rate is not None:
@@ -206,6 +213,8 @@ def read(folder: CompareFolder) -> Results:
 def check_alike(records: Iterable[Record]) -> None:
     """Check that runs saw as many rows in as many steps, and those of a seed in the same order.
 
+    The precision is among what is checked: by default it is what the hardware has.
+
     Raises:
         ArtifactError: two did not.
     """
@@ -213,6 +222,8 @@ def check_alike(records: Iterable[Record]) -> None:
     for record in records:
         size = (record["steps"], record["batch"], record["rows"]["train"])
         _agree(first, "steps, batch and training rows", None, size, record)
+        if "autocast" in record:
+            _agree(first, "autocast", None, record["autocast"], record)
         if record["data_order"] is not None:
             _agree(first, "order of the rows", record["seed"], record["data_order"], record)
 
@@ -237,7 +248,11 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
     finals: dict[int, Record] = {}
     scores: dict[int, float] = {}
     if rate is None:
-        reason = "no learning rate has a score at every tuning seed"
+        reason = (
+            "not all tuning runs are here to choose the learning rate"
+            if any(folder.record(point.name) is None for point in points)
+            else "no learning rate has a score at every tuning seed"
+        )
         problems.append(Problem(f"{entry.label}, all final runs", reason))
     else:
         points = comparison.final(entry, rate)

@@ -7,17 +7,24 @@ from tlora.report.statistics import Interval
 NONE = "\N{EN DASH}"
 """What stands for a number that there is not."""
 
+_ROUNDING = 1e-12
+"""Differences of scores up to here are what adding up in another order makes."""
+
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a score: four decimals, or four digits where it is large; a dash for none."""
+    """Return a score: four decimals, four digits where it is large, two where the decimals would
+    all be zero; a dash for none."""
     if value is None:
         return NONE
+    if _ROUNDING < abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}"
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 def signed(value: float) -> str:
     """Return a difference with its sign, the minus as a minus."""
-    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+    sign = "\N{MINUS SIGN}" if value < 0 else "+"
+    return f"{sign}{number(abs(value))}"
 
 
 def count(value: float | None) -> str:

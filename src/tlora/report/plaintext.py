@@ -44,12 +44,12 @@ def markdown(results: Results) -> str:
     ]
     for m in results.methods:
         if m.score is None:
-            lines.append(f"| {m.label} | {numbers.NONE} | | | | | | | |")
+            lines.append(f"| {_cell(m.label)} | {numbers.NONE} | | | | | | | |")
             continue
         seeds = " ".join(map(numbers.number, m.scores.values()))
         lines.append(
-            f"| {m.label} | {numbers.number(m.score.mean)} {numbers.margin(m.score)} | {seeds} |"
-            f" {m.rate:g} | {numbers.count(m.adapter_parameters)} |"
+            f"| {_cell(m.label)} | {numbers.number(m.score.mean)} {numbers.margin(m.score)} |"
+            f" {seeds} | {m.rate:g} | {numbers.count(m.adapter_parameters)} |"
             f" {numbers.count(m.other_parameters)} | {numbers.mebibytes(m.memory)} |"
             f" {numbers.seconds(m.seconds('initialise'))} | {numbers.seconds(m.seconds('train'))} |"
         )
@@ -73,7 +73,8 @@ def against(results: Results, label: str) -> str:
     metric = results.comparison.metric
     lines = [
         *_heading(results),
-        f"| method | adapter parameters | {metric} | {label} minus it, 95 % | {label} is |",
+        f"| method | adapter parameters | {metric} | {_cell(label)} minus it, 95 % |"
+        f" {_cell(label)} is |",
         "|---|---|---|---|---|",
     ]
     for m in results.methods:
@@ -86,9 +87,14 @@ def against(results: Results, label: str) -> str:
                 f"{numbers.signed(found.interval.mean)} {numbers.margin(found.interval)}",
                 f"{word}, of all pairs too" if results.holds(label, m.label) else word,
             ]
-        cells = [m.label, numbers.count(m.adapter_parameters), score, *told]
+        cells = [_cell(m.label), numbers.count(m.adapter_parameters), score, *told]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", wording.caveat(results)])
+
+
+def _cell(text: str) -> str:
+    """Return a label as it may stand in a table: its bars do not divide cells."""
+    return text.replace("|", "\\|")
 
 
 def _heading(results: Results) -> list[str]:

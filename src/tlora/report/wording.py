@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tlora.report import environment as machines
-from tlora.report.comparison import Results
+from tlora.report.comparison import MethodResult, Results
 from tlora.report.numbers import NONE, count, number, signed
 from tlora.report.statistics import FEWEST, Difference
 
@@ -70,22 +70,31 @@ def summary(results: Results) -> str:
     """Say what the table shows, and what it does not."""
     scored = [m for m in results.methods if m.score is not None]
     if not scored:
-        return "No final run has finished yet."
+        return "No final run has a score."
     best = scored[0]
     score = number(best.score.mean if best.score else None)
     if len(scored) == 1:
-        return f"Only {best.label} has final runs so far: {score}."
-    behind: list[str] = []
-    level: list[str] = []
+        return f"Only {best.label} has final scores: {score}{_of_seeds(results, best)}."
+    groups: dict[int, list[str]] = {0: [], 1: [], -1: []}
     for other in scored[1:]:
         found = results.find(best.label, other.label)
-        (behind if found is not None and found.better == 1 else level).append(other.label)
-    parts = [f"Best mean: {best.label}, {score}."]
-    if level:
-        parts.append(f"Not told apart from it by these seeds: {', '.join(level)}.")
-    if behind:
-        parts.append(f"Behind it, each pair taken alone: {', '.join(behind)}.")
+        better = 0 if found is None else found.better
+        groups[better].append(f"{other.label}{_of_seeds(results, other)}")
+    parts = [f"Best mean: {best.label}, {score}{_of_seeds(results, best)}."]
+    for better, said in (
+        (0, "Not told apart from it by these seeds"),
+        (1, "Behind it, each pair taken alone"),
+        (-1, "Ahead of it on the seeds that both have"),
+    ):
+        if groups[better]:
+            parts.append(f"{said}: {', '.join(groups[better])}.")
     return " ".join(parts)
+
+
+def _of_seeds(results: Results, method: MethodResult) -> str:
+    """Return " (3 of 5 seeds)", or nothing where all are there."""
+    has, wanted = len(method.scores), len(results.config.final_seeds)
+    return "" if has == wanted else f" ({has} of {wanted} seeds)"
 
 
 def edges(results: Results) -> list[str]:
@@ -120,6 +129,11 @@ def protocol(results: Results) -> list[str]:
         if isinstance(config.validation, str)
         else f"held out of the training file, the same for all (seed {config.validation_seed})"
     )
+    seen = (
+        "which no choice has seen"
+        if config.data.overlap != "allow"
+        else 'what rows that train or choose may ask too (`data.overlap` is "allow")'
+    )
     untaken = [f"{label} {', '.join(names)}" for label, names in config.untaken().items()]
     return [
         f"Task {config.task}, score {comparison.metric} ({comparison.better} is better);"
@@ -127,18 +141,27 @@ def protocol(results: Results) -> list[str]:
         f" rows ({held}), {count(rows.get('test'))} test rows.",
         f"Every run of every method: the same rows, {count(steps)} steps of {count(batch)} rows,"
         " the same schedule and optimizer settings, and for one seed the same order of rows and"
-        " the same new head. Runs whose steps, batch or order differ are refused.",
+        f" the same new head. {_checked(results)}",
         "Each method's learning rate is the one with the best mean over the tuning seeds"
         f" ({tuned}) on the validation rows; of equal means the lower rate. Intervals take that"
         " choice as given.",
-        f"What is reported are other seeds ({final}) at that rate, on the test rows, which no"
-        " choice has seen.",
+        f"What is reported are other seeds ({final}) at that rate, on the test rows, {seen}.",
         "Intervals are Student's over seeds, 95 %. They say how another seed would do on these"
         " test rows, not how other rows would do.",
         "Differences are paired by seed. A difference whose interval holds zero, or of fewer than"
         " three seeds, is called a tie.",
         *([f"Common options that a method does not have: {'; '.join(untaken)}."] * bool(untaken)),
     ]
+
+
+def _checked(results: Results) -> str:
+    """Say what of the likeness of the runs was looked at."""
+    if None in results.values("data_order"):
+        return (
+            "Runs whose steps or batch differ are refused; the order of rows was not recorded"
+            " (loader processes or packing)."
+        )
+    return "Runs whose steps, batch or order differ are refused."
 
 
 def memory_note(results: Results) -> str:

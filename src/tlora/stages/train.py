@@ -72,19 +72,19 @@ def _train(
     _check_evaluation(setup, arguments)
     _refuse_sharding(arguments)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "initialise"):
+    with timed(seconds, "initialise"):
         prepared = adapt(setup, arguments.device, plan)
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     if trainer.is_world_process_zero():
         folder.start(setup.record(), "train", prepared.plan, inputs)
-    with _timed(seconds, "train"):
+    with timed(seconds, "train"):
         trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
         save_adapter(prepared, setup, folder.adapter)
-    with _timed(seconds, "evaluate"):
+    with timed(seconds, "evaluate"):
         metrics = scores(trainer, setup.held_out)
     if trainer.is_world_process_zero():
         if metrics:
@@ -93,7 +93,7 @@ def _train(
 
 
 @contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Note how long the body took; of a resumed run that is its last start alone."""
     start = time.perf_counter()
     yield

@@ -6,6 +6,7 @@
   const body = document.querySelector("#pairs tbody");
 
   function written(value) {
+    if (value !== 0 && Math.abs(value) < 5e-5) return value.toExponential(1);
     return Math.abs(value) < 100 ? value.toFixed(4) : value.toPrecision(4);
   }
   function cell(row, text, kind) {
@@ -40,8 +41,8 @@
     return;
   }
   for (const label of data.methods) {
-    first.add(new Option(label));
-    second.add(new Option(label));
+    first.add(new Option(label, label));
+    second.add(new Option(label, label));
   }
   second.selectedIndex = 1;
   first.addEventListener("change", show);
