@@ -21,7 +21,7 @@ from tlora.errors import ArtifactError, ConfigError
 from tlora.files import locked, read_json, refuse_unless_free, write_json
 
 _KIND = "tlora comparison"
-RUN_KIND = "tlora comparison run"
+RUN_HEADER = {"kind": "tlora comparison run", "version": 1}
 _LOCK = ".lock-"
 
 
@@ -41,12 +41,7 @@ class CompareFolder:
         return self._comparison.is_file()
 
     def start(self, comparison: dict[str, Any]) -> None:
-        """Write down what is about to run.
-
-        Raises:
-            ConfigError: the folder is not free for a comparison.
-        """
-        refuse_unless_free(self.path, own=self.exists)
+        """Write down what is about to run."""
         write_json(self._comparison, {"kind": _KIND, "version": 1} | comparison)
 
     def read(self) -> dict[str, Any]:
@@ -79,14 +74,19 @@ class CompareFolder:
         file = self.record_file(name)
         if not file.is_file():
             return None
-        record = read_json(file)
-        if not isinstance(record, dict) or record.get("kind") != RUN_KIND:
+        try:
+            record = read_json(file)
+        except ArtifactError as fault:
+            if not file.is_file():
+                return None  # removed since the line above: another process does the run again
+            raise ArtifactError(f"{fault} Remove it, and its run is done again.") from fault
+        if not isinstance(record, dict) or record.get("kind") != RUN_HEADER["kind"]:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
         return record
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run, atomically."""
-        write_json(self.record_file(name), {"kind": RUN_KIND, "version": 1} | record)
+        write_json(self.record_file(name), RUN_HEADER | record)
 
     def names(self) -> list[str]:
         """Return the names of all records."""
@@ -99,8 +99,10 @@ class CompareFolder:
         Parts of one split (1/2 and 2/2) share no run, those of unlike splits (1/1 and 1/2) do.
 
         Raises:
-            ConfigError: one is at it, or at a part of another split.
+            ConfigError: one is at it, or at a part of another split; or the folder holds something
+                else or cannot be written to, of which nothing is changed.
         """
+        refuse_unless_free(self.path, own=self.exists)
         refusal = ConfigError(
             f"{self.path}: another process is at part {part} of this comparison; wait for it, or"
             " give each its own --shard.",

@@ -84,6 +84,21 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def refuse_unusable(folder: Path) -> None:
+    """Check that ``folder``, an `output_dir`, is or could be made a folder that can be written to.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --output_dir.", "output_dir")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"{folder} cannot be written to; choose another --output_dir.", "output_dir"
+        )
+
+
 def refuse_unless_free(folder: Path, own: bool) -> None:
     """Check that results may be written into ``folder``, without writing anything.
 
@@ -92,10 +107,9 @@ def refuse_unless_free(folder: Path, own: bool) -> None:
         own: whether it already holds results of this kind, which are gone on with.
 
     Raises:
-        ConfigError: it is a file, or holds something else.
+        ConfigError: it is a file, cannot be written to, or holds something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose another --output_dir.", "output_dir")
+    refuse_unusable(folder)
     if not own and any(folder.glob("*.json")):
         raise ConfigError(
             f"{folder} holds something else; choose another --output_dir.", "output_dir"

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, replacing_file, write_json
+from tlora.files import locked, read_json, refuse_unusable, replacing_file, write_json
 
 if TYPE_CHECKING:
     from tlora.methods.base import Plan
@@ -89,19 +89,10 @@ class RunFolder:
             advice = "choose" if self.finished else "add --resume to continue it, or choose"
             fault = f"{self.path} holds {state} run; {advice} another --output_dir."
             raise ConfigError(fault, where="output_dir")
-        self._refuse_unusable()
+        refuse_unusable(self.path)
         if any(path.is_file() and path != self._lock for path in self.path.rglob("*")):
             fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
             raise ConfigError(fault, where="output_dir")
-
-    def _refuse_unusable(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            fault = f"{self.path} is a file; choose another --output_dir."
-        elif not _is_writable(self.path):
-            fault = f"{self.path} cannot be written to; choose another --output_dir."
-        else:
-            return
-        raise ConfigError(fault, where="output_dir")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,7 +107,7 @@ class RunFolder:
         if os.environ.get("RANK", "0") != "0":
             yield
             return
-        self._refuse_unusable()
+        refuse_unusable(self.path)
         path = self.path.absolute()
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         refusal = ConfigError(
@@ -233,12 +224,6 @@ class RunFolder:
                 continue  # the last line of a killed process
         with replacing_file(self.log) as part:
             part.write_text("".join(kept), encoding="utf-8")
-
-
-def _is_writable(path: Path) -> bool:
-    """Whether ``path``, or the closest folder above it that exists, can be written to."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return os.access(existing, os.W_OK)
 
 
 def _step(name: str) -> int | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
-from tlora.errors import ConfigError
+from tlora.errors import ArtifactError, ConfigError
 from tlora.stages.compare import work
 from tlora.stages.points import Comparison, Schedule
 from tlora.stages.queue import Workers
@@ -137,13 +138,38 @@ def test_the_shards_together_are_the_whole(tmp_path):
     assert sum(len(starts_in(path)) for path in parts) == RUNS
 
 
+@pytest.mark.parametrize(("methods", "parts"), [(2, 2), (4, 2), (4, 4), (6, 3)])
+def test_no_method_falls_to_one_machine(tmp_path, methods, parts):
+    names = ["lora", "tlora", "dora", "rslora", "pissa", "full"][:methods]
+    fields = {"methods": names, "tuning_seeds": [0, 1], "final_seeds": [2, 3, 4, 5]}
+
+    def in_parts():
+        shards = [f"{number}/{parts}" for number in range(1, parts + 1)]
+        return [list(schedule_in(tmp_path, shard=shard, **fields)) for shard in shards]
+
+    def assert_shared(found, runs):
+        assert sorted(len(points) for points in found) == [methods * runs // parts] * parts
+        counts = [Counter(point.entry.name for point in points) for points in found]
+        for name in names:
+            shares = [count[name] for count in counts]
+            assert max(shares) - min(shares) <= 1
+
+    assert_shared(in_parts(), runs=2 * 3)
+    run_in(tmp_path, jobs=1, **fields)
+    folder = CompareFolder(tmp_path)
+    for name in folder.names():
+        if "-final-" in name:
+            folder.record_file(name).unlink()
+    assert_shared(in_parts(), runs=4)
+
+
 def test_the_order_of_runs_is_fair_to_the_methods(tmp_path):
     tuning = schedule_in(tmp_path).comparison.tuning()
     assert [(p.entry.name, p.learning_rate, p.seed) for p in tuning[:4]] == [
         ("lora", 0.001, 0),
         ("tlora", 0.001, 0),
-        ("lora", 0.01, 0),
         ("tlora", 0.01, 0),
+        ("lora", 0.01, 0),
     ]
     assert [p.seed for p in tuning] == [0] * 6 + [1] * 6
 
@@ -267,10 +293,36 @@ def test_a_second_process_at_the_same_part_is_refused(tmp_path):
         pass
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"kind": "tlora run"}))
-    with pytest.raises(ConfigError, match="holds something else"):
-        CompareFolder(tmp_path).start({})
+def test_another_parts_half_copied_record_is_one_that_is_not_there_yet(tmp_path):
+    run_in(tmp_path, shard="1/2")
+    other = schedule_in(tmp_path, shard="2/2")
+    half = next(iter(other))
+    file = other.folder.record_file(half.name)
+    file.write_text('{"kind": "tlora comp')
+    assert run_in(tmp_path, shard="1/2").waiting == ["lora", "tlora"]
+    with pytest.raises(ArtifactError, match=r"damaged\. Remove it, and its run is done again"):
+        list(other)
+    file.unlink()
+    run_in(tmp_path, shard="2/2")
+    assert run_in(tmp_path, shard="1/2").waiting == []
+
+
+@pytest.mark.parametrize("what", ["another run", "a file", "in a file"])
+def test_a_folder_that_is_not_free_is_refused_and_left_alone(tmp_path, what):
+    place = tmp_path / "out"
+    if what == "another run":
+        place.mkdir()
+        (place / "run.json").write_text(json.dumps({"kind": "tlora run"}))
+    else:
+        place.write_text("words")
+    before = sorted(tmp_path.rglob("*"))
+    folder = CompareFolder(place / "deeper" if what == "in a file" else place)
+    refused = pytest.raises(
+        ConfigError, match=r"(holds something else|is a file|written to); choose"
+    )
+    with refused, folder.locked("1/1"):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_stand_in_scores_as_the_tests_assume():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig
-from tlora.comparefolder import RUN_KIND, CompareFolder
+from tlora.comparefolder import RUN_HEADER, CompareFolder
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
 from tlora.stages.exactmatch import check_rows
@@ -83,6 +83,13 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
         )
         shutil.rmtree(folder.work(config.shard), ignore_errors=True)
         schedule = Schedule(comparison, folder)
+        if config.keep_adapters and (bare := schedule.without_adapters()):
+            logger.warning(
+                "%d final runs finished before `keep_adapters` was given and have left no adapter;"
+                " remove their files from %s to do them again.",
+                bare,
+                folder.runs,
+            )
         return work(schedule, workers(config), tell)
 
 
@@ -255,7 +262,7 @@ def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: i
     keep = config.keep_adapters and point.phase == "final"
     work = str(folder.work(config.shard) / point.name)
     payload = {
-        "record": {"kind": RUN_KIND, "version": 1} | point.record(),
+        "record": RUN_HEADER | point.record(),
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,

@@ -7,9 +7,7 @@ import hashlib
 import math
 import random
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +53,7 @@ def run(payload: dict[str, Any]) -> None:
 
 
 def portable(config: SharedConfig) -> dict[str, Any]:
-    """Return a configuration as plain values that name no folder of this machine.
+    """Return a configuration as plain values that name no folder or part of this machine.
 
     Of a path the last two parts are kept; which rows and weights those were is in the digests of
     the comparison.
@@ -67,7 +65,8 @@ def portable(config: SharedConfig) -> dict[str, Any]:
             values[name] = "/".join(Path(value).parts[-2:])
     # Which evaluations were guarded against is said; where their files lay is the machine's.
     values["data"]["guard_dir"] = None
-    return {name: value for name, value in values.items() if name not in ("output_dir", "resume")}
+    own = ("output_dir", "resume", "shard")
+    return {name: value for name, value in values.items() if name not in own}
 
 
 def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Dataset]:
@@ -131,7 +130,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
     from tlora.stages.arguments import training_arguments
     from tlora.stages.initialise import prepare, save_adapter
     from tlora.stages.memory import PeakMemory
-    from tlora.stages.train import make_trainer
+    from tlora.stages.train import make_trainer, timed
 
     config = RunConfig.from_dict(payload["config"])
     setup, scored, order = _rows(config, payload)
@@ -140,21 +139,21 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
     arguments = training_arguments(setup, folder.checkpoints)
     memory = PeakMemory(arguments.device)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
+    with timed(seconds, "load"):
         model = setup.load_model(arguments.device)
     base = {_base_name(name) for name, _ in model.named_parameters()}
-    with _timed(seconds, "initialise"):
+    with timed(seconds, "initialise"):
         prepared = prepare(setup, model)
     memory.stage("initialise")
     parameters = count_parameters(prepared.model, base)
     trainer = make_trainer(setup, prepared, arguments, folder)
     order.on = True
-    with _timed(seconds, "train"):
+    with timed(seconds, "train"):
         trainer.train()
     order.on = False
     memory.stage("train")
     curves = _curves(trainer.state.log_history)  # before the evaluations below are added to it
-    with _timed(seconds, "evaluate"):
+    with timed(seconds, "evaluate"):
         written = payload["exact_match"]
         found = {name: _scores(trainer, rows, setup, written) for name, rows in scored.items()}
     if payload["adapter"]:
@@ -166,6 +165,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps,
         "data_order": order.value(),
+        "autocast": next((name for name in ("bf16", "fp16") if getattr(arguments, name)), None),
         "curves": _finite(curves),
         "parameters": parameters,
         "memory": memory.to_dict() | {"device": str(arguments.device)},
@@ -244,10 +244,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 3)

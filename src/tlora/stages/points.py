@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig, MethodEntry
 from tlora.comparefolder import CompareFolder
 from tlora.digests import file_digest, model_identity
+from tlora.errors import ArtifactError
 from tlora.report.choice import best_rate
 from tlora.runconfig import SharedConfig
 
 Phase = Literal["tuning", "final"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,13 @@ class Comparison:
     """Digest of what all runs share: model, rows, steps, schedule, batch."""
 
     def tuning(self) -> list[Point]:
-        """Return the tuning runs; seeds outermost, so that a part of them is a fair part."""
-        entries = self.config.entries()
+        """Return the tuning runs; seeds outermost, so that what has run so far is a fair part."""
+        entries, seeds = self.config.entries(), self.config.tuning_seeds
+        rounds = itertools.product(seeds, range(len(entries[0].learning_rates)))
         return [
-            self._point(entry, rate, seed, "tuning")
-            for seed in self.config.tuning_seeds
-            for place in range(max(len(entry.learning_rates) for entry in entries))
-            for entry in entries
-            for rate in entry.learning_rates[place : place + 1]
+            self._point(entry, entry.learning_rates[place], seed, "tuning")
+            for number, (seed, place) in enumerate(rounds)
+            for entry in turned(entries, number)
         ]
 
     def tuning_of(self, entry: MethodEntry) -> list[Point]:
@@ -90,11 +92,13 @@ class Comparison:
         return record["scores"].get(rows, {}).get(self.metric)
 
     def chosen(self, entry: MethodEntry, folder: CompareFolder) -> float | None:
-        """Return the learning rate that the tuning runs on disk choose."""
+        """Return the learning rate that the tuning runs choose; None while one is not there."""
         scores: dict[float, list[float | None]] = {}
         for point in self.tuning_of(entry):
-            score = self.score(folder.record(point.name), "validation")
-            scores.setdefault(point.learning_rate, []).append(score)
+            record = folder.record(point.name)
+            if record is None:
+                return None
+            scores.setdefault(point.learning_rate, []).append(self.score(record, "validation"))
         return best_rate(scores, len(self.config.tuning_seeds), self.better)
 
     def _point(self, entry: MethodEntry, rate: float, seed: int, phase: Phase) -> Point:
@@ -119,6 +123,7 @@ class Schedule:
         self._attempted: set[str] = set()
         self._finished: set[str] = set()
         self._tuning = comparison.tuning()
+        self._own_tuning = {point.name for point in self._mine(self._tuning)}
 
     def __iter__(self) -> Iterator[Point]:
         """Yield the runs of this part that can start now, tuning runs first."""
@@ -145,6 +150,11 @@ class Schedule:
         waiting = sum(point is None for entry, point in finals if not self._settled(entry))
         return sum(map(self._is_finished, mine)), len(mine) + waiting
 
+    def without_adapters(self) -> int:
+        """Return how many finished final runs of this part have no adapter in the folder."""
+        finished = filter(self._is_finished, self._finals())
+        return sum(not (self.folder.adapters / point.name).is_dir() for point in finished)
+
     def waiting(self) -> list[MethodEntry]:
         """Return the methods whose tuning runs are not all here yet."""
         return [e for e in self.comparison.config.entries() if not self._settled(e)]
@@ -155,13 +165,12 @@ class Schedule:
     def _final_slots(self) -> list[tuple[MethodEntry, Point | None]]:
         """Return this part's final runs by method; None where the rate is not chosen (yet)."""
         config, slots = self.comparison.config, []
-        entries = config.entries()
         rates = [
-            self.comparison.chosen(entry, self.folder) if self._settled(entry) else None
-            for entry in entries
+            (entry, self.comparison.chosen(entry, self.folder) if self._settled(entry) else None)
+            for entry in config.entries()
         ]
         for place in range(len(config.final_seeds)):
-            for entry, rate in zip(entries, rates, strict=True):
+            for entry, rate in turned(rates, place):
                 slots.append((entry, rate and self.comparison.final(entry, rate)[place]))
         return self._mine(slots)
 
@@ -171,23 +180,41 @@ class Schedule:
 
     def _settled(self, entry: MethodEntry) -> bool:
         """Whether every tuning run of a method has finished, or failed for now."""
-        mine = {point.name for point in self._mine(self._tuning)}
         return all(
             self._is_finished(point)
             or (
-                (point.name in self._attempted or point.name not in mine)
-                and self.folder.record(point.name) is not None
+                (point.name in self._attempted or point.name not in self._own_tuning)
+                and self._record(point) is not None
             )
             for point in self.comparison.tuning_of(entry)
         )
 
     def _is_finished(self, point: Point) -> bool:
         if point.name not in self._finished:
-            record = self.folder.record(point.name)
+            record = self._record(point)
             if record is None or record["status"] != "finished":
                 return False
             self._finished.add(point.name)
         return True
+
+    def _record(self, point: Point) -> dict[str, Any] | None:
+        """Return a run's record; another part's that cannot be read may be half copied: None."""
+        try:
+            return self.folder.record(point.name)
+        except ArtifactError:
+            if point.phase == "final" or point.name in self._own_tuning:
+                raise
+            return None
+
+
+def turned(items: Sequence[T], number: int) -> list[T]:
+    """Return ``items`` from place ``number`` on, and then those before.
+
+    Each round of runs begins with another method. The parts of a comparison are every n-th run,
+    so this keeps a method from falling to one machine where n divides their number.
+    """
+    first = number % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def experiment(config: CompareConfig) -> dict[str, Any]:
