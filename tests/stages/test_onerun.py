@@ -95,6 +95,18 @@ def test_the_page_is_made_from_the_files_alone(compared, tmp_path, capsys):
     assert len((copy / "report.csv").read_text().splitlines()) == 1 + 4
 
 
+def test_adapters_that_were_not_kept_are_not_passed_over_in_silence(
+    shared, compared, tmp_path, caplog
+):
+    shutil.copytree(compared[1].path, tmp_path / "out")
+    config = CompareConfig(**shared, output_dir=str(tmp_path / "out"), keep_adapters=True)
+    compare.run(config)
+    assert "have left no adapter" not in caplog.text
+    shutil.rmtree(CompareFolder(config.output_dir).adapters)
+    compare.run(config)
+    assert "2 final runs finished before `keep_adapters` was given" in caplog.text
+
+
 def test_a_record_says_where_it_comes_from(records):
     record = records["tlora", "final"]
     assert record["config"]["adapter"]["whiten"] is False  # defaults are written out
@@ -264,6 +276,8 @@ def test_what_is_guarded_against_matters_where_rows_are_dropped_and_its_folder_n
 
 SAME_ROWS = object()
 """Stands for the training file, which is made later."""
+TEST_ROWS = object()
+"""Stands for the file of test rows."""
 
 
 @pytest.mark.parametrize(
@@ -275,6 +289,7 @@ SAME_ROWS = object()
         ({"model": None}, ConfigError, "`model` is missing"),
         ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
         ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
+        ({"validation": TEST_ROWS}, DataError, "what has chosen a learning rate cannot report"),
         (
             {"trainer": {"max_step": 3}},
             ConfigError,
@@ -283,7 +298,11 @@ SAME_ROWS = object()
     ],
 )
 def test_a_fault_comes_before_anything_is_written(shared, tmp_path, fields, error, message):
-    fields = {name: shared["train_file"] if v is SAME_ROWS else v for name, v in fields.items()}
+    files = {SAME_ROWS: "train_file", TEST_ROWS: "test_file"}
+    fields = {
+        name: shared[files[value]] if type(value) is object else value
+        for name, value in fields.items()
+    }
     config = CompareConfig(**shared | {"output_dir": str(tmp_path / "out")} | fields)
     with pytest.raises(error) as fault:
         compare.run(config)

@@ -17,7 +17,7 @@ from tlora.stages.arguments import check_model_folder, check_trainer_fields, fir
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
-from tlora.tasks.contamination import Questions, keep_apart, question_of
+from tlora.tasks.contamination import Questions, keep_apart, question_of, refuse_common
 from tlora.tasks.tokens import tokenised
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def settle(config: RunConfig, *validation: str) -> Setup:
     Raises:
         ConfigError: a field is missing, unknown or out of range.
         DataError: rows are missing or not what the task expects, or training rows ask what
-            evaluation rows ask.
+            evaluation rows ask, or validation rows what is reported on.
     """
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
@@ -176,9 +176,10 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         config.train_file or config.data.dataset or "training rows",
         config.eval_file or "evaluation rows",
     )
-    others = {file: task.load(config.train_file, file)[1] for file in validation}
-    others = {names[1]: held_out} | others | guarded(config.data)
+    choosing = {file: task.load(config.train_file, file)[1] for file in validation}
+    others = {names[1]: held_out} | choosing | guarded(config.data)
     train = keep_apart(train, others, task, names[0])
+    refuse_common(choosing, held_out, task, names[1])
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),

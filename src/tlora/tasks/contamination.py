@@ -156,6 +156,33 @@ def keep_apart(
     return train.select([place for place in range(len(train)) if place not in seen])
 
 
+def refuse_common(
+    choosing: Mapping[str, Dataset | None], reported: Dataset | None, task: Task, name: str
+) -> None:
+    """Check that rows which choose something ask nothing that is reported on.
+
+    Args:
+        choosing: raw validation rows, by what messages call them.
+        reported: raw rows of the reported score, called ``name``.
+        task: reads both; where its data say "allow", nothing is checked.
+
+    Raises:
+        DataError: some do; or a row is not what the task expects.
+    """
+    if reported is None or not choosing or task.data.overlap == "allow":
+        return
+    known = {name: Questions(questions(reported, task, name))}
+    for file, rows in choosing.items():
+        if rows is None:
+            continue
+        looked = ((question_of(row), _said_in(row, task)) for row in _rows(rows, task, file))
+        if found := _places(known, looked)[name]:
+            raise DataError(
+                f"{file}: of {len(rows)} validation rows {_sentence(found, name)}; what has chosen"
+                " a learning rate cannot report on it: take these rows out of one of the files."
+            )
+
+
 def _places(
     known: Mapping[str, Questions], rows: Iterable[tuple[Question, list[str]]]
 ) -> dict[str, list[int]]:
