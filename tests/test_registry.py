@@ -1,4 +1,5 @@
 import importlib.metadata
+import string
 import sys
 
 import pytest
@@ -69,6 +70,12 @@ def test_an_entry_point_of_another_package_is_listed_and_loaded(registry, third_
     third_party(("tau", "math:tau"))
     assert registry.names() == ["pi", "gone", "tau"]
     assert registry.load("tau") == pytest.approx(6.28318, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", ["string:Formatter.format", "string:Formatter.format [more]"])
+def test_an_entry_point_may_be_all_that_the_standard_lets_it_be(registry, third_party, target):
+    third_party(("deep", target))
+    assert registry.load("deep") is string.Formatter.format
 
 
 def test_a_built_in_name_wins_over_an_entry_point(registry, third_party):

@@ -11,7 +11,6 @@ Nothing else in the library compares these names.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,14 +26,13 @@ class Entry:
     name: str
     """What the user types."""
     target: str
-    """Where the object is: "module:attribute"."""
+    """Where the object is, as an entry point says it: "module:attribute"."""
     summary: str
     """What it is, in a line."""
 
     def load(self) -> Any:
         """Import the module and return the object."""
-        module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return importlib.metadata.EntryPoint(self.name, self.target, group="").load()
 
 
 class Registry:
