@@ -105,13 +105,14 @@ class CalibrationConfig:
     samples: int = 32
     """Training rows to calibrate on: the first ones after a seeded shuffle."""
     batch_size: int = 4
-    """Rows per calibration batch; it changes memory and speed, not the statistics."""
+    """Rows per calibration batch; it changes memory and speed, not the statistics (but for
+    `lora-ga`, which takes the mean over batches, and `eva`, which goes on by batches)."""
     skip_bad_samples: bool = False
     """Leave out, and name, rows without a label that counts, or whose activations, loss or gradient
-    are not finite; else they are an error."""
+    are not finite; else they are an error (`tlora`, `corda`)."""
     cache: str | None = None
     """File that keeps the statistics (.safetensors): written once, progress included, and used by
-    every run with the same model, rows and modules."""
+    every run with the same model, rows and modules (`tlora`, `corda`)."""
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.initial import InitialAdapter
-from tlora.errors import AdapterError, ConfigError
+from tlora.errors import AdapterError, CalibrationError, ConfigError
+from tlora.methods.base import Samples
 from tlora.registry import METHODS
 
 RESIDUAL = [
@@ -186,6 +187,21 @@ def test_lora_ga_spans_the_leading_singular_vectors_of_the_gradient(
         torch.testing.assert_close(b.abs(), wanted, rtol=1e-2, atol=1e-3)
 
 
+def test_the_papers_lora_ga_starts_from_both_sides_without_singular_values(prepared_by, tiny_llama):
+    pefts = prepared_by("lora-ga", tiny_llama(initializer_range=0.2), r=2)
+    papers = prepared_by(
+        "lora-ga", tiny_llama(initializer_range=0.2), r=2, init_scale="paper", stable_gamma=9
+    )
+    for (_, _, a, b, _), (_, _, first, second, _) in zip(
+        layers(pefts), layers(papers), strict=True
+    ):
+        factor = len(b) ** 0.25 / 3
+        torch.testing.assert_close(first.abs(), factor * a.abs(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            second.abs(), factor * (b / b.norm(dim=0)).abs(), rtol=1e-3, atol=1e-4
+        )
+
+
 def test_what_is_saved_is_what_pefts_own_conversion_saves(prepared_by, tiny_llama, tmp_path):
     prepared = prepared_by("pissa", tiny_llama(), r=2, lora_alpha=3)
     prepared.model.save_pretrained(tmp_path / "initial")
@@ -250,6 +266,28 @@ def test_an_initial_adapter_of_another_model_is_refused(prepared_by, tiny_llama)
     with pytest.raises(AdapterError, match=r"not of this model: model\.layers\.1"):
         prepared_by("pissa", model, r=2, plan=plan)
     assert unchanged(model, tiny_llama(num_hidden_layers=1))
+
+
+def test_corda_leaves_a_bad_sample_out_where_that_is_asked_for(prepared_by, tiny_llama, batches):
+    last = tiny_llama().config.vocab_size - 1
+    good = [b | {"input_ids": b["input_ids"].clamp(max=last - 1)} for b in batches]
+    bad = good[1] | {"input_ids": good[1]["input_ids"].clone()}
+    bad["input_ids"][0, 0] = last
+
+    def started(data):
+        model = tiny_llama(initializer_range=0.2)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[last] = torch.inf
+        return prepared_by("corda", model, r=2, data=data).plan.modules
+
+    with pytest.raises(CalibrationError, match="not finite"):
+        started([good[0], bad])
+    with pytest.warns(UserWarning, match="1 of 6 calibration samples were left out"):
+        skipped = started(Samples([good[0], bad], skip_bad_samples=True))
+    left = started([good[0], {key: value[1:] for key, value in good[1].items()}])
+    for name, (a, b) in left.items():
+        first, second = skipped[name]
+        torch.testing.assert_close(second @ first, b @ a, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["corda", "lora-ga", "eva"])

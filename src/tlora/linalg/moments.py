@@ -120,6 +120,7 @@ class SecondMoment:
         return sum(map(len, self._rows))
 
     @property
+    @full_precision
     def scatter(self) -> Tensor:
         """n C, of which the lower triangle counts; forms C for good where only rows were kept."""
         self._form(self.device)
@@ -181,6 +182,7 @@ class SecondMoment:
         _add_product(self._space, rows.to(device))
         self._rows, self._formed = [self._means[0][:0]], True
 
+    @full_precision
     def merge(self, other: SecondMoment) -> None:
         """Add the samples that ``other`` has seen, as if this accumulator had seen them.
 

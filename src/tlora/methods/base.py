@@ -41,6 +41,16 @@ class Samples:
     cache: str | None = None
     """File of the statistics, for a method that keeps some."""
 
+    @classmethod
+    def of(cls, batches: Batches) -> Samples:
+        """Return ``batches`` as `Samples`: themselves, if they are."""
+        return batches if isinstance(batches, cls) else cls(batches)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How they are to be read, as keywords of `tlora.calibrate`."""
+        return {"skip_bad_samples": self.skip_bad_samples, "cache": self.cache}
+
     @property
     def dataset(self) -> Any:
         """The rows of a DataLoader, for a bar that shows how many are left; else None."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from tlora.methods.base import Batches, Traits
+from tlora.methods.base import Batches, Samples, Traits
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
 
@@ -66,7 +66,8 @@ class Corda(ResidualLora):
         from tlora.calibration.probe import calibrate
         from tlora.errors import CalibrationError
 
-        stats = calibrate(model, batches, forward_only(options))
+        samples = Samples.of(batches)
+        stats = calibrate(model, samples.batches, forward_only(options), **samples.reading)
         found = {}
         for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
             measured = stats.modules[target.name]

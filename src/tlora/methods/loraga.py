@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tlora.methods.base import Batches, Traits
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
-Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
+Scale = Literal["stable", "weight_svd", "gd_scale", "unit", "paper"]
 
 
 @dataclass(kw_only=True)
@@ -21,9 +24,9 @@ class LoraGaOptions(LoraOptions):
     direction: Direction = "ArB2r"
     """Which of the 2 r leading singular vectors of the gradient go to A and which to B."""
     init_scale: Scale = "stable"
-    """How A_0 and B_0 are scaled (PEFT: `scale`)."""
+    """How A_0 and B_0 are scaled: PEFT's `scale`, or "paper", as the paper has it."""
     stable_gamma: int = 16
-    """Of the scale "stable": B_0 is multiplied by m^(1/4) / stable_gamma^(1/2)."""
+    """Of the scales "stable" and "paper", which multiply by m^(1/4) / stable_gamma^(1/2)."""
 
     def _faults(self) -> Iterator[str]:
         yield from super()._faults()
@@ -33,14 +36,17 @@ class LoraGaOptions(LoraOptions):
 
 
 class LoraGa(ResidualLora):
-    """G = dL/dW = U S V^T: A_0 = V_(1..r)^T, B_0 = U_(r+1..2r) S_(r+1..2r) m^(1/4) / gamma^(1/2).
+    """G = dL/dW = U S V^T: A_0 = V_(1..r)^T, B_0 = c U_(r+1..2r) S_(r+1..2r).
 
-    G is the mean of the batches' gradients at the start. A and B train; the base keeps
-    W - s B_0 A_0. PEFT's estimate and initialisation, by a randomised SVD of G. PEFT estimates in
-    training mode; here dropout is off, as in every calibration. The gradients of all targets are
-    held at once.
+    c = m^(1/4) / gamma^(1/2), and G is the mean of the batches' gradients at the start. A and B
+    train; the base keeps W - s B_0 A_0. PEFT's estimate and initialisation, by a randomised SVD of
+    G. PEFT estimates in training mode; here dropout is off, as in every calibration. The gradients
+    of all targets are held at once.
 
-    Source: Wang et al., arXiv 2407.05000, sections 3.2 and 3.3.
+    The paper, and its authors' code, have A_0 = c V_(1..r)^T and B_0 = c U_(r+1..2r), without S,
+    which makes PEFT's B_0 nearly zero where the gradient is small: `init_scale` "paper".
+
+    Source: Wang et al., arXiv 2407.05000, sections 3.2 and 3.3; PEFT's `lora_ga_init`.
     """
 
     options: ClassVar[type] = LoraGaOptions
@@ -77,7 +83,7 @@ class LoraGa(ResidualLora):
             init_lora_weights="lora_ga",
             lora_ga_config=LoraGAConfig(
                 direction=options.direction,
-                scale=options.init_scale,
+                scale="unit" if options.init_scale == "paper" else options.init_scale,
                 stable_gamma=options.stable_gamma,
             ),
             **exact(model, targets),
@@ -87,5 +93,16 @@ class LoraGa(ResidualLora):
         found = {}
         for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
             gradient = gradients.pop(target.name)
-            found[target.name] = start_by_peft(target, config, _peft_loraga_grad=gradient)
+            start = start_by_peft(target, config, _peft_loraga_grad=gradient)
+            if options.init_scale == "paper":
+                start = _as_in_the_paper(*start, options.stable_gamma)
+            found[target.name] = start
         return found
+
+
+def _as_in_the_paper(a: Tensor, b: Tensor, gamma: int) -> tuple[Tensor, Tensor]:
+    """Return c V^T and c U from V^T (r x d) and U S (m x r)."""
+    from torch.nn.functional import normalize
+
+    scale = len(b) ** 0.25 / gamma**0.5
+    return scale * a, scale * normalize(b, dim=0)

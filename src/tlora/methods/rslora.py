@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tlora.methods.base import Traits
 from tlora.methods.lora import Lora
+from tlora.methods.options import LoraOptions
+
+
+@dataclass(kw_only=True)
+class RsLoraOptions(LoraOptions):
+    """LoRA's options; the scale is another."""
+
+    lora_alpha: float = 8
+    """The adapter's output is multiplied by lora_alpha / sqrt(r)."""
+
+    @property
+    def scale(self) -> float:
+        """s, what the adapter's output is multiplied by."""
+        return self.lora_alpha / math.sqrt(self.r)
 
 
 class RankStabilisedLora(Lora):
@@ -14,6 +30,7 @@ class RankStabilisedLora(Lora):
     Source: Kalajdzievski, arXiv 2312.03732, section 3.
     """
 
+    options: ClassVar[type] = RsLoraOptions
     traits: ClassVar[Traits] = Traits(
         title="A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
         arxiv="2312.03732",

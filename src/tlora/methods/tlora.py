@@ -46,14 +46,8 @@ class TaskAwareLora:
         from tlora.adapter.samples import plan_samples
 
         if plan is None:
-            samples = batches if isinstance(batches, Samples) else Samples(batches)
-            plan = plan_samples(
-                model,
-                samples.batches,
-                options,
-                skip_bad_samples=samples.skip_bad_samples,
-                cache=samples.cache,
-            )
+            samples = Samples.of(batches)
+            plan = plan_samples(model, samples.batches, options, **samples.reading)
         callbacks = [FrozenACallback()] if options.freeze_a else []
         return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
 
