@@ -19,10 +19,13 @@ def full(folder: str, **fields: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **fields)
 
 
-def nf4(folder: str, *, double: bool = True, **fields: Any) -> Any:
+def nf4(folder: str, *, double: bool = True, storage: Any = None, **fields: Any) -> Any:
     """bitsandbytes 4-bit, scales quantised too (QLoRA)."""
     quantisation = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_storage=storage,
     )
     return full(folder, quantization_config=quantisation, **fields)
 
@@ -30,6 +33,11 @@ def nf4(folder: str, *, double: bool = True, **fields: Any) -> Any:
 def nf4_plain(folder: str, **fields: Any) -> Any:
     """bitsandbytes 4-bit with float scales."""
     return nf4(folder, double=False, **fields)
+
+
+def nf4_in_floats(folder: str, **fields: Any) -> Any:
+    """bitsandbytes 4-bit whose bits are called floats, as FSDP wants them (QLoRA with FSDP)."""
+    return nf4(folder, storage=torch.bfloat16, **fields)
 
 
 def int8(folder: str, **fields: Any) -> Any:
@@ -61,7 +69,14 @@ def hqq(folder: str, **fields: Any) -> Any:
     return model
 
 
-FORMS = {"nf4": nf4, "nf4-plain": nf4_plain, "int8": int8, "torchao": torchao, "hqq": hqq}
+FORMS = {
+    "nf4": nf4,
+    "nf4-plain": nf4_plain,
+    "nf4-in-floats": nf4_in_floats,
+    "int8": int8,
+    "torchao": torchao,
+    "hqq": hqq,
+}
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -98,6 +113,11 @@ def _take(name: str, value: Any, found: dict[str, Tensor]) -> None:
 def same_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     """Whether both hold the same tensors, bit for bit."""
     return before.keys() == after.keys() and all(
-        torch.equal(value, after[name]) and value.dtype == after[name].dtype
+        value.dtype == after[name].dtype and torch.equal(_bytes(value), _bytes(after[name]))
         for name, value in before.items()
     )
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """Packed bits that are called floats may look like NaN, which equals nothing."""
+    return value.reshape(-1).view(torch.uint8)

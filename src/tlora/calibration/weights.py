@@ -114,8 +114,17 @@ def _described(module: nn.Module) -> str:
 def holds_floats(module: nn.Module) -> bool:
     """Return whether a module's weight is a plain tensor of a float dtype of two bytes or more."""
     weight = getattr(module, "weight", None)
-    # A subclass of Tensor may say that it is of floats and store something else.
-    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in _FLOATS
+    return isinstance(weight, Tensor) and is_float(module, weight)
+
+
+def is_float(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a parameter of ``module`` is the numbers that it stands for, and can train.
+
+    A subclass of Tensor may say that it is of floats and store something else, and so does
+    bitsandbytes with `bnb_4bit_quant_storage`.
+    """
+    packed = is_4bit_linear(module) and parameter is getattr(module, "weight", None)
+    return type(parameter.data) is Tensor and parameter.dtype in _FLOATS and not packed
 
 
 def _read_floats(module: nn.Module) -> Tensor:

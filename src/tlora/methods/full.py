@@ -42,15 +42,19 @@ class FullFineTuning:
         Raises:
             ConfigError: a parameter is stored quantised, and so cannot be trained.
         """
+        from tlora.calibration.sharding import is_dtensor
+        from tlora.calibration.weights import is_float
         from tlora.errors import ConfigError
 
-        for name, parameter in model.named_parameters():
-            if not parameter.dtype.is_floating_point:
-                raise ConfigError(
-                    f"{name} is stored as {parameter.dtype}, which no gradient can change; load"
-                    " the model unquantised, or choose an adapter.",
-                    where="method",
-                )
+        for place, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not is_float(module, parameter) and not is_dtensor(parameter):
+                    raise ConfigError(
+                        f"{place}.{name} is stored as {type(parameter).__name__} of"
+                        f" {parameter.dtype}, which no gradient can change; load the model"
+                        " unquantised, or choose an adapter.",
+                        where="method",
+                    )
         return Prepared(model=model.requires_grad_(True))
 
     def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
