@@ -12,13 +12,23 @@ def folder(saved, tiny_llama):
     return saved(tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2))
 
 
+WITHOUT_HQQ = {"adalora", "eva"}
+
+
+@pytest.mark.parametrize("form", ["nf4", "nf4-in-floats", "torchao", "hqq"])
 @pytest.mark.parametrize("name", METHODS.names())
-def test_a_method_trains_on_4_bits_unless_it_changes_the_base(prepared_by, folder, batches, name):
-    model = quantised_bases.nf4(folder)
+def test_a_method_trains_on_few_bits_unless_it_changes_the_base(
+    prepared_by, folder, batches, name, form
+):
+    model = quantised_bases.load(folder, form)
     if METHODS.load(name).traits.changes_base:
         with pytest.raises(ConfigError, match=r"unquantised"):
             prepared_by(name, model)
         assert not any("lora" in key for key, _ in model.named_modules())
+        return
+    if form == "hqq" and name in WITHOUT_HQQ:
+        with pytest.raises(ConfigError, match=r"stored by HQQ, and PEFT's .* nf4 or"):
+            prepared_by(name, model)
         return
     prepared = prepared_by(name, model)
     prepared.model.train()(**batches[0]).loss.backward()

@@ -131,9 +131,10 @@ def _kept_ranks(model: nn.Module) -> dict[str, list[bool]]:
 
 
 def _check(config: Any, steps: int) -> None:
-    if config.tinit + config.tfinal >= steps:
+    # At its very last step before `tfinal` PEFT prunes by scores that it has never taken.
+    if config.tinit + config.tfinal >= steps or steps - config.tfinal < 2:
         raise ConfigError(
             f"the run has {steps} steps, and `tinit` ({config.tinit}) and `tfinal`"
-            f" ({config.tfinal}) leave none to prune in; lower them.",
+            f" ({config.tfinal}) leave too few to prune in; lower them, or train for longer.",
             where="adapter",
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.initial import InitialAdapter
-from tlora.adapter.stock import exact, wrap
+from tlora.adapter.stock import exact, refuse_taken, wrap_exactly
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
 from tlora.calibration.borrowed import borrowed
 from tlora.calibration.hooks import Record, recording
@@ -56,6 +56,7 @@ def principal_inputs(
     kept = [as_batch(batch, device) for batch in batches]
     if not kept:
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
+    refuse_taken(model, [target.name for target in targets])
     with borrowed(model), torch.no_grad():
         rows = _Rows(model, config, _MOST_BATCHES)
         read = _readers(targets, rows, kept)
@@ -86,11 +87,9 @@ def attach_eva(
     """
     from peft import initialize_lora_eva_weights
 
-    for name, value in exact(model, targets).items():
-        setattr(config, name, value)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lora with eva initialization")
-        adapted = wrap(model, config)
+        adapted = wrap_exactly(model, targets, config)
     state = {f"base_model.model.{name}": a for name, (a, _) in initial.modules.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the following layers were initialized with")

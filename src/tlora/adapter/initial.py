@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.adapter.stock import exact, stored_as_floats, wrap
+from tlora.adapter.stock import refuse_taken, wrap_exactly
 from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight
+from tlora.calibration.weights import dense_weight, holds_floats
 from tlora.errors import AdapterError, ConfigError
 from tlora.files import file_at, read_tensors, write_tensors
+from tlora.linalg.precision import full_precision
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -69,23 +70,24 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
 
     Raises:
         ConfigError: the rank exceeds a matrix, a weight is stored quantised (the residual would be
-            rounded again), or is shared with another module, which would change too.
+            rounded again), is shared with another module, which would change too, or has a name
+            that PEFT takes for that of experts.
     """
+    refuse_taken(model, [target.name for target in targets])
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     faults = []
     for target in targets:
-        weight: Any = target.module.weight
         if rank > min(target.d_in, target.d_out):
             faults.append(
                 f"`r` is too large for {target.name}, which is {target.d_out} x {target.d_in};"
                 f" {rank} ranks are taken out of it: lower `r`, or exclude the module."
             )
-        elif not stored_as_floats(target.module):
+        elif not holds_floats(target.module):
             faults.append(
                 f"{target.name} is quantised, and this method takes its start out of the weight,"
                 " which would be rounded again; load the model unquantised."
             )
-        elif shared[id(weight)] > 1:
+        elif shared[id(target.module.weight)] > 1:
             faults.append(
                 f"{target.name} shares its weight with another module, which would change with it;"
                 " leave it out by `exclude_modules`."
@@ -95,12 +97,13 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
         raise ConfigError([*faults[:5], *more], where="adapter")
 
 
+@full_precision
 def attach_residual(
     model: nn.Module, targets: Sequence[Target], config: LoraConfig, initial: InitialAdapter
 ) -> PeftModel:
     """Wrap ``model``, set A_0 and B_0, and leave W - s B_0 A_0 in the base.
 
-    Computed in float32 and rounded to the dtype of the weight.
+    Computed in float32, whatever autocast and TF32 say, and rounded to the dtype of the weight.
 
     Args:
         model: the base model, changed in place.
@@ -114,9 +117,7 @@ def attach_residual(
     if (names := {target.name for target in targets}) != initial.modules.keys():
         odd = ", ".join(sorted(names ^ initial.modules.keys())[:5])
         raise AdapterError(f"the initial adapter is not of this model: {odd}; start a new run.")
-    for name, value in exact(model, targets).items():
-        setattr(config, name, value)
-    adapted = wrap(model, config)
+    adapted = wrap_exactly(model, targets, config)
     with torch.no_grad():
         for name, (a, b) in initial.modules.items():
             layer: Any = adapted.base_model.model.get_submodule(name)
@@ -148,6 +149,7 @@ def save_converted(model: PeftModel, initial: InitialAdapter, folder: Path) -> N
         model.peft_config["default"] = before
 
 
+@full_precision
 def start_by_peft(target: Target, config: LoraConfig, **fields: Any) -> tuple[Tensor, Tensor]:
     """Return A_0 and B_0 that PEFT's own initialisation gives a module; the module is not touched.
 
@@ -174,6 +176,7 @@ def linear_copy(target: Target) -> nn.Linear:
     return scratch
 
 
+@full_precision
 def start_by_corda(target: Target, options: Any, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Return A_0 and B_0 that PEFT's CorDA gives a module.
 

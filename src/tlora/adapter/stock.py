@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.cpu_kernels import keep_gradients
-from tlora.calibration.targets import Target, find_targets
-from tlora.calibration.weights import is_8bit_linear
+from tlora.calibration.expert_targets import fused_expert_parameters
+from tlora.calibration.targets import Target, find_targets, taken_for_experts
+from tlora.calibration.weights import is_8bit_linear, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+logger = logging.getLogger(__name__)
 
 # What the options records and TLoraConfig share of how modules are chosen.
 _CHOOSING = ("target_modules", "exclude_modules", "modules_to_save", "task_type")
@@ -62,14 +65,53 @@ def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
         raise ConfigError(str(error), where="adapter") from error
 
 
+def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig) -> PeftModel:
+    """Wrap ``targets`` and nothing else, whatever PEFT would make of the names in ``config``.
+
+    Raises:
+        ConfigError, AdapterError: as `exact` and `wrap`.
+    """
+    if config.target_modules == "all-linear" and fused_expert_parameters(model):
+        logger.warning(
+            "%s keeps experts in fused parameters, which this method does not adapt; `tlora` does,"
+            " by `target_parameters`.",
+            type(model).__name__,
+        )
+    for name, value in exact(model, targets).items():
+        setattr(config, name, value)
+    return wrap(model, config)
+
+
 def exact(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
-    """Return the fields of a LoraConfig that choose exactly ``targets``, by their full names."""
+    """Return the fields of a LoraConfig that choose exactly ``targets``, by their full names.
+
+    Raises:
+        ConfigError: PEFT takes a name for that of experts.
+    """
     names = [target.name for target in targets]
+    refuse_taken(model, names)
     return {
         "target_modules": names,
         "exclude_modules": namesakes(model, set(names)),
         "fan_in_fan_out": any(isinstance(target.module, Conv1D) for target in targets),
     }
+
+
+def refuse_taken(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that PEFT's LoRA takes no name for that of experts, which it would adapt instead.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if taken := taken_for_experts(model, names):
+        more = f" and {len(taken) - 1} more" if taken[1:] else ""
+        leaves = sorted({name.rpartition(".")[2] for name in taken})
+        raise ConfigError(
+            f"{taken[0]!r}{more}: on this architecture PEFT takes the name for that of fused"
+            " experts, and would adapt these instead; leave them out by `exclude_modules`"
+            f" ({', '.join(leaves)}), or use `tlora`, which adapts them by their weights.",
+            where="target_modules",
+        )
 
 
 def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
@@ -82,19 +124,26 @@ def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
     return "|".join(map(re.escape, wrong)) or None
 
 
-def refuse_8bit(model: nn.Module, options: Any, reason: str) -> None:
-    """Check that no target is one of bitsandbytes' 8-bit layers.
+def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
+    """Check that no target is a layer of a library that a method cannot adapt.
+
+    Args:
+        targets: the modules.
+        reasons: why not: of ``int8``, bitsandbytes' 8-bit layers, and of ``hqq``.
 
     Raises:
-        ConfigError: one is; ``reason`` says why that cannot be.
+        ConfigError: one is.
     """
-    for target in targets_of(model, options):
-        if is_8bit_linear(target.module):
-            raise ConfigError(
-                f"{target.name} is stored in 8 bits, and {reason}; load the model in nf4 or"
-                " unquantised.",
-                where="method",
-            )
+    forms = {"int8": (is_8bit_linear, "in 8 bits"), "hqq": (is_hqq_linear, "by HQQ")}
+    for target in targets:
+        for form, reason in reasons.items():
+            holds, how = forms[form]
+            if holds(target.module):
+                raise ConfigError(
+                    f"{target.name} is stored {how}, and {reason}; load the model in nf4 or"
+                    " unquantised.",
+                    where="method",
+                )
 
 
 def rows_and_columns(targets: Sequence[Target]) -> int:
@@ -105,16 +154,6 @@ def rows_and_columns(targets: Sequence[Target]) -> int:
 def numbers_in(model: nn.Module) -> int:
     """Return how many numbers the parameters of a model hold."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def stored_as_floats(module: nn.Module) -> bool:
-    """Return whether a module's weight is a plain tensor of floats that can be written to."""
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, torch.Tensor)
-        and type(weight.data) is torch.Tensor
-        and weight.dtype.is_floating_point
-    )
 
 
 def forward_only(options: Any) -> TLoraConfig:

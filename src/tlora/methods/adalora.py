@@ -83,16 +83,21 @@ class AdaLora:
         """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read.
 
         Raises:
-            ConfigError: PEFT does not find the target modules, or they are stored in 8 bits.
+            ConfigError: no module matches, or one that PEFT cannot adapt or that is stored in 8
+                bits or by HQQ.
         """
         from peft import AdaLoraConfig
 
         from tlora.adapter.adalora import AdaLoraCallback, save_pruned
-        from tlora.adapter.stock import refuse_8bit, wrap
+        from tlora.adapter.stock import refuse_stored, targets_of, wrap
         from tlora.methods.lora import peft_fields
 
         # TRL casts A, E and B to bfloat16, and PEFT leaves the inputs in float32.
-        refuse_8bit(model, options, "PEFT's AdaLoRA does not run on these layers under TRL")
+        refuse_stored(
+            targets_of(model, options),
+            int8="PEFT's AdaLoRA does not run on these layers under TRL",
+            hqq="PEFT's AdaLoRA does not adapt these layers",
+        )
         schedule = {name: getattr(options, name) for name in _SCHEDULE}
         # The trainer knows the number of steps; until then any that the schedule fits will do.
         steps = options.tinit + options.tfinal + 1

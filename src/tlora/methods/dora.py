@@ -39,10 +39,10 @@ class Dora(Lora):
         Raises:
             ConfigError: PEFT does not find the target modules, or they are stored in 8 bits.
         """
-        from tlora.adapter.stock import refuse_8bit
+        from tlora.adapter.stock import refuse_stored, targets_of
 
         # Reading the weight's norms makes bitsandbytes lose its scales.
-        refuse_8bit(model, options, "PEFT's DoRA does not run on these layers")
+        refuse_stored(targets_of(model, options), int8="PEFT's DoRA does not run on these layers")
         return super().prepare(model, options, batches, plan)
 
     def trainable(self, model: torch.nn.Module, options: Any) -> int | None:

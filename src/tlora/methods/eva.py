@@ -70,17 +70,18 @@ class Eva(Lora):
 
         Raises:
             CalibrationError: the batches are too small for the ranks, or a direction never settles.
-            ConfigError: PEFT does not find the target modules.
+            ConfigError: no module matches, or one that PEFT cannot adapt or that is stored by HQQ.
         """
         from peft import EvaConfig, LoraConfig
 
         from tlora.adapter.eva import attach_eva, principal_inputs
-        from tlora.adapter.stock import targets_of
+        from tlora.adapter.stock import refuse_stored, targets_of
 
         names = ("rho", "tau", "use_label_mask", "whiten", "adjust_scaling_factors")
         eva = EvaConfig(**{name: getattr(options, name) for name in names})
         fields = peft_fields(options) | {"init_lora_weights": "eva", "eva_config": eva}
         targets = targets_of(model, options)
+        refuse_stored(targets, hqq="PEFT's EVA does not see what these layers read")
         if plan is None:
             plan = principal_inputs(model, targets, LoraConfig(**fields), batches)
         return Prepared(model=attach_eva(model, targets, LoraConfig(**fields), plan), plan=plan)

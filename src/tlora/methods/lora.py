@@ -37,13 +37,14 @@ class Lora:
         """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read.
 
         Raises:
-            ConfigError: PEFT does not find the target modules.
+            ConfigError: no module matches, or one that PEFT cannot adapt; nothing is changed.
         """
         from peft import LoraConfig
 
-        from tlora.adapter.stock import wrap
+        from tlora.adapter.stock import targets_of, wrap_exactly
 
-        return Prepared(model=wrap(model, LoraConfig(**peft_fields(options), **self.fields)))
+        config = LoraConfig(**peft_fields(options), **self.fields)
+        return Prepared(model=wrap_exactly(model, targets_of(model, options), config))
 
     def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
         """Return r sum_i (m_i + d_i)."""

@@ -56,16 +56,17 @@ class TriMatrix:
         """Wrap ``model``. P and R are drawn from torch's global generator; no batch is read.
 
         Raises:
-            ConfigError: PEFT does not find the target modules.
+            ConfigError: no module matches, or one that PEFT cannot adapt; nothing is changed.
         """
         from peft import LoraConfig
 
         from tlora.adapter.freeze import FrozenACallback
-        from tlora.adapter.stock import wrap
+        from tlora.adapter.stock import targets_of, wrap_exactly
         from tlora.adapter.trimatrix import make_trimatrix, save_written_out
         from tlora.methods.lora import peft_fields
 
-        adapted = wrap(model, LoraConfig(**peft_fields(options), lora_alpha=options.r))
+        config = LoraConfig(**peft_fields(options), lora_alpha=options.r)
+        adapted = wrap_exactly(model, targets_of(model, options), config)
         make_trimatrix(adapted, options.scale)
         return Prepared(
             model=adapted,
