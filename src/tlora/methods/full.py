@@ -49,8 +49,9 @@ class FullFineTuning:
         for place, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not is_float(module, parameter) and not is_dtensor(parameter):
+                    full_name = f"{place}.{name}".removeprefix(".")
                     raise ConfigError(
-                        f"{place}.{name} is stored as {type(parameter).__name__} of"
+                        f"{full_name} is stored as {type(parameter).__name__} of"
                         f" {parameter.dtype}, which no gradient can change; load the model"
                         " unquantised, or choose an adapter.",
                         where="method",
