@@ -59,6 +59,16 @@ def test_a_locked_folder_keeps_what_was_written_to_it(folder):
     assert sorted(path.name for path in folder.path.iterdir()) == ["provenance.json", "run.json"]
 
 
+def test_a_run_that_is_refused_late_leaves_no_folder(folder):
+    with pytest.raises(ConfigError), folder.locked():
+        folder.checkpoints.mkdir(parents=True)
+        raise ConfigError("too late")
+    assert not folder.path.exists()
+    with folder.locked():
+        (folder.checkpoints / "checkpoint-1").mkdir(parents=True)
+    assert (folder.checkpoints / "checkpoint-1").is_dir()
+
+
 def test_the_first_rank_holds_the_lock_for_all(folder, monkeypatch):
     with folder.locked():
         monkeypatch.setenv("RANK", "1")

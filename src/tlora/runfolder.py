@@ -120,8 +120,9 @@ class RunFolder:
                 yield
             finally:
                 self._lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not empty
-                    for folder in new:
+                # The trainer makes a folder for checkpoints before it has looked at anything.
+                for folder in (self.checkpoints, *new):
+                    with contextlib.suppress(OSError):  # not empty, or not there
                         folder.rmdir()
 
     def refuse_changed(self, inputs: dict[str, str]) -> None:
