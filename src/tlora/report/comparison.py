@@ -241,8 +241,9 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
     tuning: dict[float, list[float | None]] = {}
     points = comparison.tuning_of(entry)
     problems = _problems(comparison, entry, points, folder)
-    for point in points:
-        score = comparison.score(folder.record(point.name), "validation")
+    records = [folder.record(point.name) for point in points]
+    for point, record in zip(points, records, strict=True):
+        score = comparison.score(record, "validation")
         tuning.setdefault(point.learning_rate, []).append(score)
     rate = comparison.chosen(entry, folder)
     finals: dict[int, Record] = {}
@@ -250,7 +251,7 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
     if rate is None:
         reason = (
             "not all tuning runs are here to choose the learning rate"
-            if any(folder.record(point.name) is None for point in points)
+            if None in records
             else "no learning rate has a score at every tuning seed"
         )
         problems.append(Problem(f"{entry.label}, all final runs", reason))

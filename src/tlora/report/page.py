@@ -35,6 +35,7 @@ def context(results: Results) -> dict[str, Any]:
         "results": results,
         "methods": results.methods,
         "summary": wording.summary(results),
+        "seeds": {m.label: wording.of_seeds(results, m) for m in results.methods},
         "strips": charts.strips(results),
         "rates": charts.rates(results),
         "curves": charts.curves(results),

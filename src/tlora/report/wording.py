@@ -74,13 +74,13 @@ def summary(results: Results) -> str:
     best = scored[0]
     score = number(best.score.mean if best.score else None)
     if len(scored) == 1:
-        return f"Only {best.label} has final scores: {score}{_of_seeds(results, best)}."
+        return f"Only {best.label} has final scores: {score}{_bracketed(results, best)}."
     groups: dict[int, list[str]] = {0: [], 1: [], -1: []}
     for other in scored[1:]:
         found = results.find(best.label, other.label)
         better = 0 if found is None else found.better
-        groups[better].append(f"{other.label}{_of_seeds(results, other)}")
-    parts = [f"Best mean: {best.label}, {score}{_of_seeds(results, best)}."]
+        groups[better].append(f"{other.label}{_bracketed(results, other)}")
+    parts = [f"Best mean: {best.label}, {score}{_bracketed(results, best)}."]
     for better, said in (
         (0, "Not told apart from it by these seeds"),
         (1, "Behind it, each pair taken alone"),
@@ -91,10 +91,15 @@ def summary(results: Results) -> str:
     return " ".join(parts)
 
 
-def _of_seeds(results: Results, method: MethodResult) -> str:
-    """Return " (3 of 5 seeds)", or nothing where all are there."""
+def of_seeds(results: Results, method: MethodResult) -> str:
+    """Return "3 of 5 seeds", or nothing where all are there."""
     has, wanted = len(method.scores), len(results.config.final_seeds)
-    return "" if has == wanted else f" ({has} of {wanted} seeds)"
+    return "" if has == wanted else f"{has} of {wanted} seeds"
+
+
+def _bracketed(results: Results, method: MethodResult) -> str:
+    seeds = of_seeds(results, method)
+    return seeds and f" ({seeds})"
 
 
 def edges(results: Results) -> list[str]:

@@ -17,7 +17,7 @@ from tlora.stages.arguments import check_model_folder, check_trainer_fields, fir
 from tlora.stages.kinds import KINDS, KindSpec
 from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
-from tlora.tasks.contamination import Questions, keep_apart, question_of, refuse_common
+from tlora.tasks.contamination import Questions, keep_apart, question_of, questions, refuse_common
 from tlora.tasks.tokens import tokenised
 
 if TYPE_CHECKING:
@@ -177,9 +177,10 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         config.eval_file or "evaluation rows",
     )
     choosing = {file: task.load(config.train_file, file)[1] for file in validation}
-    others = {names[1]: held_out} | choosing | guarded(config.data)
+    reported = None if held_out is None else Questions(questions(held_out, task, names[1]))
+    others = {names[1]: reported} | choosing | guarded(config.data)
     train = keep_apart(train, others, task, names[0])
-    refuse_common(choosing, held_out, task, names[1])
+    refuse_common(choosing, reported, task, names[1])
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),

@@ -135,8 +135,7 @@ def keep_apart(
     }
     if not known:
         return train
-    rows = _rows(train, task, name)
-    places = _places(known, ((question_of(row), _said_in(row, task)) for row in rows))
+    places = _askers(train, task, name, known)
     found = "; ".join(_sentence(at, other) for other, at in places.items() if at)
     seen = {place for at in places.values() for place in at}
     if not seen:
@@ -157,30 +156,36 @@ def keep_apart(
 
 
 def refuse_common(
-    choosing: Mapping[str, Dataset | None], reported: Dataset | None, task: Task, name: str
+    choosing: Mapping[str, Dataset | None], reported: Questions | None, task: Task, name: str
 ) -> None:
     """Check that rows which choose something ask nothing that is reported on.
 
     Args:
         choosing: raw validation rows, by what messages call them.
-        reported: raw rows of the reported score, called ``name``.
-        task: reads both; where its data say "allow", nothing is checked.
+        reported: what the rows of the reported score ask, called ``name``.
+        task: reads the rows; where its data say "allow", nothing is checked.
 
     Raises:
         DataError: some do; or a row is not what the task expects.
     """
-    if reported is None or not choosing or task.data.overlap == "allow":
+    if reported is None or task.data.overlap == "allow":
         return
-    known = {name: Questions(questions(reported, task, name))}
     for file, rows in choosing.items():
         if rows is None:
             continue
-        looked = ((question_of(row), _said_in(row, task)) for row in _rows(rows, task, file))
-        if found := _places(known, looked)[name]:
+        if found := _askers(rows, task, file, {name: reported})[name]:
             raise DataError(
                 f"{file}: of {len(rows)} validation rows {_sentence(found, name)}; what has chosen"
                 " a learning rate cannot report on it: take these rows out of one of the files."
             )
+
+
+def _askers(
+    rows: Dataset, task: Task, name: str, known: Mapping[str, Questions]
+) -> dict[str, list[int]]:
+    """Return, by name, the places of the raw ``rows`` (called ``name``) that ask what is known."""
+    read = _rows(rows, task, name)
+    return _places(known, ((question_of(row), _said_in(row, task)) for row in read))
 
 
 def _places(
