@@ -64,6 +64,11 @@ class SandboxError(TLoraError, RuntimeError):
     """Programs cannot be run here as safely as was asked for."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; other libraries' messages can fill pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -20,8 +20,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from tlora.evalconfig import EvalConfig
-from tlora.inference.greedy import greedy
 from tlora.inference.loading import unheard
+from tlora.models.greedy import greedy
 from tlora.tasks.tokens import end_tokens
 
 if TYPE_CHECKING:

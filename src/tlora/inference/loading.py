@@ -9,14 +9,10 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from tlora.errors import AdapterError, ConfigError, MisfitError
+from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
 from tlora.evalconfig import EvalConfig
 from tlora.inference.subjects import Head, Subject
-from tlora.runconfig import RunConfig
-from tlora.stages.arguments import first_line
-from tlora.stages.quantise import loading_options
+from tlora.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +34,9 @@ def unheard(*names: str) -> Iterator[None]:
 
 
 _CLASSES: dict[Head, str] = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "labelled": "AutoModelForSequenceClassification",
+    "causal": "transformers:AutoModelForCausalLM",
+    "seq2seq": "transformers:AutoModelForSeq2SeqLM",
+    "labelled": "transformers:AutoModelForSequenceClassification",
 }
 
 
@@ -133,13 +129,9 @@ def load_tokenizer(subject: Subject, config: EvalConfig) -> PreTrainedTokenizerB
     Raises:
         ConfigError: there is none.
     """
-    import transformers
-
     place = config.tokenizer or subject.model
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            place, trust_remote_code=config.trust_remote_code
-        )
+        return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer can be loaded from {place!r} ({first_line(error)}); give --tokenizer.",
@@ -160,39 +152,21 @@ def _load_base(
     subject: Subject, config: EvalConfig, device: torch.device, head: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """Return the model, and of one with a head the parameters that its files do not have."""
-    import transformers
-
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
-    options = loading_options(
-        RunConfig(
-            model=subject.model,
-            dtype=dtype,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        device,
+    checkpoint = Pretrained(
+        name=subject.model,
+        dtype=dtype,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
     )
-    if config.parallelize:
-        options["device_map"] = "auto"
-    try:
-        # It would report a head as missing that the adapter is about to bring.
-        with unheard(*(["transformers"] if head else [])):
-            model, found = getattr(transformers, _CLASSES[subject.head]).from_pretrained(
-                subject.model,
-                dtype=dtype,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **options,
-                **head,
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"{subject.model!r} cannot be loaded: {first_line(error)}", "model"
-        ) from error
-    placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-    return model if placed else model.to(device), sorted(found["missing_keys"]) if head else []
+    # transformers would report a head as missing that the adapter is about to bring.
+    with unheard(*(["transformers"] if head else [])):
+        model, missing = checkpoint.model(
+            _CLASSES[subject.head], device, parallelize=config.parallelize, fields=head
+        )
+    return model, missing if head else []
 
 
 def _make_room(model: Any, tokens: int) -> None:

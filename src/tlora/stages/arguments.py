@@ -9,7 +9,8 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, did_you_mean
+from tlora.errors import ConfigError, did_you_mean, first_line
+from tlora.models.pretrained import load_class
 from tlora.stages.kinds import KindSpec
 from tlora.stages.replies import generation_fields
 
@@ -37,7 +38,7 @@ def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
         ConfigError: a name is unknown (with a suggestion) or set elsewhere (with the place), or a
             value is not of the field's type; all faults at once.
     """
-    arguments = kind.load(kind.arguments)
+    arguments = load_class(kind.arguments)
     declared = {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
     owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
     faults = []
@@ -81,7 +82,7 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
 
-    arguments = setup.kind.load(setup.kind.arguments)
+    arguments = load_class(setup.kind.arguments)
     known = {field.name: field for field in dataclasses.fields(arguments)}
     # YAML reads a bare `no` as false, and "no" is the name of a strategy.
     given = {
@@ -111,21 +112,3 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         return arguments(**{**ours, **given, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(first_line(error), where="trainer") from error
-
-
-def check_model_folder(model: str | None) -> None:
-    """Refuse a model that is meant as a folder and is none; a name on the Hub passes.
-
-    Raises:
-        ConfigError: the folder is not there, or holds no config.json.
-    """
-    path = Path(str(model))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
-    if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
-        raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: the libraries' own go on for pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.inference.greedy import greedy
+from tlora.models.greedy import greedy
 from tlora.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from tlora.tasks import tokens
 
 @dataclass(frozen=True)
 class KindSpec:
-    """The classes and functions that serve one kind. Classes are "module:name", loaded late."""
+    """What serves one kind. Classes are named as "module:name", for `load_class`."""
 
     task_type: TaskType
     """PEFT's name of the kind."""
@@ -26,12 +25,6 @@ class KindSpec:
     collator: Callable[[Any], Callable[..., Any]]
     owned: tuple[str, ...] = ()
     """Fields of the training arguments that the stages set themselves."""
-
-    @staticmethod
-    def load(target: str) -> Any:
-        """Import the class called ``target``."""
-        module, _, name = target.partition(":")
-        return getattr(importlib.import_module(module), name)
 
 
 # Rows are tokenised before the trainer sees them, so its own wishes about rows have no effect.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.config import TaskType
 from tlora.errors import ConfigError
+from tlora.models.pretrained import Pretrained, load_class
 from tlora.runconfig import RunConfig
-from tlora.stages.arguments import check_model_folder, first_line
 from tlora.stages.kinds import KindSpec
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
     """
     import torch
 
-    found = _model_config(config)
+    found: Any = Pretrained(
+        name=str(config.model), trust_remote_code=config.trust_remote_code
+    ).config()
     notes: list[str] = []
     if kind.task_type == "SEQ_CLS" and labels:
         found.num_labels = len(labels)
@@ -60,7 +62,7 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
             setattr(found, name, 0)
     options = {"dtype": _dtype(config, found)}
     with torch.device("meta"):
-        auto = kind.load(kind.auto_model)
+        auto = load_class(kind.auto_model)
         if type(found) in auto._model_mapping or hasattr(found, "auto_map"):
             code = config.trust_remote_code
             model = auto.from_config(found, trust_remote_code=code, **options)
@@ -92,18 +94,6 @@ def batch_spec(model: Any, batch: int, tokens: int) -> Spec:
     text = ((batch, tokens), torch.long)
     labels = one_each if per_sample else text
     return {"input_ids": text, "attention_mask": text, "labels": labels}
-
-
-def _model_config(config: RunConfig) -> Any:
-    from transformers import AutoConfig
-
-    check_model_folder(config.model)
-    try:
-        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the config of {config.model!r} cannot be loaded: {first_line(error)}", "model"
-        ) from error
 
 
 def _as_named(config: RunConfig, kind: KindSpec, found: Any, notes: list[str]) -> Any:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from tlora.errors import ConfigError, DataError
+from tlora.errors import ConfigError, DataError, first_line
+from tlora.models.pretrained import Pretrained, check_model_folder
 from tlora.registry import METHODS, TASKS
 from tlora.runconfig import DataConfig, RunConfig
-from tlora.stages.arguments import check_model_folder, check_trainer_fields, first_line
+from tlora.stages.arguments import check_trainer_fields
 from tlora.stages.kinds import KINDS, KindSpec
-from tlora.stages.quantise import loading_options
 from tlora.tasks.base import Task
 from tlora.tasks.contamination import Questions, keep_apart, question_of, questions, refuse_common
 from tlora.tasks.tokens import tokenised
@@ -94,31 +92,15 @@ class Setup:
         from tlora.calibration.cpu_kernels import keep_gradients
 
         transformers.set_seed(self.config.seed)
-        config = self.config
-        quantised = loading_options(config, device)
         head = self._head()
-        try:
-            model, found = self.kind.load(self.kind.auto_model).from_pretrained(
-                config.model,
-                dtype=config.dtype,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **quantised,
-                **head,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(
-                f"{config.model!r} cannot be loaded: {first_line(error)}", "model"
-            ) from error
+        model, missing = pretrained(self.config).model(self.kind.auto_model, device, fields=head)
         if model.config.pad_token_id is None:
             # Decoders that classify find the last real token by it.
             model.config.pad_token_id = self.tokenizer.pad_token_id
         if head:
-            self._train_in_full(found["missing_keys"])
+            self._train_in_full(missing)
         keep_gradients(model)
-        # Quantised weights, and models split over devices, are where they belong already.
-        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        return model if placed else model.to(device)
+        return model
 
     def _head(self) -> dict[str, Any]:
         """Return the fields of the model's configuration that give a classifier its head."""
@@ -212,6 +194,16 @@ def guarded(data: DataConfig) -> dict[str, Questions]:
     }
 
 
+def pretrained(config: RunConfig) -> Pretrained:
+    """Return the base model that a run adapts, and the precision to load it in."""
+    return Pretrained(
+        name=str(config.model),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without a padding token the closing one pads.
 
@@ -219,13 +211,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ConfigError: there is no such model or no tokenizer with it.
         DataError: there is no token to pad with.
     """
-    import transformers
-
     check_model_folder(config.model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            config.model, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = pretrained(config).tokenizer()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the tokenizer of {config.model!r} cannot be loaded"

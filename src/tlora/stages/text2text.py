@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainer
 
-from tlora.inference.greedy import greedy
+from tlora.models.greedy import greedy
 
 
 class GreedyTrainer(Seq2SeqTrainer):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from tlora.digests import inputs_of
 from tlora.errors import ConfigError
 from tlora.files import write_json
+from tlora.models.pretrained import load_class
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
 from tlora.stages.initialise import adapt, save_adapter
-from tlora.stages.quantise import keep_dtypes
+from tlora.stages.precision import keep_dtypes
 from tlora.stages.replies import texts
 from tlora.stages.setup import Setup, settle
 
@@ -185,7 +186,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     # Packed rows need TRL's own collator, which lays them end to end.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
         extra["data_collator"] = setup.collator
-    trainer = setup.kind.load(setup.kind.trainer)(
+    trainer = load_class(setup.kind.trainer)(
         model=prepared.model,
         args=arguments,
         train_dataset=setup.train,

@@ -1,0 +1,1 @@
+"""Hugging Face models and tokenizers, loaded for training and evaluation alike."""

@@ -1,0 +1,164 @@
+"""A checkpoint on disk or on the Hub: its configuration, its tokenizer, its model.
+
+`quantization` quantizes the model while it loads, by bitsandbytes: nf4 with quantized scales (4
+bits; Dettmers et al., arXiv 2305.14314) or int8 (arXiv 2208.07339). Training needs nothing else of
+QLoRA's preparation: PEFT freezes the base, and TRL makes the inputs require a gradient where it
+recomputes activations and casts the adapter to bfloat16. `peft.prepare_model_for_kbit_training`
+would also copy norms, embeddings and head to float32; load with `dtype` "float32" to get that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from tlora.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A checkpoint, and the precision to load it in.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        quantization: "none", "nf4" (4-bit weights that compute in `dtype`) or "int8".
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    name: str
+    dtype: str = "auto"
+    quantization: str = "none"
+    trust_remote_code: bool = False
+
+    def config(self) -> PreTrainedConfig:
+        """Read the model's configuration.
+
+        Raises:
+            ConfigError: there is none that transformers can read.
+        """
+        import transformers
+
+        check_model_folder(self.name)
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                self.name, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the config of {self.name!r} cannot be loaded: {first_line(error)}", "model"
+            ) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            OSError | ValueError: transformers finds none; its first line says why.
+        """
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(
+            self.name, trust_remote_code=self.trust_remote_code
+        )
+
+    def model(
+        self,
+        auto_class: str,
+        device: torch.device,
+        *,
+        parallelize: bool = False,
+        fields: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, list[str]]:
+        """Load the model.
+
+        Args:
+            auto_class: the class that gives it the right head, as "module:name".
+            device: where to put it; quantized weights are made there.
+            parallelize: split it over all devices (accelerate's `device_map="auto"`) instead.
+            fields: fields of the model's configuration to override.
+
+        Returns:
+            The model, and the names of its parameters that the checkpoint lacks.
+
+        Raises:
+            ConfigError: there is no such model, it has no such head, or it cannot be quantized as
+                asked.
+        """
+        options = self._quantized(device) | dict(fields or {})
+        if parallelize:
+            options["device_map"] = "auto"
+        try:
+            model, found = load_class(auto_class).from_pretrained(
+                self.name,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"{self.name!r} cannot be loaded: {first_line(error)}", "model"
+            ) from error
+        # Quantized weights, and models split over devices, are already where they belong.
+        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        return model if placed else model.to(device), sorted(found["missing_keys"])
+
+    def _quantized(self, device: torch.device) -> dict[str, Any]:
+        """Return the keyword arguments of `from_pretrained` that quantize the model."""
+        if self.quantization == "none":
+            return {}
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{self.quantization!r} needs bitsandbytes, which is not installed:"
+                ' pip install "tlora[quantized]".',
+                where="quantization",
+            )
+        import transformers
+
+        found = self.config()
+        if getattr(found, "quantization_config", None):
+            raise ConfigError(
+                f"{self.name!r} is already quantized; leave `quantization` out.",
+                where="quantization",
+            )
+        dtype = self.dtype if self.dtype != "auto" else found.dtype or "float32"
+        fields: dict[str, dict[str, Any]] = {
+            "nf4": {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": dtype,
+            },
+            "int8": {"load_in_8bit": True},
+        }
+        chosen = transformers.BitsAndBytesConfig(**fields[self.quantization])
+        return {"quantization_config": chosen, "device_map": {"": str(device)}}
+
+
+def load_class(target: str) -> Any:
+    """Import the class called ``target``, "module:name"."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_model_folder(model: str | None) -> None:
+    """Refuse a name that looks like a folder but is not a model's; a name on the Hub passes.
+
+    Raises:
+        ConfigError: the folder does not exist, or has no config.json.
+    """
+    path = Path(str(model))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
+        raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
