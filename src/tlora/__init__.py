@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tlora.calibration.statistics import Calibration, ModuleStatistics
     from tlora.config import TLoraConfig
     from tlora.errors import TLoraError
+    from tlora.tasks.batches import calibration_batches
 
 _HOME = {
     "AdapterPlan": "tlora.adapter.plan",
@@ -28,6 +29,7 @@ _HOME = {
     "TLoraError": "tlora.errors",
     "attach": "tlora.adapter.attach",
     "calibrate": "tlora.calibration.probe",
+    "calibration_batches": "tlora.tasks.batches",
     "get_tlora_model": "tlora.adapter.attach",
     "load_adapter": "tlora.adapter.attach",
     "plan": "tlora.adapter.plan",
@@ -42,6 +44,7 @@ __all__ = [
     "TLoraError",
     "attach",
     "calibrate",
+    "calibration_batches",
     "get_tlora_model",
     "load_adapter",
     "plan",

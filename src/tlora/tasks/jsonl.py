@@ -53,7 +53,7 @@ class Jsonl(Task):
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
         """Read the rows, settle which columns are meant, and learn the classes."""
         train, held_out = super().load(train_file, eval_file)
-        self._settle_columns(train.column_names)
+        self.settle_columns(train.column_names)
         if self.kind == "classification" and self.label_names is None:
             values = train.unique(str(self.data.label_column))
             # Integer classes sort as numbers: "10" comes after "9".
@@ -64,10 +64,15 @@ class Jsonl(Task):
     def held_out(self, file: str | None) -> tuple[Dataset, str]:
         """Read the rows and settle which columns are meant; the classes are those of training."""
         rows, where = super().held_out(file)
-        self._settle_columns(rows.column_names)
+        self.settle_columns(rows.column_names)
         return rows, where
 
-    def _settle_columns(self, have: list[str]) -> None:
+    def settle_columns(self, have: list[str]) -> None:
+        """Settle which of the columns that the rows ``have`` are meant.
+
+        Raises:
+            ConfigError: a named column is missing, or none is named and none is known.
+        """
         data = self.data
         named = {
             name: value

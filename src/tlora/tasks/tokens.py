@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 
-_CUT = "cut"
+CUT = "cut"
 """Whether something that is to be learnt was cut off a row; `tokenised` counts it."""
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
@@ -58,13 +58,10 @@ def tokenised(
     def one(raw: dict[str, Any], index: int) -> dict[str, Any]:
         return encode(tokenizer, task.row(raw, f"{name}, row {index + 1}"), task.data)
 
-    def counts(labels: Any) -> bool:
-        return not isinstance(labels, list) or any(label != IGNORED for label in labels)
-
     # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
     quiet = {"load_from_cache_file": False, "desc": "Tokenising"}
     encoded = rows.map(one, with_indices=True, remove_columns=rows.column_names, **quiet)
-    kept = encoded.filter(counts, input_columns="labels", **quiet)
+    kept = encoded.filter(has_labels, input_columns="labels", **quiet)
     if len(kept) == 0:
         raise DataError(
             f"{name}: no row has a token to learn from within {task.data.max_length} tokens;"
@@ -81,11 +78,16 @@ def tokenised(
     return _counted(kept, name, task.data.max_length)
 
 
+def has_labels(labels: Any) -> bool:
+    """Return whether a row has something to learn: a class, a number, or a token with a label."""
+    return not isinstance(labels, list) or any(label != IGNORED for label in labels)
+
+
 def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
     """Return ``rows`` without the column that says which are cut, after saying how many are."""
-    if _CUT not in rows.column_names:
+    if CUT not in rows.column_names:
         return rows
-    if cut := sum(rows[_CUT]):
+    if cut := sum(rows[CUT]):
         logger.warning(
             "%s: %d of %d rows are longer than `data.max_length`, %d tokens, and lose the end of"
             " their response; raise --data.max_length.",
@@ -94,7 +96,7 @@ def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
             len(rows),
             longest,
         )
-    return rows.remove_columns(_CUT)
+    return rows.remove_columns(CUT)
 
 
 def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     return {
         "input_ids": ids[: data.max_length],
         "labels": labels[: data.max_length],
-        _CUT: any(label != IGNORED for label in labels[data.max_length :]),
+        CUT: any(label != IGNORED for label in labels[data.max_length :]),
     }
 
 
@@ -141,7 +143,7 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
         "attention_mask": encoded["attention_mask"],
         # Cut by the tokenizer, which knows what a text has to end in.
         "labels": tokenizer(text_target=row["response"], **short)["input_ids"] if cut else labels,
-        _CUT: cut,
+        CUT: cut,
     }
 
 
