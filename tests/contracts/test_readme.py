@@ -1,33 +1,60 @@
-"""README's program runs as it stands, but for the model and its size."""
+"""README's programs run as they stand, but for the model and its size."""
 
 import json
 import re
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST, WITH_TRL = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_program_trains_b_and_leaves_a_plain_adapter(saved, tiny_llama, tmp_path, monkeypatch):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    (on_gpu,) = re.findall(r"^SFTTrainer\(.*\)\.train\(\)", program, re.M)
-    (on_cpu,) = re.findall(r"`(SFTTrainer\(.*\))`", README)
-    model = saved(tiny_llama())
-    program = program.replace("path/to/model", model).replace(on_gpu, f"{on_cpu}.train()")
-    program = program.replace("r=64, lora_alpha=64", "r=4, lora_alpha=4")  # the model is tiny
-    monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"text": f"{n} and {n} is {2 * n}"}) for n in range(12)]
-    Path("train.jsonl").write_text("\n".join(rows))
-
-    names = {}
+def run(program, names):
     exec(compile(program, "README.md", "exec"), names)
+    return names["model"]
 
-    trained = {n: p for n, p in names["model"].named_parameters() if p.requires_grad}
+
+def check(model, base):
+    """B alone trains, and PEFT alone gives the saved adapter's logits."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained
-    assert all(".lora_B." in name and p.abs().max() > 0 for name, p in trained.items())
-    again = peft.PeftModel.from_pretrained(tiny_llama(), "adapter").eval()
+    assert all(".lora_B." in name for name in trained)
+    again = peft.PeftModel.from_pretrained(base, "adapter").eval()
     ids = {"input_ids": torch.arange(3, 9).reshape(1, -1)}
     with torch.no_grad():
-        assert torch.equal(again(**ids).logits, names["model"].eval()(**ids).logits)
+        assert torch.equal(again(**ids).logits, model.eval()(**ids).logits)
+
+
+def test_the_first_program_leaves_a_plain_adapter(
+    tiny_llama, tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(40)]
+    names = {"model": tiny_llama(), "tokenizer": tiny_tokenizer, "rows": rows}
+    program = FIRST.replace("r=16, lora_alpha=16", "r=4, lora_alpha=4")  # the model is tiny
+    check(run(program, names), tiny_llama())
+
+
+def test_the_program_with_trl_trains_b(saved, tiny_llama, tmp_path, monkeypatch):
+    (on_gpu,) = re.findall(r"^SFTTrainer\(.*\)\.train\(\)", WITH_TRL, re.M)
+    (on_cpu,) = re.findall(r"`(SFTTrainer\(.*\))`", README)
+    program = WITH_TRL.replace("path/to/model", saved(tiny_llama()))
+    program = program.replace(on_gpu, f"{on_cpu}.train()")
+    program = program.replace("r=64, lora_alpha=64", "r=4, lora_alpha=4")  # the model is tiny
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(12)]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    model = run(program, {})
+
+    assert any(p.abs().max() > 0 for n, p in model.named_parameters() if ".lora_B." in n)
+    check(model, tiny_llama())
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
