@@ -284,6 +284,11 @@ class TLoraConfig:
             )
 
     @property
+    def plans_in_blocks(self) -> bool:
+        """Whether second moments are bounded, so that no calibration can hold all of them."""
+        return self.memory_budget is not None or self.covariance == "streamed"
+
+    @property
     def memory_budget_bytes(self) -> int | None:
         """`memory_budget` in bytes, or None for no limit."""
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)

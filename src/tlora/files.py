@@ -7,12 +7,10 @@ pickle is read or written.
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,19 +40,6 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def remove_abandoned(path: str | Path, seconds: float = 600.0) -> None:
-    """Remove what processes killed while in `replacing_file` have left beside ``path``.
-
-    One that is still writing touches its file all the time, so only those are removed that have
-    not been written to for ``seconds``.
-    """
-    path = Path(path)
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > seconds:
-                part.unlink()
 
 
 @contextlib.contextmanager

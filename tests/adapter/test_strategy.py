@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tlora import TLoraConfig
-from tlora.adapter.strategy import choose, choose_mapped, packed
+from tlora.adapter.strategy import choose, packed
 from tlora.calibration.bank import moment_bytes
 from tlora.calibration.streams import stream_bytes
 
@@ -99,19 +99,6 @@ def test_packing_keeps_the_order_and_a_piece_beyond_the_budget_alone():
     assert packed(pieces, None) == [(list("abcde"), 19)]
 
 
-@pytest.mark.parametrize("fields", [{}, {"memory_budget": 50_000}, {"covariance": "streamed"}])
-def test_what_is_kept_is_in_memory_or_mapped(fields):
-    shapes, sources = llama()
-    found = choose_mapped(shapes, sources, TLoraConfig(r=4, **fields))
-    assert (found.passes, found.held + found.mapped) == (1, found.total)
-    assert found.total == choose(shapes, sources, TLoraConfig(r=4)).total
-    assert (found.mapped > 0) == bool(fields)
-    assert found.held <= (found.budget or found.total)
-    assert ("in mapped files" in found.summary()) == bool(fields)
-    random = choose_mapped(shapes, sources, TLoraConfig(r=4, basis="random", **fields))
-    assert (random.held, random.mapped, random.total) == (0, 0, 0)
-
-
 GRADIENTS = ["gradient", "gradient-covariance", "gradient-moment", "weight-gradient-moment"]
 
 
@@ -138,7 +125,3 @@ def test_gradients_count_for_each_module_whatever_it_shares(basis, budget):
     assert ("gradient" in found.summary()) and ("mean gradients" in found.summary()) == (
         basis in ("gradient", "gradient-covariance")
     )
-    mapped = choose_mapped(shapes, sources, TLoraConfig(r=4, basis=basis, memory_budget=budget))
-    assert mapped.total == found.total
-    assert mapped.held + mapped.mapped == mapped.total
-    assert mapped.held <= budget

@@ -37,24 +37,6 @@ def test_passes_and_what_is_held_are_as_forecast(name, budget, request, monkeypa
         assert max(held) == found.held
 
 
-@pytest.mark.parametrize("fields", [{}, {"memory_budget": 5000}, {"covariance": "streamed"}])
-def test_with_a_file_one_pass_holds_what_is_forecast(fields, request, monkeypatch, tmp_path):
-    family = make_family("llama-right", request.getfixturevalue)
-    config = TLoraConfig(**family.config, **fields)
-    samples = CalibrationConfig(samples=4, batch_size=2, cache=str(tmp_path))
-    batches = family.batches(2)
-    found = forecast(family.model, config, batches, samples).strategy
-    held: list[int] = []
-    update = MomentBank.update
-    monkeypatch.setattr(
-        MomentBank, "update", lambda bank, *a: (update(bank, *a), held.append(bank.bytes))
-    )
-    stats = calibrate(family.model, batches, config, cache=tmp_path)
-    assert held == [found.held] * len(batches)
-    every = {id(module.moment): 4 * module.d_in**2 for module in stats.modules.values()}
-    assert found.held + found.mapped == found.total == sum(every.values())
-
-
 def test_a_run_says_it_first(config, caplog, monkeypatch):
     monkeypatch.setattr(initialise, "save_adapter", lambda *_: None)
     with caplog.at_level("INFO", "tlora.stages"):

@@ -13,9 +13,9 @@ from tlora.adapter.experts import joined
 from tlora.adapter.module import ModulePlan
 from tlora.adapter.solve import Shares, allocate, solve
 from tlora.adapter.spread import Job, solve_each
+from tlora.calibration.cache import model_key
 from tlora.calibration.cpu_kernels import refuse_repacked
 from tlora.calibration.distributed import cohort
-from tlora.calibration.identity import model_key
 from tlora.calibration.sharding import class_name, reshard, resharded, unwrapped
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.calibration.targets import Target, find_targets

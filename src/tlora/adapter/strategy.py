@@ -4,9 +4,7 @@
   moments of the last modules that fit the budget; each further block takes a forward pass that
   stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one
   (where the basis needs gradients: a whole forward pass, and a backward one to its first module);
-- streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`);
-- mapped, where the statistics are kept in a file (`calibrate`): one pass, and what is beyond the
-  budget is in memory-mapped files (`calibration/spill.py`).
+- streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`).
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from tlora.calibration.bank import moment_bytes
-from tlora.calibration.spill import spill_budget
 from tlora.calibration.streams import stream_bytes
 from tlora.config import TLoraConfig, bytes_text
 from tlora.linalg.streamed import PASSES
@@ -56,7 +53,6 @@ class Strategy:
         held: bytes of these (or of streaming blocks) held at a time, at the most.
         total: bytes that those of all modules would take at once.
         budget: the bytes that were asked for, or None.
-        mapped: bytes in mapped files.
         kind: what they are, in words.
     """
 
@@ -66,7 +62,6 @@ class Strategy:
     held: int
     total: int
     budget: int | None
-    mapped: int = 0
     kind: str = "second moments"
 
     @property
@@ -86,10 +81,9 @@ class Strategy:
         if self.streamed:
             parts.append(f"{len(self.streamed)} modules streamed")
         passes = f"{self.passes} pass{'es' if self.passes > 1 else ''} over the samples"
-        mapped = f", {bytes_text(self.mapped)} in mapped files" if self.mapped else ""
         return (
             f"{self.kind}: {'; '.join(parts)}; {passes}; at most {bytes_text(self.held)} held"
-            f"{mapped} (all of them: {bytes_text(self.total)})"
+            f" (all of them: {bytes_text(self.total)})"
         )
 
 
@@ -135,28 +129,6 @@ def choose(
         budget=budget,
         kind=_kind(config),
     )
-
-
-def choose_mapped(
-    modules: Sequence[Shaped], sources: Mapping[str, Hashable], config: TLoraConfig
-) -> Strategy:
-    """Say how the second moments of ``modules`` are made where all are kept; as for `choose`."""
-    budget = config.memory_budget_bytes
-    if not _holds_anything(config):
-        return Strategy((), frozenset(), 0, 0, 0, budget)
-    groups = {sources.get(m.name, m.name): moment_bytes(m.d_in) for m in modules}
-    sizes = list(groups.values()) if config.needs_moments else []
-    sizes += [gradient_bytes(m.d_out, m.d_in, config) for m in modules]
-    total = sum(sizes)
-    room = spill_budget(config)
-    if room is None:
-        room = total
-    held = 0
-    for size in sizes:
-        held += size if held + size <= room else 0
-    names = tuple(module.name for module in modules)
-    kind = _kind(config)
-    return Strategy((names,), frozenset(), 0, held, total, budget, total - held, kind)
 
 
 def gradient_bytes(rows: int, columns: int, config: TLoraConfig) -> int:

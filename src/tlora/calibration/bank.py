@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from tlora.calibration.distributed import Cohort
 from tlora.calibration.hooks import Record
 from tlora.calibration.offload import device_of
-from tlora.calibration.spill import Spill
 from tlora.calibration.targets import Target
 from tlora.linalg.moments import SecondMoment
 
@@ -47,24 +46,17 @@ class MomentBank:
 
     Args:
         spared: names of modules whose moments are not kept (a later pass may).
-        spill: where accumulators come from; None: from memory.
     """
 
-    def __init__(self, spared: Collection[str] = (), spill: Spill | None = None) -> None:
+    def __init__(self, spared: Collection[str] = ()) -> None:
         self.spared = frozenset(spared)
-        self.spill = spill
         self.group_of: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
-        self._mapped: set[int] = set()
 
     @property
     def bytes(self) -> int:
         """Bytes of memory that the kept moments take."""
-        return sum(
-            moment_bytes(moment.dim)
-            for group, moment in self.moments.items()
-            if moment is not None and group not in self._mapped
-        )
+        return sum(moment_bytes(m.dim) for m in self.moments.values() if m is not None)
 
     def moment(self, name: str) -> SecondMoment | None:
         """Return the second moment of a module, None if it is not kept (or was never seen)."""
@@ -80,10 +72,7 @@ class MomentBank:
             if moment is not None and group not in done:
                 done.add(group)
                 rows, mask = record.joined(size)
-                # What is mapped comes to the rows instead, block by block.
-                if group not in self._mapped:
-                    rows = rows.to(moment.device)
-                moment.update(rows, mask)
+                moment.update(rows.to(moment.device), mask)
 
     def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
         """Add up the second moments of all ranks' samples, so that each rank holds the sum.
@@ -108,47 +97,17 @@ class MomentBank:
             old = self.group_of.get(target.name)
             uses[old] -= 1
             spared = target.name in self.spared
-            own = None if spared else self._taken_over(target, group, last=not uses[old])
+            own = None if spared else self._taken_over(target, last=not uses[old])
             self.moments[group] = own and sum_over(ranks, own)
         self.group_of = group_of
         self.moments = {group: self.moments[group] for group in first}
 
-    def _taken_over(self, target: Target, group: int, last: bool) -> SecondMoment:
+    def _taken_over(self, target: Target, last: bool) -> SecondMoment:
         """Return a moment for a new group: the old group's own, if this is the ``last`` use."""
-        old = self.group_of.get(target.name, -1)
-        moment = self.moments.get(old)
-        if moment is None:
-            return self._new_moment(target, group)
-        if not last:
-            copy = self._new_moment(target, group)
-            copy.take(moment.parts(), moment.samples, moment.tokens)
-            return copy
-        if old in self._mapped:
-            self._mapped.add(group)
-        return moment
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what `restore` takes: tensors, and plain JSON values."""
-        tensors: dict[str, Tensor] = {}
-        counts = {}
-        for group, moment in self.moments.items():
-            if moment is not None:
-                parts = moment.parts()
-                tensors |= {f"{group}.{part}": tensor for part, tensor in parts.items()}
-                counts[str(group)] = {"samples": moment.samples, "tokens": moment.tokens}
-        return tensors, {"group_of": self.group_of, "counts": counts}
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], values: dict[str, Any], targets: Iterable[Target]
-    ) -> None:
-        """Go on from the `state` of another bank that spares none of the ``targets``."""
-        self.group_of = dict(values["group_of"])
-        for target in targets:
-            group = self.group_of.get(target.name, -1)
-            if group >= 0 and group not in self.moments:
-                moment = self._new_moment(target, group)
-                moment.take(moment_parts(tensors, group), **values["counts"][str(group)])
-                self.moments[group] = moment
+        moment = self.moment(target.name)
+        if moment is not None and last:
+            return moment
+        return new_moment(target, moment)
 
     def _group(self, records: Mapping[str, Record]) -> None:
         """Put modules that read the same tensors into one group.
@@ -171,30 +130,23 @@ class MomentBank:
         common = None if old is None else self.moments[old]
         moment = None
         if record.target.name not in self.spared:
-            moment = self._new_moment(record.target, group)
-            if common is not None:
-                moment.take(common.parts(), common.samples, common.tokens)
+            moment = new_moment(record.target, common)
         self.moments[group] = moment
         return group
 
-    def _new_moment(self, target: Target, group: int) -> SecondMoment:
-        moment, in_memory = new_moment(target, self.spill)
-        if not in_memory:
-            self._mapped.add(group)
-        return moment
 
-
-def new_moment(target: Target, spill: Spill | None) -> tuple[SecondMoment, bool]:
-    """Return an empty second moment for a target, and whether it is in memory."""
+def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMoment:
+    """Return a second moment for a target: empty, or a copy of ``start``."""
     device = device_of(target.module)
-    if spill is None and device.type == "cpu":
+    if device.type == "cpu":
         # One place for rows and then C: pages that are not written take no memory, and rows
         # that go when C comes would leave holes between what a pass keeps.
-        return SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in)), True
-    if spill is None:
-        return SecondMoment(target.d_in, device=device), True
-    scatter, in_memory = spill.zeros(target.d_in, device)
-    return SecondMoment(target.d_in, scatter=scatter), in_memory
+        moment = SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in))
+    else:
+        moment = SecondMoment(target.d_in, device=device)
+    if start is not None:
+        moment.take(start.parts(), start.samples, start.tokens)
+    return moment
 
 
 def sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
@@ -212,7 +164,6 @@ def sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
         counts = (sum(samples) - moment.samples, sum(tokens) - moment.tokens)
         moment.merge(SecondMoment.from_parts(others, *counts))
         return moment
-    # In place: where it is mapped to a file, it stays so.
     scatter = moment.scatter
     scatter.copy_(ranks.add(scatter))
     parts = {"means": means, "scatter": scatter}

@@ -40,7 +40,6 @@ from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.faults import numbered
 from tlora.calibration.gradients import Backward, GradientBank
 from tlora.calibration.hooks import AllSeen, Record, recording
-from tlora.calibration.offload import device_of
 from tlora.calibration.sensitivity import SensitivityPass
 from tlora.calibration.sharding import class_name, reshard
 from tlora.calibration.statistics import ModuleStatistics
@@ -141,23 +140,6 @@ class Collector:
         """
         weights = reading.loss_weights(unit.batch, self.model) if self.backward else None
         self._add(unit, weights)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what `restore` takes: tensors, and plain JSON values. The bank has its own."""
-        return dict(self.sensitivities), {
-            "samples": self.samples,
-            "given": self.given,
-            "skipped": {str(number): reason for number, reason in self.skipped.items()},
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on from the `state` of another collector; its units are not kept."""
-        for target in self.targets:
-            if target.name in tensors:
-                device = device_of(target.module)
-                self.sensitivities[target.name] = tensors[target.name].to(device, copy=True)
-        self.samples, self.given = values["samples"], values["given"]
-        self.skipped = {int(number): reason for number, reason in values["skipped"].items()}
 
     def keep_company(self) -> None:
         """Run passes that count nothing, while other ranks of a sharded model have samples left."""

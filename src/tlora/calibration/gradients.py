@@ -9,16 +9,15 @@ Source: docs/method.md, 9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tlora.calibration.bank import moment_parts, new_moment, sum_over
+from tlora.calibration.bank import new_moment, sum_over
 from tlora.calibration.distributed import Cohort
 from tlora.calibration.offload import device_of
-from tlora.calibration.spill import Spill
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.targets import Target
 from tlora.calibration.weights import dense_weight
@@ -85,22 +84,14 @@ class GradientBank:
     Args:
         config: says which of both.
         kept: names of the targets to accumulate them for; None: all.
-        spill: where accumulators come from; None: from memory.
     """
 
-    def __init__(
-        self,
-        config: TLoraConfig,
-        kept: Collection[str] | None = None,
-        spill: Spill | None = None,
-    ) -> None:
+    def __init__(self, config: TLoraConfig, kept: Collection[str] | None = None) -> None:
         self.means = config.needs_gradient
         self.weighted = config.needs_gradient_moment
         self.kept = None if kept is None else frozenset(kept)
-        self.spill = spill
         self.totals: dict[str, Tensor] = {}
         self.moments: dict[str, SecondMoment] = {}
-        self._mapped: set[str] = set()
 
     def keeps(self, target: Target) -> bool:
         """Return whether a target's gradients are accumulated."""
@@ -120,10 +111,8 @@ class GradientBank:
         if self.means:
             add_gradient(self._total(target), delta, x)
         if self.weighted:
-            rows = gradient_weighted(delta, x)
             moment = self._moment(target)
-            # What is mapped comes to the rows instead, block by block.
-            moment.add_rows(rows if target.name in self._mapped else rows.to(moment.device))
+            moment.add_rows(gradient_weighted(delta, x).to(moment.device))
 
     def give(self, target: Target, to: ModuleStatistics) -> None:
         """Hand G and N, where they are wanted, over to a target's statistics.
@@ -155,46 +144,19 @@ class GradientBank:
         seen = [target.name in self.totals or target.name in self.moments for target in kept]
         for target, anywhere in zip(kept, ranks.highest(seen), strict=True):
             if anywhere and self.means:
-                # In place: where it is mapped to a file, it stays so.
-                total = self._total(target)
-                total.copy_(ranks.add(total))
+                self.totals[target.name] = ranks.add(self._total(target))
             if anywhere and self.weighted:
                 self.moments[target.name] = sum_over(ranks, self._moment(target))
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return what `restore` takes: tensors, and how many tokens each moment has."""
-        # "/" is in no module's name.
-        tensors = {f"total/{name}": total for name, total in self.totals.items()}
-        for name, moment in self.moments.items():
-            tensors |= {f"{name}/.{part}": tensor for part, tensor in moment.parts().items()}
-        return tensors, {name: moment.tokens for name, moment in self.moments.items()}
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], tokens: Mapping[str, int], targets: Iterable[Target]
-    ) -> None:
-        """Go on from the `state` of another bank."""
-        for target in targets:
-            name = target.name
-            if f"total/{name}" in tensors:
-                self._total(target).copy_(tensors[f"total/{name}"])
-            if name in tokens:
-                parts = moment_parts(tensors, f"{name}/")
-                self._moment(target).take(parts, samples=0, tokens=tokens[name])
 
     def _total(self, target: Target) -> Tensor:
         if target.name not in self.totals:
             shape, device = (target.d_out, target.d_in), device_of(target.module)
-            if self.spill is None:
-                self.totals[target.name] = torch.zeros(shape, device=device)
-            else:
-                self.totals[target.name], _ = self.spill.zeros(shape[1], device, rows=shape[0])
+            self.totals[target.name] = torch.zeros(shape, device=device)
         return self.totals[target.name]
 
     def _moment(self, target: Target) -> SecondMoment:
         if target.name not in self.moments:
-            self.moments[target.name], in_memory = new_moment(target, self.spill)
-            if not in_memory:
-                self._mapped.add(target.name)
+            self.moments[target.name] = new_moment(target)
         return self.moments[target.name]
 
 
@@ -224,22 +186,19 @@ class Backward:
         return self.measure.statistic
 
 
-def backward_for(
-    config: TLoraConfig, kept: Collection[str] | None = None, spill: Spill | None = None
-) -> Backward | None:
+def backward_for(config: TLoraConfig, kept: Collection[str] | None = None) -> Backward | None:
     """Return what a configuration asks of the backward pass, None where it needs none.
 
     Args:
         config: the adapter.
         kept: names of the targets whose gradients are accumulated; None: of all.
-        spill: where accumulators come from; None: from memory.
     """
     if not config.needs_backward:
         return None
     wanted = {MAGNITUDE: config.needs_sensitivity, FISHER: config.needs_fisher}
     measure = next((each for each, needed in wanted.items() if needed), FINITE)
     needed = config.needs_gradient or config.needs_gradient_moment
-    return Backward(measure, GradientBank(config, kept, spill) if needed else None)
+    return Backward(measure, GradientBank(config, kept) if needed else None)
 
 
 def backward_again(config: TLoraConfig) -> Backward | None:

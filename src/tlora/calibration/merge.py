@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tlora.calibration.identity import DataKey, Key
+from tlora.calibration.cache import Key
 from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.errors import CalibrationError
 from tlora.linalg.moments import SecondMoment, merged
@@ -92,7 +92,7 @@ def _fault(first: Calibration, other: Calibration) -> str | None:
         (a.d_in, a.d_out) == (b.d_in, b.d_out) and _holds(a) == _holds(b)
         for a, b in zip(first.modules.values(), other.modules.values(), strict=True)
     )
-    if alike and not (first.key and other.key and first.key.config != other.key.config):
+    if alike:
         return None
     return (
         f"they were made with different configurations ({len(first)} and {len(other)} modules);"
@@ -109,8 +109,7 @@ def _key(parts: Sequence[Calibration]) -> Key | None:
     keys = [part.key for part in parts if part.key is not None]
     if len(keys) < len(parts):
         return None
-    data = sum((DataKey.parse(key.data) for key in keys), DataKey())
-    return Key(keys[0].model, str(data), keys[0].config)
+    return Key(keys[0].model, tuple(digest for key in keys for digest in key.data))
 
 
 def _info(parts: Sequence[Calibration]) -> dict[str, Any]:

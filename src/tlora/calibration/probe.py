@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
 from tlora.calibration.bank import MomentBank
+from tlora.calibration.cache import (
+    Key,
+    digested,
+    model_key,
+    refuse_another,
+    refuse_skipped,
+    refuse_unwritable,
+)
 from tlora.calibration.collector import Collector
 from tlora.calibration.distributed import Cohort, cohort
 from tlora.calibration.expert_targets import warn_of_unadapted_experts
@@ -24,16 +32,13 @@ from tlora.calibration.faults import (
     within_memory,
 )
 from tlora.calibration.gradients import backward_for
-from tlora.calibration.identity import Key
-from tlora.calibration.journal import Journal
 from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
 from tlora.calibration.preserve import preserved, random_states_kept
 from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
-from tlora.calibration.spill import Spill, spill_budget
-from tlora.calibration.statistics import Calibration
+from tlora.calibration.statistics import Calibration, calibration_file
 from tlora.calibration.targets import Target, find_targets, warn_of_second_names, warn_of_unmatched
 from tlora.config import TLoraConfig
-from tlora.errors import CalibrationError
+from tlora.errors import CalibrationError, ConfigError
 
 
 def calibrate(
@@ -48,9 +53,8 @@ def calibrate(
     """Measure the statistics that ``plan`` needs, on a few samples of the task.
 
     The model comes back as it was (parameters, ``requires_grad``, ``.grad``, modes, hooks, random
-    states), also when a batch raises. Dropout is off while it runs. Second moments and gradients
-    beyond ``config.memory_budget`` (all, if ``covariance`` is "streamed") are kept in memory-mapped
-    files, beside the cache or in the folder for temporary files.
+    states), also when a batch raises. Dropout is off while it runs. All second moments and
+    gradients are held; `get_tlora_model` bounds them by ``config.memory_budget``.
 
     In a process group every rank gives its share of the batches (any number, or none) and gets
     all samples' statistics, up to rounding; all batches on every rank give the same. What one rank
@@ -59,32 +63,75 @@ def calibrate(
     Args:
         model: the base model, weights loaded, no adapters; DDP, FSDP2 and DeepSpeed's engine may
             hold it (docs/distributed.md).
-        batches: dicts of what its forward takes; a DataLoader works as it is. A batch of B padded
-            samples gives what B batches of one give. Labels are needed where ranks or scales are
-            allocated, or `basis` needs gradients; with the prompt masked as in training.
+        batches: dicts of what its forward takes; a DataLoader works as it is. They are read once,
+            so a generator will do. A batch of B padded samples gives what B batches of one give.
+            Labels are needed where ranks or scales are allocated, or `basis` needs gradients; with
+            the prompt masked as in training.
         config: which modules, and which statistics.
         progress: show a bar with samples and time left (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
         cache: a file. If it holds the calibration of this model, these batches and modules, it is
-            loaded and nothing runs; else it is written, and progress on the way, from which a
-            killed run goes on to the same statistics, to the bit.
+            loaded and nothing runs; else it is written at the end.
 
     Raises:
         CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
             good; no loss; a model on ``meta``; memory ran out; ``cache`` is another calibration.
         ArtifactError: ``cache`` is damaged, or something else.
-        ConfigError: no module matches ``target_modules``.
+        ConfigError: no module matches ``target_modules``, or ``config`` bounds the second moments
+            (`memory_budget`, streamed), all of which a calibration keeps.
     """
+    if config.plans_in_blocks:
+        raise ConfigError(
+            "a calibration keeps every second moment, which `memory_budget` and"
+            ' covariance="streamed" rule out; call `get_tlora_model` without `cache`, which plans'
+            " in blocks, or leave these fields out.",
+            where="memory_budget",
+        )
     ranks, model, targets = begin(model, config)
-    with ranks.together():
-        journal = Journal(model, targets, config, cache, skip_bad_samples, ranks)
-    with random_states_kept():  # a DataLoader draws some to be looked through
-        stats = journal.found(batches)
+    file = None if cache is None else calibration_file(cache)
+    known = model_key(model)
+    stats = None
+    if file is not None:
+        with ranks.together():
+            refuse_unwritable(file.parent)
+        if ranks.send(file.is_file(), 0):
+            stats = _loaded(file, (known, batches), targets, config, skip_bad_samples)
     if stats is None:
-        stats = _measured(model, targets, batches, journal, config, progress)
+        stats = _measured(model, targets, batches, config, (progress, skip_bad_samples), known)
+        if file is not None:
+            with ranks.together():
+                if ranks.leads:
+                    stats.save(file)
     skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
+    return stats
+
+
+def _loaded(
+    file: Path,
+    given: tuple[str, Iterable[Mapping[str, Any]]],
+    targets: Sequence[Target],
+    config: TLoraConfig,
+    skip_bad_samples: bool,
+) -> Calibration:
+    """Return the calibration that a file holds; ``given``: the model's key, and the batches.
+
+    Raises:
+        CalibrationError: it is of another model, other samples or another configuration.
+    """
+    ranks = cohort()
+    digests: list[str] = []
+    # A DataLoader draws random numbers to be looked through.
+    with random_states_kept(), ranks.together():
+        stats = Calibration.load(file)
+        for _ in digested(given[1], digests):
+            pass
+    key = _pooled_key(given[0], digests, ranks)
+    with ranks.together():
+        names = [target.name for target in targets]
+        refuse_another(file, stats.key, key, stats.lacks(names, config))
+        refuse_skipped(file, 0 if skip_bad_samples else stats.info.get("skipped", 0))
     return stats
 
 
@@ -92,26 +139,23 @@ def _measured(
     model: nn.Module,
     targets: list[Target],
     batches: Iterable[Mapping[str, Any]],
-    journal: Journal,
     config: TLoraConfig,
-    progress: bool,
+    options: tuple[bool, bool],
+    known: str,
 ) -> Calibration:
-    spill, ranks = _spill(config, journal.path), journal.ranks
-    bank = MomentBank(spill=spill) if config.needs_moments else None
-    asked = backward_for(config, spill=spill)
-    reads = Collector(model, targets, bank, asked, journal.skip_bad_samples, ranks)
-    with probing(model), progress_bar(batches, progress and ranks.leads) as bar:
-        first_pass(reads, journal.left(batches, reads, bank), config, bar)
-    stats = _calibration(reads, bank, journal.pooled_key(), config)
-    journal.finish(stats)
-    return stats
+    """Run the passes; ``options``: show a bar, skip bad samples; ``known``: the model's key."""
+    ranks = cohort()
+    bank = MomentBank() if config.needs_moments else None
+    reads = Collector(model, targets, bank, backward_for(config), options[1], ranks)
+    digests: list[str] = []
+    with probing(model), progress_bar(batches, options[0] and ranks.leads) as bar:
+        first_pass(reads, digested(batches, digests), config, bar)
+    return _calibration(reads, bank, _pooled_key(known, digests, ranks), config)
 
 
-def _spill(config: TLoraConfig, cache: Path | None) -> Spill | None:
-    """Return where moments go; None: all into memory."""
-    budget = spill_budget(config)
-    folder = Path(tempfile.gettempdir()) if cache is None else cache.parent
-    return None if budget is None else Spill(budget, folder)
+def _pooled_key(model: str, digests: list[str], ranks: Cohort) -> Key:
+    """Return the key of all ranks' batches, one rank's after the other's."""
+    return Key(model, tuple(itertools.chain(*ranks.gather(digests))))
 
 
 def _calibration(
@@ -125,11 +169,12 @@ def _calibration(
             module.moment_id = bank.group_of[target.name]
         if collector.gradients is not None:
             collector.gradients.give(target, module)
+    skipped = {str(number): reason for number, reason in collector.skipped.items()}
     info = {
         "model": class_name(collector.model),
         "config": config.to_dict(),
-        "skipped": len(collector.skipped),
-        "skipped_samples": collector.state()[1]["skipped"],
+        "skipped": len(skipped),
+        "skipped_samples": skipped,
     }
     return Calibration(modules, collector.samples, info, key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,24 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.bank import moment_parts
-from tlora.calibration.identity import Key
-from tlora.config import SensitivityRule
+from tlora.calibration.cache import Key
+from tlora.config import SensitivityRule, TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.moments import SecondMoment
 from tlora.linalg.product import Product
 
 _KIND = "calibration"
-_FORMAT = 3
+_FORMAT = 4
 _FILE = "calibration.safetensors"
+# What a module's statistics may hold, by the property of `TLoraConfig` that asks for it.
+_ASKED_BY = {
+    "sensitivity": "needs_sensitivity",
+    "moment": "needs_moments",
+    "fisher": "needs_fisher",
+    "gradient": "needs_gradient",
+    "gradient_moment": "needs_gradient_moment",
+}
 
 
 def calibration_file(path: str | Path) -> Path:
@@ -181,6 +189,21 @@ class Calibration:
     def __len__(self) -> int:
         return len(self.modules)
 
+    def lacks(self, names: Sequence[str], config: TLoraConfig) -> list[str]:
+        """Say what planning the modules ``names`` by ``config`` needs and this does not hold.
+
+        What concerns planning alone (rank, budget, scales, seed) plays no part, and more than is
+        needed will do.
+        """
+        needed = {kind for kind, asks in _ASKED_BY.items() if getattr(config, asks)}
+        held = set(_ASKED_BY)
+        for module in self.modules.values():
+            held &= {kind for kind in held if getattr(module, kind) is not None}
+        faults = [] if list(names) == list(self.modules) else ["other modules"]
+        if needed - held:
+            faults.append("it lacks statistics that are needed")
+        return faults
+
     def __add__(self, other: Calibration) -> Calibration:
         """Return the statistics over the samples of both; see `tlora.calibration.merge.merge`."""
         from tlora.calibration.merge import merge
@@ -249,7 +272,7 @@ class Calibration:
             for row in header["modules"]
         }
         key = header.get("key")
-        return cls(modules, header["samples"], header["info"], key and Key(**key))
+        return cls(modules, header["samples"], header["info"], key and Key.from_dict(key))
 
     def to(self, device: torch.device | str) -> Calibration:
         """Move second moments and gradients to ``device`` in place; return self."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from tlora.linalg.magnitude import Pairs
 from tlora.linalg.precision import full_precision
 
-_BLOCK = 1024  # rows of G that are updated at once, where it lies elsewhere
-
 
 def of_own_losses(samples: Sequence[Pairs], factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return delta and X of all samples, each sample's delta that of its own loss.
@@ -40,19 +38,12 @@ def of_own_losses(samples: Sequence[Pairs], factors: Sequence[float]) -> tuple[T
 def add_gradient(total: Tensor, delta: Tensor, x: Tensor) -> None:
     """Add sum_s dL_s/dW = delta^T X to ``total`` (m x d float32), by one product for all samples.
 
-    Where ``total`` is on another device than the rows, block of rows by block of rows.
-
     Args:
-        total: changed in place.
+        total: changed in place; on the device of the rows.
         delta: tokens x m, each row the gradient of its sample's own loss.
         x: tokens x d.
     """
-    if total.device == x.device:
-        total.addmm_(delta.T, x)
-        return
-    for start in range(0, len(total), _BLOCK):
-        block = total[start : start + _BLOCK]
-        block += (delta[:, start : start + _BLOCK].T @ x).to(block.device)
+    total.addmm_(delta.T, x)
 
 
 def gradient_weighted(delta: Tensor, x: Tensor) -> Tensor:

@@ -77,8 +77,7 @@ class SecondMoment:
         dim: d, the module's input columns.
         dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
         device: where to accumulate; that of the inputs avoids a copy per batch.
-        scatter: zeros to accumulate in, d x d, in place of new ones; may be mapped to a file. The
-            rows are kept in it too.
+        scatter: zeros to accumulate in, d x d, in place of new ones. The rows are kept in it too.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class SecondMoment:
     @full_precision
     def scatter(self) -> Tensor:
         """n C, of which the lower triangle counts; forms C for good where only rows were kept."""
-        self._form(self.device)
+        self._form()
         return self._space  # type: ignore[return-value]
 
     @property
@@ -157,7 +156,7 @@ class SecondMoment:
 
     def _add(self, rows: Tensor) -> None:
         if self._formed or self._held + len(rows) > self.dim:
-            self._form(rows.device)
+            self._form()
             _add_product(self.scatter, rows)
         else:
             self._keep(rows)
@@ -168,8 +167,8 @@ class SecondMoment:
             rows = self._space[held : held + len(rows)].copy_(rows)
         self._rows.append(rows.to(self.device))
 
-    def _form(self, device: torch.device) -> None:
-        """Put n C in the place of the rows, by products on ``device``."""
+    def _form(self) -> None:
+        """Put n C in the place of the rows."""
         if self._formed:
             return
         rows = _joined(self._rows)
@@ -179,7 +178,7 @@ class SecondMoment:
             # They lie where C is to be; joined, they are a copy.
             rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
             self._space.zero_()
-        _add_product(self._space, rows.to(device))
+        _add_product(self._space, rows)
         self._rows, self._formed = [self._means[0][:0]], True
 
     @full_precision
@@ -279,17 +278,10 @@ class SecondMoment:
 
 
 def _add_product(scatter: Tensor, rows: Tensor) -> None:
-    """Add X^T X to the lower triangle, block row by block row: about half of the products.
-
-    Where the rows are on another device than the accumulator, each block goes there and back.
-    """
+    """Add X^T X to the lower triangle, block row by block row: about half of the products."""
     for start in range(0, len(scatter), _BLOCK):
         stop = start + _BLOCK
-        block = scatter[start:stop, :stop]
-        there = block.to(rows.device)
-        there.addmm_(rows[:, start:stop].T, rows[:, :stop])
-        if there is not block:
-            block.copy_(there)
+        scatter[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
 def _times_symmetric(weight: Tensor, scatter: Tensor) -> Tensor:

@@ -316,17 +316,16 @@ def calibration_of(
         passed: of a calibration batch; None where the model does not run without numbers.
         asked: how many samples, how many a batch; and the adapter.
     """
-    from tlora.adapter.strategy import choose, choose_mapped
+    from tlora.adapter.strategy import choose
     from tlora.linalg.subspace import Solver
 
     samples, options = asked
-    settle = choose if samples.cache is None else choose_mapped
     wanted = sums.CalibrationPlan(
         samples=samples.samples,
         batch_size=min(samples.batch_size, samples.samples),
         moments=options.needs_moments,
         sensitivity=options.needs_backward,
-        strategy=settle(modules, {m.name: m.source for m in modules}, options),
+        strategy=choose(modules, {m.name: m.source for m in modules}, options),
         solver=Solver(mode=options.subspace),
         config=options,
     )
