@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import FAMILIES, make_family
-from tlora import TLoraConfig, calibrate
+from tlora import TLoraConfig
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.bank import MomentBank
 from tlora.runconfig import CalibrationConfig

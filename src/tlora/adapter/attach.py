@@ -14,15 +14,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import freeze_a
 from tlora.adapter.offloaded import load_onto_offloaded, make_room, refuse_offloaded_training
 from tlora.adapter.parameters import adapter_layer, parameter_keys
-from tlora.adapter.plan import AdapterPlan
-from tlora.adapter.samples import Reading, plan_samples
+from tlora.adapter.plan import AdapterPlan, plan
 from tlora.adapter.saved import check_saved
 from tlora.adapter.stock import namesakes
 from tlora.calibration.cpu_kernels import keep_gradients
 from tlora.calibration.offload import loaded_by
+from tlora.calibration.probe import Reading, calibrate
 from tlora.calibration.sharding import refuse_wrapped
 from tlora.calibration.targets import find_targets
 from tlora.config import TLoraConfig
@@ -46,13 +47,14 @@ def get_tlora_model(
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
-    Second moments beyond ``config.memory_budget`` are made block by block, or with a ``cache``
-    kept in mapped files; the plan is the same.
+    ``attach(model, plan(model, calibrate(model, batches, config), config))``, unless ``config``
+    bounds the second moments (`memory_budget`, streamed): then they are made block by block, and
+    in blocks the plan is the same to the bit.
 
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
         config: the adapter.
-        batches: calibration samples; see `calibrate`.
+        batches: calibration samples, read once; see `calibrate`.
         adapter_name: PEFT's name of the adapter.
         **reading: ``progress``, ``skip_bad_samples`` and ``cache``, as for `calibrate`.
 
@@ -60,8 +62,12 @@ def get_tlora_model(
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
     refuse_wrapped(model)
-    adapter = plan_samples(model, batches, config, **reading)
-    return attach(model, adapter, adapter_name=adapter_name)
+    if config.plans_in_blocks:
+        made = plan_in_blocks(model, batches, config, **reading)
+    else:
+        bar = reading.get("progress", True)
+        made = plan(model, calibrate(model, batches, config, **reading), config, progress=bar)
+    return attach(model, made, adapter_name=adapter_name)
 
 
 def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default") -> PeftModel:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from tlora.calibration.sources import input_sources
 from tlora.calibration.streams import StreamBank
 from tlora.calibration.targets import Target
 from tlora.config import TLoraConfig
+from tlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def plan_in_blocks(
     *,
     progress: bool = True,
     skip_bad_samples: bool = False,
+    cache: str | Path | None = None,
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
@@ -68,11 +71,18 @@ def plan_in_blocks(
         config: the adapter.
         progress: show bars (on a terminal only).
         skip_bad_samples: as for `calibrate`.
+        cache: None; there is no calibration to keep.
 
     Raises:
         CalibrationError: as `calibrate`.
-        ConfigError: as `calibrate`.
+        ConfigError: no module matches ``target_modules``, or a ``cache`` is given.
     """
+    if cache is not None:
+        raise ConfigError(
+            "a `cache` keeps every second moment, which `memory_budget` and"
+            ' covariance="streamed" rule out; leave `cache` or these fields out.',
+            where="cache",
+        )
     ranks, model, targets = begin(model, config)
     with probing(model), torch.no_grad():
         strategy, batches = _settle(Company(model, ranks), targets, batches, config, ranks)

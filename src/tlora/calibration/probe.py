@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,14 @@ from tlora.calibration.statistics import Calibration, calibration_file
 from tlora.calibration.targets import Target, find_targets, warn_of_second_names, warn_of_unmatched
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError, ConfigError
+
+
+class Reading(TypedDict, total=False):
+    """How calibration samples are read: the keywords of `calibrate`, which explains them."""
+
+    progress: bool
+    skip_bad_samples: bool
+    cache: str | Path | None
 
 
 def calibrate(
@@ -84,8 +92,8 @@ def calibrate(
     if config.plans_in_blocks:
         raise ConfigError(
             "a calibration keeps every second moment, which `memory_budget` and"
-            ' covariance="streamed" rule out; call `get_tlora_model` without `cache`, which plans'
-            " in blocks, or leave these fields out.",
+            ' covariance="streamed" rule out; call `get_tlora_model`, which plans in blocks, or'
+            " leave these fields out.",
             where="memory_budget",
         )
     ranks, model, targets = begin(model, config)

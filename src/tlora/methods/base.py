@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tlora.adapter.initial import InitialAdapter
     from tlora.adapter.plan import AdapterPlan
-    from tlora.adapter.samples import Reading
+    from tlora.calibration.probe import Reading
 
     Plan = AdapterPlan | InitialAdapter
 

@@ -43,11 +43,9 @@ class TaskAwareLora:
         """Attach ``plan``, or calibrate and plan first; the model's output does not change."""
         from tlora.adapter.attach import attach
         from tlora.adapter.freeze import FrozenACallback
-        from tlora.adapter.samples import plan_samples
 
         if plan is None:
-            samples = Samples.of(batches)
-            plan = plan_samples(model, samples.batches, options, **samples.reading)
+            plan = _planned(model, Samples.of(batches), options)
         callbacks = [FrozenACallback()] if options.freeze_a else []
         return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
 
@@ -69,3 +67,14 @@ class TaskAwareLora:
         shares = allocate(targets, unmeasured, dataclasses.replace(options, allocate_scale=False))
         inputs = 0 if options.freeze_a else 1
         return sum(shares.of[t.name].rank * (t.d_out + inputs * t.d_in) for t in targets)
+
+
+def _planned(model: torch.nn.Module, samples: Samples, config: TLoraConfig) -> AdapterPlan:
+    """Calibrate and plan, as `tlora.get_tlora_model` does."""
+    from tlora.adapter.blocks import plan_in_blocks
+    from tlora.adapter.plan import plan
+    from tlora.calibration.probe import calibrate
+
+    if config.plans_in_blocks:
+        return plan_in_blocks(model, samples.batches, config, **samples.reading)
+    return plan(model, calibrate(model, samples.batches, config, **samples.reading), config)
