@@ -192,7 +192,7 @@ def _import_all() -> None:
         "peft.tuners.lora.eva",
         "peft.tuners.lora.loraga",
         "tlora.adapter.attach",
-        "released_rule",
+        "tlora_in_one_file",
     ):
         importlib.import_module(name)
 

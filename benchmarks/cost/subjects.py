@@ -7,15 +7,20 @@ paper and its released code do; the others in the batches of the setting.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import released_rule
 import torch
 from torch import Tensor
 
 from tlora import TLoraConfig, get_tlora_model
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import tlora_in_one_file
 
 Batches = list[dict[str, Tensor]]
 PROJECTIONS = [
@@ -108,7 +113,7 @@ def tlora_streamed(model: Any, batches: Batches, setting: Setting) -> Any:
 
 def released(model: Any, batches: Batches, setting: Setting) -> Any:
     """The released rule, straightforwardly."""
-    return released_rule.initialise(model, one_by_one(batches), targets(model), setting.r)
+    return tlora_in_one_file.initialize(model, one_by_one(batches), targets(model), setting.r)
 
 
 # --- (c) PEFT's, by its own entry points

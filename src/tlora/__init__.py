@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tlora.adapter.attach import attach, get_tlora_model, load_adapter
-    from tlora.adapter.module import ModulePlan
-    from tlora.adapter.plan import AdapterPlan, plan
+    from tlora.adapter.attach import attach, get_tlora_model
+    from tlora.adapter.load import load_adapter
+    from tlora.adapter.plan import AdapterPlan, ModulePlan
+    from tlora.adapter.planning import plan
+    from tlora.calibration.module_statistics import ModuleStatistics
     from tlora.calibration.probe import calibrate
-    from tlora.calibration.statistics import Calibration, ModuleStatistics
+    from tlora.calibration.statistics import Calibration
     from tlora.config import TLoraConfig
     from tlora.errors import TLoraError
     from tlora.tasks.batches import calibration_batches
@@ -23,16 +25,16 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterPlan": "tlora.adapter.plan",
     "Calibration": "tlora.calibration.statistics",
-    "ModulePlan": "tlora.adapter.module",
-    "ModuleStatistics": "tlora.calibration.statistics",
+    "ModulePlan": "tlora.adapter.plan",
+    "ModuleStatistics": "tlora.calibration.module_statistics",
     "TLoraConfig": "tlora.config",
     "TLoraError": "tlora.errors",
     "attach": "tlora.adapter.attach",
     "calibrate": "tlora.calibration.probe",
     "calibration_batches": "tlora.tasks.batches",
     "get_tlora_model": "tlora.adapter.attach",
-    "load_adapter": "tlora.adapter.attach",
-    "plan": "tlora.adapter.plan",
+    "load_adapter": "tlora.adapter.load",
+    "plan": "tlora.adapter.planning",
 }
 
 __all__ = [

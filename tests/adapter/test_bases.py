@@ -11,8 +11,8 @@ from torch import Tensor
 
 import support
 from tlora import TLoraConfig, calibrate, get_tlora_model, plan
-from tlora.adapter.bases import MATRICES
-from tlora.calibration.statistics import ModuleStatistics
+from tlora.adapter.solve import MATRICES
+from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.config import Basis

@@ -12,9 +12,8 @@ from support import FAMILIES, make_family
 from tlora import AdapterPlan, TLoraConfig, calibrate, get_tlora_model, plan
 from tlora.adapter import blocks
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.bank import MomentBank
-from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight
+from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.weights import Target, dense_weight
 from tlora.errors import ConfigError
 
 ONE_MOMENT = 1  # no two moments fit: a block for each group

@@ -18,7 +18,7 @@ import support
 from quantised_bases import FORMS, same_bits, stored
 from support import logits_of, train
 from tlora import TLoraConfig, attach, calibrate, get_tlora_model, load_adapter, plan
-from tlora.calibration.cpu_kernels import keep_gradients
+from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import AdapterError

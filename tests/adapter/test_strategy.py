@@ -10,7 +10,7 @@ import pytest
 
 from tlora import TLoraConfig
 from tlora.adapter.strategy import choose, packed
-from tlora.calibration.bank import moment_bytes
+from tlora.calibration.accumulators import moment_bytes
 from tlora.calibration.streams import stream_bytes
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tlora.calibration.borrowed import borrowed
+from tlora.calibration.preserve import borrowed
 
 
 def litter(model):

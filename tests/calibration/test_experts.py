@@ -15,8 +15,8 @@ from torch import nn
 import moe
 import support
 from tlora import Calibration, TLoraConfig, calibrate, plan
-from tlora.calibration import expert_layouts as layouts
-from tlora.calibration.expert_targets import unadapted_experts
+from tlora.calibration import expert_parameters as layouts
+from tlora.calibration.expert_parameters import unadapted_experts
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import CalibrationError, ConfigError

@@ -16,8 +16,8 @@ import support
 from support import Sample, Toy, distance, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.gradients import GradientBank
-from tlora.calibration.merge import merge
+from tlora.calibration.accumulators import GradientBank
+from tlora.calibration.statistics import merge
 from tlora.errors import CalibrationError
 
 BASES = ["gradient", "gradient-covariance", "gradient-moment", "weight-gradient-moment"]

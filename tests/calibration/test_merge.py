@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import support
 from support import Toy, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate
-from tlora.calibration.merge import merge
+from tlora.calibration.statistics import merge
 from tlora.errors import CalibrationError
 
 

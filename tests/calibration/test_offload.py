@@ -19,7 +19,7 @@ from support import Family, Toy, make_family, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration import hooks
-from tlora.calibration.offload import device_of, saved_by_reference
+from tlora.calibration.placement import device_of, saved_by_reference
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import AdapterError, CalibrationError

@@ -12,7 +12,7 @@ import support
 from support import Toy, toy_batch, toy_samples
 from tlora import TLoraConfig, calibrate
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.bank import MomentBank
+from tlora.calibration.accumulators import MomentBank
 from tlora.errors import CalibrationError
 
 TOO_MUCH = 2**52  # bytes that no allocator gives

@@ -17,9 +17,9 @@ from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import CalibrationError
-from tlora.linalg.magnitude import weighted_magnitude
+from tlora.linalg.gradient import weighted_magnitude
+from tlora.linalg.matrices import full_precision
 from tlora.linalg.moments import SecondMoment
-from tlora.linalg.precision import full_precision
 from tlora.linalg.streamed import StreamedSubspace
 
 CONFIG = TLoraConfig(r=8, lora_alpha=8, subspace="exact")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import support
 from families import FAMILIES
 from tlora import TLoraConfig, get_tlora_model
-from tlora.calibration.expert_targets import fused_expert_parameters
+from tlora.calibration.expert_parameters import fused_expert_parameters
 from tlora.calibration.probe import checked_targets
 from tlora.calibration.targets import find_targets
 from tlora.errors import AdapterError, ConfigError

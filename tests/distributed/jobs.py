@@ -100,8 +100,7 @@ def solved(folder: str, dealt: Dealt) -> tuple[list[str], list[int]]:
     """Plan a sharded model; return what was solved here, and how many weights lived at each."""
     import weakref
 
-    import tlora.adapter.plan as planning
-    from tlora.adapter import spread
+    from tlora.adapter import planning
 
     config = TLoraConfig(r=2)
     model = wrapped(folder, "fsdp")
@@ -121,10 +120,10 @@ def solved(folder: str, dealt: Dealt) -> tuple[list[str], list[int]]:
         return solve(target, *rest)
 
     try:
-        spread.dense_weight, planning.solve = gather, note
+        planning.dense_weight, planning.solve = gather, note
         plan(model, stats, config)
     finally:
-        spread.dense_weight, planning.solve = dense_weight, solve
+        planning.dense_weight, planning.solve = dense_weight, solve
     assert len(gathered) == len(stats.modules)
     return here, alive
 

@@ -1,6 +1,6 @@
 import torch
 
-from tlora.linalg.components import singular_part
+from tlora.linalg.bases import singular_part
 
 
 def weight(rows=7, columns=5):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tlora.linalg.product import Product
+from tlora.linalg.matrices import Product
 from tlora.linalg.streamed import StreamedSubspace
 from tlora.linalg.subspace import Solver, task_subspace
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tlora.linalg.product import Product
+from tlora.linalg.matrices import Product
 from tlora.linalg.subspace import (
     Solver,
     captured_energy,

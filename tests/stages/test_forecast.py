@@ -8,7 +8,7 @@ import torch
 from support import FAMILIES, make_family
 from tlora import TLoraConfig
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.bank import MomentBank
+from tlora.calibration.accumulators import MomentBank
 from tlora.runconfig import CalibrationConfig
 from tlora.stages import initialise
 from tlora.stages.forecast import forecast, sentence

@@ -1,4 +1,15 @@
-"""Plan -> stock PEFT adapter: a LoraConfig with rank and alpha patterns, A set and frozen."""
+"""Plan -> stock PEFT adapter: a LoraConfig with rank and alpha patterns, A set and frozen.
+
+Fused parameters of experts are adapted by `target_parameters`; and on architectures whose dense
+layers have the names that experts had before they were fused (DeepSeek: gate_proj, up_proj,
+down_proj) the weights of these layers too, since PEFT rewrites such names in `target_modules` to
+those of the fused parameters. A parameter's adapter sits in a `ParamWrapper` around its module;
+wrappers of several parameters of a module are nested.
+
+PEFT makes an adapter where the base weight is; an offloaded weight is on `meta`, and so the adapter
+would be without values too. Here the adapter gets room on the device that the module runs on, and
+stays there: it is small, and it trains.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +17,7 @@ import contextlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -15,17 +25,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.adapter.freeze import freeze_a
-from tlora.adapter.offloaded import load_onto_offloaded, make_room, refuse_offloaded_training
-from tlora.adapter.parameters import adapter_layer, parameter_keys
-from tlora.adapter.plan import AdapterPlan, plan
-from tlora.adapter.saved import check_saved
-from tlora.adapter.stock import namesakes
-from tlora.calibration.cpu_kernels import keep_gradients
-from tlora.calibration.offload import loaded_by
+from tlora.adapter.freeze import freeze_a, lora_layers
+from tlora.adapter.plan import AdapterPlan
+from tlora.adapter.planning import plan
+from tlora.calibration.placement import device_of, loaded_by, refuse_wrapped
+from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.probe import Reading, calibrate
-from tlora.calibration.sharding import refuse_wrapped
-from tlora.calibration.targets import find_targets
+from tlora.calibration.targets import find_targets, heads_of, namesakes, taken_for_experts
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
 
@@ -95,7 +101,7 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     keep_gradients(model)
     config = lora_config(plan, model)
     keys = parameter_keys(model, plan.modules)
-    with torch.random.fork_rng(devices=[]), _misleading_warnings_ignored():
+    with torch.random.fork_rng(devices=[]), misleading_warnings_ignored():
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
     make_room(adapted, adapter_name)
     with torch.no_grad():
@@ -110,53 +116,9 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     return adapted
 
 
-def load_adapter(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    is_trainable: bool = False,
-    adapter_name: str = "default",
-    freeze: bool = True,
-) -> PeftModel:
-    """Load a saved adapter onto the base model; when it is to train on, A stays frozen.
-
-    Plain ``PeftModel.from_pretrained(..., is_trainable=True)`` loads the same weights but trains
-    A too, since a plain PEFT folder does not say that A is frozen.
-
-    Args:
-        model: the base model.
-        path: a PEFT adapter folder (or a Hub name).
-        is_trainable: whether to train it further.
-        adapter_name: PEFT's name of the adapter.
-        freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
-
-    Raises:
-        AdapterError: the folder holds no adapter, its weights are damaged or not of the model's
-            sizes, or it is to train on and no gradient passes the model's 4-bit weights any more;
-            the model is as it was.
-    """
-    from peft import PeftModel
-
-    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
-        raise AdapterError(
-            f"{path}: the folder holds no adapter_config.json; give the folder that"
-            " `save_pretrained` wrote."
-        )
-    if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
-        raise AdapterError(f"{path}: there is no such folder; give the one of an adapter.")
-    check_saved(path, model)
-    if is_trainable:
-        keep_gradients(model)
-    load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
-    with _misleading_warnings_ignored():
-        adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
-    if freeze:
-        freeze_a(adapted, adapter_name)
-    return adapted
-
-
 @contextlib.contextmanager
-def _misleading_warnings_ignored() -> Iterator[None]:
+def misleading_warnings_ignored() -> Iterator[None]:
+    """Silence what PEFT warns of in vain while the body runs."""
     with warnings.catch_warnings():
         # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
@@ -233,3 +195,65 @@ def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
         raise AdapterError(
             f"the plan does not fit this {type(model).__name__}: {shown}; plan for this model."
         )
+
+
+def parameter_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Return the full name of the parameter, by planned name, of what PEFT adapts as one."""
+    parameters = {name for name, _ in model.named_parameters()}
+    keys = {name: name for name in names if name in parameters}
+    taken = taken_for_experts(model, [name for name in names if name not in keys])
+    return keys | {name: f"{name}.weight" for name in taken}
+
+
+def adapter_layer(model: nn.Module, name: str, key: str | None) -> Any:
+    """Return the LoRA layer of an adapted module, or of the parameter with the full name ``key``.
+
+    Args:
+        model: the base model, wrapped by PEFT.
+        name: of the module.
+        key: the parameter; None: the module itself is adapted.
+    """
+    if key is None:
+        return model.get_submodule(name)
+    owner, _, attribute = key.rpartition(".")
+    layer: Any = model.get_submodule(owner)
+    while layer.parameter_name != attribute:
+        layer = layer.base_layer
+    return layer
+
+
+def refuse_offloaded_training(
+    model: nn.Module, config: TLoraConfig, targets: Iterable[str]
+) -> None:
+    """Refuse to train what is dropped after each call: an offloaded head or bias.
+
+    Raises:
+        AdapterError: parameters of the base would train, but are offloaded.
+    """
+    offloaded = loaded_by(model)
+    if not offloaded:
+        return
+    heads = tuple(f".{name}." for name in heads_of(config))
+    wrapped = tuple(f"{name}." for name in targets)
+    biases = {"none": (), "all": ("",), "lora_only": wrapped}[config.bias]
+    wrong = [
+        name
+        for name in sorted(offloaded)
+        if any(head in f".{name}" for head in heads)
+        or (name.endswith(".bias") and name.startswith(biases))
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise AdapterError(
+            f"{wrong[0]}{more} would train in full but is offloaded, and what is offloaded is only"
+            " read; keep it on a device by the `device_map`, or attach the saved plan to a model"
+            " that is loaded whole."
+        )
+
+
+def make_room(adapted: PeftModel, adapter_name: str) -> None:
+    """Give matrices of an adapter on `meta` room, without values yet, where their module runs."""
+    for _, layer in lora_layers(adapted, adapter_name):
+        for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if matrix.weight.is_meta:
+                matrix.to_empty(device=device_of(layer.get_base_layer()))

@@ -20,28 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlora.adapter.experts import joined
-from tlora.adapter.module import ModulePlan
-from tlora.adapter.plan import AdapterPlan, plan_info
-from tlora.adapter.solve import allocate, solve, take_streamed
-from tlora.adapter.spread import Job, Solve, solve_each
+from tlora.adapter.plan import AdapterPlan, ModulePlan
+from tlora.adapter.planning import Job, Solve, plan_info, solve_each
+from tlora.adapter.shares import allocate
+from tlora.adapter.solve import joined, solve, take_streamed
 from tlora.adapter.strategy import Strategy, choose, stream_runs
-from tlora.calibration.bank import Accumulator, MomentBank
-from tlora.calibration.batches import as_batch, batch_size
-from tlora.calibration.collector import Collector
-from tlora.calibration.company import Company
-from tlora.calibration.distributed import Cohort
+from tlora.calibration.accumulators import Accumulator, GradientBank, MomentBank
+from tlora.calibration.backward import Backward, backward_again, backward_for
+from tlora.calibration.batches import as_batch, batch_size, token_layout
+from tlora.calibration.collector import Collector, forward_options
 from tlora.calibration.faults import (
     numbered,
     warn_of_skipped,
     within_memory,
 )
-from tlora.calibration.gradients import Backward, GradientBank, backward_again, backward_for
-from tlora.calibration.offload import device_of
+from tlora.calibration.group import Cohort, Company
+from tlora.calibration.hooks import Record, recording
+from tlora.calibration.placement import device_of
 from tlora.calibration.probe import begin, first_pass, probing, progress_bar
-from tlora.calibration.sources import input_sources
 from tlora.calibration.streams import StreamBank
-from tlora.calibration.targets import Target
+from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 
@@ -238,3 +236,26 @@ class _Planner:
                 within_memory(partial(collector.add_again, unit), where, size, self.config)
             collector.keep_company()
         collector.pool()
+
+
+def input_sources(
+    model: nn.Module, targets: Sequence[Target], batch: dict[str, Any]
+) -> dict[str, int]:
+    """Return a number for each target that runs, equal for those that read the same tensors.
+
+    Args:
+        model: in eval mode, its parameters frozen (see `preserved`).
+        targets: the modules to look at.
+        batch: tensors on the model's device.
+    """
+    # Experts in fused parameters share no rows.
+    records = {target.name: Record(target) for target in targets if target.part is None}
+    layout = token_layout(batch, model)
+    with recording(model, records.values(), layout, backward=False), torch.no_grad():
+        model(**batch, **forward_options(model, batch))
+    numbers: dict[tuple[Any, ...], int] = {}
+    return {
+        name: numbers.setdefault(record.source, len(numbers))
+        for name, record in records.items()
+        if record.calls
+    }

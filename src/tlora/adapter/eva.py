@@ -14,10 +14,10 @@ from tlora.adapter.freeze import lora_layers
 from tlora.adapter.initial import InitialAdapter
 from tlora.adapter.stock import exact, refuse_taken, wrap_exactly
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
-from tlora.calibration.borrowed import borrowed
 from tlora.calibration.hooks import Record, recording
-from tlora.calibration.offload import device_of
-from tlora.calibration.targets import Target
+from tlora.calibration.placement import device_of
+from tlora.calibration.preserve import borrowed
+from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:

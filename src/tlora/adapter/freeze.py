@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from tlora.calibration.sharding import local_part
+from tlora.calibration.placement import local_part
 from tlora.errors import AdapterError
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.batches import as_batch
-from tlora.calibration.borrowed import borrowed
-from tlora.calibration.offload import device_of
-from tlora.calibration.targets import Target
+from tlora.calibration.placement import device_of
+from tlora.calibration.preserve import borrowed
+from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
 
 if TYPE_CHECKING:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.stock import refuse_taken, wrap_exactly
-from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight, holds_floats
+from tlora.calibration.weights import Target, dense_weight, holds_floats
 from tlora.errors import AdapterError, ConfigError
 from tlora.files import file_at, read_tensors, write_tensors
-from tlora.linalg.precision import full_precision
+from tlora.linalg.matrices import full_precision
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -7,25 +7,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
-from tlora.adapter.experts import joined
-from tlora.adapter.module import ModulePlan
-from tlora.adapter.solve import Shares, allocate, solve
-from tlora.adapter.spread import Job, solve_each
-from tlora.calibration.cache import model_key
-from tlora.calibration.cpu_kernels import refuse_repacked
-from tlora.calibration.distributed import cohort
-from tlora.calibration.sharding import class_name, reshard, resharded, unwrapped
-from tlora.calibration.statistics import Calibration, ModuleStatistics
-from tlora.calibration.targets import Target, find_targets
 from tlora.config import TLoraConfig
-from tlora.errors import AdapterError, PlanError
 from tlora.files import file_at, read_tensors, write_tensors
 
 _KIND = "plan"
+
 _FORMAT = 1
+
 _FILE = "plan.safetensors"
+
+
+@dataclass
+class ModulePlan:
+    """The adapter of one module: y = W x + scale * B (lora_A x), B starting at zero.
+
+    Or of a parameter that holds the matrices of E experts: y = W_e x + scale * B_e (A_e x) with
+    A_e the rows e r_i to (e + 1) r_i of lora_A.
+
+    Attributes:
+        name: the module's (or parameter's) full name in the base model.
+        d_in: d, columns of the weight.
+        d_out: m, rows of the weight and of B.
+        rank: r_i; 0 leaves the module out.
+        scale: s_i.
+        lora_A: E r_i x d float32; orthonormal rows (of each expert) unless whitened or random.
+        captured_energy: share of ||M||_F^2 (of all experts together) that the row space of lora_A
+            keeps, M = W C or the matrix of another basis (docs/method.md, 9); None for a random
+            basis where no second moment was measured.
+        sensitivity: S_i by the configuration's rule, or None where it was not measured.
+        solver: how the subspace was found: "exact", "randomized", "streamed", "random", or "none"
+            at rank 0.
+        experts: E; 1 for a module.
+        total_energy: ||M||_F^2, of which captured_energy is a share.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    scale: float
+    lora_A: Tensor = field(repr=False)
+    captured_energy: float | None
+    sensitivity: float | None
+    solver: str
+    experts: int = 1
+    total_energy: float | None = None
+
+    def parameters(self, freeze_a: bool) -> int:
+        """Return how many parameters train: E m r_i, and E d r_i more unless A is frozen."""
+        return self.experts * self.rank * (self.d_out + (0 if freeze_a else self.d_in))
 
 
 @dataclass
@@ -97,92 +129,3 @@ class AdapterPlan:
             row["name"]: ModulePlan(**row, lora_A=tensors[row["name"]]) for row in header["modules"]
         }
         return cls(modules, TLoraConfig.from_dict(header["config"]), header["info"])
-
-
-def plan(
-    model: nn.Module, stats: Calibration, config: TLoraConfig, *, progress: bool = True
-) -> AdapterPlan:
-    """Decide every module's rank, scale and frozen A. The model is only read.
-
-    The same statistics can be planned again with another rank, budget, basis or ablation, as
-    long as they hold what it needs.
-
-    In a process group every rank calls it with the statistics that `calibrate` gave it: the modules
-    are shared out, and every rank ends with the same plan to the bit. Sharded weights (FSDP2,
-    ZeRO-3) are gathered one module at a time.
-
-    Args:
-        model: the base model that was calibrated; DDP and DeepSpeed's engine are looked through.
-        stats: from `calibrate`.
-        config: how to share ranks and scales out, and which subspace.
-        progress: show a bar (on a terminal only).
-
-    Raises:
-        PlanError: the statistics are not of this model.
-        AdapterError: a weight cannot be read.
-        CalibrationError: the statistics lack what ``config`` needs.
-
-    Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
-    """
-    ranks, model = cohort(), unwrapped(model)
-    reshard(model)
-    with resharded(model):
-        with ranks.together():
-            targets = find_targets(model, config)
-            measured = [_statistics_of(target, stats) for target in targets]
-            _refuse_another(model, stats)
-            shares = allocate(targets, measured, config)
-        # The first rank's, so that all have the same to the bit, whatever they were given.
-        shares = ranks.send(shares, 0)
-        each = zip(targets, measured, strict=True)
-        solved = solve_each(
-            [Job(target, module, shares.of[target.name]) for target, module in each],
-            lambda job, weight: solve(job.target, job.statistics, job.share, config, weight),
-            ranks,
-            "Planning" if progress else None,
-        )
-    skipped = stats.info.get("skipped", 0)
-    modules = joined(targets, solved)
-    return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
-
-
-def _refuse_another(model: nn.Module, stats: Calibration) -> None:
-    refuse_repacked(model, AdapterError)
-    if stats.key is not None and stats.key.model != model_key(model):
-        raise PlanError(
-            f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
-            f" other parameters than this {class_name(model)}), or of this one loaded another way"
-            " (whole, offloaded or sharded); calibrate this model, loaded as it is now."
-        )
-
-
-def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
-    """Return where a plan comes from, as plain JSON values.
-
-    Args:
-        model: the base model.
-        samples: how many counted, and how many were left out as bad.
-        shares: of the budget.
-    """
-    return {
-        "model": class_name(model),
-        "samples": samples[0],
-        "skipped": samples[1],
-        "budget_wanted": shares.ranks.wanted,
-        "budget_spent": shares.ranks.spent,
-    }
-
-
-def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
-    statistics = stats.modules.get(target.name)
-    if statistics is None:
-        raise PlanError(
-            f"{target.name}: the calibration holds no statistics of it (it has"
-            f" {len(stats)} modules); calibrate with the same model and `target_modules`."
-        )
-    if (statistics.d_in, statistics.d_out) != (target.d_in, target.d_out):
-        raise PlanError(
-            f"{target.name}: calibrated as {statistics.d_out} x {statistics.d_in}, but the model's"
-            f" weight is {target.d_out} x {target.d_in}; calibrate this model."
-        )
-    return statistics

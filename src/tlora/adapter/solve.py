@@ -1,30 +1,24 @@
-"""Statistics -> each module's share of the budget, and its frozen A."""
+"""Statistics and share -> the frozen A of a module.
+
+A basis is one line in `MATRICES`, one in `tlora.config` (its name, and the statistics it needs).
+Source: docs/method.md, 3 and 9.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tlora.adapter.bases import MATRICES
-from tlora.adapter.experts import Group, grouped
-from tlora.adapter.module import ModulePlan
-from tlora.calibration.statistics import ModuleStatistics
-from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight
-from tlora.config import TLoraConfig
-from tlora.linalg.allocation import (
-    RankAllocation,
-    RankBounds,
-    allocate_ranks,
-    allocate_ranks_by_cost,
-    allocate_scales,
-    equal_ranks,
-)
-from tlora.linalg.precision import full_precision
+from tlora.adapter.plan import ModulePlan
+from tlora.adapter.shares import Share
+from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.weights import Target, dense_weight
+from tlora.config import Basis, TLoraConfig
+from tlora.linalg.bases import half_weighted, moment_itself
+from tlora.linalg.matrices import Product, full_precision
 from tlora.linalg.subspace import (
     Solver,
     Subspace,
@@ -34,50 +28,26 @@ from tlora.linalg.subspace import (
     whitened,
 )
 
+Matrix = Callable[[Tensor, ModuleStatistics], Product]
+"""Takes W (m x d float32) and the module's statistics; gives a matrix of d columns on W's device.
+
+Raises:
+    CalibrationError: the calibration lacks what it is made from.
+"""
+
+MATRICES: dict[Basis, Matrix] = {
+    "weight-covariance": lambda w, s: s.weighted(w),
+    "covariance": lambda w, s: moment_itself(s.kept_moment(), w),
+    "weight-half-covariance": lambda w, s: half_weighted(w, s.kept_moment()),
+    "gradient": lambda w, s: Product(s.kept_gradient().to(w)),
+    "gradient-covariance": lambda w, s: s.weighted(s.kept_gradient().to(w)),
+    "gradient-moment": lambda w, s: moment_itself(s.kept_gradient_moment(), w),
+    "weight-gradient-moment": lambda w, s: s.kept_gradient_moment().weighted(w),
+}
+"""By basis; one that is not here needs no matrix (random)."""
+
 # By `TLoraConfig.whiten`: the power of K.
 _WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How the budget was shared out: by name of the target, and what of it was spent."""
-
-    of: dict[str, Share]
-    ranks: RankAllocation
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a module gets of the budget.
-
-    Attributes:
-        index: the module's place among the targets; seeds its random numbers.
-        rank: r_i.
-        scale: s_i.
-    """
-
-    index: int
-    rank: int
-    scale: float
-
-
-def allocate(
-    targets: Sequence[Target], statistics: Sequence[ModuleStatistics], config: TLoraConfig
-) -> Shares:
-    """Share ranks and scales out by the modules' sensitivities; no second moment is looked at.
-
-    The experts of a parameter count as one module and get the same rank and scale.
-
-    Raises:
-        CalibrationError: ``config`` allocates, but sensitivities were not measured.
-    """
-    groups = grouped(targets, statistics)
-    ranks = _ranks(groups, config)
-    each = zip(groups, ranks.ranks, _scales(groups, config), strict=True)
-    of: dict[str, Share] = {}
-    for group, rank, scale in each:
-        of |= {t.name: Share(len(of) + i, rank, scale) for i, t in enumerate(group.targets)}
-    return Shares(of, ranks)
 
 
 @full_precision
@@ -149,36 +119,6 @@ def _planned(target: Target, sensitivity: float | None, share: Share, found: _Fo
     )
 
 
-def _ranks(groups: Sequence[Group], config: TLoraConfig) -> RankAllocation:
-    limits = [min(g.d_in, g.d_out, config.rank_max or max(g.d_in, g.d_out)) for g in groups]
-    bounds = [RankBounds(min(config.rank_min, high), high) for high in limits]
-    rule, unit = config.sensitivity_rule, "ranks"
-    weights = [group.sensitivity(rule) for group in groups if config.allocate_rank]
-    if not config.allocate_rank:
-        allocation = equal_ranks(config.r, bounds)
-    elif config.budget == "params":
-        costs = [group.cost(config.freeze_a) for group in groups]
-        allocation = allocate_ranks_by_cost(weights, config.r, bounds, costs)
-        unit = "parameters"
-    else:
-        allocation = allocate_ranks(weights, config.r, bounds)
-    if not allocation.feasible:
-        warnings.warn(
-            f"{len(groups)} modules at r = {config.r} would have {allocation.wanted} {unit};"
-            f" within rank_min = {config.rank_min}, rank_max = {config.rank_max} and the sizes of"
-            f" the weights the nearest is {allocation.spent}, which the plan takes.",
-            stacklevel=4,
-        )
-    return allocation
-
-
-def _scales(groups: Sequence[Group], config: TLoraConfig) -> tuple[float, ...]:
-    if not config.allocate_scale or config.scale_rule == "constant":
-        return allocate_scales([1.0] * len(groups), config.r, config.lora_alpha, "constant")
-    weights = [group.sensitivity(config.sensitivity_rule) for group in groups]
-    return allocate_scales(weights, config.r, config.lora_alpha, config.scale_rule)
-
-
 def _basis(
     target: Target,
     statistics: ModuleStatistics,
@@ -219,3 +159,40 @@ def _random_basis(
     basis = basis.to(weight.device)
     energy = captured_energy(product, basis)
     return _Found(basis, energy, product.energy().item(), "random")
+
+
+def joined(targets: Sequence[Target], plans: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
+    """Return one plan for each adapter from those of its targets, by the adapter's name."""
+    members: dict[str, list[ModulePlan]] = {}
+    for target in targets:
+        members.setdefault(target.adapter, []).append(plans[target.name])
+    fused = {target.adapter for target in targets if target.part is not None}
+    return {name: _join(name, each) if name in fused else each[0] for name, each in members.items()}
+
+
+def _join(name: str, experts: Sequence[ModulePlan]) -> ModulePlan:
+    sensitivities = [e.sensitivity for e in experts if e.sensitivity is not None]
+    return replace(
+        experts[0],
+        name=name,
+        lora_A=torch.cat([expert.lora_A for expert in experts]),
+        captured_energy=_energy(experts),
+        total_energy=_total(experts),
+        sensitivity=sum(sensitivities) / len(sensitivities) if sensitivities else None,
+        experts=len(experts),
+    )
+
+
+def _total(experts: Sequence[ModulePlan]) -> float | None:
+    totals = [expert.total_energy for expert in experts]
+    return sum(t for t in totals if t is not None) if None not in totals else None
+
+
+def _energy(experts: Sequence[ModulePlan]) -> float | None:
+    """Return the share of sum_e ||W_e C_e||_F^2 that is kept; 1 where it is zero."""
+    kept = [e.captured_energy for e in experts]
+    total = _total(experts)
+    if total is None or None in kept:
+        return None
+    shares = [e.captured_energy * e.total_energy for e in experts]  # type: ignore[operator]
+    return sum(shares) / total if total else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.cpu_kernels import keep_gradients
-from tlora.calibration.expert_targets import fused_expert_parameters
-from tlora.calibration.targets import Target, find_targets, taken_for_experts
-from tlora.calibration.weights import is_8bit_linear, is_hqq_linear
+from tlora.calibration.expert_parameters import fused_expert_parameters
+from tlora.calibration.preserve import keep_gradients
+from tlora.calibration.targets import find_targets, namesakes, taken_for_experts
+from tlora.calibration.weights import Target, is_8bit_linear, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 
@@ -112,16 +111,6 @@ def refuse_taken(model: nn.Module, names: Sequence[str]) -> None:
             f" ({', '.join(leaves)}), or use `tlora`, which adapts them by their weights.",
             where="target_modules",
         )
-
-
-def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
-    """Return a regex of the modules that PEFT would adapt too, since it takes a name for a suffix.
-
-    ("inner.proj" for "proj"); None where there are none.
-    """
-    suffixes = tuple(f".{name}" for name in used)
-    wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
-    return "|".join(map(re.escape, wrong)) or None
 
 
 def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:

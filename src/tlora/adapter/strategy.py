@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from tlora.calibration.bank import moment_bytes
+from tlora.calibration.accumulators import moment_bytes
 from tlora.calibration.streams import stream_bytes
 from tlora.config import TLoraConfig, bytes_text
 from tlora.linalg.streamed import PASSES

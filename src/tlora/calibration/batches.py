@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlora.calibration.expert_layouts import has_layout
-from tlora.calibration.sharding import class_name
+from tlora.calibration.expert_parameters import has_layout
+from tlora.calibration.placement import class_name
 from tlora.errors import CalibrationError
 
 Batch = Mapping[str, Any]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration.batches import as_batch
-from tlora.calibration.offload import loaded_by
-from tlora.calibration.sharding import is_zero3
+from tlora.calibration.placement import is_zero3, loaded_by
 from tlora.errors import CalibrationError
 
 Batch = Mapping[str, Any]

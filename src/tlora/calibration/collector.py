@@ -32,18 +32,21 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
-from tlora.calibration.bank import Accumulator
-from tlora.calibration.checks import BadSamples, check_gradients, check_inputs, checked_weights
-from tlora.calibration.company import Company
-from tlora.calibration.distributed import ALONE, Cohort
+from tlora.calibration.accumulators import Accumulator, GradientBank
+from tlora.calibration.backward import Backward, SensitivityPass
 from tlora.calibration.experts import by_target, records_of
-from tlora.calibration.faults import numbered
-from tlora.calibration.gradients import Backward, GradientBank
+from tlora.calibration.faults import (
+    BadSamples,
+    check_gradients,
+    check_inputs,
+    checked_weights,
+    numbered,
+)
+from tlora.calibration.group import ALONE, Cohort, Company
 from tlora.calibration.hooks import AllSeen, Record, recording
-from tlora.calibration.sensitivity import SensitivityPass
-from tlora.calibration.sharding import class_name, reshard
-from tlora.calibration.statistics import ModuleStatistics
-from tlora.calibration.targets import Target
+from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.placement import class_name, reshard
+from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
 
 

@@ -2,8 +2,8 @@
 
 Hooks see what the module is given (the rows, which experts each row meets and with which weight)
 and the loss's gradient at what it returns. What lies between is computed here again for the rows
-of one expert at a time, by the formulas of `expert_layouts`: its inner input h, and in the backward
-pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient of more
+of one expert at a time, by the formulas of `expert_parameters`: its inner input h, and in the
+backward pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient of more
 than one expert is ever held. Padding is routed like text; its rows are dropped here.
 
 Source: docs/method.md, 8.
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlora.calibration import expert_layouts as layouts
+from tlora.calibration import expert_parameters as layouts
 from tlora.calibration.hooks import Call, Record
-from tlora.calibration.targets import Target
-from tlora.linalg.magnitude import Pairs
+from tlora.calibration.weights import Target
+from tlora.linalg.gradient import Pairs
 
 
 def records_of(targets: Iterable[Target]) -> dict[str, Record]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tlora.calibration.batches import TokenLayout
-from tlora.calibration.offload import saved_by_reference
-from tlora.calibration.targets import Target
+from tlora.calibration.placement import saved_by_reference
+from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
 
 

@@ -1,16 +1,29 @@
-"""Leaving the user's model as it was, whatever happens in between."""
+"""Leaving the user's model as it was, and making bitsandbytes compute what it computes in training.
+
+4-bit: on CPUs with AVX512-BF16, a Linear4bit that is called in eval mode with an input that needs
+no gradient rewrites its weight for a faster kernel (bitsandbytes/nn/modules.py,
+Linear4bit.forward). The scales are rounded to bfloat16 on the way, which cannot be undone, and from
+then on no gradient passes the layer, in training neither; nothing is raised. Each layer has a
+switch of its own for it, which is set off here wherever gradients are wanted.
+
+8-bit: eval mode also quantizes the inputs; training mode multiplies by the dequantized weight
+(bitsandbytes/autograd/_functions.py, matmul), and what is calibrated is what will be trained.
+On a GPU both modes quantize the inputs, so there the mode makes no difference.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from tlora.calibration.cpu_kernels import gradients_kept, train_8bit
-from tlora.calibration.offload import offload_again
+from tlora.calibration.placement import offload_again
+from tlora.calibration.weights import is_4bit_linear, is_8bit_linear, repacked
+from tlora.errors import AdapterError, CalibrationError, TLoraError
 
 # The attribute by which models of transformers, and those of timm, are told.
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
@@ -22,7 +35,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Frozen, so that a backward pass forms no weight gradient and touches no ``.grad``; eval, so
     that dropout is off. Gradient checkpointing is off too, and quantised layers run by the kernels
-    that training uses (`cpu_kernels`).
+    that training uses (`gradients_kept`, `train_8bit`).
 
     Restored after the body, also when it raises: ``requires_grad`` of each parameter, mode and
     switches of each module, and the random states of Python, NumPy (where loaded) and torch, so
@@ -92,3 +105,94 @@ def _numpy_random():
 
 def _devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+@contextlib.contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Run the body with the model frozen and in eval mode; then undo all it did but to weights.
+
+    As `preserved`; besides, the hooks, the attributes of each module and the gradients are as
+    before, also when the body raises halfway through.
+    """
+    before = [(module, _snapshot(module)) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    with preserved(model):
+        try:
+            yield
+        finally:
+            for module, (names, hooks) in before:
+                _restore(module, names, hooks)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def _snapshot(module: nn.Module) -> tuple[set[str], dict[str, dict[Any, Any]]]:
+    hooks = {name: dict(held) for name, held in vars(module).items() if _holds_hooks(name, held)}
+    return set(vars(module)), hooks
+
+
+def _restore(module: nn.Module, names: set[str], hooks: dict[str, dict[Any, Any]]) -> None:
+    for name in set(vars(module)) - names:
+        del vars(module)[name]
+    for name, held in hooks.items():
+        vars(module)[name].clear()
+        vars(module)[name].update(held)
+
+
+def _holds_hooks(name: str, held: Any) -> bool:
+    return isinstance(held, dict) and "_hooks" in name
+
+
+_SWITCH = "support_avx512bf16_for_cpu"
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Switch the inference kernels of 4-bit layers off for good; other models are left alone.
+
+    Raises:
+        AdapterError: a layer has been rewritten already.
+    """
+    refuse_repacked(model, AdapterError)
+    for layer in _switched(model):
+        setattr(layer, _SWITCH, False)
+
+
+@contextlib.contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Switch them off while the body runs; then set the switches as they were.
+
+    Raises:
+        CalibrationError: a layer has been rewritten already.
+    """
+    refuse_repacked(model, CalibrationError)
+    before = [(layer, getattr(layer, _SWITCH)) for layer in _switched(model)]
+    try:
+        for layer, _ in before:
+            setattr(layer, _SWITCH, False)
+        yield
+    finally:
+        for layer, value in before:
+            setattr(layer, _SWITCH, value)
+
+
+def train_8bit(model: nn.Module) -> None:
+    """Put the 8-bit layers into training mode; they have no dropout."""
+    for module in model.modules():
+        if is_8bit_linear(module):
+            module.train()
+
+
+def _switched(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if is_4bit_linear(m) and hasattr(m, _SWITCH)]
+
+
+def refuse_repacked(model: nn.Module, error: type[TLoraError]) -> None:
+    """Raise ``error`` if a 4-bit layer has been rewritten for inference; none passes gradients."""
+    names = [name for name, module in model.named_modules() if repacked(module)]
+    if names:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise error(
+            f"{names[0]}{more}: bitsandbytes has rewritten its 4-bit weight for inference on this"
+            " CPU (a call in eval mode without gradient), and no gradient passes it any more; load"
+            " the model anew, and calibrate and attach before running it."
+        )

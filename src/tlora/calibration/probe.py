@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
-from tlora.calibration.bank import MomentBank
+from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.backward import backward_for
 from tlora.calibration.cache import (
     Key,
     digested,
@@ -23,20 +24,28 @@ from tlora.calibration.cache import (
     refuse_unwritable,
 )
 from tlora.calibration.collector import Collector
-from tlora.calibration.distributed import Cohort, cohort
-from tlora.calibration.expert_targets import warn_of_unadapted_experts
+from tlora.calibration.expert_parameters import warn_of_unadapted_experts
 from tlora.calibration.faults import (
     refuse_none_left,
     warn_of_skipped,
     warn_of_unreached,
     within_memory,
 )
-from tlora.calibration.gradients import backward_for
-from tlora.calibration.offload import can_be_loaded, device_of, loaded_by
+from tlora.calibration.group import Cohort, cohort
+from tlora.calibration.placement import (
+    can_be_loaded,
+    class_name,
+    device_of,
+    loaded_by,
+    refuse_unread,
+    reshard,
+    resharded,
+    unwrapped,
+)
 from tlora.calibration.preserve import preserved, random_states_kept
-from tlora.calibration.sharding import class_name, refuse_unread, reshard, resharded, unwrapped
 from tlora.calibration.statistics import Calibration, calibration_file
-from tlora.calibration.targets import Target, find_targets, warn_of_second_names, warn_of_unmatched
+from tlora.calibration.targets import find_targets, warn_of_second_names, warn_of_unmatched
+from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError, ConfigError
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tlora.calibration.batches import TokenLayout
 from tlora.calibration.experts import ExpertsRecord, records_of
 from tlora.calibration.hooks import Record, recording
-from tlora.calibration.targets import Target
+from tlora.calibration.weights import Target
 
 Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """A batch without numbers: shape and dtype of each of its tensors."""

@@ -1,8 +1,8 @@
-"""What calibration leaves behind: per module a sensitivity and the second moment of its inputs."""
+"""What calibration leaves behind: the statistics of all modules, in a file and merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlora.calibration.bank import moment_parts
 from tlora.calibration.cache import Key
-from tlora.config import SensitivityRule, TLoraConfig
+from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
-from tlora.linalg.moments import SecondMoment
-from tlora.linalg.product import Product
+from tlora.linalg.moments import SecondMoment, merged
 
 _KIND = "calibration"
+
 _FORMAT = 4
+
 _FILE = "calibration.safetensors"
+
 # What a module's statistics may hold, by the property of `TLoraConfig` that asks for it.
 _ASKED_BY = {
     "sensitivity": "needs_sensitivity",
@@ -34,142 +36,6 @@ _ASKED_BY = {
 def calibration_file(path: str | Path) -> Path:
     """Return the file that ``path`` means: itself, or the usual one in an existing folder."""
     return file_at(path, _FILE)
-
-
-@dataclass
-class ModuleStatistics:
-    """Statistics of one module over the calibration samples.
-
-    Attributes:
-        name: the module's full name in the base model.
-        d_in: d, input columns of the weight.
-        d_out: m, rows of the weight.
-        samples: n, calibration samples.
-        sensitivity: S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, or None if no backward was run.
-        moment: second moment of the inputs, shared with the modules that read the same tensor;
-            None if the configuration needs none.
-        moment_id: equal for modules that share ``moment``.
-        fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, where the configuration asks for it.
-        gradient: G = (1/n) sum_s dL_s/dW, m x d float32, where the configuration asks for it.
-        gradient_moment: N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T with delta_t the gradient of
-            L_s at the module's output and x_t its input, where the configuration asks for it.
-    """
-
-    name: str
-    d_in: int
-    d_out: int
-    samples: int
-    sensitivity: float | None
-    moment: SecondMoment | None = None
-    moment_id: int = -1
-    fisher: float | None = None
-    gradient: Tensor | None = None
-    gradient_moment: SecondMoment | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens that the module saw; 0 where no moment was kept."""
-        return 0 if self.moment is None else self.moment.tokens
-
-    def measured(self, rule: SensitivityRule) -> float | None:
-        """Return what ranks and scales are shared out by; None if it was not measured."""
-        return self.sensitivity if rule == "magnitude" else self.fisher
-
-    @property
-    def required_sensitivity(self) -> float:
-        """`sensitivity`, where something is shared out by it.
-
-        Raises:
-            CalibrationError: none was measured.
-        """
-        if self.sensitivity is None:
-            raise CalibrationError(
-                f"{self.name}: no sensitivity was measured, because the configuration calibrated"
-                " for allocates neither ranks nor scales; calibrate again with allocate_rank or"
-                " allocate_scale on."
-            )
-        return self.sensitivity
-
-    def sensitivity_by(self, rule: SensitivityRule) -> float:
-        """Return what ranks and scales are shared out by.
-
-        Raises:
-            CalibrationError: it was not measured.
-        """
-        if rule == "magnitude":
-            return self.required_sensitivity
-        if self.fisher is None:
-            raise CalibrationError(
-                f"{self.name}: no squared gradient was measured, because the configuration"
-                " calibrated for does not allocate by it; calibrate again with sensitivity_rule"
-                '="fisher".'
-            )
-        return self.fisher
-
-    def covariance(self) -> Tensor:
-        """Return C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d float32.
-
-        Raises:
-            CalibrationError: the calibration kept no second moments.
-        """
-        return self.kept_moment().covariance().float()
-
-    def uncentred(self) -> Tensor:
-        """Return C0 = (1/n) sum_s X_s^T X_s, d x d float32.
-
-        Raises:
-            CalibrationError: the calibration kept no second moments.
-        """
-        return self.kept_moment().uncentred().float()
-
-    def weighted(self, weight: Tensor) -> Product:
-        """Return W C for the module's weight W (m x d), in factors where C was never formed.
-
-        Raises:
-            CalibrationError: the calibration kept no second moments.
-        """
-        return self.kept_moment().weighted(weight)
-
-    def kept_gradient(self) -> Tensor:
-        """Return G.
-
-        Raises:
-            CalibrationError: the calibration kept no gradients.
-        """
-        if self.gradient is None:
-            raise CalibrationError(self._lacks("mean gradient", "gradient"))
-        return self.gradient
-
-    def kept_gradient_moment(self) -> SecondMoment:
-        """Return N.
-
-        Raises:
-            CalibrationError: the calibration kept none.
-        """
-        if self.gradient_moment is None:
-            raise CalibrationError(
-                self._lacks("gradient-weighted second moment", "gradient-moment")
-            )
-        return self.gradient_moment
-
-    def _lacks(self, what: str, basis: str) -> str:
-        return (
-            f"{self.name}: no {what} was kept, because the `basis` calibrated for needs none;"
-            f' calibrate again with the `basis` that is planned for, or basis="{basis}".'
-        )
-
-    def kept_moment(self) -> SecondMoment:
-        """Return the second moment of the inputs.
-
-        Raises:
-            CalibrationError: the calibration kept no second moments.
-        """
-        if self.moment is None:
-            raise CalibrationError(
-                f"{self.name}: no second moment was kept, because the configuration calibrated"
-                ' for needs none (basis="random"); calibrate again with basis="weight-covariance".'
-            )
-        return self.moment
 
 
 @dataclass
@@ -205,8 +71,7 @@ class Calibration:
         return faults
 
     def __add__(self, other: Calibration) -> Calibration:
-        """Return the statistics over the samples of both; see `tlora.calibration.merge.merge`."""
-        from tlora.calibration.merge import merge
+        """Return the statistics over the samples of both; see `merge`."""
 
         return merge([self, other]) if isinstance(other, Calibration) else NotImplemented
 
@@ -292,6 +157,116 @@ class Calibration:
         return shared | own
 
 
+def merge(parts: Sequence[Calibration]) -> Calibration:
+    """Return what one calibration over the samples of all ``parts``, in this order, gives.
+
+    S = sum_p n_p S_p / sum_p n_p, likewise C and the rest, equal up to rounding. Modules
+    that share a second moment in every part share one in the result. The parts stay as they are;
+    the result's second moments are in memory, on the first part's devices.
+
+    Args:
+        parts: one or more, of different samples; of the same model, modules and statistics.
+
+    Raises:
+        CalibrationError: they are not, or there are none.
+    """
+    if not parts:
+        raise CalibrationError("there are no calibrations to merge; give one or more.")
+    first = parts[0]
+    for number, part in enumerate(parts[1:], start=1):
+        if fault := _fault(first, part):
+            raise CalibrationError(f"calibration {number} does not merge with the first: {fault}")
+    samples = sum(part.samples for part in parts)
+    # The common refinement of who shares: modules are together where every part has them so.
+    numbers: dict[tuple[int, ...], int] = {}
+    moments: dict[int, SecondMoment] = {}
+    modules = {}
+    for name, module in first.modules.items():
+        each = [part.modules[name] for part in parts]
+        group = -1
+        if module.moment is not None:
+            group = numbers.setdefault(tuple(m.moment_id for m in each), len(numbers))
+            if group not in moments:
+                moments[group] = merged([m.kept_moment() for m in each])
+        modules[name] = ModuleStatistics(
+            name=name,
+            d_in=module.d_in,
+            d_out=module.d_out,
+            samples=samples,
+            sensitivity=_mean(each, "sensitivity"),
+            moment=moments.get(group),
+            moment_id=group,
+            fisher=_mean(each, "fisher"),
+            gradient=_mean_gradient(each),
+            gradient_moment=_merged([m.gradient_moment for m in each]),
+        )
+    return Calibration(modules, samples, _info(parts), _key(parts))
+
+
+def _mean(each: Sequence[ModuleStatistics], name: str) -> float | None:
+    values = [(m.samples, getattr(m, name)) for m in each]
+    known = [(n, value) for n, value in values if value is not None]
+    samples = sum(n for n, _ in known)
+    return sum(n * value for n, value in known) / samples if known else None
+
+
+def _mean_gradient(each: Sequence[ModuleStatistics]) -> Tensor | None:
+    if any(m.gradient is None for m in each):
+        return None
+    total = each[0].samples * each[0].kept_gradient()
+    for module in each[1:]:
+        total.add_(module.kept_gradient().to(total.device), alpha=module.samples)
+    return total.div_(sum(m.samples for m in each))
+
+
+def _merged(moments: Sequence[SecondMoment | None]) -> SecondMoment | None:
+    known = [moment for moment in moments if moment is not None]
+    return merged(known) if known else None
+
+
+def _fault(first: Calibration, other: Calibration) -> str | None:
+    """Return why two calibrations are not of the same model and statistics, or None."""
+    if first.key and other.key and first.key.model != other.key.model:
+        kinds = [part.info.get("model", "unknown class") for part in (first, other)]
+        return (
+            f"they are of different models ({kinds[0]} and {kinds[1]}, other parameters); merge"
+            " calibrations of one model."
+        )
+    alike = list(first.modules) == list(other.modules) and all(
+        (a.d_in, a.d_out) == (b.d_in, b.d_out) and _holds(a) == _holds(b)
+        for a, b in zip(first.modules.values(), other.modules.values(), strict=True)
+    )
+    if alike:
+        return None
+    return (
+        f"they were made with different configurations ({len(first)} and {len(other)} modules);"
+        " merge calibrations of the same modules that hold the same statistics."
+    )
+
+
+def _holds(module: ModuleStatistics) -> list[bool]:
+    names = ("moment", "sensitivity", "fisher", "gradient", "gradient_moment")
+    return [getattr(module, name) is not None for name in names]
+
+
+def _key(parts: Sequence[Calibration]) -> Key | None:
+    keys = [part.key for part in parts if part.key is not None]
+    if len(keys) < len(parts):
+        return None
+    return Key(keys[0].model, tuple(digest for key in keys for digest in key.data))
+
+
+def _info(parts: Sequence[Calibration]) -> dict[str, Any]:
+    """Return the first part's origin; samples left out are counted on through the parts."""
+    skipped: dict[str, str] = {}
+    given = 0
+    for part in parts:
+        left_out = part.info.get("skipped_samples", {})
+        skipped |= {str(given + int(number)): reason for number, reason in left_out.items()}
+        given += part.samples + len(left_out)
+    return parts[0].info | {"skipped": len(skipped), "skipped_samples": skipped}
+
+
 def _gradient_key(name: str) -> str:
     """Return what a file calls a module's mean gradient ("/" is in no module's name)."""
     return f"gradient/{name}"
@@ -300,3 +275,9 @@ def _gradient_key(name: str) -> str:
 def _moment_key(name: str) -> str:
     """Return what a file calls a module's gradient-weighted moment; its parts follow a dot."""
     return f"gradient-moment/{name}/"
+
+
+def moment_parts(tensors: Mapping[str, Tensor], group: int | str) -> dict[str, Tensor]:
+    """Return the parts of a second moment from tensors that are named "GROUP.PART"."""
+    prefix = f"{group}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

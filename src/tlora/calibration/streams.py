@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tlora.calibration.distributed import Cohort
+from tlora.calibration.group import Cohort
 from tlora.calibration.hooks import Record
-from tlora.calibration.offload import device_of
-from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight
+from tlora.calibration.placement import device_of
+from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.moments import centred_rows
 from tlora.linalg.streamed import StreamedSubspace, block_width
 from tlora.linalg.subspace import Subspace

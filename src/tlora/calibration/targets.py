@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.expert_layouts import ExpertPart, part_shape
-from tlora.calibration.expert_targets import expert_parts
-from tlora.calibration.offload import loaded_by
-from tlora.calibration.weights import holds_floats, is_hqq_linear
+from tlora.calibration.expert_parameters import (
+    expert_parts,
+    part_shape,
+)
+from tlora.calibration.placement import loaded_by
+from tlora.calibration.weights import Target, holds_floats, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    pass
 
 # Heads that PEFT trains in full for these task types, and so never adapts.
 _HEADS = {
@@ -23,30 +28,6 @@ _HEADS = {
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """One linear map to adapt: y = W x + b with W of d_out x d_in (m x d).
-
-    Attributes:
-        name: the module's full name in the model; of an expert, "...experts.gate_up_proj[3]".
-        module: the module that holds W.
-        d_in: d.
-        d_out: m.
-        part: which matrix of a fused parameter W is; None: the module's own weight.
-    """
-
-    name: str
-    module: nn.Module
-    d_in: int
-    d_out: int
-    part: ExpertPart | None = None
-
-    @property
-    def adapter(self) -> str:
-        """Name of what PEFT adapts as one: the module, or the parameter that holds the experts."""
-        return self.name if self.part is None else self.part.parameter
 
 
 def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
@@ -282,3 +263,13 @@ def _nothing_matches(model: nn.Module, config: TLoraConfig) -> str:
         f"{f' without {config.exclude_modules!r}' if config.exclude_modules else ''}; its Linear"
         f" and Conv1D modules are named {', '.join(suffixes) or '(none)'}.{hint}"
     )
+
+
+def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
+    """Return a regex of the modules that PEFT would adapt too, since it takes a name for a suffix.
+
+    ("inner.proj" for "proj"); None where there are none.
+    """
+    suffixes = tuple(f".{name}" for name in used)
+    wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
+    return "|".join(map(re.escape, wrong)) or None

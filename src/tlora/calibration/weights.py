@@ -1,28 +1,48 @@
-"""A target's weight as an m x d matrix, however its module stores it.
+"""A target, one linear map to adapt, and its weight as an m x d matrix, however it is stored.
 
 One row of `_STORAGES` a storage: how to know it by the names of its classes, and how to read it.
-A quantising library is imported where a module of its own is read, and nowhere else.
+A quantizing library is imported where a module of its own is read, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.expert_layouts import read_part
-from tlora.calibration.offload import resident
-from tlora.calibration.sharding import is_a, is_dtensor, is_whole, is_zero3
+from tlora.calibration.expert_parameters import ExpertPart, read_part
+from tlora.calibration.placement import is_a, is_dtensor, is_whole, is_zero3, resident
 from tlora.errors import AdapterError
 
-if TYPE_CHECKING:
-    from tlora.calibration.targets import Target
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear map to adapt: y = W x + b with W of d_out x d_in (m x d).
+
+    Attributes:
+        name: the module's full name in the model; of an expert, "...experts.gate_up_proj[3]".
+        module: the module that holds W.
+        d_in: d.
+        d_out: m.
+        part: which matrix of a fused parameter W is; None: the module's own weight.
+    """
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    part: ExpertPart | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Name of what PEFT adapts as one: the module, or the parameter that holds the experts."""
+        return self.name if self.part is None else self.part.parameter
 
 
 def dense_weight(target: Target) -> Tensor:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlora.linalg.precision import full_precision
-from tlora.linalg.product import Product
+from tlora.linalg.matrices import Product, full_precision
 
 _BLOCK = 256  # rows of C that are updated at once
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tlora.linalg.precision import full_precision
+from tlora.linalg.matrices import full_precision
 from tlora.linalg.subspace import (
     Solver,
     Subspace,

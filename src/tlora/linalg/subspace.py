@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlora.linalg.product import Product
+from tlora.linalg.matrices import Product
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Ailora(ResidualLora):
         from tqdm.auto import tqdm
 
         from tlora.calibration.weights import dense_weight
-        from tlora.linalg.components import singular_part
+        from tlora.linalg.bases import singular_part
 
         values = {target.name for target in self._groups(model, options)[1]}
         found = {}

@@ -42,7 +42,7 @@ class FullFineTuning:
         Raises:
             ConfigError: a parameter is stored quantised, and so cannot be trained.
         """
-        from tlora.calibration.sharding import is_dtensor
+        from tlora.calibration.placement import is_dtensor
         from tlora.calibration.weights import is_float
         from tlora.errors import ConfigError
 

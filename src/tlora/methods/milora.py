@@ -35,7 +35,7 @@ class Milora(ResidualLora):
         from tqdm.auto import tqdm
 
         from tlora.calibration.weights import dense_weight
-        from tlora.linalg.components import singular_part
+        from tlora.linalg.bases import singular_part
 
         found = {}
         for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-    from tlora.calibration.targets import Target
+    from tlora.calibration.weights import Target
 
     Start = dict[str, tuple[Tensor, Tensor]]
 

@@ -56,8 +56,8 @@ class TaskAwareLora:
         """
         import dataclasses
 
-        from tlora.adapter.solve import allocate
-        from tlora.calibration.statistics import ModuleStatistics
+        from tlora.adapter.shares import allocate
+        from tlora.calibration.module_statistics import ModuleStatistics
         from tlora.calibration.targets import find_targets
 
         if options.allocate_rank:
@@ -72,7 +72,7 @@ class TaskAwareLora:
 def _planned(model: torch.nn.Module, samples: Samples, config: TLoraConfig) -> AdapterPlan:
     """Calibrate and plan, as `tlora.get_tlora_model` does."""
     from tlora.adapter.blocks import plan_in_blocks
-    from tlora.adapter.plan import plan
+    from tlora.adapter.planning import plan
     from tlora.calibration.probe import calibrate
 
     if config.plans_in_blocks:

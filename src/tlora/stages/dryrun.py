@@ -25,7 +25,7 @@ from tlora.stages.meta import batch_spec, model_on_meta
 
 if TYPE_CHECKING:
     from tlora.calibration.shapes import Forward
-    from tlora.calibration.targets import Target
+    from tlora.calibration.weights import Target
 
 _TRAINING_BATCH = 8
 """What TRL and transformers take where `per_device_train_batch_size` is not given."""
@@ -88,7 +88,7 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     Raises:
         ConfigError: a field is wrong, or there is no such model.
     """
-    from tlora.calibration.expert_targets import left_out, unadapted_experts
+    from tlora.calibration.expert_parameters import left_out, unadapted_experts
     from tlora.calibration.targets import find_targets
 
     if not config.model:

@@ -63,7 +63,7 @@ class Setup:
         """
         from torch.utils.data import DataLoader
 
-        from tlora.calibration.distributed import ALONE, cohort
+        from tlora.calibration.group import ALONE, cohort
         from tlora.methods.base import Samples
 
         count = min(self.config.calibration.samples, len(self.train))
@@ -89,7 +89,7 @@ class Setup:
         """
         import transformers
 
-        from tlora.calibration.cpu_kernels import keep_gradients
+        from tlora.calibration.preserve import keep_gradients
 
         transformers.set_seed(self.config.seed)
         head = self._head()

@@ -207,7 +207,7 @@ def _logits_alone(outputs: Any, labels: Any) -> Any:
 
 def _resume_point(folder: RunFolder, trainer: Any) -> str | None:
     """Return the checkpoint to go on from; the first rank clears away what lies beyond it."""
-    from tlora.calibration.distributed import cohort
+    from tlora.calibration.group import cohort
 
     point = _rewound(folder) if trainer.is_world_process_zero() else None
     return cohort().send(point, 0)

@@ -1,8 +1,8 @@
-"""The ranks of a process group that calibrate and plan together.
+"""The process group that calibrates and plans together.
 
-Calibration shares samples out over ranks, planning shares modules out. What they have to agree on
-goes through a `Cohort`: with `ALONE` every method gives back what it was given, so the code around
-reads the same in one process and in many.
+Calibration shares samples out over the processes, planning shares modules out. What they have to
+agree on goes through a `Cohort`: with `ALONE` every method gives back what it was given, so the
+code around reads the same in one process and in many.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlora import errors
+from tlora.calibration import batches as reading
+from tlora.calibration.placement import device_of, is_sharded
 from tlora.errors import CalibrationError, ConfigError, TLoraError
 
 _IDLE, _BUSY, _FAILED = range(3)
@@ -177,3 +179,52 @@ def _device() -> torch.device:
         return torch.device("cpu")
     device = torch.accelerator.current_accelerator()
     return torch.device("cpu") if device is None else device
+
+
+class Company:
+    """The ranks that run each pass together; alone with whole weights, no method does anything.
+
+    Args:
+        model: what runs.
+        ranks: who shares its samples.
+
+    Attributes:
+        sharded: whether the model's weights are in parts.
+        ranks: who has to be waited for; `ALONE` if the weights are whole.
+        spare: a sample to run where there is none to count.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Cohort) -> None:
+        self.model = model
+        self.sharded = is_sharded(model)
+        self.ranks = ranks if self.sharded else ALONE
+        self.spare: dict[str, Any] = {}
+
+    @property
+    def present(self) -> bool:
+        """Whether there is another rank to wait for."""
+        return self.ranks.size > 1
+
+    def open(self, batch: dict[str, Any] | None) -> bool:
+        """Begin a pass, if any rank has a batch for it; return whether."""
+        going = self.ranks.meet(busy=batch is not None)
+        if going and self.present and not self.spare:
+            sample = None
+            if batch is not None:
+                first = next(reading.single_samples(batch, self.model))
+                sample = reading.as_batch(first, torch.device("cpu"))
+            device = device_of(self.model)
+            self.spare = reading.as_batch(self.ranks.lend(sample), device)
+        return going
+
+    def meet(self) -> None:
+        """Go on to the second half of a pass.
+
+        Raises:
+            Stopped: a rank has failed in the first.
+        """
+        self.ranks.meet()
+
+    def inside_collectives(self) -> contextlib.AbstractContextManager[None]:
+        """Run a half of the pass; see `Cohort.inside_collectives`."""
+        return self.ranks.inside_collectives()

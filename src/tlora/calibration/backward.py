@@ -1,4 +1,4 @@
-"""Output gradients -> what is measured of them, as a backward pass delivers them.
+"""What a backward pass is run for, and what is measured of each output gradient as it arrives.
 
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2): S = (1/n) sum_s mean_jk |W (dL_s/dW)|_jk,
 the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient. Other
@@ -7,19 +7,120 @@ measures, and accumulated gradients: docs/method.md, 9.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tlora.calibration.distributed import ALONE, Cohort
+from tlora.calibration.accumulators import GradientBank
 from tlora.calibration.experts import ExpertsRecord
-from tlora.calibration.gradients import Backward
+from tlora.calibration.group import ALONE, Cohort
 from tlora.calibration.hooks import Call, Record
-from tlora.calibration.targets import Target
-from tlora.calibration.weights import dense_weight, is_whole_weight
-from tlora.linalg.magnitude import Pairs
+from tlora.calibration.weights import Target, dense_weight, is_whole_weight
+from tlora.config import TLoraConfig
+from tlora.linalg.gradient import (
+    Pairs,
+    squared_norm,
+    weighted_magnitude,
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number for each sample, from its gradient of a module's weight.
+
+    Attributes:
+        values: takes W (None, if it is not read) and the pairs of each sample, and gives the sum
+            over the m d entries of what is averaged.
+        power: of the factor that turns the gradient into that of the sample's own loss.
+        reads_weight: whether W is needed.
+        statistic: the attribute of `ModuleStatistics` that holds the mean over samples; None: it
+            only tells whether a gradient is finite.
+    """
+
+    values: Callable[[Tensor | None, Sequence[Pairs]], Tensor]
+    power: int
+    reads_weight: bool
+    statistic: str | None
+
+    def of(self, target: Target, samples: Sequence[Pairs], factors: Sequence[float]) -> Tensor:
+        """Return the number of each sample, on the device of the weight or of the pairs."""
+        weight = dense_weight(target) if self.reads_weight else None
+        values = self.values(weight, samples)
+        own = [factor**self.power for factor in factors]
+        weights = torch.tensor(own, dtype=values.dtype, device=values.device)
+        return weights * values / (target.d_out * target.d_in)
+
+
+def _magnitude(weight: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
+    if weight is None:
+        raise ValueError("the weight is needed")
+    return weighted_magnitude(weight, samples)
+
+
+def _squares(_: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
+    return squared_norm(samples)
+
+
+def _size(_: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
+    """Return sum |delta| of each sample: finite where every entry is."""
+    like = next(delta for pairs in samples for delta, _ in pairs)
+    return torch.stack(
+        [sum((d.abs().sum() for d, _ in pairs), start=like.new_zeros(())) for pairs in samples]
+    )
+
+
+MAGNITUDE = Measure(_magnitude, 1, True, "sensitivity")
+
+FISHER = Measure(_squares, 2, False, "fisher")
+
+FINITE = Measure(_size, 1, False, None)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass is run for.
+
+    Attributes:
+        measure: of each sample and target.
+        bank: where gradients are accumulated; None: they are not wanted.
+    """
+
+    measure: Measure
+    bank: GradientBank | None = None
+
+    @property
+    def statistic(self) -> str | None:
+        """Which sensitivity is measured, as an attribute of `ModuleStatistics`."""
+        return self.measure.statistic
+
+
+def backward_for(config: TLoraConfig, kept: Collection[str] | None = None) -> Backward | None:
+    """Return what a configuration asks of the backward pass, None where it needs none.
+
+    Args:
+        config: the adapter.
+        kept: names of the targets whose gradients are accumulated; None: of all.
+    """
+    if not config.needs_backward:
+        return None
+    wanted = {MAGNITUDE: config.needs_sensitivity, FISHER: config.needs_fisher}
+    measure = next((each for each, needed in wanted.items() if needed), FINITE)
+    needed = config.needs_gradient or config.needs_gradient_moment
+    return Backward(measure, GradientBank(config, kept) if needed else None)
+
+
+def backward_again(config: TLoraConfig) -> Backward | None:
+    """Return what a further pass for the sake of the basis asks of a backward pass.
+
+    Nothing is measured again but whether gradients are finite. None where none is needed.
+    """
+    if not (config.needs_gradient or config.needs_gradient_moment):
+        return None
+    return Backward(FINITE, GradientBank(config))
 
 
 class SensitivityPass:

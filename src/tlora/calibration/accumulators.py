@@ -1,18 +1,27 @@
-"""Second moments of many modules, shared where inputs are shared."""
+"""Sums over samples: second moments of inputs, shared where inputs are, and gradients.
+
+The mean gradient G = (1/n) sum_s dL_s/dW takes m x d numbers a module, the second moment that
+gradients weight, N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T, d x d; neither is shared by modules
+that read the same tensor. Both are held from the first batch to the last (docs/method.md, 9).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tlora.calibration.distributed import Cohort
+from tlora.calibration.group import Cohort
 from tlora.calibration.hooks import Record
-from tlora.calibration.offload import device_of
-from tlora.calibration.targets import Target
+from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.placement import device_of
+from tlora.calibration.weights import Target
+from tlora.config import TLoraConfig
+from tlora.errors import CalibrationError
+from tlora.linalg.gradient import Pairs, add_gradient, gradient_weighted, of_own_losses
 from tlora.linalg.moments import SecondMoment
 
 
@@ -31,12 +40,6 @@ class Accumulator(Protocol):
 def moment_bytes(columns: int) -> int:
     """Return the bytes of one float32 second moment of ``columns`` inputs."""
     return 4 * columns**2
-
-
-def moment_parts(tensors: Mapping[str, Tensor], group: int | str) -> dict[str, Tensor]:
-    """Return the parts of a second moment from tensors that are named "GROUP.PART"."""
-    prefix = f"{group}."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 class MomentBank:
@@ -173,3 +176,93 @@ def sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
 def _without(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
     before = sum(counts[:rank])
     return torch.cat([rows[:before], rows[before + counts[rank] :]])
+
+
+class GradientBank:
+    """Accumulates mean gradients and gradient-weighted second moments of the targets.
+
+    Args:
+        config: says which of both.
+        kept: names of the targets to accumulate them for; None: all.
+    """
+
+    def __init__(self, config: TLoraConfig, kept: Collection[str] | None = None) -> None:
+        self.means = config.needs_gradient
+        self.weighted = config.needs_gradient_moment
+        self.kept = None if kept is None else frozenset(kept)
+        self.totals: dict[str, Tensor] = {}
+        self.moments: dict[str, SecondMoment] = {}
+
+    def keeps(self, target: Target) -> bool:
+        """Return whether a target's gradients are accumulated."""
+        return self.kept is None or target.name in self.kept
+
+    def update(self, target: Target, samples: Sequence[Pairs], factors: Sequence[float]) -> None:
+        """Add a batch.
+
+        Args:
+            target: the module.
+            samples: the pairs (delta, x) of each sample; one of them at least has one.
+            factors: see `SensitivityPass`.
+        """
+        if not self.keeps(target):
+            return
+        delta, x = of_own_losses(samples, factors)
+        if self.means:
+            add_gradient(self._total(target), delta, x)
+        if self.weighted:
+            moment = self._moment(target)
+            moment.add_rows(gradient_weighted(delta, x).to(moment.device))
+
+    def give(self, target: Target, to: ModuleStatistics) -> None:
+        """Hand G and N, where they are wanted, over to a target's statistics.
+
+        G (m x d float32) takes the place of the sum. Both are zero where no loss depends on the
+        module.
+
+        Raises:
+            CalibrationError: one is not finite.
+        """
+        if not self.keeps(target):
+            return
+        if self.means:
+            to.gradient = self._total(target).div_(to.samples)
+            del self.totals[target.name]
+            _refuse_overflown(to.gradient, f"{target.name}: its mean gradient")
+        if self.weighted:
+            moment = to.gradient_moment = self._moment(target)
+            moment.samples = to.samples
+            kept = moment.scatter.diagonal() if moment.rows is None else moment.rows
+            _refuse_overflown(kept, f"{target.name}: its gradient-weighted second moment")
+            del self.moments[target.name]
+
+    def pool(self, targets: Iterable[Target], ranks: Cohort) -> None:
+        """Add up what all ranks have accumulated, so that each holds the sum."""
+        if ranks.size == 1:
+            return
+        kept = [target for target in targets if self.keeps(target)]
+        seen = [target.name in self.totals or target.name in self.moments for target in kept]
+        for target, anywhere in zip(kept, ranks.highest(seen), strict=True):
+            if anywhere and self.means:
+                self.totals[target.name] = ranks.add(self._total(target))
+            if anywhere and self.weighted:
+                self.moments[target.name] = sum_over(ranks, self._moment(target))
+
+    def _total(self, target: Target) -> Tensor:
+        if target.name not in self.totals:
+            shape, device = (target.d_out, target.d_in), device_of(target.module)
+            self.totals[target.name] = torch.zeros(shape, device=device)
+        return self.totals[target.name]
+
+    def _moment(self, target: Target) -> SecondMoment:
+        if target.name not in self.moments:
+            self.moments[target.name] = new_moment(target)
+        return self.moments[target.name]
+
+
+def _refuse_overflown(values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise CalibrationError(
+            f"{what} overflows, though the gradient of every sample is finite; calibrate in"
+            " float32 or bfloat16."
+        )

@@ -1,0 +1,202 @@
+"""Statistics -> plan: each module is solved on one process of the group, and sent to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.adapter.plan import AdapterPlan, ModulePlan
+from tlora.adapter.shares import Share, Shares, allocate
+from tlora.adapter.solve import joined, solve
+from tlora.calibration.cache import model_key
+from tlora.calibration.group import Cohort, cohort
+from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.placement import class_name, reshard, resharded, unwrapped
+from tlora.calibration.preserve import refuse_repacked
+from tlora.calibration.statistics import Calibration
+from tlora.calibration.targets import find_targets
+from tlora.calibration.weights import Target, dense_weight, is_whole_weight
+from tlora.config import TLoraConfig
+from tlora.errors import AdapterError, PlanError
+
+
+def plan(
+    model: nn.Module, stats: Calibration, config: TLoraConfig, *, progress: bool = True
+) -> AdapterPlan:
+    """Decide every module's rank, scale and frozen A. The model is only read.
+
+    The same statistics can be planned again with another rank, budget, basis or ablation, as
+    long as they hold what it needs.
+
+    In a process group every rank calls it with the statistics that `calibrate` gave it: the modules
+    are shared out, and every rank ends with the same plan to the bit. Sharded weights (FSDP2,
+    ZeRO-3) are gathered one module at a time.
+
+    Args:
+        model: the base model that was calibrated; DDP and DeepSpeed's engine are looked through.
+        stats: from `calibrate`.
+        config: how to share ranks and scales out, and which subspace.
+        progress: show a bar (on a terminal only).
+
+    Raises:
+        PlanError: the statistics are not of this model.
+        AdapterError: a weight cannot be read.
+        CalibrationError: the statistics lack what ``config`` needs.
+
+    Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
+    """
+    ranks, model = cohort(), unwrapped(model)
+    reshard(model)
+    with resharded(model):
+        with ranks.together():
+            targets = find_targets(model, config)
+            measured = [_statistics_of(target, stats) for target in targets]
+            _refuse_another(model, stats)
+            shares = allocate(targets, measured, config)
+        # The first rank's, so that all have the same to the bit, whatever they were given.
+        shares = ranks.send(shares, 0)
+        each = zip(targets, measured, strict=True)
+        solved = solve_each(
+            [Job(target, module, shares.of[target.name]) for target, module in each],
+            lambda job, weight: solve(job.target, job.statistics, job.share, config, weight),
+            ranks,
+            "Planning" if progress else None,
+        )
+    skipped = stats.info.get("skipped", 0)
+    modules = joined(targets, solved)
+    return AdapterPlan(modules, config, plan_info(model, (stats.samples, skipped), shares))
+
+
+def _refuse_another(model: nn.Module, stats: Calibration) -> None:
+    refuse_repacked(model, AdapterError)
+    if stats.key is not None and stats.key.model != model_key(model):
+        raise PlanError(
+            f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
+            f" other parameters than this {class_name(model)}), or of this one loaded another way"
+            " (whole, offloaded or sharded); calibrate this model, loaded as it is now."
+        )
+
+
+def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
+    """Return where a plan comes from, as plain JSON values.
+
+    Args:
+        model: the base model.
+        samples: how many counted, and how many were left out as bad.
+        shares: of the budget.
+    """
+    return {
+        "model": class_name(model),
+        "samples": samples[0],
+        "skipped": samples[1],
+        "budget_wanted": shares.ranks.wanted,
+        "budget_spent": shares.ranks.spent,
+    }
+
+
+def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
+    statistics = stats.modules.get(target.name)
+    if statistics is None:
+        raise PlanError(
+            f"{target.name}: the calibration holds no statistics of it (it has"
+            f" {len(stats)} modules); calibrate with the same model and `target_modules`."
+        )
+    if (statistics.d_in, statistics.d_out) != (target.d_in, target.d_out):
+        raise PlanError(
+            f"{target.name}: calibrated as {statistics.d_out} x {statistics.d_in}, but the model's"
+            f" weight is {target.d_out} x {target.d_in}; calibrate this model."
+        )
+    return statistics
+
+
+@dataclass(frozen=True)
+class Job:
+    """A module to plan: what is known of it, and what it gets of the budget."""
+
+    target: Target
+    statistics: ModuleStatistics
+    share: Share
+
+
+Solve = Callable[[Job, Tensor | None], ModulePlan]
+"""Plans one module; is given its weight where that is sharded and had to be gathered."""
+
+
+def solve_each(
+    jobs: Sequence[Job], solve: Solve, ranks: Cohort, title: str | None
+) -> dict[str, ModulePlan]:
+    """Plan every module, on every rank the same to the bit.
+
+    The jobs are dealt out in rounds, one to a rank, the largest first. Sharded weights are gathered
+    one by one, at the start of the round that needs them, so that a rank holds one at a time (and
+    a second while it is gathered).
+
+    Args:
+        jobs: the same on every rank, in model order.
+        solve: plans one.
+        ranks: who takes part.
+        title: of the bar; None: no bar.
+
+    Raises:
+        TLoraError: as ``solve``; on every rank, if it raises on one.
+    """
+    from tqdm.auto import tqdm
+
+    done: dict[str, ModulePlan] = {}
+    rounds = list(_rounds(jobs, ranks.size))
+    bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=_hidden(title, ranks))
+    with ranks.together(), bar:
+        for some in rounds:
+            weight = _gathered(some, ranks)
+            if job := some.get(ranks.rank):
+                done[job.target.name] = solve(job, weight)
+            del weight  # before the next one is gathered
+            bar.update(len(some))
+    owners = {job.target.name: rank for some in rounds for rank, job in some.items()}
+    return _exchanged(jobs, owners, done, ranks)
+
+
+def _hidden(title: str | None, ranks: Cohort) -> bool | None:
+    # None: silent where standard error is no terminal.
+    return None if title and ranks.leads else True
+
+
+def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:
+    """Deal the jobs out to ranks; the first of a round is the last of the next, for balance."""
+    # The product W C costs m d^2, and a sketch of it less, in the same order.
+    order = sorted(jobs, key=lambda job: -job.target.d_out * job.target.d_in**2)
+    for number, start in enumerate(range(0, len(order), size)):
+        some = dict(enumerate(order[start : start + size]))
+        yield {size - 1 - r: job for r, job in some.items()} if number % 2 else some
+
+
+def _gathered(some: dict[int, Job], ranks: Cohort) -> Tensor | None:
+    """Return the weight of this rank's job, if it is sharded; every rank helps with every other."""
+    split = {rank: job for rank, job in some.items() if not is_whole_weight(job.target.module)}
+    if split:
+        ranks.meet()
+    own = None
+    for rank, job in split.items():
+        weight = dense_weight(job.target)
+        own = weight if rank == ranks.rank else own
+    return own
+
+
+def _exchanged(
+    jobs: Sequence[Job], owner: dict[str, int], done: dict[str, ModulePlan], ranks: Cohort
+) -> dict[str, ModulePlan]:
+    if ranks.size == 1:
+        return {job.target.name: done[job.target.name] for job in jobs}
+    bare = {name: replace(module, lora_A=torch.empty(0)) for name, module in done.items()}
+    found = {name: module for each in ranks.gather(bare) for name, module in each.items()}
+    plans = {}
+    for job in jobs:
+        name = job.target.name
+        shape = (found[name].rank, job.target.d_in)
+        own = done[name].lora_A if name in done else torch.empty(shape)
+        plans[name] = replace(found[name], lora_A=ranks.copy_from(owner[name], own))
+    return plans
