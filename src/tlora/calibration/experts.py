@@ -3,8 +3,8 @@
 Hooks see what the module is given (the rows, which experts each row meets and with which weight)
 and the loss's gradient at what it returns. What lies between is computed here again for the rows
 of one expert at a time, by the formulas of `expert_parameters`: its inner input h, and in the
-backward pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient of more
-than one expert is ever held. Padding is routed like text; its rows are dropped here.
+backward pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient
+of more than one expert is ever held. Padding is routed like text; its rows are dropped here.
 
 Source: docs/method.md, 8.
 """
