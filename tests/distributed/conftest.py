@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ranks import Ranks
+from processes import Processes
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: Any) -> Iterator[Ranks]:
-    """Two ranks on gloo, started once."""
-    group = Ranks(tmp_path_factory.mktemp("ranks"))
+def processes(tmp_path_factory: Any) -> Iterator[Processes]:
+    """Two processes on gloo, started once."""
+    group = Processes(tmp_path_factory.mktemp("processes"))
     yield group
     group.stop()

@@ -1,4 +1,4 @@
-"""What the ranks of the tests do; each function runs in every rank at once."""
+"""What the processes of the tests do; each function runs in every process at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tlora.calibration.weights import dense_weight
 from tlora.errors import TLoraError
 
 Dealt = list[list[list[int]]]
-"""By rank: its batches, each the numbers of its samples."""
+"""By process: its batches, each the numbers of its samples."""
 
 
 def load(folder: str) -> Any:
@@ -46,7 +46,7 @@ def wrapped(folder: str, engine: str) -> Any:
 
 
 def batches(dealt: Dealt, bad: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    """Return this rank's batches; the labels of ``bad`` samples are all masked."""
+    """Return this process's batches; the labels of ``bad`` samples are all masked."""
     samples = causal_samples()
     for number in bad:
         samples[number]["labels"] = torch.full_like(samples[number]["labels"], -100)
@@ -54,7 +54,7 @@ def batches(dealt: Dealt, bad: tuple[int, ...] = ()) -> list[dict[str, Any]]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Kind, gradient, mode and bits of everything, as this rank has it."""
+    """Kind, gradient, mode and bits of everything, as this process has it."""
     seen: dict[str, Any] = {}
     for name, value in model.named_parameters():
         local = value.to_local() if hasattr(value, "to_local") else value
@@ -73,7 +73,7 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def measure(folder: str, engine: str, dealt: Dealt, fields: dict[str, Any], out: str) -> None:
-    """Calibrate and plan; leave both in a file of this rank."""
+    """Calibrate and plan; leave both in a file of this process."""
     model = wrapped(folder, engine).train()
     before = state(model)
     config = TLoraConfig(**fields)
@@ -143,7 +143,7 @@ def failure(folder: str, engine: str, dealt: Dealt, bad: tuple[int, ...]) -> tup
 
 
 def broken(folder: str, engine: str, dealt: Dealt) -> str:
-    """Iterate over batches that raise on rank 1 after the first."""
+    """Iterate over batches that raise on process 1 after the first."""
 
     def some() -> Any:
         for number, batch in enumerate(batches(dealt)):
@@ -242,7 +242,7 @@ def tampered(folder: str, file: str) -> str:
     model: Any = fully_shard(attach(load(folder), AdapterPlan.load(file)))
     callback = FrozenACallback()
     callback.on_train_begin(None, None, None, model=model)
-    # Of two rows or more, so that each rank holds some.
+    # Of two rows or more, so that each process holds some.
     weights = [layer.lora_A["default"].weight for _, layer in lora_layers(model)]
     max(weights, key=len).to_local().data.add_(1)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ranks import assert_same_plan
+from test_group import assert_same_plan
 
 from tlora import AdapterPlan
 from tlora.errors import ConfigError
@@ -61,10 +61,10 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     assert folder.finished
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sums.jsonl"]
-    # The ranks train together: two rows each of 24 a step, and one of them writes the log.
+    # The processes train together: two rows each of 24 a step, and one of them writes the log.
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [line["epoch"] for line in log] == [pytest.approx(2 * 4 / 24)]
-    # One rank speaks.
+    # One process speaks.
     assert done.stdout.count(f"adapter: {folder.adapter}") == 1
     config = RunConfig(
         model=BASE,

@@ -1,8 +1,8 @@
 """A stand-in of DeepSpeed's ZeRO-3: its parameters and `zero.GatheredParameters`, over gloo.
 
-A partitioned parameter is empty and carries ``ds_id``, ``ds_status``, ``ds_shape`` and this rank's
-part, ``ds_tensor``. Each Linear gathers its weight for its call. Unlike DeepSpeed's, these weights
-are never whole when a gradient arrives, which is the harder case.
+A partitioned parameter is empty and carries ``ds_id``, ``ds_status``, ``ds_shape`` and this
+process's part, ``ds_tensor``. Each Linear gathers its weight for its call. Unlike DeepSpeed's,
+these weights are never whole when a gradient arrives, which is the harder case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GATHERED: list[int] = []
 
 
 class GatheredParameters:
-    """Bring parameters together while the body runs; to be entered by every rank."""
+    """Bring parameters together while the body runs; to be entered by every process."""
 
     def __init__(self, params: list[Any]) -> None:
         self.params = params

@@ -34,7 +34,7 @@ from tlora.calibration.faults import (
     warn_of_skipped,
     within_memory,
 )
-from tlora.calibration.group import Cohort, Company
+from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.placement import device_of
 from tlora.calibration.probe import begin, first_pass, probing, progress_bar
@@ -81,18 +81,18 @@ def plan_in_blocks(
             ' covariance="streamed" rule out; leave `cache` or these fields out.',
             where="cache",
         )
-    ranks, model, targets = begin(model, config)
+    group, model, targets = begin(model, config)
     with probing(model), torch.no_grad():
-        strategy, batches = _settle(Company(model, ranks), targets, batches, config, ranks)
-        if strategy.passes > 1 and ranks.leads:
+        strategy, batches = _settle(Lockstep(model, group), targets, batches, config, group)
+        if strategy.passes > 1 and group.is_main_process:
             logger.info("%s", strategy.summary())
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
         bank = MomentBank({t.name for t in targets} - kept) if config.needs_moments else None
         asked = backward_for(config, kept)
-        first = Collector(model, targets, bank, asked, skip_bad_samples, ranks)
+        first = Collector(model, targets, bank, asked, skip_bad_samples, group)
         first.keep_units = strategy.passes > 1
-        with torch.enable_grad(), progress_bar(batches, progress and ranks.leads) as bar:
+        with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)
         begun = blocks[0] if blocks else [t for t in targets if bank is None]
@@ -100,36 +100,36 @@ def plan_in_blocks(
         bank = first.bank = None  # frees the moments of this block before the next one is made
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
-    warn_of_skipped(first.skipped if ranks.leads else {}, first.given, stacklevel=2)
+    warn_of_skipped(first.skipped if group.is_main_process else {}, first.given, stacklevel=2)
     samples = (first.samples, len(first.skipped))
     info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
     return AdapterPlan(joined(targets, planner.done), config, info)
 
 
 def _settle(
-    company: Company,
+    lockstep: Lockstep,
     targets: Sequence[Target],
     batches: Iterable[Mapping[str, Any]],
     config: TLoraConfig,
-    ranks: Cohort,
+    group: ProcessGroup,
 ) -> tuple[Strategy, Iterable[Mapping[str, Any]]]:
     """Choose the strategy; where moments have to share a budget, see first which are shared."""
     sources: dict[str, int] = {}
     if config.needs_moments and config.memory_budget is not None:
-        with ranks.together():
+        with group.raise_on_all():
             batches = list(batches)
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
-        # One batch for all ranks, and what one of them sees in it.
-        if (lent := ranks.lend(own)) is not None:
-            with ranks.together(), company.inside_collectives():
-                batch = as_batch(lent, device_of(company.model))
+        # One batch for all processes, and what one of them sees in it.
+        if (lent := group.broadcast_first(own)) is not None:
+            with group.raise_on_all(), lockstep.inside_collectives():
+                batch = as_batch(lent, device_of(lockstep.model))
                 sources = within_memory(
-                    partial(input_sources, company.model, targets, batch),
+                    partial(input_sources, lockstep.model, targets, batch),
                     lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
                     batch_size(batch),
                     config,
                 )
-            sources = ranks.send(sources, 0)
+            sources = group.broadcast(sources, 0)
     return choose(targets, sources, config), batches
 
 
@@ -144,12 +144,12 @@ class _Planner:
         progress: bool,
     ) -> None:
         self.first = first
-        self.ranks = first.ranks
+        self.group = first.group
         self.config = config
         self.progress = progress
         self.statistics = {target.name: first.measured(target) for target in targets}
         shares = allocate(targets, list(self.statistics.values()), config)
-        self.shares = self.ranks.send(shares, 0)
+        self.shares = self.group.broadcast(shares, 0)
         self.done: dict[str, ModulePlan] = {}
         self.passes = 1
 
@@ -186,7 +186,7 @@ class _Planner:
         bank = StreamBank(block, ranks, self.config.seed)
         while not bank.finished:
             self._pass(block, bank, "Streaming")
-            bank.advance(self.ranks)
+            bank.advance(self.group)
         self._solve(
             [self._job(target) for target in block],
             lambda job, weight: take_streamed(
@@ -215,7 +215,7 @@ class _Planner:
             where = partial("solving {}".format, job.target.name)
             return within_memory(partial(solve_one, job, weight), where, 0, self.config)
 
-        self.done |= solve_each(jobs, within, self.ranks, title=None)
+        self.done |= solve_each(jobs, within, self.group, title=None)
 
     def _pass(
         self,
@@ -227,14 +227,14 @@ class _Planner:
         from tqdm.auto import tqdm
 
         self.passes += 1
-        collector = Collector(self.first.model, block, bank, backward, ranks=self.ranks)
-        hidden = None if self.progress and self.ranks.leads else True
-        with self.ranks.together(), torch.set_grad_enabled(backward is not None):
+        collector = Collector(self.first.model, block, bank, backward, group=self.group)
+        hidden = None if self.progress and self.group.is_main_process else True
+        with self.group.raise_on_all(), torch.set_grad_enabled(backward is not None):
             for unit in tqdm(self.first.units, desc=title, disable=hidden):
                 size = len(unit.numbers)
                 where = partial(collector.doing, unit.numbers[0], size)
                 within_memory(partial(collector.add_again, unit), where, size, self.config)
-            collector.keep_company()
+            collector.run_spare_passes()
         collector.pool()
 
 

@@ -13,7 +13,7 @@ from tlora.adapter.plan import AdapterPlan, ModulePlan
 from tlora.adapter.shares import Share, Shares, allocate
 from tlora.adapter.solve import joined, solve
 from tlora.calibration.cache import model_key
-from tlora.calibration.group import Cohort, cohort
+from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.placement import class_name, reshard, resharded, unwrapped
 from tlora.calibration.preserve import refuse_repacked
@@ -32,9 +32,9 @@ def plan(
     The same statistics can be planned again with another rank, budget, basis or ablation, as
     long as they hold what it needs.
 
-    In a process group every rank calls it with the statistics that `calibrate` gave it: the modules
-    are shared out, and every rank ends with the same plan to the bit. Sharded weights (FSDP2,
-    ZeRO-3) are gathered one module at a time.
+    In a process group every process calls it with the statistics that `calibrate` gave it: the
+    modules are shared out, and every process ends with the same plan to the bit. Sharded weights
+    (FSDP2, ZeRO-3) are gathered one module at a time.
 
     Args:
         model: the base model that was calibrated; DDP and DeepSpeed's engine are looked through.
@@ -49,21 +49,21 @@ def plan(
 
     Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
     """
-    ranks, model = cohort(), unwrapped(model)
+    group, model = process_group(), unwrapped(model)
     reshard(model)
     with resharded(model):
-        with ranks.together():
+        with group.raise_on_all():
             targets = find_targets(model, config)
             measured = [_statistics_of(target, stats) for target in targets]
             _refuse_another(model, stats)
             shares = allocate(targets, measured, config)
-        # The first rank's, so that all have the same to the bit, whatever they were given.
-        shares = ranks.send(shares, 0)
+        # The first process's, so that all have the same to the bit, whatever they were given.
+        shares = group.broadcast(shares, 0)
         each = zip(targets, measured, strict=True)
         solved = solve_each(
             [Job(target, module, shares.of[target.name]) for target, module in each],
             lambda job, weight: solve(job.target, job.statistics, job.share, config, weight),
-            ranks,
+            group,
             "Planning" if progress else None,
         )
     skipped = stats.info.get("skipped", 0)
@@ -127,46 +127,46 @@ Solve = Callable[[Job, Tensor | None], ModulePlan]
 
 
 def solve_each(
-    jobs: Sequence[Job], solve: Solve, ranks: Cohort, title: str | None
+    jobs: Sequence[Job], solve: Solve, group: ProcessGroup, title: str | None
 ) -> dict[str, ModulePlan]:
-    """Plan every module, on every rank the same to the bit.
+    """Plan every module, on every process the same to the bit.
 
-    The jobs are dealt out in rounds, one to a rank, the largest first. Sharded weights are gathered
-    one by one, at the start of the round that needs them, so that a rank holds one at a time (and
-    a second while it is gathered).
+    The jobs are dealt out in rounds, one to a process, the largest first. Sharded weights are
+    gathered one by one, at the start of the round that needs them, so that a process holds one at a
+    time (and a second while it is gathered).
 
     Args:
-        jobs: the same on every rank, in model order.
+        jobs: the same on every process, in model order.
         solve: plans one.
-        ranks: who takes part.
+        group: the processes that take part.
         title: of the bar; None: no bar.
 
     Raises:
-        TLoraError: as ``solve``; on every rank, if it raises on one.
+        TLoraError: as ``solve``; on every process, if it raises on one.
     """
     from tqdm.auto import tqdm
 
     done: dict[str, ModulePlan] = {}
-    rounds = list(_rounds(jobs, ranks.size))
-    bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=_hidden(title, ranks))
-    with ranks.together(), bar:
+    rounds = list(_rounds(jobs, group.size))
+    bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=_hidden(title, group))
+    with group.raise_on_all(), bar:
         for some in rounds:
-            weight = _gathered(some, ranks)
-            if job := some.get(ranks.rank):
+            weight = _gathered(some, group)
+            if job := some.get(group.process):
                 done[job.target.name] = solve(job, weight)
             del weight  # before the next one is gathered
             bar.update(len(some))
-    owners = {job.target.name: rank for some in rounds for rank, job in some.items()}
-    return _exchanged(jobs, owners, done, ranks)
+    owners = {job.target.name: process for some in rounds for process, job in some.items()}
+    return _exchanged(jobs, owners, done, group)
 
 
-def _hidden(title: str | None, ranks: Cohort) -> bool | None:
+def _hidden(title: str | None, group: ProcessGroup) -> bool | None:
     # None: silent where standard error is no terminal.
-    return None if title and ranks.leads else True
+    return None if title and group.is_main_process else True
 
 
 def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:
-    """Deal the jobs out to ranks; the first of a round is the last of the next, for balance."""
+    """Deal the jobs out to processes; the first of a round is the last of the next, for balance."""
     # The product W C costs m d^2, and a sketch of it less, in the same order.
     order = sorted(jobs, key=lambda job: -job.target.d_out * job.target.d_in**2)
     for number, start in enumerate(range(0, len(order), size)):
@@ -174,29 +174,29 @@ def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:
         yield {size - 1 - r: job for r, job in some.items()} if number % 2 else some
 
 
-def _gathered(some: dict[int, Job], ranks: Cohort) -> Tensor | None:
-    """Return the weight of this rank's job, if it is sharded; every rank helps with every other."""
-    split = {rank: job for rank, job in some.items() if not is_whole_weight(job.target.module)}
+def _gathered(some: dict[int, Job], group: ProcessGroup) -> Tensor | None:
+    """Return the weight of this process's job, if it is sharded; all take part."""
+    split = {p: job for p, job in some.items() if not is_whole_weight(job.target.module)}
     if split:
-        ranks.meet()
+        group.barrier()
     own = None
-    for rank, job in split.items():
+    for process, job in split.items():
         weight = dense_weight(job.target)
-        own = weight if rank == ranks.rank else own
+        own = weight if process == group.process else own
     return own
 
 
 def _exchanged(
-    jobs: Sequence[Job], owner: dict[str, int], done: dict[str, ModulePlan], ranks: Cohort
+    jobs: Sequence[Job], owner: dict[str, int], done: dict[str, ModulePlan], group: ProcessGroup
 ) -> dict[str, ModulePlan]:
-    if ranks.size == 1:
+    if group.size == 1:
         return {job.target.name: done[job.target.name] for job in jobs}
     bare = {name: replace(module, lora_A=torch.empty(0)) for name, module in done.items()}
-    found = {name: module for each in ranks.gather(bare) for name, module in each.items()}
+    found = {name: module for each in group.all_gather(bare) for name, module in each.items()}
     plans = {}
     for job in jobs:
         name = job.target.name
         shape = (found[name].rank, job.target.d_in)
         own = done[name].lora_A if name in done else torch.empty(shape)
-        plans[name] = replace(found[name], lora_A=ranks.copy_from(owner[name], own))
+        plans[name] = replace(found[name], lora_A=group.broadcast_tensor(owner[name], own))
     return plans

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tlora.calibration.group import Cohort
+from tlora.calibration.group import ProcessGroup
 from tlora.calibration.hooks import Record
 from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.placement import device_of
@@ -32,8 +32,8 @@ class Accumulator(Protocol):
         """Add a batch of ``size`` samples."""
         ...
 
-    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
-        """Add up what all ranks have taken in, so that each holds the sum."""
+    def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
+        """Add up what all processes have taken in, so that each holds the sum."""
         ...
 
 
@@ -53,7 +53,7 @@ class MomentBank:
 
     def __init__(self, spared: Collection[str] = ()) -> None:
         self.spared = frozenset(spared)
-        self.group_of: dict[str, int] = {}
+        self.moment_ids: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
 
     @property
@@ -63,47 +63,47 @@ class MomentBank:
 
     def moment(self, name: str) -> SecondMoment | None:
         """Return the second moment of a module, None if it is not kept (or was never seen)."""
-        return self.moments.get(self.group_of.get(name, -1))
+        return self.moments.get(self.moment_ids.get(name, -1))
 
     def update(self, records: Mapping[str, Record], size: int) -> None:
         """Add a batch of ``size`` samples that the hooks have recorded and split."""
-        self._group(records)
+        self._assign(records)
         done: set[int] = set()
         for name, record in records.items():
-            group = self.group_of[name]
-            moment = self.moments[group]
-            if moment is not None and group not in done:
-                done.add(group)
+            moment_id = self.moment_ids[name]
+            moment = self.moments[moment_id]
+            if moment is not None and moment_id not in done:
+                done.add(moment_id)
                 rows, mask = record.joined(size)
                 moment.update(rows.to(moment.device), mask)
 
-    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
-        """Add up the second moments of all ranks' samples, so that each rank holds the sum.
+    def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
+        """Add up the second moments of all processes' samples, so that each process holds the sum.
 
-        Modules that read the same tensors on every rank stay in one group: the common refinement
-        of what the ranks saw. A rank without samples agrees to any.
+        Modules that read the same tensors on every process stay in one group: the common refinement
+        of what the processes saw. A process without samples agrees to any.
         """
-        if ranks.size == 1:
+        if group.size == 1:
             return
-        seen = [groups for groups in ranks.gather(self.group_of) if groups]
-        # Numbers that no rank has used, so that they are the same on all.
-        [start] = ranks.highest([len(self.moments)])
+        seen = [ids for ids in group.all_gather(self.moment_ids) if ids]
+        # Numbers that no process has used, so that they are the same on all.
+        [start] = group.all_reduce_max([len(self.moments)])
         numbers: dict[tuple[int, ...], int] = {}
-        group_of: dict[str, int] = {}
+        moment_ids: dict[str, int] = {}
         first: dict[int, Target] = {}
         for target in targets if seen else ():
-            key = tuple(groups[target.name] for groups in seen)
-            group = group_of[target.name] = numbers.setdefault(key, start + len(numbers))
-            first.setdefault(group, target)
-        uses = Counter(self.group_of.get(target.name) for target in first.values())
-        for group, target in first.items():
-            old = self.group_of.get(target.name)
+            key = tuple(ids[target.name] for ids in seen)
+            moment_id = moment_ids[target.name] = numbers.setdefault(key, start + len(numbers))
+            first.setdefault(moment_id, target)
+        uses = Counter(self.moment_ids.get(target.name) for target in first.values())
+        for moment_id, target in first.items():
+            old = self.moment_ids.get(target.name)
             uses[old] -= 1
             spared = target.name in self.spared
             own = None if spared else self._taken_over(target, last=not uses[old])
-            self.moments[group] = own and sum_over(ranks, own)
-        self.group_of = group_of
-        self.moments = {group: self.moments[group] for group in first}
+            self.moments[moment_id] = own and sum_over(group, own)
+        self.moment_ids = moment_ids
+        self.moments = {moment_id: self.moments[moment_id] for moment_id in first}
 
     def _taken_over(self, target: Target, last: bool) -> SecondMoment:
         """Return a moment for a new group: the old group's own, if this is the ``last`` use."""
@@ -112,7 +112,7 @@ class MomentBank:
             return moment
         return new_moment(target, moment)
 
-    def _group(self, records: Mapping[str, Record]) -> None:
+    def _assign(self, records: Mapping[str, Record]) -> None:
         """Put modules that read the same tensors into one group.
 
         Modules of a group that read different tensors in this batch part here, before it is
@@ -120,22 +120,22 @@ class MomentBank:
         """
         seen: dict[tuple[object, ...], int] = {}
         for name, record in records.items():
-            old = self.group_of.get(name)
+            old = self.moment_ids.get(name)
             # What is kept and what is not never share a group, whatever they read.
             key = (old, record.source, name in self.spared)
             if key not in seen:
                 taken = old is None or old in seen.values()
-                seen[key] = self._new_group(record, old) if taken else old  # type: ignore[assignment]
-            self.group_of[name] = seen[key]
+                seen[key] = self._new_id(record, old) if taken else old  # type: ignore[assignment]
+            self.moment_ids[name] = seen[key]
 
-    def _new_group(self, record: Record, old: int | None) -> int:
-        group = len(self.moments)
+    def _new_id(self, record: Record, old: int | None) -> int:
+        moment_id = len(self.moments)
         common = None if old is None else self.moments[old]
         moment = None
         if record.target.name not in self.spared:
             moment = new_moment(record.target, common)
-        self.moments[group] = moment
-        return group
+        self.moments[moment_id] = moment
+        return moment_id
 
 
 def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMoment:
@@ -152,30 +152,30 @@ def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMomen
     return moment
 
 
-def sum_over(ranks: Cohort, moment: SecondMoment) -> SecondMoment:
-    """Return the second moment over all ranks' samples, in the place of this rank's."""
+def sum_over(group: ProcessGroup, moment: SecondMoment) -> SecondMoment:
+    """Return the second moment over all processes' samples, in the place of this process's."""
     own = moment.weighted_means
-    told = ranks.gather((moment.samples, moment.tokens, moment.rows is None, len(own)))
+    told = group.all_gather((moment.samples, moment.tokens, moment.rows is None, len(own)))
     samples, tokens, formed, held = zip(*told, strict=True)
-    means = ranks.stacked(own, held)
+    means = group.all_gather_rows(own, held)
     if not any(formed) and sum(tokens) <= moment.dim and moment.rows is not None:
-        rows = ranks.stacked(moment.rows, tokens)
+        rows = group.all_gather_rows(moment.rows, tokens)
         others = {
-            "means": _without(means, held, ranks.rank),
-            "rows": _without(rows, tokens, ranks.rank),
+            "means": _without(means, held, group.process),
+            "rows": _without(rows, tokens, group.process),
         }
         counts = (sum(samples) - moment.samples, sum(tokens) - moment.tokens)
         moment.merge(SecondMoment.from_parts(others, *counts))
         return moment
     scatter = moment.scatter
-    scatter.copy_(ranks.add(scatter))
+    scatter.copy_(group.all_reduce_sum(scatter))
     parts = {"means": means, "scatter": scatter}
     return SecondMoment.from_parts(parts, sum(samples), sum(tokens))
 
 
-def _without(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
-    before = sum(counts[:rank])
-    return torch.cat([rows[:before], rows[before + counts[rank] :]])
+def _without(rows: Tensor, counts: Sequence[int], process: int) -> Tensor:
+    before = sum(counts[:process])
+    return torch.cat([rows[:before], rows[before + counts[process] :]])
 
 
 class GradientBank:
@@ -236,17 +236,17 @@ class GradientBank:
             _refuse_overflown(kept, f"{target.name}: its gradient-weighted second moment")
             del self.moments[target.name]
 
-    def pool(self, targets: Iterable[Target], ranks: Cohort) -> None:
-        """Add up what all ranks have accumulated, so that each holds the sum."""
-        if ranks.size == 1:
+    def pool(self, targets: Iterable[Target], group: ProcessGroup) -> None:
+        """Add up what all processes have accumulated, so that each holds the sum."""
+        if group.size == 1:
             return
         kept = [target for target in targets if self.keeps(target)]
         seen = [target.name in self.totals or target.name in self.moments for target in kept]
-        for target, anywhere in zip(kept, ranks.highest(seen), strict=True):
+        for target, anywhere in zip(kept, group.all_reduce_max(seen), strict=True):
             if anywhere and self.means:
-                self.totals[target.name] = ranks.add(self._total(target))
+                self.totals[target.name] = group.all_reduce_sum(self._total(target))
             if anywhere and self.weighted:
-                self.moments[target.name] = sum_over(ranks, self._moment(target))
+                self.moments[target.name] = sum_over(group, self._moment(target))
 
     def _total(self, target: Target) -> Tensor:
         if target.name not in self.totals:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tlora.calibration.accumulators import GradientBank
 from tlora.calibration.experts import ExpertsRecord
-from tlora.calibration.group import ALONE, Cohort
+from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
 from tlora.calibration.hooks import Call, Record
 from tlora.calibration.weights import Target, dense_weight, is_whole_weight
 from tlora.config import TLoraConfig
@@ -134,7 +134,7 @@ class SensitivityPass:
         weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
             of the sample's own loss: (labels in the batch) / (labels of s).
         asked: what is measured, and where gradients are accumulated.
-        company: the ranks that hold a part of each weight. One that is not whole when a gradient
+        group: the processes that hold a part of each weight. One that is not whole when a gradient
             arrives is gathered by all of them at the end of the pass.
         late: accumulate gradients in `accumulate` alone, when all that was measured is known; the
             rows and gradients of all calls are kept until then.
@@ -148,14 +148,14 @@ class SensitivityPass:
         records: Iterable[Record],
         weights: Tensor,
         asked: Backward,
-        company: Cohort = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         late: bool = False,
     ) -> None:
         self.records = list(records)
         self.weights = weights.tolist()
         self.asked = asked
         self.found: dict[str, Tensor] = {}
-        self.company = company
+        self.group = group
         self.late = late
         self._kept: list[tuple[Record, list[Call]]] = []
         self._handles: list[Any] = []
@@ -175,7 +175,7 @@ class SensitivityPass:
             return
         # Calls that the loss does not depend on never get a gradient: add the others.
         left = [any(call.delta is not None for call in record.calls) for record in self.records]
-        for record, wanted in zip(self.records, self.company.highest(left), strict=True):
+        for record, wanted in zip(self.records, self.group.all_reduce_max(left), strict=True):
             if wanted:
                 self._add(record)
             record.calls = []
@@ -203,7 +203,7 @@ class SensitivityPass:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
         if not calls:
-            # Another rank alone has use for its weight, and needs this one's part of it.
+            # Another process alone has use for its weight, and needs this one's part of it.
             if self._reads_weight and not isinstance(record, ExpertsRecord):
                 dense_weight(record.target)
             return

@@ -14,7 +14,7 @@ Bad samples (no label that counts; an input, a loss or a gradient that is not fi
 are left out: then the batch is read again without them, and 2 waits for 3, since a gradient is
 seen last.
 
-The ranks of a sharded model run every pass together (`Company`).
+The processes of a sharded model run every pass together (`Lockstep`).
 
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2). The release runs one sample at a time.
 """
@@ -42,7 +42,7 @@ from tlora.calibration.faults import (
     checked_weights,
     numbered,
 )
-from tlora.calibration.group import ALONE, Cohort, Company
+from tlora.calibration.group import SINGLE_PROCESS, Lockstep, ProcessGroup
 from tlora.calibration.hooks import AllSeen, Record, recording
 from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.placement import class_name, reshard
@@ -84,7 +84,7 @@ class Collector:
         bank: where the inputs go; None: they are not wanted.
         backward: what a backward pass is run for; None: none is run.
         skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
-        ranks: who shares the samples.
+        group: the processes that share the samples.
 
     Attributes:
         samples: samples that count, so far.
@@ -103,15 +103,15 @@ class Collector:
         bank: Accumulator | None,
         backward: Backward | None,
         skip_bad_samples: bool = False,
-        ranks: Cohort = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.model = model
         self.targets = targets
         self.bank = bank
         self.backward = backward
         self.skip_bad_samples = skip_bad_samples
-        self.ranks = ranks
-        self.company = Company(model, ranks)
+        self.group = group
+        self.lockstep = Lockstep(model, group)
         self.samples = 0
         self.given = 0
         self.skipped: dict[int, str] = {}
@@ -144,23 +144,23 @@ class Collector:
         weights = reading.loss_weights(unit.batch, self.model) if self.backward else None
         self._add(unit, weights)
 
-    def keep_company(self) -> None:
-        """Run passes that count nothing, while other ranks of a sharded model have samples left."""
-        while self.company.open(None):
-            spare = self.company.spare
+    def run_spare_passes(self) -> None:
+        """Run passes that count nothing, while other processes have samples left."""
+        while self.lockstep.begin_pass(None):
+            spare = self.lockstep.spare
             records = records_of(self.targets)
             layout = reading.token_layout(spare, self.model)
             outputs = self._forward(Unit(spare, ()), records, layout)
             self._finish_uncounted(records, outputs)
 
     def pool(self) -> None:
-        """Add up what all ranks have measured, so that each holds the statistics of all samples.
+        """Add up what all processes have measured, so that each holds what all samples give.
 
-        Samples are numbered one rank's after the other's.
+        Samples are numbered one process's after the other's.
         """
-        if self.ranks.size > 1:
+        if self.group.size > 1:
             totals = {name: total.item() for name, total in self.sensitivities.items()}
-            parts = self.ranks.gather((self.samples, self.given, self.skipped, totals))
+            parts = self.group.all_gather((self.samples, self.given, self.skipped, totals))
             self.samples = self.given = 0
             self.skipped, self.sensitivities = {}, {}
             for samples, given, skipped, found in parts:
@@ -170,9 +170,9 @@ class Collector:
                 for name, total in found.items():
                     self._add_to(name, torch.tensor(total, dtype=torch.float64))
         if self.bank is not None:
-            self.bank.pool(self.targets, self.ranks)
+            self.bank.pool(self.targets, self.group)
         if self.gradients is not None:
-            self.gradients.pool(self.targets, self.ranks)
+            self.gradients.pool(self.targets, self.group)
         reshard(self.model)
 
     def doing(self, first: int, count: int) -> str:
@@ -195,7 +195,7 @@ class Collector:
 
         None where that is not known: nothing was read by this process, or others read too.
         """
-        if not self._reached or self.ranks.size > 1:
+        if not self._reached or self.group.size > 1:
             return []
         names = records_of(self.targets).keys() - self._reached
         return [t.name for t in self.targets if t.name in names and "expert" not in t.name]
@@ -253,7 +253,7 @@ class Collector:
         self.stage = "the forward pass"
         layout = reading.token_layout(unit.batch, self.model)
         records = records_of(self.targets)
-        self.company.open(unit.batch)
+        self.lockstep.begin_pass(unit.batch)
         outputs = self._forward(unit, records, layout)
         unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
         self._reached |= {name for name, count in unit.calls.items() if count}
@@ -269,7 +269,7 @@ class Collector:
         late = _inputs_of(records) if waits else None
         if late is None:
             self._update(records, layout.size)
-        self.company.meet()
+        self.lockstep.barrier()
         if loss is not None:
             self._add_gradients(records, factors, loss)
         if late is not None:
@@ -279,12 +279,12 @@ class Collector:
             self.units.append(unit)
 
     def _finish_uncounted(self, records: dict[str, Record], outputs: Any) -> None:
-        """Run the second half of a pass for the sake of the other ranks of a sharded model."""
-        if not self.company.present:
+        """Run the second half of a pass for the sake of the other processes of a sharded model."""
+        if not self.lockstep.active:
             return
         for record in records.values():
             record.calls = []
-        self.company.meet()
+        self.lockstep.barrier()
         if self.backward:
             self._run_back(records, torch.ones(0), outputs["loss"])
 
@@ -307,15 +307,15 @@ class Collector:
     ) -> SensitivityPass:
         if self.backward is None:
             raise ValueError("nothing is asked of a backward pass")
-        ranks, late = self.company.ranks, self.skip_bad_samples
+        group, late = self.lockstep.group, self.skip_bad_samples
         # A mean over B samples has gradients 1/B the size, which 16 bits may not hold; a power of
         # two rounds nothing.
         scale = float(2 ** (max(1, len(factors)).bit_length() - 1))
-        done = SensitivityPass(records.values(), factors / scale, self.backward, ranks, late)
+        done = SensitivityPass(records.values(), factors / scale, self.backward, group, late)
         with done:
             # It does not where these samples reach no target (an expert).
             if loss.requires_grad:
-                with self.company.inside_collectives():
+                with self.lockstep.inside_collectives():
                     (loss * scale).backward()
         return done
 
@@ -327,9 +327,9 @@ class Collector:
         options = forward_options(self.model, unit.batch)
         backward = self.backward is not None
         # To stop halfway would leave a sharded model's weights gathered; a backward needs the loss.
-        expected = None if self.company.sharded or backward else unit.calls
+        expected = None if self.lockstep.sharded or backward else unit.calls
         with (
-            self.company.inside_collectives(),
+            self.lockstep.inside_collectives(),
             recording(self.model, records.values(), layout, backward, expected),
             torch.set_grad_enabled(backward),
             contextlib.suppress(AllSeen),
@@ -346,8 +346,8 @@ class Collector:
                 " scales and take a `basis` without gradients."
             )
         if not loss.isfinite():
-            if self.company.present and len(unit.numbers) > 1:
-                # Each sample gets a pass of its own, which the other ranks know of.
+            if self.lockstep.active and len(unit.numbers) > 1:
+                # Each sample gets a pass of its own, which the other processes know of.
                 raise reading.UnknownLayout
             losses = self._single_losses(unit) if len(unit.numbers) > 1 else [loss.item()]
             rows = [row for row, value in enumerate(losses) if not math.isfinite(value)]

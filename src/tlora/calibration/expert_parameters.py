@@ -79,7 +79,8 @@ def why_not(module: nn.Module, attribute: str) -> str | None:
     plain = type(parameter.data) is Tensor and parameter.is_floating_point()
     spread = getattr(layer, "_is_expert_parallel", False) or len(parameter) != layer.num_experts
     reasons = {
-        "it is sharded over ranks: plan before that": is_dtensor(parameter) or is_zero3(parameter),
+        "it is sharded over processes: plan before that": is_dtensor(parameter)
+        or is_zero3(parameter),
         "it is offloaded: keep it on a device by the `device_map`": attribute in loaded_by(module),
         f"it is stored as {parameter.dtype}: load the model with unquantised experts": (
             not plain or parameter.itemsize < 2

@@ -81,19 +81,19 @@ def class_name(model: nn.Module) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the ranks hold a model's weights in parts."""
+    """Return whether the processes hold a model's weights in parts."""
     return any(map(_is_fsdp, model.modules())) or any(map(_is_split, model.parameters()))
 
 
 def is_whole(weight: Any) -> bool:
-    """Return whether a weight can be read here and now, without the other ranks."""
+    """Return whether a weight can be read here and now, without the other processes."""
     if is_zero3(weight):
         return weight.ds_status.name == "AVAILABLE"
     return not is_dtensor(weight)
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Return whether a tensor is split over ranks the way of FSDP2."""
+    """Return whether a tensor is split over processes the way of FSDP2."""
     return is_a(tensor, "torch", "DTensor")
 
 
@@ -103,7 +103,7 @@ def is_zero3(tensor: Any) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor, all of it where it is whole."""
+    """Return what this process holds of a tensor, all of it where it is whole."""
     if is_zero3(tensor) and not is_whole(tensor):
         return tensor.ds_tensor
     return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -31,7 +31,7 @@ from tlora.calibration.faults import (
     warn_of_unreached,
     within_memory,
 )
-from tlora.calibration.group import Cohort, cohort
+from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.placement import (
     can_be_loaded,
     class_name,
@@ -73,9 +73,9 @@ def calibrate(
     states), also when a batch raises. Dropout is off while it runs. All second moments and
     gradients are held; `get_tlora_model` bounds them by ``config.memory_budget``.
 
-    In a process group every rank gives its share of the batches (any number, or none) and gets
-    all samples' statistics, up to rounding; all batches on every rank give the same. What one rank
-    raises is raised on all, with the rank's number.
+    In a process group every process gives its share of the batches (any number, or none) and gets
+    all samples' statistics, up to rounding; all batches on every process give the same. What one
+    process raises is raised on all, with its number.
 
     Args:
         model: the base model, weights loaded, no adapters; DDP, FSDP2 and DeepSpeed's engine may
@@ -105,22 +105,22 @@ def calibrate(
             " leave these fields out.",
             where="memory_budget",
         )
-    ranks, model, targets = begin(model, config)
+    group, model, targets = begin(model, config)
     file = None if cache is None else calibration_file(cache)
     known = model_key(model)
     stats = None
     if file is not None:
-        with ranks.together():
+        with group.raise_on_all():
             refuse_unwritable(file.parent)
-        if ranks.send(file.is_file(), 0):
+        if group.broadcast(file.is_file(), 0):
             stats = _loaded(file, (known, batches), targets, config, skip_bad_samples)
     if stats is None:
         stats = _measured(model, targets, batches, config, (progress, skip_bad_samples), known)
         if file is not None:
-            with ranks.together():
-                if ranks.leads:
+            with group.raise_on_all():
+                if group.is_main_process:
                     stats.save(file)
-    skipped = stats.info.get("skipped_samples", {}) if ranks.leads else {}
+    skipped = stats.info.get("skipped_samples", {}) if group.is_main_process else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
     return stats
 
@@ -137,15 +137,15 @@ def _loaded(
     Raises:
         CalibrationError: it is of another model, other samples or another configuration.
     """
-    ranks = cohort()
+    group = process_group()
     digests: list[str] = []
     # A DataLoader draws random numbers to be looked through.
-    with random_states_kept(), ranks.together():
+    with random_states_kept(), group.raise_on_all():
         stats = Calibration.load(file)
         for _ in digested(given[1], digests):
             pass
-    key = _pooled_key(given[0], digests, ranks)
-    with ranks.together():
+    key = _pooled_key(given[0], digests, group)
+    with group.raise_on_all():
         names = [target.name for target in targets]
         refuse_another(file, stats.key, key, stats.lacks(names, config))
         refuse_skipped(file, 0 if skip_bad_samples else stats.info.get("skipped", 0))
@@ -161,18 +161,18 @@ def _measured(
     known: str,
 ) -> Calibration:
     """Run the passes; ``options``: show a bar, skip bad samples; ``known``: the model's key."""
-    ranks = cohort()
+    group = process_group()
     bank = MomentBank() if config.needs_moments else None
-    reads = Collector(model, targets, bank, backward_for(config), options[1], ranks)
+    reads = Collector(model, targets, bank, backward_for(config), options[1], group)
     digests: list[str] = []
-    with probing(model), progress_bar(batches, options[0] and ranks.leads) as bar:
+    with probing(model), progress_bar(batches, options[0] and group.is_main_process) as bar:
         first_pass(reads, digested(batches, digests), config, bar)
-    return _calibration(reads, bank, _pooled_key(known, digests, ranks), config)
+    return _calibration(reads, bank, _pooled_key(known, digests, group), config)
 
 
-def _pooled_key(model: str, digests: list[str], ranks: Cohort) -> Key:
-    """Return the key of all ranks' batches, one rank's after the other's."""
-    return Key(model, tuple(itertools.chain(*ranks.gather(digests))))
+def _pooled_key(model: str, digests: list[str], group: ProcessGroup) -> Key:
+    """Return the key of all processes' batches, one process's after the other's."""
+    return Key(model, tuple(itertools.chain(*group.all_gather(digests))))
 
 
 def _calibration(
@@ -183,7 +183,7 @@ def _calibration(
         module = modules[target.name] = collector.measured(target)
         if bank is not None:
             module.moment = bank.moment(target.name)
-            module.moment_id = bank.group_of[target.name]
+            module.moment_id = bank.moment_ids[target.name]
         if collector.gradients is not None:
             collector.gradients.give(target, module)
     skipped = {str(number): reason for number, reason in collector.skipped.items()}
@@ -196,16 +196,16 @@ def _calibration(
     return Calibration(modules, collector.samples, info, key)
 
 
-def begin(model: nn.Module, config: TLoraConfig) -> tuple[Cohort, nn.Module, list[Target]]:
-    """Return the ranks that calibrate together, the model inside its wrappers, and its targets.
+def begin(model: nn.Module, config: TLoraConfig) -> tuple[ProcessGroup, nn.Module, list[Target]]:
+    """Return the process group, the model inside its wrappers, and its targets.
 
     Raises:
         CalibrationError: as `checked_targets`, or the model is wrapped by the first FSDP.
         ConfigError: no module matches.
     """
-    ranks, model = cohort(), unwrapped(model)
-    with ranks.together():
-        return ranks, model, checked_targets(model, config)
+    group, model = process_group(), unwrapped(model)
+    with group.raise_on_all():
+        return group, model, checked_targets(model, config)
 
 
 def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
@@ -258,13 +258,13 @@ def first_pass(
     Raises:
         CalibrationError: as `calibrate`.
     """
-    with collector.ranks.together():
+    with collector.group.raise_on_all():
         for batch in batches:
             size = reading.batch_size(batch) if isinstance(batch, Mapping) else 0
             where = partial(collector.doing, collector.given, size)
             within_memory(partial(_read, collector, batch), where, size, config)
             bar.update(collector.given - bar.n)
-        collector.keep_company()
+        collector.run_spare_passes()
     collector.pool()
     if collector.samples == 0:
         refuse_none_left(collector.skipped)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tlora.calibration.group import Cohort
+from tlora.calibration.group import ProcessGroup
 from tlora.calibration.hooks import Record
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
@@ -53,18 +53,18 @@ class StreamBank:
             space = self.spaces[name]
             space.add(centred[source].to(space.block.device))
 
-    def pool(self, targets: Sequence[Target], ranks: Cohort) -> None:
-        """Add up the products with C of all ranks' samples, so that each rank holds the sum."""
+    def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
+        """Add up the products with C of all processes' samples, so that each holds the sum."""
         for target in targets:
             space = self.spaces[target.name]
-            space.product = ranks.add(space.product)
+            space.product = group.all_reduce_sum(space.product)
 
-    def advance(self, ranks: Cohort) -> None:
-        """End a pass. Every rank goes on with the first one's blocks, to the bit."""
+    def advance(self, group: ProcessGroup) -> None:
+        """End a pass. Every process goes on with the first one's blocks, to the bit."""
         for target in self.targets:
             space = self.spaces[target.name]
             space.advance(dense_weight(target))
-            space.block = ranks.copy_from(0, space.block)
+            space.block = group.broadcast_tensor(0, space.block)
 
     def result(self, target: Target, weight: Tensor | None = None) -> Subspace:
         """Return a module's subspace after the last pass; ``weight``: W, if it is at hand."""

@@ -50,7 +50,7 @@ def dense_weight(target: Target) -> Tensor:
 
     A quantised weight is dequantised and an offloaded one loaded anew by each call, so that no
     more of them are alive than the caller holds; the stored one is only read. One that is sharded
-    over ranks is gathered, so that every rank has to call.
+    over processes is gathered, so that every process has to call.
 
     Raises:
         AdapterError: the weight is on the meta device, is stored in a form not known here, or
@@ -102,7 +102,7 @@ def is_8bit_linear(module: nn.Module) -> bool:
 
 
 def is_whole_weight(module: nn.Module) -> bool:
-    """Return whether a module's weight can be read without the other ranks."""
+    """Return whether a module's weight can be read without the other processes."""
     return all(map(is_whole, module.parameters(recurse=False)))
 
 

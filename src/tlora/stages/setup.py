@@ -58,17 +58,17 @@ class Setup:
     def calibration_batches(self) -> Samples:
         """Return the calibration rows in batches: the first ones after a seeded shuffle.
 
-        In a process group they are dealt out to the ranks like cards, if the method adds up what
-        the ranks see.
+        In a process group they are dealt out to the processes like cards, if the method adds up
+        what they see.
         """
         from torch.utils.data import DataLoader
 
-        from tlora.calibration.group import ALONE, cohort
+        from tlora.calibration.group import SINGLE_PROCESS, process_group
         from tlora.methods.base import Samples
 
         count = min(self.config.calibration.samples, len(self.train))
-        ranks = cohort() if self.method.traits.pools else ALONE
-        own = range(ranks.rank, count, ranks.size)
+        group = process_group() if self.method.traits.pools else SINGLE_PROCESS
+        own = range(group.process, count, group.size)
         rows = self.train.shuffle(seed=self.config.seed).select(own)
         options = self.config.calibration
         loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)

@@ -206,11 +206,11 @@ def _logits_alone(outputs: Any, labels: Any) -> Any:
 
 
 def _resume_point(folder: RunFolder, trainer: Any) -> str | None:
-    """Return the checkpoint to go on from; the first rank clears away what lies beyond it."""
-    from tlora.calibration.group import cohort
+    """Return the checkpoint to go on from; the first process clears away what lies beyond it."""
+    from tlora.calibration.group import process_group
 
     point = _rewound(folder) if trainer.is_world_process_zero() else None
-    return cohort().send(point, 0)
+    return process_group().broadcast(point, 0)
 
 
 def _rewound(folder: RunFolder) -> str | None:

@@ -1,4 +1,4 @@
-"""A process group of two ranks on this machine, kept for the session; jobs are sent to it."""
+"""A process group of two processes on this machine, kept for the session; jobs are sent to it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SIZE = 2
 SECONDS = 180  # that a job may take on a loaded machine before it counts as hanging
 
 
-class Ranks:
-    """Runs functions of modules in every rank at once."""
+class Processes:
+    """Runs functions of modules in every process at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,13 +25,13 @@ class Ranks:
         self.pipes: list[Any] = []
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what ``job(*args)`` returns in each rank; a failure of any fails the test."""
+        """Return what ``job(*args)`` returns in each process; a failure of any fails the test."""
         if not self.processes:
             self._start()
         for pipe in self.pipes:
             pipe.send((job, args))
         outcomes = [self._received(pipe, job.__name__) for pipe in self.pipes]
-        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(outcomes) if not good]
+        failed = [f"process {i}:\n{text}" for i, (good, text) in enumerate(outcomes) if not good]
         if failed:
             self.stop()
         assert not failed, "\n".join(failed)
@@ -40,12 +40,12 @@ class Ranks:
     def _received(self, pipe: Any, job: str) -> tuple[bool, Any]:
         if not pipe.poll(SECONDS):
             self.stop()
-            raise AssertionError(f"{job}: a rank hangs")
+            raise AssertionError(f"{job}: a process hangs")
         return pipe.recv()
 
     def stop(self) -> None:
         for pipe in self.pipes:
-            pipe.close()  # which ends a rank that waits for a job
+            pipe.close()  # which ends a process that waits for a job
         for process in self.processes:
             process.join(timeout=5)
             process.kill()

@@ -1,4 +1,4 @@
-"""Two ranks measure and plan what one process does, however samples and weights are dealt out."""
+"""Two processes measure and plan what one does, however samples and weights are dealt out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from ranks import Ranks
+from processes import Processes
 
 from support import causal_samples, distance, padded
 from tlora import AdapterPlan, Calibration, TLoraConfig, calibrate, plan
@@ -54,7 +54,7 @@ def assert_same_statistics(found: Calibration, expected: Calibration, times: int
 
 
 def assert_same_plan(found: AdapterPlan, expected: AdapterPlan) -> None:
-    """Equal up to the rounding of the statistics: ranks, scales, subspaces."""
+    """Equal up to the rounding of the statistics: processes, scales, subspaces."""
     for name, module in found.modules.items():
         other = expected.modules[name]
         assert (module.rank, module.d_in, module.d_out) == (other.rank, other.d_in, other.d_out)
@@ -80,10 +80,10 @@ def assert_equal_to_the_bit(left: AdapterPlan, right: AdapterPlan) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dealt", [EVEN, UNEVEN, UNEVEN[::-1]], ids=["even", "none1", "none0"])
 def test_statistics_and_plan_are_those_of_one_process(
-    engine: str, dealt: Any, ranks: Ranks, folder: str, alone: Any, tmp_path: Path
+    engine: str, dealt: Any, processes: Processes, folder: str, alone: Any, tmp_path: Path
 ) -> None:
     stats, expected = alone({"r": 2})
-    ranks.run(jobs.measure, folder, engine, dealt, {"r": 2}, str(tmp_path))
+    processes.run(jobs.measure, folder, engine, dealt, {"r": 2}, str(tmp_path))
     for found in both(Calibration, tmp_path, "stats"):
         assert_same_statistics(found, stats)
     first, second = both(AdapterPlan, tmp_path, "plan")
@@ -95,11 +95,11 @@ def test_statistics_and_plan_are_those_of_one_process(
 @pytest.mark.parametrize(
     "case", [("gradient-covariance", EVEN), ("weight-gradient-moment", UNEVEN)], ids=["G", "N"]
 )
-def test_gradients_of_all_ranks_add_up(engine, case, ranks, folder, alone, tmp_path):
+def test_gradients_of_all_processes_add_up(engine, case, processes, folder, alone, tmp_path):
     basis, dealt = case
     fields = {"r": 2, "basis": basis, "sensitivity_rule": "fisher"}
     stats, expected = alone(fields)
-    ranks.run(jobs.measure, folder, engine, dealt, fields, str(tmp_path))
+    processes.run(jobs.measure, folder, engine, dealt, fields, str(tmp_path))
     for found in both(Calibration, tmp_path, "stats"):
         for name, module in found.modules.items():
             other = stats.modules[name]
@@ -115,9 +115,9 @@ def test_gradients_of_all_ranks_add_up(engine, case, ranks, folder, alone, tmp_p
     assert_same_plan(first, expected)
 
 
-def test_all_batches_on_every_rank_give_the_same(ranks, folder, alone, tmp_path):
+def test_all_batches_on_every_process_give_the_same(processes, folder, alone, tmp_path):
     stats, _ = alone({"r": 2})
-    ranks.run(jobs.measure, folder, "plain", [[[0, 1, 2, 3, 4]]] * 2, {"r": 2}, str(tmp_path))
+    processes.run(jobs.measure, folder, "plain", [[[0, 1, 2, 3, 4]]] * 2, {"r": 2}, str(tmp_path))
     for found in both(Calibration, tmp_path, "stats"):
         assert_same_statistics(found, stats, times=2)
 
@@ -133,18 +133,18 @@ def test_all_batches_on_every_rank_give_the_same(ranks, folder, alone, tmp_path)
     ],
     ids=["blocks", "uniform", "streamed", "gradients"],
 )
-def test_blocks_and_streams_plan_what_one_process_plans(engine, fields, ranks, folder, tmp_path):
+def test_blocks_and_streams_plan_what_one_plans(engine, fields, processes, folder, tmp_path):
     fields = {"r": 2, **fields}
     expected = plan_in_blocks(jobs.load(folder), [padded(causal_samples())], TLoraConfig(**fields))
-    passes = ranks.run(jobs.planned, folder, engine, UNEVEN, fields, str(tmp_path))
+    passes = processes.run(jobs.planned, folder, engine, UNEVEN, fields, str(tmp_path))
     assert passes == [expected.info["passes"]] * 2
     first, second = both(AdapterPlan, tmp_path, "plan")
     assert_equal_to_the_bit(first, second)
     assert_same_plan(first, expected)
 
 
-def test_each_module_is_solved_once_and_one_sharded_weight_is_held_at_a_time(ranks, folder):
-    (first, alive), (second, _) = ranks.run(jobs.solved, folder, EVEN)
+def test_each_module_is_solved_once_and_one_sharded_weight_is_held_at_a_time(processes, folder):
+    (first, alive), (second, _) = processes.run(jobs.solved, folder, EVEN)
     names = [name for name, _ in jobs.load(folder).named_modules() if name.endswith("_proj")]
     assert sorted(first + second) == sorted(names)
     assert abs(len(first) - len(second)) <= 1
@@ -152,25 +152,25 @@ def test_each_module_is_solved_once_and_one_sharded_weight_is_held_at_a_time(ran
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp"])
-def test_a_bad_sample_of_one_rank_is_raised_on_all_and_named(engine, ranks, folder):
-    said = ranks.run(jobs.failure, folder, engine, [[[0, 1], [2]], [[3], [4]]], (4,))
+def test_a_bad_sample_of_one_process_is_raised_on_all_and_named(engine, processes, folder):
+    said = processes.run(jobs.failure, folder, engine, [[[0, 1], [2]], [[3], [4]]], (4,))
     assert said[0] == said[1]
     kind, sentence = said[0]
     assert kind == "CalibrationError"
-    assert sentence.startswith("rank 1: sample 1 (counted from 0) has no label that counts")
+    assert sentence.startswith("process 1: sample 1 (counted from 0) has no label that counts")
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp"])
-def test_batches_that_raise_on_one_rank_stop_all(engine, ranks, folder):
-    said = ranks.run(jobs.broken, folder, engine, [[[0], [1], [2]], [[3], [4]]])
-    assert said == ["rank 1 failed with OSError: the disk is gone"] * 2
+def test_batches_that_raise_on_one_process_stop_all(engine, processes, folder):
+    said = processes.run(jobs.broken, folder, engine, [[[0], [1], [2]], [[3], [4]]])
+    assert said == ["process 1 failed with OSError: the disk is gone"] * 2
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp"])
-def test_bad_samples_left_out_are_numbered_through_the_ranks(
-    engine, ranks, folder, alone, tmp_path
+def test_bad_samples_left_out_are_numbered_through_the_processes(
+    engine, processes, folder, alone, tmp_path
 ):
-    numbers = ranks.run(jobs.skipped, folder, engine, EVEN, (1, 3), str(tmp_path))
+    numbers = processes.run(jobs.skipped, folder, engine, EVEN, (1, 3), str(tmp_path))
     assert numbers == [[1, 3]] * 2
     good = [sample for i, sample in enumerate(causal_samples()) if i not in (1, 3)]
     stats, _ = alone({"r": 2}, good)
@@ -178,17 +178,17 @@ def test_bad_samples_left_out_are_numbered_through_the_ranks(
         assert_same_statistics(found, stats)
 
 
-def test_one_cache_serves_all_ranks(ranks, folder, tmp_path):
-    (key, again), other = ranks.run(jobs.cached, folder, EVEN, str(tmp_path))
+def test_one_cache_serves_all_processes(processes, folder, tmp_path):
+    (key, again), other = processes.run(jobs.cached, folder, EVEN, str(tmp_path))
     assert other == (key, again)
     assert again
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
 
 
-def test_attaching_to_a_wrapped_model_is_refused_before_anything_runs(ranks, folder, alone):
+def test_attaching_to_a_wrapped_model_is_refused_before_anything_runs(processes, folder, alone):
     _, found = alone({"r": 2})
     found.save(folder)
-    first, second = ranks.run(jobs.refused, folder)
+    first, second = processes.run(jobs.refused, folder)
     assert first == second
     assert len(first) == 4
     assert all("before" in sentence for sentence in first)
@@ -196,26 +196,26 @@ def test_attaching_to_a_wrapped_model_is_refused_before_anything_runs(ranks, fol
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_plan_of_the_sharded_model_trains_on_the_plain_one_then_wrapped(
-    engine, ranks, folder, tmp_path
+    engine, processes, folder, tmp_path
 ):
-    ranks.run(jobs.measure, folder, "fsdp", EVEN, {"r": 2}, str(tmp_path))
-    first, second = ranks.run(jobs.train, folder, engine, str(tmp_path / "plan-0.safetensors"))
+    processes.run(jobs.measure, folder, "fsdp", EVEN, {"r": 2}, str(tmp_path))
+    first, second = processes.run(jobs.train, folder, engine, str(tmp_path / "plan-0.safetensors"))
     assert first == second
 
 
-def test_a_sharded_a_that_moves_is_seen(ranks, folder, alone, tmp_path):
+def test_a_sharded_a_that_moves_is_seen(processes, folder, alone, tmp_path):
     file = alone({"r": 2})[1].save(tmp_path / "plan.safetensors")
-    for said in ranks.run(jobs.tampered, folder, str(file)):
+    for said in processes.run(jobs.tampered, folder, str(file)):
         assert "A changed while training" in said
 
 
 @pytest.mark.parametrize("dealt", [EVEN, UNEVEN], ids=["even", "none1"])
 def test_weights_that_zero3_partitions_are_gathered_one_by_one(
-    dealt, ranks, folder, alone, tmp_path
+    dealt, processes, folder, alone, tmp_path
 ):
     stats, expected = alone({"r": 2})
-    gathered = ranks.run(jobs.zero3, folder, dealt, str(tmp_path))
-    # For planning each targeted weight once, on both ranks in the same order.
+    gathered = processes.run(jobs.zero3, folder, dealt, str(tmp_path))
+    # For planning each targeted weight once, on both processes in the same order.
     assert gathered[0] == gathered[1]
     assert len(gathered[0]) == len(set(gathered[0])) == len(expected.modules)
     for found in both(Calibration, tmp_path, "stats"):
