@@ -13,7 +13,7 @@ from support import FAMILIES, make_family
 from tlora import AdapterPlan, TLoraConfig, calibrate, get_tlora_model, plan
 from tlora.adapter import blocks
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.accumulators import MomentAccumulator
 from tlora.calibration.weights import Target, dense_weight
 from tlora.errors import ConfigError
 
@@ -74,13 +74,13 @@ def test_the_moments_alive_never_exceed_the_budget(request, monkeypatch):
     family = make_family("llama-right", request.getfixturevalue)
     budget = 3000  # two moments of 16 columns, or one of 32 beside none
     seen: list[int] = []
-    update = MomentBank.update
+    update = MomentAccumulator.update
 
-    def watch(bank: MomentBank, *args: Any) -> None:
-        update(bank, *args)
-        seen.append(bank.bytes)
+    def watch(accumulator: MomentAccumulator, *args: Any) -> None:
+        update(accumulator, *args)
+        seen.append(accumulator.bytes)
 
-    monkeypatch.setattr(MomentBank, "update", watch)
+    monkeypatch.setattr(MomentAccumulator, "update", watch)
     config = TLoraConfig(**family.config, memory_budget=budget, covariance="exact")
     plan_in_blocks(family.model, family.batches(2), config)
     largest_alone = 32 * 32 * 4
@@ -169,14 +169,14 @@ def test_the_model_is_left_as_it_was_also_when_a_later_block_fails(request, monk
     model = family.model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calls = iter(range(100))
-    update = MomentBank.update
+    update = MomentAccumulator.update
 
-    def fail_later(bank: MomentBank, *args: Any) -> None:
+    def fail_later(accumulator: MomentAccumulator, *args: Any) -> None:
         if next(calls) > 4:
             raise MemoryError("no more")
-        update(bank, *args)
+        update(accumulator, *args)
 
-    monkeypatch.setattr(MomentBank, "update", fail_later)
+    monkeypatch.setattr(MomentAccumulator, "update", fail_later)
     config = TLoraConfig(**family.config, memory_budget=ONE_MOMENT, covariance="exact")
     with pytest.raises(MemoryError):
         get_tlora_model(model, config, family.batches(2))

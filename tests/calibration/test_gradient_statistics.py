@@ -16,7 +16,7 @@ import support
 from support import Sample, Toy, distance, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.accumulators import GradientBank
+from tlora.calibration.accumulators import GradientAccumulator
 from tlora.calibration.statistics import merge
 from tlora.errors import CalibrationError
 
@@ -245,14 +245,14 @@ def test_blocks_plan_what_one_pass_plans_to_the_bit(model, basis, rule):
 
 @pytest.mark.parametrize("basis", BASES)
 def test_no_more_gradients_are_held_than_the_budget_takes(model, basis, monkeypatch):
-    add, most = GradientBank.update, []
+    add, most = GradientAccumulator.update, []
 
-    def watched(bank: GradientBank, *args: Any) -> None:
-        add(bank, *args)
-        moments = sum(4 * moment.dim**2 for moment in bank.moments.values())
-        most.append(moments + sum(4 * total.numel() for total in bank.totals.values()))
+    def watched(accumulator: GradientAccumulator, *args: Any) -> None:
+        add(accumulator, *args)
+        moments = sum(4 * moment.dim**2 for moment in accumulator.moments.values())
+        most.append(moments + sum(4 * total.numel() for total in accumulator.totals.values()))
 
-    monkeypatch.setattr(GradientBank, "update", watched)
+    monkeypatch.setattr(GradientAccumulator, "update", watched)
     plan_in_blocks(model, batches(), config(basis, memory_budget=9000))
     assert 2000 < max(most) <= 9000
     most.clear()

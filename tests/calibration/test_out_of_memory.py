@@ -12,7 +12,7 @@ import support
 from support import Toy, toy_batch, toy_samples
 from tlora import TLoraConfig, calibrate
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.accumulators import MomentAccumulator
 from tlora.errors import CalibrationError
 
 TOO_MUCH = 2**52  # bytes that no allocator gives
@@ -84,7 +84,7 @@ def test_a_devices_error_is_met_where_moments_are_added(monkeypatch):
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    monkeypatch.setattr(MomentBank, "update", full)
+    monkeypatch.setattr(MomentAccumulator, "update", full)
     model = support.seeded(GreedyForSequenceClassification)
     with pytest.raises(CalibrationError) as caught:
         calibrate(model, batches(2), TLoraConfig(r=2, target_modules=["first"]))

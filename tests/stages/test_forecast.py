@@ -8,7 +8,7 @@ import torch
 from support import FAMILIES, make_family
 from tlora import TLoraConfig
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.accumulators import MomentAccumulator
 from tlora.runconfig import CalibrationConfig
 from tlora.stages import initialise
 from tlora.stages.forecast import forecast, sentence
@@ -25,9 +25,9 @@ def test_passes_and_what_is_held_are_as_forecast(name, budget, request, monkeypa
     found = forecast(family.model, config, batches, samples).strategy
     assert all(torch.equal(before[k], v) for k, v in family.model.state_dict().items())
     held: list[int] = []
-    update = MomentBank.update
+    update = MomentAccumulator.update
     monkeypatch.setattr(
-        MomentBank, "update", lambda bank, *a: (update(bank, *a), held.append(bank.bytes))
+        MomentAccumulator, "update", lambda into, *a: (update(into, *a), held.append(into.bytes))
     )
     made = plan_in_blocks(family.model, batches, config, progress=False)
     if name == "bart-classifier":  # asks for numbers, so its shared inputs are not seen

@@ -25,7 +25,7 @@ from tlora.adapter.planning import Job, Solve, plan_info, solve_each
 from tlora.adapter.shares import allocate
 from tlora.adapter.solve import joined, solve, take_streamed
 from tlora.adapter.strategy import Strategy, choose, stream_runs
-from tlora.calibration.accumulators import Accumulator, GradientBank, MomentBank
+from tlora.calibration.accumulators import Accumulator, GradientAccumulator, MomentAccumulator
 from tlora.calibration.backward import Backward, backward_again, backward_for
 from tlora.calibration.batches import as_batch, batch_size, token_layout
 from tlora.calibration.collector import Collector, forward_options
@@ -38,7 +38,7 @@ from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.placement import device_of
 from tlora.calibration.probe import begin, first_pass, probing, progress_bar
-from tlora.calibration.streams import StreamBank
+from tlora.calibration.streams import StreamAccumulator
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
@@ -88,16 +88,18 @@ def plan_in_blocks(
             logger.info("%s", strategy.summary())
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
-        bank = MomentBank({t.name for t in targets} - kept) if config.needs_moments else None
+        others = {target.name for target in targets} - kept
+        accumulator = MomentAccumulator(others) if config.needs_moments else None
         asked = backward_for(config, kept)
-        first = Collector(model, targets, bank, asked, skip_bad_samples, group)
+        first = Collector(model, targets, accumulator, asked, skip_bad_samples, group)
         first.keep_units = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)
-        begun = blocks[0] if blocks else [t for t in targets if bank is None]
-        planner.take(begun, bank, first.gradients)
-        bank = first.bank = None  # frees the moments of this block before the next one is made
+        begun = blocks[0] if blocks else [t for t in targets if accumulator is None]
+        planner.take(begun, accumulator, first.gradients)
+        # Frees the moments of this block before the next one is made.
+        accumulator = first.accumulator = None
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
     warn_of_skipped(first.skipped if group.is_main_process else {}, first.given, stacklevel=2)
@@ -156,22 +158,22 @@ class _Planner:
     def take(
         self,
         block: Sequence[Target],
-        bank: MomentBank | None,
-        gradients: GradientBank | None = None,
+        accumulator: MomentAccumulator | None,
+        gradients: GradientAccumulator | None = None,
     ) -> None:
         """Plan a block's modules from their second moments, and gradients."""
         self._solve(
-            [self._job(target, bank, gradients) for target in block],
+            [self._job(target, accumulator, gradients) for target in block],
             lambda job, weight: solve(job.target, job.statistics, job.share, self.config, weight),
         )
 
     def take_rest(self, blocks: Sequence[list[Target]]) -> None:
         """Plan the blocks after the first, each from a pass over the samples."""
         for number, block in enumerate(blocks[1:], start=2):
-            bank = MomentBank() if self.config.needs_moments else None
+            accumulator = MomentAccumulator() if self.config.needs_moments else None
             backward = backward_again(self.config)
-            self._pass(block, bank, f"Block {number} of {len(blocks)}", backward)
-            self.take(block, bank, None if backward is None else backward.bank)
+            self._pass(block, accumulator, f"Block {number} of {len(blocks)}", backward)
+            self.take(block, accumulator, None if backward is None else backward.accumulator)
 
     def stream(self, targets: Sequence[Target]) -> None:
         """Plan modules by subspace iteration over the samples, within the budget run by run."""
@@ -183,10 +185,10 @@ class _Planner:
             self._stream(run, ranks)
 
     def _stream(self, block: list[Target], ranks: Mapping[str, int]) -> None:
-        bank = StreamBank(block, ranks, self.config.seed)
-        while not bank.finished:
-            self._pass(block, bank, "Streaming")
-            bank.advance(self.group)
+        accumulator = StreamAccumulator(block, ranks, self.config.seed)
+        while not accumulator.finished:
+            self._pass(block, accumulator, "Streaming")
+            accumulator.advance(self.group)
         self._solve(
             [self._job(target) for target in block],
             lambda job, weight: take_streamed(
@@ -194,17 +196,17 @@ class _Planner:
                 job.statistics,
                 job.share,
                 self.config,
-                bank.result(job.target, weight),
+                accumulator.result(job.target, weight),
             ),
         )
 
     def _job(
         self,
         target: Target,
-        bank: MomentBank | None = None,
-        gradients: GradientBank | None = None,
+        accumulator: MomentAccumulator | None = None,
+        gradients: GradientAccumulator | None = None,
     ) -> Job:
-        moment = None if bank is None else bank.moment(target.name)
+        moment = None if accumulator is None else accumulator.moment(target.name)
         measured = replace(self.statistics[target.name], moment=moment)
         if gradients is not None:
             gradients.give(target, measured)
@@ -220,14 +222,14 @@ class _Planner:
     def _pass(
         self,
         block: list[Target],
-        bank: Accumulator | None,
+        accumulator: Accumulator | None,
         title: str,
         backward: Backward | None = None,
     ) -> None:
         from tqdm.auto import tqdm
 
         self.passes += 1
-        collector = Collector(self.first.model, block, bank, backward, group=self.group)
+        collector = Collector(self.first.model, block, accumulator, backward, group=self.group)
         hidden = None if self.progress and self.group.is_main_process else True
         with self.group.raise_on_all(), torch.set_grad_enabled(backward is not None):
             for unit in tqdm(self.first.units, desc=title, disable=hidden):

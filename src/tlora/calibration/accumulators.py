@@ -42,17 +42,17 @@ def moment_bytes(columns: int) -> int:
     return 4 * columns**2
 
 
-class MomentBank:
+class MomentAccumulator:
     """Accumulates the second moments of the targets.
 
     Modules that read the same tensors in every batch form a group with one second moment.
 
     Args:
-        spared: names of modules whose moments are not kept (a later pass may).
+        excluded: names of modules whose moments are not kept (a later pass may).
     """
 
-    def __init__(self, spared: Collection[str] = ()) -> None:
-        self.spared = frozenset(spared)
+    def __init__(self, excluded: Collection[str] = ()) -> None:
+        self.excluded = frozenset(excluded)
         self.moment_ids: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
 
@@ -99,8 +99,8 @@ class MomentBank:
         for moment_id, target in first.items():
             old = self.moment_ids.get(target.name)
             uses[old] -= 1
-            spared = target.name in self.spared
-            own = None if spared else self._taken_over(target, last=not uses[old])
+            excluded = target.name in self.excluded
+            own = None if excluded else self._taken_over(target, last=not uses[old])
             self.moments[moment_id] = own and sum_over(group, own)
         self.moment_ids = moment_ids
         self.moments = {moment_id: self.moments[moment_id] for moment_id in first}
@@ -122,7 +122,7 @@ class MomentBank:
         for name, record in records.items():
             old = self.moment_ids.get(name)
             # What is kept and what is not never share a group, whatever they read.
-            key = (old, record.source, name in self.spared)
+            key = (old, record.source, name in self.excluded)
             if key not in seen:
                 taken = old is None or old in seen.values()
                 seen[key] = self._new_id(record, old) if taken else old  # type: ignore[assignment]
@@ -132,7 +132,7 @@ class MomentBank:
         moment_id = len(self.moments)
         common = None if old is None else self.moments[old]
         moment = None
-        if record.target.name not in self.spared:
+        if record.target.name not in self.excluded:
             moment = new_moment(record.target, common)
         self.moments[moment_id] = moment
         return moment_id
@@ -178,7 +178,7 @@ def _without(rows: Tensor, counts: Sequence[int], process: int) -> Tensor:
     return torch.cat([rows[:before], rows[before + counts[process] :]])
 
 
-class GradientBank:
+class GradientAccumulator:
     """Accumulates mean gradients and gradient-weighted second moments of the targets.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlora.calibration.accumulators import GradientBank
+from tlora.calibration.accumulators import GradientAccumulator
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
 from tlora.calibration.hooks import Call, Record
@@ -86,11 +86,11 @@ class Backward:
 
     Attributes:
         measure: of each sample and target.
-        bank: where gradients are accumulated; None: they are not wanted.
+        accumulator: where gradients are accumulated; None: they are not wanted.
     """
 
     measure: Measure
-    bank: GradientBank | None = None
+    accumulator: GradientAccumulator | None = None
 
     @property
     def statistic(self) -> str | None:
@@ -110,7 +110,7 @@ def backward_for(config: TLoraConfig, kept: Collection[str] | None = None) -> Ba
     wanted = {MAGNITUDE: config.needs_sensitivity, FISHER: config.needs_fisher}
     measure = next((each for each, needed in wanted.items() if needed), FINITE)
     needed = config.needs_gradient or config.needs_gradient_moment
-    return Backward(measure, GradientBank(config, kept) if needed else None)
+    return Backward(measure, GradientAccumulator(config, kept) if needed else None)
 
 
 def backward_again(config: TLoraConfig) -> Backward | None:
@@ -120,7 +120,7 @@ def backward_again(config: TLoraConfig) -> Backward | None:
     """
     if not (config.needs_gradient or config.needs_gradient_moment):
         return None
-    return Backward(FINITE, GradientBank(config))
+    return Backward(FINITE, GradientAccumulator(config))
 
 
 class SensitivityPass:
@@ -182,10 +182,10 @@ class SensitivityPass:
 
     def accumulate(self) -> None:
         """Accumulate the gradients that were kept; nothing where it is not `late`."""
-        if (bank := self.asked.bank) is not None:
+        if (accumulator := self.asked.accumulator) is not None:
             for record, calls in self._kept:
                 for target, samples in _pairs(record, calls, len(self.weights)):
-                    bank.update(target, samples, self.weights)
+                    accumulator.update(target, samples, self.weights)
         self._kept = []
 
     def _receive(self, record: Record, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
@@ -207,12 +207,12 @@ class SensitivityPass:
             if self._reads_weight and not isinstance(record, ExpertsRecord):
                 dense_weight(record.target)
             return
-        bank = self.asked.bank
+        accumulator = self.asked.accumulator
         for target, samples in _pairs(record, calls, len(self.weights)):
             self.found[target.name] = self.asked.measure.of(target, samples, self.weights)
-            if bank is not None and not self.late:
-                bank.update(target, samples, self.weights)
-        if bank is not None and self.late:
+            if accumulator is not None and not self.late:
+                accumulator.update(target, samples, self.weights)
+        if accumulator is not None and self.late:
             self._kept.append((record, calls))
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
-from tlora.calibration.accumulators import Accumulator, GradientBank
+from tlora.calibration.accumulators import Accumulator, GradientAccumulator
 from tlora.calibration.backward import Backward, SensitivityPass
 from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.faults import (
@@ -81,7 +81,7 @@ class Collector:
     Args:
         model: in eval mode, its parameters frozen (see `preserved`).
         targets: the modules to look at.
-        bank: where the inputs go; None: they are not wanted.
+        accumulator: where the inputs go; None: they are not wanted.
         backward: what a backward pass is run for; None: none is run.
         skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
         group: the processes that share the samples.
@@ -100,14 +100,14 @@ class Collector:
         self,
         model: nn.Module,
         targets: list[Target],
-        bank: Accumulator | None,
+        accumulator: Accumulator | None,
         backward: Backward | None,
         skip_bad_samples: bool = False,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.model = model
         self.targets = targets
-        self.bank = bank
+        self.accumulator = accumulator
         self.backward = backward
         self.skip_bad_samples = skip_bad_samples
         self.group = group
@@ -122,9 +122,9 @@ class Collector:
         self.stage = "reading"
 
     @property
-    def gradients(self) -> GradientBank | None:
+    def gradients(self) -> GradientAccumulator | None:
         """Where gradients are accumulated; None: they are not wanted."""
-        return None if self.backward is None else self.backward.bank
+        return None if self.backward is None else self.backward.accumulator
 
     def add(self, batch: dict[str, Any]) -> None:
         """Add a batch of tensors on the model's device.
@@ -169,8 +169,8 @@ class Collector:
                 self.given += given
                 for name, total in found.items():
                     self._add_to(name, torch.tensor(total, dtype=torch.float64))
-        if self.bank is not None:
-            self.bank.pool(self.targets, self.group)
+        if self.accumulator is not None:
+            self.accumulator.pool(self.targets, self.group)
         if self.gradients is not None:
             self.gradients.pool(self.targets, self.group)
         reshard(self.model)
@@ -180,7 +180,7 @@ class Collector:
         return f"{self.stage} of {numbered(first, count)}"
 
     def measured(self, target: Target) -> ModuleStatistics:
-        """Return what was measured of a target, without what the banks accumulate.
+        """Return what was measured of a target, without what the accumulators accumulate.
 
         Raises:
             CalibrationError: it is not finite.
@@ -265,7 +265,7 @@ class Collector:
         except (reading.UnknownLayout, BadSamples):
             self._finish_uncounted(records, outputs)
             raise
-        waits = self.skip_bad_samples and self.bank is not None and loss is not None
+        waits = self.skip_bad_samples and self.accumulator is not None and loss is not None
         late = _inputs_of(records) if waits else None
         if late is None:
             self._update(records, layout.size)
@@ -290,8 +290,8 @@ class Collector:
 
     def _update(self, records: Mapping[str, Record], size: int) -> None:
         self.stage = "adding to the second moments"
-        if self.bank is not None:
-            self.bank.update(by_target(records), size)
+        if self.accumulator is not None:
+            self.accumulator.update(by_target(records), size)
 
     def _add_gradients(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
         self.stage = "the backward pass"

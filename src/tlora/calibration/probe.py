@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
-from tlora.calibration.accumulators import MomentBank
+from tlora.calibration.accumulators import MomentAccumulator
 from tlora.calibration.backward import backward_for
 from tlora.calibration.cache import (
     Key,
@@ -162,12 +162,12 @@ def _measured(
 ) -> Calibration:
     """Run the passes; ``options``: show a bar, skip bad samples; ``known``: the model's key."""
     group = process_group()
-    bank = MomentBank() if config.needs_moments else None
-    reads = Collector(model, targets, bank, backward_for(config), options[1], group)
+    accumulator = MomentAccumulator() if config.needs_moments else None
+    reads = Collector(model, targets, accumulator, backward_for(config), options[1], group)
     digests: list[str] = []
     with probing(model), progress_bar(batches, options[0] and group.is_main_process) as bar:
         first_pass(reads, digested(batches, digests), config, bar)
-    return _calibration(reads, bank, _pooled_key(known, digests, group), config)
+    return _calibration(reads, accumulator, _pooled_key(known, digests, group), config)
 
 
 def _pooled_key(model: str, digests: list[str], group: ProcessGroup) -> Key:
@@ -176,14 +176,14 @@ def _pooled_key(model: str, digests: list[str], group: ProcessGroup) -> Key:
 
 
 def _calibration(
-    collector: Collector, bank: MomentBank | None, key: Key, config: TLoraConfig
+    collector: Collector, accumulator: MomentAccumulator | None, key: Key, config: TLoraConfig
 ) -> Calibration:
     modules = {}
     for target in collector.targets:
         module = modules[target.name] = collector.measured(target)
-        if bank is not None:
-            module.moment = bank.moment(target.name)
-            module.moment_id = bank.moment_ids[target.name]
+        if accumulator is not None:
+            module.moment = accumulator.moment(target.name)
+            module.moment_id = accumulator.moment_ids[target.name]
         if collector.gradients is not None:
             collector.gradients.give(target, module)
     skipped = {str(number): reason for number, reason in collector.skipped.items()}

@@ -21,7 +21,7 @@ def stream_bytes(columns: int, rank: int) -> int:
     return 2 * 4 * columns * block_width(columns, rank)
 
 
-class StreamBank:
+class StreamAccumulator:
     """Subspace iterations of several modules, side by side.
 
     Args:
