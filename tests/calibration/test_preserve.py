@@ -14,7 +14,7 @@ from torch import nn
 
 import support
 from tlora import TLoraConfig, TLoraError, calibrate
-from tlora.calibration.collector import Unit
+from tlora.calibration.collector import MicroBatch
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
@@ -183,7 +183,7 @@ def test_batches_are_let_go_once_they_are_read(tiny_llama):
     def batches():
         for sample in support.causal_samples():
             yield sample
-            held.append(sum(isinstance(each, Unit) for each in gc.get_objects()))
+            held.append(sum(isinstance(each, MicroBatch) for each in gc.get_objects()))
 
     calibrate(tiny_llama(), batches(), TLoraConfig(r=2, lora_alpha=2))
     assert max(held) <= 1

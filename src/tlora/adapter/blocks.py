@@ -92,7 +92,7 @@ def plan_in_blocks(
         accumulator = MomentAccumulator(others) if config.needs_moments else None
         asked = backward_for(config, kept)
         first = Collector(model, targets, accumulator, asked, skip_bad_samples, group)
-        first.keep_units = strategy.passes > 1
+        first.keep_micro_batches = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:
             first_pass(first, batches, config, bar)
         planner = _Planner(targets, first, config, progress)
@@ -232,10 +232,10 @@ class _Planner:
         collector = Collector(self.first.model, block, accumulator, backward, group=self.group)
         hidden = None if self.progress and self.group.is_main_process else True
         with self.group.raise_on_all(), torch.set_grad_enabled(backward is not None):
-            for unit in tqdm(self.first.units, desc=title, disable=hidden):
-                size = len(unit.numbers)
-                where = partial(collector.doing, unit.numbers[0], size)
-                within_memory(partial(collector.add_again, unit), where, size, self.config)
+            for micro_batch in tqdm(self.first.micro_batches, desc=title, disable=hidden):
+                size = len(micro_batch.numbers)
+                where = partial(collector.doing, micro_batch.numbers[0], size)
+                within_memory(partial(collector.add_again, micro_batch), where, size, self.config)
             collector.run_spare_passes()
         collector.pool()
 

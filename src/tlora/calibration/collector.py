@@ -51,7 +51,7 @@ from tlora.errors import CalibrationError
 
 
 @dataclass
-class Unit:
+class MicroBatch:
     """A batch that was read in one forward pass, for passes that come later.
 
     Attributes:
@@ -64,7 +64,7 @@ class Unit:
     numbers: tuple[int, ...]
     calls: dict[str, int] = field(default_factory=dict)
 
-    def without(self, rows: Collection[int]) -> Unit:
+    def without(self, rows: Collection[int]) -> MicroBatch:
         """Return the samples but those in ``rows``."""
         size = len(self.numbers)
         kept = [row for row in range(size) if row not in rows]
@@ -72,7 +72,7 @@ class Unit:
             key: value[kept] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
             for key, value in self.batch.items()
         }
-        return Unit(batch, tuple(self.numbers[row] for row in kept))
+        return MicroBatch(batch, tuple(self.numbers[row] for row in kept))
 
 
 class Collector:
@@ -90,8 +90,8 @@ class Collector:
         samples: samples that count, so far.
         given: samples seen so far, those left out included.
         skipped: number (counted from 0) of each sample left out, and why.
-        keep_units: whether what is read is kept, for passes that come later.
-        units: what was read in one forward pass each, in order, if it is kept.
+        keep_micro_batches: whether what is read is kept, for passes that come later.
+        micro-batches: what was read in one forward pass each, in order, if it is kept.
         sensitivities: by target: sum over samples of what is measured, on the target's device.
         stage: what is being done, for the message if memory runs out.
     """
@@ -115,8 +115,8 @@ class Collector:
         self.samples = 0
         self.given = 0
         self.skipped: dict[int, str] = {}
-        self.keep_units = False
-        self.units: list[Unit] = []
+        self.keep_micro_batches = False
+        self.micro_batches: list[MicroBatch] = []
         self.sensitivities: dict[str, Tensor] = {}
         self._reached: set[str] = set()
         self.stage = "reading"
@@ -133,16 +133,16 @@ class Collector:
         """
         size = reading.batch_size(batch)
         batch = reading.scored_from_tokens(batch, self.model)
-        self._take(Unit(batch, tuple(range(self.given, self.given + size))))
+        self._take(MicroBatch(batch, tuple(range(self.given, self.given + size))))
         self.given += size
 
-    def add_again(self, unit: Unit) -> None:
+    def add_again(self, micro_batch: MicroBatch) -> None:
         """Add what an earlier pass has read.
 
         Without a backward pass the forward pass stops once every target has run.
         """
-        weights = reading.loss_weights(unit.batch, self.model) if self.backward else None
-        self._add(unit, weights)
+        weights = reading.loss_weights(micro_batch.batch, self.model) if self.backward else None
+        self._add(micro_batch, weights)
 
     def run_spare_passes(self) -> None:
         """Run passes that count nothing, while other processes have samples left."""
@@ -150,7 +150,7 @@ class Collector:
             spare = self.lockstep.spare
             records = records_of(self.targets)
             layout = reading.token_layout(spare, self.model)
-            outputs = self._forward(Unit(spare, ()), records, layout)
+            outputs = self._forward(MicroBatch(spare, ()), records, layout)
             self._finish_uncounted(records, outputs)
 
     def pool(self) -> None:
@@ -211,57 +211,57 @@ class Collector:
             )
         return value
 
-    def _take(self, unit: Unit, alone: bool = False) -> None:
-        """Add a unit, or what is good of it; ``alone``: it is one sample without padding."""
-        rest = self._tried(unit, alone)
+    def _take(self, micro_batch: MicroBatch, alone: bool = False) -> None:
+        """Add a micro-batch, or what is good of it; ``alone``: it is one sample without padding."""
+        rest = self._tried(micro_batch, alone)
         if rest is None:
-            samples = reading.single_samples(unit.batch, self.model)
-            for number, sample in zip(unit.numbers, samples, strict=True):
-                self._take(Unit(sample, (number,)), alone=True)
+            samples = reading.single_samples(micro_batch.batch, self.model)
+            for number, sample in zip(micro_batch.numbers, samples, strict=True):
+                self._take(MicroBatch(sample, (number,)), alone=True)
         elif rest.numbers:
             self._take(rest, alone)
 
-    def _tried(self, unit: Unit, alone: bool) -> Unit | None:
-        """Add a unit; return what of it is to be tried anew, None if sample by sample.
+    def _tried(self, micro_batch: MicroBatch, alone: bool) -> MicroBatch | None:
+        """Add a micro-batch; return what of it is to be tried anew, None if sample by sample.
 
         Raises:
             CalibrationError: a sample is bad, and bad samples are not to be left out.
         """
-        weights = reading.loss_weights(unit.batch, self.model)
-        if self.backward and weights is None and len(unit.numbers) > 1:
+        weights = reading.loss_weights(micro_batch.batch, self.model)
+        if self.backward and weights is None and len(micro_batch.numbers) > 1:
             return None
         try:
-            self._add(unit, weights)
+            self._add(micro_batch, weights)
         except reading.UnknownLayout:
             if alone:
                 raise CalibrationError(
-                    f"sample {unit.numbers[0]}: its rows of some module's input cannot be told"
+                    f"sample {micro_batch.numbers[0]}: its rows of some module's input cannot be told"
                     " from padding; give it without padding."
                 ) from None
             return None
         except BadSamples as bad:
             if not self.skip_bad_samples:
-                sample = numbered(unit.numbers[bad.rows[0]], 1)
+                sample = numbered(micro_batch.numbers[bad.rows[0]], 1)
                 raise CalibrationError(bad.sentence.replace("{}", sample)) from None
-            self.skipped |= {unit.numbers[row]: bad.reason for row in bad.rows}
-            return unit.without(bad.rows)
-        return unit.without(range(len(unit.numbers)))
+            self.skipped |= {micro_batch.numbers[row]: bad.reason for row in bad.rows}
+            return micro_batch.without(bad.rows)
+        return micro_batch.without(range(len(micro_batch.numbers)))
 
-    def _add(self, unit: Unit, weights: Tensor | None) -> None:
+    def _add(self, micro_batch: MicroBatch, weights: Tensor | None) -> None:
         if self.backward:
             factors = checked_weights(weights)
         self.stage = "the forward pass"
-        layout = reading.token_layout(unit.batch, self.model)
+        layout = reading.token_layout(micro_batch.batch, self.model)
         records = records_of(self.targets)
-        self.lockstep.begin_pass(unit.batch)
-        outputs = self._forward(unit, records, layout)
-        unit.calls = unit.calls or {name: len(r.calls) for name, r in records.items()}
-        self._reached |= {name for name, count in unit.calls.items() if count}
+        self.lockstep.begin_pass(micro_batch.batch)
+        outputs = self._forward(micro_batch, records, layout)
+        micro_batch.calls = micro_batch.calls or {name: len(r.calls) for name, r in records.items()}
+        self._reached |= {name for name, count in micro_batch.calls.items() if count}
         try:
             for record in records.values():
                 record.split(layout)
             check_inputs(records)
-            loss = self._finite_loss(outputs, unit) if self.backward else None
+            loss = self._finite_loss(outputs, micro_batch) if self.backward else None
         except (reading.UnknownLayout, BadSamples):
             self._finish_uncounted(records, outputs)
             raise
@@ -275,8 +275,8 @@ class Collector:
         if late is not None:
             self._update(late, layout.size)
         self.samples += layout.size
-        if self.keep_units:
-            self.units.append(unit)
+        if self.keep_micro_batches:
+            self.micro_batches.append(micro_batch)
 
     def _finish_uncounted(self, records: dict[str, Record], outputs: Any) -> None:
         """Run the second half of a pass for the sake of the other processes of a sharded model."""
@@ -323,33 +323,37 @@ class Collector:
         before = self.sensitivities.get(name)
         self.sensitivities[name] = total if before is None else before + total
 
-    def _forward(self, unit: Unit, records: dict[str, Record], layout: reading.TokenLayout) -> Any:
-        options = forward_options(self.model, unit.batch)
+    def _forward(
+        self, micro_batch: MicroBatch, records: dict[str, Record], layout: reading.TokenLayout
+    ) -> Any:
+        options = forward_options(self.model, micro_batch.batch)
         backward = self.backward is not None
         # To stop halfway would leave a sharded model's weights gathered; a backward needs the loss.
-        expected = None if self.lockstep.sharded or backward else unit.calls
+        expected = None if self.lockstep.sharded or backward else micro_batch.calls
         with (
             self.lockstep.inside_collectives(),
             recording(self.model, records.values(), layout, backward, expected),
             torch.set_grad_enabled(backward),
             contextlib.suppress(AllSeen),
         ):
-            return self.model(**unit.batch, **options)
+            return self.model(**micro_batch.batch, **options)
         return None
 
-    def _finite_loss(self, outputs: Any, unit: Unit) -> Tensor:
+    def _finite_loss(self, outputs: Any, micro_batch: MicroBatch) -> Tensor:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
                 f"{class_name(self.model)} returned no single loss for a batch with the keys"
-                f" {sorted(unit.batch)}; add `labels`, or allocate neither ranks nor"
+                f" {sorted(micro_batch.batch)}; add `labels`, or allocate neither ranks nor"
                 " scales and take a `basis` without gradients."
             )
         if not loss.isfinite():
-            if self.lockstep.active and len(unit.numbers) > 1:
+            if self.lockstep.active and len(micro_batch.numbers) > 1:
                 # Each sample gets a pass of its own, which the other processes know of.
                 raise reading.UnknownLayout
-            losses = self._single_losses(unit) if len(unit.numbers) > 1 else [loss.item()]
+            losses = (
+                self._single_losses(micro_batch) if len(micro_batch.numbers) > 1 else [loss.item()]
+            )
             rows = [row for row, value in enumerate(losses) if not math.isfinite(value)]
             if not rows:
                 # Together they overflow, alone they do not.
@@ -363,9 +367,9 @@ class Collector:
             )
         return loss
 
-    def _single_losses(self, unit: Unit) -> list[float]:
+    def _single_losses(self, micro_batch: MicroBatch) -> list[float]:
         with torch.no_grad():
-            samples = reading.single_samples(unit.batch, self.model)
+            samples = reading.single_samples(micro_batch.batch, self.model)
             return [self.model(**sample)["loss"].item() for sample in samples]
 
 

@@ -22,7 +22,7 @@ class BadSamples(Exception):
     """Samples that cannot count; internal, answered by an error or by leaving them out.
 
     Attributes:
-        rows: which of the unit's.
+        rows: which of the micro-batch's.
         reason: a few words, "its loss is nan".
         sentence: the whole error, with {} for the sample.
     """
