@@ -16,7 +16,7 @@ from tlora.adapter.stock import exact, refuse_taken, wrap_exactly
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.placement import device_of
-from tlora.calibration.preserve import borrowed
+from tlora.calibration.preserve import undo_after
 from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError, ConfigError
 
@@ -57,7 +57,7 @@ def principal_inputs(
     if not kept:
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
     refuse_taken(model, [target.name for target in targets])
-    with borrowed(model), torch.no_grad():
+    with undo_after(model), torch.no_grad():
         rows = _Rows(model, config, _MOST_BATCHES)
         read = _readers(targets, rows, kept)
         for name, value in exact(model, read).items():

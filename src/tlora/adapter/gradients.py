@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.batches import as_batch
 from tlora.calibration.placement import device_of
-from tlora.calibration.preserve import borrowed
+from tlora.calibration.preserve import undo_after
 from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
 
@@ -42,7 +42,7 @@ def gradients_by_peft(
     """
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    with borrowed(model), torch.inference_mode(False), warnings.catch_warnings():
+    with undo_after(model), torch.inference_mode(False), warnings.catch_warnings():
         # Of modules that read embeddings, which need no gradient.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(model, config, lambda: _backward(model, batches))

@@ -108,7 +108,7 @@ def _devices() -> list[int]:
 
 
 @contextlib.contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
+def undo_after(model: nn.Module) -> Iterator[None]:
     """Run the body with the model frozen and in eval mode; then undo all it did but to weights.
 
     As `preserved`; besides, the hooks, the attributes of each module and the gradients are as

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tlora.calibration.preserve import borrowed
+from tlora.calibration.preserve import undo_after
 
 
 def litter(model):
@@ -22,7 +22,7 @@ def test_nothing_is_left_of_what_the_body_did(tiny_llama, fails):
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     try:
-        with borrowed(model):
+        with undo_after(model):
             litter(model)
             if fails:
                 raise RuntimeError
