@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tlora.linalg.matrices import Product
+from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.streamed import StreamedSubspace
 from tlora.linalg.subspace import Solver, task_subspace
 
@@ -36,7 +36,7 @@ def test_three_passes_keep_99_percent_of_what_the_exact_subspace_keeps(rows, ran
     x = activations(600, 120, seed=1)
     weight = torch.randn(rows, 120, generator=torch.Generator().manual_seed(2))
     product = weight @ (x.T @ x)
-    exact = task_subspace(weight, Product(weight @ (x.T @ x)), rank, Solver(mode="exact"))
+    exact = task_subspace(weight, FactoredMatrix(weight @ (x.T @ x)), rank, Solver(mode="exact"))
     found = stream(x, weight, rank)
     kept = (product @ found.basis.T).square().sum() / product.square().sum()
     assert kept >= 0.99 * exact.captured_energy
@@ -47,7 +47,7 @@ def test_three_passes_keep_99_percent_of_what_the_exact_subspace_keeps(rows, ran
 def test_more_passes_come_closer():
     x = activations(800, 100, seed=3, decay=0.4)
     weight = torch.randn(60, 100, generator=torch.Generator().manual_seed(4))
-    exact = task_subspace(weight, Product(weight @ (x.T @ x)), 6, Solver(mode="exact")).basis
+    exact = task_subspace(weight, FactoredMatrix(weight @ (x.T @ x)), 6, Solver(mode="exact")).basis
 
     def overlap(passes: int) -> float:
         return (stream(x, weight, 6, passes).basis @ exact.T).square().sum().item() / 6
@@ -59,7 +59,7 @@ def test_more_passes_come_closer():
 def test_a_block_as_wide_as_the_matrix_is_exact():
     x = activations(200, 12, seed=5)
     weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(6))
-    exact = task_subspace(weight, Product(weight @ (x.T @ x)), 5, Solver(mode="exact"))
+    exact = task_subspace(weight, FactoredMatrix(weight @ (x.T @ x)), 5, Solver(mode="exact"))
     found = stream(x, weight, 5)
     torch.testing.assert_close(found.basis, exact.basis, atol=2e-3, rtol=0)
     assert found.captured_energy == pytest.approx(exact.captured_energy, abs=1e-4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tlora.linalg.matrices import Product
+from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.subspace import (
     Solver,
     captured_energy,
@@ -61,7 +61,7 @@ def overlap(basis: torch.Tensor, rows: np.ndarray) -> float:
 
 
 def task_subspace(weight: torch.Tensor, moment: torch.Tensor, rank: int, solver: Solver) -> Any:
-    return subspace_of_product(weight, Product(weight @ moment.to(weight)), rank, solver)
+    return subspace_of_product(weight, FactoredMatrix(weight @ moment.to(weight)), rank, solver)
 
 
 def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -173,7 +173,7 @@ def test_captured_energy_is_the_share_kept_by_the_basis(
     expected = np.square(product @ basis.T).sum() / np.square(product).sum()
     assert 0.1 < expected < 0.999
     assert found.captured_energy == pytest.approx(expected, abs=1e-4)
-    assert captured_energy(Product(weight @ moment), found.basis) == pytest.approx(
+    assert captured_energy(FactoredMatrix(weight @ moment), found.basis) == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -182,9 +182,9 @@ def test_captured_energy_of_rows_that_are_not_orthonormal_is_that_of_their_span(
     product, rows = gaussian(8, 6), gaussian(3, 6, seed=1)
     projector = np.linalg.pinv(rows.numpy()) @ rows.numpy()
     expected = np.square(product.numpy() @ projector).sum() / np.square(product.numpy()).sum()
-    assert captured_energy(Product(product), rows) == pytest.approx(expected)
-    assert captured_energy(Product(product), torch.eye(6)) == pytest.approx(1.0)
-    assert captured_energy(Product(torch.zeros(8, 6)), rows) == 1.0
+    assert captured_energy(FactoredMatrix(product), rows) == pytest.approx(expected)
+    assert captured_energy(FactoredMatrix(product), torch.eye(6)) == pytest.approx(1.0)
+    assert captured_energy(FactoredMatrix(torch.zeros(8, 6)), rows) == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -331,11 +331,11 @@ def test_whitening_does_not_depend_on_the_scale_of_the_inputs(scale: float) -> N
 # --- W C in factors
 
 
-def factors(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Any, Product]:
+def factors(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Any, FactoredMatrix]:
     """W and the factors of W X^T X."""
     weight = gaussian(rows, columns).to(dtype)
     x = (gaussian(tokens, columns, 5) @ decaying(columns, columns, 0.5, 5)).to(dtype)
-    return weight, Product(weight @ x.T, x)
+    return weight, FactoredMatrix(weight @ x.T, x)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
@@ -362,7 +362,7 @@ def test_factors_give_the_subspace_of_their_product(
 ) -> None:
     weight, product = factors(*shape, tokens, torch.float64)
     rank = 4
-    whole = subspace_of_product(weight, Product(product.dense()), rank, Solver(mode="exact"))
+    whole = subspace_of_product(weight, FactoredMatrix(product.dense()), rank, Solver(mode="exact"))
     found = subspace_of_product(weight, product, rank, solver)
     assert found.determined == whole.determined == min(rank, tokens)
     assert found.captured_energy == pytest.approx(whole.captured_energy, rel=1e-3)
@@ -378,7 +378,7 @@ def test_factors_give_the_subspace_of_their_product(
 @pytest.mark.parametrize("columns", [300, 600])
 def test_float32_factors_give_what_the_formed_product_gives(columns: int) -> None:
     weight, product = factors(280, columns, 200, torch.float32)
-    formed = Product(product.dense())
+    formed = FactoredMatrix(product.dense())
     found = subspace_of_product(weight, product, 16, Solver(mode="randomized"))
     whole = subspace_of_product(weight, formed, 16, Solver(mode="randomized"))
     torch.testing.assert_close(found.basis, whole.basis, atol=2e-3, rtol=0)

@@ -18,7 +18,7 @@ from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.weights import Target, dense_weight
 from tlora.config import Basis, TLoraConfig
 from tlora.linalg.bases import half_weighted, moment_itself
-from tlora.linalg.matrices import Product, full_precision
+from tlora.linalg.matrices import FactoredMatrix, full_precision
 from tlora.linalg.subspace import (
     Solver,
     Subspace,
@@ -28,7 +28,7 @@ from tlora.linalg.subspace import (
     whitened,
 )
 
-Matrix = Callable[[Tensor, ModuleStatistics], Product]
+Matrix = Callable[[Tensor, ModuleStatistics], FactoredMatrix]
 """Takes W (m x d float32) and the module's statistics; gives a matrix of d columns on W's device.
 
 Raises:
@@ -39,7 +39,7 @@ MATRICES: dict[Basis, Matrix] = {
     "weight-covariance": lambda w, s: s.weighted(w),
     "covariance": lambda w, s: moment_itself(s.kept_moment(), w),
     "weight-half-covariance": lambda w, s: half_weighted(w, s.kept_moment()),
-    "gradient": lambda w, s: Product(s.kept_gradient().to(w)),
+    "gradient": lambda w, s: FactoredMatrix(s.kept_gradient().to(w)),
     "gradient-covariance": lambda w, s: s.weighted(s.kept_gradient().to(w)),
     "gradient-moment": lambda w, s: moment_itself(s.kept_gradient_moment(), w),
     "weight-gradient-moment": lambda w, s: s.kept_gradient_moment().weighted(w),

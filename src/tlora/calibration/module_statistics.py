@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tlora.config import SensitivityRule
 from tlora.errors import CalibrationError
-from tlora.linalg.matrices import Product
+from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.moments import SecondMoment
 
 
@@ -98,7 +98,7 @@ class ModuleStatistics:
         """
         return self.kept_moment().uncentred().float()
 
-    def weighted(self, weight: Tensor) -> Product:
+    def weighted(self, weight: Tensor) -> FactoredMatrix:
         """Return W C for the module's weight W (m x d), in factors where C was never formed.
 
         Raises:

@@ -1,9 +1,9 @@
 """The matrices whose leading right singular vectors make a frozen basis, beside the paper's W C.
 
-Each is a `Product`, in factors where the second moment is still rows of inputs, so that nothing of
-d x d is formed for few tokens. Sources: docs/method.md, 9; C alone: EVA, arXiv 2410.07170, section
-3 (which takes the inputs uncentred, and trains A). W C^(1/2) weighs directions by the standard
-deviation of the inputs, where W C weighs them by the variance.
+Each is a `FactoredMatrix`, in factors where the second moment is still rows of inputs, so that
+nothing of d x d is formed for few tokens. Sources: docs/method.md, 9; C alone: EVA, arXiv
+2410.07170, section 3 (which takes the inputs uncentred, and trains A). W C^(1/2) weighs directions
+by the standard deviation of the inputs, where W C weighs them by the variance.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tlora.linalg.matrices import Product, full_precision
+from tlora.linalg.matrices import FactoredMatrix, full_precision
 from tlora.linalg.moments import SecondMoment, mirror
 
 
 @full_precision
-def moment_itself(moment: SecondMoment, like: Tensor) -> Product:
+def moment_itself(moment: SecondMoment, like: Tensor) -> FactoredMatrix:
     """Return C, d x d: its right singular vectors are its eigenvectors, largest first.
 
     Args:
@@ -25,13 +25,13 @@ def moment_itself(moment: SecondMoment, like: Tensor) -> Product:
     """
     count, rows = max(moment.samples, 1), moment.rows
     if rows is None:
-        return Product(mirror(moment.total().to(like).div_(count)))
+        return FactoredMatrix(mirror(moment.total().to(like).div_(count)))
     rows = rows.to(like)
-    return Product(rows.T / count, rows)
+    return FactoredMatrix(rows.T / count, rows)
 
 
 @full_precision
-def half_weighted(weight: Tensor, moment: SecondMoment) -> Product:
+def half_weighted(weight: Tensor, moment: SecondMoment) -> FactoredMatrix:
     """Return W C^(1/2), m x d, with the symmetric root C^(1/2) = sum_k sqrt(l_k) v_k v_k^T.
 
     From T rows X / sqrt(n) of which C is the Gram matrix, v_k = X^T u_k / sqrt(n l_k) with the
@@ -53,7 +53,7 @@ def half_weighted(weight: Tensor, moment: SecondMoment) -> Product:
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         kept = _above_rounding(values)
         directions = (vectors[:, kept] / values[kept].sqrt()).T @ rows
-    return Product((weight @ directions.T) * values[kept].sqrt(), directions)
+    return FactoredMatrix((weight @ directions.T) * values[kept].sqrt(), directions)
 
 
 def _above_rounding(values: Tensor) -> Tensor:

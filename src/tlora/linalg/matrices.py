@@ -53,7 +53,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Product:
+class FactoredMatrix:
     """M = L R, m x d; or M = L itself.
 
     With fewer tokens than columns W C = (W X^T / n) X has fewer inner than outer columns, and

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlora.linalg.matrices import Product, full_precision
+from tlora.linalg.matrices import FactoredMatrix, full_precision
 
 _BLOCK = 256  # rows of C that are updated at once
 
@@ -236,7 +236,7 @@ class SecondMoment:
         return total
 
     @full_precision
-    def weighted(self, weight: Tensor) -> Product:
+    def weighted(self, weight: Tensor) -> FactoredMatrix:
         """Return W C: in factors where there are only rows, and never by a copy of C.
 
         Args:
@@ -244,9 +244,9 @@ class SecondMoment:
         """
         count, rows = max(self.samples, 1), self.rows
         if rows is None:
-            return Product(_times_symmetric(weight, self.scatter).div_(count))
+            return FactoredMatrix(_times_symmetric(weight, self.scatter).div_(count))
         rows = rows.to(weight)
-        return Product((weight @ rows.T).div_(count), rows)
+        return FactoredMatrix((weight @ rows.T).div_(count), rows)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors that `take` takes: the mean rows, and the rows or n C."""

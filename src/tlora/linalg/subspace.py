@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlora.linalg.matrices import Product
+from tlora.linalg.matrices import FactoredMatrix
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Subspace:
 
 
 def right_singular_vectors(
-    matrix: Tensor | Product, rank: int, solver: Solver
+    matrix: Tensor | FactoredMatrix, rank: int, solver: Solver
 ) -> tuple[Tensor, Tensor]:
     """Return the leading ``rank`` right singular vectors as rows, and their singular values.
 
@@ -86,7 +86,7 @@ def right_singular_vectors(
     Raises:
         ValueError: rank is not between 1 and min(m, d).
     """
-    product = matrix if isinstance(matrix, Product) else Product(matrix)
+    product = matrix if isinstance(matrix, FactoredMatrix) else FactoredMatrix(matrix)
     rows, columns = product.shape
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(f"rank {rank} is not between 1 and min{(rows, columns)}")
@@ -102,7 +102,7 @@ def right_singular_vectors(
     return fix_signs(vectors if basis is None else vectors @ basis.T), values[:rank]
 
 
-def _dominant(product: Product, width: int, solver: Solver) -> Tensor:
+def _dominant(product: FactoredMatrix, width: int, solver: Solver) -> Tensor:
     """Return d x width orthonormal columns close to the leading right singular vectors of M."""
     # The generator lives on the CPU so that a seed means the same sketch on every device.
     generator = torch.Generator().manual_seed(solver.seed)
@@ -125,7 +125,7 @@ def fix_signs(rows: Tensor) -> Tensor:
     return rows * torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
 
 
-def captured_energy(product: Product, basis: Tensor) -> float:
+def captured_energy(product: FactoredMatrix, basis: Tensor) -> float:
     """Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
 
     Args:
@@ -133,12 +133,12 @@ def captured_energy(product: Product, basis: Tensor) -> float:
         basis: k x d; its rows need not be orthonormal.
     """
     columns = torch.linalg.qr(basis.T.to(product.left)).Q
-    kept = Product(product.times(columns)).energy()
+    kept = FactoredMatrix(product.times(columns)).energy()
     energy, whole = torch.stack([kept, product.energy()]).tolist()
     return 1.0 if whole == 0 else min(1.0, energy / whole)
 
 
-def task_subspace(weight: Tensor, product: Product, rank: int, solver: Solver) -> Subspace:
+def task_subspace(weight: Tensor, product: FactoredMatrix, rank: int, solver: Solver) -> Subspace:
     """Return the leading ``rank`` right singular vectors of W C, or of another matrix.
 
     Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
