@@ -36,15 +36,15 @@ def covariance(s: ModuleStatistics) -> Tensor:
 
 
 def gradient_moment(s: ModuleStatistics) -> Tensor:
-    return s.kept_gradient_moment().covariance().double()
+    return s.require_gradient_moment().covariance().double()
 
 
 DEFINITIONS: dict[str, Callable[[Tensor, ModuleStatistics], Tensor]] = {
     "weight-covariance": lambda w, s: w @ covariance(s),
     "covariance": lambda _, s: covariance(s),
     "weight-half-covariance": lambda w, s: w @ root(covariance(s)),
-    "gradient": lambda _, s: s.kept_gradient().double(),
-    "gradient-covariance": lambda _, s: s.kept_gradient().double() @ covariance(s),
+    "gradient": lambda _, s: s.require_gradient().double(),
+    "gradient-covariance": lambda _, s: s.require_gradient().double() @ covariance(s),
     "gradient-moment": lambda _, s: gradient_moment(s),
     "weight-gradient-moment": lambda w, s: w @ gradient_moment(s),
 }

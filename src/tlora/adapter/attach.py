@@ -30,7 +30,7 @@ from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.planning import plan
 from tlora.calibration.placement import device_of, loaded_by, refuse_wrapped
 from tlora.calibration.preserve import keep_gradients
-from tlora.calibration.probe import Reading, calibrate
+from tlora.calibration.probe import CalibrateOptions, calibrate
 from tlora.calibration.targets import find_targets, heads_of, namesakes, taken_for_experts
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
@@ -49,7 +49,7 @@ def get_tlora_model(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    **reading: Unpack[Reading],
+    **reading: Unpack[CalibrateOptions],
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 

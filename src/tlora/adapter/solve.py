@@ -37,12 +37,12 @@ Raises:
 
 MATRICES: dict[Basis, Matrix] = {
     "weight-covariance": lambda w, s: s.weighted(w),
-    "covariance": lambda w, s: moment_itself(s.kept_moment(), w),
-    "weight-half-covariance": lambda w, s: half_weighted(w, s.kept_moment()),
-    "gradient": lambda w, s: FactoredMatrix(s.kept_gradient().to(w)),
-    "gradient-covariance": lambda w, s: s.weighted(s.kept_gradient().to(w)),
-    "gradient-moment": lambda w, s: moment_itself(s.kept_gradient_moment(), w),
-    "weight-gradient-moment": lambda w, s: s.kept_gradient_moment().weighted(w),
+    "covariance": lambda w, s: moment_itself(s.require_moment(), w),
+    "weight-half-covariance": lambda w, s: half_weighted(w, s.require_moment()),
+    "gradient": lambda w, s: FactoredMatrix(s.require_gradient().to(w)),
+    "gradient-covariance": lambda w, s: s.weighted(s.require_gradient().to(w)),
+    "gradient-moment": lambda w, s: moment_itself(s.require_gradient_moment(), w),
+    "weight-gradient-moment": lambda w, s: s.require_gradient_moment().weighted(w),
 }
 """By basis; one that is not here needs no matrix (random)."""
 

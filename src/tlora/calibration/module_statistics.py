@@ -88,7 +88,7 @@ class ModuleStatistics:
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self.kept_moment().covariance().float()
+        return self.require_moment().covariance().float()
 
     def uncentred(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d float32.
@@ -96,7 +96,7 @@ class ModuleStatistics:
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self.kept_moment().uncentred().float()
+        return self.require_moment().uncentred().float()
 
     def weighted(self, weight: Tensor) -> FactoredMatrix:
         """Return W C for the module's weight W (m x d), in factors where C was never formed.
@@ -104,9 +104,9 @@ class ModuleStatistics:
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self.kept_moment().weighted(weight)
+        return self.require_moment().weighted(weight)
 
-    def kept_gradient(self) -> Tensor:
+    def require_gradient(self) -> Tensor:
         """Return G.
 
         Raises:
@@ -116,7 +116,7 @@ class ModuleStatistics:
             raise CalibrationError(self._lacks("mean gradient", "gradient"))
         return self.gradient
 
-    def kept_gradient_moment(self) -> SecondMoment:
+    def require_gradient_moment(self) -> SecondMoment:
         """Return N.
 
         Raises:
@@ -134,7 +134,7 @@ class ModuleStatistics:
             f' calibrate again with the `basis` that is planned for, or basis="{basis}".'
         )
 
-    def kept_moment(self) -> SecondMoment:
+    def require_moment(self) -> SecondMoment:
         """Return the second moment of the inputs.
 
         Raises:

@@ -50,7 +50,7 @@ from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError, ConfigError
 
 
-class Reading(TypedDict, total=False):
+class CalibrateOptions(TypedDict, total=False):
     """How calibration samples are read: the keywords of `calibrate`, which explains them."""
 
     progress: bool

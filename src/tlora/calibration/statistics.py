@@ -187,7 +187,7 @@ def merge(parts: Sequence[Calibration]) -> Calibration:
         if module.moment is not None:
             group = numbers.setdefault(tuple(m.moment_id for m in each), len(numbers))
             if group not in moments:
-                moments[group] = merged([m.kept_moment() for m in each])
+                moments[group] = merged([m.require_moment() for m in each])
         modules[name] = ModuleStatistics(
             name=name,
             d_in=module.d_in,
@@ -213,9 +213,9 @@ def _mean(each: Sequence[ModuleStatistics], name: str) -> float | None:
 def _mean_gradient(each: Sequence[ModuleStatistics]) -> Tensor | None:
     if any(m.gradient is None for m in each):
         return None
-    total = each[0].samples * each[0].kept_gradient()
+    total = each[0].samples * each[0].require_gradient()
     for module in each[1:]:
-        total.add_(module.kept_gradient().to(total.device), alpha=module.samples)
+        total.add_(module.require_gradient().to(total.device), alpha=module.samples)
     return total.div_(sum(m.samples for m in each))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tlora.adapter.initial import InitialAdapter
     from tlora.adapter.plan import AdapterPlan
-    from tlora.calibration.probe import Reading
+    from tlora.calibration.probe import CalibrateOptions
 
     Plan = AdapterPlan | InitialAdapter
 
@@ -48,7 +48,7 @@ class Samples:
         return batches if isinstance(batches, cls) else cls(batches)
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> CalibrateOptions:
         """How they are to be read, as keywords of `tlora.calibrate`."""
         return {"skip_bad_samples": self.skip_bad_samples, "cache": self.cache}
 
