@@ -235,8 +235,8 @@ class Collector:
         except reading.UnknownLayout:
             if alone:
                 raise CalibrationError(
-                    f"sample {micro_batch.numbers[0]}: its rows of some module's input cannot be told"
-                    " from padding; give it without padding."
+                    f"sample {micro_batch.numbers[0]}: its rows of some module's input cannot be"
+                    " told from padding; give it without padding."
                 ) from None
             return None
         except BadSamples as bad:
