@@ -32,7 +32,7 @@ class Expected:
 
     sensitivity: float
     covariance: Tensor
-    uncentred: Tensor
+    uncentered: Tensor
     tokens: int
 
 
@@ -51,8 +51,8 @@ def one_at_a_time(
         )
     sensitivity = dict.fromkeys(modules, 0.0)
     tokens = dict.fromkeys(modules, 0)
-    centred: dict[str, Any] = dict.fromkeys(modules, 0.0)
-    uncentred: dict[str, Any] = dict.fromkeys(modules, 0.0)
+    centered: dict[str, Any] = dict.fromkeys(modules, 0.0)
+    uncentered: dict[str, Any] = dict.fromkeys(modules, 0.0)
     for sample in samples:
         for seen in rows.values():
             seen.clear()
@@ -65,14 +65,14 @@ def one_at_a_time(
             x = torch.cat([torch.zeros(0, width), *(r.reshape(-1, width) for r in rows[name])])
             if len(x):
                 around = x - x.mean(dim=0)
-                centred[name] = centred[name] + around.T @ around / len(samples)
-                uncentred[name] = uncentred[name] + x.T @ x / len(samples)
+                centered[name] = centered[name] + around.T @ around / len(samples)
+                uncentered[name] = uncentered[name] + x.T @ x / len(samples)
             tokens[name] += len(x)
             if module.weight.grad is not None:
                 product = (module.weight * module.weight.grad).abs().mean().item()
                 sensitivity[name] += product / len(samples)
     return {
-        name: Expected(sensitivity[name], centred[name], uncentred[name], tokens[name])
+        name: Expected(sensitivity[name], centered[name], uncentered[name], tokens[name])
         for name in modules
     }
 
@@ -98,7 +98,7 @@ def assert_agrees(stats: Any, expected: dict[str, Expected], tolerance: float = 
         assert module.tokens == want.tokens, name
         assert abs(module.sensitivity - want.sensitivity) <= tolerance * want.sensitivity, name
         assert distance(module.covariance(), want.covariance) < tolerance, name
-        assert distance(module.uncentred(), want.uncentred) < tolerance, name
+        assert distance(module.uncentered(), want.uncentered) < tolerance, name
 
 
 def ids(length: int, generator: torch.Generator) -> Tensor:

@@ -125,9 +125,9 @@ def test_half_whitening_takes_the_square_root_of_the_variances(tiny_llama, basis
         stats = calibrate(model, samples, made if whiten else config(basis=basis, whiten=True))
         plans[whiten] = plan(model, stats, made).modules
     for name, module in plans["half"].items():
-        uncentred = stats.modules[name].uncentred().double()
+        uncentered = stats.modules[name].uncentered().double()
         plain, half, full = (
-            each[name].lora_A.double() @ uncentred @ each[name].lora_A.double().T
+            each[name].lora_A.double() @ uncentered @ each[name].lora_A.double().T
             for each in plans.values()
         )
         before, after, whitened = map(torch.linalg.eigvalsh, (plain, half, full))

@@ -166,7 +166,7 @@ def test_whitened_features_have_equal_variance(calibrated, basis):
     base = calibrated("llama-right")
     for module in base.plan(whiten=True, basis=basis).modules.values():
         a = module.lora_A.double()
-        kernel = a @ base.stats.modules[module.name].uncentred().double() @ a.T
+        kernel = a @ base.stats.modules[module.name].uncentered().double() @ a.T
         kernel = kernel / kernel.diagonal().mean()
         assert (kernel - torch.eye(module.rank)).abs().max() < 2e-2, module.name
         assert a.square().sum(dim=1).mean() == pytest.approx(1.0, abs=1e-5)

@@ -59,7 +59,7 @@ def assert_same(left: Calibration, right: Calibration) -> None:
         assert module.sensitivity == other.sensitivity, name
         assert (module.samples, module.tokens) == (other.samples, other.tokens)
         assert torch.equal(module.covariance(), other.covariance()), name
-        assert torch.equal(module.uncentred(), other.uncentred()), name
+        assert torch.equal(module.uncentered(), other.uncentered()), name
 
 
 MESSAGES = {

@@ -36,7 +36,7 @@ def assert_equal_but_for_rounding(left: Calibration, right: Calibration) -> None
         assert (module.samples, module.tokens) == (other.samples, other.tokens)
         assert module.sensitivity == pytest.approx(other.sensitivity, rel=1e-5)
         assert support.distance(module.covariance(), other.covariance()) < 1e-5
-        assert support.distance(module.uncentred(), other.uncentred()) < 1e-5
+        assert support.distance(module.uncentered(), other.uncentered()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama-right", "bert", "t5"])

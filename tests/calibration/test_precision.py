@@ -86,7 +86,7 @@ def test_autocast_does_not_reach_the_mathematics(tiny_llama):
         while not space.finished:
             space.add(rows.flatten(0, 1))
             space.advance(weight)
-        found = [moment.covariance(), moment.uncentred(), space.result(weight).basis]
+        found = [moment.covariance(), moment.uncentered(), space.result(weight).basis]
         found += [weighted_magnitude(weight, [[(delta, rows[0])]])]
         for fields in ({}, {"basis": "random"}, {"whiten": True}):
             planned = plan(model, stats, TLoraConfig(r=2, **fields))

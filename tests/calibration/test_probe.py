@@ -108,8 +108,8 @@ def test_bf16_weights_accumulate_in_float32(family_of):
     for sample in samples:
         model(**sample)
     handle.remove()
-    centred = [row.double() - row.double().mean(dim=0) for row in rows]
-    exact = sum(row.T @ row for row in centred) / len(centred)
+    centered = [row.double() - row.double().mean(dim=0) for row in rows]
+    exact = sum(row.T @ row for row in centered) / len(centered)
     assert support.distance(first.covariance(), exact) < 1e-5
 
 

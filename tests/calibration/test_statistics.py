@@ -32,7 +32,7 @@ def equal(a: Calibration, b: Calibration) -> bool:
             and (x.name, x.d_in, x.d_out, x.samples, x.tokens, x.moment_id)
             == (y.name, y.d_in, y.d_out, y.samples, y.tokens, y.moment_id)
             and torch.equal(x.covariance(), y.covariance())
-            and torch.equal(x.uncentred(), y.uncentred())
+            and torch.equal(x.uncentered(), y.uncentered())
             for x, y in zip(a.modules.values(), b.modules.values(), strict=True)
         )
     )
@@ -77,7 +77,7 @@ def test_statistics_not_gathered_stay_missing(model, tmp_path, fields):
         with pytest.raises(CalibrationError, match=r"up_proj: no second moment.*basis="):
             module.covariance()
         with pytest.raises(CalibrationError, match=r"up_proj: no second moment.*basis="):
-            module.uncentred()
+            module.uncentered()
         assert all(m.required_sensitivity >= 0 for m in loaded.modules.values())
     else:
         with pytest.raises(CalibrationError, match=r"no sensitivity was measured.*allocate_rank"):

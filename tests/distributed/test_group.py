@@ -47,7 +47,7 @@ def assert_same_statistics(found: Calibration, expected: Calibration, times: int
         assert module.tokens == times * other.tokens, name
         assert module.sensitivity == pytest.approx(other.sensitivity, rel=1e-4), name
         assert distance(module.covariance(), other.covariance()) < 1e-5, name
-        assert distance(module.uncentred(), other.uncentred()) < 1e-5, name
+        assert distance(module.uncentered(), other.uncentered()) < 1e-5, name
         groups.setdefault(module.moment_id, set()).add(other.moment_id)
     assert all(len(others) == 1 for others in groups.values())
     assert len(groups) == len({m.moment_id for m in expected.modules.values()})

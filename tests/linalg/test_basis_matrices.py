@@ -62,7 +62,7 @@ def test_rows_as_they_are_make_the_plain_moment():
     assert made.tokens == 20
     assert distance(made.covariance(), expected) < 1e-6
     # No mean is kept, so there is none to add.
-    assert distance(made.uncentred(), expected) < 1e-6
+    assert distance(made.uncentered(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [3, 500])

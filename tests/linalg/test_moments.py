@@ -67,7 +67,7 @@ def test_samples_one_at_a_time_give_the_definition() -> None:
     samples = make_samples()
     moment = one_at_a_time(samples)
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
 
 
@@ -78,7 +78,7 @@ def test_a_padded_batch_gives_the_definition(layout: str, fill: float) -> None:
     moment = SecondMoment(DIM)
     moment.update(*padded(samples, layout, fill))
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
 
 
@@ -110,12 +110,12 @@ def test_an_all_true_mask_equals_no_mask() -> None:
     assert (masked.samples, masked.tokens) == (plain.samples, plain.tokens)
 
 
-def test_each_sample_is_centred_on_its_own_mean() -> None:
+def test_each_sample_is_centered_on_its_own_mean() -> None:
     # Constant samples at different places: global centring, or none, leaves a moment.
     samples = [torch.full((3, DIM), value) for value in (1.0, -2.0, 5.0)]
     moment = one_at_a_time(samples)
     assert_close(moment.covariance(), np.zeros((DIM, DIM)))
-    assert_close(moment.uncentred(), np.full((DIM, DIM), 3 * (1 + 4 + 25) / 3))
+    assert_close(moment.uncentered(), np.full((DIM, DIM), 3 * (1 + 4 + 25) / 3))
 
 
 def test_the_moment_is_not_divided_by_the_tokens() -> None:
@@ -137,11 +137,11 @@ def test_covariance_is_symmetric_and_positive_semidefinite() -> None:
     assert torch.linalg.eigvalsh(covariance.double()).min() >= -1e-5
 
 
-def test_a_sample_of_one_token_has_no_centred_moment() -> None:
+def test_a_sample_of_one_token_has_no_centered_moment() -> None:
     sample = make_samples()[1]
     moment = one_at_a_time([sample])
     assert_close(moment.covariance(), np.zeros((DIM, DIM)))
-    assert_close(moment.uncentred(), np.outer(sample[0], sample[0]))
+    assert_close(moment.uncentered(), np.outer(sample[0], sample[0]))
 
 
 @pytest.mark.parametrize("fill", [0.0, math.nan])
@@ -150,7 +150,7 @@ def test_a_sample_without_tokens_counts_as_a_sample(fill: float) -> None:
     moment = SecondMoment(DIM)
     moment.update(*padded(samples, "right", fill))
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     assert (moment.samples, moment.tokens) == (len(samples), sum(LENGTHS))
 
 
@@ -159,13 +159,13 @@ def test_an_update_of_zero_slots_counts_its_samples() -> None:
     moment.update(torch.zeros(2, 0, DIM))
     assert (moment.samples, moment.tokens) == (2, 0)
     assert torch.equal(moment.covariance(), torch.zeros(DIM, DIM))
-    assert torch.equal(moment.uncentred(), torch.zeros(DIM, DIM))
+    assert torch.equal(moment.uncentered(), torch.zeros(DIM, DIM))
 
 
 def test_an_empty_accumulator_is_zero_and_finite() -> None:
     moment = SecondMoment(DIM)
     assert torch.equal(moment.covariance(), torch.zeros(DIM, DIM))
-    assert torch.equal(moment.uncentred(), torch.zeros(DIM, DIM))
+    assert torch.equal(moment.uncentered(), torch.zeros(DIM, DIM))
     assert moment.weighted_means.shape == (0, DIM)
 
 
@@ -180,7 +180,7 @@ def test_float64_accumulates_in_float64() -> None:
     moment = one_at_a_time(samples, torch.float64)
     assert moment.covariance().dtype == torch.float64
     assert_close(moment.covariance(), definition(samples), 1e-13)
-    assert_close(moment.uncentred(), definition(samples, centre=False), 1e-13)
+    assert_close(moment.uncentered(), definition(samples, centre=False), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,7 +189,7 @@ def test_half_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     moment = one_at_a_time(samples)
     assert moment.covariance().dtype == torch.float32
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
 
 
 def test_inputs_are_left_alone_and_out_of_the_graph() -> None:
@@ -209,7 +209,7 @@ def test_merging_two_runs_equals_one_run(split: int) -> None:
     moment.merge(one_at_a_time(samples[split:]))
     whole = one_at_a_time(samples)
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     assert torch.equal(moment.weighted_means, whole.weighted_means)
     assert (moment.samples, moment.tokens) == (whole.samples, whole.tokens)
 
@@ -219,7 +219,7 @@ def test_merging_commutes() -> None:
     first, second = one_at_a_time(samples[:1]), one_at_a_time(samples[1:])
     ab, ba = merged([first, second]), merged([second, first])
     assert torch.equal(ab.covariance(), ba.covariance())
-    assert_close(ab.uncentred(), ba.uncentred().double().numpy())
+    assert_close(ab.uncentered(), ba.uncentered().double().numpy())
     assert (ab.samples, ab.tokens) == (ba.samples, ba.tokens)
 
 
@@ -245,7 +245,7 @@ def test_a_clone_is_independent() -> None:
     copy = moment.clone()
     copy.update(samples[2][None])
     assert_close(moment.covariance(), definition(samples[:2]))
-    assert_close(moment.uncentred(), definition(samples[:2], centre=False))
+    assert_close(moment.uncentered(), definition(samples[:2], centre=False))
     assert_close(copy.covariance(), definition(samples[:3]))
 
 
@@ -260,7 +260,7 @@ def test_the_parts_rebuild_the_accumulator(wide: bool) -> None:
     rebuilt = SecondMoment.from_parts(moment.parts(), moment.samples, moment.tokens)
     rebuilt.update(samples[2][None])
     assert_close(rebuilt.covariance(), definition(samples[:3]))
-    assert_close(rebuilt.uncentred(), definition(samples[:3], centre=False))
+    assert_close(rebuilt.uncentered(), definition(samples[:3], centre=False))
     assert (rebuilt.samples, rebuilt.tokens) == (3, sum(LENGTHS[:3]))
 
 
@@ -292,7 +292,7 @@ def test_c_is_not_formed_while_tokens_are_no_more_than_columns() -> None:
     assert moment.rows is not None  # nor is it by asking for W C or for C
     assert product.right is not None
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     assert moment.rows is not None
     assert_close(product.dense(), weight.double().numpy() @ definition(samples))
 
@@ -306,7 +306,7 @@ def test_rows_turn_into_c_when_they_outgrow_it_and_nothing_is_lost() -> None:
         formed.append(moment.rows is None)
     assert formed == [sum(map(len, samples[: i + 1])) > WIDE for i in range(len(samples))]
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentred(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, centre=False))
     weight = torch.randn(7, WIDE)
     assert_close(moment.weighted(weight).dense(), weight.double().numpy() @ definition(samples))
 
@@ -356,7 +356,7 @@ def test_what_lies_above_the_diagonal_does_not_count(columns: int) -> None:
     spoilt.scatter.add_(torch.full_like(moment.scatter, 9.0).triu(1))
     weight = torch.randn(3, columns)
     assert torch.equal(spoilt.covariance(), moment.covariance())
-    assert torch.equal(spoilt.uncentred(), moment.uncentred())
+    assert torch.equal(spoilt.uncentered(), moment.uncentered())
     assert torch.equal(spoilt.weighted(weight).dense(), moment.weighted(weight).dense())
 
 

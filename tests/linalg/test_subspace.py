@@ -279,8 +279,8 @@ def test_random_basis_is_lora_s_uniform_initialisation() -> None:
     assert not torch.equal(basis, random_basis(64, 400, seed=4))
 
 
-def feature_moment(rows: torch.Tensor, uncentred: torch.Tensor) -> np.ndarray:
-    return rows.double().numpy() @ uncentred.double().numpy() @ rows.double().numpy().T
+def feature_moment(rows: torch.Tensor, uncentered: torch.Tensor) -> np.ndarray:
+    return rows.double().numpy() @ uncentered.double().numpy() @ rows.double().numpy().T
 
 
 def test_whitened_features_have_equal_variance_and_no_correlation() -> None:

@@ -111,7 +111,7 @@ class _Rows:
     def __init__(self, model: nn.Module, config: LoraConfig, limit: int) -> None:
         eva: Any = config.eva_config
         self.model = model
-        self.labelled = eva.use_label_mask
+        self.labeled = eva.use_label_mask
         self.needed = round(config.r * eva.rho)
         """Directions that a module may get, and so the rows that each batch must have."""
         self.left = limit
@@ -123,7 +123,7 @@ class _Rows:
         self.layout = token_layout(batch, self.model)
         labels = batch.get("labels")
         self.counted = None
-        if self.labelled and isinstance(labels, Tensor) and labels.dim() == 2:
+        if self.labeled and isinstance(labels, Tensor) and labels.dim() == 2:
             self.counted = labels != _IGNORED_LABEL
 
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> None:

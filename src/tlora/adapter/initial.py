@@ -68,7 +68,7 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
     """Check that every target's weight can give a part of ``rank`` away.
 
     Raises:
-        ConfigError: the rank exceeds a matrix, a weight is stored quantised (the residual would be
+        ConfigError: the rank exceeds a matrix, a weight is stored quantized (the residual would be
             rounded again), is shared with another module, which would change too, or has a name
             that PEFT takes for that of experts.
     """
@@ -83,8 +83,8 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
             )
         elif not holds_floats(target.module):
             faults.append(
-                f"{target.name} is quantised, and this method takes its start out of the weight,"
-                " which would be rounded again; load the model unquantised."
+                f"{target.name} is quantized, and this method takes its start out of the weight,"
+                " which would be rounded again; load the model unquantized."
             )
         elif shared[id(target.module.weight)] > 1:
             faults.append(
@@ -107,7 +107,7 @@ def attach_residual(
     Args:
         model: the base model, changed in place.
         targets: its modules.
-        config: r, lora_alpha and the rest, with PEFT's default initialisation.
+        config: r, lora_alpha and the rest, with PEFT's default initialization.
         initial: from before training.
 
     Raises:
@@ -150,13 +150,13 @@ def save_converted(model: PeftModel, initial: InitialAdapter, folder: Path) -> N
 
 @full_precision
 def start_by_peft(target: Target, config: LoraConfig, **fields: Any) -> tuple[Tensor, Tensor]:
-    """Return A_0 and B_0 that PEFT's own initialisation gives a module; the module is not touched.
+    """Return A_0 and B_0 that PEFT's own initialization gives a module; the module is not touched.
 
-    PEFT initialises a float32 copy, which is dropped with its residual.
+    PEFT initializes a float32 copy, which is dropped with its residual.
 
     Args:
         target: the module.
-        config: with `init_lora_weights` naming the initialisation.
+        config: with `init_lora_weights` naming the initialization.
         fields: attributes that PEFT's preprocessing would have left on the module.
     """
     from peft.tuners.lora import Linear

@@ -138,7 +138,7 @@ def _basis(
         found = _Found.of(task_subspace(weight, matrix(weight, statistics), rank, solver))
     if config.whiten:
         power = _WHITENING[config.whiten]
-        basis = whitened(found.basis, statistics.uncentred().to(found.basis), power)
+        basis = whitened(found.basis, statistics.uncentered().to(found.basis), power)
         found = replace(found, basis=basis)
     return found
 

@@ -130,7 +130,7 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
             if holds(target.module):
                 raise ConfigError(
                     f"{target.name} is stored {how}, and {reason}; load the model in nf4 or"
-                    " unquantised.",
+                    " unquantized.",
                     where="method",
                 )
 

@@ -82,7 +82,7 @@ def why_not(module: nn.Module, attribute: str) -> str | None:
         "it is sharded over processes: plan before that": is_dtensor(parameter)
         or is_zero3(parameter),
         "it is offloaded: keep it on a device by the `device_map`": attribute in loaded_by(module),
-        f"it is stored as {parameter.dtype}: load the model with unquantised experts": (
+        f"it is stored as {parameter.dtype}: load the model with unquantized experts": (
             not plain or parameter.itemsize < 2
         ),
         "its experts are spread over processes: load the model without expert parallelism": spread,

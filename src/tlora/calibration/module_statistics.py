@@ -90,13 +90,13 @@ class ModuleStatistics:
         """
         return self.require_moment().covariance().float()
 
-    def uncentred(self) -> Tensor:
+    def uncentered(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d float32.
 
         Raises:
             CalibrationError: the calibration kept no second moments.
         """
-        return self.require_moment().uncentred().float()
+        return self.require_moment().uncentered().float()
 
     def weighted(self, weight: Tensor) -> FactoredMatrix:
         """Return W C for the module's weight W (m x d), in factors where C was never formed.

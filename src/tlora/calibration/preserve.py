@@ -34,7 +34,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Run the body with every parameter frozen and the model in eval mode; then undo both.
 
     Frozen, so that a backward pass forms no weight gradient and touches no ``.grad``; eval, so
-    that dropout is off. Gradient checkpointing is off too, and quantised layers run by the kernels
+    that dropout is off. Gradient checkpointing is off too, and quantized layers run by the kernels
     that training uses (`gradients_kept`, `train_8bit`).
 
     Restored after the body, also when it raises: ``requires_grad`` of each parameter, mode and

@@ -11,7 +11,7 @@ from tlora.calibration.group import ProcessGroup
 from tlora.calibration.hooks import Record
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
-from tlora.linalg.moments import centred_rows
+from tlora.linalg.moments import centered_rows
 from tlora.linalg.streamed import StreamedSubspace, block_width
 from tlora.linalg.subspace import Subspace
 
@@ -43,15 +43,15 @@ class StreamAccumulator:
         return all(space.finished for space in self.spaces.values())
 
     def update(self, records: Mapping[str, Record], size: int) -> None:
-        """Add a batch of ``size`` samples; inputs that modules share are centred once."""
-        centred: dict[tuple[object, ...], Tensor] = {}
+        """Add a batch of ``size`` samples; inputs that modules share are centered once."""
+        centered: dict[tuple[object, ...], Tensor] = {}
         for name, record in records.items():
             source = record.source
-            if source not in centred:
+            if source not in centered:
                 rows, mask = record.joined(size)
-                centred[source] = centred_rows(rows, mask, torch.float32).centred
+                centered[source] = centered_rows(rows, mask, torch.float32).centered
             space = self.spaces[name]
-            space.add(centred[source].to(space.block.device))
+            space.add(centered[source].to(space.block.device))
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
         """Add up the products with C of all processes' samples, so that each holds the sum."""

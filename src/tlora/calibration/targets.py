@@ -126,7 +126,7 @@ def _without_module_adapter(
     if config.lora_dropout:
         reason, left = "which `lora_dropout` does not go with: set it to 0", sorted(taken)
     else:
-        reason = "which may be neither quantised nor offloaded: load the model so"
+        reason = "which may be neither quantized nor offloaded: load the model so"
         left = [t.name for t in targets if t.name in taken and not _has_plain_weight(t.module)]
     if not left:
         return None

@@ -48,7 +48,7 @@ class Target:
 def dense_weight(target: Target) -> Tensor:
     """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
 
-    A quantised weight is dequantised and an offloaded one loaded anew by each call, so that no
+    A quantized weight is dequantized and an offloaded one loaded anew by each call, so that no
     more of them are alive than the caller holds; the stored one is only read. One that is sharded
     over processes is gathered, so that every process has to call.
 

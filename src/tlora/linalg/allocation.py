@@ -193,7 +193,7 @@ def _level(
 ) -> float:
     """Return c with sum_i k_i clamp(c S_i, low_i, high_i) = budget (or the bound nearest to it).
 
-    The sum is piecewise linear in c and never falls: find the two neighbouring breakpoints that
+    The sum is piecewise linear in c and never falls: find the two neighboring breakpoints that
     hold the budget between them, then interpolate.
     """
     modules = [m for m in zip(shares, bounds, costs, strict=True) if m[0] > 0]

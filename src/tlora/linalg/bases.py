@@ -2,7 +2,7 @@
 
 Each is a `FactoredMatrix`, in factors where the second moment is still rows of inputs, so that
 nothing of d x d is formed for few tokens. Sources: docs/method.md, 9; C alone: EVA, arXiv
-2410.07170, section 3 (which takes the inputs uncentred, and trains A). W C^(1/2) weighs directions
+2410.07170, section 3 (which takes the inputs uncentered, and trains A). W C^(1/2) weighs directions
 by the standard deviation of the inputs, where W C weighs them by the variance.
 """
 

@@ -1,4 +1,4 @@
-"""Streaming second moment of a module's inputs, centred over each sample's own tokens.
+"""Streaming second moment of a module's inputs, centered over each sample's own tokens.
 
 Source: arXiv 2604.18124, section 3 and the released code (docs/method.md, 2). The latter divides
 neither by T_s nor by the number of modules; nor do we.
@@ -18,21 +18,21 @@ _BLOCK = 256  # rows of C that are updated at once
 
 
 @dataclass(frozen=True)
-class CentredRows:
-    """The inputs of a batch, each sample centred over its own tokens.
+class CenteredRows:
+    """The inputs of a batch, each sample centered over its own tokens.
 
     Attributes:
-        centred: tokens x d; padding is left out.
+        centered: tokens x d; padding is left out.
         weighted_means: sqrt(T_s) mean_t X_s, B x d.
         tokens: real tokens.
     """
 
-    centred: Tensor
+    centered: Tensor
     weighted_means: Tensor
     tokens: int
 
 
-def centred_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> CentredRows:
+def centered_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> CenteredRows:
     """Centre each sample of a batch over its own real tokens.
 
     Args:
@@ -44,17 +44,17 @@ def centred_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Cen
     if mask is None:
         counts = torch.full((x.shape[0], 1), float(x.shape[1]), dtype=x.dtype, device=x.device)
         means = x.mean(dim=1) if x.shape[1] else x.sum(dim=1)
-        centred = (x - means[:, None]).flatten(0, 1)
-        tokens = len(centred)
+        centered = (x - means[:, None]).flatten(0, 1)
+        tokens = len(centered)
     else:
         keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
         counts = keep.sum(dim=1).to(x.dtype)
         # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
         zero = x.new_zeros(())
         means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
-        centred = (x - means[:, None])[keep[..., 0]]
-        tokens = len(centred)
-    return CentredRows(centred, counts.sqrt() * means, tokens)
+        centered = (x - means[:, None])[keep[..., 0]]
+        tokens = len(centered)
+    return CenteredRows(centered, counts.sqrt() * means, tokens)
 
 
 class SecondMoment:
@@ -62,13 +62,13 @@ class SecondMoment:
 
     Symbols: X_s is T_s x d, the inputs of one module on sample s (T_s real tokens; padding never
     counts); n counts every sample seen, also one that brought the module no token (an expert that
-    routing never reached). The centring mean is that of the sample itself, so a batch of padded
+    routing never reached). The centering mean is that of the sample itself, so a batch of padded
     samples gives what the samples give one at a time, whatever their order.
 
-    The means are kept beside the centred moment as the rows sqrt(T_s) mean_t X_s, because
-    C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentred moment for n x d numbers.
+    The means are kept beside the centered moment as the rows sqrt(T_s) mean_t X_s, because
+    C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentered moment for n x d numbers.
 
-    While the tokens are no more than d, their centred rows are kept and C is not formed: they take
+    While the tokens are no more than d, their centered rows are kept and C is not formed: they take
     less room, and W C is cheaper from them (`weighted`). C is symmetric: only the lower triangle
     of ``scatter`` (n C) is kept up to date.
 
@@ -106,7 +106,7 @@ class SecondMoment:
 
     @property
     def rows(self) -> Tensor | None:
-        """The centred rows of all samples, tokens x d; None once C is formed."""
+        """The centered rows of all samples, tokens x d; None once C is formed."""
         if self._formed:
             return None
         if self._space is not None:
@@ -137,8 +137,8 @@ class SecondMoment:
             inputs: B x T x d, any floating dtype: the module's inputs of B samples.
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
         """
-        rows = centred_rows(inputs, mask, self._means[0].dtype)
-        self._add(rows.centred)
+        rows = centered_rows(inputs, mask, self._means[0].dtype)
+        self._add(rows.centered)
         self._means.append(rows.weighted_means.to(self.device))
         self.samples += inputs.shape[0]
         self.tokens += rows.tokens
@@ -219,8 +219,8 @@ class SecondMoment:
         return mirror(self.total().div_(max(self.samples, 1)))
 
     @full_precision
-    def uncentred(self) -> Tensor:
-        """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centred moment and the means."""
+    def uncentered(self) -> Tensor:
+        """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centered moment and the means."""
         total = self.total()
         _add_product(total, self.weighted_means)
         return mirror(total.div_(max(self.samples, 1)))

@@ -1,7 +1,7 @@
 """The subspace of W C where C is too large to hold: subspace iteration over the samples.
 
 Each pass over the samples multiplies a d x l block by C exactly, C V = sum_s X_s^T (X_s V) with
-X_s centred, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step; each
+X_s centered, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step; each
 further iteration takes two more. A one-pass sketch of C is not good enough: spectra of real
 activations are not steep (docs/method.md, 3).
 """
@@ -70,9 +70,9 @@ class StreamedSubspace:
         return self._done == self.passes
 
     @full_precision
-    def add(self, centred: Tensor) -> None:
-        """Add X^T (X V) for centred rows X, tokens x d float32."""
-        self.product.addmm_(centred.T, centred @ self.block)
+    def add(self, centered: Tensor) -> None:
+        """Add X^T (X V) for centered rows X, tokens x d float32."""
+        self.product.addmm_(centered.T, centered @ self.block)
 
     @full_precision
     def advance(self, weight: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The frozen subspace: leading right singular vectors of W C, and how well they do.
 
 Source: arXiv 2604.18124, section 3 (A = V_r of W C; B = 0). The released code asks for full U and
-V; here neither solver forms a full factor. Solvers: exact (thin SVD) and randomised subspace
+V; here neither solver forms a full factor. Solvers: exact (thin SVD) and randomized subspace
 iteration with oversampling (Halko, Martinsson, Tropp 2011, algorithm 4.4).
 """
 
@@ -22,7 +22,7 @@ class Solver:
     """How singular vectors are found.
 
     Attributes:
-        mode: "exact", "randomized", or "auto": randomised where that is several times cheaper.
+        mode: "exact", "randomized", or "auto": randomized where that is several times cheaper.
         oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
         iterations: of M^T M, beyond the M^T that the sketch starts with. Two keep 0.9999 of the
             optimal energy on real activations, 0.9997 where the spectrum is flat.
@@ -75,7 +75,7 @@ def right_singular_vectors(
     Args:
         matrix: M, m x d, floating point; factors M = L R are used as they are.
         rank: r, at most min(m, d).
-        solver: exact thin SVD, or randomised: V <- orth(M^T G) with Gaussian G, V <- orth(M^T M V)
+        solver: exact thin SVD, or randomized: V <- orth(M^T G) with Gaussian G, V <- orth(M^T M V)
             repeated, then Rayleigh-Ritz.
 
     Returns:
@@ -110,7 +110,7 @@ def _dominant(product: FactoredMatrix, width: int, solver: Solver) -> Tensor:
     # Starting on the left, with M^T G, is half an iteration ahead of starting with G.
     basis = torch.linalg.qr(product.transposed_times(sketch.to(product.left))).Q
     for _ in range(solver.iterations):
-        # Orthonormalising on both sides keeps the small directions above rounding error.
+        # Orthonormalizing on both sides keeps the small directions above rounding error.
         left = torch.linalg.qr(product.times(basis)).Q
         basis = torch.linalg.qr(product.transposed_times(left)).Q
     return basis
@@ -187,14 +187,14 @@ def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tenso
 def random_basis(rank: int, columns: int, seed: int) -> Tensor:
     """Return LoRA's own initial A, r x d float32: uniform in +-1/sqrt(d) (Kaiming, a = sqrt 5).
 
-    The paper's ablation without initialisation; the rows are not orthonormal.
+    The paper's ablation without initialization; the rows are not orthonormal.
     """
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(columns)
     return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
 
 
-def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
+def whitened(basis: Tensor, uncentered: Tensor, power: float = -0.5) -> Tensor:
     """Return A' = c K^power A, so that the features A' x have equal variance (power -1/2).
 
     K = A C0 A^T, r x r. Its eigenvalues are clamped at 1e-6 of the largest, and c makes the mean
@@ -203,10 +203,10 @@ def whitened(basis: Tensor, uncentred: Tensor, power: float = -0.5) -> Tensor:
 
     Args:
         basis: A, r x d.
-        uncentred: C0, d x d: the uncentred second moment of the inputs.
+        uncentered: C0, d x d: the uncentered second moment of the inputs.
         power: -1/2 whitens fully; with -1/4 the variances are the square roots of what they were.
     """
-    kernel = basis.double() @ uncentred.double() @ basis.double().T
+    kernel = basis.double() @ uncentered.double() @ basis.double().T
     values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
     # Relative to the largest, so that K = 0 (a module that saw no token) gives A itself.
     relative = values / values[-1].clamp_min(torch.finfo(torch.float64).tiny)

@@ -29,7 +29,7 @@ class CordaOptions(LoraOptions):
 class Corda(ResidualLora):
     """W C = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T C^(-1).
 
-    Of the first r components, or the last. C is the second moment of the inputs, uncentred, with
+    Of the first r components, or the last. C is the second moment of the inputs, uncentered, with
     0.01 of its mean diagonal added (more where it does not invert well). A and B train; the base
     keeps W - s B_0 A_0. The decomposition is PEFT's. C is ours, on the calibration batches: every
     real token counts once, where PEFT's own takes batches of one without padding and divides each
@@ -76,5 +76,5 @@ class Corda(ResidualLora):
                     f"{target.name}: no calibration sample reaches it, so CorDA has no inputs to"
                     " go by; leave it out by `exclude_modules`."
                 )
-            found[target.name] = start_by_corda(target, options, measured.uncentred())
+            found[target.name] = start_by_corda(target, options, measured.uncentered())
         return found

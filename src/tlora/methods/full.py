@@ -40,7 +40,7 @@ class FullFineTuning:
         """Let every parameter train; nothing is drawn, no batch is read.
 
         Raises:
-            ConfigError: a parameter is stored quantised, and so cannot be trained.
+            ConfigError: a parameter is stored quantized, and so cannot be trained.
         """
         from tlora.calibration.placement import is_dtensor
         from tlora.calibration.weights import is_float
@@ -53,7 +53,7 @@ class FullFineTuning:
                     raise ConfigError(
                         f"{full_name} is stored as {type(parameter).__name__} of"
                         f" {parameter.dtype}, which no gradient can change; load the model"
-                        " unquantised, or choose an adapter.",
+                        " unquantized, or choose an adapter.",
                         where="method",
                     )
         return Prepared(model=model.requires_grad_(True))

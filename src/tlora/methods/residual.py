@@ -37,7 +37,7 @@ class ResidualLora(ABC):
         """Find A_0 and B_0, unless ``plan`` holds them; wrap ``model``, take s B_0 A_0 out of W.
 
         Raises:
-            ConfigError: a target cannot give the ranks away (too small, quantised, shared).
+            ConfigError: a target cannot give the ranks away (too small, quantized, shared).
         """
         from peft import LoraConfig
 
