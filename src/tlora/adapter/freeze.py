@@ -70,7 +70,11 @@ class FrozenACallback(TrainerCallback):
         self._expected: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the bits of every A, after giving it the dtype of its B."""
+        """Note the bits of every A, after giving it the dtype of its B.
+
+        Raises:
+            AdapterError: some A requires a gradient.
+        """
         model = kwargs["model"]
         match_dtypes(model, self.adapter_name)
         for name, layer in lora_layers(model, self.adapter_name):

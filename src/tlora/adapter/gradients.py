@@ -57,8 +57,8 @@ def gradients_by_peft(
 
 
 def _as_rows(target: Target, gradient: Any) -> Tensor:
-    gradient = gradient.T if isinstance(target.module, Conv1D) else gradient
-    return gradient.detach().float()
+    rows: Tensor = gradient.T if isinstance(target.module, Conv1D) else gradient
+    return rows.detach().float()
 
 
 def _backward(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:

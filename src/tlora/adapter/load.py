@@ -74,7 +74,8 @@ def check_saved(path: str | Path, model: nn.Module) -> None:
     Layers without `in_features` are left to PEFT, and so is an adapter on the Hub.
 
     Raises:
-        AdapterError: a file is cut off or damaged, or a matrix has other sizes (`MisfitError`).
+        AdapterError: a file is cut off or damaged.
+        MisfitError: a matrix has other sizes.
     """
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():

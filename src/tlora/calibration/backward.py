@@ -231,7 +231,11 @@ def _pairs(record: Record, calls: list[Call], size: int) -> Iterator[tuple[Targe
 
 
 def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:
-    """Return delta_s (T_s x m) and X_s (T_s x d) of a sample in float32, padding left out."""
+    """Return delta_s (T_s x m) and X_s (T_s x d) of a sample in float32, padding left out.
+
+    Raises:
+        ValueError: the backward pass has not reached the call.
+    """
     if call.delta is None:
         raise ValueError("the call has no gradient")
     x = call.rows[sample]

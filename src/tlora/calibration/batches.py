@@ -76,8 +76,8 @@ def _moved(value: Any, device: torch.device) -> Any:
 def batch_size(batch: Batch) -> int:
     """Return B, the first dimension of the batch's inputs."""
     for key in _SAMPLE_KEYS:
-        if isinstance(batch.get(key), Tensor):
-            return batch[key].shape[0]
+        if isinstance(inputs := batch.get(key), Tensor):
+            return inputs.shape[0]
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     return next((value.shape[0] for value in tensors if value.dim() > 0), 1)
 

@@ -103,7 +103,7 @@ def part_shape(module: nn.Module, attribute: str) -> tuple[int, int]:
 def read_part(module: nn.Module, part: ExpertPart) -> Tensor:
     """Return one expert's matrix as m x d, a view of the parameter."""
     layer: Any = module
-    matrix = layer.get_parameter(part.attribute)[part.index]
+    matrix: Tensor = layer.get_parameter(part.attribute)[part.index]
     return matrix.T if layer.is_transposed else matrix
 
 
@@ -115,7 +115,8 @@ def inward(module: nn.Module, expert: int, rows: Tensor) -> Tensor:
 def activated(module: nn.Module, inner: Tensor) -> Tensor:
     """Return h of u."""
     layer: Any = module
-    return layer._apply_gate(inner) if layer.has_gate else layer.act_fn(inner)
+    hidden: Tensor = layer._apply_gate(inner) if layer.has_gate else layer.act_fn(inner)
+    return hidden
 
 
 def outward(module: nn.Module, expert: int, hidden: Tensor) -> Tensor:

@@ -188,10 +188,14 @@ class Routing:
 
     def split(self, expert: int, rows: Tensor) -> tuple[Tensor, ...]:
         """Cut an expert's rows into those of each sample."""
-        return rows.split(self.counts[expert])
+        return tuple(torch.split(rows, self.counts[expert]))
 
     def gradient(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return the loss's gradient at the module's output at an expert's rows, and weights."""
+        """Return the loss's gradient at the module's output at an expert's rows, and weights.
+
+        Raises:
+            ValueError: the backward pass has not reached the call.
+        """
         if self.call.delta is None:
             raise ValueError("the call has no gradient")
         places = self._places(expert)

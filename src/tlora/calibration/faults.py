@@ -121,7 +121,8 @@ def within_memory(
         config: what was asked for.
 
     Raises:
-        CalibrationError: memory ran out. Other errors pass.
+        CalibrationError: memory ran out.
+        RuntimeError: what else ``action`` raises.
     """
     try:
         return action()

@@ -88,7 +88,7 @@ def is_sharded(model: nn.Module) -> bool:
 def is_whole(weight: Any) -> bool:
     """Return whether a weight can be read here and now, without the other processes."""
     if is_zero3(weight):
-        return weight.ds_status.name == "AVAILABLE"
+        return bool(weight.ds_status.name == "AVAILABLE")
     return not is_dtensor(weight)
 
 
@@ -104,9 +104,12 @@ def is_zero3(tensor: Any) -> bool:
 
 def local_part(tensor: Any) -> Tensor:
     """Return what this process holds of a tensor, all of it where it is whole."""
+    part: Tensor = tensor
     if is_zero3(tensor) and not is_whole(tensor):
-        return tensor.ds_tensor
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+        part = tensor.ds_tensor
+    elif is_dtensor(tensor):
+        part = tensor.to_local()
+    return part
 
 
 def refuse_unread(model: nn.Module) -> None:

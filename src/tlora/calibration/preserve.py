@@ -97,7 +97,7 @@ def random_states_kept() -> Iterator[None]:
                 numpy_random.set_state(numpy_state)
 
 
-def _numpy_random():
+def _numpy_random() -> Any:
     import sys
 
     return sys.modules.get("numpy.random")

@@ -148,7 +148,7 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, trained: bool) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

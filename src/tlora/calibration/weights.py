@@ -61,7 +61,11 @@ def dense_weight(target: Target) -> Tensor:
 
 
 def _read(target: Target) -> Tensor:
-    """Return a resident weight as d_out x d_in of any float dtype; may be a view of it."""
+    """Return a resident weight as d_out x d_in of any float dtype; may be a view of it.
+
+    Raises:
+        AdapterError: as `dense_weight`.
+    """
     module = target.module
     if any(parameter.is_meta for parameter in module.parameters()):
         raise AdapterError(f"{target.name}: its weight is on `meta`; load the model's weights.")
@@ -149,12 +153,13 @@ def is_float(module: nn.Module, parameter: Tensor) -> bool:
 
 def _read_floats(module: nn.Module) -> Tensor:
     weight: Any = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
+    matrix: Tensor = weight.T if isinstance(module, Conv1D) else weight
+    return matrix
 
 
 def _read_dtensor(module: nn.Module) -> Tensor:
     weight: Any = module.weight
-    whole = weight.full_tensor()
+    whole: Tensor = weight.full_tensor()
     return whole.T if isinstance(module, Conv1D) else whole
 
 
@@ -180,7 +185,8 @@ def _read_4bit(module: nn.Module) -> Tensor:
             " mode without gradient); load the model anew, and plan before running it"
         )
     weight: Any = module.weight
-    return dequantize_4bit(weight.data, _quant_state(module))
+    dense: Tensor = dequantize_4bit(weight.data, _quant_state(module))
+    return dense
 
 
 def _read_8bit(module: nn.Module) -> Tensor:
@@ -190,17 +196,20 @@ def _read_8bit(module: nn.Module) -> Tensor:
     state: Any = module.state
     # The first call of the module moves the scales from the parameter to the state.
     scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
-    return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    dense: Tensor = int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return dense
 
 
 def _read_torchao(module: nn.Module) -> Tensor:
     weight: Any = module.weight
-    return weight.dequantize()
+    dense: Tensor = weight.dequantize()
+    return dense
 
 
 def _read_hqq(module: nn.Module) -> Tensor:
     layer: Any = module
-    return layer.dequantize()
+    dense: Tensor = layer.dequantize()
+    return dense
 
 
 _STORAGES = (

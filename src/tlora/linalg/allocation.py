@@ -161,7 +161,11 @@ def allocate_scales(
 
 
 def _shares(sensitivities: Sequence[float]) -> list[float]:
-    """Return S_i / sum_j S_j; equal shares where all S_i are zero."""
+    """Return S_i / sum_j S_j; equal shares where all S_i are zero.
+
+    Raises:
+        ValueError: no module, or a sensitivity that is negative, infinite or NaN.
+    """
     values = [float(value) for value in sensitivities]
     if not values:
         raise ValueError("there is no module to allocate to")

@@ -130,4 +130,5 @@ def gradient_weighted(delta: Tensor, x: Tensor) -> Tensor:
         delta: tokens x m, each row the gradient of its sample's own loss.
         x: tokens x d.
     """
-    return torch.linalg.vector_norm(delta, dim=1, keepdim=True) * x
+    norms: Tensor = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+    return norms * x

@@ -91,7 +91,8 @@ class FactoredMatrix:
         ||L R||_F^2 = sum_jk (L^T L)_jk (R R^T)_jk, two k x k matrices.
         """
         if self.right is None:
-            return torch.linalg.vector_norm(self.left, dtype=torch.float64).square()
+            norm: Tensor = torch.linalg.vector_norm(self.left, dtype=torch.float64)
+            return norm.square()
         grams = (self.left.T @ self.left).mul_(self.right @ self.right.T)
         return grams.sum(dtype=torch.float64).clamp_min(0)
 

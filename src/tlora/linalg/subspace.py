@@ -108,7 +108,7 @@ def _dominant(product: FactoredMatrix, width: int, solver: Solver) -> Tensor:
     generator = torch.Generator().manual_seed(solver.seed)
     sketch = torch.randn(product.shape[0], width, generator=generator, dtype=torch.float32)
     # Starting on the left, with M^T G, is half an iteration ahead of starting with G.
-    basis = torch.linalg.qr(product.transposed_times(sketch.to(product.left))).Q
+    basis: Tensor = torch.linalg.qr(product.transposed_times(sketch.to(product.left))).Q
     for _ in range(solver.iterations):
         # Orthonormalizing on both sides keeps the small directions above rounding error.
         left = torch.linalg.qr(product.times(basis)).Q
@@ -211,5 +211,5 @@ def whitened(basis: Tensor, uncentered: Tensor, power: float = -0.5) -> Tensor:
     # Relative to the largest, so that K = 0 (a module that saw no token) gives A itself.
     relative = values / values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     root = vectors * relative.clamp_min(1e-6).pow(power) @ vectors.T
-    rows = root @ basis.double()
+    rows: Tensor = root @ basis.double()
     return (rows / rows.square().sum(dim=1).mean().sqrt()).float()

@@ -14,8 +14,8 @@ import torch
 import transformers  # noqa: F401
 import trl  # noqa: F401
 
-import tlora.adapter.attach
-import tlora.stages.onerun
+import tlora.adapter.attach  # noqa: F401
+import tlora.stages.onerun  # noqa: F401
 import tlora.stages.train  # noqa: F401
 
 
