@@ -60,8 +60,7 @@ def plan_in_blocks(
     In blocks the plan is the one that `calibrate` and `plan` give, to the bit.
     `covariance` says what happens to a module whose own moment exceeds the budget: "auto" streams
     it (whitening and other bases need the moment itself, and go over budget instead), "exact" goes
-    over budget, "streamed" streams every module. What is held, in how many passes, is settled
-    before anything is measured; where it takes more than one, it is logged.
+    over budget, "streamed" streams every module. What is held in which pass is settled first.
 
     Args:
         model: as for `calibrate`.
@@ -75,17 +74,10 @@ def plan_in_blocks(
         CalibrationError: as `calibrate`.
         ConfigError: no module matches ``target_modules``, or a ``cache`` is given.
     """
-    if cache is not None:
-        raise ConfigError(
-            "a `cache` keeps every second moment, which `memory_budget` and"
-            ' covariance="streamed" rule out; leave `cache` or these fields out.',
-            where="cache",
-        )
+    _refuse_cache(cache)
     group, model, targets = begin(model, config)
     with probing(model), torch.no_grad():
         strategy, batches = _settle(Lockstep(model, group), targets, batches, config, group)
-        if strategy.passes > 1 and group.is_main_process:
-            logger.info("%s", strategy.summary())
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
         others = {target.name for target in targets} - kept
@@ -103,9 +95,21 @@ def plan_in_blocks(
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
     warn_of_skipped(first.skipped if group.is_main_process else {}, first.given, stacklevel=2)
-    samples = (first.samples, len(first.skipped))
-    info = plan_info(model, samples, planner.shares) | {"passes": planner.passes}
-    return AdapterPlan(joined(targets, planner.done), config, info)
+    return planner.plan(targets)
+
+
+def _refuse_cache(cache: str | Path | None) -> None:
+    """Refuse a file for statistics that are never held together.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    if cache is not None:
+        raise ConfigError(
+            "a `cache` keeps every second moment, which `memory_budget` and"
+            ' covariance="streamed" rule out; leave `cache` or these fields out.',
+            where="cache",
+        )
 
 
 def _settle(
@@ -132,7 +136,10 @@ def _settle(
                     config,
                 )
             sources = group.broadcast(sources, 0)
-    return choose(targets, sources, config), batches
+    strategy = choose(targets, sources, config)
+    if strategy.passes > 1 and group.is_main_process:
+        logger.info("%s", strategy.summary())
+    return strategy, batches
 
 
 class _Planner:
@@ -166,6 +173,12 @@ class _Planner:
             [self._job(target, accumulator, gradients) for target in block],
             lambda job, weight: solve(job.target, job.statistics, job.share, self.config, weight),
         )
+
+    def plan(self, targets: Sequence[Target]) -> AdapterPlan:
+        """Return the plan of all modules, once each is solved."""
+        samples = (self.first.samples, len(self.first.skipped))
+        info = plan_info(self.first.model, samples, self.shares) | {"passes": self.passes}
+        return AdapterPlan(joined(targets, self.done), self.config, info)
 
     def take_rest(self, blocks: Sequence[list[Target]]) -> None:
         """Plan the blocks after the first, each from a pass over the samples."""

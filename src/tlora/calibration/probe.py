@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -98,6 +99,21 @@ def calibrate(
         ConfigError: no module matches ``target_modules``, or ``config`` bounds the second moments
             (`memory_budget`, streamed), all of which a calibration keeps.
     """
+    _refuse_bounded(config)
+    group, model, targets = begin(model, config)
+    run = _Run(group, model, targets, batches, config, progress, skip_bad_samples)
+    stats = run.measured() if cache is None else run.cached(calibration_file(cache))
+    skipped = stats.info.get("skipped_samples", {}) if group.is_main_process else {}
+    warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
+    return stats
+
+
+def _refuse_bounded(config: TLoraConfig) -> None:
+    """Refuse a configuration that bounds what a calibration keeps.
+
+    Raises:
+        ConfigError: it does.
+    """
     if config.plans_in_blocks:
         raise ConfigError(
             "a calibration keeps every second moment, which `memory_budget` and"
@@ -105,74 +121,71 @@ def calibrate(
             " leave these fields out.",
             where="memory_budget",
         )
-    group, model, targets = begin(model, config)
-    file = None if cache is None else calibration_file(cache)
-    known = model_key(model)
-    stats = None
-    if file is not None:
-        with group.raise_on_all():
+
+
+@dataclass
+class _Run:
+    """One call of `calibrate`, in this process of the group."""
+
+    group: ProcessGroup
+    model: nn.Module
+    targets: list[Target]
+    batches: Iterable[Mapping[str, Any]]
+    config: TLoraConfig
+    progress: bool
+    skip_bad_samples: bool
+
+    def __post_init__(self) -> None:
+        self.model_key = model_key(self.model)
+        self.digests: list[str] = []
+
+    @property
+    def key(self) -> Key:
+        """Key of all processes' batches that were read, one process's after the other's."""
+        digests = self.group.all_gather(self.digests)
+        return Key(self.model_key, tuple(itertools.chain(*digests)))
+
+    def cached(self, file: Path) -> Calibration:
+        """Return the calibration that ``file`` holds; where there is none, measure and write it.
+
+        Raises:
+            CalibrationError: it is of another model, other samples or another configuration.
+        """
+        with self.group.raise_on_all():
             refuse_unwritable(file.parent)
-        if group.broadcast(file.is_file(), 0):
-            stats = _loaded(file, (known, batches), targets, config, skip_bad_samples)
-    if stats is None:
-        stats = _measured(model, targets, batches, config, (progress, skip_bad_samples), known)
-        if file is not None:
-            with group.raise_on_all():
-                if group.is_main_process:
-                    stats.save(file)
-    skipped = stats.info.get("skipped_samples", {}) if group.is_main_process else {}
-    warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
-    return stats
+        if self.group.broadcast(file.is_file(), 0):
+            return self._loaded(file)
+        stats = self.measured()
+        with self.group.raise_on_all():
+            if self.group.is_main_process:
+                stats.save(file)
+        return stats
 
+    def _loaded(self, file: Path) -> Calibration:
+        # A DataLoader draws random numbers to be looked through.
+        with random_states_kept(), self.group.raise_on_all():
+            stats = Calibration.load(file)
+            for _ in digested(self.batches, self.digests):
+                pass
+        key = self.key
+        with self.group.raise_on_all():
+            names = [target.name for target in self.targets]
+            refuse_another(file, stats.key, key, stats.lacks(names, self.config))
+            refuse_skipped(file, 0 if self.skip_bad_samples else stats.info.get("skipped", 0))
+        return stats
 
-def _loaded(
-    file: Path,
-    given: tuple[str, Iterable[Mapping[str, Any]]],
-    targets: Sequence[Target],
-    config: TLoraConfig,
-    skip_bad_samples: bool,
-) -> Calibration:
-    """Return the calibration that a file holds; ``given``: the model's key, and the batches.
-
-    Raises:
-        CalibrationError: it is of another model, other samples or another configuration.
-    """
-    group = process_group()
-    digests: list[str] = []
-    # A DataLoader draws random numbers to be looked through.
-    with random_states_kept(), group.raise_on_all():
-        stats = Calibration.load(file)
-        for _ in digested(given[1], digests):
-            pass
-    key = _pooled_key(given[0], digests, group)
-    with group.raise_on_all():
-        names = [target.name for target in targets]
-        refuse_another(file, stats.key, key, stats.lacks(names, config))
-        refuse_skipped(file, 0 if skip_bad_samples else stats.info.get("skipped", 0))
-    return stats
-
-
-def _measured(
-    model: nn.Module,
-    targets: list[Target],
-    batches: Iterable[Mapping[str, Any]],
-    config: TLoraConfig,
-    options: tuple[bool, bool],
-    known: str,
-) -> Calibration:
-    """Run the passes; ``options``: show a bar, skip bad samples; ``known``: the model's key."""
-    group = process_group()
-    accumulator = MomentAccumulator() if config.needs_moments else None
-    reads = Collector(model, targets, accumulator, backward_for(config), options[1], group)
-    digests: list[str] = []
-    with probing(model), progress_bar(batches, options[0] and group.is_main_process) as bar:
-        first_pass(reads, digested(batches, digests), config, bar)
-    return _calibration(reads, accumulator, _pooled_key(known, digests, group), config)
-
-
-def _pooled_key(model: str, digests: list[str], group: ProcessGroup) -> Key:
-    """Return the key of all processes' batches, one process's after the other's."""
-    return Key(model, tuple(itertools.chain(*group.all_gather(digests))))
+    def measured(self) -> Calibration:
+        """Read the batches, and return what was measured."""
+        config, group = self.config, self.group
+        accumulator = MomentAccumulator() if config.needs_moments else None
+        backward = backward_for(config)
+        reads = Collector(
+            self.model, self.targets, accumulator, backward, self.skip_bad_samples, group
+        )
+        bar = progress_bar(self.batches, self.progress and group.is_main_process)
+        with probing(self.model), bar:
+            first_pass(reads, digested(self.batches, self.digests), config, bar)
+        return _calibration(reads, accumulator, self.key, config)
 
 
 def _calibration(
