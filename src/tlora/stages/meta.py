@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from tlora.runconfig import RunConfig
 from tlora.stages.kinds import KindSpec
 
 if TYPE_CHECKING:
-    from tlora.calibration.shapes import Spec
+    from tlora.calibration.targets import Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,7 +56,7 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
         notes.append(f"The head has {count} outputs, as the config says; the rows may say another.")
     if getattr(found, "quantization_config", None):
         del found.quantization_config
-        notes.append("The config names a quantisation, whose savings are not counted.")
+        notes.append("The config names a quantization, whose savings are not counted.")
     elif config.quantization != "none":
         notes.append(f"The savings of {config.quantization} weights are not counted.")
     for name in ("pad_token_id", "decoder_start_token_id"):
@@ -71,29 +74,60 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
         return MetaModel(model, None, notes)
 
 
-def batch_spec(model: Any, batch: int, tokens: int) -> Spec:
-    """Return the shapes of a batch of full length for ``model``, labels included.
+def input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
+    """Return a number for each target that runs on `meta`, equal for those of one input.
 
-    Raises:
-        Untraceable: it reads neither text nor images.
+    A pass that asks for values (to route tokens, say) ends there. Experts in fused parameters share
+    no rows, and are left out.
+
+    Args:
+        model: on `meta`; left as it was, but in eval mode.
+        targets: the modules that are adapted.
     """
     import torch
 
-    from tlora.calibration.shapes import Untraceable
+    seen: dict[str, Any] = {}
 
-    config, name = model.config, type(model).__name__
-    per_sample = any(f"{kind}Classification" in name for kind in ("Sequence", "Image"))
-    one_each = ((batch,), torch.long)
+    def reached(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Tensors are kept, so that no other one takes their place in memory.
+        seen[name] = args[0] if args else next(iter(kwargs.values()))
+
+    handles = [
+        target.module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=target.name: reached(name, args, kwargs), with_kwargs=True
+        )
+        for target in targets
+        if target.part is None
+    ]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model.eval()(**_sample(model))
+    except Exception:  # whatever a model's own code raises where there are no values
+        logger.debug("the forward pass on `meta` of %s ended early", type(model), exc_info=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    numbers: dict[Any, int] = {}
+    return {
+        name: numbers.setdefault(
+            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()), len(numbers)
+        )
+        for name, x in seen.items()
+    }
+
+
+def _sample(model: Any) -> dict[str, Any]:
+    """Return the smallest batch that ``model`` takes, on `meta`."""
+    import torch
+
+    config = model.config
     if model.main_input_name == "pixel_values":
         side = config.image_size
         height, width = (side, side) if isinstance(side, int) else side
-        pixels = (batch, getattr(config, "num_channels", 3), height, width)
-        return {"pixel_values": (pixels, model.dtype), "labels": one_each}
-    if model.main_input_name != "input_ids":
-        raise Untraceable(f"its input is {model.main_input_name}, neither text nor images")
-    text = ((batch, tokens), torch.long)
-    labels = one_each if per_sample else text
-    return {"input_ids": text, "attention_mask": text, "labels": labels}
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.empty(1, channels, height, width, dtype=model.dtype)}
+    ids = torch.empty(1, 8, dtype=torch.long)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
 def _as_named(config: RunConfig, kind: KindSpec, found: Any, notes: list[str]) -> Any:
