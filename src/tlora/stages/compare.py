@@ -196,13 +196,7 @@ def visible_gpus() -> list[str]:
 def work(
     schedule: Schedule, workers: Workers, tell: Tell, left_out: Sequence[int] = ()
 ) -> Progress:
-    """Run what ``schedule`` has ready until nothing is left that can start here.
-
-    Args:
-        schedule: the runs.
-        workers: where they run.
-        tell: as for `run`.
-        left_out: indices of training rows that repeat evaluation prompts, looked for once.
+    """Run what ``schedule`` has ready; training rows ``left_out`` repeat evaluation prompts.
 
     Raises:
         KeyboardInterrupt: stopped by a signal; no process of a run is left.
@@ -221,9 +215,7 @@ def work(
             if point is None:
                 return None
             points[point.name] = point
-            job = _job(point, schedule.comparison, folder, workers.threads)
-            job.payload["left_out"] = list(left_out)
-            return job
+            return _job(point, schedule.comparison, folder, workers.threads, left_out)
 
         def settled(job: Job, outcome: Outcome) -> None:
             point = points[job.name]
@@ -266,7 +258,13 @@ class _TimeLeft:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
-def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
+def _job(
+    point: Point,
+    comparison: Comparison,
+    folder: CompareFolder,
+    threads: int,
+    left_out: Sequence[int],
+) -> Job:
     config = comparison.config
     run = config.run_config(point.entry, point.learning_rate, point.seed)
     keep = config.keep_adapters and point.phase == "final"
@@ -276,6 +274,7 @@ def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: i
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
+        "left_out": list(left_out),
         "exact_match": config.writes_answers,
         "threads": threads,
         "file": str(folder.record_file(point.name)),

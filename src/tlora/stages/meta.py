@@ -86,34 +86,30 @@ def input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
     """
     import torch
 
-    seen: dict[str, Any] = {}
+    from tlora.calibration.batches import TokenLayout
+    from tlora.calibration.hooks import Record, recording
 
-    def reached(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Tensors are kept, so that no other one takes their place in memory.
-        seen[name] = args[0] if args else next(iter(kwargs.values()))
-
-    handles = [
-        target.module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=target.name: reached(name, args, kwargs), with_kwargs=True
-        )
-        for target in targets
-        if target.part is None
-    ]
+    records = [Record(target) for target in targets if target.part is None]
+    model.eval()
     try:
-        with torch.no_grad(), torch.device("meta"):
-            model.eval()(**_sample(model))
+        with (
+            torch.no_grad(),
+            torch.device("meta"),
+            recording(model, records, TokenLayout(1, None), backward=False),
+        ):
+            model(**_sample(model))
     except Exception:  # whatever a model's own code raises where there are no values
         logger.debug("the forward pass on `meta` of %s ended early", type(model), exc_info=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     numbers: dict[Any, int] = {}
-    return {
-        name: numbers.setdefault(
-            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()), len(numbers)
-        )
-        for name, x in seen.items()
-    }
+    sources = {}
+    for record in records:
+        # Tensors on `meta` have storages, but no addresses.
+        inputs = [call.inputs for call in record.calls]
+        seen = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride()) for x in inputs]
+        if seen:
+            key = (record.target.d_in, *seen)
+            sources[record.target.name] = numbers.setdefault(key, len(numbers))
+    return sources
 
 
 def _sample(model: Any) -> dict[str, Any]:
