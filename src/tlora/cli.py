@@ -86,7 +86,7 @@ def init(config: InitConfig) -> None:
         from tlora.report.estimate import show
         from tlora.stages import dryrun
 
-        show(dryrun.run(config.run_config(), config.flops))
+        show(dryrun.run(config.run_config()))
         return
     from tlora.stages.initialise import run
 

@@ -30,10 +30,8 @@ class InitConfig(RunConfig):
     """One initialisation: a model, a task, a method and where the result goes."""
 
     dry_run: bool = False
-    """Show what would be adapted, and the memory and time it would take, from the model's config
-    alone: no weights are read, nothing is written."""
-    flops: float | None = None
-    """FLOP/s to predict times with in a dry run (3e14); by default measured here."""
+    """Show what would be adapted and the memory it would take, from the model's config alone: no
+    weights are read, nothing is written."""
 
     def run_config(self) -> RunConfig:
         """Return the run without what belongs to the dry run."""

@@ -1,9 +1,13 @@
-"""A dry run says beforehand what a run turns out to be."""
+"""A dry run says beforehand what a run turns out to be.
+
+Parameters, weights, adapter, optimizer states and second moments to the byte; activations, which
+are by formula, within a third.
+"""
 
 import contextlib
+import copy
 import ctypes
 import gc
-import io
 import json
 import sys
 from pathlib import Path
@@ -12,18 +16,19 @@ import peft
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
 import moe
 import tlora
 from support import FAMILIES, LLAMA_2_7B, make_family
 from tlora import cli
 from tlora.errors import ConfigError
-from tlora.report.estimate import show
+from tlora.report.estimate import fits_in, show
 from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import dryrun
-from tlora.stages.estimate import adapter_parameters
+from tlora.stages.dryrun import adapter_parameters
+from tlora.stages.precision import widen
 
+GIB = 2**30
 KINDS = {"bert": "classification", "bart": "classification", "t5": "seq2seq"}
 LLAMA = LLAMA_2_7B | {"dtype": "bfloat16"}
 LLAMA_70B = {
@@ -55,7 +60,7 @@ def predict(path, kind=None, **fields):
     adapter = {"r": 2, "lora_alpha": 2} | fields.pop("adapter", {})
     data = DataConfig(kind=kind, max_length=fields.pop("max_length", 8))
     config = RunConfig(model=path, data=data, adapter=adapter, **fields)
-    return dryrun.run(config, rate=1e12)
+    return dryrun.run(config)
 
 
 def kind_of(name):
@@ -113,33 +118,169 @@ def saved_bytes(model, batch):
     return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_activations_of_training_are_those_that_autograd_keeps(tiny_llama, folder, dtype, frozen):
-    # Wide enough that what an adapter keeps is not lost in the norms.
-    model = tiny_llama(hidden_size=64, intermediate_size=160, vocab_size=32).to(
-        getattr(torch, dtype)
-    )
-    adapter = {"r": 8, "lora_alpha": 8, "freeze_a": frozen}
-    size = {"trainer": {"per_device_train_batch_size": 4}, "max_length": 64}
-    dry = predict(ready(model, folder), dtype=dtype, adapter=adapter, **size)
-    ids = torch.randint(3, 30, (4, 64))
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CAUSAL = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "llama-grouped": transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen2": transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=32),
+    "gemma2": transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=32),
+    "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2),
+    "gpt2": transformers.GPT2Config(
+        n_embd=128, n_layer=3, n_head=4, vocab_size=64, attn_pdrop=0.0, resid_pdrop=0.0
+    ),
+    "mixtral": transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
+}
+LABELED = {
+    "bert": transformers.BertConfig(**SMALL, **NO_DROPOUT),
+    "roberta": transformers.RobertaConfig(**SMALL, **NO_DROPOUT),
+    "deberta": transformers.DebertaV2Config(**SMALL),  # no fused kernel
+}
+TEXT_TO_TEXT = {
+    "t5": transformers.T5Config(
+        d_model=128,
+        d_ff=320,
+        num_layers=3,
+        num_heads=4,
+        d_kv=32,
+        vocab_size=64,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    ),
+    "bart": transformers.BartConfig(
+        d_model=128,
+        encoder_ffn_dim=320,
+        decoder_ffn_dim=320,
+        encoder_layers=3,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        vocab_size=64,
+        dropout=0.0,
+    ),
+}
+CONFIGS = {
+    **{name: (c, None, transformers.AutoModelForCausalLM) for name, c in CAUSAL.items()},
+    **{
+        name: (c, "classification", transformers.AutoModelForSequenceClassification)
+        for name, c in LABELED.items()
+    },
+    **{
+        name: (c, "seq2seq", transformers.AutoModelForSeq2SeqLM) for name, c in TEXT_TO_TEXT.items()
+    },
+}
+
+
+def of_config(name, dtype):
+    """A small model of a family, its kind and a batch of 4 x 64 tokens, of which one is padding."""
+    config, kind, auto = CONFIGS[name]
+    model = auto.from_config(config, dtype=getattr(torch, dtype))
+    ids = torch.randint(3, 60, (4, 64))
     mask = torch.ones_like(ids)
-    mask[0, -1] = 0  # without padding a real forward passes over the mask, which shapes cannot tell
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
-    config = tlora.TLoraConfig(**adapter)
-    adapted = tlora.get_tlora_model(model, config, [batch], progress=False).train()
+    mask[0, -1] = 0
+    labels = torch.zeros(4, dtype=torch.long) if kind == "classification" else ids
+    return model, kind, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def backward_bytes(batch):
+    """The part of the activations that is made when the loss is differentiated."""
+    return 2 * 4 * batch["labels"].numel() * 64 if batch["labels"].dim() == 2 else 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fused")  # experts are left out
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activations_are_within_a_third_of_those_that_autograd_keeps(folder, name, dtype):
+    model, kind, batch = of_config(name, dtype)
+    size = {"trainer": {"per_device_train_batch_size": 4}, "max_length": 64}
+    adapter = {"r": 8, "lora_alpha": 8}
+    dry = predict(ready(model, folder), kind, dtype=dtype, adapter=adapter, **size)
+    task_type = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
+    names = [module.name for module in dry.modules]
+    ways = {
+        "tlora": tlora.TLoraConfig(r=8, lora_alpha=8, task_type=task_type),
+        "lora": peft.LoraConfig(r=8, target_modules=names, task_type=task_type),
+    }
+    for found in dry.training[:2]:
+        base = copy.deepcopy(model)
+        if found.name == "tlora":
+            adapted = tlora.get_tlora_model(base, ways["tlora"], [batch], progress=False)
+        else:
+            adapted = peft.get_peft_model(base, ways["lora"])
+        kept = found.activations - backward_bytes(batch)
+        assert 3 / 4 < kept / saved_bytes(adapted.train(), batch) < 4 / 3, found.name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart"])
+def test_activations_of_full_training_are_within_a_third(folder, name):
+    model, kind, batch = of_config(name, "float32")
+    size = {"trainer": {"per_device_train_batch_size": 4}, "max_length": 64}
+    full = predict(ready(model, folder), kind, **size).training[2]
+    kept = full.activations - backward_bytes(batch)
+    assert 3 / 4 < kept / saved_bytes(model.train(), batch) < 4 / 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_activations_with_gradient_checkpointing_are_within_a_factor(folder, name):
+    """Autograd keeps the layers' inputs; the layer that is run again comes on top."""
+    model, kind, batch = of_config(name, "float32")
+    size = {"trainer": {"per_device_train_batch_size": 4}, "max_length": 64}
+    full = predict(ready(model, folder), kind, **size).training[2]
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    measured = saved_bytes(model, batch)
+    model.gradient_checkpointing_disable()
+    whole = saved_bytes(model, batch)
+    kept = full.checkpointed - backward_bytes(batch)
+    assert measured < kept < 4 / 3 * (measured + whole / 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "t5"])
+def test_weights_adapter_and_optimizer_are_those_of_the_attached_model_to_the_byte(
+    folder, name, dtype
+):
+    model, kind, batch = of_config(name, dtype)
+    dry = predict(ready(model, folder), kind, dtype=dtype, adapter={"allocate_rank": False})
+    task_type = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
+    config = tlora.TLoraConfig(r=2, lora_alpha=2, allocate_rank=False, task_type=task_type)
+    assert dry.calibration.weights == byte_count(model.parameters())
+    adapted = tlora.get_tlora_model(model, config, [batch], progress=False)
+    widen(adapted)
     found = dry.training[0]
-    loss = 4 * 64 * 32 * (model.dtype.itemsize + 8)
-    assert found.activations - loss == pytest.approx(saved_bytes(adapted, batch), rel=0.01)
+    assert found.weights == byte_count(adapted.parameters())
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert found.gradients == byte_count(trained)
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [t for each in optimizer.state.values() for n, t in each.items() if n != "step"]
+    assert found.optimizer == byte_count(states)
 
 
-def test_less_is_kept_with_gradient_checkpointing(folder):
-    fewer = {"num_hidden_layers": 4, "vocab_size": 1000}
-    dry = predict(folder(LLAMA | fewer), max_length=128)
-    for way in dry.training:
-        assert way.checkpointed < 0.6 * way.activations
-        assert way.checkpointed_flops > way.flops
+def byte_count(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*fused")  # experts are left out
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("fields", [{}, {"basis": "gradient-covariance"}])
+def test_second_moments_are_those_of_a_calibration_to_the_byte(folder, name, fields):
+    model, kind, batch = of_config(name, "bfloat16")
+    dry = predict(ready(model, folder), kind, dtype="bfloat16", adapter=fields)
+    task_type = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
+    config = tlora.TLoraConfig(r=2, lora_alpha=2, task_type=task_type, **fields)
+    stats = tlora.calibrate(model, [batch], config, progress=False)
+    moments = {id(each.moment): 4 * each.d_in**2 for each in stats.modules.values()}
+    gradients = 4 * sum(m.d_in * m.d_out for m in stats.modules.values()) if fields else 0
+    assert dry.calibration.strategy.held == sum(moments.values()) + gradients
 
 
 def resident(name):
@@ -184,7 +325,7 @@ def test_the_peak_of_calibration_is_predicted_within_a_factor(folder):
         )
         measured = resident("VmHWM") - before
     # What the libraries load on first use is in the measurement, and not in the prediction.
-    assert measured / 1.3 < dry.calibration.peak < 1.1 * measured
+    assert measured / 1.5 < dry.calibration.peak < 1.5 * measured
 
 
 def test_llama_2_7b_has_the_figures_of_the_paper(folder):
@@ -204,7 +345,7 @@ def test_a_70b_model_is_answered_without_its_memory(folder):
     after = resident("VmHWM") if sys.platform == "linux" else 0
     assert dry.calibration.strategy.held / 2**30 == pytest.approx(305.0, abs=0.01)
     assert dry.training[0].trainable == 859_832_320
-    assert dry.weights.parameters == 70_553_706_496
+    assert dry.parameters == 70_553_706_496
     assert after - before < 2**30
 
 
@@ -215,7 +356,6 @@ def test_a_memory_budget_lowers_what_is_held_and_costs_passes(folder):
     assert within.strategy.held <= 2**30 < whole.strategy.held
     assert within.strategy.total == whole.strategy.held
     assert within.strategy.passes > 1
-    assert within.flops > whole.flops
 
 
 def test_fused_experts_are_named(folder):
@@ -252,17 +392,14 @@ def test_named_experts_are_counted_as_the_attached_model_has_them(folder, dtype,
     assert not dry.fused
     assert dry.training[0].trainable == adapted.num_parameters(only_trainable=True)
     assert len(dry.modules) == 2 * (4 + 2 * moe.EXPERTS)
-    found = dry.training[0]
-    loss = 4 * 64 * 32 * (model.dtype.itemsize + 8)
-    assert found.activations - loss == pytest.approx(saved_bytes(adapted, batch), rel=0.05)
 
 
-def test_a_model_that_needs_numbers_is_counted_and_said_so(request, folder):
+def test_a_forward_pass_that_asks_for_values_is_said_to_end_early(request, folder):
     model = make_family("bart-classifier", request.getfixturevalue).model
     dry = predict(ready(model, folder), "classification")
-    assert len({module.source for module in dry.modules}) == len(dry.modules)
-    assert any("does not run without numbers" in note for note in dry.notes)
-    assert dry.calibration.activations > 0
+    assert any("A forward pass without values reaches" in note for note in dry.notes)
+    deberta = predict(folder(LABELED["deberta"]), "classification")
+    assert len({module.source for module in deberta.modules}) == len(deberta.modules)
 
 
 def test_a_model_without_a_head_for_the_task_is_shown_as_its_config_names_it(tiny_t5, folder):
@@ -313,27 +450,11 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "rows", "batches"),
-    [
-        ({"max_steps": 10, "gradient_accumulation_steps": 4}, 100, 40),
-        ({"num_train_epochs": 1, "per_device_train_batch_size": 16}, 100, 7),
-        ({"num_train_epochs": 1.5, "gradient_accumulation_steps": 4}, 100, 19),
-        ({}, 100, 38),
-        ({}, None, None),
-    ],
+    ("size", "text"),
+    [(1, "8 GiB"), (24 * GIB, "24 GiB"), (24 * GIB + 1, "32 GiB"), (10**13, "several GPUs")],
 )
-def test_batches_of_a_run_are_counted_where_steps_or_rows_are(folder, trainer, rows, batches):
-    config = RunConfig(
-        model=folder(LLAMA | {"num_hidden_layers": 1}),
-        data=DataConfig(max_length=16, max_train_rows=rows),
-        trainer=trainer,
-    )
-    dry = dryrun.run(config, rate=1e12)
-    assert dry.assumptions.batches == batches
-    written = Console(record=True, width=100, file=io.StringIO())
-    show(dry, written)
-    span = "a batch" if batches is None else f"{batches} batches"
-    assert f"time of {span} (estimate)" in written.export_text()
+def test_what_it_fits_in_is_a_usual_memory(size, text):
+    assert fits_in(size) == text
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run", "--dry-run=true"])
@@ -346,22 +467,20 @@ def test_the_command_reads_no_weights_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     with contextlib.chdir(tmp_path):
-        assert cli.main(["init", "--model", path, flag, "--flops", "1e12"]) == 0
+        assert cli.main(["init", "--model", path, flag]) == 0
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
     out = capsys.readouterr().out
-    for word in ("q_proj", "tlora", "lora", "full", "second moments", "peak", "estimate", "1e+12"):
+    for word in (
+        "q_proj",
+        "tlora",
+        "lora",
+        "full",
+        "second moments",
+        "peak",
+        "fits in",
+        "AdamW states",
+    ):
         assert word in out
-
-
-def test_the_rate_is_measured_where_none_is_given():
-    rate, source = dryrun.measured_rate(torch.float32, seconds=0.01)
-    assert rate > 1e6
-    assert "cpu" in source or "cuda" in source
-
-
-def test_a_rate_that_is_none_is_refused(folder):
-    with pytest.raises(ConfigError, match="flops"):
-        dryrun.run(RunConfig(model=folder(LLAMA)), rate=-1.0)
 
 
 def test_a_printed_configuration_serves_the_other_verbs(capsys):

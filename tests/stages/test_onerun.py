@@ -12,9 +12,10 @@ from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
 from tlora.digests import file_digest, model_identity
 from tlora.errors import ConfigError, DataError
-from tlora.runconfig import CalibrationConfig, DataConfig
+from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import compare, onerun
 from tlora.stages.points import experiment
+from tlora.stages.queue import Workers
 from tlora.stages.setup import settle
 
 
@@ -165,7 +166,7 @@ def test_the_peak_is_that_of_its_stage():
     assert memory.to_dict()["bytes"] == max(memory.stages.values())
 
 
-def test_held_out_rows_are_the_same_for_every_run_and_apart(shared, sums):
+def test_held_out_rows_are_the_same_for_every_run_and_apart(shared):
     config = CompareConfig(**shared)
     setup = settle(config.run_config(config.entries()[0], 1e-2, 7))
     train, held = onerun.split(setup, 0.25, seed=0)
@@ -174,10 +175,35 @@ def test_held_out_rows_are_the_same_for_every_run_and_apart(shared, sums):
     assert sorted(seen) == sorted(map(tuple, setup.train["input_ids"]))
     assert onerun.split(setup, 6, seed=0)[1]["input_ids"][:] == held["input_ids"][:]
     assert onerun.split(setup, 6, seed=1)[1]["input_ids"][:] != held["input_ids"][:]
-    all_train, from_file = onerun.split(setup, sums, seed=0)
-    assert len(all_train) == len(from_file) == 24
     with pytest.raises(DataError, match="holds 24 of 24 training rows out"):
         onerun.split(setup, 24, seed=0)
+
+
+def test_a_file_of_validation_rows_leaves_all_training_rows(shared, tmp_path):
+    file = tmp_path / "validation.jsonl"
+    file.write_text('{"prompt": "new", "response": "1"}\n' * 3)
+    config = CompareConfig(**shared | {"validation": str(file)})
+    train, held = onerun.split(compare.check(config), str(file), seed=0)
+    assert (len(train), len(held)) == (24, 3)
+
+
+def test_overlap_is_looked_for_once_in_a_comparison(shared, tmp_path, monkeypatch):
+    rows = Path(shared["train_file"]).read_text().splitlines()
+    file = tmp_path / "test.jsonl"
+    file.write_text("\n".join([rows[2], rows[20], '{"prompt": "new", "response": "1"}']))
+    data = DataConfig(overlap="drop")
+    changes = {"test_file": str(file), "data": data, "output_dir": str(tmp_path / "out")}
+    jobs = []
+    monkeypatch.setattr(Workers, "work", lambda self, ready, settled: jobs.append(ready()))
+    config = CompareConfig(**shared | changes)
+    compare.run(config)
+    (job,) = jobs
+    assert job.payload["left_out"] == [2, 20]
+    monkeypatch.delattr("tlora.stages.setup.overlapping_rows")
+    setup, _, _ = onerun._rows(RunConfig.from_dict(job.payload["config"]), job.payload)
+    held = len(setup.held_out)
+    assert held > 0
+    assert len(setup.train) + held == 22
 
 
 def test_held_out_rows_that_are_trained_on_too_are_counted(shared, tmp_path, caplog):
@@ -287,9 +313,9 @@ TEST_ROWS = object()
         ({"metric": "los"}, ConfigError, "but the scores are 'loss', 'exact_match'. Did you"),
         ({"validation": 24}, DataError, "holds 24 of 24 training rows out"),
         ({"model": None}, ConfigError, "`model` is missing"),
-        ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
-        ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 ask what"),
-        ({"validation": TEST_ROWS}, DataError, "what has chosen a learning rate cannot report"),
+        ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
+        ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
+        ({"validation": TEST_ROWS}, DataError, "rows that choose a learning rate cannot report"),
         (
             {"trainer": {"max_step": 3}},
             ConfigError,

@@ -13,6 +13,7 @@ from tlora.runconfig import DataConfig
 from tlora.stages import initialise, train
 from tlora.stages.arguments import training_arguments
 from tlora.stages.setup import settle
+from tlora.tasks.jsonl import Jsonl
 
 
 def test_a_run_leaves_what_the_folder_promises(config, other_sums):
@@ -257,7 +258,7 @@ def test_seq2seq_trains(config, saved, tiny_t5, other_sums):
 
 @pytest.fixture
 def some_of_the_same(config, other_sums, tmp_path):
-    """Evaluation rows of which two ask what rows 3 and 21 of the training file ask."""
+    """Evaluation rows of which two repeat the prompts of rows 3 and 21 of the training file."""
     trained_on = Path(config().train_file).read_text().splitlines()
     file = tmp_path / "some.jsonl"
     rows = [trained_on[2].upper().replace("PROMPT", "prompt").replace("RESPONSE", "response")]
@@ -266,22 +267,24 @@ def some_of_the_same(config, other_sums, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [train, initialise])
-def test_training_rows_that_evaluation_rows_ask_are_refused(config, some_of_the_same, stage):
+def test_training_rows_that_repeat_evaluation_rows_are_refused(config, some_of_the_same, stage):
     bad = config(eval_file=some_of_the_same)
-    with pytest.raises(DataError, match=r"of 24 training rows 2 ask .* \(rows 3, 21\)"):
+    with pytest.raises(
+        DataError, match=r"of 24 training rows 2 repeat a prompt of .* \(rows 3, 21\)"
+    ):
         stage.run(bad)
     assert not Path(bad.output_dir).exists()
 
 
 @pytest.mark.parametrize("stage", [train, initialise])
-def test_training_rows_that_a_named_evaluation_asks_are_refused(config, tmp_path, stage):
+def test_training_rows_that_repeat_a_named_evaluation_are_refused(config, tmp_path, stage):
     file = tmp_path / "data" / "gsm8k" / "test.jsonl"
     file.parent.mkdir(parents=True)
     rows = [{"question": f"{n} + {n}", "answer": f"#### {n + n}"} for n in (30, 2, 20)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(guard="gsm8k-paper", guard_dir=str(tmp_path / "data"))
     bad = config(data=data)
-    with pytest.raises(DataError, match=r"2 ask what gsm8k-paper asks \(rows 3, 21\)"):
+    with pytest.raises(DataError, match=r"2 repeat a prompt of gsm8k-paper \(rows 3, 21\)"):
         stage.run(bad)
     assert not Path(bad.output_dir).exists()
 
@@ -294,3 +297,16 @@ def test_they_are_dropped_or_allowed_if_told_so(config, some_of_the_same):
     (everything, held_out), (kept, held_out_too) = rows("allow"), rows("drop")
     assert kept == [*everything[:2], *everything[3:20], *everything[21:]]
     assert held_out == held_out_too == 26
+
+
+def test_every_row_is_made_once(config, sums, other_sums, tmp_path, monkeypatch):
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text('{"prompt": "new", "response": "1"}\n' * 3)
+    made = []
+    row = Jsonl.row
+    monkeypatch.setattr(Jsonl, "row", lambda *args: made.append(args[2]) or row(*args))
+    settle(config(eval_file=other_sums), str(validation))
+    files = {sums: 24, other_sums: 24, str(validation): 3}
+    assert sorted(made) == sorted(
+        f"{file}, row {n + 1}" for file, count in files.items() for n in range(count)
+    )

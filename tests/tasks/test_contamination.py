@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import random
 import unicodedata
 
 import pytest
@@ -11,7 +12,8 @@ from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 from tlora.stages.setup import guarded
 from tlora.tasks.base import INSTRUCTION_PROMPT
-from tlora.tasks.contamination import Questions, keep_apart, question_of, questions
+from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
+from tlora.tasks.normalize import normalize
 
 SAME = [
     ("What is 2 + 2?", "  what is\t2+2 "),
@@ -41,14 +43,14 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_spelling_that_does_not_count(one, other):
-    assert one in Questions([other])
-    assert other in Questions([one])
+    assert one in PromptIndex([other])
+    assert other in PromptIndex([one])
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_symbols_and_order_that_count(one, other):
-    assert one not in Questions([other])
-    assert other not in Questions([one])
+    assert one not in PromptIndex([other])
+    assert other not in PromptIndex([one])
 
 
 def by_the_definition(text):
@@ -70,30 +72,108 @@ def by_the_definition(text):
     return tokens
 
 
-def test_questions_are_told_apart_as_the_definition_tells_them():
+def test_texts_are_normalized_as_the_definition_says():
     pieces = ["a", "B", "-", " ", "1", ".", "+", "--", "é", "_"]
     texts = ["".join(chosen) for n in (2, 3) for chosen in itertools.product(pieces, repeat=n)]
-    texts = [text for text in texts if by_the_definition(text)]
-    forms = {text: tuple(by_the_definition(text)) for text in texts}
-    for text in texts[::37]:
-        alike = {other for other in texts if other in Questions([text])}
-        assert alike == {other for other in texts if forms[other] == forms[text]}
+    for text in texts:
+        assert normalize(text) == (by_the_definition(text) or [text.strip()])
 
 
 def test_the_texts_of_a_pair_are_kept_apart_and_in_order():
-    known = Questions([("a b", "c")])
+    known = PromptIndex([("a b", "c")])
     assert ("A b.", "c") in known
     assert ("a", "b c") not in known
     assert ("c", "a b") not in known
     assert "a b c" not in known
 
 
-def test_places_are_those_of_the_questions_that_are_known():
-    assert Questions(["b", "d"]).places(iter(["a", "B?", "c", "d", "b"])) == [1, 3, 4]
+def test_the_indices_of_texts_are_those_that_repeat_a_prompt():
+    assert PromptIndex(["b", "d"]).overlapping(iter(["a", "B?", "c", "d", "b"])) == [1, 3, 4]
+
+
+ASKED = "Anna has 12 apples, eats one -- and sells half of the rest. How many are left?"
+AROUND = [
+    "{}",
+    "Question: {}\nAnswer:",
+    "Question: {} Answer: 5",
+    "<s>[INST]{}[/INST]",
+    "**{}**\n\nPlease reason step by step.",
+    "Frage („{}“): löse sie, bitte ☺",
+    "1. {}\n2. And now?",
+]
+
+
+ONE, OTHER = ASKED.split("--")
+
+
+def turns(*said):
+    return [{"role": role, "content": content} for role, content in said]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_long_prompt_is_found_within_any_text(around):
+    known = PromptIndex([ASKED])
+    texts = [around.format(s) for s in (ASKED, ASKED.upper(), ASKED.replace(" ", "\n"))]
+    assert known.overlapping(texts) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("row", "question"),
+    "other",
+    [
+        ASKED.replace("left", "sold"),
+        ASKED.replace("12", "13"),
+        ASKED.replace("eats one", "eats one and gives two away"),
+        ASKED.removesuffix("left?"),
+        ASKED.removeprefix("Anna "),
+        ASKED.replace("Anna", "Hanna"),
+        ASKED.replace("half", "-half"),
+    ],
+)
+def test_a_prompt_that_shares_some_ngrams_is_another(other):
+    assert not PromptIndex([ASKED]).overlapping(around.format(other) for around in AROUND)
+
+
+def test_every_13_gram_has_to_be_there_and_none_but_those():
+    drawn = random.Random(0)
+    words = ["Äpfel", "+", "-", "猫dog", "e\u0301tude", "house", "$", "ﬁne"]
+
+    def some(count):
+        return [drawn.choice(words) for _ in range(count)]
+
+    def grams(text):
+        tokens = normalize(text)
+        return {tuple(tokens[n : n + 13]) for n in range(len(tokens) - 12)}
+
+    found = 0
+    for _ in range(300):
+        prompt = some(drawn.randrange(14, 30))
+        changed = [*prompt]
+        changed[drawn.randrange(len(prompt))] = drawn.choice(words)
+        parts = (some(drawn.randrange(9)), drawn.choice([prompt, changed]), some(5))
+        text = " ".join(word for part in parts for word in part)
+        expected = grams(" ".join(prompt)) <= grams(text)
+        assert PromptIndex([" ".join(prompt)]).overlapping([text]) == [0] * expected
+        found += expected
+    assert 100 < found < 250
+
+
+def test_short_prompts_and_pairs_are_compared_as_a_whole():
+    for asked in ("What is 2 + 2?", "a b c d e f g h i j k l", (ASKED, ASKED)):
+        known = PromptIndex([asked])
+        assert asked in known
+        texts = [asked] if isinstance(asked, str) else list(asked)
+        assert not known.repeated_in("other", [f"Q: {text}" for text in texts])
+
+
+def test_prompts_of_one_template_are_told_apart():
+    form = "Please answer the following question with true or false: is {} odd? Answer: true/false"
+    known = PromptIndex(form.format(n) for n in range(0, 600, 2))
+    texts = [f"Do it. {form.format(n)}" for n in range(100)]
+    assert known.overlapping(texts) == list(range(0, 100, 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
     [
         ({"prompt": "Ask:", "response": "4"}, "Ask:"),
         ({"prompt": INSTRUCTION_PROMPT.format(instruction="Add."), "response": "4"}, "Add."),
@@ -114,8 +194,8 @@ def test_places_are_those_of_the_questions_that_are_known():
         ),
     ],
 )
-def test_the_question_of_a_row_is_without_the_answer(row, question):
-    assert question_of(row) == question
+def test_the_prompt_of_a_row_is_without_the_answer(row, prompt):
+    assert prompt_of(row) == prompt
 
 
 def test_the_items_of_an_evaluation_are_recognised_in_the_rows_of_its_task(tmp_path):
@@ -126,11 +206,11 @@ def test_the_items_of_an_evaluation_are_recognised_in_the_rows_of_its_task(tmp_p
     lines = [{"question": f"What is {n} + 1?", "answer": f"So.\n#### {n + 1}"} for n in range(4)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = build(["gsm8k-paper"], str(tmp_path))["gsm8k-paper"]
-    asked = Questions(question_of(doc) for doc in evaluation.test_docs())
+    asked = PromptIndex(prompt_of(doc) for doc in evaluation.test_docs())
     gsm8k = TASKS.load("gsm8k")(DataConfig())
     others = [line | {"question": line["question"].replace("+", "-")} for line in lines]
-    rows = Dataset.from_list([others[0], lines[2], others[3], lines[0]])
-    assert asked.places(questions(rows, gsm8k, "t")) == [1, 3]
+    raw = Dataset.from_list([others[0], lines[2], others[3], lines[0]])
+    assert asked.overlapping(map(prompt_of, gsm8k.rows(raw, "t"))) == [1, 3]
 
 
 def raw(*asked):
@@ -145,16 +225,27 @@ def task(rows, overlap="refuse"):
     return made
 
 
+def left_out(rows, others, task, name="t"):
+    """What is left out of raw training rows, where others are raw rows or prompts."""
+    known = {
+        other: found
+        if isinstance(found, PromptIndex)
+        else PromptIndex(map(prompt_of, task.rows(found, other)))
+        for other, found in others.items()
+    }
+    return overlapping_rows(task.rows(rows, name), known, task, name)
+
+
 TRAIN = raw("a", "b", "c", "B?", "d")
 
 
 def test_rows_that_are_asked_are_refused_with_count_and_places():
     with pytest.raises(DataError) as caught:
-        keep_apart(TRAIN, {"e.jsonl": raw("b", "x"), "v.jsonl": raw("D!")}, task(TRAIN), "t.jsonl")
+        left_out(TRAIN, {"e.jsonl": raw("b", "x"), "v.jsonl": raw("D!")}, task(TRAIN), "t.jsonl")
     message = str(caught.value)
     assert message.startswith(
-        "t.jsonl: of 5 training rows 2 ask what e.jsonl asks (rows 2, 4); 1 ask what v.jsonl asks"
-        " (row 5); "
+        "t.jsonl: of 5 training rows 2 repeat a prompt of e.jsonl (rows 2, 4); 1 repeats a prompt"
+        " of v.jsonl (row 5); "
     )
     assert "--data.overlap drop" in message
     assert "--data.overlap allow" in message
@@ -162,29 +253,37 @@ def test_rows_that_are_asked_are_refused_with_count_and_places():
 
 def test_many_rows_are_counted_and_five_named():
     many = raw(*"abcdefgh")
-    with pytest.raises(DataError, match=r"8 ask what e asks \(rows 1, 2, 3, 4, 5 and 3 more\)"):
-        keep_apart(many, {"e": many}, task(many), "t")
+    with pytest.raises(
+        DataError, match=r"8 repeat a prompt of e \(rows 1, 2, 3, 4, 5 and 3 more\)"
+    ):
+        left_out(many, {"e": many}, task(many))
 
 
 def test_dropped_rows_are_those_that_are_asked(caplog):
-    others = {"e": raw("b", "x"), "v": None}
-    kept = keep_apart(TRAIN, others, task(TRAIN, "drop"), "t")
-    assert kept["response"][:] == ["r0", "r2", "r4"]
-    assert "2 ask what e asks (rows 2, 4); they are left out of training" in caplog.text
+    assert left_out(TRAIN, {"e": raw("b", "x")}, task(TRAIN, "drop")) == [1, 3]
+    assert "2 repeat a prompt of e (rows 2, 4); they are left out of training" in caplog.text
     with pytest.raises(DataError, match="every training row is also an evaluation row"):
-        keep_apart(TRAIN, {"e": TRAIN}, task(TRAIN, "drop"), "t")
+        left_out(TRAIN, {"e": TRAIN}, task(TRAIN, "drop"))
 
 
 def test_allowed_rows_stay_and_are_reported(caplog):
-    kept = keep_apart(TRAIN, {"e": raw("b")}, task(TRAIN, "allow"), "t")
-    assert kept[:] == TRAIN[:]
-    assert "2 ask what e asks (rows 2, 4); they are trained on" in caplog.text
+    assert left_out(TRAIN, {"e": raw("b")}, task(TRAIN, "allow")) == []
+    assert "2 repeat a prompt of e (rows 2, 4); they are trained on" in caplog.text
 
 
-@pytest.mark.parametrize("others", [{}, {"e": None}, {"e": raw("x")}])
+def test_validation_rows_may_not_repeat_what_is_reported():
+    known = ("e", PromptIndex(["b"]))
+    rows = [{"prompt": text, "response": ""} for text in "abc"]
+    with pytest.raises(DataError, match=r"v: of 3 validation rows 1 repeats a prompt of e \(row 2"):
+        refuse_overlap(rows, known, task(TRAIN, "drop"), "v")
+    refuse_overlap(rows, known, task(TRAIN, "allow"), "v")
+    refuse_overlap(rows[:1], known, task(TRAIN, "drop"), "v")
+
+
+@pytest.mark.parametrize("others", [{}, {"e": raw("x")}])
 def test_nothing_is_said_of_rows_that_are_apart(others, caplog):
     caplog.set_level(logging.DEBUG)
-    assert keep_apart(TRAIN, others, task(TRAIN), "t")[:] == TRAIN[:]
+    assert left_out(TRAIN, others, task(TRAIN)) == []
     assert caplog.text == ""
 
 
@@ -192,11 +291,14 @@ def test_a_bad_row_is_named_by_its_number():
     rows = raw(*map(str, range(1200)))
     rows = rows.map(lambda row, n: {"response": None if n == 1100 else "r"}, with_indices=True)
     with pytest.raises(DataError, match=r"t\.jsonl, row 1101: column 'response'"):
-        list(questions(rows, task(rows), "t.jsonl"))
+        task(rows).rows(rows, "t.jsonl")
 
 
 GSM8K = [
-    {"question": f"Anna has {n} apples and eats one. How many are left?", "answer": f"#### {n - 1}"}
+    {
+        "question": f"Anna has {n} red apples and eats one of them. How many are left?",
+        "answer": f"#### {n - 1}",
+    }
     for n in range(1, 5)
 ]
 
@@ -216,10 +318,11 @@ def test_rows_are_kept_apart_from_what_a_named_evaluation_asks(guarding, name):
     rows = Dataset.from_list([{**GSM8K[2], "question": GSM8K[2]["question"].upper()}, *NEW])
     known = guarded(data)
     assert list(known) == [name]
-    with pytest.raises(DataError, match=rf"of 3 training rows 1 ask what {name} asks \(row 1\)"):
-        keep_apart(rows, known, TASKS.load("gsm8k")(data), "t.jsonl")
-    dropping = TASKS.load("gsm8k")(DataConfig(overlap="drop"))
-    assert keep_apart(rows, known, dropping, "t.jsonl")["question"][:] == ["new 1", "new 2"]
+    with pytest.raises(
+        DataError, match=rf"of 3 training rows 1 repeats a prompt of {name} \(row 1\)"
+    ):
+        left_out(rows, known, TASKS.load("gsm8k")(data))
+    assert left_out(rows, known, TASKS.load("gsm8k")(DataConfig(overlap="drop"))) == [0]
 
 
 NEW = [{"question": f"new {n}", "answer": "#### 1"} for n in (1, 2)]
@@ -228,8 +331,8 @@ NEW = [{"question": f"new {n}", "answer": "#### 1"} for n in (1, 2)]
 def test_instructions_of_any_task_are_compared_with_an_evaluations(guarding):
     rows = Dataset.from_list([{"instruction": GSM8K[0]["question"], "output": "0"}])
     known = guarded(DataConfig(guard=["gsm8k-paper"], guard_dir=guarding))
-    with pytest.raises(DataError, match="1 ask what gsm8k-paper asks"):
-        keep_apart(rows, known, TASKS.load("math")(DataConfig()), "t.json")
+    with pytest.raises(DataError, match="1 repeats a prompt of gsm8k-paper"):
+        left_out(rows, known, TASKS.load("math")(DataConfig()))
 
 
 @pytest.mark.parametrize("form", ["template", "text", "chat"])
@@ -254,16 +357,18 @@ def test_a_guarded_question_is_found_in_whatever_form_it_is_trained_on(guarding,
     rows = Dataset.from_list([spared, row])
     jsonl = TASKS.load("jsonl")(data)
     jsonl._settle_columns(rows.column_names)
-    with pytest.raises(DataError, match=r"of 2 training rows 1 ask what gsm8k-paper asks \(row 2"):
-        keep_apart(rows, guarded(data), jsonl, "t.jsonl")
+    with pytest.raises(
+        DataError, match=r"of 2 training rows 1 repeats a prompt of gsm8k-paper \(row 2"
+    ):
+        left_out(rows, guarded(data), jsonl)
 
 
 def test_an_evaluation_row_is_found_inside_a_training_row():
     asked = GSM8K[0]["question"]
     rows, held_out = raw("a", f"{asked} Think first."), raw(asked)
-    with pytest.raises(DataError, match=r"of 2 training rows 1 ask what e asks \(row 2\)"):
-        keep_apart(rows, {"e": held_out}, task(rows), "t")
-    assert keep_apart(held_out, {"e": rows}, task(rows), "t")[:] == held_out[:]
+    with pytest.raises(DataError, match=r"of 2 training rows 1 repeats a prompt of e \(row 2\)"):
+        left_out(rows, {"e": held_out}, task(rows))
+    assert left_out(held_out, {"e": rows}, task(rows)) == []
 
 
 def test_what_cannot_be_guarded_against_is_refused_at_once(guarding):
@@ -274,3 +379,29 @@ def test_what_cannot_be_guarded_against_is_refused_at_once(guarding):
     with pytest.raises(DataError, match="math-paper"):
         guarded(DataConfig(guard="math-paper", guard_dir=guarding))
     assert guarded(DataConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "contains"),
+    [
+        ({"prompt": f"Q: {ASKED}", "response": "5"}, True),
+        ({"prompt": "Make up a question.", "response": f"Well: {ASKED}"}, True),
+        ({"text": f"{ASKED}\n5"}, True),
+        ({"messages": turns(("user", f"{ASKED} Think."), ("assistant", "5"))}, True),
+        ({"messages": turns(("system", ASKED), ("user", "Go."), ("assistant", "5"))}, True),
+        ({"messages": turns(("user", [{"type": "text", "text": f"{ASKED} Think."}]))}, True),
+        ({"messages": turns(("user", ONE), ("assistant", "And?"), ("user", OTHER))}, True),
+        ({"messages": turns(("user", ONE), ("assistant", "And?"), ("user", ONE))}, False),
+        ({"text": f"{ASKED} Nobody knows.", "text_pair": None, "label": 1}, False),
+    ],
+)
+def test_all_that_a_row_says_is_looked_through_but_for_labeled_texts(row, contains):
+    made = TASKS.load("jsonl")(DataConfig(overlap="drop"))
+    rows = [{"text": "another"}, row]
+    assert overlapping_rows(rows, {"e": PromptIndex([ASKED])}, made, "t") == [1] * contains
+
+
+def test_texts_put_to_be_classified_are_compared_as_a_whole():
+    made = TASKS.load("cola")(DataConfig(kind="seq2seq"))
+    row = {"prompt": f"cola sentence: {ASKED} Nobody knows.", "response": "acceptable"}
+    assert overlapping_rows([row], {"e": PromptIndex([ASKED])}, made, "t") == []

@@ -94,7 +94,7 @@ def test_seq2seq_has_source_and_target(tiny_tokenizer):
     assert encoded["labels"] == tiny_tokenizer("72")["input_ids"]
 
 
-def test_a_pair_is_tokenised_together_and_cut_to_length(tiny_tokenizer):
+def test_a_pair_is_tokenized_together_and_cut_to_length(tiny_tokenizer):
     row = {"text": "a journey", "text_pair": "the task", "label": 1}
     encoded = tokens.labelled(tiny_tokenizer, row, DataConfig(max_length=6))
     assert len(encoded["input_ids"]) == 6
@@ -110,39 +110,40 @@ def test_the_collator_masks_padding(tiny_tokenizer):
 
 
 @pytest.fixture
-def tokenise(tiny_tokenizer):
+def tokenize(tiny_tokenizer):
     def run(prompts, max_length):
         data = DataConfig(max_length=max_length)
         task = Jsonl(data)
         task._settle_columns(["prompt", "response"])
-        rows = Dataset.from_list([{"prompt": prompt, "response": "72"} for prompt in prompts])
-        return tokens.tokenised(rows, task, tokens.causal, tiny_tokenizer, "train.jsonl")
+        raw = Dataset.from_list([{"prompt": prompt, "response": "72"} for prompt in prompts])
+        rows = task.rows(raw, "train.jsonl")
+        return tokens.tokenized(raw, rows, task, tokens.causal, tiny_tokenizer, "train.jsonl")
 
     return run
 
 
-def test_rows_without_a_token_to_learn_are_left_out_and_counted(tokenise, caplog):
+def test_rows_without_a_token_to_learn_are_left_out_and_counted(tokenize, caplog):
     with caplog.at_level(logging.WARNING):
-        kept = tokenise(["hi", "a charming and often affecting journey" * 9], max_length=20)
+        kept = tokenize(["hi", "a charming and often affecting journey" * 9], max_length=20)
     assert len(kept) == 1
     assert sorted(kept.column_names) == ["input_ids", "labels"]
     assert "train.jsonl: 1 of 2 rows have no token to learn from" in caplog.text
 
 
-def test_no_row_left_is_an_error(tokenise):
+def test_no_row_left_is_an_error(tokenize):
     with pytest.raises(DataError, match="no row has a token to learn from within 3 tokens"):
-        tokenise(["a charming journey"], max_length=3)
+        tokenize(["a charming journey"], max_length=3)
 
 
-def test_rows_whose_response_is_cut_are_counted(tokenise, caplog, tiny_tokenizer):
-    whole = tokenise(["hi", "a charming journey"], max_length=256)
+def test_rows_whose_response_is_cut_are_counted(tokenize, caplog, tiny_tokenizer):
+    whole = tokenize(["hi", "a charming journey"], max_length=256)
     longest = max(map(len, whole["input_ids"]))
     assert not caplog.records
     assert whole.column_names == ["input_ids", "labels"]
-    tokenise(["hi", "a charming journey"], max_length=longest)
+    tokenize(["hi", "a charming journey"], max_length=longest)
     assert not caplog.records
     # One token less, and the closing one is lost.
-    tokenise(["hi", "a charming journey"], max_length=longest - 1)
+    tokenize(["hi", "a charming journey"], max_length=longest - 1)
     (record,) = caplog.records
     assert record.getMessage() == (
         f"train.jsonl: 1 of 2 rows are longer than `data.max_length`, {longest - 1} tokens, and"

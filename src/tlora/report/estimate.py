@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tlora.config import bytes_text
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tlora.stages.dryrun import DryRun
-    from tlora.stages.estimate import ModuleShape, TrainingEstimate
+    from tlora.stages.dryrun import DryRun, ModuleShape
+
+_MEMORIES = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192)
 
 
 def show(dry: DryRun, console: Console | None = None) -> None:
@@ -21,8 +22,8 @@ def show(dry: DryRun, console: Console | None = None) -> None:
     from rich.console import Console
 
     console = console or Console()
-    size = f"{dry.weights.parameters:,} parameters, {bytes_text(dry.weights.bytes)}"
-    line = f"{dry.model}: {size} in {dry.assumptions.dtype}. No weight was read, nothing written."
+    size = f"{dry.parameters:,} parameters, {bytes_text(dry.calibration.weights)}"
+    line = f"{dry.model}: {size} in {dry.dtype}. No weight was read, nothing written."
     console.print(line, highlight=False, soft_wrap=True)
     console.print(modules_table(dry))
     console.print(calibration_table(dry))
@@ -51,76 +52,57 @@ def modules_table(dry: DryRun) -> Table:
 
 
 def calibration_table(dry: DryRun) -> Table:
-    """Return the memory of calibration, phase by phase, and its time."""
-    found, assumed = dry.calibration, dry.assumptions
-    strategy = found.strategy
+    """Return the memory of calibration, phase by phase."""
+    found, strategy = dry.calibration, dry.calibration.strategy
     made = _table("calibration and planning")
     made.add_column("memory", justify="right", no_wrap=True)
     sharing = f"{len({m.source for m in dry.modules})} inputs of {len(dry.modules)} modules"
-    if found.unshared != strategy.total:
-        sharing += f"; {bytes_text(found.unshared)} if none were shared"
     if strategy.held < strategy.total:
         sharing += f"; {bytes_text(strategy.total)} at once"
+    batch = _batch(dry, dry.batches.calibration)
     made.add_row("weights", bytes_text(found.weights))
     made.add_row(f"{strategy.kind}, float32 ({sharing})", bytes_text(strategy.held))
-    made.add_row(f"mean rows of {assumed.samples} samples", bytes_text(found.means))
-    batch = assumed.batch(assumed.calibration_batch)
-    made.add_row(
-        f"batch: activations kept for the backward ({batch})", bytes_text(found.activations)
-    )
-    made.add_row("batch: loss, or rows in float32", bytes_text(found.loss))
-    made.add_row("batch: the largest dense gradient term, |W|", bytes_text(found.sensitivity))
-    made.add_row(
-        "planning: matrices and SVD of one module, the largest", bytes_text(found.planning)
-    )
-    made.add_row("planning: A of all modules", bytes_text(found.factors))
+    made.add_row(f"mean inputs of {dry.batches.samples} samples", bytes_text(found.means))
+    made.add_row(f"batch of {batch}: activations and loss", bytes_text(found.activations))
+    made.add_row("planning: the largest module, and A of all", bytes_text(found.planning))
     made.add_section()
     made.add_row("peak (the larger of batch and planning)", bytes_text(found.peak), style="bold")
-    made.add_row("time (estimate)", duration(found.flops / assumed.rate), style="bold")
+    made.add_row("fits in", fits_in(found.peak), style="bold")
     return made
 
 
 def training_table(dry: DryRun) -> Table:
-    """Return memory and time of training: task-aware LoRA, LoRA at the same rank, everything."""
-    assumed = dry.assumptions
-    made = _table(f"training, {assumed.batch(assumed.training_batch)} at a time")
+    """Return the memory of training: task-aware LoRA, LoRA at the same rank, everything."""
+    made = _table(f"training, {_batch(dry, dry.batches.training)} at a time")
     for way in dry.training:
         made.add_column(way.name, justify="right", no_wrap=True)
-    batches = assumed.batches or 1
-    span = f"{batches:,} batches" if assumed.batches else "a batch"
 
-    def add(title: str, value: Callable[[TrainingEstimate], str], style: str = "") -> None:
-        made.add_row(title, *map(value, dry.training), style=style)
+    def add(title: str, texts: Iterable[str], style: str = "") -> None:
+        made.add_row(title, *texts, style=style)
 
-    add("trainable parameters", lambda t: f"{t.trainable:,}")
-    add("weights", lambda t: bytes_text(t.weights))
-    add("gradients", lambda t: bytes_text(t.gradients))
-    add("AdamW states", lambda t: bytes_text(t.optimizer))
-    add("activations", lambda t: bytes_text(t.activations))
-    add("the same, gradient checkpointing", lambda t: bytes_text(t.checkpointed))
-    made.add_section()
-    add("peak", lambda t: bytes_text(t.peak(False)), "bold")
-    add("the same, gradient checkpointing", lambda t: bytes_text(t.peak(True)), "bold")
-    add(f"time of {span} (estimate)", lambda t: duration(batches * t.flops / assumed.rate), "bold")
-    add(
-        "the same, gradient checkpointing",
-        lambda t: duration(batches * t.checkpointed_flops / assumed.rate),
-        "bold",
-    )
+    ways = dry.training
+    add("trainable parameters", (f"{t.trainable:,}" for t in ways))
+    add("weights", (bytes_text(t.weights) for t in ways))
+    add("gradients", (bytes_text(t.gradients) for t in ways))
+    add("AdamW states", (bytes_text(t.optimizer) for t in ways))
+    for again, title in ((False, ""), (True, ", gradient checkpointing")):
+        made.add_section()
+        kept = [t.checkpointed if again else t.activations for t in ways]
+        add(f"activations{title}", map(bytes_text, kept))
+        add(f"peak{title}", (bytes_text(t.peak(again)) for t in ways), "bold")
+        add("fits in", (fits_in(t.peak(again)) for t in ways), "bold")
     return made
+
+
+def fits_in(size: int) -> str:
+    """Return the smallest usual memory of a GPU that holds ``size`` bytes: "24 GiB"."""
+    fitting = (gib for gib in _MEMORIES if size <= gib * 2**30)
+    return next((f"{gib} GiB" for gib in fitting), "several GPUs")
 
 
 def millions(count: int) -> str:
     """Return parameters as text: "174.06M", or all digits below a million."""
     return f"{count:,}" if count < 10**6 else f"{count / 10**6:,.2f}M"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as text with two or three digits: "4.2 min"."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _table(first: str) -> Table:
@@ -165,16 +147,16 @@ def _cells(dry: DryRun, group: Sequence[ModuleShape]) -> list[str]:
     ]
 
 
+def _batch(dry: DryRun, size: int) -> str:
+    return f"{size} x {dry.batches.length} {dry.batches.unit}"
+
+
 def _assumed(dry: DryRun) -> list[str]:
-    a = dry.assumptions
     return [
-        f"Assumed: weights in {a.dtype} on one device; {a.samples} calibration samples, batches of"
-        f" {a.batch(a.calibration_batch)} to calibrate and of {a.batch(a.training_batch)} to train,"
-        " none shorter; no autocast, but in `full` on 16-bit weights; AdamW with two states a"
-        " parameter; what trains in float32. Activations are those of a CPU, whose attention keeps"
-        " a T x T matrix only where it has dropout or the model offers no other.",
+        f"Assumed: weights in {dry.dtype} on one device; full-length samples; attention in a fused"
+        " kernel, as on a GPU, where the model has one; AdamW with two states a parameter; what"
+        " trains in float32. Weights, gradients, AdamW states and moments are exact, activations"
+        " are by formula.",
         f"Rank {dry.rank} everywhere it fits: sensitivity moves ranks between modules, and with"
         " them parameters.",
-        f"Time is work over a rate of {a.rate:.3g} FLOP/s ({a.rate_source}): an estimate, low where"
-        " memory or the SVD is the brake; --flops sets the rate.",
     ]

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,7 +90,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
                 bare,
                 folder.runs,
             )
-        return work(schedule, workers(config), tell)
+        return work(schedule, workers(config), tell, setup.left_out)
 
 
 def check(config: CompareConfig) -> Setup:
@@ -100,13 +100,13 @@ def check(config: CompareConfig) -> Setup:
         ConfigError, DataError: as in `run`.
     """
     from tlora.stages.arguments import training_arguments
-    from tlora.stages.onerun import split, validation_files
+    from tlora.stages.onerun import split, validation_file
     from tlora.stages.setup import settle
 
     entry = config.entries()[0]
     folder = CompareFolder(config.output_dir)
     run_config = config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
-    setup = settle(run_config, *validation_files(config.validation))
+    setup = settle(run_config, validation_file(config.validation))
     if setup.held_out is None:
         raise ConfigError("there are no test rows; give --test_file.", where="test_file")
     training_arguments(setup, folder.work(config.shard))
@@ -193,8 +193,10 @@ def visible_gpus() -> list[str]:
     return named[:count] or [str(index) for index in range(count)]
 
 
-def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
-    """Run what ``schedule`` has ready until nothing is left that can start here.
+def work(
+    schedule: Schedule, workers: Workers, tell: Tell, left_out: Sequence[int] = ()
+) -> Progress:
+    """Run what ``schedule`` has ready; training rows ``left_out`` repeat evaluation prompts.
 
     Raises:
         KeyboardInterrupt: stopped by a signal; no process of a run is left.
@@ -213,7 +215,7 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
             if point is None:
                 return None
             points[point.name] = point
-            return _job(point, schedule.comparison, folder, workers.threads)
+            return _job(point, schedule.comparison, folder, workers.threads, left_out)
 
         def settled(job: Job, outcome: Outcome) -> None:
             point = points[job.name]
@@ -256,7 +258,13 @@ class _TimeLeft:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
-def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
+def _job(
+    point: Point,
+    comparison: Comparison,
+    folder: CompareFolder,
+    threads: int,
+    left_out: Sequence[int],
+) -> Job:
     config = comparison.config
     run = config.run_config(point.entry, point.learning_rate, point.seed)
     keep = config.keep_adapters and point.phase == "final"
@@ -266,6 +274,7 @@ def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: i
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
+        "left_out": list(left_out),
         "exact_match": config.writes_answers,
         "threads": threads,
         "file": str(folder.record_file(point.name)),

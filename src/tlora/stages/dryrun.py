@@ -1,89 +1,127 @@
-"""`tlora init --dry_run`: what a run would adapt and take, from the model's config alone.
+"""`tlora init --dry_run`: what a run would adapt and the memory it would take, by arithmetic.
 
-The model is built on `meta`: no weight is read, nothing is written, nothing is calibrated.
+The model is built from its config on `meta`: no weight is read, nothing is written or calibrated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.config import TaskType, TLoraConfig
 from tlora.errors import ConfigError
 from tlora.registry import TASKS
-from tlora.runconfig import CalibrationConfig, RunConfig
-from tlora.stages import estimate as sums
+from tlora.runconfig import RunConfig
+from tlora.stages.activations import FLOAT, Layers, layers_of
 from tlora.stages.arguments import check_trainer_fields
-from tlora.stages.estimate import CalibrationEstimate, ModuleShape, TrainingEstimate, Weights, Work
 from tlora.stages.kinds import KINDS
-from tlora.stages.meta import batch_spec, model_on_meta
+from tlora.stages.meta import input_sources, model_on_meta
 
 if TYPE_CHECKING:
-    from tlora.calibration.shapes import Forward
+    from tlora.adapter.strategy import Strategy
     from tlora.calibration.weights import Target
 
 _TRAINING_BATCH = 8
-"""What TRL and transformers take where `per_device_train_batch_size` is not given."""
-_EPOCHS = 3
-"""The same of `num_train_epochs`."""
+"""The default of TRL and transformers for `per_device_train_batch_size`."""
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What the numbers rest on."""
+class ModuleShape:
+    """A targeted module, m x d, with the rank that it gets at equal sensitivities."""
 
-    dtype: str
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    source: int
+    """Equal for modules that read the same tensors."""
+    parameter: str | None = None
+    """The fused parameter that the module is an expert of, if it is one."""
+
+    @property
+    def adapter(self) -> str:
+        """Name of what PEFT adapts as one."""
+        return self.parameter or self.name
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples of calibration in all, of its batches, of training batches; tokens of a sample."""
+
     samples: int
-    calibration_batch: int
-    tokens: int | None
-    """Tokens a sample; None for images."""
-    training_batch: int
-    batches: int | None
-    """Batches of the training, where the number of steps or of training rows is given."""
-    rate: float
-    """FLOP/s."""
-    rate_source: str
+    calibration: int
+    training: int
+    length: int
+    unit: str
+    """What `length` counts: tokens, or patches of an image."""
 
-    def batch(self, size: int) -> str:
-        """Say what a batch of ``size`` samples is."""
-        return f"{size} images" if self.tokens is None else f"{size} x {self.tokens} tokens"
 
-    def rows(self, size: int) -> int:
-        """Rows of a batch where no forward pass has counted them."""
-        return size * (self.tokens or 1)
+@dataclass(frozen=True)
+class CalibrationMemory:
+    """Bytes of calibrating and planning."""
+
+    weights: int
+    strategy: Strategy
+    """Which second moments and gradients are held when, and their bytes."""
+    means: int
+    """Mean inputs of each sample."""
+    activations: int
+    """Of a batch, with the inputs of the targets, and the loss."""
+    planning: int
+    """W, W C and its factors of the largest module, and the A matrices."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak: of a batch, or of planning when its activations are gone."""
+        return self.weights + self.strategy.held + self.means + max(self.activations, self.planning)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Parameters that train, and the bytes of one way to train with AdamW."""
+
+    name: str
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    checkpointed: int
+    """Activations with gradient checkpointing."""
+
+    def peak(self, checkpointing: bool) -> int:
+        """Bytes at the peak, with or without gradient checkpointing."""
+        kept = self.checkpointed if checkpointing else self.activations
+        return self.weights + self.gradients + self.optimizer + kept
 
 
 @dataclass
 class DryRun:
-    """What a run would adapt, and what it would take."""
+    """What a run would adapt, and the memory it would take."""
 
     model: str
-    weights: Weights
+    dtype: str
+    parameters: int
+    """Of the base model."""
     modules: list[ModuleShape]
-    """The targets, with the rows of a calibration batch."""
     rank: int
-    calibration: CalibrationEstimate
-    training: list[TrainingEstimate]
+    calibration: CalibrationMemory
+    training: list[TrainingMemory]
+    """TLoRA, LoRA of the same rank, and full fine-tuning."""
     others: int
     """Parameters that train beside the adapters: a head, biases."""
-    assumptions: Assumptions
+    batches: Batches
     fused: list[str]
     """Fused expert parameters, which are not adapted."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """What could not be seen, a sentence each."""
 
 
-def run(config: RunConfig, rate: float | None = None) -> DryRun:
+def run(config: RunConfig) -> DryRun:
     """Predict a run. Neither rows nor a tokenizer have to exist.
-
-    Args:
-        config: the run.
-        rate: FLOP/s that turn work into time; None: measured by a short product.
 
     Raises:
         ConfigError: a field is wrong, or there is no such model.
@@ -93,8 +131,6 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
 
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
-    if rate is not None and not rate > 0:
-        raise ConfigError(f"`flops` is {rate!r}; give a positive number.", "run")
     task = TASKS.load(config.task)(config.data)
     kind = KINDS[task.kind]
     check_trainer_fields(kind, config.trainer)
@@ -102,26 +138,29 @@ def run(config: RunConfig, rate: float | None = None) -> DryRun:
     model, notes = built.model, built.notes
     options = adapter_options(config, built.task_type)
     targets = find_targets(model, options)
-    assumed = _assumptions(config, model, rate)
-    passes = _passes(model, targets, assumed, notes)
-    weights, rows = weights_of(model), assumed.rows(assumed.calibration_batch)
-    modules = module_shapes(targets, options, passes.get("calibration"), rows)
+    sources = input_sources(model, targets)
+    if unseen := sum(t.part is None and t.name not in sources for t in targets):
+        notes.append(
+            f"A forward pass without values reaches {len(targets) - unseen} of {len(targets)}"
+            " modules; the others count with an input of their own, which they may share."
+        )
+    modules = module_shapes(targets, sources, options)
     fused = left_out(model, options)
     if fused:
         notes.append(unadapted_experts(model, options))
+    memory = _Memory(modules, layers_of(model), _batches(config, model), options, *_sizes(model))
     # Last, because attaching changes the model.
     others = trained_beside(model, modules, options)
     return DryRun(
         model=type(model).__name__,
-        weights=weights,
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=memory.parameters,
         modules=modules,
         rank=options.r,
-        calibration=calibration_of(
-            modules, weights, passes.get("calibration"), (config.calibration, options)
-        ),
-        training=_training(targets, weights, passes, (assumed, options, others)),
+        calibration=memory.calibration(),
+        training=memory.training(others),
         others=others,
-        assumptions=assumed,
+        batches=memory.batches,
         fused=fused,
         notes=notes,
     )
@@ -138,38 +177,36 @@ def adapter_options(config: RunConfig, task_type: TaskType | None) -> TLoraConfi
     return options
 
 
-def weights_of(model: Any) -> Weights:
-    """Count the parameters of ``model`` and their bytes."""
-    parameters = list(model.parameters())
-    return Weights(
-        parameters=sum(p.numel() for p in parameters),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
-        element=model.dtype.itemsize,
-    )
+def module_shapes(
+    targets: Sequence[Target], sources: dict[str, int], options: TLoraConfig
+) -> list[ModuleShape]:
+    """Return the targets with the ranks that equal sensitivities would give, experts one by one."""
+    from tlora.linalg.allocation import RankBounds, allocate_ranks
+
+    adapters = {target.adapter: target for target in targets}
+    highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in adapters.values()]
+    bounds = [RankBounds(min(options.rank_min, high), high) for high in highs]
+    shared = allocate_ranks([1.0] * len(adapters), options.r, bounds).ranks
+    ranks = dict(zip(adapters, shared, strict=True))
+    return [
+        ModuleShape(
+            name=target.name,
+            d_in=target.d_in,
+            d_out=target.d_out,
+            rank=ranks[target.adapter],
+            source=sources.get(target.name, -1 - place),
+            parameter=target.part.parameter if target.part else None,
+        )
+        for place, target in enumerate(targets)
+    ]
 
 
-def measured_rate(dtype: Any, seconds: float = 0.2) -> tuple[float, str]:
-    """Return the FLOP/s of a square product in ``dtype`` on this machine, and how it was run."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = 4096 if device.type == "cuda" else 512
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-
-    def multiply() -> None:
-        _ = matrix @ matrix
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    multiply()
-    runs, start = 0, time.perf_counter()
-    while (taken := time.perf_counter() - start) < seconds:
-        multiply()
-        runs += 1
-    return runs * 2 * size**3 / taken, f"products of {size} x {size} on this {device.type}"
+def adapter_parameters(modules: Sequence[ModuleShape], frozen_a: bool) -> int:
+    """Return the trainable parameters: sum_i r_i m_i, plus r_i d_i where A trains too."""
+    return sum(m.rank * (m.d_out + (0 if frozen_a else m.d_in)) for m in modules)
 
 
-def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig) -> int:
+def trained_beside(model: Any, modules: Sequence[ModuleShape], options: TLoraConfig) -> int:
     """Return the parameters that train outside the adapters, as PEFT attaches them.
 
     ``model`` is changed: it carries an adapter afterwards.
@@ -179,9 +216,8 @@ def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig)
     from tlora.adapter.attach import attach
     from tlora.adapter.plan import AdapterPlan, ModulePlan
 
-    frozen = dataclasses.replace(options, freeze_a=True)
+    experts = Counter(m.adapter for m in modules)
     with torch.device("meta"):
-        experts = Counter(m.adapter for m in modules)
         planned = {
             m.adapter: ModulePlan(
                 name=m.adapter,
@@ -197,165 +233,132 @@ def trained_beside(model: Any, modules: list[ModuleShape], options: TLoraConfig)
             )
             for m in modules
         }
-        adapted = attach(model, AdapterPlan(planned, frozen))
+        plan = AdapterPlan(planned, dataclasses.replace(options, freeze_a=True))
+        adapted = attach(model, plan)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return trained - sums.adapter_parameters(modules, frozen_a=True)
+    return trained - adapter_parameters(modules, frozen_a=True)
 
 
-def _assumptions(config: RunConfig, model: Any, rate: float | None) -> Assumptions:
+def _sizes(model: Any) -> tuple[int, int]:
+    """Return the parameters of ``model``, and their bytes."""
+    sizes = [(p.numel(), p.element_size()) for p in model.parameters()]
+    return sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+
+
+def _batches(config: RunConfig, model: Any) -> Batches:
+    images = model.main_input_name == "pixel_values"
     longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
-    tokens = min(config.data.max_length, longest)
-    source = "given"
-    if rate is None:
-        rate, source = measured_rate(model.dtype)
-    return Assumptions(
-        dtype=str(model.dtype).removeprefix("torch."),
+    length = min(config.data.max_length, longest)
+    if images:
+        side, patch = model.config.image_size, getattr(model.config, "patch_size", 0)
+        length = (side // patch) ** 2 + 1 if isinstance(side, int) and patch else 1
+    return Batches(
         samples=config.calibration.samples,
-        calibration_batch=min(config.calibration.batch_size, config.calibration.samples),
-        tokens=None if model.main_input_name == "pixel_values" else tokens,
-        training_batch=config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH),
-        batches=_training_batches(config),
-        rate=rate,
-        rate_source=source,
+        calibration=min(config.calibration.batch_size, config.calibration.samples),
+        training=config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH),
+        length=length,
+        unit="patches" if images else "tokens",
     )
 
 
-def _training_batches(config: RunConfig) -> int | None:
-    """Return the batches of one device that trains alone; None where the rows are not counted."""
-    steps, rows = config.trainer.get("max_steps"), config.data.max_train_rows
-    if steps and steps > 0:
-        return steps * config.trainer.get("gradient_accumulation_steps", 1)
-    if rows is None:
-        return None
-    size = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
-    return math.ceil(rows * config.trainer.get("num_train_epochs", _EPOCHS) / size)
+@dataclass(frozen=True)
+class _Memory:
+    """The arithmetic. PEFT keeps adapters in float32 at least, and what trains beside them too."""
 
+    modules: list[ModuleShape]
+    layers: Layers
+    batches: Batches
+    options: TLoraConfig
+    parameters: int
+    weights: int
 
-def _passes(
-    model: Any, targets: list[Target], assumed: Assumptions, notes: list[str]
-) -> dict[str, Forward]:
-    """Return forward passes of shapes by name; none where the model cannot be run so."""
-    from tlora.calibration.shapes import Untraceable, forward_of
+    @property
+    def element(self) -> int:
+        """Bytes of an adapter's value."""
+        return max(self.layers.element, FLOAT)
 
-    try:
-        small = batch_spec(model, assumed.calibration_batch, assumed.tokens or 1)
-        large = batch_spec(model, assumed.training_batch, assumed.tokens or 1)
-        return {
-            "calibration": forward_of(model.eval(), small, targets),
-            "frozen": forward_of(model.train(), large, targets),
-            "full": forward_of(model, large, targets, trained=True),
-        }
-    except Untraceable as error:
-        notes.append(
-            f"This model does not run without numbers ({error}): each module is counted with an"
-            " input of its own, activations as inputs and outputs of the targets, work as 2 FLOPs"
-            " a parameter and token."
+    def calibration(self) -> CalibrationMemory:
+        """Return the memory of calibration."""
+        from tlora.adapter.strategy import choose
+
+        modules, options, batches = self.modules, self.options, self.batches
+        tokens = batches.calibration * batches.length
+        activations = self.layers.element * tokens * _widths(modules)
+        if options.needs_backward:
+            activations += self.layers.kept(tokens, batches.length) + self.layers.loss(tokens)
+        largest = max(m.d_in * m.d_out for m in modules)
+        return CalibrationMemory(
+            weights=self.weights,
+            strategy=choose(modules, {m.name: m.source for m in modules}, options),
+            means=FLOAT * batches.samples * _widths(modules) if options.needs_moments else 0,
+            activations=activations,
+            planning=FLOAT * (3 * largest + sum(m.rank * m.d_in for m in modules)),
         )
-        return {}
 
+    def training(self, others: int) -> list[TrainingMemory]:
+        """Return the memory of each way to train; ``others`` train beside the adapters."""
+        # LoRA takes rank r everywhere, whatever the weights' sizes.
+        uniform = [dataclasses.replace(m, rank=self.options.r) for m in self.modules]
+        return [
+            self._adapters("tlora", self.modules, self.options.freeze_a, others),
+            self._adapters("lora", uniform, False, others),
+            self._full(),
+        ]
 
-def module_shapes(
-    targets: list[Target], options: TLoraConfig, passed: Forward | None, rows: int
-) -> list[ModuleShape]:
-    """Return the targets with the ranks that equal sensitivities would give, experts one by one.
-
-    ``rows`` are the rows of a batch, where no forward pass of shapes has counted them.
-    """
-    from tlora.linalg.allocation import RankBounds, allocate_ranks
-
-    adapters = {target.adapter: target for target in targets}
-    highs = [min(t.d_in, t.d_out, options.rank_max or t.d_in) for t in adapters.values()]
-    bounds = [RankBounds(min(options.rank_min, high), high) for high in highs]
-    shared = allocate_ranks([1.0] * len(adapters), options.r, bounds).ranks
-    ranks = dict(zip(adapters, shared, strict=True))
-    return [
-        ModuleShape(
-            name=target.name,
-            d_in=target.d_in,
-            d_out=target.d_out,
-            rank=ranks[target.adapter],
-            rows=passed.rows.get(target.name, 0) if passed else rows,
-            # A module that is never called has a moment of its own, all zero.
-            source=passed.sources.get(target.name, -1 - i) if passed else i,
-            parameter=target.part.parameter if target.part else None,
+    def _adapters(
+        self, name: str, modules: list[ModuleShape], frozen_a: bool, others: int
+    ) -> TrainingMemory:
+        trained = adapter_parameters(modules, frozen_a)
+        stored = adapter_parameters(modules, frozen_a=False) * self.element + others * FLOAT
+        held = trained * self.element + others * FLOAT
+        batch, length = self.batches.training * self.batches.length, self.batches.length
+        beside, loss = self._beside(modules, frozen_a, batch), self.layers.loss(batch)
+        again = self.layers.checkpointed(batch, length) + beside // max(1, self.layers.count)
+        return TrainingMemory(
+            name=name,
+            trainable=trained + others,
+            weights=self.weights + stored,
+            gradients=held,
+            optimizer=2 * held,
+            activations=self.layers.kept(batch, length) + beside + loss,
+            checkpointed=again + loss,
         )
-        for i, target in enumerate(targets)
-    ]
+
+    def _full(self) -> TrainingMemory:
+        stored = FLOAT * self.parameters
+        batch, length = self.batches.training * self.batches.length, self.batches.length
+        loss = self.layers.loss(batch)
+        return TrainingMemory(
+            name="full",
+            trainable=self.parameters,
+            # Under autocast the backward pass reads a copy of the weights in 16 bits.
+            weights=stored + (self.weights if self.layers.element < FLOAT else 0),
+            gradients=stored,
+            optimizer=2 * stored,
+            activations=self.layers.kept(batch, length, trained=True) + loss,
+            checkpointed=self.layers.checkpointed(batch, length, trained=True) + loss,
+        )
+
+    def _beside(self, modules: list[ModuleShape], frozen_a: bool, tokens: int) -> int:
+        """Return the bytes of activations that adapters keep beside those of the base model.
+
+        B's gradient needs z = A x, r_i values a token. A's needs x: the tensors that the targets
+        read where adapter and weights have the same dtype, else a float32 copy a module. Dropout
+        keeps a mask of a byte a value, and its output where A trains. An expert of a fused
+        parameter is adapted by forming W + s B A, which is kept.
+        """
+        own = [m for m in modules if not m.parameter]
+        kept = self.element * tokens * sum(m.rank for m in own)
+        kept += self.layers.element * sum(m.d_in * m.d_out for m in modules if m.parameter)
+        entries, dropout = tokens * sum(m.d_in for m in own), self.options.lora_dropout > 0
+        if dropout:
+            kept += entries
+        if not frozen_a:
+            shared = self.element == self.layers.element and not dropout
+            kept += self.element * (tokens * _widths(own) if shared else entries)
+        return kept
 
 
-def _work(
-    passed: Forward | None, modules: list[ModuleShape], weights: Weights, kept: int | None = None
-) -> Work:
-    """Return what a pass keeps (by default what autograd saves) and computes."""
-    if passed is None:
-        guess = weights.element * sum(m.rows * (m.d_in + m.d_out) for m in modules)
-        most = max((m.rows for m in modules), default=0)
-        return Work(guess, guess, 0, 2 * most * weights.parameters, 0)
-    again = passed.outside + passed.boundaries + passed.largest_layer
-    return Work(
-        kept=passed.saved if kept is None else kept,
-        kept_if_checkpointed=min(again, passed.saved),
-        logits=passed.logits,
-        weight_flops=passed.weight_flops,
-        attention_flops=passed.attention_flops,
-        layers=passed.layers,
-    )
-
-
-def calibration_of(
-    modules: list[ModuleShape],
-    weights: Weights,
-    passed: Forward | None,
-    asked: tuple[CalibrationConfig, TLoraConfig],
-) -> CalibrationEstimate:
-    """Predict calibration and planning of ``modules``, as a forward pass of shapes shows them.
-
-    Args:
-        modules: the targets.
-        weights: the base model's.
-        passed: of a calibration batch; None where the model does not run without numbers.
-        asked: how many samples, how many a batch; and the adapter.
-    """
-    from tlora.adapter.strategy import choose
-    from tlora.linalg.subspace import Solver
-
-    samples, options = asked
-    wanted = sums.CalibrationPlan(
-        samples=samples.samples,
-        batch_size=min(samples.batch_size, samples.samples),
-        moments=options.needs_moments,
-        sensitivity=options.needs_backward,
-        strategy=choose(modules, {m.name: m.source for m in modules}, options),
-        solver=Solver(mode=options.subspace),
-        config=options,
-    )
-    kept = None
-    if passed:
-        kept = passed.held if options.needs_backward else passed.inputs
-    work = _work(passed, modules, weights, kept)
-    return sums.calibration(modules, weights, work, wanted)
-
-
-def _training(
-    targets: list[Target],
-    weights: Weights,
-    passes: Mapping[str, Forward],
-    asked: tuple[Assumptions, TLoraConfig, int],
-) -> list[TrainingEstimate]:
-    assumed, options, others = asked
-    passed = passes.get("frozen")
-    rows = assumed.rows(assumed.training_batch)
-    # The rows of a training batch; LoRA takes rank r everywhere, whatever the weights' sizes.
-    modules = module_shapes(targets, options, passed, rows)
-    uniform = [dataclasses.replace(m, rank=options.r) for m in modules]
-    base = weights, _work(passed, modules, weights)
-    extra = (passed.held - passed.saved if passed else 0, others)
-    element = max(weights.element, sums.FLOAT)  # PEFT keeps adapters in float32 at least
-    dropout = options.lora_dropout > 0
-    ours = sums.AdapterShape(options.freeze_a, element, dropout)
-    lora = sums.AdapterShape(False, element, dropout)
-    return [
-        sums.adapter_training("tlora", modules, ours, base, extra),
-        sums.adapter_training("lora", uniform, lora, base, extra),
-        sums.full_training(weights, _work(passes.get("full"), modules, weights)),
-    ]
+def _widths(modules: Sequence[ModuleShape]) -> int:
+    """Return the values a token of the tensors that ``modules`` read, each counted once."""
+    return sum({m.source: m.d_in for m in modules}.values())

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder
 from tlora.stages.arguments import training_arguments
-from tlora.stages.forecast import forecast, sentence
 from tlora.stages.precision import widen
 from tlora.stages.setup import Setup, settle
 
 if TYPE_CHECKING:
     from tlora.methods.base import Plan, Prepared
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> RunFolder:
@@ -64,23 +59,10 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
     # calibration draws must not shift the training's.
     transformers.set_seed(setup.config.seed)
-    batches = setup.calibration_batches()
-    if plan is None and isinstance(setup.options, TLoraConfig):
-        logger.info("%s", _forecast(model, setup, batches))
-    prepared = setup.method.prepare(model, setup.options, batches, plan)
+    prepared = setup.method.prepare(model, setup.options, setup.calibration_batches(), plan)
     widen(prepared.model)
     transformers.set_seed(setup.config.seed)
     return prepared
-
-
-def _forecast(model: Any, setup: Setup, batches: Any) -> str:
-    """Say what the calibration of a run will take."""
-    from tlora.calibration.statistics import calibration_file
-
-    cache = setup.config.calibration.cache
-    if cache and calibration_file(cache).is_file():
-        return f"calibration: from {cache}, if it is of this model and these rows"
-    return sentence(forecast(model, setup.options, batches, setup.config.calibration))
 
 
 def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from tlora.runconfig import RunConfig
 from tlora.stages.kinds import KindSpec
 
 if TYPE_CHECKING:
-    from tlora.calibration.shapes import Spec
+    from tlora.calibration.weights import Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,7 +56,7 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
         notes.append(f"The head has {count} outputs, as the config says; the rows may say another.")
     if getattr(found, "quantization_config", None):
         del found.quantization_config
-        notes.append("The config names a quantisation, whose savings are not counted.")
+        notes.append("The config names a quantization, whose savings are not counted.")
     elif config.quantization != "none":
         notes.append(f"The savings of {config.quantization} weights are not counted.")
     for name in ("pad_token_id", "decoder_start_token_id"):
@@ -71,29 +74,56 @@ def model_on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | Non
         return MetaModel(model, None, notes)
 
 
-def batch_spec(model: Any, batch: int, tokens: int) -> Spec:
-    """Return the shapes of a batch of full length for ``model``, labels included.
+def input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
+    """Return a number for each target that runs on `meta`, equal for those of one input.
 
-    Raises:
-        Untraceable: it reads neither text nor images.
+    A pass that asks for values (to route tokens, say) ends there. Experts in fused parameters share
+    no rows, and are left out.
+
+    Args:
+        model: on `meta`; left as it was, but in eval mode.
+        targets: the modules that are adapted.
     """
     import torch
 
-    from tlora.calibration.shapes import Untraceable
+    from tlora.calibration.batches import TokenLayout
+    from tlora.calibration.hooks import Record, recording
 
-    config, name = model.config, type(model).__name__
-    per_sample = any(f"{kind}Classification" in name for kind in ("Sequence", "Image"))
-    one_each = ((batch,), torch.long)
+    records = [Record(target) for target in targets if target.part is None]
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.device("meta"),
+            recording(model, records, TokenLayout(1, None), backward=False),
+        ):
+            model(**_sample(model))
+    except Exception:  # whatever a model's own code raises where there are no values
+        logger.debug("the forward pass on `meta` of %s ended early", type(model), exc_info=True)
+    numbers: dict[Any, int] = {}
+    sources = {}
+    for record in records:
+        # Tensors on `meta` have storages, but no addresses.
+        inputs = [call.inputs for call in record.calls]
+        seen = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride()) for x in inputs]
+        if seen:
+            key = (record.target.d_in, *seen)
+            sources[record.target.name] = numbers.setdefault(key, len(numbers))
+    return sources
+
+
+def _sample(model: Any) -> dict[str, Any]:
+    """Return the smallest batch that ``model`` takes, on `meta`."""
+    import torch
+
+    config = model.config
     if model.main_input_name == "pixel_values":
         side = config.image_size
         height, width = (side, side) if isinstance(side, int) else side
-        pixels = (batch, getattr(config, "num_channels", 3), height, width)
-        return {"pixel_values": (pixels, model.dtype), "labels": one_each}
-    if model.main_input_name != "input_ids":
-        raise Untraceable(f"its input is {model.main_input_name}, neither text nor images")
-    text = ((batch, tokens), torch.long)
-    labels = one_each if per_sample else text
-    return {"input_ids": text, "attention_mask": text, "labels": labels}
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.empty(1, channels, height, width, dtype=model.dtype)}
+    ids = torch.empty(1, 8, dtype=torch.long)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
 def _as_named(config: RunConfig, kind: KindSpec, found: Any, notes: list[str]) -> Any:

@@ -17,7 +17,6 @@ from tlora.files import write_json
 from tlora.runconfig import RunConfig, SharedConfig
 from tlora.runfolder import RunFolder, provenance
 from tlora.stages.setup import Setup, settle
-from tlora.tasks.tokens import tokenised
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +31,10 @@ def run(payload: dict[str, Any]) -> None:
 
     Args:
         payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
-            "validation", "validation_seed", "exact_match" (whether to score by it too), "threads",
-            "file", "work" (a folder that may be used and is removed) and "adapter" (where to keep
-            the adapter, or None).
+            "validation", "validation_seed", "left_out" (indices of training rows that repeat
+            evaluation prompts), "exact_match" (whether to score by it too), "threads", "file",
+            "work" (a folder that may be used and is removed) and "adapter" (where to keep the
+            adapter, or None).
     """
     import datasets
     import torch
@@ -73,21 +73,18 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     """Return the training and the validation rows, as tokens.
 
     Args:
-        setup: its `train` holds all training rows.
+        setup: its `train` holds all training rows, its `validation` those of a file.
         validation: a file; or what is held out of the training rows, a share below 1 or a number.
         seed: of which rows are held out; both parts keep the order of the file.
 
     Raises:
-        DataError: the file is not what the task expects, or no row is left on a side.
+        DataError: no row is left on a side.
     """
-    if isinstance(validation, str):
-        _, raw = setup.task.load(setup.config.train_file, validation)
-        if raw is None:
-            raise DataError(f"{validation}: there are no rows.")
-        rows = tokenised(raw, setup.task, setup.kind.encode, setup.tokenizer, validation)
-        return setup.train, rows
+    if setup.validation is not None:
+        return setup.train, setup.validation
     count = len(setup.train)
-    held = round(count * validation) if validation < 1 else int(validation)
+    share = float(validation)
+    held = round(count * share) if share < 1 else int(share)
     if not 0 < held < count:
         raise DataError(
             f"`validation` {validation!r} holds {held} of {count} training rows out; both parts"
@@ -98,9 +95,9 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     return setup.train.select(kept), setup.train.select(sorted(chosen))
 
 
-def validation_files(validation: float | str) -> list[str]:
+def validation_file(validation: float | str) -> str | None:
     """Return the file of validation rows, if it is one."""
-    return [validation] if isinstance(validation, str) else []
+    return validation if isinstance(validation, str) else None
 
 
 class OrderDigest:
@@ -193,7 +190,7 @@ def _rows(
     config: RunConfig, payload: dict[str, Any]
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
     """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
-    setup = settle(config, *validation_files(payload["validation"]))
+    setup = settle(config, validation_file(payload["validation"]), payload["left_out"])
     train, validation = split(setup, payload["validation"], payload["validation_seed"])
     final = payload["record"]["phase"] == "final"
     scored = {"test": setup.held_out} if final else {"validation": validation}

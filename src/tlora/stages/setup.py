@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ from tlora.registry import METHODS, TASKS
 from tlora.runconfig import DataConfig, RunConfig
 from tlora.stages.arguments import check_trainer_fields
 from tlora.stages.kinds import KINDS, KindSpec
-from tlora.tasks.base import Task
-from tlora.tasks.contamination import Questions, keep_apart, question_of, questions, refuse_common
-from tlora.tasks.tokens import tokenised
+from tlora.tasks.base import Row, Task
+from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
+from tlora.tasks.tokens import tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Setup:
-    """A checked run: its parts loaded, its rows tokenised, nothing written yet."""
+    """A checked run: its parts loaded, its rows tokenized, nothing written yet."""
 
     config: RunConfig
     method: Method
@@ -43,6 +43,10 @@ class Setup:
     """Token ids and labels of the training rows."""
     held_out: Dataset | None
     """The same of the evaluation rows."""
+    validation: Dataset | None
+    """The same of a file of validation rows."""
+    left_out: Sequence[int]
+    """Indices of the raw training rows that were left out because they repeat prompts."""
 
     def record(self) -> dict[str, Any]:
         """Return the resolved configuration for the run's folder, with the classes as settled.
@@ -132,17 +136,21 @@ class Setup:
             self.options = dataclasses.replace(self.options, modules_to_save=asked + new)
 
 
-def settle(config: RunConfig, *validation: str) -> Setup:
+def settle(
+    config: RunConfig, validation: str | None = None, left_out: Sequence[int] | None = None
+) -> Setup:
     """Check ``config`` against the method, the trainer, the model and the rows, in that order.
 
     Args:
         config: the run.
-        validation: further files of evaluation rows, which are kept apart from the training rows.
+        validation: a further file of evaluation rows.
+        left_out: indices of the training rows to leave out, where overlap with evaluation rows has
+            been looked for before; None: it is looked for here.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range.
-        DataError: rows are missing or not what the task expects, or training rows ask what
-            evaluation rows ask, or validation rows what is reported on.
+        DataError: rows are missing or not what the task expects, or training rows repeat prompts of
+            evaluation rows, or validation rows those of rows that are reported on.
     """
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
@@ -153,16 +161,15 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         options = dataclasses.replace(options, task_type=kind.task_type)
     check_trainer_fields(kind, config.trainer)
     tokenizer = load_tokenizer(config)
-    train, held_out = task.load(config.train_file, config.eval_file)
-    names = (
-        config.train_file or config.data.dataset or "training rows",
-        config.eval_file or "evaluation rows",
-    )
-    choosing = {file: task.load(config.train_file, file)[1] for file in validation}
-    reported = None if held_out is None else Questions(questions(held_out, task, names[1]))
-    others = {names[1]: reported} | choosing | guarded(config.data)
-    train = keep_apart(train, others, task, names[0])
-    refuse_common(choosing, reported, task, names[1])
+    train, held_out, choosing = _read(config, task, validation)
+    if left_out is None:
+        left_out = _overlap(task, train, held_out, choosing)
+    if left_out:
+        train = train.without(left_out)
+
+    def encoded(part: _Part) -> Dataset:
+        return tokenized(part.raw, part.rows, task, kind.encode, tokenizer, part.name)
+
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),
@@ -171,13 +178,60 @@ def settle(config: RunConfig, *validation: str) -> Setup:
         kind=kind,
         tokenizer=tokenizer,
         collator=kind.collator(tokenizer),
-        train=tokenised(train, task, kind.encode, tokenizer, names[0]),
-        held_out=held_out and tokenised(held_out, task, kind.encode, tokenizer, names[1]),
+        train=encoded(train),
+        held_out=held_out and encoded(held_out),
+        validation=choosing and encoded(choosing),
+        left_out=left_out,
     )
 
 
-def guarded(data: DataConfig) -> dict[str, Questions]:
-    """Return what the evaluations of `data.guard` ask, by name.
+@dataclass(frozen=True)
+class _Part:
+    """Raw rows, what the task makes of them, and what messages call them."""
+
+    name: str
+    raw: Dataset
+    rows: list[Row]
+
+    def without(self, left_out: Sequence[int]) -> _Part:
+        kept = sorted(set(range(len(self.rows))).difference(left_out))
+        return _Part(self.name, self.raw.select(kept), [self.rows[index] for index in kept])
+
+
+def _read(
+    config: RunConfig, task: Task, validation: str | None
+) -> tuple[_Part, _Part | None, _Part | None]:
+    """Return the training rows, the evaluation rows and those of the file ``validation``."""
+    train, held_out = task.load(config.train_file, config.eval_file)
+    name = config.train_file or config.data.dataset or "training rows"
+    parts: list[_Part | None] = [None, None]
+    if held_out is not None:
+        other = config.eval_file or "evaluation rows"
+        parts[0] = _Part(other, held_out, task.rows(held_out, other))
+    if validation is not None:
+        _, raw = task.load(config.train_file, validation)
+        parts[1] = raw and _Part(validation, raw, task.rows(raw, validation))
+    return _Part(name, train, task.rows(train, name)), parts[0], parts[1]
+
+
+def _overlap(
+    task: Task, train: _Part, held_out: _Part | None, choosing: _Part | None
+) -> Sequence[int]:
+    """Return the indices of the training rows to leave out."""
+    prompts = {
+        part.name: PromptIndex(map(prompt_of, part.rows))
+        for part in (held_out, choosing)
+        if part is not None
+    }
+    found = overlapping_rows(train.rows, prompts | guarded(task.data), task, train.name)
+    if held_out is not None and choosing is not None:
+        reported = (held_out.name, prompts[held_out.name])
+        refuse_overlap(choosing.rows, reported, task, choosing.name)
+    return found
+
+
+def guarded(data: DataConfig) -> dict[str, PromptIndex]:
+    """Return the prompts of the evaluations of `data.guard`, by name.
 
     Raises:
         ConfigError: one of them is not known, or asks for programs.
@@ -189,7 +243,7 @@ def guarded(data: DataConfig) -> dict[str, Questions]:
 
     asked = catalogue.prompts(data.guard, data.guard_dir, where="data.guard")
     return {
-        name: Questions(question_of({"prompt": prompt}) for prompt in prompts)
+        name: PromptIndex(prompt_of({"prompt": prompt}) for prompt in prompts)
         for name, prompts in asked.items()
     }
 

@@ -4,7 +4,7 @@ The call order, in `tlora.stages`::
 
     task = Task(data)                        # data: a DataConfig
     train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
-    row = task.row(raw, where)               # one raw row -> one of the shapes below
+    rows = task.rows(train, name)            # raw rows -> the shapes below, by task.row
     scores = task.metrics(predictions, labels)           # of a model with a head, or
     scores = task.reply_metrics(replies, targets)        # of one that generates
 
@@ -83,6 +83,19 @@ class Task(ABC):
         Raises:
             DataError: a column is missing, empty or not what it should be.
         """
+
+    def rows(self, raw: Dataset, name: str) -> list[Row]:
+        """Return the rows that ``raw`` holds; errors call the rows ``name`` and a number from 1.
+
+        Raises:
+            DataError: as `row`.
+        """
+        rows: list[Row] = []
+        for batch in raw.iter(batch_size=1000):  # single rows are slow to read
+            for values in zip(*batch.values(), strict=True):
+                columns = dict(zip(batch, values, strict=True))
+                rows.append(self.row(columns, f"{name}, row {len(rows) + 1}"))
+        return rows
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score the model's ``predictions`` (rows, or rows x classes) against ``labels`` (rows).

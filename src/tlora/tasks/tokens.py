@@ -7,7 +7,7 @@ the very tokens and labels that are trained on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
@@ -24,7 +24,10 @@ IGNORED = -100
 """The label of a token that does not count in the loss."""
 
 CUT = "cut"
-"""Whether something that is to be learnt was cut off a row; `tokenised` counts it."""
+"""Whether something that is to be learnt was cut off a row; `tokenized` counts it."""
+
+# No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
+_QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
 
@@ -37,35 +40,36 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]
 
 
-def tokenised(
-    rows: Dataset, task: Task, encode: Encode, tokenizer: PreTrainedTokenizerBase, name: str
+def tokenized(
+    raw: Dataset,
+    rows: Sequence[Row],
+    task: Task,
+    encode: Encode,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
 ) -> Dataset:
-    """Turn raw rows into token ids; rows left without a token to learn from are dropped.
+    """Turn rows into token ids; rows left without a token to learn from are dropped.
 
     Those, and the rows whose response is cut at `data.max_length`, are counted in a warning each.
 
     Args:
-        rows: raw rows, as `task.load` returned them.
-        task: makes a row of each.
+        raw: raw rows, as `task.load` returned them.
+        rows: what ``task`` made of them.
+        task: its data say how long a row may be.
         encode: makes token ids of a row; one of the functions below.
         tokenizer: the model's.
-        name: what to call the rows in an error message: the file or dataset.
+        name: what messages call the rows: the file or dataset.
 
     Raises:
-        DataError: a row is not what the task expects, or no row is left.
+        DataError: no row is left.
     """
-
-    def one(raw: dict[str, Any], index: int) -> dict[str, Any]:
-        return encode(tokenizer, task.row(raw, f"{name}, row {index + 1}"), task.data)
-
-    # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
-    quiet = {"load_from_cache_file": False, "desc": "Tokenising"}
-    encoded = rows.map(one, with_indices=True, remove_columns=rows.column_names, **quiet)
-    kept = encoded.filter(has_labels, input_columns="labels", **quiet)
+    encoded = _encoded(raw, rows, task, encode, tokenizer)
+    kept = encoded.filter(has_labels, input_columns="labels", **_QUIET)
+    longest = task.data.max_length
     if len(kept) == 0:
         raise DataError(
-            f"{name}: no row has a token to learn from within {task.data.max_length} tokens;"
-            " raise --data.max_length."
+            f"{name}: no row has a token to learn from within {longest} tokens; raise"
+            " --data.max_length."
         )
     if len(kept) < len(encoded):
         logger.warning(
@@ -73,14 +77,32 @@ def tokenised(
             name,
             len(encoded) - len(kept),
             len(encoded),
-            task.data.max_length,
+            longest,
         )
-    return _counted(kept, name, task.data.max_length)
+    return _counted(kept, name, longest)
 
 
 def has_labels(labels: Any) -> bool:
     """Return whether a row has something to learn: a class, a number, or a token with a label."""
     return not isinstance(labels, list) or any(label != IGNORED for label in labels)
+
+
+def _encoded(
+    raw: Dataset,
+    rows: Sequence[Row],
+    task: Task,
+    encode: Encode,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    from datasets.fingerprint import Hasher
+
+    def one(_: dict[str, Any], index: int) -> dict[str, Any]:
+        return encode(tokenizer, rows[index], task.data)
+
+    # `datasets` names its file by this, and would else hash all rows.
+    mark = Hasher.hash((raw._fingerprint, task, encode, tokenizer))
+    columns = raw.column_names
+    return raw.map(one, with_indices=True, remove_columns=columns, new_fingerprint=mark, **_QUIET)
 
 
 def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
@@ -102,7 +124,7 @@ def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
 def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
     """Return {"input_ids", "labels", "cut"} of a prompt with its response, a chat or a plain text.
 
-    Prompt and response are tokenised apart and joined, so the prompt's tokens are those that
+    Prompt and response are tokenized apart and joined, so the prompt's tokens are those that
     generation will start from. The end-of-sequence token closes the response and is learnt.
     With `data.loss_on` "response" the labels of everything else are `IGNORED`. "cut" says whether
     what lies beyond `data.max_length` was to be learnt.
@@ -181,7 +203,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenise with the opening special tokens, without a closing one."""
+    """Tokenize with the opening special tokens, without a closing one."""
     ids = tokenizer(prompt)["input_ids"]
     closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed else ids
