@@ -1,7 +1,8 @@
 """Names a user can type, each tied to an object that is imported only when asked for.
 
-A new method, task or format is one line in a table below; an evaluation is one YAML file. A third party adds one without touching
-this file, by an entry point in its own package::
+A new method, task or format is one line in a table below, a new evaluation one file in
+`tlora/evaluations`. A third party adds one without touching this package, by an entry point in its
+own::
 
     [project.entry-points."tlora.methods"]
     mymethod = "mypackage.mymodule:MyMethod"

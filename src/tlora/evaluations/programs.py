@@ -220,7 +220,9 @@ class Programs(Filter):
     def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
         """Return a reading for each doc."""
         replies = [[truncated(text, STOPS) for text in texts[: self.samples]] for texts in resps]
-        pairs = [(json.loads(doc["row"]), t) for doc, s in zip(docs, replies, strict=True) for t in s]
+        pairs = [
+            (json.loads(doc["row"]), t) for doc, s in zip(docs, replies, strict=True) for t in s
+        ]
         programs = [self.kind.program(*pair) for pair in pairs]
         checks = [self.kind.checks(row, p) for (row, _), p in zip(pairs, programs, strict=True)]
         tried = iter(zip(programs, self._passed(checks), strict=True))

@@ -62,9 +62,9 @@ def build(
     require_harness(_WHERE)
     settings = settings or Settings()
     given = dataclasses.asdict(settings) | {"data_dir": data_dir}
-    ours, wanted = _ours(names, given)
-    others = [name for name in wanted if name not in ours.task_index]
-    theirs = _theirs() if others else None
+    index, wanted = _index(names, given)
+    others = [name for name in wanted if name not in index.task_index]
+    theirs: Any = _theirs() if others else None
     faults = [
         f"there is no task {name!r}.{_hint(name, theirs.all_tasks)}"
         for name in others
@@ -74,13 +74,13 @@ def build(
         faults += [
             f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
             " allow_code_execution, or leave it out."
-            for name in _of_code(ours, wanted)
+            for name in _of_code(index, wanted)
         ]
     if faults:
         raise ConfigError(faults, where=_WHERE)
     tasks: dict[str, Task] = {}
     for name in wanted:
-        tasks |= _load(theirs if name in others else ours, name, settings)
+        tasks |= _load(theirs if name in others else index, name, settings)
     return tasks
 
 
@@ -99,22 +99,22 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
         DataError: the rows cannot be had.
     """
     require_harness(where)
-    ours, wanted = _ours(names, {"data_dir": data_dir})
+    index, wanted = _index(names, {"data_dir": data_dir})
     known = EVALUATIONS.names()
     faults = [
         f"there is no evaluation of ours {name!r}."
         f"{did_you_mean(name, known) or ' Run `tlora list evaluations`.'}"
         for name in wanted
-        if name not in ours.task_index
+        if name not in index.task_index
     ]
     faults += [
         f"{name!r} asks for programs in words of its own, which training rows do not repeat; leave"
         " it out."
-        for name in _of_code(ours, wanted)
+        for name in _of_code(index, wanted)
     ]
     if faults:
         raise ConfigError(faults, where=where)
-    made = {name: _load(ours, name, Settings())[name] for name in wanted}
+    made = {name: _load(index, name, Settings())[name] for name in wanted}
     return {
         name: [task.doc_to_text(doc) for doc in task.test_docs()] for name, task in made.items()
     }
@@ -132,9 +132,15 @@ def require_harness(where: str) -> None:
         )
 
 
+def ours(task: Task) -> bool:
+    """Whether a task is one of ours and not one of lm-evaluation-harness."""
+    return "protocol" in (task.config.metadata or {})
+
+
 def protocol(task: Task) -> str:
     """Return in a line what a task is and where it is from."""
-    if own := (task.config.metadata or {}).get("protocol"):
+    if ours(task):
+        own = task.config.metadata["protocol"]
         rule = PROTOCOLS.get(task.config.filter_list[0]["name"])
         return own.replace("{source}", rule.source) if rule else own
     version = importlib.metadata.version("lm_eval")
@@ -145,7 +151,7 @@ def protocol(task: Task) -> str:
     )
 
 
-def _ours(names: Iterable[str], given: dict[str, Any]) -> tuple[TaskManager, list[str]]:
+def _index(names: Iterable[str], given: dict[str, Any]) -> tuple[TaskManager, list[str]]:
     """Index our YAML files; return the names with our groups' members in their place, each once.
 
     Args:
