@@ -42,22 +42,9 @@ class Exact(Filter):
 
 
 def exact_rows(name: str, docs: list[Doc]) -> ConfigurableTask:
-    """Make an evaluation by equality.
-
-    Args:
-        name: what results call it.
-        docs: "item", "prompt" and "target" of each row.
-    """
-    return _task(
-        name,
-        docs,
-        {
-            "filter_list": [_filter("exact", ["exact_match"])],
-            "process_results": lambda doc, results: dict(results[0]["scores"]),
-            "metric_list": [_metric("exact_match", "mean")],
-            "metadata": _about("the reply is the row's response, white space at its ends aside"),
-        },
-    )
+    """Make an evaluation of rows ("item", "prompt", "target"), right if the reply is the target."""
+    said = "the reply is the row's response, white space at its ends aside; greedy"
+    return _task(name, docs, "exact", ["exact_match"], {}, said)
 
 
 def read_rows(name: str, docs: list[Doc], task: Task) -> ConfigurableTask:
@@ -69,59 +56,65 @@ def read_rows(name: str, docs: list[Doc], task: Task) -> ConfigurableTask:
         task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
             by item besides.
     """
-    targets = [doc["target"] for doc in docs]
-    counted = ["accuracy"] if task.label_names else []
-    metrics = dict.fromkeys([*task.reply_metrics(targets, targets), *counted])
-
-    def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
-        pair = (results[0]["reply"], doc["target"])
-        return {**dict.fromkeys(metrics, pair), **results[0]["scores"]}
 
     def own(metric: str) -> Callable[[list[Any]], float]:
         return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
-    return _task(
-        name,
-        docs,
-        {
-            "filter_list": [_filter("task", counted)],
-            "process_results": scores,
-            "metric_list": [_metric(m, "mean" if m in counted else own(m)) for m in metrics],
-            "metadata": _about("the reply is read back by the task and scored by its own metrics"),
-        },
-    )
+    targets = [doc["target"] for doc in docs]
+    scores = {metric: own(metric) for metric in task.reply_metrics(targets, targets)}
+    counted = ["accuracy"] if task.label_names else []
+    said = "the reply is read back by the task and scored by its own metrics; greedy"
+    return _task(name, docs, "task", counted, scores, said)
 
 
-def _task(name: str, docs: list[Doc], config: dict[str, Any]) -> ConfigurableTask:
+def _task(
+    name: str,
+    docs: list[Doc],
+    reads: str,
+    counted: list[str],
+    own: dict[str, Callable[[list[Any]], float]],
+    protocol: str,
+) -> ConfigurableTask:
+    """Make an evaluation.
+
+    Args:
+        name: what results call it.
+        docs: its rows.
+        reads: name of how replies are read.
+        counted: scores that are means of what each row has.
+        own: scores of all pairs of reply and target together.
+        protocol: all that in a line.
+    """
+    metrics: dict[str, Any] = own | dict.fromkeys(counted, "mean")
+
+    def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
+        return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
+
     # As far as the longest response could go, at a token a byte.
-    longest = max(len(doc["target"].strip().encode()) for doc in docs)
-    greedy = {"until": [], "max_gen_toks": longest + _SPACE, "do_sample": False, "temperature": 0.0}
+    longest = max(len(doc["target"].strip().encode()) for doc in docs) + _SPACE
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "prompt",
+        "doc_to_target": "target",
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": longest,
+            "do_sample": False,
+            "temperature": 0.0,
+        },
+        "filter_list": [{"name": reads, "filter": [{"function": Exact, "metrics": counted}]}],
+        "process_results": scores,
+        "metric_list": [
+            {"metric": metric, "aggregation": aggregation, "higher_is_better": True}
+            for metric, aggregation in metrics.items()
+        ],
+        "metadata": {"version": 1, "protocol": protocol},
+    }
     with unheard("lm_eval"):  # it warns of rows that it has not read itself
-        return ConfigurableTask(
-            config=config
-            | {
-                "task": name,
-                "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
-                "test_split": "test",
-                "num_fewshot": 0,
-                "doc_to_text": "prompt",
-                "doc_to_target": "target",
-                "output_type": "generate_until",
-                "generation_kwargs": greedy,
-            }
-        )
-
-
-def _filter(name: str, metrics: list[str]) -> dict[str, Any]:
-    return {"name": name, "filter": [{"function": Exact, "metrics": metrics}]}
-
-
-def _metric(name: str, aggregation: str | Callable[[list[Any]], float]) -> dict[str, Any]:
-    return {"metric": name, "aggregation": aggregation, "higher_is_better": True}
-
-
-def _about(protocol: str) -> dict[str, Any]:
-    return {"version": 1, "protocol": f"{protocol}; greedy"}
+        return ConfigurableTask(config=config)
 
 
 def of_task(name: str, task: Task, config: EvalConfig) -> ConfigurableTask:

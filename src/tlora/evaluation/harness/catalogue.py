@@ -59,7 +59,7 @@ def build(
         DataError: the rows of a task cannot be had.
         SandboxError: the sandbox for programs does not work on this machine.
     """
-    require_harness(_WHERE)
+    _require_harness(_WHERE)
     settings = settings or Settings()
     given = dataclasses.asdict(settings) | {"data_dir": data_dir}
     index, wanted = _index(names, given)
@@ -98,7 +98,7 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
             lm-evaluation-harness is not installed.
         DataError: the rows cannot be had.
     """
-    require_harness(where)
+    _require_harness(where)
     index, wanted = _index(names, {"data_dir": data_dir})
     known = EVALUATIONS.names()
     faults = [
@@ -120,12 +120,7 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
     }
 
 
-def require_harness(where: str) -> None:
-    """Raise unless lm-evaluation-harness is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
+def _require_harness(where: str) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "lm-evaluation-harness is not installed; run pip install 'tlora[eval]'.", where=where
