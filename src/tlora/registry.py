@@ -1,7 +1,8 @@
 """Names a user can type, each tied to an object that is imported only when asked for.
 
-A new method, task or format is one line in a table below. A third party adds one without touching
-this file, by an entry point in its own package::
+A new method, task or format is one line in a table below, a new evaluation one file in
+`tlora/evaluations`. A third party adds one without touching this package, by an entry point in its
+own::
 
     [project.entry-points."tlora.methods"]
     mymethod = "mypackage.mymodule:MyMethod"
@@ -12,8 +13,9 @@ Nothing else in the library compares these names.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
@@ -88,8 +90,20 @@ class Registry:
             ) from error
 
 
-def _evaluation(name: str, place: str, summary: str) -> Entry:
-    return Entry(name, f"tlora.evaluation.harness.{place}", summary)
+@dataclass(frozen=True)
+class _File(Entry):
+    """A registered file: its name is the entry's, its first line the summary."""
+
+    def load(self) -> str:
+        """Return the path."""
+        return self.target
+
+
+def _files(folder: str) -> Iterator[Entry]:
+    """Yield the YAML files of a folder of ours but for those that others include, `_x.yaml`."""
+    for path in sorted(Path(__file__).with_name(folder).glob("[!_]*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            yield _File(path.stem, str(path), file.readline().strip("# \n"))
 
 
 METHODS = Registry(
@@ -159,57 +173,8 @@ TASKS = Registry(
     ],
 )
 
-EVALUATIONS = Registry(
-    "evaluation",
-    [
-        _evaluation(
-            "gsm8k-paper", "gsm8k:Gsm8kPaper", 'GSM8K, the paper\'s: after "The answer is: "'
-        ),
-        _evaluation("gsm8k-metamath", "gsm8k:Gsm8kMetaMath", "GSM8K by MetaMath's script"),
-        _evaluation("gsm8k-hashes", "gsm8k:Gsm8kHashes", 'GSM8K in its own form: after "####"'),
-        _evaluation(
-            "gsm8k-llm-adapters", "gsm8k:Gsm8kLlmAdapters", "GSM8K, LLM-Adapters': the last number"
-        ),
-        _evaluation("math-paper", "math:MathPaper", "MATH, the paper's rule, and math-verify's"),
-        _evaluation("math500-paper", "math:Math500Paper", "MATH-500, both rules as for MATH"),
-        _evaluation("humaneval-paper", "code:HumanEvalPaper", "HumanEval, zero-shot: pass@1"),
-        _evaluation(
-            "humaneval_plus-paper", "code:HumanEvalPlusPaper", "HumanEval+, EvalPlus's inputs"
-        ),
-        _evaluation("mbpp-paper", "code:MbppPaper", "MBPP, zero-shot, its tests shown: pass@1"),
-        _evaluation("mbpp_plus-paper", "code:MbppPlusPaper", "MBPP+, EvalPlus's inputs"),
-        _evaluation(
-            "commonsense-paper", "commonsense:COMMONSENSE", "the eight below, by the choice named"
-        ),
-        _evaluation("boolq-paper", "commonsense:BoolQ", "BoolQ, generative: true or false"),
-        _evaluation("piqa-paper", "commonsense:Piqa", "PIQA, generative: solution1 or 2"),
-        _evaluation("social_iqa-paper", "commonsense:SocialIqa", "SIQA, generative: answer1 to 3"),
-        _evaluation(
-            "hellaswag-paper", "commonsense:HellaSwag", "HellaSwag, generative: ending1 to 4"
-        ),
-        _evaluation(
-            "winogrande-paper", "commonsense:WinoGrande", "WinoGrande, generative: option1 or 2"
-        ),
-        _evaluation("arc_easy-paper", "commonsense:ArcEasy", "ARC-e, generative: answer1 to 5"),
-        _evaluation(
-            "arc_challenge-paper", "commonsense:ArcChallenge", "ARC-c, generative: answer1 to 5"
-        ),
-        _evaluation("openbookqa-paper", "commonsense:OpenBookQa", "OBQA, generative: answer1 to 4"),
-        _evaluation(
-            "arithmetic-llm-adapters",
-            "word_problems:ARITHMETIC",
-            "LLM-Adapters' six sets of word problems, GSM8K among them",
-        ),
-        _evaluation("addsub-llm-adapters", "word_problems:AddSub", "AddSub: the last number"),
-        _evaluation(
-            "multiarith-llm-adapters", "word_problems:MultiArith", "MultiArith: the last number"
-        ),
-        _evaluation("singleeq-llm-adapters", "word_problems:SingleEq", "SingleEq: the last number"),
-        _evaluation("svamp-llm-adapters", "word_problems:Svamp", "SVAMP: the last number"),
-        _evaluation("mawps-llm-adapters", "word_problems:Mawps", "MAWPS: the last number"),
-        _evaluation("aqua-llm-adapters", "word_problems:Aqua", "AQuA: the first capital A to E"),
-    ],
-)
+# Each loads to the path of a YAML file of lm-evaluation-harness; so does an entry point's.
+EVALUATIONS = Registry("evaluation", _files("evaluations"))
 
 CONVERSATIONS = Registry(
     "conversation",

@@ -8,7 +8,6 @@ from tlora.evaluation.code import (
     Check,
     humaneval_check,
     mbpp_check,
-    mean_pass_at_k,
     pass_at_k,
     run_checks,
     truncated,
@@ -52,13 +51,6 @@ def test_pass_at_k_of_many_samples_stays_finite():
 def test_pass_at_k_is_refused_where_it_is_not_defined(samples, right, k):
     with pytest.raises(ConfigError, match=f"pass@{k} of {samples} samples, {right} of them"):
         pass_at_k(samples, right, k)
-
-
-def test_the_mean_is_over_problems():
-    assert mean_pass_at_k([[True, False], [False, False]], 1) == 0.25
-    assert mean_pass_at_k([[True, False], [False, False]], 2) == 0.5
-    with pytest.raises(ConfigError, match="no problem"):
-        mean_pass_at_k([], 1)
 
 
 def test_a_completion_ends_at_the_first_stop():

@@ -185,9 +185,24 @@ def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
 def test_what_the_user_says_of_generation_wins_over_the_task(tmp_path):
     given = {"max_new_tokens": 5, "temperature": 0.5}
     config = EvalConfig(models=["m"], tasks=["t"], gen_kwargs=given)
-    task = rows.ExactRows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
+    task = rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
     asked = Questions(task, config)
     (request,) = (task.build_all_requests(), task.instances)[1]
     said = normalize_gen_kwargs(request.args[1])
     assert (said["max_gen_toks"], said["temperature"], said["do_sample"]) == (5, 0.5, True)
     assert (asked.items, asked.shots) == (1, 0)
+
+
+def test_a_system_instruction_stands_a_blank_line_before_the_prompt(tmp_path):
+    asked = []
+
+    class Asked(Says):
+        def generate_until(self, requests):
+            asked.extend(request.args[0] for request in requests)
+            return self.replies
+
+    config = EvalConfig(models=["m"], tasks=["t"], system_instruction="Be brief.")
+    task = rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "r"}])
+    answers = Questions(task, config).ask(Asked(["r"]), lambda count: None)
+    assert asked == ["Be brief.\n\np"]
+    assert answers.scores == {"exact_match": 1.0}

@@ -131,14 +131,3 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     if samples - right < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - right + 1, samples + 1))
-
-
-def mean_pass_at_k(outcomes: Sequence[Sequence[bool]], k: int) -> float:
-    """Return the mean of `pass_at_k` over problems; ``outcomes[p][s]``: did sample s pass.
-
-    Raises:
-        ConfigError: there is no problem, or one has fewer than k samples.
-    """
-    if not outcomes:
-        raise ConfigError("there is no problem to take the mean of.", where="pass@k")
-    return math.fsum(pass_at_k(len(o), sum(o), k) for o in outcomes) / len(outcomes)

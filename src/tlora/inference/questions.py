@@ -89,11 +89,14 @@ class Questions:
         """
         from lm_eval import evaluate
 
+        from tlora.evaluation.harness.catalogue import ours
         from tlora.evaluation.harness.samples import metrics, records
         from tlora.inference.lm import Ticker
 
         config, task = self._config, self._task
-        name = task.task_name
+        name, system = task.task_name, config.system_instruction
+        if system and ours(task) and not config.apply_chat_template:
+            system += "\n\n"
         _seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
         before = getattr(lm, "truncated", 0)
@@ -106,7 +109,7 @@ class Questions:
                 limit=config.limit,
                 bootstrap_iters=0,
                 log_samples=True,
-                system_instruction=config.system_instruction,
+                system_instruction=system,
                 apply_chat_template=config.apply_chat_template,
                 fewshot_as_multiturn=config.fewshot_as_multiturn,
                 confirm_run_unsafe_code=config.allow_code_execution,

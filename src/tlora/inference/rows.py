@@ -3,109 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.metrics import mean
+from datasets import Dataset
+from lm_eval.api.filter import Filter
+from lm_eval.api.task import ConfigurableTask
 
 from tlora.errors import ConfigError, DataError
 from tlora.evalconfig import EvalConfig
-from tlora.evaluation.harness.base import Doc, Reading, ReplyTask
-from tlora.evaluation.harness.rows import Source
+from tlora.inference.loading import unheard
 from tlora.inference.testrows import scored_rows
 from tlora.tasks.base import Task
+
+if TYPE_CHECKING:
+    from tlora.evaluations.utils import Doc, Reading
 
 _SPACE = 8  # tokens of white space and of the end
 
 
-class ExactRows(ReplyTask):
-    """Rows of a task of prompts and responses; white space around a reply does not count.
+class Exact(Filter):
+    """Compares the first reply to each row with its response.
 
     Args:
-        name: what results call it.
-        docs: "item", "prompt" and "target" of each row.
+        metrics: what an equal reply scores 1 by.
     """
 
-    source = Source((), "rows given")
-    protocol = "the reply is the row's response, white space at its ends aside; greedy"
-    reads = "exact"
-    stops = ()
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics = metrics
 
-    def __init__(self, name: str, docs: list[Doc]) -> None:
-        self._docs = docs
-        super().__init__(name)
-
-    def generation(self) -> dict[str, Any]:
-        """Greedily as far as the longest response could go, at a token a byte."""
-        longest = max(len(doc["target"].strip().encode()) for doc in self._docs)
-        return super().generation() | {"max_gen_toks": longest + _SPACE}
-
-    def download(
-        self, data_dir: str | None = None, cache_dir: str | None = None, download_mode: Any = None
-    ) -> None:
-        """Take the rows as they were given."""
-        self.dataset = self._docs
-
-    def doc(self, raw: Any, where: str) -> Doc:
-        """Return a row as it was given."""
-        return raw
-
-    def read(self, docs: Sequence[Doc], replies: Sequence[Sequence[str]]) -> list[Reading]:
-        """Compare the first reply to each doc."""
-        read = []
-        for doc, (reply, *_) in zip(docs, replies, strict=True):
+    def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
+        """Return a reading for each doc; white space around a reply does not count."""
+        readings = []
+        for (reply, *_), doc in zip(resps, docs, strict=True):
             answer = reply.strip()
-            right = answer == doc["target"].strip()
-            read.append(Reading(reply, answer or None, {"exact_match": float(right)}))
-        return read
+            scores = dict.fromkeys(self.metrics, float(answer == doc["target"].strip()))
+            readings.append({"reply": reply, "answer": answer or None, "scores": scores})
+        return readings
 
 
-class ReadRows(ExactRows):
-    """Rows whose replies the task itself reads back and scores, as all of them together.
+def exact_rows(name: str, docs: list[Doc]) -> ConfigurableTask:
+    """Make an evaluation of rows ("item", "prompt", "target"), right if the reply is the target."""
+    said = "the reply is the row's response, white space at its ends aside; greedy"
+    return _task(name, docs, "exact", ["exact_match"], {}, said)
+
+
+def read_rows(name: str, docs: list[Doc], task: Task) -> ConfigurableTask:
+    """Make an evaluation whose replies the task itself reads back and scores, all together.
 
     Args:
         name: what results call it.
-        docs: as of `ExactRows`.
+        docs: as of `exact_rows`.
         task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
             by item besides.
     """
 
-    protocol = "the reply is read back by the task and scored by its own metrics; greedy"
-    reads = "task"
+    def own(metric: str) -> Callable[[list[Any]], float]:
+        return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
-    def __init__(self, name: str, docs: list[Doc], task: Task) -> None:
-        self._task_of_rows = task
-        targets = [doc["target"] for doc in docs]
-        self._own = tuple(task.reply_metrics(targets, targets))
-        self._counted = ("accuracy",) if task.label_names else ()
-        self.metrics = tuple(dict.fromkeys([*self._own, *self._counted]))
-        super().__init__(name, docs)
-
-    def read(self, docs: Sequence[Doc], replies: Sequence[Sequence[str]]) -> list[Reading]:
-        """Note for each first reply whether it is the row's label."""
-        return [
-            Reading(
-                reply,
-                reply.strip() or None,
-                dict.fromkeys(self._counted, float(reply.strip() == doc["target"])),
-            )
-            for doc, (reply, *_) in zip(docs, replies, strict=True)
-        ]
-
-    def process_results(self, doc: Doc, results: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what each score is made of: (reply, target), or a number of this row."""
-        pair = (results[0]["reply"], doc["target"])
-        return {**dict.fromkeys(self.metrics, pair), **results[0]["scores"]}
-
-    def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
-        """Return for each score the function that makes it of all rows."""
-
-        def own(metric: str) -> Callable[[list[Any]], float]:
-            return lambda pairs: self._task_of_rows.reply_metrics(*zip(*pairs, strict=True))[metric]
-
-        return {name: mean if name in self._counted else own(name) for name in self.metrics}
+    targets = [doc["target"] for doc in docs]
+    scores = {metric: own(metric) for metric in task.reply_metrics(targets, targets)}
+    counted = ["accuracy"] if task.label_names else []
+    said = "the reply is read back by the task and scored by its own metrics; greedy"
+    return _task(name, docs, "task", counted, scores, said)
 
 
-def of_task(name: str, task: Task, config: EvalConfig) -> ExactRows:
+def _task(
+    name: str,
+    docs: list[Doc],
+    reads: str,
+    counted: list[str],
+    own: dict[str, Callable[[list[Any]], float]],
+    protocol: str,
+) -> ConfigurableTask:
+    """Make an evaluation.
+
+    Args:
+        name: what results call it.
+        docs: its rows.
+        reads: name of how replies are read.
+        counted: scores that are means of what each row has.
+        own: scores of all pairs of reply and target together.
+        protocol: all that in a line.
+    """
+    metrics: dict[str, Any] = own | dict.fromkeys(counted, "mean")
+
+    def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
+        return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
+
+    # As far as the longest response could go, at a token a byte.
+    longest = max(len(doc["target"].strip().encode()) for doc in docs) + _SPACE
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "prompt",
+        "doc_to_target": "target",
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": longest,
+            "do_sample": False,
+            "temperature": 0.0,
+        },
+        "filter_list": [{"name": reads, "filter": [{"function": Exact, "metrics": counted}]}],
+        "process_results": scores,
+        "metric_list": [
+            {"metric": metric, "aggregation": aggregation, "higher_is_better": True}
+            for metric, aggregation in metrics.items()
+        ],
+        "metadata": {"version": 1, "protocol": protocol},
+    }
+    with unheard("lm_eval"):  # it warns of rows that it has not read itself
+        return ConfigurableTask(config=config)
+
+
+def of_task(name: str, task: Task, config: EvalConfig) -> ConfigurableTask:
     """Make an evaluation of the prompts and responses of a task.
 
     Args:
@@ -136,4 +148,4 @@ def of_task(name: str, task: Task, config: EvalConfig) -> ExactRows:
                 f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
             )
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
-    return ReadRows(name, docs, task) if task.reads_replies else ExactRows(name, docs)
+    return read_rows(name, docs, task) if task.reads_replies else exact_rows(name, docs)

@@ -127,7 +127,6 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
 
         return dict(labelled.make(config, models))
     from tlora.evaluation.harness import catalogue
-    from tlora.evaluation.harness.base import Settings
     from tlora.inference import rows, testrows
     from tlora.inference.questions import Questions
 
@@ -135,7 +134,7 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
         name, task = testrows.one_task(config)
         return {name: Questions(rows.of_task(name, task, config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
-    settings = Settings(
+    settings = catalogue.Settings(
         allow_code_execution=config.allow_code_execution,
         protection=config.sandbox,
         samples=config.n_samples,

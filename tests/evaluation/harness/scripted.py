@@ -11,12 +11,26 @@ from typing import Any
 
 import lm_eval
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 from tlora.evaluation.answers import MARK
 from tlora.evaluation.harness import samples
-from tlora.evaluation.harness.base import Doc
+from tlora.evaluations.utils import Doc
+from tlora.registry import EVALUATIONS
 
 Reply = Callable[[Doc], str]
+_INDEX = TaskManager(
+    include_path=str(Path(EVALUATIONS.load("gsm8k-paper")).parent), include_defaults=False
+)
+
+
+def config(name: str) -> dict[str, Any]:
+    """Return what the YAML of an evaluation of ours says, functions by name."""
+    return _INDEX.task_index[name].cfg
+
+
+GROUPS = [name for name in EVALUATIONS.names() if "group" in config(name)]
+NAMES = [name for name in EVALUATIONS.names() if name not in GROUPS]
 
 
 class Scripted(LM):
@@ -54,9 +68,10 @@ def evaluated(tasks: dict[str, Any], model: Scripted, **options: Any) -> dict[st
 
 def scores(task: Any, reply: Reply) -> tuple[dict[str, float], list[samples.Record]]:
     """Return the scores of a task and the record of every item, if ``reply`` answers."""
-    found = evaluated({task.name: task}, Scripted(reply))
-    results = samples.metrics(task, found["results"][task.name])
-    return results, samples.records(task, found["samples"][task.name])
+    name = task.task_name
+    found = evaluated({name: task}, Scripted(reply))
+    results = samples.metrics(task, found["results"][name])
+    return results, samples.records(task, found["samples"][name])
 
 
 @dataclass

@@ -1,17 +1,18 @@
 """Which name becomes which task."""
 
+import importlib.metadata
 import json
+import sys
+import types
 
 import pytest
 from lm_eval.tasks import TaskManager
-from scripted import CASES
+from scripted import CASES, GROUPS, config
 
 from tlora.errors import ConfigError, DataError
 from tlora.evaluation.harness import catalogue
-from tlora.evaluation.harness.base import Group, Settings
+from tlora.evaluation.harness.catalogue import Settings
 from tlora.registry import EVALUATIONS
-
-GROUPS = [name for name in EVALUATIONS.names() if isinstance(EVALUATIONS.load(name), Group)]
 
 
 def yaml(folder, name, **more):
@@ -44,7 +45,7 @@ def theirs(tmp_path, monkeypatch):
     yaml(folder, "unsafe", unsafe_code=True)
     yaml(folder, "offline", dataset_kwargs={"data_files": str(folder / "gone.jsonl")})
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(catalogue, "_manager", lambda: manager)
+    monkeypatch.setattr(catalogue, "_theirs", lambda: manager)
     return folder
 
 
@@ -93,19 +94,29 @@ def test_theirs_that_run_programs_are_refused_unless_allowed(theirs):
     assert list(catalogue.build(["unsafe"], settings=Settings(allow_code_execution=True)))
 
 
-def test_names_are_those_of_the_registry():
-    assert catalogue.names() == EVALUATIONS.names()
-    described = {entry.name: entry for entry in catalogue.entries()}
-    assert list(described) == EVALUATIONS.names()
-    for name in GROUPS:
-        assert described[name].protocol == ", ".join(EVALUATIONS.load(name).members)
-    assert "arXiv 2309.12284" in described["gsm8k-metamath"].protocol
+def test_a_file_is_called_as_its_evaluation():
+    for name in EVALUATIONS.names():
+        assert name in (config(name).get("task"), config(name).get("group"))
+
+
+def test_the_protocol_names_the_source_of_the_rule(tmp_path):
+    name = "gsm8k-metamath"
+    task = catalogue.build([name], CASES[name].write(tmp_path))[name]
+    assert "arXiv 2309.12284" in catalogue.protocol(task)
+
+
+def test_another_package_adds_a_file_by_an_entry_point(tmp_path, monkeypatch):
+    path = yaml(tmp_path, "theirs-own")
+    point = importlib.metadata.EntryPoint("theirs-own", "elsewhere:PATH", "tlora.evaluations")
+    monkeypatch.setitem(sys.modules, "elsewhere", types.SimpleNamespace(PATH=path))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
+    assert list(catalogue.build(["theirs-own"])) == ["theirs-own"]
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_group_expands_to_its_members(name, tmp_path):
-    members = EVALUATIONS.load(name).members
+    members = config(name)["task"]
     for member in members:
         CASES[member].write(tmp_path)
     tasks = catalogue.build([name, members[0]], str(tmp_path))
-    assert tuple(tasks) == members
+    assert list(tasks) == members

@@ -4,16 +4,27 @@ import dataclasses
 import itertools
 import json
 
+import lm_eval
 import pytest
-from scripted import BODY, CASES, HUMANEVAL_ROW, MBPP_ROW, PLUS_ROW, Scripted, evaluated, scores
+from scripted import (
+    BODY,
+    CASES,
+    HUMANEVAL_ROW,
+    MBPP_ROW,
+    NAMES,
+    PLUS_ROW,
+    Scripted,
+    config,
+    evaluated,
+    scores,
+)
 
-from tlora.errors import ConfigError, DataError, SandboxError
+from tlora.errors import ConfigError, DataError
 from tlora.evaluation.harness import catalogue, samples
-from tlora.evaluation.harness.base import Settings
-from tlora.evaluation.harness.code import HumanEvalPaper, program_in
-from tlora.registry import EVALUATIONS
+from tlora.evaluation.harness.catalogue import Settings
+from tlora.evaluations.programs import program_in
 
-CODE = [name for name in EVALUATIONS.names() if getattr(EVALUATIONS.load(name), "runs_code", False)]
+CODE = [name for name in NAMES if config(name).get("unsafe_code")]
 RIGHT = f"```python\ndef third(n):\n{BODY}\n```"
 WRONG = "```python\ndef third(n):\n    return -1\n```"
 ALLOWED = Settings(allow_code_execution=True)
@@ -48,10 +59,11 @@ def test_unless_allowed_all_are_refused_at_once_before_a_row_is_read(tmp_path):
         assert fault.startswith(f"{name!r} runs the programs that the model writes")
 
 
-def test_the_class_itself_refuses_too(tmp_path):
+def test_the_harness_itself_refuses_too(tmp_path):
     folder = CASES["humaneval-paper"].write(tmp_path)
-    with pytest.raises(SandboxError, match="allow_untrusted_code=True"):
-        HumanEvalPaper("humaneval-paper", folder)
+    tasks = catalogue.build(["humaneval-paper"], folder, ALLOWED)
+    with pytest.raises(ValueError, match="confirm_run_unsafe_code=True"):
+        lm_eval.evaluate(Scripted(lambda doc: RIGHT), {"tasks": tasks})
 
 
 def test_drawn_programs_are_scored_by_pass_at_k(tmp_path):

@@ -6,13 +6,12 @@ import json
 
 import pytest
 from datasets import Dataset
-from scripted import CASES, MATH_ROWS, Scripted, evaluated, scores
+from scripted import CASES, MATH_ROWS, Scripted, config, evaluated, scores
 
 from tlora.errors import DataError
 from tlora.evaluation.answers import MARK
 from tlora.evaluation.harness import catalogue
-from tlora.evaluation.harness.base import Settings
-from tlora.registry import EVALUATIONS
+from tlora.evaluation.harness.catalogue import Settings
 from tlora.tasks import source
 
 LOCAL = ["boolq-paper", "aqua-llm-adapters", "humaneval_plus-paper"]
@@ -38,7 +37,7 @@ def hub(monkeypatch):
 def test_without_a_folder_rows_come_from_every_configuration_on_the_hub(hub):
     asked = hub(MATH_ROWS)
     task = catalogue.build(["math-paper"])["math-paper"]
-    assert [config for _, config, _ in asked] == list(EVALUATIONS.load("math-paper").source.configs)
+    assert [subset for _, subset, _ in asked] == config("math-paper")["dataset_kwargs"]["configs"]
     assert {(name, split) for name, _, split in asked} == {("EleutherAI/hendrycks_math", "test")}
     targets = CASES["math-paper"].targets
     assert [doc["target"] for doc in task.test_docs()] == [targets[n % 2] for n in range(7)]
@@ -60,7 +59,7 @@ def test_what_the_hub_does_not_have_asks_for_a_folder(name):
 @pytest.mark.parametrize("name", ["gsm8k-paper", "boolq-paper"])
 def test_every_documented_place_is_looked_at_packed_or_not(name, tmp_path):
     case = CASES[name]
-    for number, path in enumerate(EVALUATIONS.load(name).source.files):
+    for number, path in enumerate(config(name)["dataset_kwargs"]["files"]):
         for packed in ("", ".gz"):
             folder = dataclasses.replace(case, file=path + packed).write(
                 tmp_path / f"{number}{packed}"
@@ -130,13 +129,15 @@ def test_a_box_without_the_mark_counts_for_math_verify_alone(tmp_path):
 
 def test_replies_that_pad_the_work_of_a_process_do_not_count(tmp_path):
     """With several processes the harness asks the last request again, to even them out."""
-    case = CASES["gsm8k-paper"]
-    task = catalogue.build(["gsm8k-paper"], case.write(tmp_path))["gsm8k-paper"]
-    evaluated({"gsm8k-paper": task}, Scripted(case.right[0]))
-    for instance in task.instances:
-        instance.resps.append("padding")
-    seen = []
-    read = task.read
-    task.read = lambda docs, replies: seen.extend(replies) or read(docs, replies)
-    task.apply_filters()
-    assert [len(replies) for replies in seen] == [1, 1]
+    folder = CASES["mbpp-paper"].write(tmp_path)
+    settings = Settings(allow_code_execution=True)
+    for name, right in (("gsm8k-paper", CASES["gsm8k-paper"].right[0]), ("mbpp-paper", None)):
+        CASES[name].write(tmp_path)
+        task = catalogue.build([name], folder, settings)[name]
+        evaluated({name: task}, Scripted(right or CASES[name].right[0]))
+        for instance in task.instances:
+            instance.resps.append("padding")
+        task.apply_filters()
+        for instance in task.instances:
+            (reading,) = instance.filtered_resps.values()
+            assert set(reading["scores"].values()) == {1.0}

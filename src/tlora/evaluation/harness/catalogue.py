@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError, TLoraError, did_you_mean
+from tlora.evaluation.answers import PROTOCOLS
+from tlora.evaluation.sandbox import Protection
 from tlora.registry import EVALUATIONS, TASKS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
-
-    from tlora.evaluation.harness.base import Settings
+    from lm_eval.tasks import TaskManager
 
 _WHERE = "tasks"
 
 
-def names() -> list[str]:
-    """Return the names of our own evaluations and groups; nothing is imported."""
-    return EVALUATIONS.names()
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user decides about evaluations of code."""
 
-
-@dataclass(frozen=True)
-class Described:
-    """One evaluation or group of ours, for a listing."""
-
-    name: str
-    summary: str
-    """What it is, in a few words."""
-    protocol: str
-    """Prompt, reading and scoring with their sources; of a group, its members."""
-
-
-def entries() -> list[Described]:
-    """Describe our own evaluations and groups, which imports them all but reads no rows."""
-    from tlora.evaluation.harness.base import Group
-
-    found = []
-    for entry in EVALUATIONS.entries():
-        made = EVALUATIONS.load(entry.name)
-        said = ", ".join(made.members) if isinstance(made, Group) else made.protocol
-        found.append(Described(entry.name, entry.summary, said))
-    return found
+    allow_code_execution: bool = False
+    """Run what the model writes, in the sandbox; without it, evaluations of code are refused."""
+    protection: Protection = "namespaces"
+    """How strongly the sandbox keeps programs apart; see `tlora.evaluation.sandbox`."""
+    samples: int = 1
+    """Programs for each problem: 1 is greedy, more are drawn at `temperature`."""
+    temperature: float = 0.8
+    """Of drawn programs."""
 
 
 def build(
@@ -55,8 +44,8 @@ def build(
     """Make the tasks, with all their rows read and checked.
 
     Args:
-        names: ours (`names`), or what lm-evaluation-harness calls a task, a group, a tag or the
-            path of a task's YAML. Groups are expanded; a name given twice counts once.
+        names: ours (`tlora list evaluations`), or what lm-evaluation-harness calls a task, a group,
+            a tag or the path of a task's YAML. Groups are expanded; a name given twice counts once.
         data_dir: folder of local files for our own; None reads from the Hub. The tasks of
             lm-evaluation-harness read from where their YAML says.
         settings: what the user decides.
@@ -71,21 +60,27 @@ def build(
         SandboxError: the sandbox for programs does not work on this machine.
     """
     _require_harness(_WHERE)
-    from tlora.evaluation.harness.base import Settings
-
     settings = settings or Settings()
-    wanted = _expanded(names)
-    makers = {name: EVALUATIONS.load(name) for name in wanted if name in EVALUATIONS.names()}
-    others = _Others([name for name in wanted if name not in makers])
-    faults = [*others.unknown(), *_code_faults(makers, settings)]
+    given = dataclasses.asdict(settings) | {"data_dir": data_dir}
+    index, wanted = _index(names, given)
+    others = [name for name in wanted if name not in index.task_index]
+    theirs: Any = _theirs() if others else None
+    faults = [
+        f"there is no task {name!r}.{_hint(name, theirs.all_tasks)}"
+        for name in others
+        if name not in theirs.task_index and not Path(name).is_file()
+    ]
+    if not settings.allow_code_execution:
+        faults += [
+            f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
+            " allow_code_execution, or leave it out."
+            for name in _of_code(index, wanted)
+        ]
     if faults:
         raise ConfigError(faults, where=_WHERE)
     tasks: dict[str, Task] = {}
     for name in wanted:
-        if name in makers:
-            tasks[name] = makers[name](name, data_dir, settings)
-        else:
-            tasks |= others.load(name, settings)
+        tasks |= _load(theirs if name in others else index, name, settings)
     return tasks
 
 
@@ -104,23 +99,22 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
         DataError: the rows cannot be had.
     """
     _require_harness(where)
-    known, wanted = EVALUATIONS.names(), _expanded(names)
+    index, wanted = _index(names, {"data_dir": data_dir})
+    known = EVALUATIONS.names()
     faults = [
         f"there is no evaluation of ours {name!r}."
         f"{did_you_mean(name, known) or ' Run `tlora list evaluations`.'}"
         for name in wanted
-        if name not in known
+        if name not in index.task_index
     ]
-    makers = {name: EVALUATIONS.load(name) for name in wanted if name in known}
     faults += [
         f"{name!r} asks for programs in words of its own, which training rows do not repeat; leave"
         " it out."
-        for name, maker in makers.items()
-        if maker.runs_code
+        for name in _of_code(index, wanted)
     ]
     if faults:
         raise ConfigError(faults, where=where)
-    made = {name: maker(name, data_dir) for name, maker in makers.items()}
+    made = {name: _load(index, name, Settings())[name] for name in wanted}
     return {
         name: [task.doc_to_text(doc) for doc in task.test_docs()] for name, task in made.items()
     }
@@ -133,10 +127,17 @@ def _require_harness(where: str) -> None:
         )
 
 
+def ours(task: Task) -> bool:
+    """Whether a task is one of ours and not one of lm-evaluation-harness."""
+    return "protocol" in (task.config.metadata or {})
+
+
 def protocol(task: Task) -> str:
     """Return in a line what a task is and where it is from."""
-    if own := getattr(task, "protocol", None):
-        return own
+    if ours(task):
+        own = task.config.metadata["protocol"]
+        rule = PROTOCOLS.get(task.config.filter_list[0]["name"])
+        return own.replace("{source}", rule.source) if rule else own
     version = importlib.metadata.version("lm_eval")
     shots = task.config.num_fewshot or 0
     return (
@@ -145,78 +146,70 @@ def protocol(task: Task) -> str:
     )
 
 
-def _expanded(names: Iterable[str]) -> list[str]:
-    """Return the names with our groups' members in their place, each once."""
-    from tlora.evaluation.harness.base import Group
+def _index(names: Iterable[str], given: dict[str, Any]) -> tuple[TaskManager, list[str]]:
+    """Index our YAML files; return the names with our groups' members in their place, each once.
 
-    known = EVALUATIONS.names()
+    Args:
+        names: ours and others.
+        given: what every YAML of ours gets as its metadata.
+    """
+    from lm_eval.tasks import TaskManager
+
+    names, known = list(names), EVALUATIONS.names()
+    folders = {str(Path(EVALUATIONS.load(name)).parent) for name in names if name in known}
+    given = {name: value for name, value in given.items() if value is not None}
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False, metadata=given)
     found: list[str] = []
     for name in names:
-        made = EVALUATIONS.load(name) if name in known else None
-        found += made.members if isinstance(made, Group) else [name]
-    return list(dict.fromkeys(found))
+        config = manager.task_index[name].cfg if name in manager.task_index else {}
+        found += config["task"] if "group" in config else [name]
+    return manager, list(dict.fromkeys(found))
 
 
-def _code_faults(makers: dict[str, Any], settings: Settings) -> list[str]:
-    if settings.allow_code_execution:
-        return []
-    return [
-        f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
-        " allow_code_execution, or leave it out."
-        for name, maker in makers.items()
-        if maker.runs_code
-    ]
+def _of_code(manager: TaskManager, names: list[str]) -> list[str]:
+    index = manager.task_index
+    return [name for name in names if name in index and index[name].cfg.get("unsafe_code")]
 
 
 @functools.cache
-def _manager() -> Any:
+def _theirs() -> TaskManager:
     """Return the index of lm-evaluation-harness, which takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-class _Others:
-    """Tasks that lm-evaluation-harness brings; its index is read only if one is asked for."""
+def _load(manager: TaskManager, name: str, settings: Settings) -> dict[str, Task]:
+    """Load a task, or all tasks of a group of theirs.
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self._manager: Any = _manager() if names else None
-
-    def unknown(self) -> list[str]:
-        """Return a sentence for each name that is neither ours nor theirs, nor a YAML file."""
-        theirs = self._manager.all_tasks if self.names else []
-        return [
-            f"there is no task {name!r}.{_hint(name, theirs)}"
-            for name in self.names
-            if name not in self._manager.task_index and not Path(name).is_file()
-        ]
-
-    def load(self, name: str, settings: Settings) -> dict[str, Task]:
-        """Load a task, or all tasks of a group.
-
-        Raises:
-            DataError: it cannot be loaded, mostly for want of its data.
-            ConfigError: it would run programs, unallowed.
-        """
-        try:
-            found = self._manager.load([name])["tasks"]
-        except TLoraError:
-            raise
-        except Exception as error:  # whatever a task's YAML, code and data can raise
-            cause = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"{name}: lm-evaluation-harness cannot load it ({type(error).__name__}: {cause});"
-                " is the Hub in reach?"
-            ) from error
-        unsafe = [task for task, made in found.items() if getattr(made, "UNSAFE_CODE", False)]
-        if unsafe and not settings.allow_code_execution:
-            raise ConfigError(
-                f"{name!r} of lm-evaluation-harness runs programs, and without a sandbox; pass"
-                " allow_code_execution if that is meant, or use one of ours.",
-                where=_WHERE,
-            )
-        return found
+    Raises:
+        DataError: it cannot be loaded, mostly for want of its data.
+        ConfigError: it would run programs, unallowed.
+        SandboxError: as `build`.
+    """
+    log = logging.getLogger("lm_eval.api.task")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every task whose rows a function reads, as ours
+    try:
+        found = manager.load([name])["tasks"]
+    except TLoraError:
+        raise
+    except Exception as error:  # whatever a task's YAML, code and data can raise
+        cause = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{name}: lm-evaluation-harness cannot load it ({type(error).__name__}: {cause});"
+            " is the Hub in reach?"
+        ) from error
+    finally:
+        log.setLevel(level)
+    unsafe = [task for task, made in found.items() if getattr(made, "UNSAFE_CODE", False)]
+    if unsafe and not settings.allow_code_execution:
+        raise ConfigError(
+            f"{name!r} of lm-evaluation-harness runs programs, and without a sandbox; pass"
+            " allow_code_execution if that is meant, or use one of ours.",
+            where=_WHERE,
+        )
+    return found
 
 
 def _hint(name: str, theirs: Iterable[str]) -> str:

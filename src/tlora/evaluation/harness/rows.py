@@ -72,18 +72,6 @@ class Source:
         return Rows(str(found), read_json(found))
 
 
-def adapters_source(kind: str, name: str) -> Source:
-    """Return the source of one of LLM-Adapters' sets, which are in its repository alone.
-
-    Looked for are the repository's own path, with and without its folder "dataset", and the file
-    in a folder of its ``kind``.
-    """
-    return Source(
-        (f"{name}/test.json", f"dataset/{name}/test.json", f"{kind}/{name}_test.json"),
-        f"https://github.com/AGI-Edgerunners/LLM-Adapters, dataset/{name}/test.json",
-    )
-
-
 def read_json(path: Path) -> list[Raw]:
     """Read a JSON list, or JSON lines, of objects; a further ".gz" is unpacked.
 

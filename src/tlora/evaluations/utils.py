@@ -1,0 +1,179 @@
+"""What the YAML files beside this one call: rows -> docs, replies -> answers -> scores.
+
+A doc is {"item": text that names the row, "prompt", "target"}; a filter turns the replies to all
+docs into readings, {"reply": the one that is scored, "answer": what it says or None, "scores"}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.filter import Filter
+from tqdm import tqdm
+
+from tlora.errors import DataError
+from tlora.evaluation.answers import MARK, PROTOCOLS, after_mark, math_answer, math_verdicts
+from tlora.evaluation.code import truncated
+from tlora.evaluation.harness.rows import Raw, Source
+from tlora.evaluation.latex import boxed
+from tlora.evaluation.symbolic import MathVerify
+from tlora.runconfig import DataConfig
+from tlora.tasks.base import text_of
+from tlora.tasks.commonsense import Commonsense
+from tlora.tasks.gsm8k import Gsm8k
+from tlora.tasks.math import Math
+
+Doc = dict[str, str]
+Reading = dict[str, Any]
+Given = dict[str, Any]
+"""`dataset_kwargs` and `metadata` of a YAML, and what the command line adds to the latter."""
+
+STOPS = ("### Instruction:",)
+
+
+def documents(
+    given: Given,
+    doc: Callable[[Raw, str], Doc],
+    column: str | None = None,
+    keep: Callable[[Raw], bool] | None = None,
+) -> dict[str, Dataset]:
+    """Return the docs of an evaluation, as its only split, "test".
+
+    Args:
+        given: `files`, `origin`, and maybe `hub`, `configs` and `data_dir`; see `Source`.
+        doc: makes {"prompt", "target"} of a raw row and of what messages call it.
+        column: names a row, where it has distinct values; else a row's name is its number.
+        keep: whether a row of the file belongs to the evaluation; by default all do.
+
+    Raises:
+        DataError: there are no rows, or one of them is not what it should be.
+    """
+    source = Source(
+        tuple(given["files"]), given["origin"], given.get("hub"), given.get("configs", (None,))
+    )
+    name = Path(given.get("config_source", "the evaluation")).stem
+    rows = source.rows(name, given.get("data_dir"))
+    raws = [(i, raw) for i, raw in enumerate(rows.raw) if keep is None or keep(raw)]
+    if not raws:
+        raise DataError(f"{rows.place}: none of its rows belongs to {name}; see its source.")
+    names = {str(raw[column]) for _, raw in raws if column and raw.get(column) is not None}
+    distinct = len(names) == len(raws)
+    return {
+        "test": Dataset.from_list(
+            [
+                {
+                    "item": str(raw[column] if distinct and column else i),
+                    **doc(raw, f"{rows.place}, row {i + 1}"),
+                }
+                for i, raw in raws
+            ]
+        )
+    }
+
+
+def gsm8k(**given: Any) -> dict[str, Dataset]:
+    """Return GSM8K's docs: the training task's prompt, and the number of its answer."""
+
+    def doc(raw: Raw, where: str) -> Doc:
+        row = Gsm8k(DataConfig()).row(raw, where)
+        return {"prompt": row["prompt"], "target": row["response"].rpartition(MARK)[2]}
+
+    return documents(given, doc)
+
+
+def math(**given: Any) -> dict[str, Dataset]:
+    """Return MATH's docs: the training task's prompt, and what the solution's last box holds."""
+
+    def doc(raw: Raw, where: str) -> Doc:
+        problem, solution = text_of(raw, "problem", where), text_of(raw, "solution", where)
+        target = str(raw.get("answer", boxed(solution)) or "")
+        if not target:
+            raise DataError(f"{where}: column 'solution' has no \\boxed answer; drop the row.")
+        row = Math(DataConfig()).row({"instruction": problem, "output": solution}, where)
+        return {"prompt": row["prompt"], "target": target}
+
+    return documents(given, doc, column="unique_id")
+
+
+def word_problems(rule: str, **given: Any) -> dict[str, Dataset]:
+    """Return the docs of word problems; column `output`, a model's and often wrong, is ignored."""
+    protocol = PROTOCOLS[rule]
+
+    def doc(raw: Raw, where: str) -> Doc:
+        target = text_of(raw, "answer", where)
+        if not protocol.score(target, target):
+            raise DataError(
+                f"{where}: column 'answer' is {target!r}, which {rule} cannot read; is it"
+                " another data set's file?"
+            )
+        return {"prompt": Math(DataConfig()).row(raw, where)["prompt"], "target": target}
+
+    return documents(given, doc)
+
+
+def commonsense(rule: str, **given: Any) -> dict[str, Dataset]:
+    """Return the docs of a commonsense set: the training task's prompt, and the right choice."""
+    protocol = PROTOCOLS[rule]
+
+    def doc(raw: Raw, where: str) -> Doc:
+        row = Commonsense(DataConfig()).row(raw, where)
+        target = text_of(raw, "answer", where)
+        if protocol.extract(row["response"]) != target:
+            raise DataError(
+                f"{where}: column 'output' is {row['response']!r}, in which the choice is not the"
+                f" one of column 'answer', {target!r}; is it another data set's file?"
+            )
+        return {"prompt": row["prompt"], "target": target}
+
+    return documents(given, doc)
+
+
+class Answer(Filter):
+    """Reads the first reply to each doc by one of the protocols.
+
+    Args:
+        rule: name of the protocol in `tlora.evaluation.answers.PROTOCOLS`.
+        stops: where a reply ends, should the model not have ended there.
+    """
+
+    def __init__(self, rule: str, stops: Sequence[str] = STOPS) -> None:
+        self.protocol, self.stops = PROTOCOLS[rule], stops
+
+    def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
+        """Return a reading for each doc."""
+        return [self._read(first, doc) for (first, *_), doc in zip(resps, docs, strict=True)]
+
+    def _read(self, reply: str, doc: Doc) -> Reading:
+        reply = truncated(reply, self.stops)
+        answer = self.protocol.extract(reply)
+        right = answer is not None and self.protocol.correct(answer, doc["target"])
+        return {"reply": reply, "answer": answer, "scores": {"exact_match": float(right)}}
+
+
+class MathAnswer(Filter):
+    """Scores the first reply to each problem of MATH by both rules."""
+
+    def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
+        """Return a reading for each doc."""
+        with MathVerify() as verifier:
+            pairs = zip(resps, docs, strict=True)
+            bar = tqdm(pairs, total=len(docs), desc="answers", disable=None)
+            return [self._read(truncated(first, STOPS), doc, verifier) for (first, *_), doc in bar]
+
+    @staticmethod
+    def _read(reply: str, doc: Doc, verifier: MathVerify) -> Reading:
+        verdicts = math_verdicts(reply, doc["target"], verifier)
+        scores = {
+            # The published rule knows no box.
+            "exact_match": float(verdicts["string"] and after_mark(reply) is not None),
+            "math_verify": float(verdicts["symbolic"]),
+        }
+        return {"reply": reply, "answer": math_answer(reply), "scores": scores}
+
+
+def scores(doc: Doc, results: list[Reading]) -> dict[str, float]:
+    """Return the scores of one doc."""
+    return dict(results[0]["scores"])
