@@ -278,7 +278,7 @@ def test_the_command_line_grades_later_without_a_model(
     assert entry()["scores"]["base"]["score"] == 7.0
     assert "not graded" not in entry()["protocol"]
     assert len(server.bodies) == 6
-    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert "7.0" in Path("out/report.md").read_text()
     assert cli.main(["eval", "--output_dir", "out", *judge]) == 0
     assert len(server.bodies) == 6

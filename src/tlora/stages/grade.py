@@ -9,7 +9,7 @@ from typing import Any
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench.endpoint import read_key, request_body
+from tlora.evaluation.mtbench.endpoint import read_key, request_body, require_client
 from tlora.evaluation.mtbench.judging import Judged, judge, judge_prompts
 from tlora.evaluation.mtbench.samples import from_lines, to_lines
 from tlora.evaluation.mtbench.scores import means, metric_names
@@ -22,10 +22,11 @@ def check_judge(config: EvalConfig) -> None:
     """Check what can be known of the judge before any model is asked.
 
     Raises:
-        ConfigError: its key cannot be sent.
+        ConfigError: its client is not installed, or its key cannot be sent.
         DataError: the file of its prompts is missing or damaged.
     """
     if config.judge.url:
+        require_client()
         judge_prompts(config.judge)
         read_key(config.judge)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +15,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tlora.errors import JudgeError
-from tlora.evaluation.mtbench.cache import JudgementCache
-from tlora.evaluation.mtbench.config import JudgeConfig, is_local
+from tlora.errors import ArtifactError, JudgeError
+from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.evaluation.mtbench.endpoint import (
     Endpoint,
     Reply,
     completions_url,
-    read_key,
+    connected,
     request_body,
 )
 from tlora.evaluation.mtbench.prompts import OURS, JudgePrompts, rating, read_prompts
 from tlora.evaluation.mtbench.questions import Question
+from tlora.files import read_json, write_json
 
 TURNS = (1, 2)
 _HOPELESS = 3
@@ -139,17 +142,9 @@ def judge(
 async def _ask_all(
     bodies: list[dict[str, Any]], config: JudgeConfig, cache: JudgementCache, title: str
 ) -> tuple[list[Reply], int]:
-    import httpx2
-
-    key = read_key(config)
-    limits = httpx2.Limits(max_connections=config.concurrency)
-    # No proxy of the environment stands between this machine and itself.
-    direct = is_local(config.url or "")
-    async with httpx2.AsyncClient(
-        timeout=config.timeout, limits=limits, trust_env=not direct
-    ) as client:
+    async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
-            crew = _Crew(Endpoint(config, client, key), cache, bar)
+            crew = _Crew(endpoint, cache, bar)
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(crew.ask(body)) for body in bodies]
@@ -164,7 +159,35 @@ async def _ask_all(
             f" {crew.failures[0]}"
         )
     replies = [reply for task in tasks if (reply := task.result()) is not None]
-    return replies, crew.endpoint.retried
+    return replies, endpoint.retried
+
+
+class JudgementCache:
+    """A folder of replies, one JSON file each, so that none is paid for twice.
+
+    The name of a file is a digest of all that defines the request: address, model, messages,
+    temperature, limits and whatever else is sent, but not the key. Processes may share a folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def get(self, url: str, body: dict[str, Any]) -> Reply | None:
+        """Return the reply to a request, or None if it has to be asked; so where it is damaged."""
+        try:
+            reply = Reply(**read_json(self._file(url, body))["reply"])
+            return reply if isinstance(reply.text, str) else None
+        except (ArtifactError, KeyError, TypeError):
+            return None
+
+    def put(self, url: str, body: dict[str, Any], reply: Reply) -> None:
+        """Keep a reply."""
+        saved = {"url": url, "request": body, "reply": dataclasses.asdict(reply)}
+        write_json(self._file(url, body), saved)
+
+    def _file(self, url: str, body: dict[str, Any]) -> Path:
+        text = json.dumps({"url": url, "request": body}, sort_keys=True)
+        return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 class _Crew:
@@ -193,7 +216,7 @@ class _Crew:
                     raise
                 return None
         self._in_a_row = 0
-        self.cache.put(self.endpoint.url, body, reply)
+        self.cache.put(completions_url(self.endpoint.config), body, reply)
         self.made += 1
         self.bar.update()
         return reply
