@@ -89,7 +89,7 @@ def test_the_numbers_are_those_of_the_kernels_headers(machine):
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(allow_untrusted_code=True, limits=Limits(seconds=30.0))
+    return Sandbox(allow_untrusted_code=True, limits=Limits(seconds=600.0, cpu_seconds=60))
 
 
 def test_a_program_is_refused_each_call(sandbox):
