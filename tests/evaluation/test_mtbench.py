@@ -9,6 +9,7 @@ from tlora.errors import ArtifactError, DataError
 from tlora.evaluation.mtbench import prompts as prompts_module
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.evaluation.mtbench.endpoint import Reply
+from tlora.evaluation.mtbench.grades import from_lines, means, metric_names, to_lines
 from tlora.evaluation.mtbench.judging import Answered, Judged, Judgement
 from tlora.evaluation.mtbench.prompts import OURS, digest, rating, read_prompts
 from tlora.evaluation.mtbench.questions import (
@@ -19,8 +20,6 @@ from tlora.evaluation.mtbench.questions import (
     temperature,
     with_references,
 )
-from tlora.evaluation.mtbench.samples import from_lines, to_lines
-from tlora.evaluation.mtbench.scores import means, metric_names
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again, in {braces}."]},

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import openai
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,11 +14,9 @@ from tlora import cli
 from tlora.errors import ArtifactError, ConfigError, DataError, JudgeError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench import endpoint
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.inference import loading
-from tlora.inference.chat import INSTRUCTION, TEMPLATE
-from tlora.inference.conversations import MtBench
+from tlora.inference.conversations import INSTRUCTION, TEMPLATE, MtBench
 from tlora.stages import evaluate
 from tlora.stages.demo import BASE_MODEL
 
@@ -33,7 +32,7 @@ REFERENCES = [{"question_id": 111, "choices": [{"turns": ["2", "4"]}]}]
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 

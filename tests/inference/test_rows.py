@@ -11,8 +11,8 @@ from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.samples import metrics, records
 from tlora.inference import rows
 from tlora.inference.questions import Questions
+from tlora.inference.rows import scored_rows
 from tlora.inference.subjects import Subject
-from tlora.inference.testrows import scored_rows
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 from tlora.stages import evaluate as evaluation

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from tlora.errors import ConfigError, SandboxError
 
@@ -159,13 +159,13 @@ class Sandbox:
         Raises:
             SandboxError: the machine does not allow this protection.
         """
-        with self._turn, self._scratch() as scratch, _Pipe() as verdicts:
+        with self._turn, self._scratch() as scratch, _pipe() as (verdicts, theirs):
             order = {
                 "protection": self.protection,
                 "limits": asdict(self.limits),
                 "caller": os.getpid(),
                 "scratch": scratch,
-                "verdicts": verdicts.write,
+                "verdicts": theirs.fileno(),
                 "entry_points": list(entry_points),
                 "program": program,
             }
@@ -174,15 +174,15 @@ class Sandbox:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[verdicts.write],
+                pass_fds=[theirs.fileno()],
                 env=_environment(scratch),
                 cwd="/",
                 start_new_session=True,
             )
-            verdicts.close_write()
+            theirs.close()
             with _ended(process):
                 _send(process, json.dumps(order), tests)
-                return _Run(process, verdicts.read, self.limits).result()
+                return _Run(process, verdicts.fileno(), self.limits).result()
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[str]:
@@ -212,21 +212,12 @@ def _environment(scratch: str) -> dict[str, str]:
     }
 
 
-class _Pipe:
-    """A pipe whose ends are closed once, here."""
-
-    def __enter__(self) -> _Pipe:
-        self.read, self.write = os.pipe()
-        self._open = {self.read, self.write}
-        return self
-
-    def close_write(self) -> None:
-        self._open.discard(self.write)
-        os.close(self.write)
-
-    def __exit__(self, *_: object) -> None:
-        for end in self._open:
-            os.close(end)
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield the ends of a pipe, to read and to write; both are closed in the end."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", 0) as reading, os.fdopen(write, "wb", 0) as writing:
+        yield reading, writing
 
 
 @contextlib.contextmanager

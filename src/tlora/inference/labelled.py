@@ -10,8 +10,8 @@ from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.inference.outputs import Outputs, chosen_order, outputs_of
 from tlora.inference.questions import Answers
+from tlora.inference.rows import scored_rows
 from tlora.inference.subjects import Subject
-from tlora.inference.testrows import scored_rows
 from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy

@@ -191,8 +191,8 @@ def _tied_already(model: Any) -> Iterator[None]:
 class Ticker:
     """Counts answered requests; the harness tells it where it would fill a cache."""
 
-    def __init__(self, answered: Callable[[int], None]) -> None:
-        self._answered, self._count = answered, 0
+    def __init__(self, answered: Callable[[int], None], start: int = 0) -> None:
+        self._answered, self._count = answered, start
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """Note one answered request."""

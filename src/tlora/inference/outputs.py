@@ -10,6 +10,7 @@ from pathlib import Path
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.inference.subjects import Subject, labels_texts
+from tlora.models.pretrained import Pretrained
 from tlora.registry import TASKS
 from tlora.runfolder import RunFolder
 
@@ -107,11 +108,7 @@ def _recorded(run: RunFolder) -> list[str] | None:
 
 
 def _configured(subject: Subject, config: EvalConfig) -> list[str] | None:
-    import transformers
-
-    own = transformers.AutoConfig.from_pretrained(
-        subject.model, trust_remote_code=config.trust_remote_code
-    )
+    own = Pretrained(name=subject.model, trust_remote_code=config.trust_remote_code).config()
     by_id = getattr(own, "id2label", None) or {}
     names = [str(by_id[number]) for number in sorted(by_id)]
     if not labels_texts(own) or all(re.fullmatch(r"LABEL_\d+", name) for name in names):

@@ -227,9 +227,9 @@ def _sample(line: str) -> Sample:
     for name, value in (numbers | {f"the score {key!r}": scores[key] for key in scores}).items():
         if not _finite(value):
             raise ValueError(f"{name} is {value!r:.60}, not a finite number")
-    texts = {name: _clean(found.get(name)) for name in _TEXTS}
+    texts: dict[str, Any] = {name: _clean(found.get(name)) for name in _TEXTS}
     marks = {metric: float(value) for metric, value in scores.items()}
-    return Sample(**texts, scores=marks, **{name: found.get(name) for name in _NUMBERS})
+    return Sample(**texts, scores=marks, predicted=found.get("predicted"), label=found.get("label"))
 
 
 def _finite(value: Any) -> bool:

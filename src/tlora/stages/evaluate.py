@@ -20,6 +20,7 @@ from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading, subjects
 from tlora.inference.subjects import Subject
+from tlora.models.pretrained import Pretrained
 from tlora.registry import CONVERSATIONS
 from tlora.runfolder import provenance
 from tlora.stages.grade import check_judge, grade
@@ -128,12 +129,11 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
         return dict(labelled.make(config, models))
     from tlora.evaluation.harness import catalogue
     from tlora.evaluation.harness.base import Settings
-    from tlora.inference import rows, testrows
+    from tlora.inference import rows
     from tlora.inference.questions import Questions
 
-    if testrows.of_a_task(config):
-        name, task = testrows.one_task(config)
-        return {name: Questions(rows.of_task(name, task, config), config)}
+    if rows.of_a_task(config):
+        return {config.tasks[0]: Questions(rows.of_task(config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = Settings(
         allow_code_execution=config.allow_code_execution,
@@ -152,14 +152,11 @@ def check(tasks: dict[str, Asked], config: EvalConfig, models: list[Subject]) ->
     Raises:
         ConfigError: as `run`.
     """
-    import transformers
     from lm_eval.models.utils import resolve_max_length
 
     for subject in models:
         tokenizer = loading.load_tokenizer(subject, config)
-        own = transformers.AutoConfig.from_pretrained(
-            subject.model, trust_remote_code=config.trust_remote_code
-        )
+        own = Pretrained(name=subject.model, trust_remote_code=config.trust_remote_code).config()
         longest = config.max_length or resolve_max_length(own, tokenizer)
         for task in tasks.values():
             task.check(subject, tokenizer, longest)

@@ -10,9 +10,8 @@ from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.evaluation.mtbench.endpoint import read_key, request_body, require_client
+from tlora.evaluation.mtbench.grades import from_lines, means, metric_names, to_lines
 from tlora.evaluation.mtbench.judging import Judged, judge, judge_prompts
-from tlora.evaluation.mtbench.samples import from_lines, to_lines
-from tlora.evaluation.mtbench.scores import means, metric_names
 from tlora.registry import CONVERSATIONS
 
 logger = logging.getLogger(__name__)
