@@ -163,7 +163,7 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
         {"failed"},
     ),
     "forged builtins": (
-        "import sys\nwire = sys.modules['jail.wire']\npack = wire.Peer.pack\n"
+        "import sys\nwire = sys.modules['inside.wire']\npack = wire.Peer.pack\n"
         "def forged(self, value):\n    if isinstance(value, dict) and 'answer' in value:\n"
         "        value = {**value, '__builtins__': {'abs': lambda x: 0}}\n"
         "    return pack(self, value)\nwire.Peer.pack = forged\n" + WRONG,

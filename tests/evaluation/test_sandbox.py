@@ -15,11 +15,10 @@ import hostile
 import pytest
 
 from tlora.errors import ConfigError, SandboxError
-from tlora.evaluation import sandbox as module
-from tlora.evaluation.jail import kernel
-from tlora.evaluation.sandbox import Limits, Sandbox
+from tlora.evaluation.sandbox import Limits, Sandbox, host
+from tlora.evaluation.sandbox.inside import kernel
 
-SOURCE = Path(module.__file__).parents[2]
+SOURCE = Path(host.__file__).parents[3]
 ROOT = os.geteuid() == 0
 NOBODY = 65534
 AMPLE = Limits(seconds=600.0, cpu_seconds=60)
@@ -40,7 +39,7 @@ def own_processes(source):
             line = file.read_bytes()
         except OSError:
             continue
-        if b"jail.launch" in line and str(source).encode() in line:
+        if b"inside.launch" in line and str(source).encode() in line:
             found.append(file.parent.name)
     return found
 
@@ -50,7 +49,7 @@ def own_source(tmp_path, monkeypatch):
     """A way to the sandbox's files that no other test takes."""
     source = tmp_path / "src"
     source.symlink_to(SOURCE)
-    monkeypatch.setattr(module, "_JAIL", str(source / Path(module._JAIL).relative_to(SOURCE)))
+    monkeypatch.setattr(host, "_INSIDE", str(source / Path(host._INSIDE).relative_to(SOURCE)))
     return source
 
 
@@ -202,10 +201,10 @@ def test_wrong_arguments_are_named():
 
 def test_the_program_goes_when_its_caller_is_killed(own_source):
     code = (
-        "from tlora.evaluation import sandbox\n"
-        f"sandbox._JAIL = {module._JAIL!r}\n"
-        "limits = sandbox.Limits(seconds=6000)\n"
-        "box = sandbox.Sandbox(allow_untrusted_code=True, limits=limits)\n"
+        "from tlora.evaluation.sandbox import host\n"
+        f"host._INSIDE = {host._INSIDE!r}\n"
+        "limits = host.Limits(seconds=6000)\n"
+        "box = host.Sandbox(allow_untrusted_code=True, limits=limits)\n"
         "print('ready', flush=True)\nbox.run('import time; time.sleep(6000)', '')"
     )
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

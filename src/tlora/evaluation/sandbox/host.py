@@ -2,8 +2,8 @@
 
 A program is untrusted: it may loop, fill the disk, delete files, call home, or claim to have
 passed. It runs in a process of its own, and its tests in another, which asks it for values; see
-`tlora.evaluation.jail`. ``docs/evaluation.md`` says what this protects against, and what it does
-not. Linux only, and nothing but Python and the kernel.
+`tlora.evaluation.sandbox.inside`. ``docs/evaluation.md`` says what this protects against, and what
+it does not. Linux only, and nothing but Python and the kernel.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ PROTECTIONS: dict[str, str] = {
 }
 """What each level of protection keeps apart, strongest first."""
 
-# By its place and not by a search path: neither can another "jail" stand in for it, nor does the
+# By its place and not by a search path: neither can another "inside" stand in for it, nor does the
 # program find our modules beside it.
 _BOOT = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("jail", sys.argv.pop())
-package = sys.modules["jail"] = importlib.util.module_from_spec(spec)
+spec = importlib.util.spec_from_file_location("inside", sys.argv.pop())
+package = sys.modules["inside"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
-from jail.launch import main
+from inside.launch import main
 main()
 """
-_JAIL = str(Path(__file__).with_name("jail") / "__init__.py")
+_INSIDE = str(Path(__file__).with_name("inside") / "__init__.py")
 _START_SECONDS = 300.0
 """For isolating, which is our own work, on a busy machine; the program's time starts after it."""
 _END_SECONDS = 60.0
@@ -170,7 +170,7 @@ class Sandbox:
                 "program": program,
             }
             process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-c", _BOOT, _JAIL],
+                [sys.executable, "-P", "-s", "-c", _BOOT, _INSIDE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
