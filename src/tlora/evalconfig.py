@@ -203,9 +203,13 @@ class EvalConfig:
             value = self.gen_kwargs.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append(f"`gen_kwargs.{name}` is {value!r}; give a whole number, 1 or more.")
-        heat = self.gen_kwargs.get("temperature", 0)
-        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or heat < 0:
-            faults.append(f"`gen_kwargs.temperature` is {heat!r}; give a number, 0 or more.")
+        temperature = self.gen_kwargs.get("temperature", 0)
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, (int, float))
+            or temperature < 0
+        ):
+            faults.append(f"`gen_kwargs.temperature` is {temperature!r}; give a number, 0 or more.")
         sampled = self.gen_kwargs.get("do_sample", True)
         if not isinstance(sampled, bool):
             faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")

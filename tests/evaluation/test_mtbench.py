@@ -16,8 +16,8 @@ from tlora.evaluation.mtbench.questions import (
     NEEDS_REFERENCE,
     Question,
     json_lines,
+    published_temperature,
     read_questions,
-    temperature,
     with_references,
 )
 
@@ -83,11 +83,11 @@ def test_missing_files_and_references_are_named(tmp_path):
 
 
 def test_the_published_temperatures():
-    heat = {
-        name: temperature(Question("1", name, ("a", "b")))
+    found = {
+        name: published_temperature(Question("1", name, ("a", "b")))
         for name in ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem")
     }
-    assert heat == {
+    assert found == {
         "writing": 0.7,
         "roleplay": 0.7,
         "stem": 0.1,

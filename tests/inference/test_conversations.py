@@ -169,12 +169,12 @@ def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn
     counts = []
     answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).ask(lm, counts.append)
     stops = {"template": [], "instruction": ["### Instruction:"]}[form]
-    for (_, options), heat in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
+    for (_, options), temperature in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
         assert options == {
             "until": stops,
             "max_gen_toks": 1024,
-            "do_sample": heat > 0,
-            "temperature": heat,
+            "do_sample": temperature > 0,
+            "temperature": temperature,
         }
     assert counts == [1, 2, 3, 4, 5, 6]
     assert [line["reply"] for line in answers.lines[::2]] == ["reply 0", "reply 1", "reply 2"]

@@ -16,8 +16,8 @@ from tlora.evaluation.mtbench.grades import to_lines
 from tlora.evaluation.mtbench.judging import Answered
 from tlora.evaluation.mtbench.questions import (
     Question,
+    published_temperature,
     read_questions,
-    temperature,
     with_references,
 )
 from tlora.inference.questions import Answers, check_room
@@ -116,7 +116,7 @@ class MtBench:
     @property
     def protocol(self) -> str:
         """What it is and its source, in a line; the prompts' form is known after `check`."""
-        heat = "greedy" if self._greedy else "the published temperatures by category"
+        sampling = "greedy" if self._greedy else "the published temperatures by category"
         forms: dict[str, list[str]] = {form.says: [] for form in self._forms.values()}
         for model, form in self._forms.items():
             forms[form.says].append(model)
@@ -125,7 +125,7 @@ class MtBench:
             for says, models in forms.items()
         )
         return (
-            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {heat}, up to {self._tokens}"
+            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to {self._tokens}"
             f" tokens; prompts: {prompts}"
         )
 
@@ -195,12 +195,12 @@ class MtBench:
         return [reply.strip() for reply in lm.generate_until(requests)]
 
     def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
-        heat = 0.0 if self._greedy else temperature(question)
+        temperature = 0.0 if self._greedy else published_temperature(question)
         return {
             "until": list(form.stops),
             "max_gen_toks": self._tokens,
-            "do_sample": heat > 0,
-            "temperature": heat,
+            "do_sample": temperature > 0,
+            "temperature": temperature,
         }
 
 

@@ -118,9 +118,9 @@ def _by(judge_entry: Mapping[str, Any] | None) -> str:
     if judge_entry is None:
         return "not graded"
     request = judge_entry["request"]
-    heat = (
+    temperature = (
         f"temperature {request['temperature']}"
         if "temperature" in request
         else "its own temperature"
     )
-    return f"graded 1 to 10 by {request['model']} at {heat}, {judge_entry['prompts']}"
+    return f"graded 1 to 10 by {request['model']} at {temperature}, {judge_entry['prompts']}"
