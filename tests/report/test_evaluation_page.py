@@ -5,7 +5,7 @@ import pytest
 from browsing import PHONE, contrast, luminance, overhanging
 from playwright.sync_api import expect
 
-from tlora.report import evalpage, evaluation, outcomes, samples
+from tlora.report import evalpage, evaluation, outcomes, read_evaluation
 
 pytestmark = pytest.mark.browser
 UNKIND = "</script><b>&amp;\"'|"
@@ -51,7 +51,7 @@ def file(folder):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return outcomes.gather(samples.read(folder))
+    return outcomes.gather(read_evaluation.read(folder))
 
 
 def lines(tab):

@@ -10,7 +10,7 @@ import pytest
 
 from tlora import cli
 from tlora.errors import ArtifactError
-from tlora.report import evaluation, evalwording, outcomes, samples
+from tlora.report import evaluation, evalwording, outcomes, read_evaluation
 
 SUMS, CHAT = "sums", "chat"
 
@@ -50,7 +50,7 @@ def folder(tasks, tmp_path):
 
 
 def results_of(folder):
-    return outcomes.gather(samples.read(folder))
+    return outcomes.gather(read_evaluation.read(folder))
 
 
 def rewritten(folder, model, change, task=SUMS):

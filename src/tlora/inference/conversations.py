@@ -125,8 +125,8 @@ class MtBench:
             for says, models in forms.items()
         )
         return (
-            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to {self._tokens}"
-            f" tokens; prompts: {prompts}"
+            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to"
+            f" {self._tokens} tokens; prompts: {prompts}"
         )
 
     def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:

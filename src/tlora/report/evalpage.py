@@ -9,7 +9,7 @@ from typing import Any
 from tlora.report import environment, html, svg
 from tlora.report import evalwording as wording
 from tlora.report.outcomes import GAINED, LOST, OTHER, Cell, Results, Row
-from tlora.report.samples import Task
+from tlora.report.read_evaluation import TaskSamples
 
 _PREFIX = 60  # so many characters in common are worth folding away
 
@@ -133,7 +133,7 @@ def _replies(results: Results, row: Row) -> dict[str, Any]:
     }
 
 
-def common_prefix(task: Task) -> str:
+def common_prefix(task: TaskSamples) -> str:
     """Return the whole lines that all prompts of a task begin with, such as examples, or "" if
     they are few."""
     prompts = {sample.prompt for samples in task.samples.values() for sample in samples}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tlora.files import replacing_file
-from tlora.report import evalpage, numbers, outcomes, samples
+from tlora.report import evalpage, numbers, outcomes, read_evaluation
 from tlora.report import evalwording as wording
 from tlora.report.outcomes import KINDS, Cell, Results, Row
 
@@ -46,9 +46,9 @@ def write(folder: str | Path) -> Report:
     Neither a model nor the tasks' data are needed. Nothing is written where anything is wrong.
 
     Raises:
-        ArtifactError: as `tlora.report.samples.read`.
+        ArtifactError: as `tlora.report.read_evaluation.read`.
     """
-    results = outcomes.gather(samples.read(folder))
+    results = outcomes.gather(read_evaluation.read(folder))
     text = markdown(results)
     contents = (evalpage.render(results), text, table(results))
     page, summary, scores = (Path(folder) / f"report.{kind}" for kind in ("html", "md", "csv"))

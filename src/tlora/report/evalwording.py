@@ -5,7 +5,7 @@ from __future__ import annotations
 from tlora.report import paired
 from tlora.report.numbers import count, signed
 from tlora.report.outcomes import Cell, Results, Row
-from tlora.report.samples import Task
+from tlora.report.read_evaluation import TaskSamples
 from tlora.report.statistics import Difference
 
 
@@ -81,7 +81,7 @@ def _tasks(named: list[str], of: int) -> str:
     return ", ".join(named) if len(named) <= 6 else f"{len(named)} of {of} tasks"
 
 
-def task(found: Task) -> str:
+def task(found: TaskSamples) -> str:
     """Return what a task is, in a line."""
     shots = "" if not found.shots else f", {found.shots} examples before each"
     protocol = f": {found.protocol.rstrip('.')}" if found.protocol else ""

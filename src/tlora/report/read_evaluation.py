@@ -23,7 +23,7 @@ _NUMBERS = ("predicted", "label")
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelEntry:
     """A model that was evaluated."""
 
     name: str
@@ -52,7 +52,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSamples:
     """One task and all samples of it."""
 
     name: str
@@ -77,8 +77,8 @@ class Task:
 class Evaluation:
     """An evaluation as it is on disk; differences are to the first model."""
 
-    models: list[Model]
-    tasks: list[Task]
+    models: list[ModelEntry]
+    tasks: list[TaskSamples]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     """Provenance of each start; an evaluation that was stopped has several."""
@@ -102,7 +102,8 @@ class _Reader:
     def evaluation(self) -> Evaluation:
         found = self.folder.read()
         models = [
-            Model(each["name"], str(each.get("kind", ""))) for each in self._named(found, "models")
+            ModelEntry(each["name"], str(each.get("kind", "")))
+            for each in self._named(found, "models")
         ]
         tasks = [self._task(task, models) for task in self._named(found, "tasks")]
         if len(self.faults) == 1:
@@ -122,7 +123,7 @@ class _Reader:
             raise ArtifactError(f"{self.folder.path}: {_FILE} lists no {what} by name; {_AGAIN}.")
         return listed
 
-    def _task(self, task: dict[str, Any], models: list[Model]) -> Task:
+    def _task(self, task: dict[str, Any], models: list[ModelEntry]) -> TaskSamples:
         name, scores = task["name"], task.get("scores") or {}
         before = len(self.faults)
         if not _texts(task.get("metrics")):
@@ -136,7 +137,7 @@ class _Reader:
             order = {sample.item: place for place, sample in enumerate(samples[done[0]])}
             for listed in samples.values():
                 listed.sort(key=lambda sample: order[sample.item])
-        return Task(
+        return TaskSamples(
             name=name,
             metrics=task.get("metrics") or [],
             protocol=str(task.get("protocol") or ""),
