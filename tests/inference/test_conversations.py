@@ -92,7 +92,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(
         loading,
         "load",
-        lambda subject, *a, **h: names.append(subject.name) or load(subject, *a, **h),
+        lambda evaluated, *a, **h: names.append(evaluated.name) or load(evaluated, *a, **h),
     )
     return names
 

@@ -40,9 +40,9 @@ def loaded(monkeypatch):
     names = []
     load = loading.load
 
-    def noted(subject, *args, **head):
-        names.append(subject.name)
-        return load(subject, *args, **head)
+    def noted(evaluated, *args, **head):
+        names.append(evaluated.name)
+        return load(evaluated, *args, **head)
 
     monkeypatch.setattr(loading, "load", noted)
     return names

@@ -10,15 +10,15 @@ from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.samples import metrics, records
 from tlora.inference import rows
+from tlora.inference.evaluated_models import EvaluatedModel
 from tlora.inference.questions import Questions
 from tlora.inference.rows import scored_rows
-from tlora.inference.subjects import Subject
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 from tlora.stages import evaluate as evaluation
 from tlora.tasks import source
 
-CAUSAL = Subject("m", "base", "m", None, "causal")
+CAUSAL = EvaluatedModel("m", "base", "m", None, "causal")
 
 
 class Says(LM):

@@ -20,8 +20,8 @@ from tlora.evaluation.mtbench.questions import (
     read_questions,
     with_references,
 )
+from tlora.inference.evaluated_models import EvaluatedModel
 from tlora.inference.questions import Answers, check_room
-from tlora.inference.subjects import Subject
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 if TYPE_CHECKING:
@@ -129,11 +129,13 @@ class MtBench:
             f" {self._tokens} tokens; prompts: {prompts}"
         )
 
-    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
         """Check, before the model is loaded, that it can be asked, and how.
 
         Args:
-            subject: the model.
+            evaluated: the model.
             tokenizer: its tokenizer.
             longest: tokens that it holds, prompt and reply.
 
@@ -143,12 +145,12 @@ class MtBench:
         wanted = self._config.chat_prompt
         if wanted == "template" and not tokenizer.chat_template:
             raise ConfigError(
-                f"{subject.name}: the tokenizer has no chat template; give --chat_prompt auto or"
+                f"{evaluated.name}: the tokenizer has no chat template; give --chat_prompt auto or"
                 " instruction.",
                 where=self.name,
             )
-        check_room(self.name, subject, self._tokens, longest)
-        self._forms[subject.name] = self._form(tokenizer)
+        check_room(self.name, evaluated, self._tokens, longest)
+        self._forms[evaluated.name] = self._form(tokenizer)
 
     def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
         """Have the first turns of all questions answered, then the second ones; no scores yet.
