@@ -144,8 +144,8 @@ class EvalConfig:
         """Whether no model is named, and a judge is: what the folder holds is graded."""
         return self.judge.url is not None and not self.entries()
 
-    def asked(self, there: int) -> int:
-        """Return how many of ``there`` items are asked, by `limit`."""
+    def limited(self, there: int) -> int:
+        """Return how many of ``there`` items are evaluated, by `limit`."""
         if self.limit is None:
             return there
         wanted = int(self.limit) if self.limit >= 1 else math.ceil(self.limit * there)

@@ -167,7 +167,9 @@ def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn
 ):
     lm = Recorder(AutoTokenizer.from_pretrained(chatty))
     counts = []
-    answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).ask(lm, counts.append)
+    answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).evaluate(
+        lm, counts.append
+    )
     stops = {"template": [], "instruction": ["### Instruction:"]}[form]
     for (_, options), temperature in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
         assert options == {
@@ -215,7 +217,7 @@ def test_a_model_that_does_not_count_what_it_cuts_is_asked_too(config, chatty):
         def generate_until(self, requests):
             return [f"<{request.args[0]}>" for request in requests]
 
-    answers = MtBench("mtbench", config()).ask(Echo(), lambda count: None)
+    answers = MtBench("mtbench", config()).evaluate(Echo(), lambda count: None)
     assert answers.truncated == 0
     assert [line["reply"] for line in answers.lines[:2]] == [
         "<[u]Sea.[a]>",

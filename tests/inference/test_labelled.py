@@ -12,7 +12,7 @@ import torch
 from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.inference.outputs import order_of
+from tlora.inference.class_order import order_of
 from tlora.report import evaluation as report
 from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 from tlora.stages import evaluate, train

@@ -21,7 +21,7 @@ from tlora.evaluation.mtbench.questions import (
     with_references,
 )
 from tlora.inference.evaluated_models import EvaluatedModel
-from tlora.inference.questions import Answers, check_room
+from tlora.inference.harness_task import TaskResult, check_room
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class MtBench:
             read_questions(_numbered(asked.place, asked.raw)),
             _numbered(answers.place, answers.raw),
         )
-        self._questions = found[: config.asked(len(found))]
+        self._questions = found[: config.limited(len(found))]
         self._forms: dict[str, ChatForm] = {}
         self.items = 2 * len(self._questions)
 
@@ -152,14 +152,14 @@ class MtBench:
         check_room(self.name, evaluated, self._tokens, longest)
         self._forms[evaluated.name] = self._form(tokenizer)
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
         """Have the first turns of all questions answered, then the second ones; no scores yet.
 
         Args:
             lm: the model, as the harness knows it.
-            answered: called with the number of turns answered so far.
+            progress: called with the number of turns answered so far.
         """
-        from tlora.inference.lm import Ticker
+        from tlora.inference.lm import ProgressHook
 
         system = self._config.system_instruction
         start = [{"role": "system", "content": system}] if system else []
@@ -171,13 +171,13 @@ class MtBench:
             for chat, question in zip(chats, self._questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
             prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
-            lm.set_cache_hook(Ticker(answered, turn * len(chats)))
+            lm.set_cache_hook(ProgressHook(progress, turn * len(chats)))
             replies.append(self._written(lm, prompts[turn], form))
             for chat, reply in zip(chats, replies[turn], strict=True):
                 chat.append({"role": "assistant", "content": reply})
         pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
         said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
-        return Answers(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
+        return TaskResult(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
 
     def _form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
         """Return what the user asks for, or else the chat template, where there is one."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
+from tlora.inference.class_order import Outputs, chosen_order, outputs_of
 from tlora.inference.evaluated_models import EvaluatedModel
-from tlora.inference.outputs import Outputs, chosen_order, outputs_of
-from tlora.inference.questions import Answers
-from tlora.inference.rows import scored_rows
+from tlora.inference.harness_task import TaskResult
+from tlora.inference.task_rows import scored_rows
 from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy
@@ -104,12 +104,12 @@ class Labels:
                 self._fixed,
             )
 
-    def ask(self, lm: Labeller, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Labeller, progress: Callable[[int], None]) -> TaskResult:
         """Label all rows, the longest first.
 
         Args:
             lm: the model.
-            answered: called with the number of rows labelled so far.
+            progress: called with the number of rows labelled so far.
         """
         import numpy as np
         import torch
@@ -127,14 +127,14 @@ class Labels:
             with torch.no_grad():
                 found = lm.model(**batch).logits.float().cpu().numpy()
             logits.update(zip(chosen, found, strict=True))
-            answered(len(logits))
+            progress(len(logits))
         predictions = np.stack([logits[i] for i in range(self.items)])
         if self.task.label_names:
             predictions = predictions[:, self._orders[lm.name]]
         labels = np.array([row["label"] for row in self._rows])
         return self._answers(predictions, labels)
 
-    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> Answers:
+    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> TaskResult:
         scores = self.task.metrics(predictions, labels)
         names = self.task.label_names
         if names:
@@ -159,7 +159,7 @@ class Labels:
                 "label": labels[number].item(),
             }
             lines.append(line)
-        return Answers(lines, scores)
+        return TaskResult(lines, scores)
 
 
 def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labels]:

@@ -26,7 +26,7 @@ from tlora.runfolder import provenance
 from tlora.stages.grade import check_judge, grade
 
 if TYPE_CHECKING:
-    from tlora.inference.questions import Answers
+    from tlora.inference.harness_task import TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +36,21 @@ _BY_MODEL = ("scores", "seconds", "truncated")
 """What a task of eval.json holds by model."""
 
 
-class Asked(Protocol):
+class EvaluationTask(Protocol):
     """A task as an evaluation sees it."""
 
     items: int
-    """How many items are asked."""
+    """How many items are evaluated."""
     shots: int
     """Examples before each."""
     protocol: str
     """What it is and its source, in a line."""
 
     def check(self, evaluated: EvaluatedModel, tokenizer: Any, longest: int) -> None:
-        """Raise a ConfigError if the model cannot be asked."""
+        """Raise a ConfigError if the model cannot be evaluated on it."""
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
-        """Ask all items of one model."""
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+        """Evaluate one model on all items."""
 
 
 def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
@@ -78,13 +78,13 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         return folder
     models = evaluated_models.resolve(config)
     loading.check_backend(config, models)
-    Result(folder, config, models)  # refuses other settings before rows are read
+    EvaluationRecord(folder, config, models)  # refuses other settings before rows are read
     tasks = make_tasks(config, models)
     check(tasks, config, models)
     with folder.locked(), _begun(folder):
-        result = Result(folder, config, models)
-        result.start(tasks)
-        _ask_missing(result, models, tasks, tell)
+        record = EvaluationRecord(folder, config, models)
+        record.start(tasks)
+        _evaluate_missing(record, models, tasks, tell)
         grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     return folder
 
@@ -106,18 +106,21 @@ def _begun(folder: EvalFolder) -> Iterator[None]:
         raise
 
 
-def _ask_missing(
-    result: Result, models: list[EvaluatedModel], tasks: dict[str, Asked], tell: Tell
+def _evaluate_missing(
+    record: EvaluationRecord,
+    models: list[EvaluatedModel],
+    tasks: dict[str, EvaluationTask],
+    tell: Tell,
 ) -> None:
-    """Ask each model what the folder does not have of it yet, under one progress bar."""
-    todo = [(evaluated, [n for n in tasks if not result.has(evaluated, n)]) for evaluated in models]
+    """Evaluate each model on what the folder does not have of it yet, under one progress bar."""
+    todo = [(evaluated, [n for n in tasks if not record.has(evaluated, n)]) for evaluated in models]
     with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
         for evaluated, names in todo:
             if names:
-                _ask_all(evaluated, {name: tasks[name] for name in names}, result, bar, tell)
+                _evaluate(evaluated, {name: tasks[name] for name in names}, record, bar, tell)
 
 
-def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Asked]:
+def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, EvaluationTask]:
     """Return the tasks with all their rows read, by name.
 
     Raises:
@@ -129,11 +132,11 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, As
         return dict(labelled.make(config, models))
     from tlora.evaluation.harness import catalogue
     from tlora.evaluation.harness.base import Settings
-    from tlora.inference import rows
-    from tlora.inference.questions import Questions
+    from tlora.inference import task_rows
+    from tlora.inference.harness_task import HarnessTask
 
-    if rows.of_a_task(config):
-        return {config.tasks[0]: Questions(rows.of_task(config), config)}
+    if task_rows.of_a_task(config):
+        return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = Settings(
         allow_code_execution=config.allow_code_execution,
@@ -142,12 +145,16 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, As
     )
     others = [name for name in config.tasks if name not in chats]
     built = catalogue.build(others, config.data_dir, settings)
-    tasks: dict[str, Asked] = {name: Questions(task, config) for name, task in built.items()}
+    tasks: dict[str, EvaluationTask] = {
+        name: HarnessTask(task, config) for name, task in built.items()
+    }
     return tasks | {name: CONVERSATIONS.load(name)(name, config) for name in chats}
 
 
-def check(tasks: dict[str, Asked], config: EvalConfig, models: list[EvaluatedModel]) -> None:
-    """Check that every model can be asked every task, from configurations alone.
+def check(
+    tasks: dict[str, EvaluationTask], config: EvalConfig, models: list[EvaluatedModel]
+) -> None:
+    """Check that every model can be evaluated on every task, from configurations alone.
 
     Raises:
         ConfigError: as `run`.
@@ -162,28 +169,32 @@ def check(tasks: dict[str, Asked], config: EvalConfig, models: list[EvaluatedMod
             task.check(evaluated, tokenizer, longest)
 
 
-def _ask_all(
-    evaluated: EvaluatedModel, tasks: dict[str, Asked], result: Result, bar: Any, tell: Tell
+def _evaluate(
+    evaluated: EvaluatedModel,
+    tasks: dict[str, EvaluationTask],
+    record: EvaluationRecord,
+    bar: Any,
+    tell: Tell,
 ) -> None:
-    """Load one model, ask it the tasks, and let go of it."""
+    """Load one model, evaluate it on the tasks, and let go of it."""
     bar.set_description(f"loading {evaluated.name}")
-    lm = _model(evaluated, result.config, tasks)
+    lm = _model(evaluated, record.config, tasks)
     for name, task in tasks.items():
         bar.set_description(f"{evaluated.name}: {name}")
         done, start = bar.n, time.perf_counter()
-        answers = task.ask(lm, partial(_advance, bar, done))
+        found = task.evaluate(lm, partial(_advance, bar, done))
         _advance(bar, done, task.items)
         seconds = time.perf_counter() - start
-        result.add(evaluated, name, answers, seconds)
-        if answers.truncated:
+        record.add(evaluated, name, found, seconds)
+        if found.truncated:
             logger.warning(
                 "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
                 evaluated.name,
-                answers.truncated,
+                found.truncated,
                 name,
             )
         if bar.disable:
-            main = next((f"{key} {value:.4f}" for key, value in answers.scores.items()), "answered")
+            main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
             tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
     del lm
     loading.release()
@@ -194,7 +205,7 @@ def _advance(bar: Any, done: int, items: int) -> None:
     bar.update(done + items - bar.n)
 
 
-def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, Asked]) -> Any:
+def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
     tokenizer = loading.load_tokenizer(evaluated, config)
     if evaluated.head == "labelled":
         from tlora.inference.labelled import Labeller, Labels
@@ -225,7 +236,7 @@ def _bar(items: int) -> Iterator[Any]:
         transformers_logging.enable_progress_bar()
 
 
-class Result:
+class EvaluationRecord:
     """eval.json as it grows.
 
     What the folder holds of other models and tasks, evaluated with the same settings, is kept.
@@ -270,7 +281,7 @@ class Result:
         if faults:
             raise ConfigError(faults, where="eval")
 
-    def start(self, tasks: dict[str, Asked]) -> None:
+    def start(self, tasks: dict[str, EvaluationTask]) -> None:
         """Write down what is about to run; results of models that have changed are dropped."""
         for evaluated in self._evaluated:
             identity = self._identities[evaluated.name]
@@ -302,14 +313,14 @@ class Result:
         there = evaluated.name in self._tasks[task]["scores"]
         return there and self._folder.samples_file(evaluated.name, task).is_file()
 
-    def add(self, evaluated: EvaluatedModel, task: str, answers: Answers, seconds: float) -> None:
+    def add(self, evaluated: EvaluatedModel, task: str, found: TaskResult, seconds: float) -> None:
         """Write a finished pair."""
-        self._folder.write_samples(evaluated.name, task, answers.lines)
+        self._folder.write_samples(evaluated.name, task, found.lines)
         entry = self._tasks[task]
-        entry["metrics"] = entry["metrics"] or list(answers.scores)
-        entry["scores"][evaluated.name] = answers.scores
+        entry["metrics"] = entry["metrics"] or list(found.scores)
+        entry["scores"][evaluated.name] = found.scores
         entry["seconds"][evaluated.name] = round(seconds, 3)
-        entry["truncated"][evaluated.name] = answers.truncated
+        entry["truncated"][evaluated.name] = found.truncated
         self._write()
 
     def _entry(self, evaluated: EvaluatedModel) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Endpoint:
     key: str | None = field(repr=False)
     retried: int = 0
 
-    async def ask(self, body: dict[str, Any]) -> Reply:
+    async def request(self, body: dict[str, Any]) -> Reply:
         """Send one request, and again where that may help.
 
         Raises:

@@ -131,7 +131,7 @@ def judge(
     missing = [index for index, reply in replies.items() if reply is None]
     asked, retried = [], 0
     if missing:
-        work = _ask_all([bodies[index] for index in missing], config, kept, title)
+        work = _request_all([bodies[index] for index in missing], config, kept, title)
         asked, retried = _run(work)
         replies |= dict(zip(missing, asked, strict=True))
     judgements = [_read(reply) for reply in replies.values() if reply is not None]
@@ -139,24 +139,24 @@ def judge(
     return Judged(pairs, len(asked), retried)
 
 
-async def _ask_all(
+async def _request_all(
     bodies: list[dict[str, Any]], config: JudgeConfig, cache: JudgementCache, title: str
 ) -> tuple[list[Reply], int]:
     async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
-            crew = _Crew(endpoint, cache, bar)
+            requests = _Requests(endpoint, cache, bar)
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(crew.ask(body)) for body in bodies]
+                    tasks = [group.create_task(requests.request(body)) for body in bodies]
             except ExceptionGroup as errors:
                 # One that cannot be helped; the group has cancelled what was under way.
                 if not isinstance(errors.exceptions[0], JudgeError):
                     raise errors.exceptions[0] from None
-    if crew.failures:
+    if requests.failures:
         raise JudgeError(
-            f"of {len(bodies)} judgements {crew.made} were made, and are kept in {cache.path}, and"
-            f" {len(crew.failures)} failed; the same command asks for the rest. The first failure:"
-            f" {crew.failures[0]}"
+            f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
+            f" and {len(requests.failures)} failed; the same command asks for the rest. The first"
+            f" failure: {requests.failures[0]}"
         )
     replies = [reply for task in tasks if (reply := task.result()) is not None]
     return replies, endpoint.retried
@@ -190,7 +190,7 @@ class JudgementCache:
         return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-class _Crew:
+class _Requests:
     """What the requests under way share."""
 
     def __init__(self, endpoint: Endpoint, cache: JudgementCache, bar: Any) -> None:
@@ -200,7 +200,7 @@ class _Crew:
         self._in_a_row = 0
         self._places = asyncio.Semaphore(endpoint.config.concurrency)
 
-    async def ask(self, body: dict[str, Any]) -> Reply | None:
+    async def request(self, body: dict[str, Any]) -> Reply | None:
         """Return the reply, kept on disk; None if there was none and others may fare better.
 
         Raises:
@@ -208,7 +208,7 @@ class _Crew:
         """
         async with self._places:
             try:
-                reply = await self.endpoint.ask(body)
+                reply = await self.endpoint.request(body)
             except JudgeError as error:
                 self.failures.append(error)
                 self._in_a_row += 1

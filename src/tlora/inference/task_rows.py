@@ -17,7 +17,7 @@ from tlora.tasks.base import Row, Task
 _SPACE = 8  # tokens of white space and of the end
 
 
-class ExactRows(ReplyTask):
+class ExactMatchTask(ReplyTask):
     """Rows of a task of prompts and responses; white space around a reply does not count.
 
     Args:
@@ -59,12 +59,12 @@ class ExactRows(ReplyTask):
         return read
 
 
-class ReadRows(ExactRows):
+class ReplyMetricsTask(ExactMatchTask):
     """Rows whose replies the task itself reads back and scores, as all of them together.
 
     Args:
         name: what results call it.
-        docs: as of `ExactRows`.
+        docs: as of `ExactMatchTask`.
         task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
             by item besides.
     """
@@ -122,7 +122,7 @@ def of_a_task(config: EvalConfig) -> bool:
     return False
 
 
-def of_task(config: EvalConfig) -> ExactRows:
+def of_task(config: EvalConfig) -> ExactMatchTask:
     """Make an evaluation of the prompts and responses of a registered task.
 
     Raises:
@@ -155,7 +155,7 @@ def of_task(config: EvalConfig) -> ExactRows:
                 f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
             )
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
-    return ReadRows(name, docs, task) if task.reads_replies else ExactRows(name, docs)
+    return ReplyMetricsTask(name, docs, task) if task.reads_replies else ExactMatchTask(name, docs)
 
 
 def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
@@ -167,7 +167,7 @@ def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[R
     """
     raw, where = task.held_out(config.test_file)
     if limited:
-        raw = raw.select(range(config.asked(len(raw))))
+        raw = raw.select(range(config.limited(len(raw))))
     rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
     if not rows:
         raise DataError(f"{where}: there are no rows.")

@@ -26,7 +26,7 @@ _ONE_NAME = dict.fromkeys(REPLY_TOKENS, REPLY_TOKENS[0])
 
 
 @dataclass(frozen=True)
-class Answers:
+class TaskResult:
     """What one model said to one task."""
 
     lines: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Answers:
     """Prompts that lost their beginning."""
 
 
-class Questions:
+class HarnessTask:
     """A task of lm-evaluation-harness, set up as an evaluation says."""
 
     def __init__(self, task: Task, config: EvalConfig) -> None:
@@ -82,24 +82,24 @@ class Questions:
         tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
         check_room(self._task.task_name, evaluated, tokens, longest)
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
         """Ask all items of one model.
 
         Args:
             lm: the model, as the harness knows it.
-            answered: called with the number of items answered so far.
+            progress: called with the number of items answered so far.
         """
         from lm_eval import evaluate
 
         from tlora.evaluation.harness.samples import metrics, records
-        from tlora.inference.lm import Ticker
+        from tlora.inference.lm import ProgressHook
 
         config, task = self._config, self._task
         name = task.task_name
         _seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
         before = getattr(lm, "truncated", 0)
-        ticker = Ticker(lambda count: answered(_items(task, count, self.items)))
+        ticker = ProgressHook(lambda count: progress(_items(task, count, self.items)))
         lm.set_cache_hook(ticker)
         with _quiet():
             found = evaluate(
@@ -116,7 +116,7 @@ class Questions:
         lines = records(task, found["samples"][name])
         scores = metrics(task, found["results"][name])
         lower = [key for key in scores if not _higher(task, key)]
-        return Answers(
+        return TaskResult(
             [line | {"scores": _turned(line["scores"], lower)} for line in lines],
             _turned(scores, lower),
             getattr(lm, "truncated", 0) - before,
