@@ -44,7 +44,7 @@ def scored(name, lines, replies, tmp_path, **data):
     config = EvalConfig(
         models=["m"], tasks=[name], test_file=str(file), data=DataConfig(**data), limit=2
     )
-    task = task_rows.of_task(name, TASKS.load(name)(config.data), config)
+    task = task_rows.of_task(config)
     found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
     lines = records(task, found["samples"][name])
     return metrics(task, found["results"][name]), [line["scores"] for line in lines]
