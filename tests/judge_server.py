@@ -80,7 +80,7 @@ class Server:
         body = json.loads(handler.rfile.read(length))
         with self.lock:
             self.bodies.append({"path": handler.path} | body)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): text for name, text in handler.headers.items()})
             self.times.append(time.monotonic())
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)

@@ -58,20 +58,15 @@ def linalg_imports_torch_alone(path: str, tree: ast.Module, _: str) -> Iterator[
             yield f"imports {name}"
 
 
+_SCORING = ("math_verify", "pebble", "openai", "httpx2", "numpy", "tqdm")
+
+
 def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
     """All but the harness's tasks, which sit on top of it and of lm-evaluation-harness."""
     harness = "tlora.evaluation.harness"
     if not path.startswith("tlora/evaluation/") or within(path.replace("/", "."), harness):
         return
-    own = (
-        "tlora.evaluation",
-        "tlora.errors",
-        "tlora.files",
-        "math_verify",
-        "httpx2",
-        "numpy",
-        "tqdm",
-    )
+    own = ("tlora.evaluation", "tlora.errors", "tlora.files", *_SCORING)
     for name in imported(path, tree):
         top = name.split(".", maxsplit=1)[0]
         known = top in sys.stdlib_module_names or any(within(name, home) for home in own)

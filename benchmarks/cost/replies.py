@@ -24,8 +24,8 @@ from tlora.demo import corpus
 from tlora.evalconfig import EvalConfig
 from tlora.files import write_json
 from tlora.inference import loading
+from tlora.inference.evaluated_models import resolve
 from tlora.inference.lm import TransformersLM
-from tlora.inference.subjects import resolve
 from tlora.runfolder import provenance
 from tlora.stages.demo import BASE_MODEL
 

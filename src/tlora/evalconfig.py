@@ -144,8 +144,8 @@ class EvalConfig:
         """Whether no model is named, and a judge is: what the folder holds is graded."""
         return self.judge.url is not None and not self.entries()
 
-    def asked(self, there: int) -> int:
-        """Return how many of ``there`` items are asked, by `limit`."""
+    def limited(self, there: int) -> int:
+        """Return how many of ``there`` items are evaluated, by `limit`."""
         if self.limit is None:
             return there
         wanted = int(self.limit) if self.limit >= 1 else math.ceil(self.limit * there)
@@ -203,9 +203,13 @@ class EvalConfig:
             value = self.gen_kwargs.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append(f"`gen_kwargs.{name}` is {value!r}; give a whole number, 1 or more.")
-        heat = self.gen_kwargs.get("temperature", 0)
-        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or heat < 0:
-            faults.append(f"`gen_kwargs.temperature` is {heat!r}; give a number, 0 or more.")
+        temperature = self.gen_kwargs.get("temperature", 0)
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, (int, float))
+            or temperature < 0
+        ):
+            faults.append(f"`gen_kwargs.temperature` is {temperature!r}; give a number, 0 or more.")
         sampled = self.gen_kwargs.get("do_sample", True)
         if not isinstance(sampled, bool):
             faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")

@@ -5,16 +5,20 @@ The tests import it, and run it as a script under another user.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from tlora.evaluation.sandbox import Limits, Protection, Sandbox
+from tlora.evaluation.sandbox import Limits, Protection, Result, Sandbox
 
-LIMITS = Limits(seconds=3.0, cpu_seconds=1, memory=300 << 20, output=200_000, processes=8)
+LIMITS = Limits(seconds=600.0, cpu_seconds=60, memory=300 << 20, output=200_000, processes=8)
+SHORT = replace(LIMITS, seconds=3.0, cpu_seconds=1)
+"""For programs that may time out. No other is short of time, however busy the machine is."""
 TESTS = "for n in (3, 5):\n    assert abs(answer(n) - 7 * n) < 0.5"
 """No program below computes 7 n, but those that have got past a limit."""
 WRONG = "def answer(n):\n    return 0\n"
@@ -29,12 +33,12 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
     ),
     "thread bomb": (
         "import threading, time\nwhile True:\n"
-        "    threading.Thread(target=time.sleep, args=(9,)).start()",
+        "    threading.Thread(target=time.sleep, args=(999,)).start()",
         {"failed"},
     ),
     "memory bomb": ("kept = []\nwhile True: kept.append(bytearray(10**7))", {"memory"}),
     "memory of many": (
-        "import os, time\nfor _ in range(2): os.fork()\nkept = b'x' * (200 << 20)\ntime.sleep(9)",
+        "import os, time\nfor _ in range(2): os.fork()\nkept = b'x' * (200 << 20)\ntime.sleep(999)",
         {"memory"},
     ),
     "memory in nameless files": (
@@ -159,7 +163,7 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
         {"failed"},
     ),
     "forged builtins": (
-        "import sys\nwire = sys.modules['jail.wire']\npack = wire.Peer.pack\n"
+        "import sys\nwire = sys.modules['inside.wire']\npack = wire.Peer.pack\n"
         "def forged(self, value):\n    if isinstance(value, dict) and 'answer' in value:\n"
         "        value = {**value, '__builtins__': {'abs': lambda x: 0}}\n"
         "    return pack(self, value)\nwire.Peer.pack = forged\n" + WRONG,
@@ -192,8 +196,15 @@ def outcomes(protection: str, programs: dict[str, str]) -> dict[str, list[str]]:
     sandbox = Sandbox(
         allow_untrusted_code=True, protection=cast(Protection, protection), limits=LIMITS
     )
+    short = copy.copy(sandbox)
+    short.limits = SHORT
+
+    def run(name: str) -> Result:
+        box = short if "timed out" in PROGRAMS[name][1] else sandbox
+        return box.run(programs[name], TESTS)
+
     with ThreadPoolExecutor(4) as pool:
-        results = pool.map(lambda program: sandbox.run(program, TESTS), programs.values())
+        results = pool.map(run, programs)
         return {
             name: [result.status, result.detail, result.stderr]
             for name, result in zip(programs, results, strict=True)

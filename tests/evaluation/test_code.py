@@ -12,7 +12,7 @@ from tlora.evaluation.code import (
     run_checks,
     truncated,
 )
-from tlora.evaluation.sandbox import Sandbox
+from tlora.evaluation.sandbox import Limits, Sandbox
 
 HUMANEVAL = {
     "task_id": "Test/0",
@@ -31,7 +31,8 @@ MBPP_CODE = "class Node:\n    def __init__(self, v): self.v = v\ndef sum(n, k): 
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(allow_untrusted_code=True)
+    # Ample, so that a busy machine changes no verdict.
+    return Sandbox(allow_untrusted_code=True, limits=Limits(seconds=600.0, cpu_seconds=60))
 
 
 @pytest.mark.parametrize("samples", range(1, 8))

@@ -9,18 +9,17 @@ from tlora.errors import ArtifactError, DataError
 from tlora.evaluation.mtbench import prompts as prompts_module
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.evaluation.mtbench.endpoint import Reply
+from tlora.evaluation.mtbench.grades import from_lines, means, metric_names, to_lines
 from tlora.evaluation.mtbench.judging import Answered, Judged, Judgement
 from tlora.evaluation.mtbench.prompts import OURS, digest, rating, read_prompts
 from tlora.evaluation.mtbench.questions import (
     NEEDS_REFERENCE,
     Question,
     json_lines,
+    published_temperature,
     read_questions,
-    temperature,
     with_references,
 )
-from tlora.evaluation.mtbench.samples import from_lines, to_lines
-from tlora.evaluation.mtbench.scores import means, metric_names
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again, in {braces}."]},
@@ -84,11 +83,11 @@ def test_missing_files_and_references_are_named(tmp_path):
 
 
 def test_the_published_temperatures():
-    heat = {
-        name: temperature(Question("1", name, ("a", "b")))
+    found = {
+        name: published_temperature(Question("1", name, ("a", "b")))
         for name in ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem")
     }
-    assert heat == {
+    assert found == {
         "writing": 0.7,
         "roleplay": 0.7,
         "stem": 0.1,

@@ -8,38 +8,49 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
 import pytest
 
 from tlora.errors import ConfigError, SandboxError
-from tlora.evaluation import sandbox as module
-from tlora.evaluation.jail import kernel
-from tlora.evaluation.sandbox import Limits, Sandbox
+from tlora.evaluation.sandbox import Limits, Sandbox, host
+from tlora.evaluation.sandbox.inside import kernel
 
-SOURCE = Path(module.__file__).parents[2]
+SOURCE = Path(host.__file__).parents[3]
 ROOT = os.geteuid() == 0
 NOBODY = 65534
+AMPLE = Limits(seconds=600.0, cpu_seconds=60)
+"""No program that ends by itself is short of time, however busy the machine is."""
 PLACES = ("/tmp", "/root", "/home", "/var/tmp", "/dev/shm", "/", str(Path.home()))
 
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(allow_untrusted_code=True, limits=Limits(seconds=5.0))
+    return Sandbox(allow_untrusted_code=True, limits=AMPLE)
 
 
 def own_processes(source):
-    """Sandboxes of this source tree that still run."""
+    """Sandboxes that still run and were started from ``source``, which is this test's alone."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = file.read_bytes()
         except OSError:
             continue
-        if b"jail.launch" in line and str(source).encode() in line:
+        if b"inside.launch" in line and str(source).encode() in line:
             found.append(file.parent.name)
     return found
+
+
+@pytest.fixture
+def own_source(tmp_path, monkeypatch):
+    """A way to the sandbox's files that no other test takes."""
+    source = tmp_path / "src"
+    source.symlink_to(SOURCE)
+    monkeypatch.setattr(host, "_INSIDE", str(source / Path(host._INSIDE).relative_to(SOURCE)))
+    return source
 
 
 class Target:
@@ -67,7 +78,6 @@ class Target:
         with pytest.raises(BlockingIOError):
             self.listener.accept()
         assert [place for place in PLACES if (Path(place) / "tlora-canary").exists()] == []
-        assert not list(Path(tempfile.gettempdir()).glob("tlora-sandbox-*"))
 
 
 def check_outcomes(outcomes):
@@ -80,13 +90,13 @@ def check_outcomes(outcomes):
     assert unexpected == {}
 
 
-def test_hostile_programs_fail_and_leave_nothing(monkeypatch):
+def test_hostile_programs_fail_and_leave_nothing(monkeypatch, own_source):
     monkeypatch.setenv("TLORA_TEST_SECRET", "hunter2")
     with Target() as target:
         programs = hostile.filled(target.port, str(target.secret), str(target.folder))
         check_outcomes(hostile.outcomes("namespaces", programs))
         target.check()
-    assert own_processes(SOURCE) == []
+    assert own_processes(own_source) == []
 
 
 def as_nobody(folder):
@@ -113,26 +123,37 @@ def test_hostile_programs_of_an_ordinary_user_fail_and_leave_nothing(level):
     python = Path(os.path.realpath(sys.executable))
     with Target() as target:
         shown = target.folder.with_name(f"{target.folder.name}-shown")
-        for name in ("python", "src", "tests"):
-            (shown / name).mkdir(parents=True)
+        source, tests, scratch = (shown / name for name in ("src", "tests", "tmp"))
+        shown.mkdir()
+        for folder in (shown / "python", tests, scratch):
+            folder.mkdir()
+        scratch.chmod(0o777)
         if ROOT:
+            source.mkdir()
             python = shown / "python" / python.relative_to(os.path.realpath(sys.base_prefix))
-        source, tests = (
-            (shown / "src", shown / "tests") if ROOT else (SOURCE, Path(__file__).parent)
-        )
+        else:
+            source.symlink_to(SOURCE)
+            tests = Path(__file__).parent
         try:
             run = subprocess.run(
                 [python, tests / "hostile.py", level, str(target.port), target.folder],
-                env={"PYTHONPATH": str(source), "TLORA_TEST_SECRET": "hunter2"},
+                env={
+                    "PYTHONPATH": str(source),
+                    "TLORA_TEST_SECRET": "hunter2",
+                    "TMPDIR": str(scratch),
+                },
                 preexec_fn=lambda: as_nobody(shown),
                 capture_output=True,
                 text=True,
                 check=False,
             )
             assert run.returncode == 0, run.stderr
+            assert list(scratch.iterdir()) == []
         finally:
-            for name in ("python", "src", "tests"):
-                (shown / name).rmdir()
+            shutil.rmtree(scratch)
+            # Never by rmtree: Python and the source are mounted here, though for the child alone.
+            for folder in shown.iterdir():
+                folder.unlink() if folder.is_symlink() else folder.rmdir()
             shown.rmdir()
         told = json.loads(run.stdout)
         assert told["user"] == (NOBODY if ROOT else os.getuid())
@@ -178,22 +199,26 @@ def test_wrong_arguments_are_named():
         Limits(seconds=0, memory=-1)
 
 
-def test_the_program_goes_when_its_caller_is_killed():
+def test_the_program_goes_when_its_caller_is_killed(own_source):
     code = (
-        "from tlora.evaluation.sandbox import Limits, Sandbox\n"
-        "box = Sandbox(allow_untrusted_code=True, limits=Limits(seconds=600))\n"
-        "print('ready', flush=True)\nbox.run('import time; time.sleep(600)', '')"
+        "from tlora.evaluation.sandbox import host\n"
+        f"host._INSIDE = {host._INSIDE!r}\n"
+        "limits = host.Limits(seconds=6000)\n"
+        "box = host.Sandbox(allow_untrusted_code=True, limits=limits)\n"
+        "print('ready', flush=True)\nbox.run('import time; time.sleep(6000)', '')"
     )
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert caller.stdout.readline() == b"ready\n"
-    deadline = time.monotonic() + 30
-    while len(own_processes(SOURCE)) < 3:
+    deadline = time.monotonic() + 600
+    while len(own_processes(own_source)) < 3:
         assert time.monotonic() < deadline
+        time.sleep(0.05)
     caller.send_signal(signal.SIGKILL)
     caller.wait()
     caller.stdout.close()
-    while own_processes(SOURCE):
+    while own_processes(own_source):
         assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 VALUES = """
@@ -323,8 +348,14 @@ def test_a_verdict_cannot_be_forged_by_a_caller_with_many_handles(sandbox):
     assert result.detail == "AssertionError, at: assert False"
 
 
+def test_cpu_time_is_limited_as_asked():
+    limits = replace(AMPLE, cpu_seconds=1)
+    result = Sandbox(allow_untrusted_code=True, limits=limits).run("while True: pass", "")
+    assert (result.status, result.detail) == ("timed out", "the limit on CPU time")
+
+
 def test_processes_and_memory_are_limited_as_asked():
-    limits = Limits(seconds=20.0, processes=5, memory=300 << 20)
+    limits = replace(AMPLE, processes=5, memory=300 << 20)
     sandbox = Sandbox(allow_untrusted_code=True, limits=limits)
     program = (
         "import os, signal\n"

@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +12,7 @@ from tlora.evaluation.symbolic import MathVerify
 
 @pytest.fixture(scope="module")
 def verifier():
-    with MathVerify() as made:
+    with MathVerify(seconds=600.0) as made:
         yield made
 
 
@@ -39,19 +42,52 @@ def test_threads_share_it(verifier):
     assert verdicts == [one == other for one, other in pairs]
 
 
+def workers():
+    return {child.pid for child in multiprocessing.active_children()}
+
+
 def test_an_endless_comparison_is_given_up_and_the_next_one_answered():
-    with MathVerify(seconds=1.0) as verifier:
+    others = workers()
+    with MathVerify(seconds=600.0) as verifier:
         assert verifier.equal("1", "1") is True
-        before = verifier._process
+        (before,) = workers() - others
+        verifier.seconds = 1.0
         assert verifier.equal("9^{9^{9^{9}}}", "2") is None
-        assert before.poll() is not None
-        verifier.seconds = 10.0
+        verifier.seconds = 600.0
         assert verifier.equal("2", "2") is True
-        after = verifier._process
-    assert after.poll() is not None
+        (after,) = workers() - others
+        assert after != before
+    assert workers() == others
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(symbolic.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"math-verify is not installed; .*'tlora\[eval\]'"):
+def test_memory_is_bounded_and_the_next_comparison_answered():
+    others = workers()
+    with MathVerify(seconds=600.0, memory=64 << 20) as verifier:
+        assert verifier.equal("2^{10000000000}", "3") is not True
+        (worker,) = workers() - others
+        size = os.sysconf("SC_PAGE_SIZE") * int(
+            Path(f"/proc/{worker}/statm").read_text().split()[0]
+        )
+        limits = Path(f"/proc/{worker}/limits").read_text().splitlines()
+        (space,) = (line.split()[3:5] for line in limits if line.startswith("Max address space"))
+        assert space == [space[0]] * 2
+        assert int(space[0]) - size <= 64 << 20
+        assert verifier.equal("2", "2") is True
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with MathVerify() as verifier, pytest.raises(ConfigError, match="math-verify does not start"):
+        verifier.equal("1", "1")
+
+
+@pytest.mark.parametrize("module", ["math_verify", "pebble"])
+def test_a_missing_package_is_named(monkeypatch, module):
+    find = symbolic.importlib.util.find_spec
+    monkeypatch.setattr(
+        symbolic.importlib.util, "find_spec", lambda name: None if name == module else find(name)
+    )
+    with pytest.raises(ConfigError, match=r"(math-verify|pebble) is not .*'tlora\[eval\]'"):
         MathVerify()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tlora.inference.chat import INSTRUCTION, TEMPLATE, form_of
+from tlora.inference.conversations import INSTRUCTION, TEMPLATE
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 CHAT = [
@@ -24,9 +24,7 @@ def chatty(tiny_tokenizer):
     return tokenizer
 
 
-def test_a_chat_template_is_used_where_there_is_one(tiny_tokenizer, chatty):
-    assert form_of(tiny_tokenizer) is INSTRUCTION
-    assert form_of(chatty) is TEMPLATE
+def test_a_chat_template_asks_for_the_next_answer(chatty):
     assert TEMPLATE.render(chatty, CHAT) == (
         "<user>One {x}?\n<assistant>Yes, {y}.\n<user>Two?\n<assistant>"
     )

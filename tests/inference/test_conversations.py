@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import openai
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,11 +14,9 @@ from tlora import cli
 from tlora.errors import ArtifactError, ConfigError, DataError, JudgeError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench import endpoint
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.inference import loading
-from tlora.inference.chat import INSTRUCTION, TEMPLATE
-from tlora.inference.conversations import MtBench
+from tlora.inference.conversations import INSTRUCTION, TEMPLATE, MtBench
 from tlora.stages import evaluate
 from tlora.stages.demo import BASE_MODEL
 
@@ -33,7 +32,7 @@ REFERENCES = [{"question_id": 111, "choices": [{"turns": ["2", "4"]}]}]
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -93,7 +92,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(
         loading,
         "load",
-        lambda subject, *a, **h: names.append(subject.name) or load(subject, *a, **h),
+        lambda evaluated, *a, **h: names.append(evaluated.name) or load(evaluated, *a, **h),
     )
     return names
 
@@ -168,14 +167,16 @@ def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn
 ):
     lm = Recorder(AutoTokenizer.from_pretrained(chatty))
     counts = []
-    answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).ask(lm, counts.append)
+    answers = MtBench("mtbench", config(chat_prompt=form, gen_kwargs={})).evaluate(
+        lm, counts.append
+    )
     stops = {"template": [], "instruction": ["### Instruction:"]}[form]
-    for (_, options), heat in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
+    for (_, options), temperature in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
         assert options == {
             "until": stops,
             "max_gen_toks": 1024,
-            "do_sample": heat > 0,
-            "temperature": heat,
+            "do_sample": temperature > 0,
+            "temperature": temperature,
         }
     assert counts == [1, 2, 3, 4, 5, 6]
     assert [line["reply"] for line in answers.lines[::2]] == ["reply 0", "reply 1", "reply 2"]
@@ -216,7 +217,7 @@ def test_a_model_that_does_not_count_what_it_cuts_is_asked_too(config, chatty):
         def generate_until(self, requests):
             return [f"<{request.args[0]}>" for request in requests]
 
-    answers = MtBench("mtbench", config()).ask(Echo(), lambda count: None)
+    answers = MtBench("mtbench", config()).evaluate(Echo(), lambda count: None)
     assert answers.truncated == 0
     assert [line["reply"] for line in answers.lines[:2]] == [
         "<[u]Sea.[a]>",
@@ -278,7 +279,7 @@ def test_the_command_line_grades_later_without_a_model(
     assert entry()["scores"]["base"]["score"] == 7.0
     assert "not graded" not in entry()["protocol"]
     assert len(server.bodies) == 6
-    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert "7.0" in Path("out/report.md").read_text()
     assert cli.main(["eval", "--output_dir", "out", *judge]) == 0
     assert len(server.bodies) == 6

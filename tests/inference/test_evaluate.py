@@ -12,7 +12,7 @@ from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
 from tlora.inference import loading
-from tlora.inference.questions import Questions
+from tlora.inference.harness_task import HarnessTask
 from tlora.stages import evaluate
 from tlora.stages.demo import BASE_MODEL
 
@@ -40,9 +40,9 @@ def loaded(monkeypatch):
     names = []
     load = loading.load
 
-    def noted(subject, *args, **head):
-        names.append(subject.name)
-        return load(subject, *args, **head)
+    def noted(evaluated, *args, **head):
+        names.append(evaluated.name)
+        return load(evaluated, *args, **head)
 
     monkeypatch.setattr(loading, "load", noted)
     return names
@@ -96,7 +96,7 @@ def test_a_second_call_loads_nothing_and_changes_no_result(config, loaded):
 
 
 def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatch):
-    ask = Questions.ask
+    ask = HarnessTask.evaluate
 
     def stopped(self, lm, answered):
         if len(loaded) == 2:
@@ -104,7 +104,7 @@ def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatc
         return ask(self, lm, answered)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Questions, "ask", stopped)
+        patch.setattr(HarnessTask, "evaluate", stopped)
         with pytest.raises(KeyboardInterrupt, match="the same command does the rest"):
             evaluate.run(config())
     (task,) = EvalFolder("out").read()["tasks"]
@@ -158,7 +158,7 @@ def test_results_of_other_settings_are_not_mixed(config, demo_file):
 
 def test_a_folder_without_results_takes_other_settings(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Questions, "ask", lambda *_: 1 / 0)
+        patch.setattr(HarnessTask, "evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate.run(config(limit=4))
     found = evaluate.run(config(limit=3)).read()

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from tlora.evalconfig import EvalConfig
 from tlora.inference import loading
+from tlora.inference.evaluated_models import EvaluatedModel, resolve
 from tlora.inference.lm import EndOfRows, TransformersLM
-from tlora.inference.subjects import Subject, resolve
 from tlora.stages.demo import BASE_MODEL
 
 
@@ -25,9 +25,12 @@ def requests(prompts, **generation):
     ]
 
 
-def replies(subject, config, prompts, **generation):
+def replies(evaluated, config, prompts, **generation):
     lm = TransformersLM(
-        loading.load(subject, config), loading.load_tokenizer(subject, config), config, subject.head
+        loading.load(evaluated, config),
+        loading.load_tokenizer(evaluated, config),
+        config,
+        evaluated.head,
     )
     return lm.generate_until(requests(prompts, **generation))
 
@@ -54,19 +57,19 @@ def prompts(demo_rows):
 
 
 @pytest.fixture(scope="module")
-def subjects(demo_adapter):
+def models(demo_adapter):
     return resolve(settings(models=[demo_adapter], with_base=True, with_merged=True))
 
 
-def test_batches_of_1_and_32_give_the_replies_of_the_plain_model(subjects, prompts):
+def test_batches_of_1_and_32_give_the_replies_of_the_plain_model(models, prompts):
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     said = {}
-    for subject in subjects:
-        alone = one_by_one(loading.load(subject, settings()), tokenizer, prompts, 12)
+    for evaluated in models:
+        alone = one_by_one(loading.load(evaluated, settings()), tokenizer, prompts, 12)
         for size in (1, 32):
-            found = replies(subject, settings(batch_size=size), prompts)
-            assert found == alone, (subject.name, size)
-        said[subject.kind] = alone
+            found = replies(evaluated, settings(batch_size=size), prompts)
+            assert found == alone, (evaluated.name, size)
+        said[evaluated.kind] = alone
     assert said["adapter"] == said["merged"]
     changed = sum(a != b for a, b in zip(said["base"], said["adapter"], strict=True))
     assert changed > len(prompts) // 4  # else the adapter would show nothing
@@ -76,15 +79,15 @@ WISHES = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, 
 
 
 @pytest.mark.parametrize("kind", ["base", "adapter"])
-def test_a_checkpoints_own_wishes_of_generation_do_not_count(kind, subjects, prompts):
-    (subject,) = (each for each in subjects if each.kind == kind)
+def test_a_checkpoints_own_wishes_of_generation_do_not_count(kind, models, prompts):
+    (evaluated,) = (each for each in models if each.kind == kind)
     some = prompts[:12]
-    plain = replies(subject, settings(), some)
-    model = loading.load(subject, settings())
+    plain = replies(evaluated, settings(), some)
+    model = loading.load(evaluated, settings())
     bare = model.get_base_model() if kind == "adapter" else model
     bare.generation_config.update(**WISHES)
     before = bare.generation_config.to_dict()
-    lm = TransformersLM(model, loading.load_tokenizer(subject, settings()), settings(), "causal")
+    lm = TransformersLM(model, loading.load_tokenizer(evaluated, settings()), settings(), "causal")
     assert lm.generate_until(requests(some)) == plain
     assert bare.generation_config.to_dict() == before
     # Given by the user they count, one and all.
@@ -96,11 +99,11 @@ def test_a_checkpoints_own_wishes_of_generation_do_not_count(kind, subjects, pro
 
 def test_an_encoder_decoder_begins_as_its_checkpoint_says(saved, tiny_t5):
     folder = saved(tiny_t5())
-    subject = Subject("t5", "base", folder, None, "seq2seq")
-    plain = replies(subject, settings(), PROMPTS, max_gen_toks=6)
-    model = loading.load(subject, settings())
+    evaluated = EvaluatedModel("t5", "base", folder, None, "seq2seq")
+    plain = replies(evaluated, settings(), PROMPTS, max_gen_toks=6)
+    model = loading.load(evaluated, settings())
     model.generation_config.update(**WISHES)
-    lm = TransformersLM(model, loading.load_tokenizer(subject, settings()), settings(), "seq2seq")
+    lm = TransformersLM(model, loading.load_tokenizer(evaluated, settings()), settings(), "seq2seq")
     assert lm.generate_until(requests(PROMPTS, max_gen_toks=6)) == plain
     for start in (0, 5):
         model.generation_config.decoder_start_token_id = start
@@ -109,8 +112,8 @@ def test_an_encoder_decoder_begins_as_its_checkpoint_says(saved, tiny_t5):
         assert out[0, 0] == start
 
 
-def test_each_row_ends_at_its_own_stop_sequence(subjects, prompts):
-    base = subjects[0]
+def test_each_row_ends_at_its_own_stop_sequence(models, prompts):
+    base = models[0]
     whole = replies(base, settings(), prompts, max_gen_toks=20)
     stop = ["1", "?:"]
     cut = [min((text.split(s)[0] for s in stop), key=len) for text in whole]
@@ -131,8 +134,8 @@ def test_rows_that_have_ended_are_not_waited_for():
     assert stop(ids, None).tolist() == [True, False, True, False]
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(subjects, prompts):
-    base = subjects[0]
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(models, prompts):
+    base = models[0]
     config = settings(max_length=32)
     lm = TransformersLM(
         loading.load(base, config), loading.load_tokenizer(base, config), config, base.head
@@ -222,10 +225,10 @@ def test_an_encoder_decoder_says_the_same_in_any_batch(saved, tiny_t5, tmp_path)
         ),
     )
     model.save_pretrained(tmp_path / "adapter")
-    subject = Subject("t5", "adapter", folder, str(tmp_path / "adapter"), "seq2seq")
-    one = replies(subject, settings(batch_size=1), PROMPTS, max_gen_toks=6)
-    assert one == replies(subject, settings(batch_size=3), PROMPTS, max_gen_toks=6)
-    tokenizer = loading.load_tokenizer(subject, settings())
+    evaluated = EvaluatedModel("t5", "adapter", folder, str(tmp_path / "adapter"), "seq2seq")
+    one = replies(evaluated, settings(batch_size=1), PROMPTS, max_gen_toks=6)
+    assert one == replies(evaluated, settings(batch_size=3), PROMPTS, max_gen_toks=6)
+    tokenizer = loading.load_tokenizer(evaluated, settings())
     assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 6 for text in one)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.inference import loading
-from tlora.inference.subjects import resolve
+from tlora.inference.evaluated_models import resolve
 from tlora.stages import evaluate
 from tlora.stages.demo import BASE_MODEL
 

@@ -2,7 +2,7 @@
 
 Sources: HumanEval and pass@k, Chen et al., arXiv 2107.03374; MBPP, Austin et al., arXiv
 2108.07732. Departure from both harnesses: the tests do not share a process with the program (see
-`tlora.evaluation.jail`), and a test sees copies of plain values.
+`tlora.evaluation.sandbox.inside`), and a test sees copies of plain values.
 """
 
 from __future__ import annotations

@@ -1,80 +1,88 @@
 """Equality of mathematical expressions by math-verify, in a process of its own.
 
 math-verify stops an endless comparison by a signal of the main thread, so that it works neither in
-a thread pool nor in compiled code that holds the interpreter. Here another process compares, and
-is killed when its time is over.
+a thread pool nor in compiled code that holds the interpreter. Here its own limits are off, and a
+worker of a pool compares, which the pool kills when the time is over.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
+import logging
+import multiprocessing
 import os
-import select
-import subprocess
 import sys
 import threading
-import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 
-_WORKER = Path(__file__).with_name("math_worker.py")
-_START_SECONDS = 120.0
-"""Importing sympy takes seconds on a busy machine."""
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 
 class MathVerify:
-    """Compares expressions; safe to share between threads, which then take turns.
+    """Compares expressions; threads may share one.
 
-    The process starts with the first comparison and lives until `close`, or until the end of the
-    ``with`` block.
+    The worker starts with the first comparison and lives until `close`, or until the end of the
+    ``with`` block. Like every process that Python spawns, it imports the main script, so a script
+    has to start its work below ``if __name__ == "__main__"``.
 
     Args:
         seconds: the most wall-clock time of one comparison.
-        memory: the most address space of the process, in bytes.
+        memory: the most bytes of address space that the worker takes for comparing.
 
     Raises:
-        ConfigError: math-verify is not installed.
+        ConfigError: math-verify or pebble is not installed.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify.
     """
 
     def __init__(self, seconds: float = 10.0, memory: int = 4 << 30) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(
-                "math-verify is not installed; run pip install 'tlora[eval]'.", where="evaluation"
-            )
+        for package, module in (("math-verify", "math_verify"), ("pebble", "pebble")):
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(
+                    f"{package} is not installed; run pip install 'tlora[eval]'.",
+                    where="evaluation",
+                )
         self.seconds = seconds
         self.memory = memory
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pool: ProcessPool | None = None
 
     def equal(self, answer: str, reference: str) -> bool | None:
         """Whether ``answer`` is mathematically ``reference``.
 
         None where that could not be found out: one of the two is no expression that math-verify
         reads, or the comparison took too long or too much memory.
+
+        Raises:
+            ConfigError: math-verify cannot be imported.
         """
-        request = json.dumps([answer, reference]).encode() + b"\n"
-        with self._lock:
-            process = self._process or self._start()
-            try:
-                assert process.stdin is not None
-                process.stdin.write(request)
-                process.stdin.flush()
-                return self._reply(process, self.seconds)
-            except (OSError, TimeoutError):
-                # Too slow, or gone: killed by the system, or crashed inside a library.
-                self._stop()
-                return None
+        from pebble import ProcessExpired
+
+        try:
+            task = self._started().schedule(_equal, (answer, reference), timeout=self.seconds)
+            return task.result()
+        except (TimeoutError, ProcessExpired):
+            # Too slow, or gone: killed by the system, or crashed inside a library.
+            return None
+        except BrokenProcessPool as error:
+            self.close()
+            raise ConfigError(
+                "math-verify does not start; see what `python -c 'import math_verify'` says.",
+                where="evaluation",
+            ) from error
 
     def close(self) -> None:
-        """End the process; a later comparison starts a new one."""
+        """End the worker; a later comparison starts a new one."""
         with self._lock:
-            self._stop()
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
 
     def __enter__(self) -> MathVerify:
         return self
@@ -82,54 +90,59 @@ class MathVerify:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self._stop()
+    def _started(self) -> ProcessPool:
+        from pebble import ProcessPool
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the modules beside the worker must not stand in for those of the standard library.
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(self.memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+        with self._lock:
+            if self._pool is None:
+                # Spawned: a fork would copy the locks of torch's threads.
+                self._pool = ProcessPool(
+                    1,
+                    initializer=_start,
+                    initargs=(self.memory,),
+                    context=multiprocessing.get_context("spawn"),
+                )
+            return self._pool
+
+
+def _start(memory: int) -> None:
+    """Make this process ready to compare.
+
+    Model output can ask for numbers of any size, hence the limit on memory.
+    """
+    import resource
+
+    import math_verify  # noqa: F401 - its seconds are none of the first comparison's
+
+    logging.disable(logging.CRITICAL)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    pages = Path("/proc/self/statm")
+    used = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else 0
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+
+
+def _equal(answer: str, reference: str) -> bool | None:
+    from math_verify import parse, verify
+
+    try:
+        # The box ends what is read: nothing outside it is taken for the answer.
+        given, right = (
+            parse(rf"\boxed{{{text}}}", parsing_timeout=None, extraction_mode="first_match")
+            for text in (answer, reference)
         )
-        try:
-            self._reply(process, _START_SECONDS)
-        except (OSError, TimeoutError) as error:
-            self._stop()
-            raise ConfigError(
-                "math-verify does not start; see what `python -c 'import math_verify'` says.",
-                where="evaluation",
-            ) from error
-        return process
+        if not (given and right):
+            return None
+        equal = verify(right, given, timeout_seconds=None)
+        return equal and not _tiny_and_different(given[0], right[0])
+    except Exception:
+        # Out of memory, too deep, or a fault of a library.
+        return None
 
-    def _stop(self) -> None:
-        process, self._process = getattr(self, "_process", None), None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                # What was still to be sent has nobody to read it.
-                with contextlib.suppress(OSError):
-                    pipe.close()
 
-    @staticmethod
-    def _reply(process: subprocess.Popen[bytes], seconds: float) -> Any:
-        """Read one line; TimeoutError when it does not come, OSError when none will."""
-        assert process.stdout is not None
-        deadline = time.monotonic() + seconds
-        handle, line = process.stdout.fileno(), b""
-        ready = select.poll()
-        ready.register(handle, select.POLLIN)
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not ready.poll(1000 * left):
-                raise TimeoutError
-            part = os.read(handle, 4096)
-            if not part:
-                raise OSError("the process has ended")
-            line += part
-        return json.loads(line)
+def _tiny_and_different(one: Any, other: Any) -> bool:
+    """Whether two numbers agree to the six decimals of math-verify only since both are tiny."""
+    if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
+        return False
+    first, second = one.evalf(), other.evalf()
+    size = max(abs(first), abs(second))
+    return bool(0 < size < 1e-3 and abs(first - second) > 1e-6 * size)

@@ -6,26 +6,69 @@ What it writes is graded later (`tlora.stages.grade`), when no model is in memor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.rows import Source
+from tlora.evaluation.mtbench.grades import to_lines
 from tlora.evaluation.mtbench.judging import Answered
 from tlora.evaluation.mtbench.questions import (
     Question,
+    published_temperature,
     read_questions,
-    temperature,
     with_references,
 )
-from tlora.evaluation.mtbench.samples import to_lines
-from tlora.inference.chat import FORMS, ChatForm, Messages, form_of
-from tlora.inference.questions import Answers, check_room
-from tlora.inference.subjects import Subject
+from tlora.inference.evaluated_models import EvaluatedModel
+from tlora.inference.harness_task import TaskResult, check_room
+from tlora.tasks.base import INSTRUCTION_PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """One way to write a conversation as a prompt."""
+
+    says: str
+    """What it is, for a result's protocol line."""
+    render: Callable[[Any, Messages], str]
+    """(tokenizer, messages of which the user's is last) -> the prompt."""
+    stops: tuple[str, ...] = ()
+    """Texts that a reply ends before."""
+
+
+_TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
+
+
+def _templated(tokenizer: Any, messages: Messages) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _instructed(_: Any, messages: Messages) -> str:
+    text, prompt = "", INSTRUCTION_PROMPT
+    for message in messages:
+        if message["role"] == "system":
+            text += f"{message['content']}\n\n"
+        elif message["role"] == "assistant":
+            text += message["content"]
+        else:
+            text += prompt.format(instruction=message["content"])
+            prompt = _TURN
+    return text
+
+
+TEMPLATE = ChatForm("the model's chat template", _templated)
+INSTRUCTION = ChatForm(
+    "the instruction prompt of arXiv 2604.18124, the first turn standing before the second",
+    _instructed,
+    stops=("### Instruction:",),
+)
+FORMS = {"template": TEMPLATE, "instruction": INSTRUCTION}
 
 _TOKENS = 1024
 _FASTCHAT = "https://github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
@@ -66,14 +109,14 @@ class MtBench:
             read_questions(_numbered(asked.place, asked.raw)),
             _numbered(answers.place, answers.raw),
         )
-        self._questions = found[: config.asked(len(found))]
+        self._questions = found[: config.limited(len(found))]
         self._forms: dict[str, ChatForm] = {}
         self.items = 2 * len(self._questions)
 
     @property
     def protocol(self) -> str:
         """What it is and its source, in a line; the prompts' form is known after `check`."""
-        heat = "greedy" if self._greedy else "the published temperatures by category"
+        sampling = "greedy" if self._greedy else "the published temperatures by category"
         forms: dict[str, list[str]] = {form.says: [] for form in self._forms.values()}
         for model, form in self._forms.items():
             forms[form.says].append(model)
@@ -82,15 +125,17 @@ class MtBench:
             for says, models in forms.items()
         )
         return (
-            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {heat}, up to {self._tokens}"
-            f" tokens; prompts: {prompts}"
+            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to"
+            f" {self._tokens} tokens; prompts: {prompts}"
         )
 
-    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
         """Check, before the model is loaded, that it can be asked, and how.
 
         Args:
-            subject: the model.
+            evaluated: the model.
             tokenizer: its tokenizer.
             longest: tokens that it holds, prompt and reply.
 
@@ -100,42 +145,45 @@ class MtBench:
         wanted = self._config.chat_prompt
         if wanted == "template" and not tokenizer.chat_template:
             raise ConfigError(
-                f"{subject.name}: the tokenizer has no chat template; give --chat_prompt auto or"
+                f"{evaluated.name}: the tokenizer has no chat template; give --chat_prompt auto or"
                 " instruction.",
                 where=self.name,
             )
-        check_room(self.name, subject, self._tokens, longest)
-        self._forms[subject.name] = FORMS.get(wanted) or form_of(tokenizer)
+        check_room(self.name, evaluated, self._tokens, longest)
+        self._forms[evaluated.name] = self._form(tokenizer)
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
         """Have the first turns of all questions answered, then the second ones; no scores yet.
 
         Args:
             lm: the model, as the harness knows it.
-            answered: called with the number of turns answered so far.
+            progress: called with the number of turns answered so far.
         """
-        from tlora.inference.lm import Ticker
+        from tlora.inference.lm import ProgressHook
 
         system = self._config.system_instruction
         start = [{"role": "system", "content": system}] if system else []
         chats: list[Messages] = [[*start] for _ in self._questions]
-        form = self._form(lm)
+        form = self._form(lm.tokenizer)
         # vLLM cuts prompts where nobody counts them.
         before, prompts, replies = getattr(lm, "truncated", 0), [], []
         for turn in (0, 1):
             for chat, question in zip(chats, self._questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
             prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
-            lm.set_cache_hook(Ticker(partial(_beyond, answered, turn * len(chats))))
+            lm.set_cache_hook(ProgressHook(progress, turn * len(chats)))
             replies.append(self._written(lm, prompts[turn], form))
             for chat, reply in zip(chats, replies[turn], strict=True):
                 chat.append({"role": "assistant", "content": reply})
         pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
         said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
-        return Answers(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
+        return TaskResult(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
 
-    def _form(self, lm: Any) -> ChatForm:
-        return FORMS.get(self._config.chat_prompt) or form_of(lm.tokenizer)
+    def _form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
+        """Return what the user asks for, or else the chat template, where there is one."""
+        wanted = self._config.chat_prompt
+        own = "template" if tokenizer.chat_template else "instruction"
+        return FORMS[own if wanted == "auto" else wanted]
 
     def _written(self, lm: Any, prompts: list[str], form: ChatForm) -> list[str]:
         import transformers
@@ -149,17 +197,13 @@ class MtBench:
         return [reply.strip() for reply in lm.generate_until(requests)]
 
     def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
-        heat = 0.0 if self._greedy else temperature(question)
+        temperature = 0.0 if self._greedy else published_temperature(question)
         return {
             "until": list(form.stops),
             "max_gen_toks": self._tokens,
-            "do_sample": heat > 0,
-            "temperature": heat,
+            "do_sample": temperature > 0,
+            "temperature": temperature,
         }
-
-
-def _beyond(answered: Callable[[int], None], done: int, count: int) -> None:
-    answered(done + count)
 
 
 def _generation(options: dict[str, Any]) -> tuple[int, bool]:

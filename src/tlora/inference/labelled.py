@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
-from tlora.inference.outputs import Outputs, chosen_order, outputs_of
-from tlora.inference.questions import Answers
-from tlora.inference.subjects import Subject
-from tlora.inference.testrows import scored_rows
+from tlora.inference.class_order import Outputs, chosen_order, outputs_of
+from tlora.inference.evaluated_models import EvaluatedModel
+from tlora.inference.harness_task import TaskResult
+from tlora.inference.task_rows import scored_rows
 from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy
@@ -58,7 +58,7 @@ class Labels:
 
     shots = 0
 
-    def __init__(self, name: str, config: EvalConfig, models: Sequence[Subject]) -> None:
+    def __init__(self, name: str, config: EvalConfig, models: Sequence[EvaluatedModel]) -> None:
         self.name = name
         asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
         task = None if asks else TASKS.load(name)(config.data)
@@ -71,7 +71,7 @@ class Labels:
         self._outputs: dict[str, Outputs] = {}
         self._orders: dict[str, list[int]] = {}
         if task.kind == "classification":
-            self._outputs = {subject.name: outputs_of(subject, config) for subject in models}
+            self._outputs = {evaluated.name: outputs_of(evaluated, config) for evaluated in models}
             # A task that leaves its classes open has those of the first model that names them.
             told = (found.names for found in self._outputs.values() if found.names)
             task.label_names = task.label_names or next(told, None)
@@ -87,27 +87,29 @@ class Labels:
         """Fields of a model's configuration that give it the head that was trained."""
         return self.task.head
 
-    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
         """Settle which output of a model is which class; the head itself shows when it is loaded.
 
         Raises:
             ConfigError: nothing tells the order, or the model's classes are not those of the task.
         """
         if self.task.label_names:
-            self._orders[subject.name] = chosen_order(
-                subject,
-                self._outputs[subject.name],
+            self._orders[evaluated.name] = chosen_order(
+                evaluated,
+                self._outputs[evaluated.name],
                 self.task.label_names,
                 self._given,
                 self._fixed,
             )
 
-    def ask(self, lm: Labeller, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Labeller, progress: Callable[[int], None]) -> TaskResult:
         """Label all rows, the longest first.
 
         Args:
             lm: the model.
-            answered: called with the number of rows labelled so far.
+            progress: called with the number of rows labelled so far.
         """
         import numpy as np
         import torch
@@ -125,14 +127,14 @@ class Labels:
             with torch.no_grad():
                 found = lm.model(**batch).logits.float().cpu().numpy()
             logits.update(zip(chosen, found, strict=True))
-            answered(len(logits))
+            progress(len(logits))
         predictions = np.stack([logits[i] for i in range(self.items)])
         if self.task.label_names:
             predictions = predictions[:, self._orders[lm.name]]
         labels = np.array([row["label"] for row in self._rows])
         return self._answers(predictions, labels)
 
-    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> Answers:
+    def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> TaskResult:
         scores = self.task.metrics(predictions, labels)
         names = self.task.label_names
         if names:
@@ -157,10 +159,10 @@ class Labels:
                 "label": labels[number].item(),
             }
             lines.append(line)
-        return Answers(lines, scores)
+        return TaskResult(lines, scores)
 
 
-def make(config: EvalConfig, models: Sequence[Subject]) -> dict[str, Labels]:
+def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labels]:
     """Return the tasks of an evaluation of these models with heads.
 
     Raises:

@@ -188,16 +188,16 @@ def _tied_already(model: Any) -> Iterator[None]:
         del model.tie_weights
 
 
-class Ticker:
+class ProgressHook:
     """Counts answered requests; the harness tells it where it would fill a cache."""
 
-    def __init__(self, answered: Callable[[int], None]) -> None:
-        self._answered, self._count = answered, 0
+    def __init__(self, progress: Callable[[int], None], start: int = 0) -> None:
+        self._progress, self._count = progress, start
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """Note one answered request."""
         self._count += 1
-        self._answered(self._count)
+        self._progress(self._count)
 
 
 def _closes(tokenizer: PreTrainedTokenizerBase) -> bool:

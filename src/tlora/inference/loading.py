@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
 from tlora.evalconfig import EvalConfig
-from tlora.inference.subjects import Head, Subject
+from tlora.inference.evaluated_models import EvaluatedModel, Head
 from tlora.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def device_of(config: EvalConfig) -> torch.device:
     return device
 
 
-def check_backend(config: EvalConfig, models: list[Subject]) -> None:
+def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
     """Check that what generates is there, and takes these models.
 
     Raises:
@@ -71,11 +71,11 @@ def check_backend(config: EvalConfig, models: list[Subject]) -> None:
     if importlib.util.find_spec("vllm") is None:
         faults.append("'vllm' is not installed; pip install vllm, or leave --backend out.")
     faults += [
-        f"vLLM knows one rank and one scale, and {subject.name} may have many; add --merge."
-        for subject in models
-        if subject.kind == "adapter"
+        f"vLLM knows one rank and one scale, and {evaluated.name} may have many; add --merge."
+        for evaluated in models
+        if evaluated.kind == "adapter"
     ]
-    if any(subject.head == "labelled" for subject in models):
+    if any(evaluated.head == "labelled" for evaluated in models):
         faults.append("vLLM writes texts, and these models label them; leave --backend out.")
     faults += [
         f"`{name}` is of transformers alone; leave it or --backend out."
@@ -85,9 +85,9 @@ def check_backend(config: EvalConfig, models: list[Subject]) -> None:
         raise ConfigError(faults, where="backend")
 
 
-def _unheard_by_vllm(config: EvalConfig, models: list[Subject]) -> list[str]:
+def _unheard_by_vllm(config: EvalConfig, models: list[EvaluatedModel]) -> list[str]:
     """Return the fields that are given and never reach vLLM."""
-    merges = any(subject.kind == "merged" for subject in models)
+    merges = any(evaluated.kind == "merged" for evaluated in models)
     given = {
         "quantization": config.quantization != "none",
         "parallelize": config.parallelize,
@@ -98,11 +98,11 @@ def _unheard_by_vllm(config: EvalConfig, models: list[Subject]) -> list[str]:
     return [name for name, is_given in given.items() if is_given]
 
 
-def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
+def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
     """Load one model onto its device, in eval mode, its parameters without gradients.
 
     Args:
-        subject: what to load.
+        evaluated: what to load.
         config: device, precision and quantisation.
         **head: fields of the model's configuration, for a head that the base does not have.
 
@@ -111,25 +111,25 @@ def load(subject: Subject, config: EvalConfig, **head: Any) -> Any:
         AdapterError: the adapter does not fit it, or cannot be merged.
     """
     device = device_of(config)
-    model, drawn = _load_base(subject, config, device, head)
+    model, drawn = _load_base(evaluated, config, device, head)
     if config.tokenizer:
-        _make_room(model, len(load_tokenizer(subject, config)))
-    if subject.adapter is not None:
-        model = _adapted(model, subject)
+        _make_room(model, len(load_tokenizer(evaluated, config)))
+    if evaluated.adapter is not None:
+        model = _adapted(model, evaluated)
     if drawn:
-        _check_head(model, drawn, subject)
-    if subject.kind == "merged":
-        model = _merged(model, subject)
+        _check_head(model, drawn, evaluated)
+    if evaluated.kind == "merged":
+        model = _merged(model, evaluated)
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(subject: Subject, config: EvalConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model: the base's own, so that all adapters get the same tokens.
 
     Raises:
         ConfigError: there is none.
     """
-    place = config.tokenizer or subject.model
+    place = config.tokenizer or evaluated.model
     try:
         return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
     except (OSError, ValueError) as error:
@@ -149,14 +149,14 @@ def release() -> None:
 
 
 def _load_base(
-    subject: Subject, config: EvalConfig, device: torch.device, head: dict[str, Any]
+    evaluated: EvaluatedModel, config: EvalConfig, device: torch.device, head: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """Return the model, and of one with a head the parameters that its files do not have."""
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
     checkpoint = Pretrained(
-        name=subject.model,
+        name=evaluated.model,
         dtype=dtype,
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
@@ -164,7 +164,7 @@ def _load_base(
     # transformers would report a head as missing that the adapter is about to bring.
     with unheard(*(["transformers"] if head else [])):
         model, missing = checkpoint.model(
-            _CLASSES[subject.head], device, parallelize=config.parallelize, fields=head
+            _CLASSES[evaluated.head], device, parallelize=config.parallelize, fields=head
         )
     return model, missing if head else []
 
@@ -175,31 +175,31 @@ def _make_room(model: Any, tokens: int) -> None:
         model.resize_token_embeddings(tokens)
 
 
-def _check_head(model: Any, drawn: list[str], subject: Subject) -> None:
+def _check_head(model: Any, drawn: list[str], evaluated: EvaluatedModel) -> None:
     """Raise if a parameter was drawn at random and the adapter did not bring it."""
     brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in drawn)
     lost = [each for each in modules if not any(f".{each}.modules" in name for name in brought)]
     if lost:
         raise AdapterError(
-            f"{subject.path} has no trained {', '.join(lost)}; give an adapter that was trained on"
-            " the task, with its head."
+            f"{evaluated.path} has no trained {', '.join(lost)}; give an adapter that was trained"
+            " on the task, with its head."
         )
 
 
-def _adapted(model: Any, subject: Subject) -> Any:
+def _adapted(model: Any, evaluated: EvaluatedModel) -> Any:
     from tlora import load_adapter
 
-    path = str(subject.adapter)
+    path = str(evaluated.adapter)
     advice = "give its own base by --model, and if tokens were added for it, --tokenizer."
     try:
         return load_adapter(model, path, freeze=False)
     except MisfitError as error:
-        raise MisfitError(path, subject.model, error.misfit, advice) from error
+        raise MisfitError(path, evaluated.model, error.misfit, advice) from error
     except AdapterError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise MisfitError(path, subject.model, _misfit(error), advice) from error
+        raise MisfitError(path, evaluated.model, _misfit(error), advice) from error
 
 
 def _misfit(error: BaseException) -> str:
@@ -208,12 +208,12 @@ def _misfit(error: BaseException) -> str:
     return said[1].rstrip(".") if len(said) > 1 and said[0].endswith(":") else first_line(error)
 
 
-def _merged(model: Any, subject: Subject) -> Any:
+def _merged(model: Any, evaluated: EvaluatedModel) -> Any:
     if not hasattr(model, "merge_and_unload"):
-        raise AdapterError(f"{subject.adapter}: this kind of adapter cannot be merged.")
+        raise AdapterError(f"{evaluated.adapter}: this kind of adapter cannot be merged.")
     try:
         return model.merge_and_unload()
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise AdapterError(
-            f"{subject.adapter} cannot be merged into {subject.model}: {first_line(error)}"
+            f"{evaluated.adapter} cannot be merged into {evaluated.model}: {first_line(error)}"
         ) from error

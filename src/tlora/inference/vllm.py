@@ -11,27 +11,27 @@ import tempfile
 from lm_eval.models.vllm_causallms import VLLM
 
 from tlora.evalconfig import EvalConfig
+from tlora.inference.evaluated_models import EvaluatedModel
 from tlora.inference.lm import Barless
 from tlora.inference.loading import load, load_tokenizer, release
-from tlora.inference.subjects import Subject
 
 
 class MergedVLLM(Barless, VLLM):
     """One model of an evaluation in vLLM.
 
     Args:
-        subject: the model; an adapter is merged on the device of `config`, and the merged model
+        evaluated: the model; an adapter is merged on the device of `config`, and the merged model
             written to a temporary folder for as long as this object lives.
         config: precision, batch size and greatest length.
     """
 
-    def __init__(self, subject: Subject, config: EvalConfig) -> None:
-        place = subject.model
-        if subject.kind == "merged":
+    def __init__(self, evaluated: EvaluatedModel, config: EvalConfig) -> None:
+        place = evaluated.model
+        if evaluated.kind == "merged":
             self._merged = tempfile.TemporaryDirectory(prefix="tlora-merged-")
             place = self._merged.name
-            load(subject, config).save_pretrained(place)
-            load_tokenizer(subject, config).save_pretrained(place)
+            load(evaluated, config).save_pretrained(place)
+            load_tokenizer(evaluated, config).save_pretrained(place)
             release()
         super().__init__(
             pretrained=place,

@@ -9,7 +9,7 @@ from typing import Any
 from tlora.report import environment, html, svg
 from tlora.report import evalwording as wording
 from tlora.report.outcomes import GAINED, LOST, OTHER, Cell, Results, Row
-from tlora.report.samples import Task
+from tlora.report.read_evaluation import TaskSamples
 
 _PREFIX = 60  # so many characters in common are worth folding away
 
@@ -40,15 +40,8 @@ def context(results: Results) -> dict[str, Any]:
         "results": results,
         "models": evaluation.models,
         "rows": rows,
-        "alone": any(cell["alone"] for _, cells in rows for cell in cells),
-        "verdicts": [
-            wording.verdict(results, row, cell)
-            for row in results.rows
-            for cell in row.cells
-            if cell.difference is not None
-        ],
         "panels": [(wording.name(row), panel(row)) for row in results.rows if row.main],
-        "caveat": wording.caveat(results),
+        "legend": wording.legend(results),
         "remarks": wording.remarks(results),
         "tasks": [wording.task(task) for task in evaluation.tasks],
         "method": wording.method(results),
@@ -140,7 +133,7 @@ def _replies(results: Results, row: Row) -> dict[str, Any]:
     }
 
 
-def common_prefix(task: Task) -> str:
+def common_prefix(task: TaskSamples) -> str:
     """Return the whole lines that all prompts of a task begin with, such as examples, or "" if
     they are few."""
     prompts = {sample.prompt for samples in task.samples.values() for sample in samples}
@@ -158,9 +151,7 @@ def _cell(results: Results, row: Row, cell: Cell, listed: Mapping[str, int]) -> 
         "score": cell.score,
         "difference": found and found.interval,
         "kind": found and {1: "win", -1: "loss", 0: "tie"}[found.better],
-        "alone": bool(found and found.better and row.main and results.tested > 1)
-        and (row.task.name, cell.model) not in results.holding,
-        "unlike": (row.task.name, cell.model) in results.other_prompts,
+        "marks": wording.marks(results, row, cell),
         "task": listed.get(row.task.name),
         "place": models.index(cell.model),
         "changes": cell.changes if browsed else {},

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tlora.report import paired
-from tlora.report.numbers import count, number, signed
+from tlora.report.numbers import count, signed
 from tlora.report.outcomes import Cell, Results, Row
-from tlora.report.samples import Task
+from tlora.report.read_evaluation import TaskSamples
 from tlora.report.statistics import Difference
 
 
@@ -14,77 +14,39 @@ def name(row: Row) -> str:
     return row.task.name if len(row.task.metrics) == 1 else f"{row.task.name} ({row.metric})"
 
 
-def p_value(p: float | None) -> str:
-    """Return "p = 0.012" with two digits; below 0.0001 only that it is."""
-    if p is None:
-        return ""
-    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-
-
 def ends(found: Difference) -> str:
-    """Return the interval of a difference, both ends signed."""
+    """Return the ends of the interval of a difference, with their signs."""
     low, high = found.interval.low, found.interval.high
     assert low is not None
     assert high is not None
     return f"{signed(low)} to {signed(high)}"
 
 
-def verdict(results: Results, row: Row, cell: Cell) -> str:
-    """Say in a sentence whether a model differs from the first one beyond the noise."""
+def marks(results: Results, row: Row, cell: Cell) -> str:
+    """Return the signs beside a difference: † holds alone, but not with all others; * prompts
+    differ."""
+    key = (row.task.name, cell.model)
     found = cell.difference
-    if found is None:
-        return f"{name(row)}: {cell.model} and {results.first} are not compared, {_why(row)}."
-    said = f"{name(row)}: {_said(results, row, cell, found)}"
-    unlike = results.other_prompts.get((row.task.name, cell.model))
-    if unlike:
-        said += (
-            f" On {count(unlike)} of {count(row.task.items)} items the two were given different"
-            " prompts, so this is the difference of model and prompt together."
+    alone = found and found.better and row.main and results.tested > 1
+    return "†" * bool(alone and key not in results.holding) + "*" * (key in results.other_prompts)
+
+
+def legend(results: Results) -> str:
+    """Explain the `marks` that the table has, and say what looking at many comparisons does."""
+    used = {
+        mark for row in results.rows for cell in row.cells for mark in marks(results, row, cell)
+    }
+    said = []
+    if "†" in used:
+        said.append("† taken alone; not when all are tested together (Holm).")
+    if "*" in used:
+        said.append("* the prompts differ.")
+    if results.tested > 1:
+        said.append(
+            f"With {results.tested} comparisons at 95 %, about {results.tested / 20:.1f} would"
+            " differ by chance if all models were equal."
         )
-    return said
-
-
-def _why(row: Row) -> str:
-    if row.items == 1:
-        return "one item says nothing about others"
-    if not (row.by_item or row.together) and row.task.samples:
-        return "the score is not the mean of scores of items"
-    return "one of them has no score"
-
-
-def _said(results: Results, row: Row, cell: Cell, found: Difference) -> str:
-    known = found.interval
-    facts = (
-        f"95 % interval of the difference {ends(found)}, {count(known.count)} items,"
-        f" {p_value(found.p)}"
-    )
-    if found.better:
-        word = "better" if found.better == 1 else "worse"
-        return (
-            f"{cell.model} is {word} than {results.first} by {number(abs(known.mean))}"
-            f" ({facts}).{_together(results, row, cell)}"
-        )
-    said = f"tie, {cell.model} minus {results.first} is {signed(known.mean)} ({facts})."
-    if row.by_item and not cell.changes["gained"] and not cell.changes["lost"]:
-        return f"{said} No item is scored differently."
-    assert known.low is not None
-    assert known.high is not None
-    if known.low <= 0 <= known.high:
-        return f"{said} The interval holds zero: these items do not tell the two apart."
-    return (
-        f"{said} The interval leaves zero out, but the test finds that so few changed items could"
-        " fall this way by chance."
-    )
-
-
-def _together(results: Results, row: Row, cell: Cell) -> str:
-    if not row.main or results.tested < 2:
-        return ""
-    holds = (row.task.name, cell.model) in results.holding
-    return (
-        f" That {'holds too' if holds else 'is this one taken alone and does not hold'} when all"
-        f" {results.tested} comparisons are tested together (Holm)."
-    )
+    return " ".join(said)
 
 
 def summary(results: Results) -> str:
@@ -119,17 +81,7 @@ def _tasks(named: list[str], of: int) -> str:
     return ", ".join(named) if len(named) <= 6 else f"{len(named)} of {of} tasks"
 
 
-def caveat(results: Results) -> str:
-    """Say what looking at many comparisons does."""
-    if results.tested < 2:
-        return ""
-    return (
-        f"With {results.tested} comparisons at 95 %, about {results.tested / 20:.1f} would differ"
-        " by chance if all models were equal."
-    )
-
-
-def task(found: Task) -> str:
+def task(found: TaskSamples) -> str:
     """Return what a task is, in a line."""
     shots = "" if not found.shots else f", {found.shots} examples before each"
     protocol = f": {found.protocol.rstrip('.')}" if found.protocol else ""

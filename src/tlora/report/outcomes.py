@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tlora.report import corpus, paired
-from tlora.report.samples import Evaluation, Sample, Task
+from tlora.report import corpus_metrics, paired
+from tlora.report.read_evaluation import Evaluation, Sample, TaskSamples
 from tlora.report.statistics import Difference, Interval, holm
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Cell:
 class Row:
     """One metric of a task, every model."""
 
-    task: Task
+    task: TaskSamples
     metric: str
     cells: list[Cell]
     items: int
@@ -81,7 +81,7 @@ class Results:
         """All models but the first."""
         return [model.name for model in self.evaluation.models[1:]]
 
-    def listed(self, task: Task) -> Row | None:
+    def listed(self, task: TaskSamples) -> Row | None:
         """Return the row by which the items of ``task`` are listed; None if none has scores."""
         return next((row for row in self.rows if row.task is task and row.by_item), None)
 
@@ -106,7 +106,7 @@ def gather(evaluation: Evaluation) -> Results:
     return Results(evaluation, rows, len(tested), holding, _other_prompts(evaluation))
 
 
-def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
+def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:
     known = {
         model: found
         for model, samples in task.samples.items()
@@ -137,10 +137,10 @@ def _row(evaluation: Evaluation, task: Task, metric: str) -> Row:
     return Row(task, metric, cells, items, by_item=True, together=False, right_or_wrong=exact)
 
 
-def _undivided(task: Task, metric: str, told: Mapping[str, float | None]) -> Row:
+def _undivided(task: TaskSamples, metric: str, told: Mapping[str, float | None]) -> Row:
     """Return the row of a score that items have no part of, as F1 or a correlation."""
     columns = {model: _columns(task.samples[model]) for model in told if model in task.samples}
-    together = metric in corpus.STATISTICS and all(
+    together = metric in corpus_metrics.STATISTICS and all(
         _remade(metric, value, columns.get(model))
         for model, value in told.items()
         if value is not None
@@ -153,14 +153,14 @@ def _undivided(task: Task, metric: str, told: Mapping[str, float | None]) -> Row
         predicted, labels = columns[model]
         difference = None
         if model != first and told[first] is not None:
-            difference = corpus.difference(metric, predicted, columns[first][0], labels)
-        cells.append(Cell(model, corpus.score(metric, predicted, labels), difference, {}))
+            difference = corpus_metrics.difference(metric, predicted, columns[first][0], labels)
+        cells.append(Cell(model, corpus_metrics.score(metric, predicted, labels), difference, {}))
     return Row(
         task, metric, cells, task.items, by_item=False, together=together, right_or_wrong=False
     )
 
 
-def _bare(task: Task, model: str, value: float | None) -> Cell:
+def _bare(task: TaskSamples, model: str, value: float | None) -> Cell:
     score = None if value is None else Interval(value, None, None, task.items)
     return Cell(model, score, None, {})
 
@@ -179,10 +179,10 @@ def _remade(metric: str, told: float, columns: tuple[np.ndarray, np.ndarray] | N
     """Whether the score that eval.json tells is that of the predictions, but for rounding."""
     if columns is None or not len(columns[0]):
         return False
-    return abs(told - float(corpus.STATISTICS[metric](*columns))) <= _NEAR
+    return abs(told - float(corpus_metrics.STATISTICS[metric](*columns))) <= _NEAR
 
 
-def _told(task: Task, model: str, metric: str) -> float | None:
+def _told(task: TaskSamples, model: str, metric: str) -> float | None:
     """Return the score that eval.json has; None for none and for what is no number."""
     value = task.scores.get(model, {}).get(metric)
     return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,8 +1,8 @@
 """`tlora eval`: models on tasks, every model with the same prompts, one table.
 
-The walk: words become models (`inference.subjects`) and tasks, both checked before anything is
-loaded or written; each model is loaded in turn and asked every task that the folder does not have
-of it yet; a pair of model and task is written when it is finished.
+The walk: words become models (`inference.evaluated_models`) and tasks, both checked before anything
+is loaded or written; each model is loaded in turn and evaluated on every task that the folder does
+not have of it yet; a pair of model and task is written when it is finished.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tlora.errors import ConfigError, TLoraError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.inference import loading, subjects
-from tlora.inference.subjects import Subject
+from tlora.inference import evaluated_models, loading
+from tlora.inference.evaluated_models import EvaluatedModel
+from tlora.models.pretrained import Pretrained
 from tlora.registry import CONVERSATIONS
 from tlora.runfolder import provenance
 from tlora.stages.grade import check_judge, grade
 
 if TYPE_CHECKING:
-    from tlora.inference.questions import Answers
+    from tlora.inference.harness_task import TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +36,21 @@ _BY_MODEL = ("scores", "seconds", "truncated")
 """What a task of eval.json holds by model."""
 
 
-class Asked(Protocol):
+class EvaluationTask(Protocol):
     """A task as an evaluation sees it."""
 
     items: int
-    """How many items are asked."""
+    """How many items are evaluated."""
     shots: int
     """Examples before each."""
     protocol: str
     """What it is and its source, in a line."""
 
-    def check(self, subject: Subject, tokenizer: Any, longest: int) -> None:
-        """Raise a ConfigError if the model cannot be asked."""
+    def check(self, evaluated: EvaluatedModel, tokenizer: Any, longest: int) -> None:
+        """Raise a ConfigError if the model cannot be evaluated on it."""
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
-        """Ask all items of one model."""
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+        """Evaluate one model on all items."""
 
 
 def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
@@ -75,15 +76,15 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         with folder.locked():
             grade(folder, config, {}, tell)
         return folder
-    models = subjects.resolve(config)
+    models = evaluated_models.resolve(config)
     loading.check_backend(config, models)
-    Result(folder, config, models)  # refuses other settings before rows are read
+    EvaluationRecord(folder, config, models)  # refuses other settings before rows are read
     tasks = make_tasks(config, models)
     check(tasks, config, models)
     with folder.locked(), _begun(folder):
-        result = Result(folder, config, models)
-        result.start(tasks)
-        _ask_missing(result, models, tasks, tell)
+        record = EvaluationRecord(folder, config, models)
+        record.start(tasks)
+        _evaluate_missing(record, models, tasks, tell)
         grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     return folder
 
@@ -105,34 +106,36 @@ def _begun(folder: EvalFolder) -> Iterator[None]:
         raise
 
 
-def _ask_missing(
-    result: Result, models: list[Subject], tasks: dict[str, Asked], tell: Tell
+def _evaluate_missing(
+    record: EvaluationRecord,
+    models: list[EvaluatedModel],
+    tasks: dict[str, EvaluationTask],
+    tell: Tell,
 ) -> None:
-    """Ask each model what the folder does not have of it yet, under one progress bar."""
-    todo = [(subject, [n for n in tasks if not result.has(subject, n)]) for subject in models]
+    """Evaluate each model on what the folder does not have of it yet, under one progress bar."""
+    todo = [(evaluated, [n for n in tasks if not record.has(evaluated, n)]) for evaluated in models]
     with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
-        for subject, names in todo:
+        for evaluated, names in todo:
             if names:
-                _ask_all(subject, {name: tasks[name] for name in names}, result, bar, tell)
+                _evaluate(evaluated, {name: tasks[name] for name in names}, record, bar, tell)
 
 
-def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
+def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, EvaluationTask]:
     """Return the tasks with all their rows read, by name.
 
     Raises:
         ConfigError, DataError: as `run`.
     """
-    if all(subject.head == "labelled" for subject in models):
+    if all(evaluated.head == "labelled" for evaluated in models):
         from tlora.inference import labelled
 
         return dict(labelled.make(config, models))
     from tlora.evaluation.harness import catalogue
-    from tlora.inference import rows, testrows
-    from tlora.inference.questions import Questions
+    from tlora.inference import task_rows
+    from tlora.inference.harness_task import HarnessTask
 
-    if testrows.of_a_task(config):
-        name, task = testrows.one_task(config)
-        return {name: Questions(rows.of_task(name, task, config), config)}
+    if task_rows.of_a_task(config):
+        return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = catalogue.Settings(
         allow_code_execution=config.allow_code_execution,
@@ -141,52 +144,57 @@ def make_tasks(config: EvalConfig, models: list[Subject]) -> dict[str, Asked]:
     )
     others = [name for name in config.tasks if name not in chats]
     built = catalogue.build(others, config.data_dir, settings)
-    tasks: dict[str, Asked] = {name: Questions(task, config) for name, task in built.items()}
+    tasks: dict[str, EvaluationTask] = {
+        name: HarnessTask(task, config) for name, task in built.items()
+    }
     return tasks | {name: CONVERSATIONS.load(name)(name, config) for name in chats}
 
 
-def check(tasks: dict[str, Asked], config: EvalConfig, models: list[Subject]) -> None:
-    """Check that every model can be asked every task, from configurations alone.
+def check(
+    tasks: dict[str, EvaluationTask], config: EvalConfig, models: list[EvaluatedModel]
+) -> None:
+    """Check that every model can be evaluated on every task, from configurations alone.
 
     Raises:
         ConfigError: as `run`.
     """
-    import transformers
     from lm_eval.models.utils import resolve_max_length
 
-    for subject in models:
-        tokenizer = loading.load_tokenizer(subject, config)
-        own = transformers.AutoConfig.from_pretrained(
-            subject.model, trust_remote_code=config.trust_remote_code
-        )
+    for evaluated in models:
+        tokenizer = loading.load_tokenizer(evaluated, config)
+        own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
         longest = config.max_length or resolve_max_length(own, tokenizer)
         for task in tasks.values():
-            task.check(subject, tokenizer, longest)
+            task.check(evaluated, tokenizer, longest)
 
 
-def _ask_all(
-    subject: Subject, tasks: dict[str, Asked], result: Result, bar: Any, tell: Tell
+def _evaluate(
+    evaluated: EvaluatedModel,
+    tasks: dict[str, EvaluationTask],
+    record: EvaluationRecord,
+    bar: Any,
+    tell: Tell,
 ) -> None:
-    """Load one model, ask it the tasks, and let go of it."""
-    bar.set_description(f"loading {subject.name}")
-    lm = _model(subject, result.config, tasks)
+    """Load one model, evaluate it on the tasks, and let go of it."""
+    bar.set_description(f"loading {evaluated.name}")
+    lm = _model(evaluated, record.config, tasks)
     for name, task in tasks.items():
-        bar.set_description(f"{subject.name}: {name}")
+        bar.set_description(f"{evaluated.name}: {name}")
         done, start = bar.n, time.perf_counter()
-        answers = task.ask(lm, partial(_advance, bar, done))
+        found = task.evaluate(lm, partial(_advance, bar, done))
         _advance(bar, done, task.items)
         seconds = time.perf_counter() - start
-        result.add(subject, name, answers, seconds)
-        if answers.truncated:
+        record.add(evaluated, name, found, seconds)
+        if found.truncated:
             logger.warning(
                 "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
-                subject.name,
-                answers.truncated,
+                evaluated.name,
+                found.truncated,
                 name,
             )
         if bar.disable:
-            main = next((f"{key} {value:.4f}" for key, value in answers.scores.items()), "answered")
-            tell(f"{subject.name}: {name}: {main} ({seconds:.0f} s)")
+            main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
+            tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
     del lm
     loading.release()
 
@@ -196,21 +204,21 @@ def _advance(bar: Any, done: int, items: int) -> None:
     bar.update(done + items - bar.n)
 
 
-def _model(subject: Subject, config: EvalConfig, tasks: dict[str, Asked]) -> Any:
-    tokenizer = loading.load_tokenizer(subject, config)
-    if subject.head == "labelled":
+def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
+    tokenizer = loading.load_tokenizer(evaluated, config)
+    if evaluated.head == "labelled":
         from tlora.inference.labelled import Labeller, Labels
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
-        model = loading.load(subject, config, **head)
-        return Labeller.of(subject.name, model, tokenizer, config)
+        model = loading.load(evaluated, config, **head)
+        return Labeller.of(evaluated.name, model, tokenizer, config)
     if config.backend == "vllm":
         from tlora.inference.vllm import MergedVLLM
 
-        return MergedVLLM(subject, config)
+        return MergedVLLM(evaluated, config)
     from tlora.inference.lm import TransformersLM
 
-    return TransformersLM(loading.load(subject, config), tokenizer, config, subject.head)
+    return TransformersLM(loading.load(evaluated, config), tokenizer, config, evaluated.head)
 
 
 @contextmanager
@@ -227,13 +235,15 @@ def _bar(items: int) -> Iterator[Any]:
         transformers_logging.enable_progress_bar()
 
 
-class Result:
+class EvaluationRecord:
     """eval.json as it grows.
 
     What the folder holds of other models and tasks, evaluated with the same settings, is kept.
     """
 
-    def __init__(self, folder: EvalFolder, config: EvalConfig, models: list[Subject]) -> None:
+    def __init__(
+        self, folder: EvalFolder, config: EvalConfig, models: list[EvaluatedModel]
+    ) -> None:
         """Read what is there.
 
         Raises:
@@ -241,12 +251,12 @@ class Result:
         """
         self.config = config
         self._folder = folder
-        self._identities = {subject.name: subject.identity() for subject in models}
+        self._identities = {evaluated.name: evaluated.identity() for evaluated in models}
         found = folder.read() if folder.exists else {}
         self._models: dict[str, Any] = {each["name"]: each for each in found.get("models", [])}
         self._tasks: dict[str, Any] = {each["name"]: each for each in found.get("tasks", [])}
         self._starts: list[Any] = found.get("starts", [])
-        self._subjects = models
+        self._evaluated = models
         self._refuse_mixing(found)
 
     def _refuse_mixing(self, found: dict[str, Any]) -> None:
@@ -259,27 +269,27 @@ class Result:
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
                     f" {before.get(name)!r}; choose another --output_dir."
                 )
-        for subject in self._subjects:
-            known = self._models.get(subject.name, {})
-            here = (subject.kind, subject.model, subject.adapter)
+        for evaluated in self._evaluated:
+            known = self._models.get(evaluated.name, {})
+            here = (evaluated.kind, evaluated.model, evaluated.adapter)
             if known and (known["kind"], known["model"], known["adapter"]) != here:
                 faults.append(
-                    f"{self._folder.path} has another model called {subject.name!r}; call this one"
-                    f" otherwise: NAME={subject.path}."
+                    f"{self._folder.path} has another model called {evaluated.name!r}; call this"
+                    f" one otherwise: NAME={evaluated.path}."
                 )
         if faults:
             raise ConfigError(faults, where="eval")
 
-    def start(self, tasks: dict[str, Asked]) -> None:
+    def start(self, tasks: dict[str, EvaluationTask]) -> None:
         """Write down what is about to run; results of models that have changed are dropped."""
-        for subject in self._subjects:
-            identity = self._identities[subject.name]
-            known = self._models.get(subject.name)
+        for evaluated in self._evaluated:
+            identity = self._identities[evaluated.name]
+            known = self._models.get(evaluated.name)
             if known and known["identity"] != identity:
-                logger.warning("%s has changed, and is evaluated anew.", subject.name)
-                self._forget(subject.name)
-        named = {subject.name: self._entry(subject) for subject in self._subjects}
-        first = self._subjects[0]
+                logger.warning("%s has changed, and is evaluated anew.", evaluated.name)
+                self._forget(evaluated.name)
+        named = {evaluated.name: self._entry(evaluated) for evaluated in self._evaluated}
+        first = self._evaluated[0]
         # What was there keeps its place, but a base leads: the others are compared with it.
         lead = {first.name: named[first.name]} if first.kind == "base" else {}
         self._models = lead | {k: v for k, v in (self._models | named).items() if k not in lead}
@@ -297,28 +307,28 @@ class Result:
         self._starts.append(start)
         self._write()
 
-    def has(self, subject: Subject, task: str) -> bool:
+    def has(self, evaluated: EvaluatedModel, task: str) -> bool:
         """Return whether a pair is finished."""
-        there = subject.name in self._tasks[task]["scores"]
-        return there and self._folder.samples_file(subject.name, task).is_file()
+        there = evaluated.name in self._tasks[task]["scores"]
+        return there and self._folder.samples_file(evaluated.name, task).is_file()
 
-    def add(self, subject: Subject, task: str, answers: Answers, seconds: float) -> None:
+    def add(self, evaluated: EvaluatedModel, task: str, found: TaskResult, seconds: float) -> None:
         """Write a finished pair."""
-        self._folder.write_samples(subject.name, task, answers.lines)
+        self._folder.write_samples(evaluated.name, task, found.lines)
         entry = self._tasks[task]
-        entry["metrics"] = entry["metrics"] or list(answers.scores)
-        entry["scores"][subject.name] = answers.scores
-        entry["seconds"][subject.name] = round(seconds, 3)
-        entry["truncated"][subject.name] = answers.truncated
+        entry["metrics"] = entry["metrics"] or list(found.scores)
+        entry["scores"][evaluated.name] = found.scores
+        entry["seconds"][evaluated.name] = round(seconds, 3)
+        entry["truncated"][evaluated.name] = found.truncated
         self._write()
 
-    def _entry(self, subject: Subject) -> dict[str, Any]:
+    def _entry(self, evaluated: EvaluatedModel) -> dict[str, Any]:
         return {
-            "name": subject.name,
-            "kind": subject.kind,
-            "model": subject.model,
-            "adapter": subject.adapter,
-            "identity": self._identities[subject.name],
+            "name": evaluated.name,
+            "kind": evaluated.kind,
+            "model": evaluated.model,
+            "adapter": evaluated.adapter,
+            "identity": self._identities[evaluated.name],
         }
 
     def _forget(self, model: str) -> None:

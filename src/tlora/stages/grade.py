@@ -9,10 +9,9 @@ from typing import Any
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench.endpoint import read_key, request_body
+from tlora.evaluation.mtbench.endpoint import read_key, request_body, require_client
+from tlora.evaluation.mtbench.grades import from_lines, means, metric_names, to_lines
 from tlora.evaluation.mtbench.judging import Judged, judge, judge_prompts
-from tlora.evaluation.mtbench.samples import from_lines, to_lines
-from tlora.evaluation.mtbench.scores import means, metric_names
 from tlora.registry import CONVERSATIONS
 
 logger = logging.getLogger(__name__)
@@ -22,10 +21,11 @@ def check_judge(config: EvalConfig) -> None:
     """Check what can be known of the judge before any model is asked.
 
     Raises:
-        ConfigError: its key cannot be sent.
+        ConfigError: its client is not installed, or its key cannot be sent.
         DataError: the file of its prompts is missing or damaged.
     """
     if config.judge.url:
+        require_client()
         judge_prompts(config.judge)
         read_key(config.judge)
 
@@ -118,9 +118,9 @@ def _by(judge_entry: Mapping[str, Any] | None) -> str:
     if judge_entry is None:
         return "not graded"
     request = judge_entry["request"]
-    heat = (
+    temperature = (
         f"temperature {request['temperature']}"
         if "temperature" in request
         else "its own temperature"
     )
-    return f"graded 1 to 10 by {request['model']} at {heat}, {judge_entry['prompts']}"
+    return f"graded 1 to 10 by {request['model']} at {temperature}, {judge_entry['prompts']}"

@@ -1,9 +1,9 @@
-"""One question to an endpoint that speaks OpenAI's chat completions, asked until it is answered.
+"""Requests to an endpoint that speaks OpenAI's chat completions, by the `openai` client.
 
-What fails for a while (429, 5xx, timeouts, cut connections, answers that are no JSON) is tried
-again after a wait that doubles, or as long as the endpoint asks for by Retry-After; while one
-request waits for that, the others do too. What would fail again (a wrong key, an unknown model) is
-an error at once.
+The client retries what passes by itself (429, 5xx, timeouts, lost connections), with waits that
+double or that the endpoint asks for by Retry-After. An answer that is no chat completion counts as
+a lost connection, so it is retried too. What would fail again (a wrong key, an unknown model) is an
+error at once.
 
 The key is read from the environment, sent in a header, and taken out of whatever the endpoint says
 before anyone sees it.
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import email.utils
+import importlib.util
 import json
 import os
-import random
-import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,13 @@ from tlora.evaluation.mtbench.config import JudgeConfig, is_local
 
 if TYPE_CHECKING:
     import httpx2
+    import openai
 
-_PASSING = (408, 409, 425, 429)
-"""Client errors that go away by themselves; so do all from 500 on."""
-_FIRST_WAIT = 1.0
-_LONGEST_WAIT = 60.0
-_LONGEST_REQUESTED_WAIT = 3600.0
 _EXCERPT = 300
 _SHORTEST_SECRET = 8
 """Shorter keys are fillers ("EMPTY", "none") for servers that check none."""
+_TRY = "x-stainless-retry-count"
+"""Header in which the client says how often it has sent a request before."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,16 @@ class Reply:
     """Tokens of the answer, likewise."""
 
 
-class _TryAgain(Exception):
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
+def require_client() -> None:
+    """Check that the `openai` client is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError(
+            "a judge needs the openai package; run pip install 'tlora[judge]'.", where="judge"
+        )
 
 
 def read_key(config: JudgeConfig) -> str | None:
@@ -82,87 +86,95 @@ def read_key(config: JudgeConfig) -> str | None:
     return key
 
 
+@asynccontextmanager
+async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
+    """Yield the judge's endpoint, to be used from this event loop.
+
+    Raises:
+        ConfigError: the client is not installed, or the key cannot be sent.
+    """
+    require_client()
+    key = read_key(config)
+    import openai
+
+    # No proxy stands between this machine and itself.
+    transport = openai.DefaultAsyncHttpxClient(
+        timeout=config.timeout,
+        trust_env=not is_local(config.url or ""),
+        follow_redirects=False,
+        event_hooks={"response": [lambda response: _check(response, config.timeout)]},
+    )
+    async with openai.AsyncOpenAI(
+        base_url=config.url,
+        api_key=key or "",
+        max_retries=config.retries,
+        timeout=config.timeout,
+        http_client=transport,
+    ) as client:
+        yield Endpoint(config, client, key)
+
+
 @dataclass
 class Endpoint:
-    """A judge's address, to be used from one event loop; `retried` counts tries that failed."""
+    """A judge's address; `retried` counts the tries that failed and were made again."""
 
     config: JudgeConfig
-    client: httpx2.AsyncClient = field(repr=False)
+    client: openai.AsyncOpenAI = field(repr=False)
     key: str | None = field(repr=False)
     retried: int = 0
-    _pause_until: float = 0.0
 
-    @property
-    def url(self) -> str:
-        """The address that requests go to."""
-        return completions_url(self.config)
-
-    async def ask(self, body: dict[str, Any]) -> Reply:
+    async def request(self, body: dict[str, Any]) -> Reply:
         """Send one request, and again where that may help.
 
         Raises:
             ConfigError: the endpoint refuses the key, the model or the request.
             JudgeError: it did not answer in any of the tries.
         """
-        tries = self.config.retries + 1
-        wait = _FIRST_WAIT
-        for left in reversed(range(tries)):
-            while (pause := self._pause_until - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            try:
-                return await self._once(body)
-            except _TryAgain as failure:
-                self.retried += 1
-                if not left or (failure.wait or 0) > _LONGEST_REQUESTED_WAIT:
-                    raise JudgeError(
-                        f"{self.url} gave no judgement (tries: {tries - left}): {failure}"
-                    ) from None
-                if failure.wait is not None:
-                    self._pause_until = max(self._pause_until, time.monotonic() + failure.wait)
-                else:
-                    # Spread out, so that requests that failed together do not return together.
-                    await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-                    wait = min(2 * wait, _LONGEST_WAIT)
-        raise AssertionError("unreachable")
-
-    async def _once(self, body: dict[str, Any]) -> Reply:
         import httpx2
+        import openai
 
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        # Said here, or the client would send a key that it finds itself (OPENAI_ADMIN_KEY).
+        headers = {"Authorization": f"Bearer {self.key}" if self.key else openai.omit}
         try:
-            # The client's own timeout is one for each read: a slow trickle would never end.
-            async with asyncio.timeout(self.config.timeout):
-                response = await self.client.post(self.url, json=body, headers=headers)
-        except (TimeoutError, httpx2.TimeoutException):
-            raise _TryAgain(f"no answer within {self.config.timeout:g} s.") from None
-        except httpx2.RequestError as error:
-            raise _TryAgain(self._safe(f"{type(error).__name__} ({error}).")) from None
-        text = self._safe(response.text)
-        if response.status_code == 200:
-            reply = _read(text)
-            return dataclasses.replace(reply, text=self._safe(reply.text))
-        self._refuse(response.status_code, text)
-        raise _TryAgain(
-            f"status {response.status_code} ({_excerpt(text)}).",
-            _requested_wait(response.headers.get("Retry-After")),
-        )
+            response = await self.client.post(
+                "/chat/completions",
+                cast_to=httpx2.Response,
+                body=body,
+                options={"headers": headers},
+            )
+        except openai.APIStatusError as error:
+            raise self._refusal(error.response) from None
+        except openai.APITimeoutError as error:
+            reason = f"no answer within {self.config.timeout:g} s"
+            raise self._failure(error.request, reason) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__} ({_excerpt(self._safe(str(cause)))})"
+            raise self._failure(error.request, reason) from None
+        self.retried += _tries(response.request) - 1
+        reply = _read(self._safe(response.text))
+        return dataclasses.replace(reply, text=self._safe(reply.text))
 
-    def _refuse(self, status: int, text: str) -> None:
-        """Raise if trying again cannot help."""
-        # OpenAI's 429 of an account without credit.
-        hopeless = status < 500 and (status not in _PASSING or "insufficient_quota" in text)
-        if not hopeless:
-            return
+    def _refusal(self, response: httpx2.Response) -> ConfigError | JudgeError:
+        """Return the error for a status: it may pass later, or the user has to change something."""
+        status, text = response.status_code, _excerpt(self._safe(response.text))
+        if status >= 500 or (status in (408, 409, 429) and not _without_credit(response)):
+            return self._failure(response.request, f"status {status} ({text})")
         name = self.config.key_variable
         advice = "check `judge.url`, `judge.model` and `judge.request`"
         if status in (401, 403):
             advice = f"check the key in {name}" if self.key else f"no key was sent: {name} is unset"
             if name is None:
                 advice = "no key was sent; name its variable by `judge.key_variable`"
-        raise ConfigError(
-            f"{self.url} refuses the request with status {status} ({_excerpt(text)}); {advice}.",
+        return ConfigError(
+            f"{completions_url(self.config)} refuses the request with status {status} ({text});"
+            f" {advice}.",
             where="judge",
         )
+
+    def _failure(self, request: httpx2.Request, reason: str) -> JudgeError:
+        url = completions_url(self.config)
+        return JudgeError(f"{url} gave no judgement (tries: {_tries(request)}): {reason}.")
 
     def _safe(self, text: str) -> str:
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
@@ -186,16 +198,44 @@ def request_body(config: JudgeConfig, messages: list[dict[str, str]]) -> dict[st
     return {"model": config.model, "messages": messages, **kept}
 
 
+async def _check(response: httpx2.Response, seconds: float) -> None:
+    """Read a whole response in time, and let the client retry one that is no chat completion."""
+    import httpx2
+
+    try:
+        # The client's own timeout is one for each read: a slow trickle would never end.
+        async with asyncio.timeout(seconds):
+            await response.aread()
+        if response.status_code == 200:
+            _read(response.text)
+    except TimeoutError:
+        raise httpx2.ReadTimeout("too slow", request=response.request) from None
+    except ValueError as error:
+        raise httpx2.DecodingError(str(error), request=response.request) from None
+    if _without_credit(response):
+        response.headers["x-should-retry"] = "false"
+
+
+def _without_credit(response: httpx2.Response) -> bool:
+    """Whether this is OpenAI's 429 of an account without credit, which waiting does not mend."""
+    return response.status_code == 429 and "insufficient_quota" in response.text
+
+
+def _tries(request: httpx2.Request) -> int:
+    return int(request.headers[_TRY]) + 1
+
+
 def _read(text: str) -> Reply:
+    """Return what a chat completion says; ValueError where it is none."""
     try:
         value = json.loads(text)
         choice = value["choices"][0]
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _TryAgain(f"an answer that is no chat completion ({_excerpt(text)}).") from None
+        raise ValueError(f"not a chat completion: {text}") from None
     if not isinstance(content, (str, type(None))):
-        raise _TryAgain(f"an answer whose content is no text ({_excerpt(text)}).")
+        raise ValueError(f"a chat completion without text: {text}")
     said = content or (refusal if isinstance(refusal, str) else "")
     usage = value.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -215,17 +255,3 @@ def _count(value: Any) -> int | None:
 def _excerpt(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]}..."
-
-
-def _requested_wait(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, which is a number or a date (RFC 9110)."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if seconds == seconds else None  # noqa: PLR0124 - not a number

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +15,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tlora.errors import JudgeError
-from tlora.evaluation.mtbench.cache import JudgementCache
-from tlora.evaluation.mtbench.config import JudgeConfig, is_local
+from tlora.errors import ArtifactError, JudgeError
+from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.evaluation.mtbench.endpoint import (
     Endpoint,
     Reply,
     completions_url,
-    read_key,
+    connected,
     request_body,
 )
 from tlora.evaluation.mtbench.prompts import OURS, JudgePrompts, rating, read_prompts
 from tlora.evaluation.mtbench.questions import Question
+from tlora.files import read_json, write_json
 
 TURNS = (1, 2)
 _HOPELESS = 3
@@ -128,7 +131,7 @@ def judge(
     missing = [index for index, reply in replies.items() if reply is None]
     asked, retried = [], 0
     if missing:
-        work = _ask_all([bodies[index] for index in missing], config, kept, title)
+        work = _request_all([bodies[index] for index in missing], config, kept, title)
         asked, retried = _run(work)
         replies |= dict(zip(missing, asked, strict=True))
     judgements = [_read(reply) for reply in replies.values() if reply is not None]
@@ -136,38 +139,58 @@ def judge(
     return Judged(pairs, len(asked), retried)
 
 
-async def _ask_all(
+async def _request_all(
     bodies: list[dict[str, Any]], config: JudgeConfig, cache: JudgementCache, title: str
 ) -> tuple[list[Reply], int]:
-    import httpx2
-
-    key = read_key(config)
-    limits = httpx2.Limits(max_connections=config.concurrency)
-    # No proxy of the environment stands between this machine and itself.
-    direct = is_local(config.url or "")
-    async with httpx2.AsyncClient(
-        timeout=config.timeout, limits=limits, trust_env=not direct
-    ) as client:
+    async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
-            crew = _Crew(Endpoint(config, client, key), cache, bar)
+            requests = _Requests(endpoint, cache, bar)
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(crew.ask(body)) for body in bodies]
+                    tasks = [group.create_task(requests.request(body)) for body in bodies]
             except ExceptionGroup as errors:
                 # One that cannot be helped; the group has cancelled what was under way.
                 if not isinstance(errors.exceptions[0], JudgeError):
                     raise errors.exceptions[0] from None
-    if crew.failures:
+    if requests.failures:
         raise JudgeError(
-            f"of {len(bodies)} judgements {crew.made} were made, and are kept in {cache.path}, and"
-            f" {len(crew.failures)} failed; the same command asks for the rest. The first failure:"
-            f" {crew.failures[0]}"
+            f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
+            f" and {len(requests.failures)} failed; the same command asks for the rest. The first"
+            f" failure: {requests.failures[0]}"
         )
     replies = [reply for task in tasks if (reply := task.result()) is not None]
-    return replies, crew.endpoint.retried
+    return replies, endpoint.retried
 
 
-class _Crew:
+class JudgementCache:
+    """A folder of replies, one JSON file each, so that none is paid for twice.
+
+    The name of a file is a digest of all that defines the request: address, model, messages,
+    temperature, limits and whatever else is sent, but not the key. Processes may share a folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def get(self, url: str, body: dict[str, Any]) -> Reply | None:
+        """Return the reply to a request, or None if it has to be asked; so where it is damaged."""
+        try:
+            reply = Reply(**read_json(self._file(url, body))["reply"])
+            return reply if isinstance(reply.text, str) else None
+        except (ArtifactError, KeyError, TypeError):
+            return None
+
+    def put(self, url: str, body: dict[str, Any], reply: Reply) -> None:
+        """Keep a reply."""
+        saved = {"url": url, "request": body, "reply": dataclasses.asdict(reply)}
+        write_json(self._file(url, body), saved)
+
+    def _file(self, url: str, body: dict[str, Any]) -> Path:
+        text = json.dumps({"url": url, "request": body}, sort_keys=True)
+        return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+class _Requests:
     """What the requests under way share."""
 
     def __init__(self, endpoint: Endpoint, cache: JudgementCache, bar: Any) -> None:
@@ -177,7 +200,7 @@ class _Crew:
         self._in_a_row = 0
         self._places = asyncio.Semaphore(endpoint.config.concurrency)
 
-    async def ask(self, body: dict[str, Any]) -> Reply | None:
+    async def request(self, body: dict[str, Any]) -> Reply | None:
         """Return the reply, kept on disk; None if there was none and others may fare better.
 
         Raises:
@@ -185,7 +208,7 @@ class _Crew:
         """
         async with self._places:
             try:
-                reply = await self.endpoint.ask(body)
+                reply = await self.endpoint.request(body)
             except JudgeError as error:
                 self.failures.append(error)
                 self._in_a_row += 1
@@ -193,7 +216,7 @@ class _Crew:
                     raise
                 return None
         self._in_a_row = 0
-        self.cache.put(self.endpoint.url, body, reply)
+        self.cache.put(completions_url(self.endpoint.config), body, reply)
         self.made += 1
         self.bar.update()
         return reply

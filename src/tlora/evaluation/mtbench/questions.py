@@ -43,7 +43,7 @@ class Question:
     """What a right answer to each turn is, for the categories that need it."""
 
 
-def temperature(question: Question) -> float:
+def published_temperature(question: Question) -> float:
     """Return the published temperature for the answers to a question."""
     return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
 

@@ -2,8 +2,8 @@
 
 A program is untrusted: it may loop, fill the disk, delete files, call home, or claim to have
 passed. It runs in a process of its own, and its tests in another, which asks it for values; see
-`tlora.evaluation.jail`. ``docs/evaluation.md`` says what this protects against, and what it does
-not. Linux only, and nothing but Python and the kernel.
+`tlora.evaluation.sandbox.inside`. ``docs/evaluation.md`` says what this protects against, and what
+it does not. Linux only, and nothing but Python and the kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from tlora.errors import ConfigError, SandboxError
 
@@ -37,20 +37,20 @@ PROTECTIONS: dict[str, str] = {
 }
 """What each level of protection keeps apart, strongest first."""
 
-# By its place and not by a search path: neither can another "jail" stand in for it, nor does the
+# By its place and not by a search path: neither can another "inside" stand in for it, nor does the
 # program find our modules beside it.
 _BOOT = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("jail", sys.argv.pop())
-package = sys.modules["jail"] = importlib.util.module_from_spec(spec)
+spec = importlib.util.spec_from_file_location("inside", sys.argv.pop())
+package = sys.modules["inside"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
-from jail.launch import main
+from inside.launch import main
 main()
 """
-_JAIL = str(Path(__file__).with_name("jail") / "__init__.py")
-_START_SECONDS = 60.0
+_INSIDE = str(Path(__file__).with_name("inside") / "__init__.py")
+_START_SECONDS = 300.0
 """For isolating, which is our own work, on a busy machine; the program's time starts after it."""
-_END_SECONDS = 10.0
+_END_SECONDS = 60.0
 _TAIL = 4000
 """Characters of stderr that are kept."""
 
@@ -159,30 +159,30 @@ class Sandbox:
         Raises:
             SandboxError: the machine does not allow this protection.
         """
-        with self._turn, self._scratch() as scratch, _Pipe() as verdicts:
+        with self._turn, self._scratch() as scratch, _pipe() as (verdicts, theirs):
             order = {
                 "protection": self.protection,
                 "limits": asdict(self.limits),
                 "caller": os.getpid(),
                 "scratch": scratch,
-                "verdicts": verdicts.write,
+                "verdicts": theirs.fileno(),
                 "entry_points": list(entry_points),
                 "program": program,
             }
             process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-c", _BOOT, _JAIL],
+                [sys.executable, "-P", "-s", "-c", _BOOT, _INSIDE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[verdicts.write],
+                pass_fds=[theirs.fileno()],
                 env=_environment(scratch),
                 cwd="/",
                 start_new_session=True,
             )
-            verdicts.close_write()
+            theirs.close()
             with _ended(process):
                 _send(process, json.dumps(order), tests)
-                return _Run(process, verdicts.read, self.limits).result()
+                return _Run(process, verdicts.fileno(), self.limits).result()
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[str]:
@@ -212,21 +212,12 @@ def _environment(scratch: str) -> dict[str, str]:
     }
 
 
-class _Pipe:
-    """A pipe whose ends are closed once, here."""
-
-    def __enter__(self) -> _Pipe:
-        self.read, self.write = os.pipe()
-        self._open = {self.read, self.write}
-        return self
-
-    def close_write(self) -> None:
-        self._open.discard(self.write)
-        os.close(self.write)
-
-    def __exit__(self, *_: object) -> None:
-        for end in self._open:
-            os.close(end)
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield the ends of a pipe, to read and to write; both are closed in the end."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", 0) as reading, os.fdopen(write, "wb", 0) as writing:
+        yield reading, writing
 
 
 @contextlib.contextmanager
@@ -282,7 +273,10 @@ class _Run:
         """
         with self._selector:
             if not self._read(_START_SECONDS, lines=1):
-                raise SandboxError("the sandbox did not start in a minute; is the machine loaded?")
+                raise SandboxError(
+                    f"the sandbox did not start within {_START_SECONDS:g} s; the machine may be"
+                    " overloaded."
+                )
             first = self._lines()[:1]
             if first and first[0]["status"] == "unavailable":
                 raise SandboxError(

@@ -1,4 +1,4 @@
-"""Prompts and responses as an evaluation: a reply is right if it is the row's response."""
+"""Rows of a registered task as an evaluation: a reply is right if it is the row's response."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lm_eval.api.task import ConfigurableTask
 from tlora.errors import ConfigError, DataError
 from tlora.evalconfig import EvalConfig
 from tlora.inference.loading import unheard
-from tlora.inference.testrows import scored_rows
-from tlora.tasks.base import Task
+from tlora.registry import TASKS
+from tlora.tasks.base import Row, Task
 
 if TYPE_CHECKING:
     from tlora.evaluations.utils import Doc, Reading
@@ -117,18 +117,37 @@ def _task(
         return ConfigurableTask(config=config)
 
 
-def of_task(name: str, task: Task, config: EvalConfig) -> ConfigurableTask:
-    """Make an evaluation of the prompts and responses of a task.
-
-    Args:
-        name: the registered name of the task.
-        task: reads the rows, as in training.
-        config: which rows.
+def of_a_task(config: EvalConfig) -> bool:
+    """Return whether the rows of a registered task are asked for, and not an evaluation's.
 
     Raises:
-        ConfigError: the rows of this task are not scored by their responses, or there are none.
+        ConfigError: they are not, and fields say how they are read.
+    """
+    if config.test_file or config.data.kind or config.data.dataset:
+        return True
+    if given := config.data.given():
+        raise ConfigError(
+            f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
+            " give --test_file or --data.dataset too, or leave it out.",
+            where="data",
+        )
+    return False
+
+
+def of_task(config: EvalConfig) -> ConfigurableTask:
+    """Make an evaluation of the prompts and responses of a registered task.
+
+    Raises:
+        ConfigError: there are several tasks, the name is not registered, its rows are not scored by
+            their responses, or there are none.
         DataError: a row is not what the task expects.
     """
+    if len(config.tasks) > 1:
+        raise ConfigError(
+            "--test_file, --data.dataset and --data.kind are of one task; give one.", where="tasks"
+        )
+    name = config.tasks[0]
+    task = TASKS.load(name)(config.data)
     if task.kind in ("classification", "regression"):
         raise ConfigError(
             f"{name!r} has labels, and the models write texts; give models with a trained head,"
@@ -149,3 +168,19 @@ def of_task(name: str, task: Task, config: EvalConfig) -> ConfigurableTask:
             )
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
     return read_rows(name, docs, task) if task.reads_replies else exact_rows(name, docs)
+
+
+def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
+    """Return the rows to score: all, or if ``limited`` those that `limit` of the evaluation leaves.
+
+    Raises:
+        ConfigError: the task has no rows of its own, and none are named.
+        DataError: a row is not what the task expects.
+    """
+    raw, where = task.held_out(config.test_file)
+    if limited:
+        raw = raw.select(range(config.limited(len(raw))))
+    rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
+    if not rows:
+        raise DataError(f"{where}: there are no rows.")
+    return rows

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
 
-    from tlora.inference.subjects import Subject
+    from tlora.inference.evaluated_models import EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _ONE_NAME = dict.fromkeys(REPLY_TOKENS, REPLY_TOKENS[0])
 
 
 @dataclass(frozen=True)
-class Answers:
+class TaskResult:
     """What one model said to one task."""
 
     lines: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Answers:
     """Prompts that lost their beginning."""
 
 
-class Questions:
+class HarnessTask:
     """A task of lm-evaluation-harness, set up as an evaluation says."""
 
     def __init__(self, task: Task, config: EvalConfig) -> None:
@@ -53,11 +53,13 @@ class Questions:
         self.shots = task.config.num_fewshot or 0
         self.protocol: str = protocol(task)
 
-    def check(self, subject: Subject, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
         """Check, before the model is loaded, that it can be asked.
 
         Args:
-            subject: the model.
+            evaluated: the model.
             tokenizer: its tokenizer.
             longest: tokens that it holds, prompt and reply.
 
@@ -69,7 +71,7 @@ class Questions:
 
         if self._config.apply_chat_template and not tokenizer.chat_template:
             raise ConfigError(
-                f"{subject.name}: the tokenizer has no chat template; leave"
+                f"{evaluated.name}: the tokenizer has no chat template; leave"
                 " --apply_chat_template out.",
                 where=self._task.task_name,
             )
@@ -78,20 +80,20 @@ class Questions:
         if faults := _unknown(self._config):
             raise ConfigError(faults, where="eval")
         tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
-        check_room(self._task.task_name, subject, tokens, longest)
+        check_room(self._task.task_name, evaluated, tokens, longest)
 
-    def ask(self, lm: Any, answered: Callable[[int], None]) -> Answers:
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
         """Ask all items of one model.
 
         Args:
             lm: the model, as the harness knows it.
-            answered: called with the number of items answered so far.
+            progress: called with the number of items answered so far.
         """
         from lm_eval import evaluate
 
         from tlora.evaluation.harness.catalogue import ours
         from tlora.evaluation.harness.samples import metrics, records
-        from tlora.inference.lm import Ticker
+        from tlora.inference.lm import ProgressHook
 
         config, task = self._config, self._task
         name, system = task.task_name, config.system_instruction
@@ -100,7 +102,7 @@ class Questions:
         _seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
         before = getattr(lm, "truncated", 0)
-        ticker = Ticker(lambda count: answered(_items(task, count, self.items)))
+        ticker = ProgressHook(lambda count: progress(_items(task, count, self.items)))
         lm.set_cache_hook(ticker)
         with _quiet():
             found = evaluate(
@@ -117,28 +119,28 @@ class Questions:
         lines = records(task, found["samples"][name])
         scores = metrics(task, found["results"][name])
         lower = [key for key in scores if not _higher(task, key)]
-        return Answers(
+        return TaskResult(
             [line | {"scores": _turned(line["scores"], lower)} for line in lines],
             _turned(scores, lower),
             getattr(lm, "truncated", 0) - before,
         )
 
 
-def check_room(task: str, subject: Subject, tokens: int, longest: int) -> None:
+def check_room(task: str, evaluated: EvaluatedModel, tokens: int, longest: int) -> None:
     """Check that a model has room for a prompt beside its reply; of encoders and decoders each has.
 
     Args:
         task: name of the task, for the message.
-        subject: the model.
+        evaluated: the model.
         tokens: most tokens of a reply.
         longest: tokens that the model holds, prompt and reply.
 
     Raises:
         ConfigError: it has none.
     """
-    if subject.head == "causal" and tokens >= longest:
+    if evaluated.head == "causal" and tokens >= longest:
         raise ConfigError(
-            f"{tokens} new tokens are asked for, and {subject.name} holds {longest} with the"
+            f"{tokens} new tokens are asked for, and {evaluated.name} holds {longest} with the"
             " prompt; give --gen_kwargs max_gen_toks=N.",
             where=task,
         )

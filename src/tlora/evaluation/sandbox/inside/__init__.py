@@ -1,4 +1,4 @@
-"""What runs on the far side of the sandbox, in processes that `tlora.evaluation.sandbox` starts.
+"""What runs inside of the sandbox, in processes that `tlora.evaluation.sandbox.host` starts.
 
 It is loaded by its folder, without the rest of tlora, so every import in it is relative or of the
 standard library. One datum's walk: `launch` reads the program, makes the namespaces with

@@ -9,16 +9,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evaluation.harness.samples import metrics, records
-from tlora.inference import rows
-from tlora.inference.questions import Questions
-from tlora.inference.subjects import Subject
-from tlora.inference.testrows import scored_rows
+from tlora.inference import task_rows
+from tlora.inference.evaluated_models import EvaluatedModel
+from tlora.inference.harness_task import HarnessTask
+from tlora.inference.task_rows import scored_rows
 from tlora.registry import TASKS
 from tlora.runconfig import DataConfig
 from tlora.stages import evaluate as evaluation
 from tlora.tasks import source
 
-CAUSAL = Subject("m", "base", "m", None, "causal")
+CAUSAL = EvaluatedModel("m", "base", "m", None, "causal")
 
 
 class Says(LM):
@@ -44,7 +44,7 @@ def scored(name, lines, replies, tmp_path, **data):
     config = EvalConfig(
         models=["m"], tasks=[name], test_file=str(file), data=DataConfig(**data), limit=2
     )
-    task = rows.of_task(name, TASKS.load(name)(config.data), config)
+    task = task_rows.of_task(config)
     found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
     lines = records(task, found["samples"][name])
     return metrics(task, found["results"][name]), [line["scores"] for line in lines]
@@ -185,8 +185,8 @@ def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
 def test_what_the_user_says_of_generation_wins_over_the_task(tmp_path):
     given = {"max_new_tokens": 5, "temperature": 0.5}
     config = EvalConfig(models=["m"], tasks=["t"], gen_kwargs=given)
-    task = rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
-    asked = Questions(task, config)
+    task = task_rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
+    asked = HarnessTask(task, config)
     (request,) = (task.build_all_requests(), task.instances)[1]
     said = normalize_gen_kwargs(request.args[1])
     assert (said["max_gen_toks"], said["temperature"], said["do_sample"]) == (5, 0.5, True)
@@ -202,7 +202,7 @@ def test_a_system_instruction_stands_a_blank_line_before_the_prompt(tmp_path):
             return self.replies
 
     config = EvalConfig(models=["m"], tasks=["t"], system_instruction="Be brief.")
-    task = rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "r"}])
-    answers = Questions(task, config).ask(Asked(["r"]), lambda count: None)
+    task = task_rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "r"}])
+    answers = HarnessTask(task, config).evaluate(Asked(["r"]), lambda count: None)
     assert asked == ["Be brief.\n\np"]
     assert answers.scores == {"exact_match": 1.0}

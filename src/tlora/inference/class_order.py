@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
-from tlora.inference.subjects import Subject, labels_texts
+from tlora.inference.evaluated_models import EvaluatedModel, labels_texts
+from tlora.models.pretrained import Pretrained
 from tlora.registry import TASKS
 from tlora.runfolder import RunFolder
 
@@ -24,18 +25,18 @@ class Outputs:
     """Whether the record of its training says so."""
 
 
-def outputs_of(subject: Subject, config: EvalConfig) -> Outputs:
+def outputs_of(evaluated: EvaluatedModel, config: EvalConfig) -> Outputs:
     """Return what is known of the outputs of a model, from files alone.
 
     The record of a run of `tlora train` comes first. Else the model's configuration tells it, where
     it has a head and the names are more than numbers ("LABEL_0").
     """
-    run = _run_of(subject)
+    run = _run_of(evaluated)
     names = _recorded(run) if run else None
-    if names or (run and subject.adapter):
+    if names or (run and evaluated.adapter):
         # What the base of a run's adapter says is of the head that the run has put aside.
         return Outputs(names, trained=names is not None)
-    return Outputs(_configured(subject, config), trained=False)
+    return Outputs(_configured(evaluated, config), trained=False)
 
 
 def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
@@ -51,12 +52,16 @@ def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
 
 
 def chosen_order(
-    subject: Subject, found: Outputs, wanted: Sequence[str], given: list[str] | None, fixed: bool
+    evaluated: EvaluatedModel,
+    found: Outputs,
+    wanted: Sequence[str],
+    given: list[str] | None,
+    fixed: bool,
 ) -> list[int]:
     """Return which output of a model is each class of a task.
 
     Args:
-        subject: the model, for messages.
+        evaluated: the model, for messages.
         found: what is known of its outputs.
         wanted: the classes of the task.
         given: the classes in the order of the outputs, as the user says; None: not said.
@@ -69,7 +74,7 @@ def chosen_order(
     known = order_of(found.names, given) if given and found.trained and found.names else None
     if given and found.names and known not in (None, [*range(len(given))]):
         raise ConfigError(
-            f"{', '.join(given)} is not the order in which {subject.name} was trained"
+            f"{', '.join(given)} is not the order in which {evaluated.name} was trained"
             f" ({', '.join(found.names)}); leave it out.",
             where="data.label_names",
         )
@@ -81,17 +86,17 @@ def chosen_order(
     order = order_of(names, wanted)
     if order is None:
         raise ConfigError(
-            f"the outputs of {subject.name} are {', '.join(names)}, and the classes that are asked"
-            f" for {', '.join(wanted)}; give a model of these classes, or if only its names are"
-            " others, --data.label_names with these in the order of its outputs.",
+            f"the outputs of {evaluated.name} are {', '.join(names)}, and the classes that are"
+            f" asked for {', '.join(wanted)}; give a model of these classes, or if only its names"
+            " are others, --data.label_names with these in the order of its outputs.",
             where="models",
         )
     return order
 
 
-def _run_of(subject: Subject) -> RunFolder | None:
+def _run_of(evaluated: EvaluatedModel) -> RunFolder | None:
     """Return the run that a model or an adapter is in, at its end or as a checkpoint."""
-    folder = Path(subject.path)
+    folder = Path(evaluated.path)
     for run in (RunFolder(folder.parent), RunFolder(folder.parent.parent)):
         if run.exists and folder in (run.adapter, run.checkpoints / folder.name):
             return run
@@ -106,12 +111,8 @@ def _recorded(run: RunFolder) -> list[str] | None:
     return own or values.get("data", {}).get("label_names")
 
 
-def _configured(subject: Subject, config: EvalConfig) -> list[str] | None:
-    import transformers
-
-    own = transformers.AutoConfig.from_pretrained(
-        subject.model, trust_remote_code=config.trust_remote_code
-    )
+def _configured(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | None:
+    own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
     by_id = getattr(own, "id2label", None) or {}
     names = [str(by_id[number]) for number in sorted(by_id)]
     if not labels_texts(own) or all(re.fullmatch(r"LABEL_\d+", name) for name in names):

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tlora.errors import AdapterError, ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.inference import loading
-from tlora.inference.subjects import resolve
+from tlora.inference.evaluated_models import resolve
 from tlora.stages.demo import BASE_MODEL
 
 
@@ -117,16 +117,16 @@ def test_models_that_label_and_models_that_write_are_evaluated_apart(
 
 def test_new_weights_are_seen(adapters):
     config = EvalConfig(models=["one"], tasks=["t"])
-    (subject,) = resolve(config)
-    before = subject.identity()
-    assert before == subject.identity()
+    (evaluated,) = resolve(config)
+    before = evaluated.identity()
+    assert before == evaluated.identity()
     file = "one/adapter_model.safetensors"
     with open(file, "r+b") as weights:  # noqa: PTH123
         weights.seek(-1, 2)
         last = weights.read(1)
         weights.seek(-1, 2)
         weights.write(bytes([last[0] ^ 1]))
-    after = subject.identity()
+    after = evaluated.identity()
     assert (after["model"] == before["model"], after["adapter"] == before["adapter"]) == (
         True,
         False,
@@ -135,9 +135,9 @@ def test_new_weights_are_seen(adapters):
 
 def test_an_adapter_that_does_not_fit_its_base_is_named(adapters, saved, tiny_llama):
     config = EvalConfig(models=["one"], model=saved(tiny_llama()), tasks=["t"])
-    (subject,) = resolve(config)
+    (evaluated,) = resolve(config)
     with pytest.raises(AdapterError, match=re.escape("one does not fit")):
-        loading.load(subject, config)
+        loading.load(evaluated, config)
 
 
 def test_merging_gives_the_adapters_logits_and_no_adapter(here, saved, tiny_llama):
@@ -148,7 +148,7 @@ def test_merging_gives_the_adapters_logits_and_no_adapter(here, saved, tiny_llam
     )
     model.save_pretrained("made")
     config = EvalConfig(models=["made"], model=base, tasks=["t"], with_merged=True)
-    adapted, merged = (loading.load(subject, config) for subject in resolve(config))
+    adapted, merged = (loading.load(evaluated, config) for evaluated in resolve(config))
     ids = torch.arange(3, 40).reshape(1, -1)
     with torch.no_grad():
         assert torch.allclose(
@@ -174,8 +174,8 @@ def test_tokens_that_were_added_come_with_the_adapters_tokenizer(
     with pytest.raises(AdapterError, match=r"made does not fit .* --tokenizer"):
         loading.load(resolve(config)[1], config)
     config = EvalConfig(**fields, tokenizer="made")
-    for subject in resolve(config):
-        loaded = loading.load(subject, config)
+    for evaluated in resolve(config):
+        loaded = loading.load(evaluated, config)
         assert loaded.get_input_embeddings().weight.shape[0] == len(tokenizer)
     ids = torch.tensor([tokenizer("a <one> b <two>")["input_ids"]])
     with torch.no_grad():

@@ -18,11 +18,12 @@ from tlora.evalfolder import EvalFolder
 _FILE = "eval.json"
 _SHOWN = 3  # so many of one kind of fault are spelled out
 _AGAIN = "evaluate into another folder"
+_TEXTS = ("item", "prompt", "reply", "answer", "target", "group")
 _NUMBERS = ("predicted", "label")
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelEntry:
     """A model that was evaluated."""
 
     name: str
@@ -51,7 +52,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSamples:
     """One task and all samples of it."""
 
     name: str
@@ -76,8 +77,8 @@ class Task:
 class Evaluation:
     """An evaluation as it is on disk; differences are to the first model."""
 
-    models: list[Model]
-    tasks: list[Task]
+    models: list[ModelEntry]
+    tasks: list[TaskSamples]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     """Provenance of each start; an evaluation that was stopped has several."""
@@ -101,57 +102,44 @@ class _Reader:
     def evaluation(self) -> Evaluation:
         found = self.folder.read()
         models = [
-            Model(str(m["name"]), str(m.get("kind", ""))) for m in self._named(found, "models")
+            ModelEntry(each["name"], str(each.get("kind", "")))
+            for each in self._named(found, "models")
         ]
-        self._raise()
         tasks = [self._task(task, models) for task in self._named(found, "tasks")]
-        self._raise()
-        starts = found.get("starts") or [found.get("provenance") or {}]
-        done = [task for task in tasks if task is not None]
-        return Evaluation(models, done, found.get("config") or {}, starts)
-
-    def _raise(self) -> None:
         if len(self.faults) == 1:
             raise ArtifactError(f"{self.folder.path}: {self.faults[0]}")
         if self.faults:
             lines = "".join(f"\n  - {fault}" for fault in self.faults)
             raise ArtifactError(f"{self.folder.path}: {len(self.faults)} faults:{lines}")
+        starts = found.get("starts") or [found.get("provenance") or {}]
+        return Evaluation(models, tasks, found.get("config") or {}, starts)
 
     def _named(self, found: dict[str, Any], what: str) -> list[dict[str, Any]]:
-        """Return the list ``what``, of objects that have names of their own."""
+        """Return the list ``what``, of objects that have names."""
         listed = found.get(what)
-        if not isinstance(listed, list) or not listed:
-            self.faults.append(f"{_FILE} lists no {what}; {_AGAIN}.")
-            return []
-        if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in listed):
-            self.faults.append(f"{_FILE}: one of the {what} has no name; {_AGAIN}.")
-            return []
-        names = [each["name"] for each in listed]
-        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            self.faults.append(f"{_FILE}: two {what} are called {name!r}; {_AGAIN}.")
+        listed = listed if isinstance(listed, list) else []
+        names = [each.get("name") for each in listed if isinstance(each, dict)]
+        if not listed or len(names) < len(listed) or not _texts(names):
+            raise ArtifactError(f"{self.folder.path}: {_FILE} lists no {what} by name; {_AGAIN}.")
         return listed
 
-    def _task(self, task: dict[str, Any], models: list[Model]) -> Task | None:
-        name, metrics = task["name"], task.get("metrics")
-        if metrics is None or not _texts(metrics):
-            self.faults.append(f"{_FILE}: task {name!r} has no list of metrics; {_AGAIN}.")
-            return None
-        scores = task.get("scores") or {}
+    def _task(self, task: dict[str, Any], models: list[ModelEntry]) -> TaskSamples:
+        name, scores = task["name"], task.get("scores") or {}
         before = len(self.faults)
+        if not _texts(task.get("metrics")):
+            self.faults.append(f"{_FILE}: task {name!r} has no list of metrics; {_AGAIN}.")
         done = [model.name for model in models if model.name in scores]
         samples = {model: self._samples(model, name, task.get("items")) for model in done}
-        if len(self.faults) > before:
-            return None
-        for model in done[1:]:
-            self._check_alike(name, (done[0], samples[done[0]]), (model, samples[model]))
-        if len(self.faults) > before:
-            return None
-        for listed in list(samples.values())[1:]:
+        if len(self.faults) == before:
+            for model in done[1:]:
+                self._check_alike(name, (done[0], samples[done[0]]), (model, samples[model]))
+        if len(self.faults) == before and done:
             order = {sample.item: place for place, sample in enumerate(samples[done[0]])}
-            listed.sort(key=lambda sample: order[sample.item])
-        return Task(
+            for listed in samples.values():
+                listed.sort(key=lambda sample: order[sample.item])
+        return TaskSamples(
             name=name,
-            metrics=metrics,
+            metrics=task.get("metrics") or [],
             protocol=str(task.get("protocol") or ""),
             shots=task.get("shots"),
             scores=scores,
@@ -170,17 +158,16 @@ class _Reader:
                 f"there is no {place}; the command of the evaluation makes it if given again."
             )
             return []
-        samples, faults = [], []
-        seen: set[str] = set()
+        samples: dict[str, Sample] = {}
+        faults = []
         for number, line in _lines(file):
-            sample = _sample(line)
-            if isinstance(sample, Sample) and sample.item in seen:
-                sample = f"item {sample.item!r} is there twice"
-            if isinstance(sample, str):
-                faults.append(f"{place}, line {number}: {sample}.")
-            else:
-                seen.add(sample.item)
-                samples.append(sample)
+            try:
+                sample = _sample(line)
+                if sample.item in samples:
+                    raise ValueError(f"item {sample.item!r} is there twice")
+                samples[sample.item] = sample
+            except ValueError as error:
+                faults.append(f"{place}, line {number}: {error}.")
         if not faults and count is not None and count != len(samples):
             faults.append(f"{place} has {len(samples)} items, {_FILE} says {count}; {_AGAIN}.")
         elif not faults and not samples:
@@ -188,7 +175,7 @@ class _Reader:
         self.faults += faults[:_SHOWN]
         if len(faults) > _SHOWN:
             self.faults.append(f"{place}: {len(faults) - _SHOWN} more lines are damaged.")
-        return samples
+        return list(samples.values())
 
     def _check_alike(
         self, task: str, first: tuple[str, list[Sample]], second: tuple[str, list[Sample]]
@@ -221,41 +208,29 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _sample(line: str) -> Sample | str:
-    """Return the sample of a line, or what is wrong with it."""
+def _sample(line: str) -> Sample:
+    """Return the sample of a line; ValueError says what is wrong with it."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        return f"not JSON ({error})"
-    fault = next(_faults(found), None)
-    if fault is not None:
-        return fault
-    names = ("item", "prompt", "reply", "answer", "target", "group")
-    scores = {metric: float(value) for metric, value in found["scores"].items()}
-    texts = {name: _clean(found.get(name)) for name in names}
-    return Sample(**texts, scores=scores, **{name: found.get(name) for name in _NUMBERS})
-
-
-def _faults(found: Any) -> Iterator[str]:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(found, dict):
-        yield "not a JSON object"
-        return
-    for name in ("item", "prompt", "reply"):
-        if not isinstance(found.get(name), str):
-            yield f"`{name}` is {found.get(name)!r:.60}, not text"
-    for name in ("answer", "target", "group"):
-        if not isinstance(found.get(name), str | None):
-            yield f"`{name}` is {found.get(name)!r:.60}, neither text nor null"
-    for name in _NUMBERS:
-        if not _finite(found.get(name, 0)):
-            yield f"`{name}` is {found[name]!r:.60}, not a finite number"
+        raise ValueError("not a JSON object")
     scores = found.get("scores")
     if not isinstance(scores, dict):
-        yield "`scores` is no object of numbers by metric"
-        return
-    for metric, value in scores.items():
+        raise ValueError("`scores` is no object of numbers by metric")
+    for name in _TEXTS:
+        value, needed = found.get(name), name in ("item", "prompt", "reply")
+        if not isinstance(value, str) and (needed or value is not None):
+            kind = "not text" if needed else "neither text nor null"
+            raise ValueError(f"`{name}` is {value!r:.60}, {kind}")
+    numbers = {f"`{name}`": found[name] for name in _NUMBERS if name in found}
+    for name, value in (numbers | {f"the score {key!r}": scores[key] for key in scores}).items():
         if not _finite(value):
-            yield f"the score {metric!r} is {value!r:.60}, not a finite number"
+            raise ValueError(f"{name} is {value!r:.60}, not a finite number")
+    texts: dict[str, Any] = {name: _clean(found.get(name)) for name in _TEXTS}
+    marks = {metric: float(value) for metric, value in scores.items()}
+    return Sample(**texts, scores=marks, predicted=found.get("predicted"), label=found.get("label"))
 
 
 def _finite(value: Any) -> bool:

@@ -34,7 +34,7 @@ _END = 1 << 20  # bytes looked at on either side of a file
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """One model of an evaluation."""
 
     name: str
@@ -60,7 +60,7 @@ class Subject:
         }
 
 
-def resolve(config: EvalConfig) -> list[Subject]:
+def resolve(config: EvalConfig) -> list[EvaluatedModel]:
     """Return the models of an evaluation, in the order of its table.
 
     Raises:
@@ -68,26 +68,26 @@ def resolve(config: EvalConfig) -> list[Subject]:
             have one name, or they have different heads; all faults at once.
     """
     faults: list[str] = []
-    found: list[Subject] = []
+    found: list[EvaluatedModel] = []
     for entry in config.entries():
         try:
-            found.append(_subject(entry, config))
+            found.append(_evaluated_model(entry, config))
         except ConfigError as error:
             faults += error.faults
     if faults:
         raise ConfigError(faults, where="models")
-    subjects = _named(_all_kinds(found, config))
-    _check_heads(subjects, config)
-    counts = Counter(subject.name for subject in subjects)
+    models = _named(_all_kinds(found, config))
+    _check_heads(models, config)
+    counts = Counter(evaluated.name for evaluated in models)
     for name in (name for name, count in counts.items() if count > 1):
-        paths = ", ".join(subject.path for subject in subjects if subject.name == name)
+        paths = ", ".join(evaluated.path for evaluated in models if evaluated.name == name)
         faults.append(f"{paths} would all be called {name!r}; name them: NAME=PATH.")
     if faults:
         raise ConfigError(faults, where="models")
-    return subjects
+    return models
 
 
-def _subject(entry: str, config: EvalConfig) -> Subject:
+def _evaluated_model(entry: str, config: EvalConfig) -> EvaluatedModel:
     name, equals, path = entry.partition("=")
     if not equals or Path(entry).exists():
         name, path = "", entry
@@ -96,14 +96,14 @@ def _subject(entry: str, config: EvalConfig) -> Subject:
     model, adapter = _places(path)
     if adapter is None:
         head = _head_of_model(_model_config(model, config, path))
-        return Subject(name, "base", model, None, head)
+        return EvaluatedModel(name, "base", model, None, head)
     fields = _adapter_fields(adapter)
     base = config.model or fields.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{path} does not name its base model; give --model.")
     kind = str(fields.get("task_type"))
     found = _head_of_model(_model_config(base, config, path))
-    return Subject(name, "adapter", base, adapter, _HEADS.get(kind, found))
+    return EvaluatedModel(name, "adapter", base, adapter, _HEADS.get(kind, found))
 
 
 def _places(path: str) -> tuple[str, str | None]:
@@ -186,39 +186,40 @@ def _head_of_model(config: Any) -> Head:
     return "seq2seq" if config.model_type in SEQ2SEQ else "causal"
 
 
-def _all_kinds(found: list[Subject], config: EvalConfig) -> list[Subject]:
+def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
     """Add merged adapters beside or in place of the adapters, and their bases in front."""
-    subjects: list[Subject] = []
-    for subject in found:
-        merged = dataclasses.replace(subject, kind="merged")
-        if subject.adapter is None or not (config.merge or config.with_merged):
-            subjects.append(subject)
+    models: list[EvaluatedModel] = []
+    for evaluated in found:
+        merged = dataclasses.replace(evaluated, kind="merged")
+        if evaluated.adapter is None or not (config.merge or config.with_merged):
+            models.append(evaluated)
         else:
-            subjects += [merged] if config.merge else [subject, merged]
+            models += [merged] if config.merge else [evaluated, merged]
     if config.with_base:
-        there = {subject.model for subject in found if subject.adapter is None}
-        bases = {subject.model: subject for subject in found if subject.adapter is not None}
-        wanted = [subject for model, subject in bases.items() if model not in there]
-        subjects[:0] = [
-            dataclasses.replace(subject, name="", kind="base", adapter=None) for subject in wanted
+        there = {evaluated.model for evaluated in found if evaluated.adapter is None}
+        bases = {evaluated.model: evaluated for evaluated in found if evaluated.adapter is not None}
+        wanted = [evaluated for model, evaluated in bases.items() if model not in there]
+        models[:0] = [
+            dataclasses.replace(evaluated, name="", kind="base", adapter=None)
+            for evaluated in wanted
         ]
-    return subjects
+    return models
 
 
-def _named(subjects: list[Subject]) -> list[Subject]:
+def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
     """Give those without a name one: the base is "base", the rest are called by their folder."""
-    bases = {subject.model for subject in subjects if subject.kind == "base"}
-    used = {subject.model for subject in subjects if subject.kind != "base"}
+    bases = {evaluated.model for evaluated in models if evaluated.kind == "base"}
+    used = {evaluated.model for evaluated in models if evaluated.kind != "base"}
     lone = len(bases) == 1
 
-    def name(subject: Subject) -> str:
-        if subject.kind == "base":
-            plain = lone and (subject.model in used or len(subjects) == 1)
-            return subject.name or ("base" if plain else _folder_name(subject.model))
-        given = subject.name or _folder_name(subject.path)
-        return f"{given}-merged" if subject.kind == "merged" else given
+    def name(evaluated: EvaluatedModel) -> str:
+        if evaluated.kind == "base":
+            plain = lone and (evaluated.model in used or len(models) == 1)
+            return evaluated.name or ("base" if plain else _folder_name(evaluated.model))
+        given = evaluated.name or _folder_name(evaluated.path)
+        return f"{given}-merged" if evaluated.kind == "merged" else given
 
-    return [dataclasses.replace(subject, name=name(subject)) for subject in subjects]
+    return [dataclasses.replace(evaluated, name=name(evaluated)) for evaluated in models]
 
 
 def _folder_name(path: str) -> str:
@@ -231,10 +232,10 @@ def _folder_name(path: str) -> str:
     return re.sub(r"[^\w.+-]", "_", folder.name) or "model"
 
 
-def _check_heads(subjects: list[Subject], config: EvalConfig) -> None:
-    heads = {subject.head == "labelled" for subject in subjects}
+def _check_heads(models: list[EvaluatedModel], config: EvalConfig) -> None:
+    heads = {evaluated.head == "labelled" for evaluated in models}
     if len(heads) > 1:
-        named = ", ".join(s.name for s in subjects if s.head == "labelled")
+        named = ", ".join(s.name for s in models if s.head == "labelled")
         raise ConfigError(
             f"{named}: labels texts, and the other models write them; evaluate them apart (the"
             " base of a classifier has no trained head, so leave --with_base out).",
