@@ -9,7 +9,6 @@ Exit codes: 0 done, 2 bad input (a sentence says which), 1 anything else, 130 in
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -32,8 +31,8 @@ from tlora.errors import (
     did_you_mean,
 )
 from tlora.evalconfig import EvalConfig
-from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
-from tlora.runconfig import RunConfig, field_docs
+from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
+from tlora.runconfig import RunConfig
 from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
     "evaluations": lambda: [*EVALUATIONS.entries(), *CONVERSATIONS.entries()],
-    "formats": FORMATS.entries,
     "presets": presets.entries,
 }
 
@@ -226,7 +224,7 @@ VERBS = {
         Verb("inspect", "show a plan; a comparison or an evaluation again", InspectConfig, inspect),
         Verb(
             "list",
-            "list methods, tasks, evaluations, formats, presets",
+            "list methods, tasks, evaluations, presets",
             ListConfig,
             list_registered,
         ),
@@ -267,28 +265,26 @@ def _run(argv: list[str]) -> int:
     if word in ("-h", "--help"):
         _say(_overview())
         return 0
-    if word == "--version":
+    if word in ("-V", "--version"):
         _say(f"tlora {__version__}")
         return 0
     if word not in VERBS:
         hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
         raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
-    from tlora.parsing import Parsed, parse, to_yaml
+    from tlora.parsing import Parsed, help_text, parse, to_yaml
 
     verb, rest = VERBS[word], argv[1:]
-    more_help = ""
-    if issubclass(verb.record, RunConfig) and {"-h", "--help"} & set(rest):
-        more_help = _method_help(rest)
-    parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest, more_help)
+    if {"-h", "--help"} & set(rest):
+        more = _method_help(rest) if issubclass(verb.record, RunConfig) else ""
+        _say(help_text(f"tlora {verb.name}", verb.record) + more)
+        return 0
+    parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest)
+    record = parsed.record
     if parsed.print_config:
-        record = parsed.record
-        _say(
-            to_yaml(
-                record.resolved() if isinstance(record, (RunConfig, CompareConfig)) else record
-            ).rstrip()
-        )
+        resolves = isinstance(record, (RunConfig, CompareConfig))
+        _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:
-        verb.run(parsed.record)
+        verb.run(record)
     return 0
 
 
@@ -309,13 +305,10 @@ def _method_help(argv: list[str]) -> str:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
+    from tlora.parsing import flags_help
+
     options = METHODS.load(name).options
-    docs = field_docs(options)
-    lines = [
-        f"  --adapter.{option.name}\n      {docs.get(option.name, '')} (default: {option.default})"
-        for option in dataclasses.fields(options)
-    ]
-    return f"\noptions of the method {name!r}:\n" + "\n".join(lines) + "\n"
+    return f"\n\noptions of the method {name!r}:\n{flags_help(options, 'adapter.')}"
 
 
 def _report(folder: Any) -> None:

@@ -6,15 +6,40 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from tlora.checks import FOLDER, Rule, at_least, fault
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
 from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
 
 Better = Literal["higher", "lower"]
+
+Rates = Annotated[
+    list[float],
+    Rule("positive numbers, each once", lambda v: all(rate > 0 for rate in v) and _distinct(v)),
+]
+Seeds = Annotated[
+    list[int],
+    Rule(
+        "whole numbers, 0 or more, each once",
+        lambda v: v and all(seed >= 0 for seed in v) and _distinct(v),
+    ),
+]
+Validation = Annotated[
+    float | str,
+    Rule(
+        "a file, a share below 1 or a number of rows",
+        lambda v: isinstance(v, str) or 0 < v < 1 or (v >= 1 and float(v).is_integer()),
+    ),
+]
+
+
+def _distinct(values: list[Any]) -> bool:
+    return len(set(values)) == len(values)
+
 
 EXACT_MATCH = "exact_match"
 """The metric for which a run's model writes its answers; all others come of predictions."""
@@ -80,16 +105,16 @@ class CompareConfig(SharedConfig):
     methods: list[Any] = field(default_factory=list)
     """What is compared: names, or items of `name`, `label`, `adapter` and `calibration` (of this
     method, over the common ones) and `learning_rates` (where they differ from the common ones)."""
-    learning_rates: list[float] = field(default_factory=list)
-    """Rates that every method is tried at."""
-    tuning_seeds: list[int] = field(default_factory=lambda: [0, 1])
+    learning_rates: Rates = field(default_factory=list)
+    """Learning rates that every method is tried at."""
+    tuning_seeds: Seeds = field(default_factory=lambda: [0, 1])
     """Seeds that choose each method's learning rate, on the validation rows."""
-    final_seeds: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
+    final_seeds: Seeds = field(default_factory=lambda: [2, 3, 4, 5, 6])
     """Seeds that run at the chosen rate and are reported, on the test rows."""
-    validation: float | str = 0.1
+    validation: Validation = 0.1
     """Rows that choose the learning rate: a file, or what is held out of the training rows: a
     share of them (0.1) or a number of rows (500)."""
-    validation_seed: int = 0
+    validation_seed: Annotated[int, at_least(0)] = 0
     """Seed of which training rows are held out; the same rows for every run."""
     test_file: str | None = None
     """Rows that the table reports on; by default the dataset's own evaluation split."""
@@ -98,11 +123,11 @@ class CompareConfig(SharedConfig):
     causal task also "exact_match": the share of rows whose response is written to the letter."""
     better: Better | None = None
     """Which scores are better; by default lower for losses and errors, higher for the rest."""
-    output_dir: str = "tlora-compare"
+    output_dir: Annotated[str, FOLDER] = "tlora-compare"
     """Folder of the comparison: a JSON file a run, the page and the tables."""
-    jobs: int = 1
+    jobs: Annotated[int, at_least(1)] = 1
     """Runs at a time, each in a process of its own."""
-    threads: int | None = None
+    threads: Annotated[int, at_least(1)] | None = None
     """Threads of each run; by default the cores divided by `jobs`."""
     shard: str = "1/1"
     """Which part of the runs to do here, "2/3" the second of three; see docs/compare.md."""
@@ -116,16 +141,22 @@ class CompareConfig(SharedConfig):
         for entry in self.entries():
             entry.options()
 
-    def faults(self) -> list[str]:
-        """Return what is wrong with the values, a sentence each."""
-        return [
-            *super().faults(),
-            *self._entry_faults(),
-            *self._rate_faults(),
-            *self._seed_faults(),
-            *self._trainer_faults(),
-            *self._other_faults(),
-        ]
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields, and in the methods' own."""
+        yield from super().relations()
+        yield from self._entry_faults()
+        yield from self._rate_faults()
+        if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
+            yield (
+                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the rate"
+                " cannot be reported."
+            )
+        yield from self._trainer_faults()
+        yield from _cache_faults(self.calibration.cache)
+        number, slash, count = self.shard.partition("/")
+        digits = slash and number.isdigit() and count.isdigit()
+        if not digits or not 1 <= int(number) <= int(count):
+            yield f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines."
 
     def entries(self) -> list[MethodEntry]:
         """Return the methods with their labels, rates and options filled in.
@@ -225,44 +256,25 @@ class CompareConfig(SharedConfig):
                 faults.append(f"`methods`: {entry.label!r} says the same as an earlier item.")
         return faults
 
-    def _rate_faults(self) -> list[str]:
-        faults = []
+    def _rate_faults(self) -> Iterator[str]:
         own = [
             item.get("learning_rates") if isinstance(item, dict) else None for item in self.methods
         ]
-        lists = {
-            f"`methods`, item {place}: `learning_rates`": rates
+        counts = {
+            f"`methods`, item {place}: `learning_rates`": len(rates)
             for place, rates in enumerate(own, start=1)
-            if rates
+            if isinstance(rates, list) and rates
         }
         if self.learning_rates or not all(own):
-            lists["`learning_rates`"] = self.learning_rates
-        for where, rates in lists.items():
-            good = isinstance(rates, list) and rates and all(map(_is_rate, rates))
-            if not good or len(set(map(float, rates))) < len(rates):
-                faults.append(f"{where} is {rates!r}; give positive numbers, each once.")
-        counts = {where: len(rates) for where, rates in lists.items()} if not faults else {}
-        if len({*counts.values()}) > 1:
+            counts["`learning_rates`"] = len(self.learning_rates)
+        if 0 in counts.values():
+            yield "`learning_rates` is []; give positive numbers, each once."
+        elif len({*counts.values()}) > 1:
             (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda each: each[1])
-            faults.append(
-                f"{few} has {fewest} and {many} {most}; whoever is tried at more is tuned better:"
-                " give every method as many."
+            yield (
+                f"{few} has {fewest} and {many} has {most}; give every method the same number, so"
+                " that tuning is fair."
             )
-        return faults
-
-    def _seed_faults(self) -> list[str]:
-        faults = []
-        for name in ("tuning_seeds", "final_seeds"):
-            seeds = getattr(self, name)
-            whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
-            if not seeds or not whole or len(set(seeds)) < len(seeds):
-                faults.append(f"`{name}` is {seeds!r}; give whole numbers, 0 or more, each once.")
-        if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
-            faults.append(
-                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the rate"
-                " cannot be reported."
-            )
-        return faults
 
     def _trainer_faults(self) -> list[str]:
         faults = [
@@ -278,28 +290,8 @@ class CompareConfig(SharedConfig):
             )
         return faults
 
-    def _other_faults(self) -> list[str]:
-        faults = _cache_faults(self.calibration.cache, "`calibration.cache`")
-        if isinstance(self.validation, (int, float)) and not (
-            0 < self.validation < 1 or (self.validation >= 1 and self.validation % 1 == 0)
-        ):
-            faults.append(
-                f"`validation` is {self.validation!r}; give a file, a share below 1 or a number"
-                " of rows."
-            )
-        for name, least in (("jobs", 1), ("threads", 1), ("validation_seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
-        number, slash, count = self.shard.partition("/")
-        digits = slash and number.isdigit() and count.isdigit()
-        if not digits or not 1 <= int(number) <= int(count):
-            faults.append(f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines.")
-        if not self.output_dir:
-            faults.append("`output_dir` is empty; name a folder.")
-        return faults
 
-
+_ITEM = {"adapter": dict, "calibration": dict, "learning_rates": Rates}
 _QUIET = {
     "logging_steps": 10,
     "logging_first_step": True,
@@ -332,11 +324,9 @@ def _item_faults(item: Any, where: str) -> tuple[set[str], list[str]]:
             faults += [f"{where}: {fault}" for fault in unknown_names([name], known, "field")]
     if not isinstance(item.get("name"), str):
         return set(), [*faults, f"{where} has no `name`; name a method."]
-    faults += [
-        f"{where}: `{section}` is {item[section]!r}; give `{what}: value` pairs."
-        for section, what in (("adapter", "option"), ("calibration", "field"))
-        if not isinstance(item.get(section) or {}, dict)
-    ]
+    for name, kind in _ITEM.items():
+        if item.get(name) is not None:
+            faults += [f"{where}: {wrong}" for wrong in fault(name, kind, item[name])]
     if faults:
         return set(), faults
     try:
@@ -361,20 +351,12 @@ def _calibration_faults(given: dict[str, Any], method: Any) -> list[str]:
         return [f"`calibration`: {fault}" for fault in unknown]
     if given and method.traits.reads == "nothing":
         return ["`calibration` has no place in it: the method reads no rows before training."]
-    faults = CalibrationConfig(**given).faults()
-    return faults + _cache_faults(given.get("cache"), "`calibration.cache`")
+    return CalibrationConfig(**given).faults() + _cache_faults(given.get("cache"))
 
 
-def _cache_faults(cache: str | None, name: str) -> list[str]:
+def _cache_faults(cache: str | None) -> list[str]:
     why = "each run calibrates, and the time it takes is counted"
-    return [f"{name} has no place in a comparison: {why}."] if cache else []
-
-
-def _is_rate(value: Any) -> bool:
-    try:
-        return 0 < float(value) < math.inf
-    except (TypeError, ValueError):
-        return False
+    return [f"`calibration.cache` has no place in a comparison: {why}."] if cache else []
 
 
 def _rates(values: list[Any]) -> list[float]:

@@ -1,6 +1,6 @@
 """Names a user can type, each tied to an object that is imported only when asked for.
 
-A new method, task or format is one line in a table below. A third party adds one without touching
+A new method or task is one line in a table below. A third party adds one without touching
 this file, by an entry point in its own package::
 
     [project.entry-points."tlora.methods"]
@@ -221,5 +221,3 @@ CONVERSATIONS = Registry(
         ),
     ],
 )
-
-FORMATS = Registry("format", [])
