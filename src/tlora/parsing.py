@@ -196,6 +196,7 @@ def _sorted(argv: list[str], fields: dict[str, _Field], presets: bool) -> _Words
             text = left.pop()
         elif not equals and known:
             found.faults.append(f"{flag} needs {wanted.get(name, 'a value')}.")
+            continue
         if name in lists:
             lists[name].append(text)
         elif known:
