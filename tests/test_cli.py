@@ -78,7 +78,7 @@ def test_the_overview_names_every_verb(tlora):
 def test_every_verb_has_help_for_every_flag(tlora, verb):
     import dataclasses
 
-    from tlora.runconfig import field_docs
+    from tlora.flags import field_docs
 
     code, out, _ = tlora(verb, "--help")
     assert code == 0

@@ -63,7 +63,15 @@ def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str
     harness = "tlora.evaluation.harness"
     if not path.startswith("tlora/evaluation/") or within(path.replace("/", "."), harness):
         return
-    own = ("tlora.evaluation", "tlora.checks", "tlora.errors", "tlora.files", "math_verify", "httpx2", "tqdm")
+    own = (
+        "tlora.evaluation",
+        "tlora.checks",
+        "tlora.errors",
+        "tlora.files",
+        "math_verify",
+        "httpx2",
+        "tqdm",
+    )
     for name in imported(path, tree):
         top = name.split(".", maxsplit=1)[0]
         known = top in sys.stdlib_module_names or any(within(name, home) for home in own)

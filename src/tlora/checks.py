@@ -53,9 +53,7 @@ def fault(name: str, kind: Any, value: Any) -> list[str]:
     """
     if takes(kind, value):
         return []
-    options = [part for part in _parts(kind) if typing.get_origin(part) is Literal]
-    if options == _parts(kind):
-        known = [option for part in options for option in typing.get_args(part)]
+    if known := choices(kind):
         hint = did_you_mean(value, known) if isinstance(value, str) else ""
         return [f"`{name}` is {value!r}; choose one of {', '.join(map(repr, known))}.{hint}"]
     return [f"`{name}` is {value!r}; give {words(kind)}."]
@@ -100,6 +98,13 @@ def words(kind: Any) -> str:
     return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+def choices(kind: Any) -> list[Any]:
+    """Return the values that a type lists, if it takes no others (but None)."""
+    if any(typing.get_origin(part) is not Literal for part in _parts(kind)):
+        return []
+    return [option for part in _parts(kind) for option in typing.get_args(part)]
+
+
 def _parts(kind: Any) -> list[Any]:
     """Return the members of a union but None; of another type itself."""
     if typing.get_origin(kind) not in (Union, types.UnionType):
@@ -112,9 +117,13 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-@functools.cache
-def hints(record: type) -> dict[str, Any]:
+def hints(record: Any) -> dict[str, Any]:
     """Return the type of each field of a record, bounds included."""
+    return _hints(record)
+
+
+@functools.cache
+def _hints(record: Any) -> dict[str, Any]:
     known = typing.get_type_hints(record, include_extras=True)
     return {field.name: known[field.name] for field in dataclasses.fields(record)}
 
@@ -189,7 +198,8 @@ class Section:
             ConfigError: a name is unknown (with a suggestion) or a value out of range; all faults
                 are collected into one error.
         """
-        faults, given = [], dict(values)
+        faults: list[str] = []
+        given = dict(values)
         for name, kind in hints(cls).items():
             if name not in given:
                 continue

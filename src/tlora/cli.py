@@ -323,7 +323,8 @@ def _run(argv: list[str]) -> int:
     if word not in VERBS:
         hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
         raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
-    from tlora.parsing import Parsed, help_text, parse, to_yaml
+    from tlora.flags import help_text
+    from tlora.parsing import Parsed, parse, to_yaml
 
     verb, rest = VERBS[word], argv[1:]
     if {"-h", "--help"} & set(rest):
@@ -363,7 +364,7 @@ def _method_help(argv: list[str]) -> str:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
-    from tlora.parsing import flags_help
+    from tlora.flags import flags_help
 
     options = METHODS.load(name).options
     return f"\n\noptions of the method {name!r}:\n{flags_help(options, 'adapter.')}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tlora.checks import FOLDER, Rule, at_least, fault
+from tlora.checks import FOLDER, Rule, Section, at_least
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
 from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
@@ -54,29 +54,74 @@ _REACTIVE = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the scores of the run, so that no two runs have the same one."""
 
 _IN_ENTRY = {
-    "r": "adapter",
-    "lora_alpha": "adapter",
-    "target_modules": "adapter",
-    "learning_rate": "learning_rates",
-    "lr": "learning_rates",
-    "samples": "calibration",
+    "r": "put it in `adapter`",
+    "lora_alpha": "put it in `adapter`",
+    "target_modules": "put it in `adapter`",
+    "learning_rate": "put it in `learning_rates`",
+    "lr": "put it in `learning_rates`",
+    "samples": "put it in `calibration`",
+    "trainer": "the training is the same for all methods, only `learning_rates` may differ",
 }
+"""What is likely to be written into an item of `methods`, and what to do instead."""
 
 
 @dataclass(kw_only=True)
-class MethodEntry:
+class MethodEntry(Section):
     """One method of a comparison, as an item of `methods` says it."""
 
-    name: str
+    name: str = ""
     """Name of the method; see `tlora list methods`."""
     label: str = ""
     """What tables call it; by default its name."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of this method, over the common ones."""
-    learning_rates: list[float] = field(default_factory=list)
+    learning_rates: Rates = field(default_factory=list)
     """Its learning rates, where they differ from the common ones."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How it calibrates, over the common fields; only what differs from them."""
+
+    @classmethod
+    def of(cls, item: Any) -> MethodEntry:
+        """Return the entry that an item of `methods` stands for.
+
+        Raises:
+            ConfigError: it is neither a name nor a mapping, or names something unknown.
+        """
+        if not isinstance(item, (str, dict)):
+            raise ConfigError(f"{item!r} is no method; give a name, or `name: ...`.")
+        return cls.from_dict({"name": item} if isinstance(item, str) else item)
+
+    @classmethod
+    def name_faults(cls, values: dict[str, Any]) -> list[str]:
+        """Return a sentence for each name that is no field: where it belongs, or a suggestion."""
+        moved = [name for name in values if name in _IN_ENTRY]
+        rest = {name: value for name, value in values.items() if name not in _IN_ENTRY}
+        faults = [f"there is no field `{name}` here; {_IN_ENTRY[name]}." for name in moved]
+        return faults + super().name_faults(rest)
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong with the names of the method, its options and its calibration."""
+        if not self.name:
+            yield "`name` is missing; name a method."
+            return
+        try:
+            method = METHODS.load(self.name)
+        except ConfigError as error:
+            yield from error.faults
+            return
+        options = [f.name for f in dataclasses.fields(method.options)]
+        for wrong in unknown_names(self.adapter, options, "option"):
+            yield f"`adapter`: {wrong}"
+        if self.calibration and method.traits.reads == "nothing":
+            yield "`calibration` has no place here: the method reads no rows before training."
+            return
+        try:
+            calibration = CalibrationConfig(**self.calibration)
+        except ConfigError as error:
+            yield from error.faults
+            return
+        yield from calibration.faults()
+        yield from _cache_faults(calibration.cache)
 
     def options(self, seed: int | None = None) -> Any:
         """Return the method's options record.
@@ -164,20 +209,17 @@ class CompareConfig(SharedConfig):
         A common option goes to the methods that have one of that name.
         """
         made = []
-        for item in map(_as_item, self.methods):
-            known = {f.name for f in dataclasses.fields(METHODS.load(item["name"]).options)}
+        for entry in map(MethodEntry.of, self.methods):
+            known = [f.name for f in dataclasses.fields(METHODS.load(entry.name).options)]
             common = {name: value for name, value in self.adapter.items() if name in known}
+            own = entry.calibration.items()
             made.append(
                 MethodEntry(
-                    name=item["name"],
-                    label=str(item.get("label") or item["name"]),
-                    adapter=common | (item.get("adapter") or {}),
-                    learning_rates=_rates(item.get("learning_rates") or self.learning_rates),
-                    calibration={
-                        name: value
-                        for name, value in (item.get("calibration") or {}).items()
-                        if value != getattr(self.calibration, name)
-                    },
+                    name=entry.name,
+                    label=entry.label or entry.name,
+                    adapter=common | entry.adapter,
+                    learning_rates=sorted(map(float, entry.learning_rates or self.learning_rates)),
+                    calibration={k: v for k, v in own if v != getattr(self.calibration, k)},
                 )
             )
         return made
@@ -229,19 +271,18 @@ class CompareConfig(SharedConfig):
         if not self.methods:
             return ["`methods` is empty; name what to compare: `methods: [lora, tlora]`."]
         faults: list[str] = []
-        options: set[str] = set()
         for place, item in enumerate(self.methods, start=1):
-            where = f"`methods`, item {place}"
-            found, problems = _item_faults(item, where)
-            faults += problems
-            options |= found
-        if not faults:
-            faults += [
-                f"`adapter`: {fault}"
-                for fault in unknown_names(self.adapter, sorted(options), "option")
-            ]
-            faults += self._twins()
-        return faults
+            try:
+                found = MethodEntry.of(item).faults()
+            except ConfigError as error:
+                found = list(error.faults)
+            faults += [f"`methods`, item {place}: {wrong}" for wrong in found]
+        if faults:
+            return faults
+        methods = [METHODS.load(MethodEntry.of(item).name) for item in self.methods]
+        options = {f.name for method in methods for f in dataclasses.fields(method.options)}
+        unknown = unknown_names(self.adapter, sorted(options), "option")
+        return [*(f"`adapter`: {wrong}" for wrong in unknown), *self._twins()]
 
     def _twins(self) -> list[str]:
         entries = self.entries()
@@ -291,7 +332,6 @@ class CompareConfig(SharedConfig):
         return faults
 
 
-_ITEM = {"adapter": dict, "calibration": dict, "learning_rates": Rates}
 _QUIET = {
     "logging_steps": 10,
     "logging_first_step": True,
@@ -301,63 +341,6 @@ _QUIET = {
 """What the trainer of a run does unless the file says otherwise: a diverged loss is shown."""
 
 
-def _as_item(item: Any) -> dict[str, Any]:
-    return {"name": item} if isinstance(item, str) else dict(item)
-
-
-def _item_faults(item: Any, where: str) -> tuple[set[str], list[str]]:
-    """Return the names of the options that the item's method has, and what is wrong with it."""
-    if not isinstance(item, (str, dict)):
-        return set(), [f"{where} is {item!r}; give the name of a method, or `name: ...`."]
-    item = _as_item(item)
-    known = [f.name for f in dataclasses.fields(MethodEntry)]
-    faults = []
-    for name in item:
-        if name in known:
-            continue
-        if name == "trainer":
-            why = "the training is the same for all; only `learning_rates` may differ."
-            faults.append(f"{where}: `trainer` has no place in it: {why}")
-        elif name in _IN_ENTRY:
-            faults.append(f"{where}: there is no field `{name}`; put it in `{_IN_ENTRY[name]}`.")
-        else:
-            faults += [f"{where}: {fault}" for fault in unknown_names([name], known, "field")]
-    if not isinstance(item.get("name"), str):
-        return set(), [*faults, f"{where} has no `name`; name a method."]
-    for name, kind in _ITEM.items():
-        if item.get(name) is not None:
-            faults += [f"{where}: {wrong}" for wrong in fault(name, kind, item[name])]
-    if faults:
-        return set(), faults
-    try:
-        method = METHODS.load(item["name"])
-    except ConfigError as error:
-        return set(), [f"{where}: {fault}" for fault in error.faults]
-    names = [f.name for f in dataclasses.fields(method.options)]
-    faults += [
-        f"{where}: `adapter`: {fault}"
-        for fault in unknown_names(item.get("adapter") or {}, names, "option")
-    ]
-    faults += [
-        f"{where}: {fault}" for fault in _calibration_faults(item.get("calibration") or {}, method)
-    ]
-    return set(names), faults
-
-
-def _calibration_faults(given: dict[str, Any], method: Any) -> list[str]:
-    """Return what is wrong with the calibration that one method is given."""
-    known = [f.name for f in dataclasses.fields(CalibrationConfig)]
-    if unknown := unknown_names(given, known, "field"):
-        return [f"`calibration`: {fault}" for fault in unknown]
-    if given and method.traits.reads == "nothing":
-        return ["`calibration` has no place in it: the method reads no rows before training."]
-    return CalibrationConfig(**given).faults() + _cache_faults(given.get("cache"))
-
-
 def _cache_faults(cache: str | None) -> list[str]:
     why = "each run calibrates, and the time it takes is counted"
     return [f"`calibration.cache` has no place in a comparison: {why}."] if cache else []
-
-
-def _rates(values: list[Any]) -> list[float]:
-    return sorted(map(float, values))

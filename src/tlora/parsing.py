@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import textwrap
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tlora.checks import Section, default_of, hints, is_section, takes
+from tlora.checks import Section, hints, is_section, takes
 from tlora.errors import ConfigError, did_you_mean
+from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
 from tlora.registry import METHODS
-from tlora.runconfig import RunConfig, field_docs
+from tlora.runconfig import RunConfig
 
 AnyRecord = TypeVar("AnyRecord", bound=Section)
 
@@ -42,24 +42,6 @@ class Parsed(Generic[AnyRecord]):
     record: AnyRecord
     print_config: bool
     """Show the record instead of running."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """One flag: a field of the record, or of a record inside it."""
-
-    kind: Any
-    default: Any
-    help: str
-    positional: bool
-
-    @property
-    def open(self) -> bool:
-        return typing.get_origin(self.kind) is dict
-
-    @property
-    def several(self) -> bool:
-        return typing.get_origin(self.kind) is list
 
 
 @dataclasses.dataclass
@@ -87,7 +69,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     Raises:
         ConfigError: a flag or a key of a file is unknown, or the record refuses a value.
     """
-    fields = dict(_fields(record))
+    fields = dict(fields_of(record))
     words = _sorted(argv, fields, presets=issubclass(record, RunConfig))
     faults = words.faults
     presets = [read_yaml(preset_path(name)) for name in words.presets]
@@ -100,7 +82,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     faults += _place_alone(words.alone, fields, flags)
     if faults:
         raise ConfigError(faults, where="command line")
-    given = functools.reduce(_over, [*files, flags], {})
+    given: dict[str, Any] = functools.reduce(_over, [*files, flags], {})
     values = _over(_fitting(functools.reduce(_over, presets, {}), given), given)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
@@ -109,68 +91,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     return Parsed(record.from_dict(_with_floats(record, values)), words.print_config)
 
 
-def help_text(prog: str, record: type[Section]) -> str:
-    """Return the help of one verb: its words, what it does and its flags."""
-    fields = dict(_fields(record))
-    positional = {name: field for name, field in fields.items() if field.positional}
-    shown = ["[run.yaml]"]
-    for name, field in positional.items():
-        missing = field.default is dataclasses.MISSING
-        shown = (
-            ["[run.yaml]", f"[{name} ...]"] if field.several else [name if missing else f"[{name}]"]
-        )
-    lines = [f"usage: {prog} {' '.join(shown)} [flags]", ""]
-    lines += [*textwrap.wrap((record.__doc__ or "").split("\n\n")[0], _WIDTH), ""]
-    lines += [line for name, field in positional.items() for line in _entry(name, field)]
-    lines += [
-        "flags:",
-        *_lines("--config FILE", "YAML of the fields below, or the first word; flags win."),
-    ]
-    if issubclass(record, RunConfig):
-        lines += _lines("--preset NAME", _PRESET_HELP)
-    lines += _lines("--print_config", "Show the resolved configuration instead of running.")
-    lines += _lines("-h, --help", "Show this help.")
-    return "\n".join([*lines, flags_help(record)])
-
-
-def flags_help(record: type, prefix: str = "") -> str:
-    """Return what each field of a record is as a flag, with its default."""
-    fields = dict(_fields(record, prefix)).items()
-    shown = [_entry(f"--{name}", field) for name, field in fields if not field.positional]
-    return "\n".join(line for lines in shown for line in lines)
-
-
-def _entry(name: str, field: _Field) -> list[str]:
-    plain = field.default in (dataclasses.MISSING, None, False, "") or field.default in ([], {})
-    default = "" if plain else f" (default: {field.default})"
-    return _lines(name, f"{field.help}{default}")
-
-
-def _lines(head: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return [f"  {head}", *wrapped]
-
-
-_WIDTH = 88
-_PRESET_HELP = (
-    "A whole run by name, below files and flags; see `tlora list presets`. With another --method,"
-    " only those of its `adapter` options apply that the method has."
-)
-
-
-def _fields(record: Any, prefix: str = "") -> Iterator[tuple[str, _Field]]:
-    docs = field_docs(record)
-    for field in dataclasses.fields(record):
-        kind = hints(record)[field.name]
-        if is_section(kind):
-            yield from _fields(kind, f"{prefix}{field.name}.")
-        else:
-            positional = bool(field.metadata.get("positional"))
-            made = _Field(kind, default_of(field), docs.get(field.name, ""), positional)
-            yield f"{prefix}{field.name}", made
-
-
-def _sorted(argv: list[str], fields: dict[str, _Field], presets: bool) -> _Words:
+def _sorted(argv: list[str], fields: dict[str, Field], presets: bool) -> _Words:
     """Sort the words: files, presets, flags with their values, and words that stand alone."""
     found = _Words()
     lists = {"config": found.files} | ({"preset": found.presets} if presets else {})
@@ -207,17 +128,17 @@ def _sorted(argv: list[str], fields: dict[str, _Field], presets: bool) -> _Words
     return found
 
 
-def _takes(name: str, fields: dict[str, _Field]) -> bool:
+def _takes(name: str, fields: dict[str, Field]) -> bool:
     return name in fields or _above(name, fields) is not None
 
 
-def _above(name: str, fields: dict[str, _Field]) -> str | None:
+def _above(name: str, fields: dict[str, Field]) -> str | None:
     """Return the open field that ``name`` lies below, if there is one."""
     return next((n for n, f in fields.items() if f.open and name.startswith(f"{n}.")), None)
 
 
 def _place_alone(
-    alone: list[str], fields: dict[str, _Field], values: dict[str, Any]
+    alone: list[str], fields: dict[str, Field], values: dict[str, Any]
 ) -> Iterator[str]:
     """Give the words that stand alone to the field that takes them; yield a fault for the rest."""
     name, field = next(((n, f) for n, f in fields.items() if f.positional), (None, None))
@@ -229,7 +150,7 @@ def _place_alone(
         yield f"there is no place for {word!r}; give flags as --name value."
 
 
-def _hint(name: str, known: Iterable[str], fields: dict[str, _Field]) -> str:
+def _hint(name: str, known: Iterable[str], fields: dict[str, Field]) -> str:
     """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
     if name in ("--dry_run", "--dry-run"):
         return " `tlora init --dry_run` shows what a run of the same flags takes."
@@ -243,7 +164,7 @@ def _hint(name: str, known: Iterable[str], fields: dict[str, _Field]) -> str:
 
 
 def _unknown_keys(
-    values: dict[str, Any], fields: dict[str, _Field], prefix: str = ""
+    values: dict[str, Any], fields: dict[str, Field], prefix: str = ""
 ) -> Iterator[str]:
     known = [*fields, *{name.partition(".")[0] for name in fields}]
     for key, value in values.items():
@@ -255,7 +176,7 @@ def _unknown_keys(
             yield f"there is no field `{name}`.{_hint(name, known, fields)}"
 
 
-def _read(fields: dict[str, _Field], name: str, text: str) -> Any:
+def _read(fields: dict[str, Field], name: str, text: str) -> Any:
     """Return the value that the text of a flag stands for."""
     if name not in fields:  # below an open field
         return _value(text)
@@ -313,9 +234,15 @@ def _with_floats(record: type[Section], values: dict[str, Any]) -> dict[str, Any
         value = made.get(name)
         if is_section(kind) and isinstance(value, dict):
             made[name] = _with_floats(kind, value)
-        elif type(value) is int and takes(kind, float(value)):
-            made[name] = float(value)
+        elif name in made and takes(kind, floats := _as_floats(value)):
+            made[name] = floats
     return made
+
+
+def _as_floats(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_floats(item) for item in value]
+    return float(value) if type(value) is int else value
 
 
 def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

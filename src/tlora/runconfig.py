@@ -5,11 +5,7 @@ The text below a field is its help on the command line. Nothing here imports tor
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -197,22 +193,3 @@ def split_names(names: Any) -> Any:
         return names
     split = [name.strip() for word in words for name in word.split(",")]
     return list(dict.fromkeys(filter(None, split)))
-
-
-def field_docs(record: type) -> dict[str, str]:
-    """Return the text written below each field of a dataclass, inherited ones too, a line each."""
-    docs: dict[str, str] = {}
-    for base in record.__bases__:
-        if dataclasses.is_dataclass(base):
-            docs |= field_docs(base)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
-    body = tree.body[0].body  # type: ignore[attr-defined]
-    for node, following in itertools.pairwise(body):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[node.target.id] = " ".join(str(following.value.value).split())
-    return docs
