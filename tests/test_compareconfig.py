@@ -113,8 +113,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` has 2; give every method"
-            " the same number, so that tuning is fair.",
+            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` has 2; give every"
+            " method the same number, so that tuning is fair.",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),

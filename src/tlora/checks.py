@@ -75,10 +75,19 @@ def takes(kind: Any, value: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(takes(inside[0], item) for item in value)
     plain = origin or kind
-    return not isinstance(plain, type) or plain not in _PLAIN or isinstance(value, plain)
+    return not (plain in _PLAIN or is_section(plain)) or isinstance(value, plain)
 
 
 _PLAIN = (bool, str, dict, list, type(None))
+
+
+def item_of(kind: Any) -> Any:
+    """Return the type of the items that a list, or a list or None, holds; else None."""
+    first, *others = _parts(kind)
+    if typing.get_origin(first) is Annotated:
+        first = typing.get_args(first)[0]
+    listed = not others and typing.get_origin(first) is list
+    return typing.get_args(first)[0] if listed else None
 
 
 def words(kind: Any) -> str:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from tlora.checks import Section, choices, default_of, hints, is_section
+from tlora.checks import Section, choices, default_of, hints, is_section, item_of
 from tlora.runconfig import RunConfig
 
 _WIDTH = 88
@@ -39,7 +39,7 @@ class Field:
     @property
     def several(self) -> bool:
         """Whether it takes a list."""
-        return typing.get_origin(self.kind) is list
+        return item_of(self.kind) is not None
 
 
 def fields_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tlora.checks import Section, hints, is_section, takes
+from tlora.checks import Section, hints, is_section, item_of, takes
 from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
 from tlora.registry import METHODS
 from tlora.runconfig import RunConfig
 
+_NULL = ("null", "~")
 AnyRecord = TypeVar("AnyRecord", bound=Section)
 
 _FLOAT = (
@@ -187,16 +187,15 @@ def _read(fields: dict[str, Field], name: str, text: str) -> Any:
             return value
         pairs = (pair.partition("=") for pair in text.split(","))
         return {key.strip(): _value(word.strip()) for key, _, word in pairs}
-    if fields[name].several and not text.startswith("["):
-        (item,) = typing.get_args(kind)
-        return [_fitted(item, word.strip()) for word in text.split(",")]
+    if fields[name].several and text not in _NULL and not text.startswith("["):
+        return [_fitted(item_of(kind), word.strip()) for word in text.split(",")]
     return _fitted(kind, text)
 
 
 def _fitted(kind: Any, text: str) -> Any:
     """Return the text as it is where only text fits, else as YAML reads it."""
-    value = None if text in ("null", "~") else _value(text)
-    if isinstance(value, str) or (value is None and text not in ("null", "~")):
+    value = None if text in _NULL else _value(text)
+    if isinstance(value, str) or (value is None and text not in _NULL):
         return text
     # `--output_dir 5` is a name; `--validation 5` is a number.
     return text if not takes(kind, value) and takes(kind, text) else value

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import FOLDER, Record, Section, at_least
+from tlora.checks import Record, Section, at_least
 from tlora.registry import METHODS
 
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
@@ -160,7 +160,7 @@ class RunConfig(SharedConfig):
 
     eval_file: str | None = None
     """Rows to evaluate on after training."""
-    output_dir: Annotated[str, FOLDER] = "tlora-run"
+    output_dir: str = "tlora-run"
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
