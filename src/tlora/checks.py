@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 from tlora.errors import ConfigError, did_you_mean, unknown_names
 
-Any_Section = TypeVar("Any_Section", bound="Section")
+AnySection = TypeVar("AnySection", bound="Section")
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,12 @@ def _hints(record: Any) -> dict[str, Any]:
 
 
 class Section:
-    """A base for dataclasses that say what is wrong with their values. Of itself it never raises.
+    """A base for dataclasses whose `faults` say what is wrong with their values.
 
     A field that takes a list of names, and no string, takes a string as a list of one name.
+
+    Raises:
+        ConfigError: a name is unknown; the sentence suggests the nearest one.
     """
 
     where: ClassVar[str] = "configuration"
@@ -187,8 +190,8 @@ class Section:
                 found += wrong
                 named += (f"`{self.prefix}{field.name}` ",)
                 vars(sound)[field.name] = default_of(field)
-        # Relations are read where each wrong value is the default, so that they meet no wrong type;
-        # what they say of such a default is left out.
+        # Relations see the default in place of each wrong value, so that they never meet a wrong
+        # type; what they say about such a default is left out.
         return found + [each for each in sound.relations() if not each.startswith(named)]
 
     def relations(self) -> Iterator[str]:
@@ -200,7 +203,7 @@ class Section:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
-    def from_dict(cls: type[Any_Section], values: dict[str, Any]) -> Any_Section:
+    def from_dict(cls: type[AnySection], values: dict[str, Any]) -> AnySection:
         """Make a record from plain values; the inverse of `to_dict`. A section may be None: empty.
 
         Raises:
