@@ -219,15 +219,6 @@ def test_what_looks_like_a_number_is_printed_so_that_it_stays_text(tlora, run_ya
     assert yaml.safe_load(out)["trainer"]["run_name"] == "1e-4"
 
 
-def test_whole_numbers_are_floats_where_the_record_has_floats(tlora):
-    flags = ["--methods", "lora,tlora", "--learning_rates", "1,2e-3", "--validation", "500"]
-    _, out, _ = tlora("compare", *flags, "--print_config")
-    made = yaml.safe_load(out)
-    assert [(type(v), v) for v in made["learning_rates"]] == [(float, 1.0), (float, 2e-3)]
-    assert made["validation"] == 500.0
-    assert made["tuning_seeds"] == [0, 1]
-
-
 def test_lists_booleans_and_words_are_read_as_such(resolved):
     run = resolved(
         *("--adapter.target_modules", "[q_proj,v_proj]"),
@@ -290,7 +281,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             " you mean 'methods'?",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
-        (["train", "--config"], "--config needs a YAML file."),
+        (["train", "--config"], "--config needs a value."),
         (["train", "--model", "m", "--adapter.rr", "3"], "no option `rr`. Did you mean 'r'?"),
         (["train", "--model", "m", "--method", "lara"], "no method 'lara'. Did you mean 'lora'?"),
         (

@@ -126,15 +126,13 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def hints(record: Any) -> dict[str, Any]:
-    """Return the type of each field of a record, bounds included."""
-    return _hints(record)
-
-
-@functools.cache
 def _hints(record: Any) -> dict[str, Any]:
     known = typing.get_type_hints(record, include_extras=True)
     return {field.name: known[field.name] for field in dataclasses.fields(record)}
+
+
+hints: Callable[[Any], dict[str, Any]] = functools.cache(_hints)
+"""Returns the type of each field of a record, bounds included."""
 
 
 class Section:

@@ -37,9 +37,9 @@ class Field:
         return typing.get_origin(self.kind) is dict
 
     @property
-    def several(self) -> bool:
-        """Whether it takes a list."""
-        return item_of(self.kind) is not None
+    def item(self) -> Any:
+        """The type of what it lists, if it takes a list."""
+        return item_of(self.kind)
 
 
 def fields_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -81,7 +81,7 @@ def help_text(prog: str, record: type[Section]) -> str:
     words = ["[run.yaml]"]
     for name, field in positional.items():
         word = name if field.default is dataclasses.MISSING else f"[{name}]"
-        words = [*words, f"[{name} ...]"] if field.several else [word]
+        words = [*words, f"[{name} ...]"] if field.item else [word]
     lines = [f"usage: {prog} {' '.join(words)} [flags]", ""]
     lines += [*textwrap.wrap((record.__doc__ or "").split("\n\n")[0], _WIDTH), ""]
     lines += [line for name, field in positional.items() for line in _entry(name, field)]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tlora.checks import Section, hints, is_section, item_of, takes
+from tlora.checks import Section, hints, is_section, takes
 from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
@@ -22,17 +22,10 @@ from tlora.registry import METHODS
 from tlora.runconfig import RunConfig
 
 _NULL = ("null", "~")
+_FLOAT = "tag:yaml.org,2002:float"
+_SCIENTIFIC = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+"""`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, takes it for text."""
 AnyRecord = TypeVar("AnyRecord", bound=Section)
-
-_FLOAT = (
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
-)
-"""The numbers of YAML 1.2, `1e-4` among them, which YAML 1.1 and PyYAML take for text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +35,6 @@ class Parsed(Generic[AnyRecord]):
     record: AnyRecord
     print_config: bool
     """Show the record instead of running."""
-
-
-@dataclasses.dataclass
-class _Words:
-    """A command line, sorted: values are still text."""
-
-    files: list[str] = dataclasses.field(default_factory=list)
-    presets: list[str] = dataclasses.field(default_factory=list)
-    flags: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    alone: list[str] = dataclasses.field(default_factory=list)
-    faults: list[str] = dataclasses.field(default_factory=list)
-    print_config: bool = False
 
 
 def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyRecord]:
@@ -70,16 +51,19 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         ConfigError: a flag or a key of a file is unknown, or the record refuses a value.
     """
     fields = dict(fields_of(record))
-    words = _sorted(argv, fields, presets=issubclass(record, RunConfig))
-    faults = words.faults
-    presets = [read_yaml(preset_path(name)) for name in words.presets]
-    files = [read_yaml(file) for file in words.files]
-    for name, values in zip(words.files, files, strict=True):
-        faults += [f"{name}: {fault}" for fault in _unknown_keys(values, fields)]
+    lists: dict[str, list[str]] = {"config": []}
+    if issubclass(record, RunConfig):
+        lists["preset"] = []
+    words = [word for word in argv if word not in ("--print_config", "--print-config")]
+    print_config = len(words) < len(argv)
+    if words and words[0].endswith((".yaml", ".yml")) and not words[0].startswith("-"):
+        lists["config"].append(words.pop(0))
     flags: dict[str, Any] = {}
-    for name, text in words.flags:
-        _set(flags, name, _read(fields, name, text))
-    faults += _place_alone(words.alone, fields, flags)
+    faults = list(_read_words(words, fields, lists, flags))
+    presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
+    files = [read_yaml(file) for file in lists["config"]]
+    for name, values in zip(lists["config"], files, strict=True):
+        faults += [f"{name}: {fault}" for fault in _unknown_keys(record, values)]
     if faults:
         raise ConfigError(faults, where="command line")
     given: dict[str, Any] = functools.reduce(_over, [*files, flags], {})
@@ -88,27 +72,30 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         if field.default is dataclasses.MISSING and name not in values:
             what = f"{field.help[0].lower()}{field.help[1:]}"
             raise ConfigError(f"`{name}` is missing; `{prog}` needs {what}", where="command line")
-    return Parsed(record.from_dict(_with_floats(record, values)), words.print_config)
+    return Parsed(record.from_dict(values), print_config)
 
 
-def _sorted(argv: list[str], fields: dict[str, Field], presets: bool) -> _Words:
-    """Sort the words: files, presets, flags with their values, and words that stand alone."""
-    found = _Words()
-    lists = {"config": found.files} | ({"preset": found.presets} if presets else {})
-    wanted = {"config": "a YAML file", "preset": "a name"}
-    left = argv[::-1]
-    if left and left[-1].endswith((".yaml", ".yml")) and not left[-1].startswith("-"):
-        found.files.append(left.pop())
+def _read_words(
+    words: list[str],
+    fields: dict[str, Field],
+    lists: dict[str, list[str]],
+    flags: dict[str, Any],
+) -> Iterator[str]:
+    """Put the values of flags into ``flags`` and ``lists``; yield what is wrong with the words."""
+    alone = next((name for name, field in fields.items() if field.positional), None)
+    left = words[::-1]
     while left:
         word = left.pop()
         if not word.startswith("--"):
-            found.alone.append(word)
+            if alone and fields[alone].item:
+                flags.setdefault(alone, []).append(word)
+            elif alone and alone not in flags:
+                flags[alone] = word
+            else:
+                yield f"there is no place for {word!r}; give flags as --name value."
             continue
         flag, equals, text = word.partition("=")
         name = flag[2:] if _takes(flag[2:], fields) else flag[2:].replace("-", "_")
-        if name == "print_config" and not equals:
-            found.print_config = True
-            continue
         known = _takes(name, fields) or name in lists
         switch = name in fields and fields[name].kind is bool
         if switch and not equals and left[-1:] not in (["true"], ["false"]):
@@ -116,38 +103,19 @@ def _sorted(argv: list[str], fields: dict[str, Field], presets: bool) -> _Words:
         elif not equals and left and not left[-1].startswith("--"):
             text = left.pop()
         elif not equals and known:
-            found.faults.append(f"{flag} needs {wanted.get(name, 'a value')}.")
+            yield f"{flag} needs a value."
             continue
         if name in lists:
             lists[name].append(text)
         elif known:
-            found.flags.append((name, text))
+            _set(flags, name, _read(fields, name, text))
         else:
             names = [f"--{each}" for each in [*fields, *lists, "help", "print_config"]]
-            found.faults.append(f"there is no flag `{flag}`.{_hint(flag, names, fields)}")
-    return found
+            yield f"there is no flag `{flag}`.{_hint(flag, names, fields)}"
 
 
 def _takes(name: str, fields: dict[str, Field]) -> bool:
-    return name in fields or _above(name, fields) is not None
-
-
-def _above(name: str, fields: dict[str, Field]) -> str | None:
-    """Return the open field that ``name`` lies below, if there is one."""
-    return next((n for n, f in fields.items() if f.open and name.startswith(f"{n}.")), None)
-
-
-def _place_alone(
-    alone: list[str], fields: dict[str, Field], values: dict[str, Any]
-) -> Iterator[str]:
-    """Give the words that stand alone to the field that takes them; yield a fault for the rest."""
-    name, field = next(((n, f) for n, f in fields.items() if f.positional), (None, None))
-    if alone and name and field:
-        several = field.several
-        values[name] = alone if several else alone.pop(0)
-        alone = [] if several else alone
-    for word in alone:
-        yield f"there is no place for {word!r}; give flags as --name value."
+    return name in fields or any(f.open and name.startswith(f"{n}.") for n, f in fields.items())
 
 
 def _hint(name: str, known: Iterable[str], fields: dict[str, Field]) -> str:
@@ -163,17 +131,12 @@ def _hint(name: str, known: Iterable[str], fields: dict[str, Field]) -> str:
     return did_you_mean(name, [*known, *below])
 
 
-def _unknown_keys(
-    values: dict[str, Any], fields: dict[str, Field], prefix: str = ""
-) -> Iterator[str]:
-    known = [*fields, *{name.partition(".")[0] for name in fields}]
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        section = any(each.startswith(f"{name}.") for each in fields)
-        if section and isinstance(value, dict):
-            yield from _unknown_keys(value, fields, f"{name}.")
-        elif not section and name not in fields:
-            yield f"there is no field `{name}`.{_hint(name, known, fields)}"
+def _unknown_keys(record: type[Section], values: dict[str, Any]) -> list[str]:
+    faults = record.name_faults(values)
+    for name, kind in hints(record).items():
+        if is_section(kind) and isinstance(values.get(name), dict):
+            faults += _unknown_keys(kind, values[name])
+    return faults
 
 
 def _read(fields: dict[str, Field], name: str, text: str) -> Any:
@@ -187,8 +150,8 @@ def _read(fields: dict[str, Field], name: str, text: str) -> Any:
             return value
         pairs = (pair.partition("=") for pair in text.split(","))
         return {key.strip(): _value(word.strip()) for key, _, word in pairs}
-    if fields[name].several and text not in _NULL and not text.startswith("["):
-        return [_fitted(item_of(kind), word.strip()) for word in text.split(",")]
+    if fields[name].item and text not in _NULL and not text.startswith("["):
+        return [_fitted(fields[name].item, word.strip()) for word in text.split(",")]
     return _fitted(kind, text)
 
 
@@ -224,24 +187,6 @@ def _over(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return below if isinstance(below, dict) and above is None else above
     return below | {name: _over(below.get(name), value) for name, value in above.items()}
-
-
-def _with_floats(record: type[Section], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with whole numbers as floats where the record has floats."""
-    made = dict(values)
-    for name, kind in hints(record).items():
-        value = made.get(name)
-        if is_section(kind) and isinstance(value, dict):
-            made[name] = _with_floats(kind, value)
-        elif name in made and takes(kind, floats := _as_floats(value)):
-            made[name] = floats
-    return made
-
-
-def _as_floats(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_as_floats(item) for item in value]
-    return float(value) if type(value) is int else value
 
 
 def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -283,23 +228,19 @@ def to_yaml(record: Any) -> str:
     class Dumper(yaml.SafeDumper):
         """Quotes text that `read_yaml` would take for a number."""
 
-    Dumper.add_implicit_resolver(*_FLOAT)
+    Dumper.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
     values = dataclasses.asdict(record)
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @functools.cache
 def _loader() -> Any:
-    """Return PyYAML's safe loader with the numbers of YAML 1.2, and with dates as text."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Never makes anything but plain values."""
+        """Takes `1e-4` for a number and a date for text."""
 
-    unwanted = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    Loader.yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in resolvers if tag not in unwanted]
-        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(*_FLOAT)
+    Loader.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
+    as_text: Any = Loader.construct_yaml_str
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
     return Loader
