@@ -42,10 +42,22 @@ def run_yaml(tmp_path):
     return write
 
 
-HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "matplotlib", "rich", "sklearn")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "trl",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "yaml",
+)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["list", "tasks"]])
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], ["train", "--help"], ["list", "tasks"]]
+)
 def test_help_and_lists_import_nothing_heavy(argv):
     code = (
         "import sys; from tlora.cli import main; code = main(sys.argv[1:]);"
@@ -74,11 +86,18 @@ def test_the_overview_names_every_verb(tlora):
     assert tlora()[1] == out
 
 
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version(tlora, flag):
+    from importlib.metadata import version
+
+    assert tlora(flag) == (0, f"tlora {version('tlora')}\n", "")
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_for_every_flag(tlora, verb):
     import dataclasses
 
-    from tlora.runconfig import field_docs
+    from tlora.flags import field_docs
 
     code, out, _ = tlora(verb, "--help")
     assert code == 0
@@ -143,6 +162,16 @@ def test_an_empty_section_takes_nothing_away_from_another_file(resolved, run_yam
     assert preset["adapter"]["r"] == 4
 
 
+def test_flags_come_before_files_and_each_other_at_any_depth(resolved, run_yaml):
+    file = run_yaml("trainer: {lr_scheduler_kwargs: {num_cycles: 2, min_lr: 0.1}, max_steps: 5}")
+    flags = ["--trainer.lr_scheduler_kwargs.num_cycles", "3", "--trainer", "max_steps=7,bf16=false"]
+    assert resolved(*flags, "--config", file)["trainer"] == {
+        "lr_scheduler_kwargs": {"num_cycles": 3, "min_lr": 0.1},
+        "max_steps": 7,
+        "bf16": False,
+    }
+
+
 def test_an_empty_section_below_a_section_and_of_a_comparison(tlora, run_yaml):
     file = run_yaml("tasks: [gsm8k-paper]\njudge: {request: }\n", "eval.yaml")
     code, out, err = tlora("eval", "m", "--config", file, "--print_config")
@@ -158,6 +187,36 @@ def test_numbers_in_scientific_notation_are_numbers(resolved, run_yaml):
     file = run_yaml("trainer:\n  learning_rate: 1e-4\n")
     assert resolved("--config", file)["trainer"]["learning_rate"] == 1e-4
     assert resolved("--trainer.learning_rate", "2e-5")["trainer"]["learning_rate"] == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("--output_dir", "5", "5"),  # a field of text takes every text as it is
+        ("--model", "null", None),
+        ("--data.prompt_template", "Q: {question} # 1", "Q: {question} # 1"),
+        ("--data.label_names", "no,yes", ["no", "yes"]),
+        ("--data.label_names", "[a, b]", ["a", "b"]),
+        ("--trainer.run_name", "2024-01-31", "2024-01-31"),
+        ("--trainer.run_name", "*broken", "*broken"),
+        ("--adapter.lora_alpha", "1e1", 10.0),
+        ("--adapter.target_modules", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_a_value_is_read_as_its_field_takes_it(resolved, run_yaml, flag, text, value):
+    run = resolved(flag, text)
+    assert resolved("--config", run_yaml(yaml.safe_dump(run))) == run
+    for name in flag[2:].split("."):
+        run = run[name]
+    assert run == value
+
+
+def test_what_looks_like_a_number_is_printed_so_that_it_stays_text(tlora, run_yaml):
+    file = run_yaml("trainer: {run_name: '1e-4'}\n")
+    _, out, _ = tlora("train", "--config", file, "--print_config")
+    again = tlora("train", "--config", run_yaml(out, "again.yaml"), "--print_config")[1]
+    assert again == out
+    assert yaml.safe_load(out)["trainer"]["run_name"] == "1e-4"
 
 
 def test_lists_booleans_and_words_are_read_as_such(resolved):
@@ -196,7 +255,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["trian"], "tlora: command line: there is no verb 'trian'. Did you mean 'train'?"),
         (
             ["train", "--dry_run"],
-            "`tlora init --dry_run` tells what a run of the same flags takes.",
+            "`tlora init --dry_run` shows what a run of the same flags takes.",
         ),
         (["train", "--modle", "x"], "there is no flag `--modle`. Did you mean '--model'?"),
         (
@@ -211,15 +270,18 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             ["eval", "--judge.reqest.seed", "3"],
             "there is no flag `--judge.reqest.seed`. Did you mean '--judge.request.seed'?",
         ),
-        (["train", "--seed", "x"], "`seed` is 'x'; give a whole number."),
-        (["train", "--dtype", "int8"], "`dtype` is 'int8'; give one of 'auto', 'float32'"),
+        (["train", "--seed", "x"], "`seed` is 'x'; give a whole number, 0 or more."),
+        (["train", "--seed", "-1"], "`seed` is -1; give a whole number, 0 or more."),
+        (["train", "--seed"], "--seed needs a value."),
+        (["train", "--seed", "--resume"], "--seed needs a value."),
+        (["train", "--dtype", "int8"], "`dtype` is 'int8'; choose one of 'auto', 'float32'"),
         (
             ["list", "method"],
-            "`what` is 'method'; give one of 'methods', 'tasks', 'evaluations', 'formats',"
-            " 'presets'.",
+            "`what` is 'method'; choose one of 'methods', 'tasks', 'evaluations', 'presets'. Did"
+            " you mean 'methods'?",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
-        (["train", "--config"], "--config needs a YAML file."),
+        (["train", "--config"], "--config needs a value."),
         (["train", "--model", "m", "--adapter.rr", "3"], "no option `rr`. Did you mean 'r'?"),
         (["train", "--model", "m", "--method", "lara"], "no method 'lara'. Did you mean 'lora'?"),
         (
@@ -232,7 +294,12 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         ),
         (["train"], "`model` is missing; give --model"),
         (["train", "--data.max_length", "0"], "`data.max_length` is 0; give a whole number, 1"),
-        (["train", "stray"], "unrecognized arguments: stray"),
+        (["train", "stray"], "there is no place for 'stray'; give flags as --name value."),
+        (["inspect", "a", "b"], "there is no place for 'b'"),
+        (["inspect"], "`path` is missing; `tlora inspect` needs a run's folder"),
+        (["train", "--adapter", "5"], "`adapter` is 5; give `name: value` pairs."),
+        (["train", "--resume=maybe"], "`resume` is 'maybe'; give true or false."),
+        (["compare", "--learning_rates", "fast"], "`learning_rates` is ['fast']; give positive"),
         (["inspect", "nowhere"], "nowhere: there is no such file."),
         (["inspect", "."], "there is no plan.safetensors; give a run's folder"),
     ],
@@ -274,7 +341,7 @@ def test_a_file_that_is_no_mapping_is_named(tlora, run_yaml, text):
         (DataError("rows.jsonl, row 3: no text."), 2, "tlora: rows.jsonl, row 3: no text.\n"),
         (AdapterError("out does not fit."), 2, "tlora: out does not fit.\n"),
         (CalibrationError("the loss is NaN."), 1, "tlora: the loss is NaN.\n"),
-        (KeyboardInterrupt(), 130, "tlora: interrupted; a training goes on from its last"),
+        (KeyboardInterrupt(), 130, "tlora: interrupted; --resume continues a training"),
         (RuntimeError("a bug"), 1, "Traceback (most recent call last)"),
     ],
 )

@@ -26,7 +26,7 @@ def test_an_entry_says_only_what_differs():
 
 
 def test_rates_of_an_entry_replace_the_common_ones():
-    entry = {"name": "lora", "learning_rates": [3e-3, "1e-4"]}
+    entry = {"name": "lora", "learning_rates": [3e-3, 1e-4]}
     both = config(methods=[entry, "tlora"], learning_rates=[1.0, 2.0])
     assert [e.learning_rates for e in both.entries()] == [[1e-4, 3e-3], [1.0, 2.0]]
     assert config(methods=[entry], learning_rates=[]).entries()[0].learning_rates == [1e-4, 3e-3]
@@ -61,22 +61,28 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"methods": []}, "`methods` is empty"),
         ({"methods": ["lorra"]}, "item 1: there is no method 'lorra'. Did you mean 'lora'?"),
         ({"methods": [{"nam": "lora"}]}, "there is no field `nam`. Did you mean 'name'?"),
-        ({"methods": [{"label": "x"}]}, "item 1 has no `name`"),
-        ({"methods": [3]}, "item 1 is 3; give the name of a method"),
-        ({"methods": [{"name": "lora", "r": 3}]}, "no field `r`; put it in `adapter`"),
+        ({"methods": [{"label": "x"}]}, "item 1: `name` is missing; name a method."),
+        ({"methods": [3]}, "item 1: 3 is no method; give a name"),
+        (
+            {"methods": [{"name": "lora", "r": 3}]},
+            "item 1: there is no field `r` here; put it in `adapter`.",
+        ),
         ({"methods": [{"name": "lora", "trainer": {}}]}, "the training is the same for all"),
         (
             {"methods": [{"name": "lora", "adapter": {"rr": 3}}]},
             "item 1: `adapter`: there is no option `rr`. Did you mean 'r'?",
         ),
-        ({"methods": [{"name": "tlora", "samples": 3}]}, "`samples`; put it in `calibration`"),
+        (
+            {"methods": [{"name": "tlora", "samples": 3}]},
+            "field `samples` here; put it in `calibration`",
+        ),
         (
             {"methods": [{"name": "tlora", "calibration": 3}]},
-            "item 1: `calibration` is 3; give `field: value` pairs",
+            "item 1: `calibration` is 3; give `name: value` pairs",
         ),
         (
             {"methods": [{"name": "tlora", "calibration": {"sample": 3}}]},
-            "item 1: `calibration`: there is no field `sample`. Did you mean 'samples'?",
+            "item 1: there is no field `calibration.sample`. Did you mean 'calibration.samples'?",
         ),
         (
             {"methods": [{"name": "tlora", "calibration": {"samples": "many"}}]},
@@ -88,7 +94,7 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ),
         (
             {"methods": [{"name": "lora", "calibration": {"samples": 64}}]},
-            "item 1: `calibration` has no place in it: the method reads no rows",
+            "item 1: `calibration` has no place here: the method reads no rows",
         ),
         (
             {"methods": ["eva", {"name": "eva", "label": "x", "calibration": {"samples": 32}}]},
@@ -107,8 +113,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` 2; whoever is tried"
-            " at more is tuned better",
+            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` has 2; give every"
+            " method the same number, so that tuning is fair.",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),

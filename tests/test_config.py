@@ -51,6 +51,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("bias", bad) for bad in ("some", None, ["none"])],
     *[("task_type", bad) for bad in ("CAUSAL", "causal_lm", "", ["CAUSAL_LM"])],
     *[(name, "yes") for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a")],
+    *[("target_modules", bad) for bad in (3, ["q_proj", 3], {"q_proj": 1})],
+    *[("target_parameters", bad) for bad in (3, [3])],
+    *[("layers_to_transform", bad) for bad in ("3", [0.5], True)],
     *[("memory_budget", bad) for bad in (0, -5, "2 gigs", "", "1e400", "1.2.3GB", True, [1])],
 ]
 
@@ -101,9 +104,13 @@ def test_the_task_types_are_pefts() -> None:
     assert set(get_args(TaskType)) == {kind.value for kind in peft.TaskType}
 
 
-def test_parameters_are_a_list_of_names_and_go_without_dropout() -> None:
-    (fault,) = faults_of(target_parameters="experts.down_proj")
-    assert "give a list of names" in fault
+def test_a_name_is_a_list_of_one_where_names_are_listed() -> None:
+    config = TLoraConfig(target_parameters="experts.down_proj", modules_to_save="score")  # type: ignore[arg-type]
+    assert (config.target_parameters, config.modules_to_save) == (["experts.down_proj"], ["score"])
+    assert TLoraConfig(target_modules="q_proj").target_modules == "q_proj"  # a regex, for PEFT
+
+
+def test_parameters_go_without_dropout() -> None:
     (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
     assert "`lora_dropout` does not go with `target_parameters`" in fault
     assert not TLoraConfig(target_parameters=[], lora_dropout=0.1).target_parameters

@@ -66,7 +66,7 @@ def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str
     harness = "tlora.evaluation.harness"
     if not path.startswith("tlora/evaluation/") or within(path.replace("/", "."), harness):
         return
-    own = ("tlora.evaluation", "tlora.errors", "tlora.files", *_SCORING)
+    own = ("tlora.evaluation", "tlora.checks", "tlora.errors", "tlora.files", *_SCORING)
     for name in imported(path, tree):
         top = name.split(".", maxsplit=1)[0]
         known = top in sys.stdlib_module_names or any(within(name, home) for home in own)

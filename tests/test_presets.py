@@ -100,7 +100,7 @@ def test_an_unknown_preset_is_met_with_a_suggestion():
         resolved("--preset", "paper-mth")
     with pytest.raises(ConfigError, match="tlora list presets"):
         presets.path("zzz")
-    with pytest.raises(ConfigError, match="--preset needs a name"):
+    with pytest.raises(ConfigError, match="--preset needs a value"):
         resolved("--preset")
 
 

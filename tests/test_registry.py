@@ -8,7 +8,6 @@ from tlora.errors import ConfigError
 from tlora.registry import (
     CONVERSATIONS,
     EVALUATIONS,
-    FORMATS,
     METHODS,
     TASKS,
     Entry,
@@ -85,7 +84,7 @@ def test_a_built_in_name_wins_over_an_entry_point(registry, third_party):
 
 
 @pytest.mark.parametrize(
-    "registered", [METHODS, TASKS, EVALUATIONS, CONVERSATIONS, FORMATS], ids=lambda r: r.kind
+    "registered", [METHODS, TASKS, EVALUATIONS, CONVERSATIONS], ids=lambda r: r.kind
 )
 def test_every_registered_name_loads_and_says_what_it_is(registered):
     for entry in registered.entries():

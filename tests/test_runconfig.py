@@ -5,7 +5,8 @@ import pytest
 
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
-from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig, field_docs
+from tlora.flags import field_docs
+from tlora.runconfig import CalibrationConfig, DataConfig, RunConfig
 
 
 def test_a_run_survives_json():
@@ -22,8 +23,11 @@ def test_a_run_survives_json():
     ("values", "message"),
     [
         ({"modle": "m"}, "run: there is no field `modle`. Did you mean 'model'?"),
-        ({"data": {"max_lenght": 3}}, "data: there is no field `max_lenght`. Did you mean"),
-        ({"calibration": {"sample": 3}}, "calibration: there is no field `sample`. Did you"),
+        (
+            {"data": {"max_lenght": 3}},
+            "there is no field `data.max_lenght`. Did you mean 'data.max_length'?",
+        ),
+        ({"calibration": {"sample": 3}}, "there is no field `calibration.sample`. Did you mean"),
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(values, message):
@@ -49,12 +53,12 @@ def test_all_faults_are_reported_at_once():
         )
     named = [fault.split("`")[1] for fault in caught.value.faults]
     assert named == [
-        "data.max_length",
-        "calibration.samples",
         "dtype",
         "data.loss_on",
-        "train_file",
+        "data.max_length",
+        "calibration.samples",
         "seed",
+        "train_file",
     ]
 
 

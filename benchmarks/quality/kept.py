@@ -27,7 +27,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -35,6 +34,7 @@ from transformers import TrainerCallback
 from tlora import calibrate
 from tlora.compareconfig import CompareConfig
 from tlora.files import read_json, write_json
+from tlora.parsing import read_yaml
 from tlora.runconfig import RunConfig
 from tlora.runfolder import RunFolder, provenance
 from tlora.stages.arguments import training_arguments
@@ -79,7 +79,7 @@ def main() -> None:
 
 def measured(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the shares of one comparison by basis and step."""
-    comparison = yaml.safe_load((HERE / f"{flags.comparison}.yaml").read_text(encoding="utf-8"))
+    comparison = read_yaml(HERE / f"{flags.comparison}.yaml")
     files = {name: getattr(flags, name) for name in ("model", "train_file", "test_file")}
     config = CompareConfig.from_dict(comparison | files | {"output_dir": "unused"})
     bases = {label: basis_of(config, basis, flags.seed) for label, basis in BASES.items()}

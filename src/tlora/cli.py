@@ -9,18 +9,17 @@ Exit codes: 0 done, 2 bad input (a sentence says which), 1 anything else, 130 in
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora import __version__, presets
+from tlora import __version__, extras, presets
 from tlora.compareconfig import CompareConfig
 from tlora.errors import (
     AdapterError,
@@ -32,20 +31,23 @@ from tlora.errors import (
     did_you_mean,
 )
 from tlora.evalconfig import EvalConfig
-from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
-from tlora.runconfig import RunConfig, field_docs
+from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
+from tlora.runconfig import RunConfig
 from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tlora.comparefolder import CompareFolder
     from tlora.evalfolder import EvalFolder
+    from tlora.runfolder import RunFolder
+    from tlora.stages.demo import Score
 
 _BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
     "evaluations": lambda: [*EVALUATIONS.entries(), *CONVERSATIONS.entries()],
-    "formats": FORMATS.entries,
     "presets": presets.entries,
 }
 
@@ -56,7 +58,6 @@ def demo(config: DemoConfig) -> None:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from tlora.report.tables import scores
     from tlora.stages.demo import BASE_MODEL, run, write_rows
 
     if config.rows_only:
@@ -64,24 +65,52 @@ def demo(config: DemoConfig) -> None:
             _say(f"{name}: {folder}/train.jsonl and test.jsonl")
         _say(f"model: {BASE_MODEL}")
         return
-    # The bars of training stay; loading and tokenising take no time here.
+    # The bars of training stay; loading and tokenizing take no time here.
     disable_progress_bar()
     disable_progress_bars()
     result = run(output_dir=config.output_dir, seed=config.seed, tell=_say)
-    Console().print(scores(result.scores))
-    pictures = ", ".join(map(str, result.pictures))
+    Console().print(_demo_table(result.scores))
     _say(
-        f"exact match on {result.test_rows} problems the adapters have not seen\n"
+        f"exact match on {result.test_rows} problems that the adapters have not seen\n"
         f"prompt:  {result.example['prompt'].strip()}\n"
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\npictures: {pictures}\ndone in {result.seconds:.0f} s"
+        f" {result.difference:.1g})\npictures: {_demo_pictures(result.runs)}\n"
+        f"done in {result.seconds:.0f} s"
     )
 
 
+def _demo_table(lines: Iterable[Score]) -> Table:
+    """Return the demonstration's table: a line for the base model and for each method."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE)
+    made.add_column("method", overflow="fold")
+    for column in ("trainable parameters", "exact match", "initialize", "train"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        seconds = (f"{line.initialise_seconds:.1f} s", f"{line.train_seconds:.1f} s")
+        made.add_row(line.method, f"{line.trainable:,}", f"{line.exact_match:.1%}", *seconds)
+    return made
+
+
+def _demo_pictures(runs: list[RunFolder]) -> str:
+    """Draw the last run's plan and the losses of all runs; return where they are."""
+    if extras.missing("compare"):
+        return 'none without matplotlib; run `pip install "tlora[compare]"`'
+    from tlora import AdapterPlan
+    from tlora.report import curves, heatmap
+
+    folder = runs[-1].path.parent
+    losses = {run.path.name: curves.read_log(run.log) for run in runs}
+    plan = heatmap.save(AdapterPlan.load(runs[-1].plan), folder / "plan.png")
+    return f"{plan}, {curves.save(losses, folder / 'loss.png')}"
+
+
 def init(config: InitConfig) -> None:
-    """Calibrate, plan and attach; save the untrained adapter. Or only say what that would take."""
+    """Calibrate, plan and attach; save the untrained adapter. Or only show what that would take."""
     if config.dry_run:
         from tlora.report.estimate import show
         from tlora.stages import dryrun
@@ -94,14 +123,14 @@ def init(config: InitConfig) -> None:
 
 
 def train(config: RunConfig) -> None:
-    """Initialise, train, evaluate and save."""
+    """Initialize, train, evaluate and save."""
     from tlora.stages.train import run
 
     _report(run(config))
 
 
 def compare(config: CompareConfig) -> None:
-    """Run what is missing of a comparison; make its page and tables of what there is."""
+    """Run what is missing of a comparison; write its page and its tables."""
     from datasets import disable_progress_bars
 
     from tlora.comparefolder import CompareFolder
@@ -113,13 +142,13 @@ def compare(config: CompareConfig) -> None:
     _show_comparison(CompareFolder(config.output_dir))
     if progress.waiting:
         _say(
-            f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; bring the"
-            f" files of all machines together in {config.output_dir}/runs and run this again."
+            f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; copy the"
+            f" files of all machines into {config.output_dir}/runs and rerun this command."
         )
     if progress.failed:
         raise TLoraError(
             "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
-            + "\nThe same command tries them again."
+            + "\nRerun the same command to try them again."
         )
 
 
@@ -184,11 +213,12 @@ def inspect(config: InspectConfig) -> None:
 
 
 _FOLLOWING = {"tasks": "evaluations"}
-"""What is listed beneath: `--task` of a training and `--tasks` of an evaluation are near."""
+"""What is listed below: `--task` of a training is easily confused with `--tasks` of an evaluation.
+"""
 
 
 def list_registered(config: ListConfig) -> None:
-    """List the names that --method, --task, --tasks and --format take."""
+    """List the names that --method, --task, --tasks and --preset take."""
     for title, registered in _REGISTERED.items():
         entries = registered()
         if config.what == title or (config.what is None and entries):
@@ -213,20 +243,40 @@ class Verb:
     summary: str
     record: type
     run: Callable[[Any], None]
+    extra: str | None = None
+    """The extra of the package that it needs."""
 
 
 VERBS = {
     verb.name: verb
     for verb in (
-        Verb("demo", "see it work on a small embedded model", DemoConfig, demo),
-        Verb("init", "calibrate and save an untrained adapter", InitConfig, init),
-        Verb("train", "initialise, train, evaluate, save", RunConfig, train),
-        Verb("eval", "base, adapters, merged models on tasks, one table", EvalConfig, evaluate),
-        Verb("compare", "methods x learning rates x seeds, one table", CompareConfig, compare),
-        Verb("inspect", "show a plan; a comparison or an evaluation again", InspectConfig, inspect),
+        Verb("demo", "see it work on a small embedded model", DemoConfig, demo, "train"),
+        Verb("init", "calibrate and save an untrained adapter", InitConfig, init, "train"),
+        Verb("train", "initialize, train, evaluate, save", RunConfig, train, "train"),
+        Verb(
+            "eval",
+            "base, adapters, merged models on tasks, one table",
+            EvalConfig,
+            evaluate,
+            "eval",
+        ),
+        Verb(
+            "compare",
+            "methods x learning rates x seeds, one table",
+            CompareConfig,
+            compare,
+            "compare",
+        ),
+        Verb(
+            "inspect",
+            "show a plan; a comparison or an evaluation again",
+            InspectConfig,
+            inspect,
+            "compare",
+        ),
         Verb(
             "list",
-            "list methods, tasks, evaluations, formats, presets",
+            "list methods, tasks, evaluations, presets",
             ListConfig,
             list_registered,
         ),
@@ -247,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         _complain(
-            str(stop) or "interrupted; a training goes on from its last checkpoint with --resume."
+            str(stop) or "interrupted; --resume continues a training from its last checkpoint."
         )
         return 130
     except BrokenPipeError:
@@ -267,28 +317,33 @@ def _run(argv: list[str]) -> int:
     if word in ("-h", "--help"):
         _say(_overview())
         return 0
-    if word == "--version":
+    if word in ("-V", "--version"):
         _say(f"tlora {__version__}")
         return 0
     if word not in VERBS:
         hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
         raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
+    from tlora.flags import help_text
     from tlora.parsing import Parsed, parse, to_yaml
 
     verb, rest = VERBS[word], argv[1:]
-    more_help = ""
-    if issubclass(verb.record, RunConfig) and {"-h", "--help"} & set(rest):
-        more_help = _method_help(rest)
-    parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest, more_help)
+    if {"-h", "--help"} & set(rest):
+        more = _method_help(rest) if issubclass(verb.record, RunConfig) else ""
+        _say(help_text(f"tlora {verb.name}", verb.record) + more)
+        return 0
+    if verb.extra:
+        extras.require(verb.extra, where=word)
+    parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest)
+    record = parsed.record
     if parsed.print_config:
-        record = parsed.record
-        _say(
-            to_yaml(
-                record.resolved() if isinstance(record, (RunConfig, CompareConfig)) else record
-            ).rstrip()
-        )
+        resolves = isinstance(record, (RunConfig, CompareConfig))
+        _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:
-        verb.run(parsed.record)
+        if getattr(record, "quantization", "none") != "none":
+            extras.require("quantized", where="quantization")
+        if isinstance(record, EvalConfig) and record.judge.url:
+            extras.require("judge", where="judge")
+        verb.run(record)
     return 0
 
 
@@ -297,9 +352,9 @@ def _overview() -> str:
     verbs = "\n".join(f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS.values())
     return (
         "usage: tlora VERB [run.yaml] [flags]\n\n"
-        "Task-aware LoRA: adapt a model to a task; a plain PEFT adapter comes out.\n\n"
+        "Task-aware LoRA: adapts a model to a task and saves a standard PEFT adapter.\n\n"
         f"{verbs}\n\n"
-        "`tlora VERB --help` lists the flags of a verb; `tlora --version` the version."
+        "`tlora VERB --help` lists the flags of a verb; `tlora --version` prints the version."
     )
 
 
@@ -309,17 +364,14 @@ def _method_help(argv: list[str]) -> str:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
+    from tlora.flags import flags_help
+
     options = METHODS.load(name).options
-    docs = field_docs(options)
-    lines = [
-        f"  --adapter.{option.name}\n      {docs.get(option.name, '')} (default: {option.default})"
-        for option in dataclasses.fields(options)
-    ]
-    return f"\noptions of the method {name!r}:\n" + "\n".join(lines) + "\n"
+    return f"\n\noptions of the method {name!r}:\n{flags_help(options, 'adapter.')}"
 
 
 def _report(folder: Any) -> None:
-    """Say where a run has left what; of several processes, the first speaks."""
+    """Print what a run left where; of several processes, only the first prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     if folder.plan.is_file():

@@ -6,15 +6,40 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from tlora.checks import FOLDER, Rule, Section, at_least
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
 from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
 
 Better = Literal["higher", "lower"]
+
+Rates = Annotated[
+    list[float],
+    Rule("positive numbers, each once", lambda v: all(rate > 0 for rate in v) and _distinct(v)),
+]
+Seeds = Annotated[
+    list[int],
+    Rule(
+        "whole numbers, 0 or more, each once",
+        lambda v: v and all(seed >= 0 for seed in v) and _distinct(v),
+    ),
+]
+Validation = Annotated[
+    float | str,
+    Rule(
+        "a file, a share below 1 or a number of rows",
+        lambda v: isinstance(v, str) or 0 < v < 1 or (v >= 1 and float(v).is_integer()),
+    ),
+]
+
+
+def _distinct(values: list[Any]) -> bool:
+    return len(set(values)) == len(values)
+
 
 EXACT_MATCH = "exact_match"
 """The metric for which a run's model writes its answers; all others come of predictions."""
@@ -29,29 +54,74 @@ _REACTIVE = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the scores of the run, so that no two runs have the same one."""
 
 _IN_ENTRY = {
-    "r": "adapter",
-    "lora_alpha": "adapter",
-    "target_modules": "adapter",
-    "learning_rate": "learning_rates",
-    "lr": "learning_rates",
-    "samples": "calibration",
+    "r": "put it in `adapter`",
+    "lora_alpha": "put it in `adapter`",
+    "target_modules": "put it in `adapter`",
+    "learning_rate": "put it in `learning_rates`",
+    "lr": "put it in `learning_rates`",
+    "samples": "put it in `calibration`",
+    "trainer": "the training is the same for all methods, only `learning_rates` may differ",
 }
+"""What is likely to be written into an item of `methods`, and what to do instead."""
 
 
 @dataclass(kw_only=True)
-class MethodEntry:
+class MethodEntry(Section):
     """One method of a comparison, as an item of `methods` says it."""
 
-    name: str
+    name: str = ""
     """Name of the method; see `tlora list methods`."""
     label: str = ""
     """What tables call it; by default its name."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of this method, over the common ones."""
-    learning_rates: list[float] = field(default_factory=list)
+    learning_rates: Rates = field(default_factory=list)
     """Its learning rates, where they differ from the common ones."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How it calibrates, over the common fields; only what differs from them."""
+
+    @classmethod
+    def of(cls, item: Any) -> MethodEntry:
+        """Return the entry that an item of `methods` stands for.
+
+        Raises:
+            ConfigError: it is neither a name nor a mapping, or names something unknown.
+        """
+        if not isinstance(item, (str, dict)):
+            raise ConfigError(f"{item!r} is no method; give a name, or `name: ...`.")
+        return cls.from_dict({"name": item} if isinstance(item, str) else item)
+
+    @classmethod
+    def name_faults(cls, values: dict[str, Any]) -> list[str]:
+        """Return a sentence for each name that is no field: where it belongs, or a suggestion."""
+        moved = [name for name in values if name in _IN_ENTRY]
+        rest = {name: value for name, value in values.items() if name not in _IN_ENTRY}
+        faults = [f"there is no field `{name}` here; {_IN_ENTRY[name]}." for name in moved]
+        return faults + super().name_faults(rest)
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong with the names of the method, its options and its calibration."""
+        if not self.name:
+            yield "`name` is missing; name a method."
+            return
+        try:
+            method = METHODS.load(self.name)
+        except ConfigError as error:
+            yield from error.faults
+            return
+        options = [f.name for f in dataclasses.fields(method.options)]
+        for wrong in unknown_names(self.adapter, options, "option"):
+            yield f"`adapter`: {wrong}"
+        if self.calibration and method.traits.reads == "nothing":
+            yield "`calibration` has no place here: the method reads no rows before training."
+            return
+        try:
+            calibration = CalibrationConfig(**self.calibration)
+        except ConfigError as error:
+            yield from error.faults
+            return
+        yield from calibration.faults()
+        yield from _cache_faults(calibration.cache)
 
     def options(self, seed: int | None = None) -> Any:
         """Return the method's options record.
@@ -80,16 +150,16 @@ class CompareConfig(SharedConfig):
     methods: list[Any] = field(default_factory=list)
     """What is compared: names, or items of `name`, `label`, `adapter` and `calibration` (of this
     method, over the common ones) and `learning_rates` (where they differ from the common ones)."""
-    learning_rates: list[float] = field(default_factory=list)
-    """Rates that every method is tried at."""
-    tuning_seeds: list[int] = field(default_factory=lambda: [0, 1])
+    learning_rates: Rates = field(default_factory=list)
+    """Learning rates that every method is tried at."""
+    tuning_seeds: Seeds = field(default_factory=lambda: [0, 1])
     """Seeds that choose each method's learning rate, on the validation rows."""
-    final_seeds: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
+    final_seeds: Seeds = field(default_factory=lambda: [2, 3, 4, 5, 6])
     """Seeds that run at the chosen rate and are reported, on the test rows."""
-    validation: float | str = 0.1
+    validation: Validation = 0.1
     """Rows that choose the learning rate: a file, or what is held out of the training rows: a
     share of them (0.1) or a number of rows (500)."""
-    validation_seed: int = 0
+    validation_seed: Annotated[int, at_least(0)] = 0
     """Seed of which training rows are held out; the same rows for every run."""
     test_file: str | None = None
     """Rows that the table reports on; by default the dataset's own evaluation split."""
@@ -98,11 +168,11 @@ class CompareConfig(SharedConfig):
     causal task also "exact_match": the share of rows whose response is written to the letter."""
     better: Better | None = None
     """Which scores are better; by default lower for losses and errors, higher for the rest."""
-    output_dir: str = "tlora-compare"
+    output_dir: Annotated[str, FOLDER] = "tlora-compare"
     """Folder of the comparison: a JSON file a run, the page and the tables."""
-    jobs: int = 1
+    jobs: Annotated[int, at_least(1)] = 1
     """Runs at a time, each in a process of its own."""
-    threads: int | None = None
+    threads: Annotated[int, at_least(1)] | None = None
     """Threads of each run; by default the cores divided by `jobs`."""
     shard: str = "1/1"
     """Which part of the runs to do here, "2/3" the second of three; see docs/compare.md."""
@@ -116,16 +186,22 @@ class CompareConfig(SharedConfig):
         for entry in self.entries():
             entry.options()
 
-    def faults(self) -> list[str]:
-        """Return what is wrong with the values, a sentence each."""
-        return [
-            *super().faults(),
-            *self._entry_faults(),
-            *self._rate_faults(),
-            *self._seed_faults(),
-            *self._trainer_faults(),
-            *self._other_faults(),
-        ]
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields, and in the methods' own."""
+        yield from super().relations()
+        yield from self._entry_faults()
+        yield from self._rate_faults()
+        if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
+            yield (
+                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the rate"
+                " cannot be reported."
+            )
+        yield from self._trainer_faults()
+        yield from _cache_faults(self.calibration.cache)
+        number, slash, count = self.shard.partition("/")
+        digits = slash and number.isdigit() and count.isdigit()
+        if not digits or not 1 <= int(number) <= int(count):
+            yield f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines."
 
     def entries(self) -> list[MethodEntry]:
         """Return the methods with their labels, rates and options filled in.
@@ -133,20 +209,17 @@ class CompareConfig(SharedConfig):
         A common option goes to the methods that have one of that name.
         """
         made = []
-        for item in map(_as_item, self.methods):
-            known = {f.name for f in dataclasses.fields(METHODS.load(item["name"]).options)}
+        for entry in map(MethodEntry.of, self.methods):
+            known = [f.name for f in dataclasses.fields(METHODS.load(entry.name).options)]
             common = {name: value for name, value in self.adapter.items() if name in known}
+            own = entry.calibration.items()
             made.append(
                 MethodEntry(
-                    name=item["name"],
-                    label=str(item.get("label") or item["name"]),
-                    adapter=common | (item.get("adapter") or {}),
-                    learning_rates=_rates(item.get("learning_rates") or self.learning_rates),
-                    calibration={
-                        name: value
-                        for name, value in (item.get("calibration") or {}).items()
-                        if value != getattr(self.calibration, name)
-                    },
+                    name=entry.name,
+                    label=entry.label or entry.name,
+                    adapter=common | entry.adapter,
+                    learning_rates=sorted(map(float, entry.learning_rates or self.learning_rates)),
+                    calibration={k: v for k, v in own if v != getattr(self.calibration, k)},
                 )
             )
         return made
@@ -198,19 +271,18 @@ class CompareConfig(SharedConfig):
         if not self.methods:
             return ["`methods` is empty; name what to compare: `methods: [lora, tlora]`."]
         faults: list[str] = []
-        options: set[str] = set()
         for place, item in enumerate(self.methods, start=1):
-            where = f"`methods`, item {place}"
-            found, problems = _item_faults(item, where)
-            faults += problems
-            options |= found
-        if not faults:
-            faults += [
-                f"`adapter`: {fault}"
-                for fault in unknown_names(self.adapter, sorted(options), "option")
-            ]
-            faults += self._twins()
-        return faults
+            try:
+                found = MethodEntry.of(item).faults()
+            except ConfigError as error:
+                found = list(error.faults)
+            faults += [f"`methods`, item {place}: {wrong}" for wrong in found]
+        if faults:
+            return faults
+        methods = [METHODS.load(MethodEntry.of(item).name) for item in self.methods]
+        options = {f.name for method in methods for f in dataclasses.fields(method.options)}
+        unknown = unknown_names(self.adapter, sorted(options), "option")
+        return [*(f"`adapter`: {wrong}" for wrong in unknown), *self._twins()]
 
     def _twins(self) -> list[str]:
         entries = self.entries()
@@ -225,44 +297,25 @@ class CompareConfig(SharedConfig):
                 faults.append(f"`methods`: {entry.label!r} says the same as an earlier item.")
         return faults
 
-    def _rate_faults(self) -> list[str]:
-        faults = []
+    def _rate_faults(self) -> Iterator[str]:
         own = [
             item.get("learning_rates") if isinstance(item, dict) else None for item in self.methods
         ]
-        lists = {
-            f"`methods`, item {place}: `learning_rates`": rates
+        counts = {
+            f"`methods`, item {place}: `learning_rates`": len(rates)
             for place, rates in enumerate(own, start=1)
-            if rates
+            if isinstance(rates, list) and rates
         }
         if self.learning_rates or not all(own):
-            lists["`learning_rates`"] = self.learning_rates
-        for where, rates in lists.items():
-            good = isinstance(rates, list) and rates and all(map(_is_rate, rates))
-            if not good or len(set(map(float, rates))) < len(rates):
-                faults.append(f"{where} is {rates!r}; give positive numbers, each once.")
-        counts = {where: len(rates) for where, rates in lists.items()} if not faults else {}
-        if len({*counts.values()}) > 1:
+            counts["`learning_rates`"] = len(self.learning_rates)
+        if 0 in counts.values():
+            yield "`learning_rates` is []; give positive numbers, each once."
+        elif len({*counts.values()}) > 1:
             (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda each: each[1])
-            faults.append(
-                f"{few} has {fewest} and {many} {most}; whoever is tried at more is tuned better:"
-                " give every method as many."
+            yield (
+                f"{few} has {fewest} and {many} has {most}; give every method the same number, so"
+                " that tuning is fair."
             )
-        return faults
-
-    def _seed_faults(self) -> list[str]:
-        faults = []
-        for name in ("tuning_seeds", "final_seeds"):
-            seeds = getattr(self, name)
-            whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
-            if not seeds or not whole or len(set(seeds)) < len(seeds):
-                faults.append(f"`{name}` is {seeds!r}; give whole numbers, 0 or more, each once.")
-        if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
-            faults.append(
-                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the rate"
-                " cannot be reported."
-            )
-        return faults
 
     def _trainer_faults(self) -> list[str]:
         faults = [
@@ -278,27 +331,6 @@ class CompareConfig(SharedConfig):
             )
         return faults
 
-    def _other_faults(self) -> list[str]:
-        faults = _cache_faults(self.calibration.cache, "`calibration.cache`")
-        if isinstance(self.validation, (int, float)) and not (
-            0 < self.validation < 1 or (self.validation >= 1 and self.validation % 1 == 0)
-        ):
-            faults.append(
-                f"`validation` is {self.validation!r}; give a file, a share below 1 or a number"
-                " of rows."
-            )
-        for name, least in (("jobs", 1), ("threads", 1), ("validation_seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
-        number, slash, count = self.shard.partition("/")
-        digits = slash and number.isdigit() and count.isdigit()
-        if not digits or not 1 <= int(number) <= int(count):
-            faults.append(f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines.")
-        if not self.output_dir:
-            faults.append("`output_dir` is empty; name a folder.")
-        return faults
-
 
 _QUIET = {
     "logging_steps": 10,
@@ -309,73 +341,6 @@ _QUIET = {
 """What the trainer of a run does unless the file says otherwise: a diverged loss is shown."""
 
 
-def _as_item(item: Any) -> dict[str, Any]:
-    return {"name": item} if isinstance(item, str) else dict(item)
-
-
-def _item_faults(item: Any, where: str) -> tuple[set[str], list[str]]:
-    """Return the names of the options that the item's method has, and what is wrong with it."""
-    if not isinstance(item, (str, dict)):
-        return set(), [f"{where} is {item!r}; give the name of a method, or `name: ...`."]
-    item = _as_item(item)
-    known = [f.name for f in dataclasses.fields(MethodEntry)]
-    faults = []
-    for name in item:
-        if name in known:
-            continue
-        if name == "trainer":
-            why = "the training is the same for all; only `learning_rates` may differ."
-            faults.append(f"{where}: `trainer` has no place in it: {why}")
-        elif name in _IN_ENTRY:
-            faults.append(f"{where}: there is no field `{name}`; put it in `{_IN_ENTRY[name]}`.")
-        else:
-            faults += [f"{where}: {fault}" for fault in unknown_names([name], known, "field")]
-    if not isinstance(item.get("name"), str):
-        return set(), [*faults, f"{where} has no `name`; name a method."]
-    faults += [
-        f"{where}: `{section}` is {item[section]!r}; give `{what}: value` pairs."
-        for section, what in (("adapter", "option"), ("calibration", "field"))
-        if not isinstance(item.get(section) or {}, dict)
-    ]
-    if faults:
-        return set(), faults
-    try:
-        method = METHODS.load(item["name"])
-    except ConfigError as error:
-        return set(), [f"{where}: {fault}" for fault in error.faults]
-    names = [f.name for f in dataclasses.fields(method.options)]
-    faults += [
-        f"{where}: `adapter`: {fault}"
-        for fault in unknown_names(item.get("adapter") or {}, names, "option")
-    ]
-    faults += [
-        f"{where}: {fault}" for fault in _calibration_faults(item.get("calibration") or {}, method)
-    ]
-    return set(names), faults
-
-
-def _calibration_faults(given: dict[str, Any], method: Any) -> list[str]:
-    """Return what is wrong with the calibration that one method is given."""
-    known = [f.name for f in dataclasses.fields(CalibrationConfig)]
-    if unknown := unknown_names(given, known, "field"):
-        return [f"`calibration`: {fault}" for fault in unknown]
-    if given and method.traits.reads == "nothing":
-        return ["`calibration` has no place in it: the method reads no rows before training."]
-    faults = CalibrationConfig(**given).faults()
-    return faults + _cache_faults(given.get("cache"), "`calibration.cache`")
-
-
-def _cache_faults(cache: str | None, name: str) -> list[str]:
+def _cache_faults(cache: str | None) -> list[str]:
     why = "each run calibrates, and the time it takes is counted"
-    return [f"{name} has no place in a comparison: {why}."] if cache else []
-
-
-def _is_rate(value: Any) -> bool:
-    try:
-        return 0 < float(value) < math.inf
-    except (TypeError, ValueError):
-        return False
-
-
-def _rates(values: list[Any]) -> list[float]:
-    return sorted(map(float, values))
+    return [f"`calibration.cache` has no place in a comparison: {why}."] if cache else []

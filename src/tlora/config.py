@@ -7,13 +7,13 @@ Nothing here imports torch, so that a command line can parse and print configura
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from tlora.errors import ConfigError, did_you_mean
+from tlora.checks import POSITIVE, PROBABILITY, Record, Rule, at_least
 
 # The paper's two come first; the others have to hold what they are made of.
 Basis = Literal[
@@ -114,8 +114,18 @@ def bytes_text(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def _is_size(value: int | str) -> bool:
+    try:
+        return parse_bytes(value) > 0
+    except ValueError:
+        return False
+
+
+_SIZE = Rule("a size like 2GiB, 512MB or a number of bytes", _is_size)
+
+
 @dataclass(kw_only=True)
-class TLoraConfig:
+class TLoraConfig(Record):
     """How to adapt a model with Task-aware LoRA.
 
     Example:
@@ -127,9 +137,12 @@ class TLoraConfig:
             of range. All faults are collected into one error.
     """
 
-    r: int = 8
+    where: ClassVar[str] = "TLoraConfig"
+    noun: ClassVar[str] = "option"
+
+    r: Annotated[int, at_least(1)] = 8
     """Base rank r: the N targeted modules share N r ranks (PEFT: `r`)."""
-    lora_alpha: float = 8
+    lora_alpha: Annotated[float, POSITIVE] = 8
     """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
     target_modules: str | list[str] | None = "all-linear"
     """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear"
@@ -144,7 +157,7 @@ class TLoraConfig:
     """Layer indexes to adapt (all, if None), as in PEFT."""
     layers_pattern: str | list[str] | None = None
     """Name of the layer list that `layers_to_transform` indexes, as in PEFT."""
-    lora_dropout: float = 0.0
+    lora_dropout: Annotated[float, PROBABILITY] = 0.0
     """Dropout on the adapter's input while training."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter (a new classifier head)."""
@@ -178,9 +191,9 @@ class TLoraConfig:
     budget: Budget = "rank"
     """What stays as it was with uniform rank r: "rank" (the sum of the ranks) or "params"
     (the trainable parameters sum_i m_i r_i do not exceed the uniform ones)."""
-    rank_min: int = 1
+    rank_min: Annotated[int, at_least(0)] = 1
     """Smallest rank of a module; 0 lets the allocation leave modules out."""
-    rank_max: int | None = None
+    rank_max: Annotated[int, at_least(1)] | None = None
     """Largest rank of a module, beside min(m, d)."""
 
     covariance: CovarianceMode = "auto"
@@ -189,98 +202,39 @@ class TLoraConfig:
     whose own moment exceeds the budget)."""
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
-    memory_budget: int | str | None = None
+    memory_budget: Annotated[int | str, _SIZE] | None = None
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
     or "2GiB"; None: no limit. The mean of each sample, d numbers a moment, comes on top."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
-    def __new__(cls, *args: Any, **values: Any) -> TLoraConfig:
-        # Before __init__, so that an unknown option meets our sentence and not a bare TypeError.
-        config = super().__new__(cls)
-        if faults := cls._name_faults(values):
-            # Also the faults of the values, on a draft whose other fields are the defaults.
-            vars(config).update(values)
-            raise ConfigError([*faults, *config._value_faults()], where=cls.__name__)
-        return config
-
-    def __post_init__(self) -> None:
-        if faults := list(self._value_faults()):
-            raise ConfigError(faults, where=type(self).__name__)
-
     @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Return the names of the fields, in the order of declaration."""
-        return tuple(field.name for field in dataclasses.fields(cls))
+    def name_faults(cls, values: dict[str, Any]) -> list[str]:
+        """Return a sentence for each name that is no field: why it is refused, or a suggestion."""
+        refused = [name for name in values if name in REFUSED_OPTIONS]
+        others = {name: value for name, value in values.items() if name not in REFUSED_OPTIONS}
+        faults = [f"`{name}` is refused: {REFUSED_OPTIONS[name]}." for name in refused]
+        return faults + super().name_faults(others)
 
-    @classmethod
-    def _name_faults(cls, values: dict[str, Any]) -> list[str]:
-        known = cls.field_names()
-        faults = []
-        for name in values:
-            if name in REFUSED_OPTIONS:
-                faults.append(f"`{name}` is refused: {REFUSED_OPTIONS[name]}.")
-            elif name not in known:
-                faults.append(f"there is no option `{name}`.{did_you_mean(name, known)}")
-        return faults
-
-    def _value_faults(self):
-        for name in ("r", "rank_min", "seed"):
-            low = 1 if name == "r" else 0
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                yield f"`{name}` is {value!r}; give a whole number, {low} or more."
-        if not isinstance(self.lora_alpha, (int, float)) or not 0 < self.lora_alpha < math.inf:
-            yield f"`lora_alpha` is {self.lora_alpha!r}; give a positive number."
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            yield f"`lora_dropout` is {self.lora_dropout!r}; give a probability in [0, 1)."
-        least = max(1, self.rank_min) if isinstance(self.rank_min, int) else 1
-        if self.rank_max is not None and (
-            not isinstance(self.rank_max, int) or self.rank_max < least
-        ):
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.rank_max is not None and self.rank_max < self.rank_min:
             yield (
-                f"`rank_max` is {self.rank_max!r}; give a whole number not below 1 and"
-                f" `rank_min` ({self.rank_min!r}), or None."
+                f"`rank_max` is {self.rank_max!r}; give a whole number not below `rank_min`"
+                f" ({self.rank_min!r}), or None."
             )
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                options = ", ".join(map(repr, get_args(kind)))
-                yield f"`{name}` is {value!r}; choose one of {options}."
-        for name in ("allocate_rank", "allocate_scale", "freeze_a"):
-            if not isinstance(value := getattr(self, name), bool):
-                yield f"`{name}` is {value!r}; give true or false."
-        yield from self._parameter_faults()
-        yield from self._basis_faults()
-        if self.memory_budget is not None:
-            try:
-                parse_bytes(self.memory_budget)
-            except ValueError as error:
-                yield f"`memory_budget`: {error}."
-
-    def _basis_faults(self):
-        if not isinstance(self.whiten, bool) and self.whiten != "half":
-            yield f"`whiten` is {self.whiten!r}; give true, false or 'half'."
-        if self.covariance != "streamed":
-            return
-        if self.whiten:
-            yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
-        if self.basis in get_args(Basis) and not self.streams:
-            yield (
-                f"`basis` {self.basis!r} has to hold what it is made of, which covariance"
-                ' "streamed" avoids; set `covariance` to "exact", or `basis` to'
-                ' "weight-covariance".'
-            )
-
-    def _parameter_faults(self):
-        names = self.target_parameters
-        if names is None:
-            return
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            yield f"`target_parameters` is {names!r}; give a list of names, or None."
-        elif names and self.lora_dropout:
+        if self.target_parameters and self.lora_dropout:
             yield (
                 "`lora_dropout` does not go with `target_parameters`: PEFT adapts a parameter by"
                 " changing it, not its inputs; set it to 0."
+            )
+        if self.covariance == "streamed" and self.whiten:
+            yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
+        if self.covariance == "streamed" and not self.streams:
+            yield (
+                f"`basis` {self.basis!r} needs its statistics in memory, which covariance"
+                ' "streamed" avoids; set `covariance` to "exact", or `basis` to'
+                ' "weight-covariance".'
             )
 
     @property
@@ -334,24 +288,3 @@ class TLoraConfig:
 
     def _basis_reads(self, statistic: str) -> bool:
         return statistic in _READS[self.basis]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TLoraConfig:
-        """Make a config from plain values; the inverse of `to_dict`."""
-        return cls(**values)
-
-
-_CHOICES: dict[str, Any] = {
-    "basis": Basis,
-    "budget": Budget,
-    "sensitivity_rule": SensitivityRule,
-    "scale_rule": ScaleRule,
-    "covariance": CovarianceMode,
-    "subspace": SubspaceMode,
-    "bias": Bias,
-    "task_type": Literal[TaskType, None],
-}

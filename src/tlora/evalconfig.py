@@ -6,13 +6,12 @@ torch.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.errors import ConfigError
+from tlora.checks import FOLDER, Record, Rule, at_least, fault
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.runconfig import DataConfig, Dtype, Quantization, split_names
 
@@ -40,20 +39,31 @@ SETTINGS = (
     "data",
 )
 """Fields that can change a score; all results of a folder have them in common."""
-_POSITIVE = ("max_batch_size", "max_length", "n_samples")
 _OF_TRAINING = ("train_split", "loss_on", "max_train_rows", "overlap", "guard", "guard_dir")
 """Fields of `data` that have no meaning where nothing is trained."""
 REPLY_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What `gen_kwargs` may call the most tokens of a reply; the first is the harness' own name."""
+_GENERATION = {
+    **dict.fromkeys(REPLY_TOKENS, Annotated[int, at_least(1)]),
+    "temperature": Annotated[float, at_least(0)],
+    "do_sample": bool,
+}
+
+_ITEMS = Rule(
+    "a number of items or a share below 1",
+    lambda limit: 0 < limit < 1 or (limit >= 1 and float(limit).is_integer()),
+)
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class EvalConfig(Record):
     """One evaluation: models on tasks, every model with the same prompts, one table.
 
     Raises:
         ConfigError: values are missing or out of range; all faults are collected into one error.
     """
+
+    where: ClassVar[str] = "eval"
 
     models: list[str] = field(default_factory=list, metadata={"positional": True})
     """What to evaluate: folders or Hub names of models and PEFT adapters, folders of `tlora
@@ -61,7 +71,7 @@ class EvalConfig:
     tasks: list[str] | str = field(default_factory=list)
     """Tasks, "a,b": those of `tlora list evaluations`, any of lm-evaluation-harness; for models
     with a head, and with `test_file`, those of `tlora list tasks`."""
-    output_dir: str = "tlora-eval"
+    output_dir: Annotated[str, FOLDER] = "tlora-eval"
     """Folder of the result; the same command goes on where it was stopped."""
     model: str | None = None
     """Base model of the adapters, in place of the one that they name; alone: what to evaluate."""
@@ -73,15 +83,15 @@ class EvalConfig:
     """Evaluate each adapter merged into its base, in memory, instead of beside it."""
     with_merged: bool = False
     """Evaluate each adapter both ways."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, at_least(0)] | None = None
     """Examples before each question; by default the task's own number."""
-    limit: float | None = None
+    limit: Annotated[float, _ITEMS] | None = None
     """Only the first items of each task: a number, or below 1 a share."""
-    batch_size: int | str = 16
+    batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 16
     """Prompts at a time, or "auto"; the longest come first."""
-    max_batch_size: int = 64
+    max_batch_size: Annotated[int, at_least(1)] = 64
     """Where "auto" starts from."""
-    max_length: int | None = None
+    max_length: Annotated[int, at_least(1)] | None = None
     """Tokens of prompt and reply; by default the model's own limit. Longer prompts lose their
     beginning."""
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -101,14 +111,14 @@ class EvalConfig:
     what sandbox."""
     sandbox: Sandbox = "namespaces"
     """How programs are kept apart; "landlock" is weaker, for machines that forbid the first."""
-    n_samples: int = 1
+    n_samples: Annotated[int, at_least(1)] = 1
     """Programs for each problem of code; more than 1 are drawn, not greedy."""
     backend: Backend = "hf"
     """What generates: transformers, or vLLM where it is installed, which takes adapters merged."""
     dtype: Dtype = "auto"
     """Precision to load models in; "auto" takes the checkpoint's own, on a CPU float32."""
     quantization: Quantization = "none"
-    """Quantise the base while loading, by bitsandbytes: "nf4" or "int8"."""
+    """Quantize the base while loading, by bitsandbytes: "nf4" or "int8"."""
     device: str | None = None
     """Where to compute ("cuda:1"); by default the first accelerator."""
     parallelize: bool = False
@@ -117,7 +127,7 @@ class EvalConfig:
     """Tokenizer for all models, in place of each base model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-    seed: int = 1234
+    seed: Annotated[int, at_least(0)] = 1234
     """Seed of the choice of examples and of sampling."""
     chat_prompt: ChatPrompt = "auto"
     """Prompts of conversations: the model's chat "template", the paper's "instruction" prompt,
@@ -127,12 +137,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         self.tasks = split_names(self.tasks)
-        if self.limit is not None and self.limit >= 1 and self.limit == int(self.limit):
+        if isinstance(self.limit, float) and self.limit >= 1 and self.limit.is_integer():
             self.limit = int(self.limit)
-        if str(self.batch_size).isdigit():
-            self.batch_size = int(self.batch_size)
-        if faults := self.faults():
-            raise ConfigError(faults, where="eval")
+        super().__post_init__()
 
     def entries(self) -> list[str]:
         """Return what is to be evaluated, as the user wrote it."""
@@ -156,71 +163,17 @@ class EvalConfig:
         values = self.to_dict()
         return {name: values[name] for name in SETTINGS}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    def faults(self) -> list[str]:
-        """Return what is wrong with the values, a sentence each."""
-        faults = [*self.data.faults(), *self._data_faults(), *self.judge.faults()]
-        faults += [*self._number_faults(), *self._choice_faults(), *self._generation_faults()]
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields, and in the open ones."""
+        for name in self.data.given():
+            if name in _OF_TRAINING:
+                yield f"`data.{name}` is for training only; leave it out."
+        for name, kind in _GENERATION.items():
+            if name in self.gen_kwargs:
+                yield from fault(f"gen_kwargs.{name}", kind, self.gen_kwargs[name])
         if not (self.entries() or self.judge.url):
-            faults.append("nothing to evaluate is named; give the folder of a model or an adapter.")
+            yield "no model to evaluate is named; give the folder of a model or an adapter."
         if not (self.tasks or self.only_grades):
-            faults.append("`tasks` is empty; give --tasks; see `tlora list evaluations`.")
+            yield "`tasks` is empty; give --tasks; see `tlora list evaluations`."
         if self.merge and self.with_merged:
-            faults.append("`merge` and `with_merged` are both given; give one of them.")
-        if not self.output_dir:
-            faults.append("`output_dir` is empty; name a folder.")
-        return faults
-
-    def _data_faults(self) -> list[str]:
-        return [
-            f"`data.{name}` is of training alone; leave it out."
-            for name in self.data.given()
-            if name in _OF_TRAINING
-        ]
-
-    def _number_faults(self) -> list[str]:
-        faults = []
-        for name, least in (("num_fewshot", 0), *((name, 1) for name in _POSITIVE)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"`{name}` is {value!r}; give a whole number, {least} or more.")
-        if self.seed < 0:
-            faults.append(f"`seed` is {self.seed!r}; give a whole number, 0 or more.")
-        whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
-        if self.limit is not None and (self.limit <= 0 or not whole):
-            faults.append(f"`limit` is {self.limit!r}; give a number of items or a share below 1.")
-        size = self.batch_size
-        if not (size == "auto" or (isinstance(size, int) and size >= 1)):
-            faults.append(f'`batch_size` is {size!r}; give a whole number, 1 or more, or "auto".')
-        return faults
-
-    def _generation_faults(self) -> list[str]:
-        faults = []
-        for name in REPLY_TOKENS:
-            value = self.gen_kwargs.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                faults.append(f"`gen_kwargs.{name}` is {value!r}; give a whole number, 1 or more.")
-        temperature = self.gen_kwargs.get("temperature", 0)
-        if (
-            isinstance(temperature, bool)
-            or not isinstance(temperature, (int, float))
-            or temperature < 0
-        ):
-            faults.append(f"`gen_kwargs.temperature` is {temperature!r}; give a number, 0 or more.")
-        sampled = self.gen_kwargs.get("do_sample", True)
-        if not isinstance(sampled, bool):
-            faults.append(f"`gen_kwargs.do_sample` is {sampled!r}; give true or false.")
-        return faults
-
-    def _choice_faults(self) -> list[str]:
-        hints = typing.get_type_hints(type(self))
-        faults = []
-        for name in ("backend", "sandbox", "dtype", "quantization", "chat_prompt"):
-            options = get_args(hints[name])
-            if getattr(self, name) not in options:
-                known = ", ".join(map(repr, options))
-                faults.append(f"`{name}` is {getattr(self, name)!r}; choose one of {known}.")
-        return faults
+            yield "`merge` and `with_merged` are both given; give one of them."

@@ -1,6 +1,6 @@
 """Names a user can type, each tied to an object that is imported only when asked for.
 
-A new method, task or format is one line in a table below, a new evaluation one file in
+A new method or task is one line in a table below, a new evaluation one file in
 `tlora/evaluations`. A third party adds one without touching this package, by an entry point in its
 own::
 
@@ -186,5 +186,3 @@ CONVERSATIONS = Registry(
         ),
     ],
 )
-
-FORMATS = Registry("format", [])

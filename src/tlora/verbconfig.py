@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+from tlora.checks import FOLDER, Record, at_least
 from tlora.runconfig import RunConfig
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
+class DemoConfig(Record):
     """Train and compare on the small model that comes with the package; needs nothing else."""
 
-    output_dir: str = "demo-run"
+    where: ClassVar[str] = "demo"
+
+    output_dir: Annotated[str, FOLDER] = "demo-run"
     """Folder of the result."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of the demonstration."""
     rows_only: bool = False
     """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`
@@ -43,9 +46,11 @@ class InitConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class InspectConfig:
+class InspectConfig(Record):
     """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
     comparison or an evaluation, make page and tables again from its files."""
+
+    where: ClassVar[str] = "inspect"
 
     path: str = field(metadata={"positional": True})
     """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
@@ -58,10 +63,12 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True)
-class ListConfig:
+class ListConfig(Record):
     """List what is registered, a line each."""
 
-    what: Literal["methods", "tasks", "evaluations", "formats", "presets"] | None = field(
+    where: ClassVar[str] = "list"
+
+    what: Literal["methods", "tasks", "evaluations", "presets"] | None = field(
         default=None, metadata={"positional": True}
     )
     """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`

@@ -10,8 +10,8 @@ from running import KINDS, logits, prepare, small_options
 from safetensors.torch import load_file
 
 from tlora.errors import ConfigError
+from tlora.flags import field_docs
 from tlora.registry import METHODS
-from tlora.runconfig import field_docs
 
 NAMES = METHODS.names()
 every_method = pytest.mark.parametrize("name", NAMES)

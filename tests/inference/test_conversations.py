@@ -409,7 +409,7 @@ def test_a_limit_is_of_questions(config):
 
 
 def test_there_has_to_be_something_to_grade(config, here, server, demo_file):
-    with pytest.raises(ConfigError, match="nothing to evaluate is named"):
+    with pytest.raises(ConfigError, match="no model to evaluate is named"):
         EvalConfig(tasks=["mtbench"])
     evaluate.run(
         EvalConfig(models=[str(BASE_MODEL)], tasks=["jsonl"], test_file=demo_file, limit=1)

@@ -165,7 +165,7 @@ def test_rows_that_are_named_twice_or_not_are_refused(hub, fields, data, says):
     ],
 )
 def test_what_is_of_training_alone_is_refused(name, value):
-    with pytest.raises(ConfigError, match=rf"`data\.{name}` is of training alone; leave it out"):
+    with pytest.raises(ConfigError, match=rf"`data\.{name}` is for training only; leave it out"):
         EvalConfig(models=["m"], tasks=["sst2"], data=DataConfig(**{name: value}))
 
 

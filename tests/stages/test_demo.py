@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -46,8 +47,10 @@ def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
 
 def test_pictures_are_png_and_the_table_is_on_disk(result):
     folder, done, _ = result
-    for picture in done.pictures:
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    said = cli._demo_pictures(done.runs)
+    assert said == f"{folder / 'plan.png'}, {folder / 'loss.png'}"
+    for picture in said.split(", "):
+        assert Path(picture).read_bytes().startswith(b"\x89PNG")
     saved = json.loads((folder / "demo.json").read_text())
     assert [score["method"] for score in saved["scores"]] == ["base", "lora", "tlora"]
 

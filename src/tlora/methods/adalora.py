@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from tlora.checks import POSITIVE, Rule, at_least
 from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.options import Targeted
 
@@ -14,45 +15,36 @@ if TYPE_CHECKING:
     import torch
 
 
+_SMOOTHING = Rule("a number between 0 and 1", lambda value: 0 < value < 1)
+
+
 @dataclass(kw_only=True)
 class AdaLoraOptions(Targeted):
     """PEFT's names; the schedule is counted in optimizer steps."""
 
-    init_r: int = 12
+    init_r: Annotated[int, at_least(1)] = 12
     """Rank of every module at the start."""
-    target_r: int = 8
+    target_r: Annotated[int, at_least(1)] = 8
     """Mean rank of a module at the end."""
-    lora_alpha: float = 8
+    lora_alpha: Annotated[float, POSITIVE] = 8
     """The adapter's output is multiplied by lora_alpha / init_r."""
-    tinit: int = 0
+    tinit: Annotated[int, at_least(0)] = 0
     """Steps before the pruning starts."""
-    tfinal: int = 0
+    tfinal: Annotated[int, at_least(0)] = 0
     """Steps after it has ended."""
-    deltaT: int = 1
+    deltaT: Annotated[int, at_least(1)] = 1
     """Steps from one pruning to the next."""
-    beta1: float = 0.85
+    beta1: Annotated[float, _SMOOTHING] = 0.85
     """Smoothing of the importance."""
-    beta2: float = 0.85
+    beta2: Annotated[float, _SMOOTHING] = 0.85
     """Smoothing of its uncertainty."""
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: Annotated[float, at_least(0)] = 0.5
     """Weight in the training loss of the distance of A and B from orthogonality."""
 
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        for name, low in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0)):
-            yield from self._whole(name, low)
-        yield from self._whole("deltaT", 1)
-        yield from self._positive("lora_alpha")
-        ranks = (self.init_r, self.target_r)
-        if all(isinstance(rank, int) for rank in ranks) and self.target_r >= self.init_r:
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.target_r >= self.init_r:
             yield f"`target_r` is {self.target_r!r}; give less than `init_r` ({self.init_r})."
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not isinstance(value, float) or not 0 < value < 1:
-                yield f"`{name}` is {value!r}; give a number between 0 and 1."
-        weight = self.orth_reg_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
-            yield f"`orth_reg_weight` is {weight!r}; give a number, 0 or more."
 
 
 class AdaLora:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +19,6 @@ class CordaOptions(LoraOptions):
     corda_method: Mode = "ipm"
     """Take the components that matter most for the inputs ("ipm", instruction-previewed) or the
     least ("kpm", knowledge-preserved: then calibrate on what is to be kept)."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        yield from self._choice("corda_method", Mode)
 
 
 class Corda(ResidualLora):

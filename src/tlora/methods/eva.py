@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from tlora.checks import Rule, at_least
 from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.lora import Lora, peft_fields
 from tlora.methods.options import LoraOptions
@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     import torch
 
 
+_COSINE = Rule("a number above 0, up to 1", lambda value: 0 < value <= 1)
+
+
 @dataclass(kw_only=True)
 class EvaOptions(LoraOptions):
     """LoRA's options, and PEFT's of EVA."""
 
-    rho: float = 2.0
+    rho: Annotated[float, at_least(1)] = 2.0
     """Ranks are shared out by explained variance, up to rho r for a module; 1: every one gets r."""
-    tau: float = 0.99
+    tau: Annotated[float, _COSINE] = 0.99
     """A direction has settled when it turns by less than this cosine from batch to batch."""
     use_label_mask: bool = False
     """Count only tokens that have a label, as PEFT does; off: every real token, as the other
@@ -29,15 +32,6 @@ class EvaOptions(LoraOptions):
     """Divide each direction by the root of its singular value."""
     adjust_scaling_factors: bool = True
     """Keep lora_alpha / rank the same for every module, whatever its rank."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
-            yield from self._switch(name)
-        if isinstance(self.rho, bool) or not isinstance(self.rho, (int, float)) or self.rho < 1:
-            yield f"`rho` is {self.rho!r}; give a number, 1 or more."
-        if not isinstance(self.tau, (int, float)) or not 0 < self.tau <= 1:
-            yield f"`tau` is {self.tau!r}; give a number above 0, up to 1."
 
 
 class Eva(Lora):

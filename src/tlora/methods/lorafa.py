@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,10 +21,6 @@ class LoraFaOptions(LoraOptions):
     projected: bool = False
     """Step with (1/s^2) G_B (A A^T)^(-1) in place of B's gradient G_B, by PEFT's own AdamW for
     LoRA-FA; of the trainer's fields it takes `learning_rate`, the schedule and `weight_decay`."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        yield from self._switch("projected")
 
 
 class LoraFa(Lora):

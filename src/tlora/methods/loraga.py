@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
@@ -25,14 +25,8 @@ class LoraGaOptions(LoraOptions):
     """Which of the 2 r leading singular vectors of the gradient go to A and which to B."""
     init_scale: Scale = "stable"
     """How A_0 and B_0 are scaled: PEFT's `scale`, or "paper", as the paper has it."""
-    stable_gamma: int = 16
+    stable_gamma: Annotated[int, at_least(1)] = 16
     """Of the scales "stable" and "paper", which multiply by m^(1/4) / stable_gamma^(1/2)."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        yield from self._choice("direction", Direction)
-        yield from self._choice("init_scale", Scale)
-        yield from self._whole("stable_gamma", 1)
 
 
 class LoraGa(ResidualLora):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from tlora.checks import POSITIVE
 from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.lora import Lora
 from tlora.methods.options import LoraOptions
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 class LoraPlusOptions(LoraOptions):
     """LoRA's options, and how much faster B learns."""
 
-    lr_ratio: float = 16.0
+    lr_ratio: Annotated[float, POSITIVE] = 16.0
     """B's learning rate over A's; A's is the trainer's `learning_rate`."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        yield from self._positive("lr_ratio")
 
 
 class LoraPlus(Lora):

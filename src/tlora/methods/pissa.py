@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora, start_all
@@ -15,13 +15,8 @@ from tlora.methods.residual import ResidualLora, start_all
 class PissaOptions(LoraOptions):
     """LoRA's options, and how the components are found."""
 
-    niter: int | None = None
+    niter: Annotated[int, at_least(0)] | None = None
     """Subspace iterations of a fast randomised SVD (PEFT: pissa_niter_N); None: the full SVD."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        if self.niter is not None:
-            yield from self._whole("niter", 0)
 
 
 class Pissa(ResidualLora):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from tlora.checks import POSITIVE, at_least
 from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.options import Targeted
 
@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 class TriMatrixOptions(Targeted):
     """A rank and a scale; the scale is learned."""
 
-    r: int = 32
+    r: Annotated[int, at_least(1)] = 32
     """Rank of every module; r^2 + 1 numbers of it train."""
-    scale: float = 1.0
+    scale: Annotated[float, POSITIVE] = 1.0
     """What each module's learned scale a starts at."""
-
-    def _faults(self) -> Iterator[str]:
-        yield from super()._faults()
-        yield from self._whole("r", 1)
-        yield from self._positive("scale")
 
 
 class TriMatrix:

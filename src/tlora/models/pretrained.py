@@ -10,7 +10,6 @@ would also copy norms, embeddings and head to float32; load with `dtype` "float3
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from tlora import extras
 from tlora.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -117,12 +117,7 @@ class Pretrained:
         """Return the keyword arguments of `from_pretrained` that quantize the model."""
         if self.quantization == "none":
             return {}
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                f"{self.quantization!r} needs bitsandbytes, which is not installed:"
-                ' pip install "tlora[quantized]".',
-                where="quantization",
-            )
+        extras.require("quantized", where="quantization")
         import transformers
 
         found = self.config()

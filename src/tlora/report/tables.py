@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tlora.adapter.plan import AdapterPlan, ModulePlan
-    from tlora.stages.demo import Score
 
 VIEWS = ("module", "layer", "projection")
 
@@ -55,21 +54,6 @@ def table(plan: AdapterPlan, by: str = "module") -> Table:
     everything = list(plan.modules.values())
     made.add_section()
     made.add_row("all", *_line(plan, everything, counted=by != "module"), style="bold")
-    return made
-
-
-def scores(lines: Iterable[Score]) -> Table:
-    """Return the demonstration's table: a line for the base model and for each method."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE)
-    made.add_column("method", overflow="fold")
-    for column in ("trainable parameters", "exact match", "initialise", "train"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        seconds = (f"{line.initialise_seconds:.1f} s", f"{line.train_seconds:.1f} s")
-        made.add_row(line.method, f"{line.trainable:,}", f"{line.exact_match:.1%}", *seconds)
     return made
 
 

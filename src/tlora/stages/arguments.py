@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import types
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.checks import fault
 from tlora.errors import ConfigError, did_you_mean, first_line
 from tlora.models.pretrained import load_class
 from tlora.stages.kinds import KindSpec
@@ -28,8 +27,6 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "give --resume",
 }
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
 
 def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
     """Check what is under `trainer.*` against the training arguments of this kind.
@@ -46,26 +43,13 @@ def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
         if name not in declared:
             faults.append(f"there is no field `{name}`.{did_you_mean(name, declared)}")
         elif name in owned:
-            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenised before the trainer")
+            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenized before the trainer")
             faults.append(f"`{name}` has no effect here; {advice}.")
-        elif wanted := _mismatch(declared[name], value):
-            faults.append(f"`{name}` is {value!r}; give {wanted}.")
+        else:
+            # transformers does not look: a word for a rate would fail only when training starts.
+            faults += fault(name, declared[name], value)
     if faults:
         raise ConfigError(faults, where="trainer")
-
-
-def _mismatch(kind: Any, value: Any) -> str | None:
-    """Return what a field wants, if it is a plain number or switch and ``value`` is neither.
-
-    transformers does not look: a word for a learning rate would fail only when training starts.
-    """
-    kinds = {kind, *typing.get_args(kind)} - {types.UnionType, type(None)}
-    plain = kinds & set(_WORDS)
-    if not plain or kinds - plain - {kind} or (value is None and kind not in plain):
-        return None
-    if type(value) in plain or (float in plain and type(value) is int):
-        return None
-    return " or ".join(_WORDS[each] for each in _WORDS if each in plain)
 
 
 def training_arguments(setup: Setup, output_dir: Path) -> Any:

@@ -66,7 +66,8 @@ class DemoResult:
     difference: float
     """Largest difference between the logits of the trained model and of PEFT's reload."""
     adapter: Path
-    pictures: tuple[Path, ...]
+    runs: list[RunFolder]
+    """The runs, one for each method."""
     example: dict[str, str]
     """One test row, and what the base and the adapted model answer."""
     seconds: float
@@ -136,9 +137,11 @@ def _run(
     base, tokenizer = _load_base()
     scores, example = [_score("base", base, tokenizer, test_rows, {})], dict(test_rows[0])
     example["base"] = _answer(base, tokenizer, example)
+    runs: list[RunFolder] = []
     for method in _RATES:
         tell(f"{method}: {steps} steps on {len(train_rows)} problems")
         last = _train(method, folder / method, train_file, seed, steps)
+        runs.append(last)
         model = _adapted(last)
         scores.append(_score(method, model, tokenizer, test_rows, last.measured()))
         example["adapted"] = _answer(model, tokenizer, example)
@@ -149,7 +152,7 @@ def _run(
         test_rows=len(test_rows),
         difference=_reload_alone(model, tokenizer, last, prompts),
         adapter=last.adapter,
-        pictures=_draw(folder, last),
+        runs=runs,
         example=example,
         seconds=time.perf_counter() - start,
     )
@@ -189,17 +192,6 @@ def _answer(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
     from tlora.demo.solve import answers
 
     return answers(model, tokenizer, [row["prompt"]])[0].strip()
-
-
-def _draw(folder: Path, run: RunFolder) -> tuple[Path, ...]:
-    from tlora import AdapterPlan
-    from tlora.report import curves, heatmap
-
-    losses = {name: curves.read_log(RunFolder(folder / name).log) for name in _RATES}
-    return (
-        heatmap.save(AdapterPlan.load(run.plan), folder / "plan.png"),
-        curves.save(losses, folder / "loss.png"),
-    )
 
 
 def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -> RunFolder:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tlora import extras
 from tlora.errors import ConfigError, DataError, first_line
 from tlora.models.pretrained import Pretrained, check_model_folder
 from tlora.registry import METHODS, TASKS
@@ -160,6 +161,8 @@ def settle(
     if options.task_type is None:
         options = dataclasses.replace(options, task_type=kind.task_type)
     check_trainer_fields(kind, config.trainer)
+    if kind.task_type == "SEQ_CLS" or task.reads_replies:
+        extras.require("compare", where="task")  # its metrics are of scipy and scikit-learn
     tokenizer = load_tokenizer(config)
     train, held_out, choosing = _read(config, task, validation)
     if left_out is None:

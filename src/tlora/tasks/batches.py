@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tlora.errors import ConfigError, DataError
-from tlora.runconfig import DataConfig, check_names
+from tlora.errors import ConfigError, DataError, unknown_names
+from tlora.runconfig import DataConfig
 from tlora.tasks import tokens
 from tlora.tasks.jsonl import Jsonl
 
@@ -68,11 +68,10 @@ def calibration_batches(
     chosen = _drawn(rows, n, seed)
     if not chosen:
         raise DataError("there are no rows to calibrate on; give at least one.")
-    check_names(DataConfig, data, where="calibration_batches")
-    config = DataConfig(**data)
-    if faults := config.faults():
+    unknown = unknown_names(data, DataConfig.field_names(), "field")
+    if faults := unknown or DataConfig(**data).faults():
         raise ConfigError(faults, where="calibration_batches")
-    kept = _encoded(tokenizer, chosen, config)
+    kept = _encoded(tokenizer, chosen, DataConfig(**data))
     return [_padded(tokenizer, kept[i : i + batch_size]) for i in range(0, len(kept), batch_size)]
 
 

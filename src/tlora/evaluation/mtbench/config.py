@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import ipaddress
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from tlora.checks import Rule, Section, at_least
 
 _OWNED = ("messages", "model", "stream", "n")
 """Fields of a request that cannot be set by `JudgeConfig.request`."""
 
 
+_SECONDS = Rule("seconds above 0", lambda value: value > 0)
+Price = Annotated[float, at_least(0)] | None
+
+
 @dataclass(kw_only=True)
-class JudgeConfig:
+class JudgeConfig(Section):
     """Who grades chat answers: an endpoint that speaks OpenAI's chat completions."""
+
+    where: ClassVar[str] = "judge"
+    prefix: ClassVar[str] = "judge."
 
     url: str | None = None
     """Base address of the endpoint, such as https://api.openai.com/v1 or http://localhost:8000/v1;
@@ -26,51 +36,38 @@ class JudgeConfig:
     prompts: str | None = None
     """File with the judge's prompts in FastChat's form (judge_prompts.jsonl); by default our own
     wording of the same protocol, whose scores are not those of the published prompts."""
-    temperature: float = 0.0
+    temperature: Annotated[float, at_least(0)] = 0.0
     """Temperature of the judge."""
-    max_tokens: int = 2048
+    max_tokens: Annotated[int, at_least(1)] = 2048
     """Most tokens of a judgement."""
     request: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request; null leaves a field out (max_tokens: null)."""
-    concurrency: int = 8
+    concurrency: Annotated[int, at_least(1)] = 8
     """Requests under way at a time."""
-    timeout: float = 120.0
+    timeout: Annotated[float, _SECONDS] = 120.0
     """Seconds without an answer after which a request is tried again."""
-    retries: int = 6
+    retries: Annotated[int, at_least(0)] = 6
     """How often a request is tried again after 429, 5xx, a timeout or a broken answer."""
     cache: str | None = None
     """Folder that keeps judgements, so that none is paid for twice; by default `judgements` in the
     output folder."""
-    price_in: float | None = None
+    price_in: Price = None
     """Price of a million prompt tokens, in any currency, to report the cost."""
-    price_out: float | None = None
+    price_out: Price = None
     """Price of a million tokens of the judge's answers."""
 
-    def faults(self) -> list[str]:
-        """Return what is wrong with the values, a sentence each."""
-        faults = []
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields, and with the address."""
         if (self.url is None) != (self.model is None):
             missing = "model" if self.model is None else "url"
-            faults.append(f"`judge.{missing}` is missing; a judge has a url and a model.")
+            yield f"`judge.{missing}` is missing; a judge has a url and a model."
         if self.url is not None:
-            faults += _url_faults(self.url)
-        for name in ("max_tokens", "concurrency"):
-            if (count := getattr(self, name)) < 1:
-                faults.append(f"`judge.{name}` is {count!r}; give a whole number, 1 or more.")
-        if not self.timeout > 0:
-            faults.append(f"`judge.timeout` is {self.timeout!r}; give seconds above 0.")
-        for name in ("retries", "temperature", "price_in", "price_out"):
-            number = getattr(self, name)
-            if number is not None and not number >= 0:
-                faults.append(f"`judge.{name}` is {number!r}; give a number, 0 or more.")
+            yield from _url_faults(self.url)
         if (self.price_in is None) != (self.price_out is None):
-            faults.append("give both of `judge.price_in` and `judge.price_out`, or neither.")
-        faults += [
-            f"`judge.request.{name}` is set by the evaluation itself; leave it out."
-            for name in _OWNED
-            if name in self.request
-        ]
-        return faults
+            yield "give both of `judge.price_in` and `judge.price_out`, or neither."
+        for name in _OWNED:
+            if name in self.request:
+                yield f"`judge.request.{name}` is set by the evaluation itself; leave it out."
 
 
 def is_local(url: str) -> bool:

@@ -1,0 +1,253 @@
+"""What a field takes, read from its type hint: the one place where option values are checked.
+
+A record is a dataclass whose hints carry bounds beside types: ``Annotated[int, at_least(1)]``.
+Every value that a hint does not allow becomes a sentence, and all sentences of a record come in
+one ``ConfigError``. Only what concerns several fields is written by hand, in ``relations``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+
+from tlora.errors import ConfigError, did_you_mean, unknown_names
+
+AnySection = TypeVar("AnySection", bound="Section")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must fulfill beside its type."""
+
+    words: str
+    """What to give, as in "give ..."; `{}` stands for the words of the type."""
+    holds: Callable[[Any], bool]
+    """Whether a value of the right type is allowed."""
+
+
+def at_least(low: int) -> Rule:
+    """Return the rule of numbers that are ``low`` or more."""
+    return Rule(f"{{}}, {low} or more", lambda value: value >= low)
+
+
+POSITIVE = Rule("a positive number", lambda value: value > 0)
+PROBABILITY = Rule("a probability in [0, 1)", lambda value: 0 <= value < 1)
+FOLDER = Rule("the name of a folder", bool)
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_MANY = {int: "whole numbers", float: "numbers", str: "names"}
+
+
+def fault(name: str, kind: Any, value: Any) -> list[str]:
+    """Return a sentence if the field ``name`` of type ``kind`` does not take ``value``, else none.
+
+    A bool is no number, a number that is not finite is none either, and a string is no list.
+    Types that are not plain (a class of another library) take everything.
+    """
+    if takes(kind, value):
+        return []
+    if known := choices(kind):
+        hint = did_you_mean(value, known) if isinstance(value, str) else ""
+        return [f"`{name}` is {value!r}; choose one of {', '.join(map(repr, known))}.{hint}"]
+    return [f"`{name}` is {value!r}; give {words(kind)}."]
+
+
+def takes(kind: Any, value: Any) -> bool:
+    """Return whether a field of type ``kind`` takes ``value``."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return takes(inside[0], value) and all(rule.holds(value) for rule in inside[1:])
+    if origin in (Union, types.UnionType):
+        return any(takes(part, value) for part in inside)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in inside)
+    if kind in (int, float):
+        number = int if kind is int else (int, float)
+        finite = isinstance(value, number) and -math.inf < value < math.inf
+        return finite and not isinstance(value, bool)
+    if origin is list:
+        return isinstance(value, list) and all(takes(inside[0], item) for item in value)
+    plain = origin or kind
+    return not (plain in _PLAIN or is_section(plain)) or isinstance(value, plain)
+
+
+_PLAIN = (bool, str, dict, list, type(None))
+
+
+def item_of(kind: Any) -> Any:
+    """Return the type of the items that a list, or a list or None, holds; else None."""
+    first, *others = _parts(kind)
+    if typing.get_origin(first) is Annotated:
+        first = typing.get_args(first)[0]
+    listed = not others and typing.get_origin(first) is list
+    return typing.get_args(first)[0] if listed else None
+
+
+def words(kind: Any) -> str:
+    """Say in words what a field of type ``kind`` takes."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return str(inside[1].words).format(words(inside[0]))
+    if origin is Literal:
+        return " or ".join(map(repr, inside))
+    if origin is list:
+        return f"a list of {_MANY[inside[0]]}" if inside[0] in _MANY else "a list like [a, b]"
+    if dict in (origin, kind) or is_section(kind):
+        return "`name: value` pairs"
+    if origin in (Union, types.UnionType):
+        said = [words(part) for part in _parts(kind)]
+        return (", or " if "," in said[0] else " or ").join(said)
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def choices(kind: Any) -> list[Any]:
+    """Return the values that a type lists, if it takes no others (but None)."""
+    if any(typing.get_origin(part) is not Literal for part in _parts(kind)):
+        return []
+    return [option for part in _parts(kind) for option in typing.get_args(part)]
+
+
+def _parts(kind: Any) -> list[Any]:
+    """Return the members of a union but None; of another type itself."""
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return [kind]
+    return [part for part in typing.get_args(kind) if part is not type(None)]
+
+
+def is_section(kind: Any) -> bool:
+    """Return whether a field of type ``kind`` holds a record of its own."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _hints(record: Any) -> dict[str, Any]:
+    known = typing.get_type_hints(record, include_extras=True)
+    return {field.name: known[field.name] for field in dataclasses.fields(record)}
+
+
+hints: Callable[[Any], dict[str, Any]] = functools.cache(_hints)
+"""Returns the type of each field of a record, bounds included."""
+
+
+class Section:
+    """A base for dataclasses whose `faults` say what is wrong with their values.
+
+    A field that takes a list of names, and no string, takes a string as a list of one name.
+
+    Raises:
+        ConfigError: a name is unknown; the sentence suggests the nearest one.
+    """
+
+    where: ClassVar[str] = "configuration"
+    """What an error says it is about."""
+    prefix: ClassVar[str] = ""
+    """What stands before a field's name in sentences: "data."."""
+    noun: ClassVar[str] = "field"
+    """What a field is called in sentences."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        # Before __init__, so that an unknown name meets our sentence and not a bare TypeError.
+        if faults := cls.name_faults(values):
+            known = {name: value for name, value in values.items() if name in cls.field_names()}
+            raise ConfigError([*faults, *_faults_of(cls, known)], where=cls.where)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, kind in hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, str) and not takes(kind, value) and takes(kind, [value]):
+                setattr(self, name, [value])
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Return the names of the fields, in the order of declaration."""
+        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def name_faults(cls, values: dict[str, Any]) -> list[str]:
+        """Return a sentence, with a suggestion, for each name that is no field."""
+        known = [f"{cls.prefix}{name}" for name in cls.field_names()]
+        return unknown_names([f"{cls.prefix}{name}" for name in values], known, cls.noun)
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the values, a sentence each."""
+        found: list[str] = []
+        sound = copy.copy(self)
+        named: tuple[str, ...] = ()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            kind, value = hints(type(self))[field.name], getattr(self, field.name)
+            if is_section(kind) and isinstance(value, kind):
+                found += value.faults()
+            elif wrong := fault(f"{self.prefix}{field.name}", kind, value):
+                found += wrong
+                named += (f"`{self.prefix}{field.name}` ",)
+                vars(sound)[field.name] = default_of(field)
+        # Relations see the default in place of each wrong value, so that they never meet a wrong
+        # type; what they say about such a default is left out.
+        return found + [each for each in sound.relations() if not each.startswith(named)]
+
+    def relations(self) -> Iterator[str]:
+        """Yield a sentence for each thing that is wrong between fields; their types are right."""
+        yield from ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[AnySection], values: dict[str, Any]) -> AnySection:
+        """Make a record from plain values; the inverse of `to_dict`. A section may be None: empty.
+
+        Raises:
+            ConfigError: a name is unknown (with a suggestion) or a value out of range; all faults
+                are collected into one error.
+        """
+        faults: list[str] = []
+        given = dict(values)
+        for name, kind in hints(cls).items():
+            if name not in given:
+                continue
+            if given[name] is None and (is_section(kind) or typing.get_origin(kind) is dict):
+                given[name] = {}
+            if is_section(kind) and isinstance(given[name], dict):
+                try:
+                    given[name] = kind.from_dict(given[name])
+                except ConfigError as error:
+                    faults += error.faults
+                    del given[name]
+        if not faults:
+            return cls(**given)
+        raise ConfigError([*faults, *_faults_of(cls, given)], where=cls.where)
+
+
+class Record(Section):
+    """A base for dataclasses that are checked when they are made.
+
+    Raises:
+        ConfigError: a name is unknown (with a suggestion) or a value out of range; all faults are
+            collected into one error.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if faults := self.faults():
+            raise ConfigError(faults, where=self.where)
+
+
+def default_of(field: Any) -> Any:
+    """Return the default of a dataclass field; MISSING, if it has none."""
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def _faults_of(record: type[Section], values: dict[str, Any]) -> list[str]:
+    try:
+        return record(**values).faults()
+    except ConfigError as error:
+        return list(error.faults)

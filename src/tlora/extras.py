@@ -1,0 +1,47 @@
+"""The extras of the package: what each verb needs beside the library, and whether it is there.
+
+`pip install tlora` brings calibrate, plan, attach, save and load. Looking imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from tlora.errors import ConfigError
+
+_TRAIN = ("trl", "datasets", "rich", "yaml")
+_COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2", "matplotlib")
+_EVAL = (*_COMPARE, "lm_eval", "math_verify")
+MODULES = {
+    "train": _TRAIN,
+    "compare": _COMPARE,
+    "eval": _EVAL,
+    "judge": (*_EVAL, "openai"),
+    "quantized": ("bitsandbytes",),
+}
+"""What each extra of pyproject.toml installs, by the names that Python imports."""
+
+
+def require(extra: str, where: str) -> None:
+    """Raise unless all modules of ``extra`` are installed; ``where`` is the verb or the field.
+
+    Raises:
+        ConfigError: modules are missing; the sentence says what to install.
+    """
+    if lacking := missing(extra):
+        are = "is" if len(lacking) == 1 else "are"
+        raise ConfigError(
+            f'{", ".join(lacking)} {are} not installed; run `pip install "tlora[{extra}]"`.', where
+        )
+
+
+def missing(extra: str) -> list[str]:
+    """Return the modules of ``extra`` that are not installed."""
+    return [name for name in MODULES[extra] if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,139 @@
+"""What fields take, by their type hints, and how records tell what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+
+from tlora.checks import POSITIVE, PROBABILITY, Record, Section, at_least, fault, takes
+from tlora.errors import ConfigError
+
+Color = Enum("Color", "red")
+Mode = Literal["auto", "exact"]
+Size = Annotated[int, at_least(1)] | Literal["auto"]
+
+GOOD: list[tuple[Any, Any]] = [
+    (int, 0),
+    (float, 0),
+    (float, -1.5),
+    (float, 10**400),
+    (bool, False),
+    (str, ""),
+    (int | None, None),
+    (Annotated[int, at_least(1)] | None, None),
+    (Annotated[int, at_least(1)], 1),
+    (Annotated[float, PROBABILITY], 0),
+    (Mode, "exact"),
+    (bool | Literal["half"], "half"),
+    (Size, "auto"),
+    (list[int], []),
+    (list[str] | None, ["a"]),
+    (dict[str, Any], {}),
+    (Any, object()),
+    (Color | str, 3),  # a class of another library is its own judge
+]
+
+BAD: list[tuple[Any, Any, str]] = [
+    *[(int, bad, "give a whole number.") for bad in (True, 1.0, "1", None, [1])],
+    *[(float, bad, "give a number.") for bad in (True, "1e-4", None, float("nan"), float("inf"))],
+    *[(bool, bad, "give true or false.") for bad in (1, "true", None)],
+    *[(str, bad, "give text.") for bad in (1, None, ["a"])],
+    *[(Annotated[int, at_least(1)], bad, "give a whole number, 1 or more.") for bad in (0, 2.0)],
+    (Annotated[int, at_least(1)] | None, 0, "give a whole number, 1 or more."),
+    (Annotated[float, at_least(0)], -1, "give a number, 0 or more."),
+    *[(Annotated[float, POSITIVE], bad, "give a positive number.") for bad in (0, "1", True)],
+    *[(Annotated[float, PROBABILITY], bad, "give a probability in [0, 1).") for bad in (1, -0.1)],
+    (Mode, 3, "choose one of 'auto', 'exact'."),
+    (Mode | None, "exat", "choose one of 'auto', 'exact'. Did you mean 'exact'?"),
+    (bool | Literal["half"], 1, "give true or false or 'half'."),
+    (Size, 0, "give a whole number, 1 or more, or 'auto'."),
+    *[(list[str], bad, "give a list of names.") for bad in (3, [3], None, {"a": 1})],
+    (list[float], ["1"], "give a list of numbers."),
+    (str | list[str], 3, "give text or a list of names."),
+    (dict[str, Any], ["a"], "give `name: value` pairs."),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), GOOD)
+def test_a_field_takes_what_its_type_says(kind, value):
+    assert takes(kind, value)
+    assert fault("x", kind, value) == []
+
+
+@pytest.mark.parametrize(("kind", "value", "advice"), BAD)
+def test_all_else_is_a_sentence_that_names_field_and_value(kind, value, advice):
+    assert fault("x", kind, value) == [f"`x` is {value!r}; {advice}"]
+
+
+@dataclass(kw_only=True)
+class Inner(Section):
+    where: ClassVar[str] = "inner"
+    prefix: ClassVar[str] = "inner."
+
+    size: Annotated[int, at_least(1)] = 4
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Outer(Record):
+    where: ClassVar[str] = "outer"
+
+    low: int = 0
+    high: int = 9
+    more: dict[str, Any] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+
+    def relations(self) -> Iterator[str]:
+        if self.low > self.high:
+            yield f"`low` ({self.low}) is above `high` ({self.high})."
+        if self.inner.names and not self.more:
+            yield "`inner.names` without `more`."
+
+
+def faults_of(make, *args, **values):
+    with pytest.raises(ConfigError) as caught:
+        make(*args, **values)
+    assert caught.value.where == "outer"
+    return list(caught.value.faults)
+
+
+def test_names_values_sections_and_relations_come_in_one_error():
+    found = faults_of(Outer, hihg=3, low="x", inner=Inner(size=0, names="a"))
+    assert found == [
+        "there is no field `hihg`. Did you mean 'high'?",
+        "`low` is 'x'; give a whole number.",
+        "`inner.size` is 0; give a whole number, 1 or more.",
+        "`inner.names` without `more`.",
+    ]
+
+
+def test_a_relation_never_meets_a_value_of_the_wrong_type():
+    assert faults_of(Outer, low="x", high=-1) == ["`low` is 'x'; give a whole number."]
+    assert faults_of(Outer, low=3, high=2) == ["`low` (3) is above `high` (2)."]
+    assert faults_of(Outer, inner=3) == ["`inner` is 3; give `name: value` pairs."]
+
+
+def test_a_section_alone_tells_and_does_not_raise():
+    assert Inner(size=0).faults() == ["`inner.size` is 0; give a whole number, 1 or more."]
+    with pytest.raises(ConfigError, match=r"inner: there is no field `inner\.sise`"):
+        Inner(sise=3)
+
+
+def test_plain_values_make_a_record_and_back():
+    record = Outer(low=1, more={"a": None}, inner=Inner(names=["x"]))
+    assert Outer.from_dict(record.to_dict()) == record
+    assert Outer.from_dict({"more": None, "inner": None}) == Outer()
+    assert faults_of(Outer.from_dict, {"lo": 1, "high": "x", "inner": {"siz": 2, "names": 3}}) == [
+        "there is no field `inner.siz`. Did you mean 'inner.size'?",
+        "`inner.names` is 3; give a list of names.",
+        "there is no field `lo`. Did you mean 'low'?",
+        "`high` is 'x'; give a whole number.",
+    ]
+
+
+def test_a_name_alone_is_a_list_of_one():
+    assert Inner(names="a").names == ["a"]

@@ -1,0 +1,88 @@
+"""A verb whose extra is missing says what to install, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+
+from tlora import cli, extras
+from tlora.errors import ConfigError
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make modules impossible to find, as on a machine where they are not installed."""
+
+    class Blocked:
+        names: tuple[str, ...] = ()
+
+        def find_spec(self, name, path=None, target=None):
+            if name in self.names:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    blocked = Blocked()
+    monkeypatch.setattr(sys, "meta_path", [blocked, *sys.meta_path])
+
+    def block(*names):
+        blocked.names = names
+        for name in names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return block
+
+
+RUN = ["--model", "nowhere"]
+COMPARE = ["--methods", "lora", "--learning_rates", "1e-3"]
+EVAL = ["m", "--tasks", "gsm8k-paper"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "extra"),
+    [
+        (["demo"], "trl", "train"),
+        (["init", *RUN], "datasets", "train"),
+        (["init", *RUN, "--dry_run"], "rich", "train"),
+        (["train", *RUN], "trl", "train"),
+        (["train", *RUN], "yaml", "train"),
+        (["train", *RUN, "--quantization", "nf4"], "bitsandbytes", "quantized"),
+        (["compare", *COMPARE], "scipy", "compare"),
+        (["compare", *COMPARE, "--quantization", "int8"], "bitsandbytes", "quantized"),
+        (["inspect", "nowhere"], "jinja2", "compare"),
+        (["eval", *EVAL], "lm_eval", "eval"),
+        (["eval", *EVAL, "--judge.url", "http://h/v1", "--judge.model", "j"], "openai", "judge"),
+    ],
+)
+def test_one_sentence_says_what_to_install(argv, module, extra, without, capsys, monkeypatch):
+    def fail(config):
+        raise AssertionError("the verb ran")
+
+    verb = cli.VERBS[argv[0]]
+    monkeypatch.setitem(cli.VERBS, verb.name, dataclasses.replace(verb, run=fail))
+    without(module)
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith(f': {module} is not installed; run `pip install "tlora[{extra}]"`.\n')
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["train", "--help"], ["list"], ["list", "tasks"]])
+def test_what_only_tells_needs_no_extra(argv, without, capsys):
+    without(*extras.MODULES["judge"], *extras.MODULES["quantized"])
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_all_that_is_missing_is_named(without):
+    without("scipy", "jinja2")
+    assert extras.missing("train") == []
+    assert extras.missing("compare") == ["scipy", "jinja2"]
+    with pytest.raises(ConfigError, match="compare: scipy, jinja2 are not installed; run"):
+        extras.require("compare", where="compare")
+
+
+def test_the_demo_ends_without_pictures_where_nothing_can_draw_them(without):
+    without("matplotlib")
+    assert cli._demo_pictures([]) == 'none without matplotlib; run `pip install "tlora[compare]"`'
