@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tlora import comparedefaults
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
 from tlora.runconfig import CalibrationConfig, RunConfig, SharedConfig
@@ -62,9 +63,11 @@ class MethodEntry:
         return RunConfig(method=self.name, adapter=self.adapter, seed=seed or 0).options()
 
     def given(self) -> dict[str, Any]:
-        """Return the options that differ from the method's own defaults."""
-        fields = {f.name: f for f in dataclasses.fields(METHODS.load(self.name).options)}
-        return {k: v for k, v in self.adapter.items() if v != fields[k].default}
+        """Return the options that differ from those that names are relative to."""
+        options = comparedefaults.defaults_of(METHODS.load(self.name).options)
+        options.pop("seed", None)  # unless it is given, it is the run's
+        before = comparedefaults.METHODS.get(self.name, {})
+        return comparedefaults.differing(options | self.adapter, before)
 
 
 @dataclass(kw_only=True)
@@ -106,6 +109,11 @@ class CompareConfig(SharedConfig):
     """Threads of each run; by default the cores divided by `jobs`."""
     shard: str = "1/1"
     """Which part of the runs to do here, "2/3" the second of three; see docs/compare.md."""
+    adapter_defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the methods' options that this comparison keeps, whatever later versions have;
+    each goes to the methods that have one of that name."""
+    trainer_defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of training arguments that this comparison keeps, whatever later versions have."""
     keep_adapters: bool = False
     """Keep the trained adapters of the final runs in `output_dir`."""
 
@@ -135,7 +143,8 @@ class CompareConfig(SharedConfig):
         made = []
         for item in map(_as_item, self.methods):
             known = {f.name for f in dataclasses.fields(METHODS.load(item["name"]).options)}
-            common = {name: value for name, value in self.adapter.items() if name in known}
+            common = self.adapter_defaults | self.adapter
+            common = {name: value for name, value in common.items() if name in known}
             made.append(
                 MethodEntry(
                     name=item["name"],
@@ -168,6 +177,7 @@ class CompareConfig(SharedConfig):
                 "seed": seed,
                 "eval_file": self.test_file,
                 "trainer": _QUIET
+                | self.trainer_defaults
                 | self.trainer
                 | {"learning_rate": learning_rate, "save_strategy": "no"},
             }
@@ -206,8 +216,9 @@ class CompareConfig(SharedConfig):
             options |= found
         if not faults:
             faults += [
-                f"`adapter`: {fault}"
-                for fault in unknown_names(self.adapter, sorted(options), "option")
+                f"`{section}`: {fault}"
+                for section in ("adapter", "adapter_defaults")
+                for fault in unknown_names(getattr(self, section), sorted(options), "option")
             ]
             faults += self._twins()
         return faults
@@ -265,12 +276,13 @@ class CompareConfig(SharedConfig):
         return faults
 
     def _trainer_faults(self) -> list[str]:
+        trainer = self.trainer_defaults | self.trainer
         faults = [
             f"`trainer.{name}` has no place in a comparison: {why}."
             for name, why in _UNEQUAL.items()
-            if self.trainer.get(name) not in (None, False, "no")
+            if trainer.get(name) not in (None, False, "no")
         ]
-        schedule = self.trainer.get("lr_scheduler_type")
+        schedule = trainer.get("lr_scheduler_type")
         if schedule in _REACTIVE:
             faults.append(
                 f"`trainer.lr_scheduler_type` is {schedule!r}, which follows the scores of a run;"

@@ -14,7 +14,7 @@ from tlora.digests import file_digest, model_identity
 from tlora.errors import ConfigError, DataError
 from tlora.runconfig import CalibrationConfig, DataConfig
 from tlora.stages import compare, onerun
-from tlora.stages.points import experiment
+from tlora.stages.experiment import experiment
 from tlora.stages.setup import settle
 
 

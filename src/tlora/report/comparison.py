@@ -11,10 +11,9 @@ from typing import Any
 
 from tlora.compareconfig import CompareConfig, MethodEntry
 from tlora.comparefolder import CompareFolder
+from tlora.comparetrials import Comparison, Trial, mean_scores
 from tlora.errors import ArtifactError
-from tlora.report.choice import means
 from tlora.report.statistics import Difference, Interval, difference, holm, interval
-from tlora.stages.points import Comparison, Point
 
 Record = dict[str, Any]
 Curve = list[tuple[float, float]]
@@ -98,8 +97,8 @@ class MethodResult:
         """Return the mean over seeds of a curve, at the steps that all seeds have."""
         curves = [dict(map(tuple, r["curves"].get(name, []))) for r in self.finals.values()]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
-        points = ((step, [curve[step] for curve in curves]) for step in steps)
-        return [(s, statistics.fmean(v)) for s, v in points if None not in v]
+        values = ((step, [curve[step] for curve in curves]) for step in steps)
+        return [(s, statistics.fmean(v)) for s, v in values if None not in v]
 
     def _count(self, what: str) -> int | None:
         mean = _mean(r["parameters"][what] for r in self.finals.values())
@@ -178,11 +177,11 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
     sign = -1.0 if comparison.better == "higher" else 1.0
     # Means over other seeds are not in one order: who failed at a bad seed would gain by it.
     methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
-    points = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
+    trials = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
     for method in methods:
         if method.rate is not None:
-            points += comparison.final(method.entry, method.rate)
-    labels = {point.name: point.entry.label for point in points}
+            trials += comparison.final(method.entry, method.rate)
+    labels = {trial.name: trial.entry.label for trial in trials}
     found = {name: folder.record(name) for name in labels}
     records = [r for r in found.values() if r and r["status"] == "finished"]
     check_alike(records)
@@ -239,12 +238,12 @@ def _agree(first: dict[Any, Record], what: str, seed: Any, value: Any, record: R
 
 def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -> MethodResult:
     tuning: dict[float, list[float | None]] = {}
-    points = comparison.tuning_of(entry)
-    problems = _problems(comparison, entry, points, folder)
-    records = [folder.record(point.name) for point in points]
-    for point, record in zip(points, records, strict=True):
+    trials = comparison.tuning_of(entry)
+    problems = _problems(comparison, entry, trials, folder)
+    records = [folder.record(trial.name) for trial in trials]
+    for trial, record in zip(trials, records, strict=True):
         score = comparison.score(record, "validation")
-        tuning.setdefault(point.learning_rate, []).append(score)
+        tuning.setdefault(trial.learning_rate, []).append(score)
     rate = comparison.chosen(entry, folder)
     finals: dict[int, Record] = {}
     scores: dict[int, float] = {}
@@ -256,26 +255,26 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
         )
         problems.append(Problem(f"{entry.label}, all final runs", reason))
     else:
-        points = comparison.final(entry, rate)
-        problems += _problems(comparison, entry, points, folder)
-        for point in points:
-            record = folder.record(point.name)
+        trials = comparison.final(entry, rate)
+        problems += _problems(comparison, entry, trials, folder)
+        for trial in trials:
+            record = folder.record(trial.name)
             score = comparison.score(record, "test")
             if record is not None and score is not None:
-                finals[point.seed], scores[point.seed] = record, score
-    chosen_of = means(tuning, len(comparison.config.tuning_seeds))
-    return MethodResult(entry, rate, tuning, chosen_of, finals, scores, problems)
+                finals[trial.seed], scores[trial.seed] = record, score
+    tuning_means = mean_scores(tuning, len(comparison.config.tuning_seeds))
+    return MethodResult(entry, rate, tuning, tuning_means, finals, scores, problems)
 
 
 def _problems(
-    comparison: Comparison, entry: MethodEntry, points: Sequence[Point], folder: CompareFolder
+    comparison: Comparison, entry: MethodEntry, trials: Sequence[Trial], folder: CompareFolder
 ) -> list[Problem]:
-    """Return why each of ``points`` has no score; those that have not run yet together."""
+    """Return why each of ``trials`` has no score; those that have not run yet together."""
     problems, missing = [], 0
-    for point in points:
-        record = folder.record(point.name)
-        rows = "test" if point.phase == "final" else "validation"
-        run = f"{entry.label}, {point.phase} run, rate {point.learning_rate:g}, seed {point.seed}"
+    for trial in trials:
+        record = folder.record(trial.name)
+        rows = "test" if trial.phase == "final" else "validation"
+        run = f"{entry.label}, {trial.phase} run, rate {trial.learning_rate:g}, seed {trial.seed}"
         if record is None:
             missing += 1
         elif record["status"] != "finished":
@@ -284,7 +283,7 @@ def _problems(
         elif comparison.score(record, rows) is None:
             problems.append(Problem(run, "its score is no number: the training diverged"))
     if missing:
-        run = f"{entry.label}, {missing} of {len(points)} {points[0].phase} runs"
+        run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
         problems.append(Problem(run, "not run yet"))
     return problems
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.comparefolder import RUN_HEADER, CompareFolder
+from tlora.comparetrials import Comparison, Schedule, Trial, digest
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
 from tlora.stages.exactmatch import check_rows
+from tlora.stages.experiment import experiment
 from tlora.stages.onerun import portable
-from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
 from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
 
 if TYPE_CHECKING:
@@ -202,23 +203,23 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
     from tqdm.auto import tqdm
 
     folder = schedule.folder
-    points: dict[str, Point] = {}
+    trials: dict[str, Trial] = {}
     failed: list[str] = []
     done, total = schedule.counts()
     left = _TimeLeft(done)
     with tqdm(initial=done, total=total, desc="Comparing", unit=" runs", disable=None) as bar:
 
         def ready() -> Job | None:
-            point = schedule.next()
-            if point is None:
+            trial = schedule.next()
+            if trial is None:
                 return None
-            points[point.name] = point
-            return _job(point, schedule.comparison, folder, workers.threads)
+            trials[trial.name] = trial
+            return _job(trial, schedule.comparison, folder, workers.threads)
 
         def settled(job: Job, outcome: Outcome) -> None:
-            point = points[job.name]
+            trial = trials[job.name]
             if folder.record(job.name) is None:
-                cause = _note_failure(point, schedule, outcome)
+                cause = _note_failure(trial, schedule, outcome)
                 failed.append(f"{job.name}: {cause}")
             else:
                 _note_end(job, outcome)
@@ -226,7 +227,7 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
             bar.update(done - bar.n)
             if bar.disable:
                 tell(
-                    f"{_line(point, schedule, outcome, (done, bar.total))}, {left(done, bar.total)}"
+                    f"{_line(trial, schedule, outcome, (done, bar.total))}, {left(done, bar.total)}"
                 )
 
         try:
@@ -256,23 +257,23 @@ class _TimeLeft:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
-def _job(point: Point, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
+def _job(trial: Trial, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
     config = comparison.config
-    run = config.run_config(point.entry, point.learning_rate, point.seed)
-    keep = config.keep_adapters and point.phase == "final"
-    work = str(folder.work(config.shard) / point.name)
+    run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
+    keep = config.keep_adapters and trial.phase == "final"
+    work = str(folder.work(config.shard) / trial.name)
     payload = {
-        "record": RUN_HEADER | point.record(),
+        "record": RUN_HEADER | trial.record(),
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
         "exact_match": config.writes_answers,
         "threads": threads,
-        "file": str(folder.record_file(point.name)),
+        "file": str(folder.record_file(trial.name)),
         "work": work,
-        "adapter": str(folder.adapters / point.name) if keep else None,
+        "adapter": str(folder.adapters / trial.name) if keep else None,
     }
-    return Job(point.name, payload, folder.logs / f"{point.name}.log")
+    return Job(trial.name, payload, folder.logs / f"{trial.name}.log")
 
 
 def _note_end(job: Job, outcome: Outcome) -> None:
@@ -284,32 +285,32 @@ def _note_end(job: Job, outcome: Outcome) -> None:
         logger.warning("%s is done, though its process ended badly (%s).", job.name, outcome.cause)
 
 
-def _note_failure(point: Point, schedule: Schedule, outcome: Outcome) -> str:
+def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     """Write the record of a run that did not finish; return its cause in a line."""
     config = schedule.comparison.config
     lines = outcome.last_lines
-    run = config.run_config(point.entry, point.learning_rate, point.seed)
-    record = point.record() | {
+    run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
+    record = trial.record() | {
         "status": "failed",
         "error": {"cause": outcome.cause, "last_lines": lines},
         "seconds": {"total": round(outcome.seconds, 3)},
         "config": portable(run),
-        "provenance": provenance(point.seed, output=schedule.folder.path),
+        "provenance": provenance(trial.seed, output=schedule.folder.path),
     }
-    schedule.folder.write_record(point.name, record)
+    schedule.folder.write_record(trial.name, record)
     return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause
 
 
-def _line(point: Point, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
+def _line(trial: Trial, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
     """Return a line about a run that has ended."""
     comparison = schedule.comparison
-    rows = "test" if point.phase == "final" else "validation"
-    record = schedule.folder.record(point.name) or {}
+    rows = "test" if trial.phase == "final" else "validation"
+    record = schedule.folder.record(trial.name) or {}
     score = comparison.score(record, rows)
     said = f"{rows} {comparison.metric} {score:.4f}" if score is not None else "no score"
     if record.get("status") != "finished":
         said = f"failed, {outcome.cause}"
     return (
-        f"{counts[0]}/{counts[1]} {point.entry.label} {point.learning_rate:g}"
-        f" seed {point.seed}: {said} ({outcome.seconds:.0f} s)"
+        f"{counts[0]}/{counts[1]} {trial.entry.label} {trial.learning_rate:g}"
+        f" seed {trial.seed}: {said} ({outcome.seconds:.0f} s)"
     )
