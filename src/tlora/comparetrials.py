@@ -20,6 +20,8 @@ from tlora.comparefolder import CompareFolder
 from tlora.errors import ArtifactError
 
 Phase = Literal["tuning", "final"]
+SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
+"""The rows that a run is scored on."""
 Scores = Mapping[float, Sequence[float | None]]
 """Validation scores by learning rate, a value for each tuning seed that has run; None: the run
 failed or its score is not a number."""
@@ -76,20 +78,22 @@ class Comparison:
     def tuning_of(self, entry: MethodEntry) -> list[Trial]:
         """Return the tuning runs of one method."""
         return [
-            self._trial(entry, rate, seed, "tuning")
-            for rate in entry.learning_rates
+            self._trial(entry, learning_rate, seed, "tuning")
+            for learning_rate in entry.learning_rates
             for seed in self.config.tuning_seeds
         ]
 
-    def final(self, entry: MethodEntry, rate: float) -> list[Trial]:
-        """Return the final runs of a method at the chosen ``rate``."""
-        return [self._trial(entry, rate, seed, "final") for seed in self.config.final_seeds]
+    def final(self, entry: MethodEntry, learning_rate: float) -> list[Trial]:
+        """Return the final runs of a method at the chosen learning rate."""
+        seeds = self.config.final_seeds
+        return [self._trial(entry, learning_rate, seed, "final") for seed in seeds]
 
-    def score(self, record: dict[str, Any] | None, rows: str) -> float | None:
-        """Return the score that is compared, on ``rows``: "validation" or "test"."""
+    def score(self, record: dict[str, Any] | None) -> float | None:
+        """Return the score that is compared: on the test rows of a final run, else on those that
+        choose the learning rate."""
         if record is None or record["status"] != "finished":
             return None
-        return record["scores"].get(rows, {}).get(self.metric)
+        return record["scores"].get(SCORED[record["phase"]], {}).get(self.metric)
 
     def chosen(self, entry: MethodEntry, folder: CompareFolder) -> float | None:
         """Return the learning rate that the tuning runs choose; None while one is not there."""
@@ -98,16 +102,16 @@ class Comparison:
             record = folder.record(trial.name)
             if record is None:
                 return None
-            scores.setdefault(trial.learning_rate, []).append(self.score(record, "validation"))
+            scores.setdefault(trial.learning_rate, []).append(self.score(record))
         return best_learning_rate(scores, len(self.config.tuning_seeds), self.better)
 
-    def _trial(self, entry: MethodEntry, rate: float, seed: int, phase: Phase) -> Trial:
-        defining = [self.experiment, entry.name, entry.given(), rate, seed, phase]
+    def _trial(self, entry: MethodEntry, learning_rate: float, seed: int, phase: Phase) -> Trial:
+        defining = [self.experiment, entry.name, entry.given(), learning_rate, seed, phase]
         if entry.calibration:
             defining.append(entry.calibration)
         readable = re.sub(r"[^A-Za-z0-9.-]+", "_", entry.name)
-        name = f"{readable}-lr{rate:g}-seed{seed}-{phase}-{digest(defining)[:8]}"
-        return Trial(entry, rate, seed, phase, name)
+        name = f"{readable}-lr{learning_rate:g}-seed{seed}-{phase}-{digest(defining)[:8]}"
+        return Trial(entry, learning_rate, seed, phase, name)
 
 
 class Schedule:

@@ -109,22 +109,23 @@ def change_default(monkeypatch, record, name, value):
 
 
 @pytest.mark.parametrize(
-    ("record", "section", "name", "value"),
+    ("field", "value"),
     [
-        (DataConfig, "data", "max_length", 1024),
-        (DataConfig, "data", "loss_on", "all"),
-        (CalibrationConfig, "calibration", "skip_bad_samples", True),
-        (SFTConfig, "trainer_defaults", "max_grad_norm", 0.5),
-        (SFTConfig, "trainer_defaults", "loss_type", "dft"),
-        (SFTConfig, "trainer_defaults", "optim", "adamw_torch"),
-        (METHODS.load("tlora").options, "adapter_defaults", "scale_rule", "constant"),
-        (METHODS.load("lora").options, "adapter_defaults", "lora_dropout", 0.1),
+        ((DataConfig, "data", "max_length"), 1024),
+        ((DataConfig, "data", "loss_on"), "all"),
+        ((CalibrationConfig, "calibration", "skip_bad_samples"), True),
+        ((SFTConfig, "trainer_defaults", "max_grad_norm"), 0.5),
+        ((SFTConfig, "trainer_defaults", "loss_type"), "dft"),
+        ((SFTConfig, "trainer_defaults", "optim"), "adamw_torch"),
+        ((METHODS.load("tlora").options, "adapter_defaults", "scale_rule"), "constant"),
+        ((METHODS.load("lora").options, "adapter_defaults", "lora_dropout"), 0.1),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
 def test_a_changed_default_gives_new_names_unless_the_old_value_is_pinned(
-    record, section, name, value, comparison_of, monkeypatch, tmp_path
+    field, value, comparison_of, monkeypatch, tmp_path
 ):
+    record, section, name = field
     folder, pinned = QUALITY / "demo", QUALITY / "demo.yaml"
     values = yaml.safe_load(pinned.read_text())
     del values[section][name]

@@ -33,10 +33,10 @@ class MethodResult:
     """One method of the comparison."""
 
     entry: MethodEntry
-    rate: float | None
-    """The learning rate that validation chose; None while it has not."""
+    learning_rate: float | None
+    """The one that validation chose; None while it has not."""
     tuning: dict[float, list[float | None]]
-    """Validation scores by rate, a value a tuning seed."""
+    """Validation scores by learning rate, a value for each tuning seed."""
     tuning_means: dict[float, float]
     finals: dict[int, Record]
     """Finished final runs by seed."""
@@ -56,25 +56,24 @@ class MethodResult:
 
     @property
     def edge(self) -> str | None:
-        """ "lowest" or "highest" if the chosen rate is at that end of the rates tried."""
-        rates = self.entry.learning_rates
-        if self.rate is None or len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
-            return None
-        return "lowest" if self.rate == rates[0] else "highest"
+        """ "lowest" or "highest" if the chosen learning rate is at that end of those tried."""
+        tried = self.entry.learning_rates
+        ends = {tried[0]: "lowest", tried[-1]: "highest"} if len(tried) > 1 else {}
+        return None if self.learning_rate is None else ends.get(self.learning_rate)
 
     @property
     def adapter_parameters(self) -> int | None:
-        """Trained numbers of the adapter, mean over seeds."""
+        """Trainable parameters of the adapter, mean over seeds."""
         return self._count("adapter")
 
     @property
     def other_parameters(self) -> int | None:
-        """Trained numbers of the head and of the base model, mean over seeds."""
+        """Trainable parameters of the head and of the base model, mean over seeds."""
         return self._count("others")
 
     @property
     def parameters(self) -> int | None:
-        """All trained numbers."""
+        """All trainable parameters."""
         counts = (self.adapter_parameters, self.other_parameters)
         return None if counts[0] is None else sum(count or 0 for count in counts)
 
@@ -132,7 +131,7 @@ class Results:
     @property
     def chosen(self) -> bool:
         """Whether every method has its learning rate."""
-        return all(method.rate is not None for method in self.methods)
+        return all(method.learning_rate is not None for method in self.methods)
 
     @property
     def problems(self) -> list[Problem]:
@@ -179,8 +178,8 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
     methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
     trials = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
     for method in methods:
-        if method.rate is not None:
-            trials += comparison.final(method.entry, method.rate)
+        if method.learning_rate is not None:
+            trials += comparison.final(method.entry, method.learning_rate)
     labels = {trial.name: trial.entry.label for trial in trials}
     found = {name: folder.record(name) for name in labels}
     records = [r for r in found.values() if r and r["status"] == "finished"]
@@ -242,12 +241,12 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
     problems = _problems(comparison, entry, trials, folder)
     records = [folder.record(trial.name) for trial in trials]
     for trial, record in zip(trials, records, strict=True):
-        score = comparison.score(record, "validation")
+        score = comparison.score(record)
         tuning.setdefault(trial.learning_rate, []).append(score)
-    rate = comparison.chosen(entry, folder)
+    learning_rate = comparison.chosen(entry, folder)
     finals: dict[int, Record] = {}
     scores: dict[int, float] = {}
-    if rate is None:
+    if learning_rate is None:
         reason = (
             "not all tuning runs are here to choose the learning rate"
             if None in records
@@ -255,15 +254,15 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
         )
         problems.append(Problem(f"{entry.label}, all final runs", reason))
     else:
-        trials = comparison.final(entry, rate)
+        trials = comparison.final(entry, learning_rate)
         problems += _problems(comparison, entry, trials, folder)
         for trial in trials:
             record = folder.record(trial.name)
-            score = comparison.score(record, "test")
+            score = comparison.score(record)
             if record is not None and score is not None:
                 finals[trial.seed], scores[trial.seed] = record, score
     tuning_means = mean_scores(tuning, len(comparison.config.tuning_seeds))
-    return MethodResult(entry, rate, tuning, tuning_means, finals, scores, problems)
+    return MethodResult(entry, learning_rate, tuning, tuning_means, finals, scores, problems)
 
 
 def _problems(
@@ -273,15 +272,15 @@ def _problems(
     problems, missing = [], 0
     for trial in trials:
         record = folder.record(trial.name)
-        rows = "test" if trial.phase == "final" else "validation"
-        run = f"{entry.label}, {trial.phase} run, rate {trial.learning_rate:g}, seed {trial.seed}"
+        at = f"learning rate {trial.learning_rate:g}, seed {trial.seed}"
+        run = f"{entry.label}, {trial.phase} run, {at}"
         if record is None:
             missing += 1
         elif record["status"] != "finished":
             error = record["error"]
             problems.append(Problem(run, f"failed, {error['cause']}", error["last_lines"]))
-        elif comparison.score(record, rows) is None:
-            problems.append(Problem(run, "its score is no number: the training diverged"))
+        elif comparison.score(record) is None:
+            problems.append(Problem(run, "its score is not a number: the training diverged"))
     if missing:
         run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
         problems.append(Problem(run, "not run yet"))

@@ -36,8 +36,9 @@ def context(results: Results) -> dict[str, Any]:
         "methods": results.methods,
         "summary": wording.summary(results),
         "seeds": {m.label: wording.of_seeds(results, m) for m in results.methods},
+        "figures": wording.FIGURES,
         "strips": charts.strips(results),
-        "rates": charts.rates(results),
+        "learning_rates": charts.learning_rates(results),
         "curves": charts.curves(results),
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
         "edges": wording.edges(results),
@@ -49,7 +50,7 @@ def context(results: Results) -> dict[str, Any]:
         "memory_note": wording.memory_note(results),
         "mixed": wording.mixed(results),
         "environment": wording.environment(results),
-        "again": wording.again(results),
+        "command": wording.command(results),
         "configuration": to_yaml(config),
     }
 

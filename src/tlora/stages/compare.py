@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.comparefolder import RUN_HEADER, CompareFolder
-from tlora.comparetrials import Comparison, Schedule, Trial, digest
+from tlora.comparetrials import SCORED, Comparison, Schedule, Trial, digest
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
 from tlora.stages.exactmatch import check_rows
@@ -304,11 +304,11 @@ def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
 def _line(trial: Trial, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
     """Return a line about a run that has ended."""
     comparison = schedule.comparison
-    rows = "test" if trial.phase == "final" else "validation"
-    record = schedule.folder.record(trial.name) or {}
-    score = comparison.score(record, rows)
+    record = schedule.folder.record(trial.name)
+    score = comparison.score(record)
+    rows = SCORED[trial.phase]
     said = f"{rows} {comparison.metric} {score:.4f}" if score is not None else "no score"
-    if record.get("status") != "finished":
+    if record is None or record["status"] != "finished":
         said = f"failed, {outcome.cause}"
     return (
         f"{counts[0]}/{counts[1]} {trial.entry.label} {trial.learning_rate:g}"
