@@ -33,6 +33,8 @@ class MethodResult:
     """One method of the comparison."""
 
     entry: MethodEntry
+    trials: list[Trial]
+    """Its runs, as far as they are known."""
     learning_rate: float | None
     """The one that validation chose; None while it has not."""
     tuning: dict[float, list[float | None]]
@@ -72,10 +74,9 @@ class MethodResult:
         return self._count("others")
 
     @property
-    def parameters(self) -> int | None:
-        """All trainable parameters."""
-        counts = (self.adapter_parameters, self.other_parameters)
-        return None if counts[0] is None else sum(count or 0 for count in counts)
+    def parameters(self) -> int:
+        """All trainable parameters; 0 where no final run has a score."""
+        return (self.adapter_parameters or 0) + (self.other_parameters or 0)
 
     @property
     def memory(self) -> int | None:
@@ -85,8 +86,7 @@ class MethodResult:
     @property
     def plan(self) -> dict[str, dict[str, float]] | None:
         """Rank and scale by module, of the lowest final seed, if the method plans them."""
-        records = [self.finals[seed] for seed in sorted(self.finals)]
-        return next((record["plan"] for record in records if record.get("plan")), None)
+        return next((r["plan"] for _, r in sorted(self.finals.items()) if r.get("plan")), None)
 
     def seconds(self, stage: str) -> float | None:
         """Return the mean seconds of a stage."""
@@ -140,14 +140,13 @@ class Results:
 
     def find(self, first: str, second: str) -> Difference | None:
         """Return first minus second, whichever way round the pair is kept."""
-        if (first, second) in self.differences:
-            return self.differences[first, second]
-        kept = self.differences.get((second, first))
-        if kept is None:
-            return None
-        i = kept.interval
+        kept = self.differences.get((first, second))
+        turned = self.differences.get((second, first))
+        if turned is None:
+            return kept
+        i = turned.interval
         low, high = (None if end is None else -end for end in (i.high, i.low))
-        return Difference(Interval(-i.mean, low, high, i.count), kept.p, -kept.better)
+        return Difference(Interval(-i.mean, low, high, i.count), turned.p, -turned.better)
 
     def holds(self, first: str, second: str) -> bool:
         """Whether the pair's difference, either way round, holds when all pairs are tested."""
@@ -173,26 +172,29 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
         ArtifactError: a file is damaged, or two runs were not trained alike.
     """
     methods = [_method(comparison, entry, folder) for entry in comparison.config.entries()]
+    runs = [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "tuning"]
     sign = -1.0 if comparison.better == "higher" else 1.0
     # Means over other seeds are not in one order: who failed at a bad seed would gain by it.
     methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
-    trials = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
-    for method in methods:
-        if method.learning_rate is not None:
-            trials += comparison.final(method.entry, method.learning_rate)
-    labels = {trial.name: trial.entry.label for trial in trials}
-    found = {name: folder.record(name) for name in labels}
-    records = [r for r in found.values() if r and r["status"] == "finished"]
+    runs += [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "final"]
+    labels = {trial.name: label for trial, label in runs}
+    records = [r for r in map(folder.record, labels) if r and r["status"] == "finished"]
     check_alike(records)
-    differences = _differences(methods, comparison.better)
+    differences = {
+        (first.label, second.label): made
+        for first, second in itertools.combinations(methods, 2)
+        if (made := difference(first.scores, second.scores, comparison.better)) is not None
+    }
+    # A pair without a p-value is one of those looked at all the same.
+    held = holm([1.0 if made.p is None else made.p for made in differences.values()])
     return Results(
         comparison=comparison,
         methods=methods,
         differences=differences,
-        holding=_holding(differences),
+        holding=set(itertools.compress(differences, held)),
         records=records,
         labels=labels,
-        foreign=len(set(folder.names()) - found.keys()),
+        foreign=len(set(folder.names()) - labels.keys()),
     )
 
 
@@ -236,33 +238,33 @@ def _agree(first: dict[Any, Record], what: str, seed: Any, value: Any, record: R
 
 
 def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -> MethodResult:
-    tuning: dict[float, list[float | None]] = {}
     trials = comparison.tuning_of(entry)
     problems = _problems(comparison, entry, trials, folder)
-    records = [folder.record(trial.name) for trial in trials]
-    for trial, record in zip(trials, records, strict=True):
-        score = comparison.score(record)
+    tuning: dict[float, list[float | None]] = {}
+    for trial in trials:
+        score = comparison.score(folder.record(trial.name))
         tuning.setdefault(trial.learning_rate, []).append(score)
     learning_rate = comparison.chosen(entry, folder)
     finals: dict[int, Record] = {}
     scores: dict[int, float] = {}
     if learning_rate is None:
         reason = (
-            "not all tuning runs are here to choose the learning rate"
-            if None in records
-            else "no learning rate has a score at every tuning seed"
+            "no learning rate has a score at every tuning seed"
+            if all(folder.record(trial.name) for trial in trials)
+            else "not all tuning runs are here to choose the learning rate"
         )
         problems.append(Problem(f"{entry.label}, all final runs", reason))
     else:
-        trials = comparison.final(entry, learning_rate)
-        problems += _problems(comparison, entry, trials, folder)
-        for trial in trials:
+        final = comparison.final(entry, learning_rate)
+        problems += _problems(comparison, entry, final, folder)
+        for trial in final:
             record = folder.record(trial.name)
             score = comparison.score(record)
             if record is not None and score is not None:
                 finals[trial.seed], scores[trial.seed] = record, score
-    tuning_means = mean_scores(tuning, len(comparison.config.tuning_seeds))
-    return MethodResult(entry, learning_rate, tuning, tuning_means, finals, scores, problems)
+        trials = [*trials, *final]
+    means = mean_scores(tuning, len(comparison.config.tuning_seeds))
+    return MethodResult(entry, trials, learning_rate, tuning, means, finals, scores, problems)
 
 
 def _problems(
@@ -285,21 +287,6 @@ def _problems(
         run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
         problems.append(Problem(run, "not run yet"))
     return problems
-
-
-def _differences(methods: Sequence[MethodResult], better: str) -> dict[tuple[str, str], Difference]:
-    found = {}
-    for first, second in itertools.combinations(methods, 2):
-        made = difference(first.scores, second.scores, better)
-        if made is not None:
-            found[first.label, second.label] = made
-    return found
-
-
-def _holding(differences: dict[tuple[str, str], Difference]) -> set[tuple[str, str]]:
-    # A pair without a p-value is one of those looked at all the same.
-    tested = {pair: 1.0 if d.p is None else d.p for pair, d in differences.items()}
-    return {pair for pair, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -206,7 +205,6 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
     trials: dict[str, Trial] = {}
     failed: list[str] = []
     done, total = schedule.counts()
-    left = _TimeLeft(done)
     with tqdm(initial=done, total=total, desc="Comparing", unit=" runs", disable=None) as bar:
 
         def ready() -> Job | None:
@@ -226,9 +224,7 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
             done, bar.total = schedule.counts()
             bar.update(done - bar.n)
             if bar.disable:
-                tell(
-                    f"{_line(trial, schedule, outcome, (done, bar.total))}, {left(done, bar.total)}"
-                )
+                tell(_line(trial, schedule, outcome, (done, bar.total)))
 
         try:
             with termination_interrupts():
@@ -242,19 +238,6 @@ def work(schedule: Schedule, workers: Workers, tell: Tell) -> Progress:
     done, total = schedule.counts()
     waiting = [entry.label for entry in schedule.waiting()]
     return Progress(done, total, failed, waiting)
-
-
-class _TimeLeft:
-    """Says how long the rest will take if it goes on as it has since this was made."""
-
-    def __init__(self, done: int) -> None:
-        self._done, self._start = done, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> str:
-        if done <= self._done:
-            return "no run has finished yet"
-        seconds = (time.monotonic() - self._start) * (total - done) / (done - self._done)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
 def _job(trial: Trial, comparison: Comparison, folder: CompareFolder, threads: int) -> Job:
