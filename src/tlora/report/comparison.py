@@ -218,23 +218,21 @@ def check_alike(records: Iterable[Record]) -> None:
     Raises:
         ArtifactError: two did not.
     """
-    first: dict[Any, Record] = {}
+    first: dict[tuple[str, Any], tuple[Any, str]] = {}
     for record in records:
         size = (record["steps"], record["batch"], record["rows"]["train"])
-        _agree(first, "steps, batch and training rows", None, size, record)
+        seen: dict[tuple[str, Any], Any] = {("steps, batch and training rows", None): size}
         if "autocast" in record:
-            _agree(first, "autocast", None, record["autocast"], record)
+            seen["autocast", None] = record["autocast"]
         if record["data_order"] is not None:
-            _agree(first, "order of the rows", record["seed"], record["data_order"], record)
-
-
-def _agree(first: dict[Any, Record], what: str, seed: Any, value: Any, record: Record) -> None:
-    held, by = first.setdefault((what, seed), {"value": value, "by": record["name"]}).values()
-    if held != value:
-        raise ArtifactError(
-            f"{record['name']} and {by} were not trained alike: {what} {value!r} and {held!r};"
-            " remove one of the files and run the comparison again."
-        )
+            seen["order of the rows", record["seed"]] = record["data_order"]
+        for key, value in seen.items():
+            held, by = first.setdefault(key, (value, record["name"]))
+            if held != value:
+                raise ArtifactError(
+                    f"{record['name']} and {by} were not trained alike: {key[0]} {value!r} and"
+                    f" {held!r}; remove one of the files and run the comparison again."
+                )
 
 
 def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -> MethodResult:
