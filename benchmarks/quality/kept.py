@@ -1,6 +1,6 @@
 """What a frozen A leaves out: the share of later gradients, and of a learned update, in its rows.
 
-    python benchmarks/quality/kept.py base-ledger --rate 0.01 --steps 0 15 30 60 120 \
+    python benchmarks/quality/kept.py base-ledger --learning_rate 0.01 --steps 0 15 30 60 120 \
         --model MODEL --train_file TRAIN --test_file TEST
 
 trains plain LoRA as the comparison of that name does (`benchmarks/quality/base-ledger.yaml`) and
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("comparison", nargs="?", help="name of a YAML file beside this one")
     for name in ("model", "train_file", "test_file"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--rate", type=float, help="LoRA's learning rate")
+    parser.add_argument("--learning_rate", type=float, help="LoRA's")
     parser.add_argument("--steps", type=int, nargs="+", help="after which to measure; 0: before")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--rows", type=int, default=200, help="test rows of the gradients")
@@ -85,12 +85,12 @@ def measured(flags: argparse.Namespace) -> dict[str, Any]:
     bases = {label: basis_of(config, basis, flags.seed) for label, basis in BASES.items()}
     inputs = moments_of(config, flags.seed)
     lora = next(entry for entry in config.entries() if entry.name == "lora")
-    setup = settled(config, config.run_config(lora, flags.rate, flags.seed))
+    setup = settled(config, config.run_config(lora, flags.learning_rate, flags.seed))
     with tempfile.TemporaryDirectory() as folder:
         watch = trained(setup, Path(folder), bases, flags)
     return {
         "title": config.title,
-        "rate": flags.rate,
+        "rate": flags.learning_rate,
         "seed": flags.seed,
         "rows": min(flags.rows, len(setup.held_out)),
         "gradient": watch.gradient,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from tlora import comparedefaults
 from tlora.checks import FOLDER, Rule, Section, at_least
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
@@ -132,9 +133,11 @@ class MethodEntry(Section):
         return RunConfig(method=self.name, adapter=self.adapter, seed=seed or 0).options()
 
     def given(self) -> dict[str, Any]:
-        """Return the options that differ from the method's own defaults."""
-        fields = {f.name: f for f in dataclasses.fields(METHODS.load(self.name).options)}
-        return {k: v for k, v in self.adapter.items() if v != fields[k].default}
+        """Return the options that differ from those that names are relative to."""
+        options = comparedefaults.defaults_of(METHODS.load(self.name).options)
+        options.pop("seed", None)  # unless it is given, it is the run's
+        before = comparedefaults.METHODS.get(self.name, {})
+        return comparedefaults.differing(options | self.adapter, before)
 
 
 @dataclass(kw_only=True)
@@ -176,6 +179,11 @@ class CompareConfig(SharedConfig):
     """Threads of each run; by default the cores divided by `jobs`."""
     shard: str = "1/1"
     """Which part of the runs to do here, "2/3" the second of three; see docs/compare.md."""
+    adapter_defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the methods' options that this comparison keeps, whatever later versions have;
+    each goes to the methods that have one of that name."""
+    trainer_defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of training arguments that this comparison keeps, whatever later versions have."""
     keep_adapters: bool = False
     """Keep the trained adapters of the final runs in `output_dir`."""
 
@@ -209,9 +217,10 @@ class CompareConfig(SharedConfig):
         A common option goes to the methods that have one of that name.
         """
         made = []
+        shared = self.adapter_defaults | self.adapter
         for entry in map(MethodEntry.of, self.methods):
             known = [f.name for f in dataclasses.fields(METHODS.load(entry.name).options)]
-            common = {name: value for name, value in self.adapter.items() if name in known}
+            common = {name: value for name, value in shared.items() if name in known}
             own = entry.calibration.items()
             made.append(
                 MethodEntry(
@@ -241,6 +250,7 @@ class CompareConfig(SharedConfig):
                 "seed": seed,
                 "eval_file": self.test_file,
                 "trainer": _QUIET
+                | self.trainer_defaults
                 | self.trainer
                 | {"learning_rate": learning_rate, "save_strategy": "no"},
             }
@@ -280,9 +290,13 @@ class CompareConfig(SharedConfig):
         if faults:
             return faults
         methods = [METHODS.load(MethodEntry.of(item).name) for item in self.methods]
-        options = {f.name for method in methods for f in dataclasses.fields(method.options)}
-        unknown = unknown_names(self.adapter, sorted(options), "option")
-        return [*(f"`adapter`: {wrong}" for wrong in unknown), *self._twins()]
+        options = sorted({f.name for each in methods for f in dataclasses.fields(each.options)})
+        faults = [
+            f"`{section}`: {wrong}"
+            for section in ("adapter", "adapter_defaults")
+            for wrong in unknown_names(getattr(self, section), options, "option")
+        ]
+        return [*faults, *self._twins()]
 
     def _twins(self) -> list[str]:
         entries = self.entries()
@@ -318,12 +332,13 @@ class CompareConfig(SharedConfig):
             )
 
     def _trainer_faults(self) -> list[str]:
+        trainer = self.trainer_defaults | self.trainer
         faults = [
             f"`trainer.{name}` has no place in a comparison: {why}."
             for name, why in _UNEQUAL.items()
-            if self.trainer.get(name) not in (None, False, "no")
+            if trainer.get(name) not in (None, False, "no")
         ]
-        schedule = self.trainer.get("lr_scheduler_type")
+        schedule = trainer.get("lr_scheduler_type")
         if schedule in _REACTIVE:
             faults.append(
                 f"`trainer.lr_scheduler_type` is {schedule!r}, which follows the scores of a run;"

@@ -1,37 +1,173 @@
-"""Runs that are committed stay the runs of the file that made them."""
+"""Runs that are committed stay the runs of the file that made them, and read as they did."""
 
+import dataclasses
+import functools
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from trl import SFTConfig
 
+from tlora import comparedefaults, comparetrials
 from tlora.compareconfig import CompareConfig
+from tlora.comparefolder import CompareFolder
 from tlora.parsing import parse
-from tlora.stages import points
+from tlora.registry import METHODS, TASKS
+from tlora.report import comparison, page, plaintext
+from tlora.runconfig import CalibrationConfig, DataConfig
+from tlora.stages import arguments, experiment
+from tlora.stages.kinds import KINDS
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 FOLDERS = sorted(path.parent for path in QUALITY.glob("*/compare.json"))
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+PLACES = {"guard_dir", "cache"}
+"""Fields that say where files are: they define no run."""
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_file_beside_committed_runs_still_names_them(folder, monkeypatch):
-    saved = json.loads((folder / "compare.json").read_text())
-    # Rows and weights are not here; what they were is.
-    files = saved["shared"]["files"]
-    monkeypatch.setattr(points, "file_digest", lambda name: files[name])
-    monkeypatch.setattr(points, "model_identity", lambda model: saved["shared"]["model"])
-    words = [word for name in files for word in (f"--{name}", name)]
-    config = parse("tlora compare", CompareConfig, [str(folder.with_suffix(".yaml")), *words])
-    experiment = points.digest(points.experiment(config.record))
-    assert experiment == saved["experiment"]
-    comparison = points.Comparison(config.record, saved["metric"], saved["better"], experiment)
-    known = {point.name for point in comparison.tuning()}
+def names_of(record):
+    return {field.name for field in dataclasses.fields(record)}
+
+
+def saved_in(folder):
+    return json.loads((folder / "compare.json").read_text())
+
+
+def read(file, folder):
+    """Return the record of ``file`` with the rows of the comparison in ``folder``."""
+    words = [word for name in saved_in(folder)["shared"]["files"] for word in (f"--{name}", name)]
+    return parse("tlora compare", CompareConfig, [str(file), *words]).record
+
+
+@functools.cache
+def committed(folder):
+    return read(folder.with_suffix(".yaml"), folder)
+
+
+@pytest.fixture
+def comparison_of(monkeypatch):
+    """Return the comparison of a record, with the rows and the model of one that is committed."""
+
+    def made(config, folder):
+        saved = saved_in(folder)
+        # Rows and weights are not here; what they were is.
+        files, model = saved["shared"]["files"], saved["shared"]["model"]
+        monkeypatch.setattr(experiment, "file_digest", lambda name: files[name])
+        monkeypatch.setattr(experiment, "model_identity", lambda name: model)
+        shared = comparetrials.digest(experiment.experiment(config))
+        return comparetrials.Comparison(config, saved["metric"], saved["better"], shared)
+
+    return made
+
+
+@each_folder
+def test_the_file_beside_committed_runs_still_names_them(folder, comparison_of):
+    made = comparison_of(committed(folder), folder)
+    assert made.experiment == saved_in(folder)["experiment"]
+    known = {trial.name for trial in made.tuning()}
     known |= {
-        point.name
-        for entry in config.record.entries()
-        for rate in entry.learning_rates
-        for point in comparison.final(entry, rate)
+        trial.name
+        for entry in made.config.entries()
+        for learning_rate in entry.learning_rates
+        for trial in made.final(entry, learning_rate)
     }
     runs = {file.stem for file in (folder / "runs").glob("*.json")}
     assert runs
     assert runs <= known
+
+
+@each_folder
+def test_that_file_pins_every_default(folder):
+    given = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+    for section, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
+        assert names_of(record) - PLACES - given[section].keys() == set()
+    assert {"dtype", "quantization", "trust_remote_code"} <= given.keys()
+    config = committed(folder)
+    kind = KINDS[TASKS.load(config.task)(config.data).kind]
+    deciding = comparedefaults.TRAINER.keys() & arguments.defaults(kind)
+    assert deciding - (config.trainer_defaults | config.trainer).keys() == set()
+    for entry in config.entries():
+        # A seed that is not given is the run's.
+        assert names_of(METHODS.load(entry.name).options) - entry.adapter.keys() <= {"seed"}
+
+
+def test_there_is_a_value_as_before_for_every_field_and_option():
+    for section, record in (("data", DataConfig), ("calibration", CalibrationConfig)):
+        assert names_of(record) - PLACES <= comparedefaults.SHARED[section].keys()
+    for name, options in comparedefaults.METHODS.items():
+        assert names_of(METHODS.load(name).options) - {"seed"} <= options.keys()
+
+
+def change_default(monkeypatch, record, name, value):
+    """Change the default of a field, as a later version might."""
+    monkeypatch.setattr(record.__dataclass_fields__[name], "default", value)
+    if name in (record.__init__.__kwdefaults__ or {}):
+        monkeypatch.setitem(record.__init__.__kwdefaults__, name, value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ((DataConfig, "data", "max_length"), 1024),
+        ((DataConfig, "data", "loss_on"), "all"),
+        ((CalibrationConfig, "calibration", "skip_bad_samples"), True),
+        ((SFTConfig, "trainer_defaults", "max_grad_norm"), 0.5),
+        ((SFTConfig, "trainer_defaults", "loss_type"), "dft"),
+        ((SFTConfig, "trainer_defaults", "optim"), "adamw_torch"),
+        ((METHODS.load("tlora").options, "adapter_defaults", "scale_rule"), "constant"),
+        ((METHODS.load("lora").options, "adapter_defaults", "lora_dropout"), 0.1),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_a_changed_default_gives_new_names_unless_the_old_value_is_pinned(
+    field, value, comparison_of, monkeypatch, tmp_path
+):
+    record, section, name = field
+    folder, pinned = QUALITY / "demo", QUALITY / "demo.yaml"
+    values = yaml.safe_load(pinned.read_text())
+    del values[section][name]
+    unpinned = tmp_path / "unpinned.yaml"
+    unpinned.write_text(yaml.safe_dump(values))
+
+    def names(file):
+        return {trial.name for trial in comparison_of(read(file, folder), folder).tuning()}
+
+    before = names(pinned)
+    assert names(unpinned) == before
+    change_default(monkeypatch, record, name, value)
+    assert names(pinned) == before
+    assert names(unpinned) != before
+
+
+class Tables(HTMLParser):
+    """The rows of a page's tables, and what it embeds for the choice of two methods."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self._open = [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self._open = self._open or tag in ("table", "script")
+        if tag in ("tr", "script"):
+            self.found.append([])
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("table", "script")
+
+    def handle_data(self, data):
+        if self._open and data.strip():
+            self.found[-1].append(data.strip())
+
+
+@each_folder
+def test_the_tables_are_those_that_are_committed(folder):
+    results = comparison.read(CompareFolder(folder))
+    assert plaintext.markdown(results) == (folder / "report.md").read_text(encoding="utf-8")
+    assert plaintext.table(results) == (folder / "report.csv").read_text(encoding="utf-8")
+    kept = Tables((folder / "report.html").read_text(encoding="utf-8")).found
+    assert len(kept) > len(results.methods)
+    assert Tables(page.render(results)).found == kept

@@ -8,8 +8,8 @@ from typing import Any
 
 from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
+from tlora.comparetrials import Comparison, Trial
 from tlora.registry import METHODS
-from tlora.stages.points import Comparison, Point
 
 RATES = [3e-4, 1e-3, 3e-3]
 PROVENANCE = {
@@ -59,33 +59,33 @@ def write(
     luck = {s: draw.gauss(0, 0.01) for s in (*made.config.tuning_seeds, *made.config.final_seeds)}
     for place, entry in enumerate(made.config.entries()):
         base = 0.8 + (gaps or {}).get(entry.label, 0.0)
-        for point in made.tuning_of(entry):
-            penalty = 0.02 * abs(entry.learning_rates.index(point.learning_rate) - place % 3)
-            value = base - penalty + luck[point.seed] + draw.gauss(0, noise)
-            folder.write_record(point.name, record(point, "validation", value, place, made))
+        for trial in made.tuning_of(entry):
+            penalty = 0.02 * abs(entry.learning_rates.index(trial.learning_rate) - place % 3)
+            value = base - penalty + luck[trial.seed] + draw.gauss(0, noise)
+            folder.write_record(trial.name, record(trial, "validation", value, place, made))
         chosen = made.chosen(entry, folder)
         assert chosen is not None
-        for point in made.final(entry, chosen):
-            value = base + luck[point.seed] + draw.gauss(0, noise)
-            folder.write_record(point.name, record(point, "test", value, place, made))
+        for trial in made.final(entry, chosen):
+            value = base + luck[trial.seed] + draw.gauss(0, noise)
+            folder.write_record(trial.name, record(trial, "test", value, place, made))
     return folder
 
 
-def record(point: Point, rows: str, score: float, place: int, made: Comparison) -> dict[str, Any]:
+def record(trial: Trial, rows: str, score: float, place: int, made: Comparison) -> dict[str, Any]:
     planned = place == 0
-    trained = 22_000_000 if point.entry.name == "full" else 331_776 // (1 + place % 5)
+    trained = 22_000_000 if trial.entry.name == "full" else 331_776 // (1 + place % 5)
     modules = [
         f"bert.encoder.layer.{layer}.{name}"
         for layer in range(6)
         for name in ("attention.self.query", "attention.self.key", "output.dense")
     ]
-    return point.record() | {
+    return trial.record() | {
         "status": "finished",
         "scores": {rows: {made.metric: round(score * 872) / 872, "loss": 1 - score}},
         "rows": {"train": 1000, rows: 872 if rows == "test" else 500},
         "steps": 96,
         "batch": 32,
-        "data_order": f"order of seed {point.seed}",
+        "data_order": f"order of seed {trial.seed}",
         "curves": {"loss": [[s, 0.7 * 0.97 ** (s / (2 + place % 3))] for s in range(1, 96, 5)]},
         "parameters": {"adapter": trained, "others": 770},
         "memory": {"bytes": (1000 + place) * 2**20, "what": "most memory", "device": "cpu"},

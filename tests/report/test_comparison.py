@@ -58,7 +58,7 @@ def test_the_test_rows_have_no_part_in_the_choice(made):
             record["scores"]["test"]["accuracy"] = 0.01
             folder.write_record(name, record)
     after = comparison.gather(made, folder)
-    rates = [{m.label: m.rate for m in results.methods} for results in (before, after)]
+    rates = [{m.label: m.learning_rate for m in results.methods} for results in (before, after)]
     assert rates[0] == rates[1]
     assert [m.score.mean for m in after.methods] == [0.01] * 4
 
@@ -67,9 +67,9 @@ def test_a_best_rate_at_the_edge_is_said_so(results):
     edges = {m.label: m.edge for m in results.methods}
     assert edges == {"tlora": "lowest", "lora": None, "dora": "highest", "full": "lowest"}
     said = wording.edges(results)
-    assert said[0].startswith("Best at the lowest rate tried: ")
+    assert said[0].startswith("Best at the lowest learning rate tried: ")
     assert "tlora (0.0003)" in said[0]
-    assert said[1].startswith("Best at the highest rate tried: dora (0.003).")
+    assert said[1].startswith("Best at the highest learning rate tried: dora (0.003).")
 
 
 def test_a_single_rate_is_no_choice(tmp_path):
@@ -155,7 +155,12 @@ def test_no_rate_is_chosen_before_all_have_run(made):
     folder.record_file(made.tuning_of(lora)[-1].name).unlink()
     results = comparison.gather(made, folder)
     method = results.methods[-1]
-    assert (method.label, method.rate, method.edge, method.score) == ("lora", None, None, None)
+    assert (method.label, method.learning_rate, method.edge, method.score) == (
+        "lora",
+        None,
+        None,
+        None,
+    )
     causes = {p.run: p.cause for p in results.problems}
     assert causes["lora, all final runs"].startswith("not all tuning runs are here")
     only = dataclasses.replace(results, methods=[method])
@@ -186,7 +191,7 @@ def test_rows_that_may_be_shared_are_said_to_be(tmp_path):
     made = synthetic.comparison(tmp_path, data=DataConfig(overlap="allow"))
     said = plaintext.markdown(comparison.gather(made, synthetic.write(made)))
     assert "no choice has seen" not in said
-    assert "rows that train or choose may ask too" in said
+    assert "may overlap with training or validation rows" in said
 
 
 def test_a_label_divides_no_cells(tmp_path):
@@ -222,8 +227,10 @@ def test_what_is_not_there_is_named_with_its_cause(made):
     said = {problem.run: problem.cause for problem in results.problems}
     assert said == {
         "dora, 1 of 5 final runs": "not run yet",
-        "tlora, tuning run, rate 0.003, seed 1": "failed, ended by SIGKILL",
-        "lora, final run, rate 0.001, seed 2": "its score is no number: the training diverged",
+        "tlora, tuning run, learning rate 0.003, seed 1": "failed, ended by SIGKILL",
+        "lora, final run, learning rate 0.001, seed 2": (
+            "its score is not a number: the training diverged"
+        ),
     }
     text = page.render(results)
     assert "line one\nline two" in text

@@ -32,7 +32,7 @@ def test_tables_and_charts_are_there(opened):
     assert tab.locator("table.scores tbody tr").count() == count
     assert tab.locator("table.scores svg.strip circle.seed").count() == 5 * count - 1
     assert tab.locator("table.scores .values span").count() == 5 * count - 1
-    assert tab.locator("#rates figure svg polyline.own").count() == count
+    assert tab.locator("#learning-rates figure svg polyline.own").count() == count
     assert tab.locator("#loss figure svg polyline.own").count() == count
     assert tab.locator("#size .wide circle").count() == count
     assert tab.locator("#maps table.map tbody tr").count() == 2 * 6
@@ -52,7 +52,7 @@ def test_nothing_is_wider_than_a_telephone(opened, scheme):
     assert overhanging(tab) == []
     assert tab.locator("#size .narrow svg").is_visible()
     assert not tab.locator("#size .wide svg").is_visible()
-    for label in ("mean", "adapter", "peak MiB", "train s"):
+    for label in ("mean", "adapter parameters", "peak MiB", "train s"):
         cell = tab.locator(f'table.scores td[data-label="{label}"]').first
         assert cell.is_visible()
         name = cell.evaluate("element => getComputedStyle(element, '::before').content")

@@ -15,9 +15,9 @@ import pytest
 
 from tlora.compareconfig import CompareConfig
 from tlora.comparefolder import CompareFolder
+from tlora.comparetrials import Comparison, Schedule
 from tlora.errors import ArtifactError, ConfigError
 from tlora.stages.compare import work
-from tlora.stages.points import Comparison, Schedule
 from tlora.stages.queue import Workers
 
 FIELDS = {
@@ -99,8 +99,8 @@ def test_a_crashed_run_is_tried_again_by_the_next_call(tmp_path):
     comparison = schedule_in(tmp_path).comparison
     lora = comparison.config.entries()[0]
     assert comparison.chosen(lora, folder) == 0.01
-    for point in comparison.final(lora, 0.01):
-        assert folder.record(point.name)["status"] == "finished"
+    for trial in comparison.final(lora, 0.01):
+        assert folder.record(trial.name)["status"] == "finished"
 
 
 def test_a_run_whose_process_fails_after_it_is_done_counts(tmp_path, caplog):
@@ -148,8 +148,8 @@ def test_no_method_falls_to_one_machine(tmp_path, methods, parts):
         return [list(schedule_in(tmp_path, shard=shard, **fields)) for shard in shards]
 
     def assert_shared(found, runs):
-        assert sorted(len(points) for points in found) == [methods * runs // parts] * parts
-        counts = [Counter(point.entry.name for point in points) for points in found]
+        assert sorted(len(trials) for trials in found) == [methods * runs // parts] * parts
+        counts = [Counter(trial.entry.name for trial in trials) for trials in found]
         for name in names:
             shares = [count[name] for count in counts]
             assert max(shares) - min(shares) <= 1
@@ -177,7 +177,7 @@ def test_the_order_of_runs_is_fair_to_the_methods(tmp_path):
 def test_a_run_is_named_by_what_defines_it(tmp_path):
     def names(**fields):
         comparison = schedule_in(tmp_path, **fields).comparison
-        return [point.name for point in comparison.tuning()]
+        return [trial.name for trial in comparison.tuning()]
 
     assert names() == names(
         methods=[{"name": "lora", "label": "LoRA", "adapter": {"r": 8}}, "tlora"],

@@ -18,7 +18,7 @@ from tlora.runconfig import DataConfig
 from tlora.stages import compare
 from tlora.stages.demo import _load_base
 from tlora.stages.exactmatch import exact_match, prompt_and_response
-from tlora.stages.points import experiment
+from tlora.stages.experiment import experiment
 from tlora.tasks.tokens import causal
 
 

@@ -39,14 +39,14 @@ def _near(end: float, values: Sequence[float]) -> bool:
     return low - (high - low) <= end <= high + (high - low)
 
 
-def rates(results: Results) -> dict[str, str]:
+def learning_rates(results: Results) -> dict[str, str]:
     """Return, by method, its validation score against the learning rate."""
     lines = {m.label: sorted(m.tuning_means.items()) for m in results.methods}
-    rates = [rate for m in results.methods for rate in m.tuning]
+    tried = [rate for m in results.methods for rate in m.tuning]
     scores = [s for m in results.methods for row in m.tuning.values() for s in row if s is not None]
     if not scores:
         return {}
-    frame = _frame(rates, scores, log_y=False)
+    frame = _frame(tried, scores, log_y=False)
     ticks = [(value, svg.short(value)) for value in frame.x.ticks(3)]
     drawn = {}
     for method in results.methods:
@@ -54,8 +54,8 @@ def rates(results: Results) -> dict[str, str]:
         others = [line for label, line in lines.items() if label != method.label]
         parts = frame.axes(ticks, frame.y.ticks(3))
         parts += svg.lines(frame, lines[method.label], others, svg.dots(frame, seeds, "seed"))
-        if method.rate is not None:
-            best = (method.rate, method.tuning_means[method.rate])
+        if method.learning_rate is not None:
+            best = (method.learning_rate, method.tuning_means[method.learning_rate])
             parts += svg.dots(frame, [best], "chosen", 5)
         said = ", ".join(f"{score:.4f} at {rate:g}" for rate, score in lines[method.label])
         drawn[method.label] = svg.panel(
@@ -85,7 +85,7 @@ def curves(results: Results) -> dict[str, str]:
 
 
 def parameters(results: Results, width: int) -> str:
-    """Return the test score against the trained numbers of each method, ``width`` pixels wide."""
+    """Return the test score against trainable parameters by method, ``width`` pixels wide."""
     points = [
         (float(m.parameters), m.score.mean, m.label)
         for m in results.methods
@@ -102,9 +102,9 @@ def parameters(results: Results, width: int) -> str:
     )
     ticks = [(value, svg.short(value)) for value in frame.x.ticks(5 if width > 500 else 3)]
     parts = frame.axes(ticks, frame.y.ticks(5)) + svg.labelled(frame, points)
-    parts += svg.caption(frame, "trained parameters", f"test {results.comparison.metric}")
+    parts += svg.caption(frame, "trainable parameters", f"test {results.comparison.metric}")
     said = "; ".join(f"{name} {x:,.0f}, {y:.4f}" for x, y, name in points)
-    return svg.panel(frame, parts, f"Trained parameters and test score: {said}")
+    return svg.panel(frame, parts, f"Trainable parameters and test score: {said}")
 
 
 def _frame(xs: Sequence[float], ys: Sequence[float], log_y: bool, log_x: bool = True) -> svg.Frame:

@@ -11,10 +11,9 @@ from typing import Any
 
 from tlora.compareconfig import CompareConfig, MethodEntry
 from tlora.comparefolder import CompareFolder
+from tlora.comparetrials import Comparison, Trial, mean_scores
 from tlora.errors import ArtifactError
-from tlora.report.choice import means
 from tlora.report.statistics import Difference, Interval, difference, holm, interval
-from tlora.stages.points import Comparison, Point
 
 Record = dict[str, Any]
 Curve = list[tuple[float, float]]
@@ -34,10 +33,12 @@ class MethodResult:
     """One method of the comparison."""
 
     entry: MethodEntry
-    rate: float | None
-    """The learning rate that validation chose; None while it has not."""
+    trials: list[Trial]
+    """Its runs, as far as they are known."""
+    learning_rate: float | None
+    """The one that validation chose; None while it has not."""
     tuning: dict[float, list[float | None]]
-    """Validation scores by rate, a value a tuning seed."""
+    """Validation scores by learning rate, a value for each tuning seed."""
     tuning_means: dict[float, float]
     finals: dict[int, Record]
     """Finished final runs by seed."""
@@ -57,27 +58,25 @@ class MethodResult:
 
     @property
     def edge(self) -> str | None:
-        """ "lowest" or "highest" if the chosen rate is at that end of the rates tried."""
-        rates = self.entry.learning_rates
-        if self.rate is None or len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
-            return None
-        return "lowest" if self.rate == rates[0] else "highest"
+        """ "lowest" or "highest" if the chosen learning rate is at that end of those tried."""
+        tried = self.entry.learning_rates
+        ends = {tried[0]: "lowest", tried[-1]: "highest"} if len(tried) > 1 else {}
+        return None if self.learning_rate is None else ends.get(self.learning_rate)
 
     @property
     def adapter_parameters(self) -> int | None:
-        """Trained numbers of the adapter, mean over seeds."""
+        """Trainable parameters of the adapter, mean over seeds."""
         return self._count("adapter")
 
     @property
     def other_parameters(self) -> int | None:
-        """Trained numbers of the head and of the base model, mean over seeds."""
+        """Trainable parameters of the head and of the base model, mean over seeds."""
         return self._count("others")
 
     @property
-    def parameters(self) -> int | None:
-        """All trained numbers."""
-        counts = (self.adapter_parameters, self.other_parameters)
-        return None if counts[0] is None else sum(count or 0 for count in counts)
+    def parameters(self) -> int:
+        """All trainable parameters; 0 where no final run has a score."""
+        return (self.adapter_parameters or 0) + (self.other_parameters or 0)
 
     @property
     def memory(self) -> int | None:
@@ -87,8 +86,7 @@ class MethodResult:
     @property
     def plan(self) -> dict[str, dict[str, float]] | None:
         """Rank and scale by module, of the lowest final seed, if the method plans them."""
-        records = [self.finals[seed] for seed in sorted(self.finals)]
-        return next((record["plan"] for record in records if record.get("plan")), None)
+        return next((r["plan"] for _, r in sorted(self.finals.items()) if r.get("plan")), None)
 
     def seconds(self, stage: str) -> float | None:
         """Return the mean seconds of a stage."""
@@ -98,8 +96,8 @@ class MethodResult:
         """Return the mean over seeds of a curve, at the steps that all seeds have."""
         curves = [dict(map(tuple, r["curves"].get(name, []))) for r in self.finals.values()]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
-        points = ((step, [curve[step] for curve in curves]) for step in steps)
-        return [(s, statistics.fmean(v)) for s, v in points if None not in v]
+        values = ((step, [curve[step] for curve in curves]) for step in steps)
+        return [(s, statistics.fmean(v)) for s, v in values if None not in v]
 
     def _count(self, what: str) -> int | None:
         mean = _mean(r["parameters"][what] for r in self.finals.values())
@@ -133,7 +131,7 @@ class Results:
     @property
     def chosen(self) -> bool:
         """Whether every method has its learning rate."""
-        return all(method.rate is not None for method in self.methods)
+        return all(method.learning_rate is not None for method in self.methods)
 
     @property
     def problems(self) -> list[Problem]:
@@ -142,14 +140,13 @@ class Results:
 
     def find(self, first: str, second: str) -> Difference | None:
         """Return first minus second, whichever way round the pair is kept."""
-        if (first, second) in self.differences:
-            return self.differences[first, second]
-        kept = self.differences.get((second, first))
-        if kept is None:
-            return None
-        i = kept.interval
+        kept = self.differences.get((first, second))
+        turned = self.differences.get((second, first))
+        if turned is None:
+            return kept
+        i = turned.interval
         low, high = (None if end is None else -end for end in (i.high, i.low))
-        return Difference(Interval(-i.mean, low, high, i.count), kept.p, -kept.better)
+        return Difference(Interval(-i.mean, low, high, i.count), turned.p, -turned.better)
 
     def holds(self, first: str, second: str) -> bool:
         """Whether the pair's difference, either way round, holds when all pairs are tested."""
@@ -175,26 +172,29 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
         ArtifactError: a file is damaged, or two runs were not trained alike.
     """
     methods = [_method(comparison, entry, folder) for entry in comparison.config.entries()]
+    runs = [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "tuning"]
     sign = -1.0 if comparison.better == "higher" else 1.0
     # Means over other seeds are not in one order: who failed at a bad seed would gain by it.
     methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
-    points = [p for entry in comparison.config.entries() for p in comparison.tuning_of(entry)]
-    for method in methods:
-        if method.rate is not None:
-            points += comparison.final(method.entry, method.rate)
-    labels = {point.name: point.entry.label for point in points}
-    found = {name: folder.record(name) for name in labels}
-    records = [r for r in found.values() if r and r["status"] == "finished"]
+    runs += [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "final"]
+    labels = {trial.name: label for trial, label in runs}
+    records = [r for r in map(folder.record, labels) if r and r["status"] == "finished"]
     check_alike(records)
-    differences = _differences(methods, comparison.better)
+    differences = {
+        (first.label, second.label): made
+        for first, second in itertools.combinations(methods, 2)
+        if (made := difference(first.scores, second.scores, comparison.better)) is not None
+    }
+    # A pair without a p-value is one of those looked at all the same.
+    held = holm([1.0 if made.p is None else made.p for made in differences.values()])
     return Results(
         comparison=comparison,
         methods=methods,
         differences=differences,
-        holding=_holding(differences),
+        holding=set(itertools.compress(differences, held)),
         records=records,
         labels=labels,
-        foreign=len(set(folder.names()) - found.keys()),
+        foreign=len(set(folder.names()) - labels.keys()),
     )
 
 
@@ -218,90 +218,73 @@ def check_alike(records: Iterable[Record]) -> None:
     Raises:
         ArtifactError: two did not.
     """
-    first: dict[Any, Record] = {}
+    first: dict[tuple[str, Any], tuple[Any, str]] = {}
     for record in records:
         size = (record["steps"], record["batch"], record["rows"]["train"])
-        _agree(first, "steps, batch and training rows", None, size, record)
+        seen: dict[tuple[str, Any], Any] = {("steps, batch and training rows", None): size}
         if "autocast" in record:
-            _agree(first, "autocast", None, record["autocast"], record)
+            seen["autocast", None] = record["autocast"]
         if record["data_order"] is not None:
-            _agree(first, "order of the rows", record["seed"], record["data_order"], record)
-
-
-def _agree(first: dict[Any, Record], what: str, seed: Any, value: Any, record: Record) -> None:
-    held, by = first.setdefault((what, seed), {"value": value, "by": record["name"]}).values()
-    if held != value:
-        raise ArtifactError(
-            f"{record['name']} and {by} were not trained alike: {what} {value!r} and {held!r};"
-            " remove one of the files and run the comparison again."
-        )
+            seen["order of the rows", record["seed"]] = record["data_order"]
+        for key, value in seen.items():
+            held, by = first.setdefault(key, (value, record["name"]))
+            if held != value:
+                raise ArtifactError(
+                    f"{record['name']} and {by} were not trained alike: {key[0]} {value!r} and"
+                    f" {held!r}; remove one of the files and run the comparison again."
+                )
 
 
 def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -> MethodResult:
+    trials = comparison.tuning_of(entry)
+    problems = _problems(comparison, entry, trials, folder)
     tuning: dict[float, list[float | None]] = {}
-    points = comparison.tuning_of(entry)
-    problems = _problems(comparison, entry, points, folder)
-    records = [folder.record(point.name) for point in points]
-    for point, record in zip(points, records, strict=True):
-        score = comparison.score(record, "validation")
-        tuning.setdefault(point.learning_rate, []).append(score)
-    rate = comparison.chosen(entry, folder)
+    for trial in trials:
+        score = comparison.score(folder.record(trial.name))
+        tuning.setdefault(trial.learning_rate, []).append(score)
+    learning_rate = comparison.chosen(entry, folder)
     finals: dict[int, Record] = {}
     scores: dict[int, float] = {}
-    if rate is None:
+    if learning_rate is None:
         reason = (
-            "not all tuning runs are here to choose the learning rate"
-            if None in records
-            else "no learning rate has a score at every tuning seed"
+            "no learning rate has a score at every tuning seed"
+            if all(folder.record(trial.name) for trial in trials)
+            else "not all tuning runs are here to choose the learning rate"
         )
         problems.append(Problem(f"{entry.label}, all final runs", reason))
     else:
-        points = comparison.final(entry, rate)
-        problems += _problems(comparison, entry, points, folder)
-        for point in points:
-            record = folder.record(point.name)
-            score = comparison.score(record, "test")
+        final = comparison.final(entry, learning_rate)
+        problems += _problems(comparison, entry, final, folder)
+        for trial in final:
+            record = folder.record(trial.name)
+            score = comparison.score(record)
             if record is not None and score is not None:
-                finals[point.seed], scores[point.seed] = record, score
-    chosen_of = means(tuning, len(comparison.config.tuning_seeds))
-    return MethodResult(entry, rate, tuning, chosen_of, finals, scores, problems)
+                finals[trial.seed], scores[trial.seed] = record, score
+        trials = [*trials, *final]
+    means = mean_scores(tuning, len(comparison.config.tuning_seeds))
+    return MethodResult(entry, trials, learning_rate, tuning, means, finals, scores, problems)
 
 
 def _problems(
-    comparison: Comparison, entry: MethodEntry, points: Sequence[Point], folder: CompareFolder
+    comparison: Comparison, entry: MethodEntry, trials: Sequence[Trial], folder: CompareFolder
 ) -> list[Problem]:
-    """Return why each of ``points`` has no score; those that have not run yet together."""
+    """Return why each of ``trials`` has no score; those that have not run yet together."""
     problems, missing = [], 0
-    for point in points:
-        record = folder.record(point.name)
-        rows = "test" if point.phase == "final" else "validation"
-        run = f"{entry.label}, {point.phase} run, rate {point.learning_rate:g}, seed {point.seed}"
+    for trial in trials:
+        record = folder.record(trial.name)
+        at = f"learning rate {trial.learning_rate:g}, seed {trial.seed}"
+        run = f"{entry.label}, {trial.phase} run, {at}"
         if record is None:
             missing += 1
         elif record["status"] != "finished":
             error = record["error"]
             problems.append(Problem(run, f"failed, {error['cause']}", error["last_lines"]))
-        elif comparison.score(record, rows) is None:
-            problems.append(Problem(run, "its score is no number: the training diverged"))
+        elif comparison.score(record) is None:
+            problems.append(Problem(run, "its score is not a number: the training diverged"))
     if missing:
-        run = f"{entry.label}, {missing} of {len(points)} {points[0].phase} runs"
+        run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
         problems.append(Problem(run, "not run yet"))
     return problems
-
-
-def _differences(methods: Sequence[MethodResult], better: str) -> dict[tuple[str, str], Difference]:
-    found = {}
-    for first, second in itertools.combinations(methods, 2):
-        made = difference(first.scores, second.scores, better)
-        if made is not None:
-            found[first.label, second.label] = made
-    return found
-
-
-def _holding(differences: dict[tuple[str, str], Difference]) -> set[tuple[str, str]]:
-    # A pair without a p-value is one of those looked at all the same.
-    tested = {pair: 1.0 if d.p is None else d.p for pair, d in differences.items()}
-    return {pair for pair, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
 
 
 def _mean(values: Iterable[float]) -> float | None:

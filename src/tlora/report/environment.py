@@ -15,16 +15,11 @@ def rows(provenances: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, str
     Args:
         provenances: one a run, as `tlora.runfolder.provenance` makes them.
     """
-    found: dict[str, list[Any]] = {
-        "Packages": [_packages((p or {}).get("packages")) for p in provenances],
-        "Python": [(p or {}).get("python") for p in provenances],
-        "Commit": [_commit((p or {}).get("git")) for p in provenances],
-        "Processor": [_hardware(p, "cpu") for p in provenances],
-        "Cores": [_hardware(p, "cores") for p in provenances],
-        "GPU": [", ".join(_hardware(p, "gpus") or []) for p in provenances],
-    }
+    found = [_row(each or {}) for each in provenances]
     missing = {"GPU": "none"}
-    return [(what, listed(values) or missing.get(what, NONE)) for what, values in found.items()]
+    return [
+        (name, listed([row[name] for row in found]) or missing.get(name, NONE)) for name in _row({})
+    ]
 
 
 def listed(values: Sequence[Any]) -> str:
@@ -33,15 +28,15 @@ def listed(values: Sequence[Any]) -> str:
     return "; ".join(value for value, _ in known.most_common())
 
 
-def _packages(versions: Mapping[str, str | None] | None) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items() if version)
-
-
-def _commit(state: Mapping[str, Any] | None) -> str:
-    if not state:
-        return ""
-    return state["commit"][:12] + (" with uncommitted changes" if state["dirty"] else "")
-
-
-def _hardware(provenance: Mapping[str, Any] | None, what: str) -> Any:
-    return ((provenance or {}).get("hardware") or {}).get(what)
+def _row(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    packages, git = provenance.get("packages") or {}, provenance.get("git")
+    hardware = provenance.get("hardware") or {}
+    changed = " with uncommitted changes" if git and git["dirty"] else ""
+    return {
+        "Packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
+        "Python": provenance.get("python"),
+        "Commit": git and git["commit"][:12] + changed,
+        "Processor": hardware.get("cpu"),
+        "Cores": hardware.get("cores"),
+        "GPU": ", ".join(hardware.get("gpus") or []),
+    }

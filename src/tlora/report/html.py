@@ -21,15 +21,8 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    for function in (
-        numbers.number,
-        numbers.signed,
-        numbers.count,
-        numbers.mebibytes,
-        numbers.seconds,
-        numbers.margin,
-    ):
-        environment.filters[function.__name__] = function
+    for name in ("number", "signed", "count", "margin"):
+        environment.filters[name] = getattr(numbers, name)
     environment.filters["svg"] = markupsafe.Markup  # drawn or encoded here, not by a user
     return environment.get_template(template).render(context)
 

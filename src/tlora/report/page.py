@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tlora.files import replacing_file
 from tlora.parsing import to_yaml
-from tlora.report import charts, html, numbers, wording
-from tlora.report.comparison import MethodResult, Results
-from tlora.report.grid import OUTSIDE, Grid
+from tlora.report import charts, html, wording
+from tlora.report.comparison import Results
+from tlora.report.grid import Grid
+from tlora.report.statistics import Difference
 
 
 def save(results: Results, path: str | Path) -> Path:
@@ -36,12 +39,13 @@ def context(results: Results) -> dict[str, Any]:
         "methods": results.methods,
         "summary": wording.summary(results),
         "seeds": {m.label: wording.of_seeds(results, m) for m in results.methods},
+        "figures": wording.FIGURES,
         "strips": charts.strips(results),
-        "rates": charts.rates(results),
+        "learning_rates": charts.learning_rates(results),
         "curves": charts.curves(results),
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
         "edges": wording.edges(results),
-        "maps": [(m.label, rank_map(m)) for m in results.methods if m.plan],
+        "maps": [*maps(results)],
         "data": pairs(results),
         "matrix": matrix(results),
         "caveat": wording.caveat(results),
@@ -49,69 +53,49 @@ def context(results: Results) -> dict[str, Any]:
         "memory_note": wording.memory_note(results),
         "mixed": wording.mixed(results),
         "environment": wording.environment(results),
-        "again": wording.again(results),
+        "command": wording.command(results),
         "configuration": to_yaml(config),
     }
 
 
 def pairs(results: Results) -> str:
     """Return, as JSON for the page's selector, each pair's sentence and every seed's score."""
-    scored = [m for m in results.methods if m.scores]
-    found = {
-        "methods": [m.label for m in scored],
-        "scores": {m.label: m.scores for m in scored},
-        "verdicts": {
-            f"{a.label}\n{b.label}": wording.verdict(results, a.label, b.label)
-            for a in scored
-            for b in scored
-            if a is not b
-        },
+    scores = {m.label: m.scores for m in results.methods if m.scores}
+    verdicts = {
+        f"{first}\n{second}": wording.verdict(results, first, second)
+        for first, second in itertools.permutations(scores, 2)
     }
-    return html.embedded(found)
+    return html.embedded({"methods": [*scores], "scores": scores, "verdicts": verdicts})
 
 
-def matrix(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return rows of (label, cells): row minus column, with "win", "loss", "tie" or "" by it."""
-    scored = [m.label for m in results.methods if m.scores]
-    kinds = {1: "win", -1: "loss", 0: "tie"}
-    rows = []
-    for first in scored:
-        cells = []
-        for second in scored:
-            found = results.find(first, second) if first != second else None
-            cells.append(
-                ("", "")
-                if found is None
-                else (numbers.signed(found.interval.mean), kinds[found.better])
-            )
-        rows.append((first, cells))
-    return rows
+def matrix(results: Results) -> list[tuple[str, list[Difference | None]]]:
+    """Return rows of (label, differences): the row's method minus each column's."""
+    labels = [m.label for m in results.methods if m.scores]
+    return [
+        (row, [None if row == column else results.find(row, column) for column in labels])
+        for row in labels
+    ]
 
 
-def rank_map(method: MethodResult) -> dict[str, Any]:
-    """Return ranks and scales of a plan laid out as layers x projections, shares for colours.
+def maps(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield ranks and scales of the methods that plan them, as layers x projections.
 
-    "same" has the rank or the scale that all modules have, if it is one.
+    "same" is the text of the rank or the scale that all modules have, if it is one; "shares" are of
+    the largest, for colors.
     """
-    plan: dict[str, dict[str, Any]] = dict(method.plan or {})
-    grid = Grid.of(plan)
-    most = {what: max(m[what] for m in plan.values()) or 1 for what in ("rank", "scale")}
-    rows = []
-    for row in grid.rows:
-        cells = []
-        for column in grid.columns:
-            module = grid.cells.get((row, column))
-            cells.append(
-                module
-                and {
-                    "rank": module["rank"],
-                    "scale": f"{module['scale']:.2f}",
-                    "rank_share": round(module["rank"] / most["rank"], 3),
-                    "scale_share": round(module["scale"] / most["scale"], 3),
-                }
-            )
-        rows.append(("" if row == OUTSIDE else row, cells))
-    shown = [cell for _, cells in rows for cell in cells if cell]
-    values = {what: {cell[what] for cell in shown} for what in most}
-    same = {what: found.pop() for what, found in values.items() if len(found) == 1}
-    return {"columns": grid.columns, "rows": rows, "same": same}
+    for method in results.methods:
+        if not method.plan:
+            continue
+        grid = Grid.of(method.plan)
+        for what, form in (("rank", "{}"), ("scale", "{:.2f}")):
+            values = {place: module[what] for place, module in grid.cells.items()}
+            texts = {place: form.format(value) for place, value in values.items()}
+            most = max(values.values()) or 1
+            yield {
+                "label": method.label,
+                "what": what,
+                "grid": grid,
+                "texts": texts,
+                "shares": {place: round(value / most, 3) for place, value in values.items()},
+                "same": texts.popitem()[1] if len({*texts.values()}) == 1 else None,
+            }

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.files import replacing_file
 from tlora.report import numbers, wording
-from tlora.report.comparison import Results
+from tlora.report.comparison import Record, Results
 
-_COLUMNS = (
-    "method",
-    "phase",
-    "learning_rate",
-    "seed",
-    "score",
-    "adapter_parameters",
-    "other_parameters",
-    "memory_bytes",
-    "initialise_seconds",
-    "train_seconds",
-    "run",
-)
+_COLUMNS: dict[str, Callable[[Results, Record], Any]] = {
+    "method": lambda results, run: results.labels[run["name"]],
+    "phase": lambda _, run: run["phase"],
+    "learning_rate": lambda _, run: run["learning_rate"],
+    "seed": lambda _, run: run["seed"],
+    "score": lambda results, run: results.comparison.score(run),
+    "adapter_parameters": lambda _, run: run["parameters"]["adapter"],
+    "other_parameters": lambda _, run: run["parameters"]["others"],
+    "memory_bytes": lambda _, run: run["memory"]["bytes"],
+    "initialise_seconds": lambda _, run: run["seconds"]["initialise"],
+    "train_seconds": lambda _, run: run["seconds"]["train"],
+    "run": lambda _, run: run["name"],
+}
 
 
 def save(results: Results, markdown_path: str | Path, csv_path: str | Path) -> None:
@@ -36,27 +38,19 @@ def save(results: Results, markdown_path: str | Path, csv_path: str | Path) -> N
 def markdown(results: Results) -> str:
     """Return the headline table and what belongs to it."""
     metric = results.comparison.metric
-    lines = [
-        *_heading(results),
-        f"| method | {metric}, mean and 95 % interval | seeds | rate | adapter parameters | others"
-        " | peak MiB | init s | train s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["method", f"{metric}, mean and 95 % interval", "seeds", *wording.FIGURES]
+    rows = []
     for m in results.methods:
-        if m.score is None:
-            lines.append(f"| {_cell(m.label)} | {numbers.NONE} | | | | | | | |")
-            continue
-        seeds = " ".join(map(numbers.number, m.scores.values()))
-        lines.append(
-            f"| {_cell(m.label)} | {numbers.number(m.score.mean)} {numbers.margin(m.score)} |"
-            f" {seeds} | {m.rate:g} | {numbers.count(m.adapter_parameters)} |"
-            f" {numbers.count(m.other_parameters)} | {numbers.mebibytes(m.memory)} |"
-            f" {numbers.seconds(m.seconds('initialise'))} | {numbers.seconds(m.seconds('train'))} |"
-        )
-    lines += ["", wording.summary(results), wording.caveat(results), ""]
+        cells = [m.label, numbers.NONE]
+        if m.score is not None:
+            cells = [m.label, f"{numbers.number(m.score.mean)} {numbers.margin(m.score)}"]
+            cells.append(" ".join(map(numbers.number, m.scores.values())))
+            cells += [text(m) for text in wording.FIGURES.values()]
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    lines = [*_table(results, head, rows), wording.summary(results), wording.caveat(results), ""]
     lines += [f"- {sentence}" for sentence in wording.edges(results)]
     lines += [f"- {sentence}" for sentence in wording.protocol(results)]
-    lines += [f"- Not there: {p.run}: {p.cause}." for p in results.problems]
+    lines += [f"- Missing: {p.run}: {p.cause}." for p in results.problems]
     return "\n".join(lines) + "\n"
 
 
@@ -71,12 +65,8 @@ def against(results: Results, label: str) -> str:
         known = did_you_mean(label, labels) or f" There are: {'; '.join(labels)}."
         raise ConfigError(f"there is no method {label!r} here.{known}", where="against")
     metric = results.comparison.metric
-    lines = [
-        *_heading(results),
-        f"| method | adapter parameters | {metric} | {_cell(label)} minus it, 95 % |"
-        f" {_cell(label)} is |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["method", "adapter parameters", metric, f"{label} minus it, 95 %", f"{label} is"]
+    rows = []
     for m in results.methods:
         score = numbers.NONE if m.score is None else numbers.number(m.score.mean)
         found = None if m.label == label else results.find(label, m.label)
@@ -87,20 +77,8 @@ def against(results: Results, label: str) -> str:
                 f"{numbers.signed(found.interval.mean)} {numbers.margin(found.interval)}",
                 f"{word}, of all pairs too" if results.holds(label, m.label) else word,
             ]
-        cells = [_cell(m.label), numbers.count(m.adapter_parameters), score, *told]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", wording.caveat(results)])
-
-
-def _cell(text: str) -> str:
-    """Return a label as it may stand in a table: its bars do not divide cells."""
-    return text.replace("|", "\\|")
-
-
-def _heading(results: Results) -> list[str]:
-    made = results.comparison
-    title = results.config.title or results.config.task
-    return [f"**{title}** (test {made.metric}, {made.better} is better)", ""]
+        rows.append([m.label, numbers.count(m.adapter_parameters), score, *told])
+    return "\n".join([*_table(results, head, rows), wording.caveat(results)])
 
 
 def table(results: Results) -> str:
@@ -108,21 +86,18 @@ def table(results: Results) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    for record in results.records:
-        rows = "test" if record["phase"] == "final" else "validation"
-        writer.writerow(
-            [
-                results.labels[record["name"]],
-                record["phase"],
-                record["learning_rate"],
-                record["seed"],
-                results.comparison.score(record, rows),
-                record["parameters"]["adapter"],
-                record["parameters"]["others"],
-                record["memory"]["bytes"],
-                record["seconds"]["initialise"],
-                record["seconds"]["train"],
-                record["name"],
-            ]
-        )
+    for run in results.records:
+        writer.writerow([value(results, run) for value in _COLUMNS.values()])
     return text.getvalue()
+
+
+def _table(results: Results, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a heading, a table and an empty line; bars in labels do not divide cells."""
+    made = results.comparison
+    lines = [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in (head, *rows)
+    ]
+    title = results.config.title or results.config.task
+    heading = f"**{title}** (test {made.metric}, {made.better} is better)"
+    return [heading, "", lines[0], f"|{'---|' * len(head)}", *lines[1:], ""]

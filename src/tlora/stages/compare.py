@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlora.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.comparefolder import RUN_HEADER, CompareFolder
+from tlora.comparetrials import SCORED, Comparison, Schedule, Trial, digest
 from tlora.errors import ConfigError, did_you_mean
 from tlora.runfolder import provenance
 from tlora.stages.exactmatch import check_rows
+from tlora.stages.experiment import experiment
 from tlora.stages.onerun import portable
-from tlora.stages.points import Comparison, Point, Schedule, digest, experiment
 from tlora.stages.queue import Job, Outcome, Workers, cores, termination_interrupts
 
 if TYPE_CHECKING:
@@ -204,32 +204,29 @@ def work(
     from tqdm.auto import tqdm
 
     folder = schedule.folder
-    points: dict[str, Point] = {}
+    trials: dict[str, Trial] = {}
     failed: list[str] = []
     done, total = schedule.counts()
-    left = _TimeLeft(done)
     with tqdm(initial=done, total=total, desc="Comparing", unit=" runs", disable=None) as bar:
 
         def ready() -> Job | None:
-            point = schedule.next()
-            if point is None:
+            trial = schedule.next()
+            if trial is None:
                 return None
-            points[point.name] = point
-            return _job(point, schedule.comparison, folder, workers.threads, left_out)
+            trials[trial.name] = trial
+            return _job(trial, schedule.comparison, folder, workers.threads, left_out)
 
         def settled(job: Job, outcome: Outcome) -> None:
-            point = points[job.name]
+            trial = trials[job.name]
             if folder.record(job.name) is None:
-                cause = _note_failure(point, schedule, outcome)
+                cause = _note_failure(trial, schedule, outcome)
                 failed.append(f"{job.name}: {cause}")
             else:
                 _note_end(job, outcome)
             done, bar.total = schedule.counts()
             bar.update(done - bar.n)
             if bar.disable:
-                tell(
-                    f"{_line(point, schedule, outcome, (done, bar.total))}, {left(done, bar.total)}"
-                )
+                tell(_line(trial, schedule, outcome, (done, bar.total)))
 
         try:
             with termination_interrupts():
@@ -245,43 +242,30 @@ def work(
     return Progress(done, total, failed, waiting)
 
 
-class _TimeLeft:
-    """Says how long the rest will take if it goes on as it has since this was made."""
-
-    def __init__(self, done: int) -> None:
-        self._done, self._start = done, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> str:
-        if done <= self._done:
-            return "no run has finished yet"
-        seconds = (time.monotonic() - self._start) * (total - done) / (done - self._done)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
-
-
 def _job(
-    point: Point,
+    trial: Trial,
     comparison: Comparison,
     folder: CompareFolder,
     threads: int,
     left_out: Sequence[int],
 ) -> Job:
     config = comparison.config
-    run = config.run_config(point.entry, point.learning_rate, point.seed)
-    keep = config.keep_adapters and point.phase == "final"
-    work = str(folder.work(config.shard) / point.name)
+    run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
+    keep = config.keep_adapters and trial.phase == "final"
+    work = str(folder.work(config.shard) / trial.name)
     payload = {
-        "record": RUN_HEADER | point.record(),
+        "record": RUN_HEADER | trial.record(),
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,
         "left_out": list(left_out),
         "exact_match": config.writes_answers,
         "threads": threads,
-        "file": str(folder.record_file(point.name)),
+        "file": str(folder.record_file(trial.name)),
         "work": work,
-        "adapter": str(folder.adapters / point.name) if keep else None,
+        "adapter": str(folder.adapters / trial.name) if keep else None,
     }
-    return Job(point.name, payload, folder.logs / f"{point.name}.log")
+    return Job(trial.name, payload, folder.logs / f"{trial.name}.log")
 
 
 def _note_end(job: Job, outcome: Outcome) -> None:
@@ -293,32 +277,32 @@ def _note_end(job: Job, outcome: Outcome) -> None:
         logger.warning("%s is done, though its process ended badly (%s).", job.name, outcome.cause)
 
 
-def _note_failure(point: Point, schedule: Schedule, outcome: Outcome) -> str:
+def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     """Write the record of a run that did not finish; return its cause in a line."""
     config = schedule.comparison.config
     lines = outcome.last_lines
-    run = config.run_config(point.entry, point.learning_rate, point.seed)
-    record = point.record() | {
+    run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
+    record = trial.record() | {
         "status": "failed",
         "error": {"cause": outcome.cause, "last_lines": lines},
         "seconds": {"total": round(outcome.seconds, 3)},
         "config": portable(run),
-        "provenance": provenance(point.seed, output=schedule.folder.path),
+        "provenance": provenance(trial.seed, output=schedule.folder.path),
     }
-    schedule.folder.write_record(point.name, record)
+    schedule.folder.write_record(trial.name, record)
     return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause
 
 
-def _line(point: Point, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
+def _line(trial: Trial, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
     """Return a line about a run that has ended."""
     comparison = schedule.comparison
-    rows = "test" if point.phase == "final" else "validation"
-    record = schedule.folder.record(point.name) or {}
-    score = comparison.score(record, rows)
+    record = schedule.folder.record(trial.name)
+    score = comparison.score(record)
+    rows = SCORED[trial.phase]
     said = f"{rows} {comparison.metric} {score:.4f}" if score is not None else "no score"
-    if record.get("status") != "finished":
+    if record is None or record["status"] != "finished":
         said = f"failed, {outcome.cause}"
     return (
-        f"{counts[0]}/{counts[1]} {point.entry.label} {point.learning_rate:g}"
-        f" seed {point.seed}: {said} ({outcome.seconds:.0f} s)"
+        f"{counts[0]}/{counts[1]} {trial.entry.label} {trial.learning_rate:g}"
+        f" seed {trial.seed}: {said} ({outcome.seconds:.0f} s)"
     )

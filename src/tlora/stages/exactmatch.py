@@ -5,8 +5,6 @@ Works on tokenised rows, so on whatever a causal task makes of its rows and on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
@@ -39,36 +37,28 @@ def exact_match(
 
     pairs = [prompt_and_response(row) for row in rows]
     longest = max(len(response) for _, response in pairs)
-    right = 0
-    with greedy(model, tokenizer), _evaluating(model), torch.no_grad():
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
-            batch = _padded_left([prompt for prompt, _ in some], tokenizer.pad_token_id)
-            tokens = model.generate(
-                **{name: torch.tensor(value).to(model.device) for name, value in batch.items()},
-                max_new_tokens=longest,
-            )
-            new = tokens[:, len(batch["input_ids"][0]) :]
-            right += sum(
-                written.strip() == wanted.strip()
-                for written, wanted in zip(
-                    tokenizer.batch_decode(new, skip_special_tokens=True),
-                    tokenizer.batch_decode([r for _, r in some], skip_special_tokens=True),
-                    strict=True,
-                )
-            )
-    return right / len(pairs)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Keep a model in evaluation mode, and put it back into its own afterwards."""
-    training = model.training
+    training, right = model.training, 0
     model.eval()
     try:
-        yield
+        with greedy(model, tokenizer), torch.no_grad():
+            for start in range(0, len(pairs), batch_size):
+                prompts, responses = zip(*pairs[start : start + batch_size], strict=True)
+                # Padded on the left, all answers start at the same place.
+                batch = tokenizer.pad(
+                    {"input_ids": list(prompts)},
+                    padding_side="left",
+                    return_attention_mask=True,
+                    return_tensors="pt",
+                ).to(model.device)
+                tokens = model.generate(**batch, max_new_tokens=longest)
+                written, wanted = (
+                    tokenizer.batch_decode(ids, skip_special_tokens=True)
+                    for ids in (tokens[:, batch["input_ids"].shape[1] :], list(responses))
+                )
+                right += sum(a.strip() == b.strip() for a, b in zip(written, wanted, strict=True))
     finally:
         model.train(training)
+    return right / len(pairs)
 
 
 def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -108,13 +98,3 @@ def check_rows(
             " before their response does, so exact match would ask for a part of it; raise"
             " --data.max_length."
         )
-
-
-def _padded_left(prompts: Sequence[list[int]], pad: int) -> dict[str, list[list[int]]]:
-    """Return prompts of one length, so that all answers start at the same place."""
-    width = max(map(len, prompts))
-    missing = [width - len(prompt) for prompt in prompts]
-    return {
-        "input_ids": [[pad] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)],
-        "attention_mask": [[0] * gap + [1] * (width - gap) for gap in missing],
-    }
