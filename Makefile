@@ -1,15 +1,17 @@
-# Everything from nothing but make and Python 3.11 or later:
+# Everything from nothing but make and Python 3.10 or later:
 #   make demo    adapt the shipped base model to a task it cannot do (about 2 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
-# The page of `tlora compare` is tested in a browser: make test needs Chromium (apt-get install
-# chromium), or leaves it out: make test PYTEST_ARGS='-m "not browser"'.
+# The pages of `tlora compare` and `tlora eval` are tested in Chromium (apt-get install chromium).
+# Without one those tests are left out, and the last lines say so; TLORA_REQUIRE_BROWSER=1 makes
+# that an error.
 # A different package index or torch build: PIP_ARGS, as in `make test PIP_ARGS="--index-url ..."`.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt
 
 .PHONY: demo test check clean
 
@@ -28,15 +30,15 @@ check: $(VENV)/ready-dev
 
 # The mark is written last, so an install that was cut off is started over.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "tlora needs Python 3.11 or later; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "tlora needs Python 3.10 or later; name one: make PYTHON=python3.10 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable .
+	$(INSTALL) --editable ".[compare]"
 	touch $@
 
-# What the tests need besides: linters, a browser's driver, and the quantising libraries.
+# What the tests need besides: the other extras, linters, a browser's driver, quantizing libraries.
 $(VENV)/ready-dev: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
 clean:

@@ -24,6 +24,8 @@ import pytest
 import torch
 import transformers
 
+pytest_plugins = ["browsers"]
+
 VOCABULARY = 160
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SENTENCES = (

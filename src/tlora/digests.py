@@ -28,8 +28,11 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
 def file_digest(path: str | Path) -> str:
     """Return a digest of a file's content."""
+    found = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def model_identity(model: str | None) -> str:

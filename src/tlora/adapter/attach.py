@@ -18,7 +18,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from tlora.errors import AdapterError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 # PEFT matches every module against every key of both patterns, and Python caches 512 compiled
 # regexes: beyond this many keys, modules of equal value share one.

@@ -7,6 +7,7 @@ the very tokens and labels that are trained on.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ CUT = "cut"
 
 # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
 _QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
+
+_MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
+"""What opens the assistant's turn in a chat template that can be trained on."""
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
 
@@ -233,17 +237,18 @@ def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a template that marks the assistant's turns; None: the tokenizer's own does.
 
     Raises:
-        DataError: none that marks the turns is known for this tokenizer.
+        DataError: no template that marks the turns is known for this tokenizer.
     """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    if has_generation_markers(tokenizer.chat_template):
+    if _MARKED.search(tokenizer.get_chat_template()):
         return None
     try:
+        from trl.chat_template_utils import get_training_chat_template
+
         return get_training_chat_template(tokenizer)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
+        known = 'run `pip install "tlora[train]"`: trl may know one that does; or '
         raise DataError(
             "the tokenizer's chat template does not mark what the assistant says, so the loss"
-            " cannot be put on it; add {% generation %} to the template, or give --data.loss_on"
-            " all."
+            f" cannot be put on it; {known if isinstance(error, ImportError) else ''}add"
+            " {% generation %} to the template, or give --data.loss_on all."
         ) from error

@@ -40,7 +40,9 @@ PROTECTIONS: dict[str, str] = {
 # By its place and not by a search path: neither can another "inside" stand in for it, nor does the
 # program find our modules beside it.
 _BOOT = """
-import importlib.util, sys
+import sys
+sys.path.remove("")  # the working directory; Python 3.11 has -P for it
+import importlib.util
 spec = importlib.util.spec_from_file_location("inside", sys.argv.pop())
 package = sys.modules["inside"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
@@ -170,7 +172,7 @@ class Sandbox:
                 "program": program,
             }
             process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-c", _BOOT, _INSIDE],
+                [sys.executable, "-s", "-c", _BOOT, _INSIDE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
