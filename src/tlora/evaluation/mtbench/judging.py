@@ -145,13 +145,8 @@ async def _request_all(
     async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
             requests = _Requests(endpoint, cache, bar)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(requests.request(body)) for body in bodies]
-            except ExceptionGroup as errors:
-                # One that cannot be helped; the group has cancelled what was under way.
-                if not isinstance(errors.exceptions[0], JudgeError):
-                    raise errors.exceptions[0] from None
+            tasks = [asyncio.ensure_future(requests.request(body)) for body in bodies]
+            await _all_or_first_error(tasks)
     if requests.failures:
         raise JudgeError(
             f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
@@ -160,6 +155,24 @@ async def _request_all(
         )
     replies = [reply for task in tasks if (reply := task.result()) is not None]
     return replies, endpoint.retried
+
+
+async def _all_or_first_error(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Wait for all ``tasks``; once one fails, cancel the others. A JudgeError is left in its task.
+
+    (`asyncio.TaskGroup` needs Python 3.11.)
+    """
+
+    def cancel_the_rest(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            for other in tasks:
+                other.cancel()
+
+    for task in tasks:
+        task.add_done_callback(cancel_the_rest)
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception) and not isinstance(ended, JudgeError):
+            raise ended
 
 
 class JudgementCache:
