@@ -11,7 +11,7 @@ from tlora.errors import ConfigError
 
 _TRAIN = ("trl", "datasets", "rich", "yaml")
 _COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2", "matplotlib")
-_EVAL = (*_COMPARE, "lm_eval", "math_verify")
+_EVAL = (*_COMPARE, "lm_eval", "math_verify", "pebble")
 MODULES = {
     "train": _TRAIN,
     "compare": _COMPARE,

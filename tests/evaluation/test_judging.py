@@ -485,9 +485,3 @@ def test_after_a_kill_only_the_rest_is_asked(server, tmp_path, stop):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "20"
     assert len(server.bodies) - 12 == 40 - kept
-
-
-def test_a_missing_package_is_named(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"needs the openai package; .*'tlora\[judge\]'"):
-        judge(answered(), config(server), tmp_path)

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tlora import extras
 from tlora.errors import ConfigError
 from tlora.evalconfig import EvalConfig
 from tlora.evalfolder import EvalFolder
-from tlora.evaluation.mtbench.endpoint import read_key, request_body, require_client
+from tlora.evaluation.mtbench.endpoint import read_key, request_body
 from tlora.evaluation.mtbench.grades import from_lines, means, metric_names, to_lines
 from tlora.evaluation.mtbench.judging import Judged, judge, judge_prompts
 from tlora.registry import CONVERSATIONS
@@ -21,11 +22,11 @@ def check_judge(config: EvalConfig) -> None:
     """Check what can be known of the judge before any model is asked.
 
     Raises:
-        ConfigError: its client is not installed, or its key cannot be sent.
+        ConfigError: the judge's extra is not installed, or its key cannot be sent.
         DataError: the file of its prompts is missing or damaged.
     """
     if config.judge.url:
-        require_client()
+        extras.require("judge", where="judge")
         judge_prompts(config.judge)
         read_key(config.judge)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator
@@ -50,18 +49,6 @@ class Reply:
     """Tokens of the answer, likewise."""
 
 
-def require_client() -> None:
-    """Check that the `openai` client is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(
-            "a judge needs the openai package; run pip install 'tlora[judge]'.", where="judge"
-        )
-
-
 def read_key(config: JudgeConfig) -> str | None:
     """Return the key from the environment, or None where there is none.
 
@@ -91,11 +78,11 @@ async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
     """Yield the judge's endpoint, to be used from this event loop.
 
     Raises:
-        ConfigError: the client is not installed, or the key cannot be sent.
+        ConfigError: the key cannot be sent.
     """
-    require_client()
-    key = read_key(config)
     import openai
+
+    key = read_key(config)
 
     # No proxy stands between this machine and itself.
     transport = openai.DefaultAsyncHttpxClient(
