@@ -110,7 +110,7 @@ class CalibrationConfig(Section):
     """Leave out, and name, rows without a label that counts, or whose activations, loss or gradient
     are not finite; else they are an error (`tlora`, `corda`)."""
     cache: str | None = None
-    """File that keeps the statistics (.safetensors): written once, progress included, and used by
+    """File that keeps the statistics (.safetensors): written after calibration, and used by
     every run with the same model, rows and modules (`tlora`, `corda`)."""
 
 

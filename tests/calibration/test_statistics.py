@@ -96,9 +96,9 @@ def test_other_and_damaged_files_are_named(stats, model, tmp_path):
     with pytest.raises(ArtifactError, match=r"whole\.safetensors"):
         Calibration.load(path)
     # In the header, whose length stays: a format of the same number of digits.
-    assert whole.count(rb"\"format\": 3") == 1
-    path.write_bytes(whole.replace(rb"\"format\": 3", rb"\"format\": 9"))
-    with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 3"):
+    assert whole.count(rb"\"format\": 4") == 1
+    path.write_bytes(whole.replace(rb"\"format\": 4", rb"\"format\": 9"))
+    with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 4"):
         Calibration.load(path)
 
 
