@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +88,21 @@ def test_all_that_is_missing_is_named(without):
 def test_the_demo_ends_without_pictures_where_nothing_can_draw_them(without):
     without("matplotlib")
     assert cli._demo_pictures([]) == 'none without matplotlib; run `pip install "tlora[compare]"`'
+
+
+def test_the_modules_are_those_of_the_extras_in_pyproject():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    imported = {"pyyaml": "yaml", "scikit_learn": "sklearn", "antlr4_python3_runtime": "antlr4"}
+    for extra, modules in extras.MODULES.items():
+        listed = re.search(rf"^{extra} = \[(.*?)\](?: +#.*)?$", section, re.MULTILINE | re.DOTALL)[
+            1
+        ]
+        names, inner = set(), set()
+        for requirement in re.findall(r'"([^"]+)"', listed):
+            if more := re.fullmatch(r"tlora\[(\w+)\]", requirement):
+                inner |= {*extras.MODULES[more[1]]}
+            else:
+                name = re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
+                names.add(imported.get(name, name))
+        assert {*modules} == names | inner, extra

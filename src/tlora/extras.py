@@ -11,12 +11,12 @@ from tlora.errors import ConfigError
 
 _TRAIN = ("trl", "datasets", "rich", "yaml")
 _COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2", "matplotlib")
-_EVAL = (*_COMPARE, "lm_eval", "math_verify", "pebble")
+_EVAL = (*_COMPARE, "lm_eval", "math_verify", "antlr4", "pebble")
 MODULES = {
     "train": _TRAIN,
     "compare": _COMPARE,
     "eval": _EVAL,
-    "judge": (*_EVAL, "openai"),
+    "judge": (*_EVAL, "openai", "httpx2"),
     "quantized": ("bitsandbytes",),
 }
 """What each extra of pyproject.toml installs, by the names that Python imports."""
