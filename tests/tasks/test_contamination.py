@@ -221,7 +221,7 @@ def raw(*asked):
 
 def task(rows, overlap="refuse"):
     made = TASKS.load("jsonl")(DataConfig(overlap=overlap))
-    made._settle_columns(rows.column_names)
+    made.settle_columns(rows.column_names)
     return made
 
 
@@ -356,7 +356,7 @@ def test_a_guarded_question_is_found_in_whatever_form_it_is_trained_on(guarding,
     spared = json.loads(json.dumps(row).replace("eats one", "eats none"))
     rows = Dataset.from_list([spared, row])
     jsonl = TASKS.load("jsonl")(data)
-    jsonl._settle_columns(rows.column_names)
+    jsonl.settle_columns(rows.column_names)
     with pytest.raises(
         DataError, match=r"of 2 training rows 1 repeats a prompt of gsm8k-paper \(row 2"
     ):

@@ -114,7 +114,7 @@ def tokenize(tiny_tokenizer):
     def run(prompts, max_length):
         data = DataConfig(max_length=max_length)
         task = Jsonl(data)
-        task._settle_columns(["prompt", "response"])
+        task.settle_columns(["prompt", "response"])
         raw = Dataset.from_list([{"prompt": prompt, "response": "72"} for prompt in prompts])
         rows = task.rows(raw, "train.jsonl")
         return tokens.tokenized(raw, rows, task, tokens.causal, tiny_tokenizer, "train.jsonl")
