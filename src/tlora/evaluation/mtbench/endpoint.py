@@ -204,11 +204,10 @@ async def _check(response: httpx2.Response, seconds: float) -> None:
 
     try:
         # The client's own timeout is one for each read: a slow trickle would never end.
-        async with asyncio.timeout(seconds):
-            await response.aread()
+        await asyncio.wait_for(response.aread(), seconds)
         if response.status_code == 200:
             _read(response.text)
-    except TimeoutError:
+    except asyncio.TimeoutError:  # on Python 3.10 it is not the built-in one
         raise httpx2.ReadTimeout("too slow", request=response.request) from None
     except ValueError as error:
         raise httpx2.DecodingError(str(error), request=response.request) from None

@@ -145,13 +145,26 @@ async def _request_all(
     async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
             requests = _Requests(endpoint, cache, bar)
+            tasks = [asyncio.create_task(requests.request(body)) for body in bodies]
+
+            def stop(ended: asyncio.Task[Reply | None]) -> None:
+                if not ended.cancelled() and ended.exception():
+                    for task in tasks:
+                        task.cancel()
+
+            for task in tasks:
+                task.add_done_callback(stop)
             try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(requests.request(body)) for body in bodies]
-            except ExceptionGroup as errors:
-                # One that cannot be helped; the group has cancelled what was under way.
-                if not isinstance(errors.exceptions[0], JudgeError):
-                    raise errors.exceptions[0] from None
+                await asyncio.wait(tasks)
+            finally:  # of an interrupt; all are done else
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        # A JudgeError ended the rest, and is told below with the other failures.
+        error = None if task.cancelled() else task.exception()
+        if error and not isinstance(error, JudgeError):
+            raise error
     if requests.failures:
         raise JudgeError(
             f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
