@@ -7,6 +7,7 @@ worker of a pool compares, which the pool kills when the time is over.
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import logging
 import multiprocessing
@@ -66,7 +67,7 @@ class MathVerify:
         try:
             task = self._started().schedule(_equal, (answer, reference), timeout=self.seconds)
             return task.result()
-        except (TimeoutError, ProcessExpired):
+        except (concurrent.futures.TimeoutError, ProcessExpired):  # 3.10: not the built-in one
             # Too slow, or gone: killed by the system, or crashed inside a library.
             return None
         except BrokenProcessPool as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator
@@ -49,6 +50,18 @@ class Reply:
     """Tokens of the answer, likewise."""
 
 
+def require_client() -> None:
+    """Check that the `openai` client is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError(
+            "a judge needs the openai package; run pip install 'tlora[judge]'.", where="judge"
+        )
+
+
 def read_key(config: JudgeConfig) -> str | None:
     """Return the key from the environment, or None where there is none.
 
@@ -78,11 +91,11 @@ async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
     """Yield the judge's endpoint, to be used from this event loop.
 
     Raises:
-        ConfigError: the key cannot be sent.
+        ConfigError: the client is not installed, or the key cannot be sent.
     """
-    import openai
-
+    require_client()
     key = read_key(config)
+    import openai
 
     # No proxy stands between this machine and itself.
     transport = openai.DefaultAsyncHttpxClient(
@@ -194,7 +207,7 @@ async def _check(response: httpx2.Response, seconds: float) -> None:
         await asyncio.wait_for(response.aread(), seconds)
         if response.status_code == 200:
             _read(response.text)
-    except asyncio.TimeoutError:
+    except asyncio.TimeoutError:  # on Python 3.10 it is not the built-in one
         raise httpx2.ReadTimeout("too slow", request=response.request) from None
     except ValueError as error:
         raise httpx2.DecodingError(str(error), request=response.request) from None
