@@ -29,10 +29,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pretrain_base import END, byte_level_bpe
 from tlora.demo.corpus import pretraining_rows
-from tlora.digests import file_digest
 from tlora.files import write_json
-from tlora.runfolder import provenance
 from tlora.tasks.source import READERS, read_file
+from tlora.training.digests import file_digest
+from tlora.training.runfolder import provenance
 
 LENGTH = 512
 VOCABULARY = 8192

@@ -24,7 +24,7 @@ import pytest
 import torch
 import transformers
 
-pytest_plugins = ["browsers"]
+pytest_plugins = ["browsers", "run_fixtures"]
 
 VOCABULARY = 160
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -183,9 +183,9 @@ def tiny_t5() -> ModelFactory:
 def interrupted(monkeypatch):
     """Run until the end of a step, then let the user press Ctrl-C; return the folder."""
 
-    from tlora.runfolder import RunFolder
-    from tlora.stages import train
-    from tlora.stages.callbacks import LogCallback
+    from tlora.training import train
+    from tlora.training.callbacks import LogCallback
+    from tlora.training.runfolder import RunFolder
 
     def run(config, step):
         def stop(self, args, state, control, **_):

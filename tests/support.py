@@ -165,7 +165,7 @@ def image_samples(count: int = 5) -> list[Sample]:
 def demo_samples(count: int) -> list[Sample]:
     """The first rows of the demo's task, as its base reads them."""
     from tlora.demo import corpus
-    from tlora.stages.demo import BASE_MODEL
+    from tlora.demo.run import BASE_MODEL
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL)
     samples = []

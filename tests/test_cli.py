@@ -349,7 +349,7 @@ def test_exit_codes(tlora, monkeypatch, error, code, says):
     def fail(config):
         raise error
 
-    monkeypatch.setattr("tlora.stages.train.run", fail)
+    monkeypatch.setattr("tlora.training.train.run", fail)
     done, _, err = tlora("train", "--model", "m")
     assert done == code
     assert err.startswith(says)

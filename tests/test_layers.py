@@ -58,19 +58,48 @@ def linalg_imports_torch_alone(path: str, tree: ast.Module, _: str) -> Iterator[
             yield f"imports {name}"
 
 
-_SCORING = ("math_verify", "pebble", "openai", "httpx2", "numpy", "tqdm")
+_SCORING = ("tlora.scoring", "tlora.checks", "tlora.errors", "tlora.files", "math_verify", "pebble")
+_SCORING += ("openai", "httpx2", "numpy", "tqdm")
 
 
-def evaluation_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
-    """All but the harness's tasks, which sit on top of it and of lm-evaluation-harness."""
-    harness = "tlora.evaluation.harness"
-    if not path.startswith("tlora/evaluation/") or within(path.replace("/", "."), harness):
+def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
+    """It looks at texts and programs: no torch, no models."""
+    if not path.startswith("tlora/scoring/"):
         return
-    own = ("tlora.evaluation", "tlora.checks", "tlora.errors", "tlora.files", *_SCORING)
     for name in imported(path, tree):
         top = name.split(".", maxsplit=1)[0]
-        known = top in sys.stdlib_module_names or any(within(name, home) for home in own)
-        if not known or within(name, harness):
+        if top not in sys.stdlib_module_names and not any(within(name, it) for it in _SCORING):
+            yield f"imports {name}"
+
+
+LAYERS = (
+    ("errors", "extras", "files", "presets", "registry"),
+    ("checks", "yamlfiles"),
+    ("config",),
+    ("linalg",),
+    ("calibration",),
+    ("adapter",),
+    ("methods", "models", "scoring", "tasks"),
+    ("evaluations",),
+    ("training",),
+    ("compare", "evaluate"),
+    ("report",),
+    ("demo",),
+    ("verbconfig", "flags", "parsing"),
+    ("cli",),
+)
+"""From the bottom up: a part imports of its own layer and of those below it."""
+_HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def nothing_imports_upward(path: str, tree: ast.Module, _: str) -> Iterator[str]:
+    parts = path.removesuffix(".py").split("/")
+    if parts[1] == "__init__":
+        return  # public names, loaded when first used
+    for name in imported(path, tree):
+        _, _, rest = name.partition("tlora.")
+        part = rest.split(".")[0]
+        if within(name, "tlora") and _HEIGHT.get(part, -1) > _HEIGHT[parts[1]]:
             yield f"imports {name}"
 
 
@@ -135,7 +164,8 @@ def _undocumented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[st
 
 RULES: list[Rule] = [
     linalg_imports_torch_alone,
-    evaluation_stands_alone,
+    scoring_stands_alone,
+    nothing_imports_upward,
     hooks_are_set_in_calibration_alone,
     nothing_imports_the_command_line,
     peft_internals_stay_where_they_belong,
@@ -154,6 +184,52 @@ def test_every_source_file_keeps_the_rule(rule):
     assert faults == []
 
 
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, directly or in a circle."""
+    reached = {start: _reached(graph, start) for start in graph}
+    groups = {
+        tuple(sorted(name for name in found if start in reached[name]))
+        for start, found in reached.items()
+        if start in found
+    }
+    return sorted(map(list, groups))
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += graph[name]
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports within functions and for types count too; the package's own names do not."""
+    modules = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in FILES
+    }
+    graph = {
+        name: {
+            other
+            for other in imported(path, ast.parse((SOURCE / path).read_text(encoding="utf-8")))
+            if other in modules and other not in (name, "tlora")
+        }
+        for name, path in modules.items()
+        if name != "tlora"
+    }
+    assert cycles(graph) == []
+
+
+def test_a_circle_is_seen():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": {"e"}}) == [
+        ["b", "c"],
+        ["e"],
+    ]
+
+
 def test_the_source_is_where_it_is_looked_for():
     assert {"tlora/__init__.py", "tlora/linalg/moments.py", "tlora/methods/tlora.py"} <= set(FILES)
 
@@ -163,19 +239,21 @@ BAD = [
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from ..files import write_json", 2),
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from tlora import errors", 2),
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "def f():\n    import scipy.linalg", 1),
-    (evaluation_stands_alone, "tlora/evaluation/x.py", "def f():\n    import torch", 1),
-    (evaluation_stands_alone, "tlora/evaluation/x.py", "from tlora.tasks import base", 2),
-    (evaluation_stands_alone, "tlora/evaluation/x.py", "import tlora.evaluation.harness.rows", 1),
+    (scoring_stands_alone, "tlora/scoring/x.py", "def f():\n    import torch", 1),
+    (scoring_stands_alone, "tlora/scoring/x.py", "from tlora.tasks import base", 2),
+    (nothing_imports_upward, "tlora/training/x.py", "from tlora.report import svg", 2),
+    (nothing_imports_upward, "tlora/tasks/x.py", "if T:\n    import tlora.training.setup", 1),
+    (nothing_imports_upward, "tlora/errors.py", "from tlora.config import TLoraConfig", 2),
     (hooks_are_set_in_calibration_alone, "tlora/methods/x.py", "m.register_forward_hook(f)", 1),
     (hooks_are_set_in_calibration_alone, "tlora/adapter/x.py", "t.register_hook(f)", 1),
     (hooks_are_set_in_calibration_alone, "tlora/x.py", "g = m.register_full_backward_hook", 1),
     (hooks_are_set_in_calibration_alone, "tlora/x.py", "node.register_prehook(f)", 1),
-    (nothing_imports_the_command_line, "tlora/stages/x.py", "from tlora.cli import main", 2),
-    (nothing_imports_the_command_line, "tlora/stages/x.py", "from .. import cli", 1),
+    (nothing_imports_the_command_line, "tlora/training/x.py", "from tlora.cli import main", 2),
+    (nothing_imports_the_command_line, "tlora/training/x.py", "from .. import cli", 1),
     (nothing_imports_the_command_line, "tlora/x.py", "importlib.import_module('tlora.cli')", 1),
-    (peft_internals_stay_where_they_belong, "tlora/stages/x.py", "import peft.tuners.lora", 1),
-    (peft_internals_stay_where_they_belong, "tlora/stages/x.py", "from peft.utils import x", 2),
-    (peft_internals_stay_where_they_belong, "tlora/stages/x.py", "peft.tuners.lora.Linear", 1),
+    (peft_internals_stay_where_they_belong, "tlora/training/x.py", "import peft.tuners.lora", 1),
+    (peft_internals_stay_where_they_belong, "tlora/training/x.py", "from peft.utils import x", 2),
+    (peft_internals_stay_where_they_belong, "tlora/training/x.py", "peft.tuners.lora.Linear", 1),
     (peft_internals_stay_where_they_belong, "tlora/calibration/probe.py", "import peft.utils", 1),
     (files_are_short, "tlora/x.py", "x = 1\n" * 401, 1),
     (functions_are_short, "tlora/x.py", "def f():\n" + "    x = 1\n" * 50, 1),
@@ -188,16 +266,18 @@ GOOD = [
     (linalg_imports_torch_alone, "tlora/linalg/x.py", "from . import moments\nfrom .a import b"),
     (linalg_imports_torch_alone, "tlora/adapter/x.py", "import numpy"),
     (
-        evaluation_stands_alone,
-        "tlora/evaluation/x.py",
+        scoring_stands_alone,
+        "tlora/scoring/x.py",
         "import re\nfrom tlora.errors import DataError",
     ),
-    (evaluation_stands_alone, "tlora/stages/x.py", "import torch"),
-    (evaluation_stands_alone, "tlora/evaluation/harness/x.py", "import lm_eval, tlora.tasks.base"),
+    (scoring_stands_alone, "tlora/training/x.py", "import torch"),
+    (nothing_imports_upward, "tlora/evaluations/x.py", "import lm_eval, tlora.tasks.base"),
+    (nothing_imports_upward, "tlora/report/x.py", "from tlora.compare import trials"),
+    (nothing_imports_upward, "tlora/evaluate/x.py", "from tlora.compare import trials"),
     (hooks_are_set_in_calibration_alone, "tlora/calibration/x.py", "m.register_forward_hook(f)"),
     (hooks_are_set_in_calibration_alone, "tlora/x.py", "m.register_buffer('a', t)"),
-    (nothing_imports_the_command_line, "tlora/stages/x.py", "import tlora.client"),
-    (peft_internals_stay_where_they_belong, "tlora/stages/x.py", "from peft import PeftModel"),
+    (nothing_imports_the_command_line, "tlora/training/x.py", "import tlora.client"),
+    (peft_internals_stay_where_they_belong, "tlora/training/x.py", "from peft import PeftModel"),
     (peft_internals_stay_where_they_belong, "tlora/adapter/x.py", "import peft.tuners"),
     (files_are_short, "tlora/x.py", "x = 1\n" * 400),
     (functions_are_short, "tlora/x.py", "def f():\n" + "    x = 1\n" * 49),

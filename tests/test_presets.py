@@ -12,9 +12,8 @@ from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.parsing import parse
 from tlora.registry import METHODS, TASKS
-from tlora.runconfig import RunConfig
-from tlora.stages.arguments import check_trainer_fields
-from tlora.stages.kinds import KINDS
+from tlora.training.kinds import KINDS, check_trainer_fields
+from tlora.training.runconfig import RunConfig
 
 NAMES = [entry.name for entry in presets.entries()]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

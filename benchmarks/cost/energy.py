@@ -24,7 +24,7 @@ from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.files import read_json, write_json
-from tlora.runfolder import provenance
+from tlora.training.runfolder import provenance
 
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {},

@@ -174,7 +174,7 @@ def _measure(point: Point, subject: str, flags: argparse.Namespace) -> dict[str,
 
 def _place() -> dict[str, Any]:
     """Where a measurement was made: versions, hardware, threads, commit."""
-    from tlora.runfolder import provenance
+    from tlora.training.runfolder import provenance
 
     place = provenance(None)
     del place["time"], place["seed"]

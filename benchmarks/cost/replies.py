@@ -21,13 +21,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tlora.demo import corpus
-from tlora.evalconfig import EvalConfig
+from tlora.demo.run import BASE_MODEL
+from tlora.evaluate import loading
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evaluated_models import resolve
+from tlora.evaluate.lm import TransformersLM
 from tlora.files import write_json
-from tlora.inference import loading
-from tlora.inference.evaluated_models import resolve
-from tlora.inference.lm import TransformersLM
-from tlora.runfolder import provenance
-from tlora.stages.demo import BASE_MODEL
+from tlora.training.runfolder import provenance
 
 PROBLEMS, TOKENS, ROUNDS, RANK = 192, 16, 5, 8
 

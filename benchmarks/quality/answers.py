@@ -21,10 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tlora.evaluation.answers import MARK, PROTOCOLS, Protocol, math_verdicts
-from tlora.evaluation.latex import boxed
-from tlora.evaluation.symbolic import MathVerify
 from tlora.files import write_json
+from tlora.scoring.answers import MARK, PROTOCOLS, Protocol, math_verdicts
+from tlora.scoring.latex import boxed
+from tlora.scoring.symbolic import MathVerify
 
 Score = Callable[[str, str], bool]
 

@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tlora.evaluation.code import Check, humaneval_check, mbpp_check, run_checks
-from tlora.evaluation.sandbox import Limits, Sandbox
 from tlora.files import write_json
+from tlora.scoring.code import Check, humaneval_check, mbpp_check, run_checks
+from tlora.scoring.sandbox import Limits, Sandbox
 
 
 def humaneval(data: Path) -> list[tuple[str, Check]]:

@@ -32,16 +32,16 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from tlora import calibrate
-from tlora.compareconfig import CompareConfig
+from tlora.compare.compareconfig import CompareConfig
+from tlora.compare.onerun import split
 from tlora.files import read_json, write_json
-from tlora.parsing import read_yaml
-from tlora.runconfig import RunConfig
-from tlora.runfolder import RunFolder, provenance
-from tlora.stages.arguments import training_arguments
-from tlora.stages.initialise import prepare
-from tlora.stages.onerun import split
-from tlora.stages.setup import Setup, settle
-from tlora.stages.train import make_trainer
+from tlora.training.arguments import training_arguments
+from tlora.training.initialize import prepare
+from tlora.training.runconfig import RunConfig
+from tlora.training.runfolder import RunFolder, provenance
+from tlora.training.setup import Setup, settle
+from tlora.training.train import make_trainer
+from tlora.yamlfiles import read_yaml
 
 HERE = Path(__file__).parent
 BASES = {

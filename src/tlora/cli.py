@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import __version__, extras, presets
-from tlora.compareconfig import CompareConfig
+from tlora.compare.compareconfig import CompareConfig
 from tlora.errors import (
     AdapterError,
     ArtifactError,
@@ -30,18 +30,18 @@ from tlora.errors import (
     TLoraError,
     did_you_mean,
 )
-from tlora.evalconfig import EvalConfig
+from tlora.evaluate.evalconfig import EvalConfig
 from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
-from tlora.runconfig import RunConfig
+from tlora.training.runconfig import RunConfig
 from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tlora.comparefolder import CompareFolder
-    from tlora.evalfolder import EvalFolder
-    from tlora.runfolder import RunFolder
-    from tlora.stages.demo import Score
+    from tlora.compare.comparefolder import CompareFolder
+    from tlora.demo.run import Score
+    from tlora.evaluate.evalfolder import EvalFolder
+    from tlora.training.runfolder import RunFolder
 
 _BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -58,7 +58,7 @@ def demo(config: DemoConfig) -> None:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from tlora.stages.demo import BASE_MODEL, run, write_rows
+    from tlora.demo.run import BASE_MODEL, run, write_rows
 
     if config.rows_only:
         for name, folder in write_rows(config.output_dir, config.seed).items():
@@ -113,18 +113,18 @@ def init(config: InitConfig) -> None:
     """Calibrate, plan and attach; save the untrained adapter. Or only show what that would take."""
     if config.dry_run:
         from tlora.report.estimate import show
-        from tlora.stages import dryrun
+        from tlora.training import dryrun
 
         show(dryrun.run(config.run_config()))
         return
-    from tlora.stages.initialise import run
+    from tlora.training.initialize import run
 
     _report(run(config.run_config()))
 
 
 def train(config: RunConfig) -> None:
     """Initialize, train, evaluate and save."""
-    from tlora.stages.train import run
+    from tlora.training.train import run
 
     _report(run(config))
 
@@ -133,8 +133,8 @@ def compare(config: CompareConfig) -> None:
     """Run what is missing of a comparison; write its page and its tables."""
     from datasets import disable_progress_bars
 
-    from tlora.comparefolder import CompareFolder
-    from tlora.stages.compare import run
+    from tlora.compare.compare import run
+    from tlora.compare.comparefolder import CompareFolder
 
     disable_progress_bars()  # the bar is about runs
     progress = run(config, tell=_say)
@@ -156,7 +156,7 @@ def evaluate(config: EvalConfig) -> None:
     """Evaluate models on tasks; make page and tables of what the folder holds."""
     from datasets import disable_progress_bars
 
-    from tlora.stages.evaluate import run
+    from tlora.evaluate.evaluate import run
 
     disable_progress_bars()  # the bar is about items
     _show_evaluation(run(config, tell=_say))
@@ -184,8 +184,8 @@ def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:
 
 def inspect(config: InspectConfig) -> None:
     """Show a plan, or make the page of a comparison or an evaluation again."""
-    from tlora.comparefolder import CompareFolder
-    from tlora.evalfolder import EvalFolder
+    from tlora.compare.comparefolder import CompareFolder
+    from tlora.evaluate.evalfolder import EvalFolder
 
     if CompareFolder(config.path).exists:
         _show_comparison(CompareFolder(config.path), config.against)
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("tlora.stages").setLevel(logging.INFO)
+        logging.getLogger("tlora").setLevel(logging.INFO)
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
@@ -324,7 +324,8 @@ def _run(argv: list[str]) -> int:
         hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
         raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
     from tlora.flags import help_text
-    from tlora.parsing import Parsed, parse, to_yaml
+    from tlora.parsing import Parsed, parse
+    from tlora.yamlfiles import to_yaml
 
     verb, rest = VERBS[word], argv[1:]
     if {"-h", "--help"} & set(rest):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlora.checks import Section, choices, default_of, hints, is_section, item_of
-from tlora.runconfig import RunConfig
+from tlora.training.runconfig import RunConfig
 
 _WIDTH = 88
 _PRESET_HELP = (

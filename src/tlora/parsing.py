@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tlora.checks import Section, hints, is_section, takes
@@ -19,11 +17,10 @@ from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
 from tlora.registry import METHODS
-from tlora.runconfig import RunConfig
+from tlora.training.runconfig import RunConfig
+from tlora.yamlfiles import read_value, read_yaml
 
 _NULL = ("null", "~")
-_FLOAT = "tag:yaml.org,2002:float"
-_SCIENTIFIC = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 """`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, takes it for text."""
 AnyRecord = TypeVar("AnyRecord", bound=Section)
 
@@ -142,14 +139,14 @@ def _unknown_keys(record: type[Section], values: dict[str, Any]) -> list[str]:
 def _read(fields: dict[str, Field], name: str, text: str) -> Any:
     """Return the value that the text of a flag stands for."""
     if name not in fields:  # below an open field
-        return _value(text)
+        return read_value(text)
     kind = fields[name].kind
     if fields[name].open:
-        value = _value(text)
+        value = read_value(text)
         if isinstance(value, dict) or "=" not in text:
             return value
         pairs = (pair.partition("=") for pair in text.split(","))
-        return {key.strip(): _value(word.strip()) for key, _, word in pairs}
+        return {key.strip(): read_value(word.strip()) for key, _, word in pairs}
     if fields[name].item and text not in _NULL and not text.startswith("["):
         return [_fitted(fields[name].item, word.strip()) for word in text.split(",")]
     return _fitted(kind, text)
@@ -157,20 +154,11 @@ def _read(fields: dict[str, Field], name: str, text: str) -> Any:
 
 def _fitted(kind: Any, text: str) -> Any:
     """Return the text as it is where only text fits, else as YAML reads it."""
-    value = None if text in _NULL else _value(text)
+    value = None if text in _NULL else read_value(text)
     if isinstance(value, str) or (value is None and text not in _NULL):
         return text
     # `--output_dir 5` is a name; `--validation 5` is a number.
     return text if not takes(kind, value) and takes(kind, text) else value
-
-
-def _value(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(text, _loader())
-    except yaml.YAMLError:
-        return text
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
@@ -199,48 +187,3 @@ def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     method = given.get("method", preset.get("method", RunConfig.method))
     known = {field.name for field in dataclasses.fields(METHODS.load(method).options)}
     return preset | {"adapter": {k: v for k, v in preset["adapter"].items() if k in known}}
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Read a file of `field: value` lines, in which `1e-4` is a number.
-
-    Raises:
-        ConfigError: the file cannot be read, or is no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        values = yaml.load(Path(file).read_text(encoding="utf-8"), _loader())
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}).", "command line") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise ConfigError(f"{file}: not YAML ({cause}).", where="command line") from error
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{file}: give `field: value` lines.", where="command line")
-    return values or {}
-
-
-def to_yaml(record: Any) -> str:
-    """Return a record as YAML that `--config` reads back into the same record."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Quotes text that `read_yaml` would take for a number."""
-
-    Dumper.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
-    values = dataclasses.asdict(record)
-    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-@functools.cache
-def _loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Takes `1e-4` for a number and a date for text."""
-
-    Loader.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
-    as_text: Any = Loader.construct_yaml_str
-    Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
-    return Loader

@@ -181,7 +181,7 @@ CONVERSATIONS = Registry(
     [
         Entry(
             "mtbench",
-            "tlora.inference.conversations:MtBench",
+            "tlora.evaluate.conversations:MtBench",
             "MT-Bench: two turns, graded 1 to 10 by a judge (--judge.*)",
         ),
     ],

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from tlora.checks import FOLDER, Record, at_least
-from tlora.runconfig import RunConfig
+from tlora.training.runconfig import RunConfig
 
 
 @dataclass(kw_only=True)

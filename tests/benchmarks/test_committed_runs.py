@@ -10,15 +10,18 @@ import pytest
 import yaml
 from trl import SFTConfig
 
-from tlora import comparedefaults, comparetrials
-from tlora.compareconfig import CompareConfig
-from tlora.comparefolder import CompareFolder
+from tlora.compare import defaults as comparedefaults
+from tlora.compare import experiment
+from tlora.compare import trials as comparetrials
+from tlora.compare.compareconfig import CompareConfig
+from tlora.compare.comparefolder import CompareFolder
 from tlora.parsing import parse
 from tlora.registry import METHODS, TASKS
 from tlora.report import comparison, page, plaintext
-from tlora.runconfig import CalibrationConfig, DataConfig
-from tlora.stages import arguments, experiment
-from tlora.stages.kinds import KINDS
+from tlora.tasks.dataconfig import DataConfig
+from tlora.training import arguments
+from tlora.training.kinds import KINDS
+from tlora.training.runconfig import CalibrationConfig
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 FOLDERS = sorted(path.parent for path in QUALITY.glob("*/compare.json"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tlora.compareconfig import CompareConfig
+from tlora.compare.compareconfig import CompareConfig
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ CLOSE = {torch.bfloat16: (0.02, 0.02, 0.9995), torch.float16: (0.004, 0.004, 0.9
 @pytest.fixture(scope="module")
 def demo() -> tuple[Any, list[support.Sample], Calibration]:
     """The demo's base in float32, 16 of its samples, and their statistics."""
-    from tlora.stages.demo import BASE_MODEL
+    from tlora.demo.run import BASE_MODEL
 
     model = quantised_bases.full(BASE_MODEL).eval()
     batches = support.in_batches(support.demo_samples(16), 8)

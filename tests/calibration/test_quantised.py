@@ -147,7 +147,7 @@ def test_padding_on_the_left_changes_nothing(folder, form):
 @pytest.fixture(scope="module")
 def demo() -> tuple[Any, list[support.Sample], Calibration]:
     """The demo's base in full precision, 16 of its samples, and their statistics."""
-    from tlora.stages.demo import BASE_MODEL
+    from tlora.demo.run import BASE_MODEL
 
     model = quantised_bases.full(BASE_MODEL).eval()
     inputs = support.in_batches(support.demo_samples(16), 8)

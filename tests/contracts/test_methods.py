@@ -170,7 +170,7 @@ def test_it_reads_the_batches_only_where_it_says_so(make_model, batches_of, name
 @every_method
 @every_model
 def test_a_resumed_run_is_prepared_the_same(ran, make_model, batches_of, tmp_path, name, kind):
-    from tlora.runfolder import RunFolder
+    from tlora.training.runfolder import RunFolder
 
     run = ran(name, kind)
     folder = RunFolder(tmp_path / "run")

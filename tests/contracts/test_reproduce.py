@@ -14,14 +14,13 @@ import pytest
 
 from support import LLAMA_2_7B
 from tlora.cli import VERBS
-from tlora.compareconfig import CompareConfig
-from tlora.evalconfig import EvalConfig
+from tlora.compare.compareconfig import CompareConfig
+from tlora.evaluate.evalconfig import EvalConfig
 from tlora.parsing import parse
 from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
-from tlora.runconfig import RunConfig
-from tlora.stages import dryrun
-from tlora.stages.arguments import check_trainer_fields
-from tlora.stages.kinds import KINDS
+from tlora.training import dryrun
+from tlora.training.kinds import KINDS, check_trainer_fields
+from tlora.training.runconfig import RunConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")

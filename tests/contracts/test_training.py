@@ -12,11 +12,11 @@ from running import small_options
 
 import tlora.demo
 from tlora.registry import METHODS
-from tlora.runconfig import CalibrationConfig, RunConfig
-from tlora.runfolder import RunFolder
-from tlora.stages import initialise, train
-from tlora.stages.arguments import training_arguments
-from tlora.stages.setup import settle
+from tlora.training import initialize, train
+from tlora.training.arguments import training_arguments
+from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runfolder import RunFolder
+from tlora.training.setup import settle
 
 BASE = str(Path(tlora.demo.__file__).parent / "base")
 NAMES = METHODS.names()
@@ -100,7 +100,7 @@ def test_it_trains_and_leaves_what_it_says(config, probe, tmp_path, name, monkey
 
 @pytest.mark.parametrize("name", NAMES)
 def test_init_leaves_what_changes_nothing_yet(config, probe, tmp_path, name):
-    folder = initialise.run(config(name, tmp_path / "run"))
+    folder = initialize.run(config(name, tmp_path / "run"))
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
     again = load(folder.adapter, METHODS.load(name).traits)
     torch.testing.assert_close(probe(again), probe(base), rtol=1e-4, atol=1e-4)
@@ -109,7 +109,7 @@ def test_init_leaves_what_changes_nothing_yet(config, probe, tmp_path, name):
 def test_the_trainer_takes_the_optimizer_of_the_method(config, tmp_path):
     setup = settle(config("loraplus", tmp_path / "run"))
     arguments = training_arguments(setup, tmp_path / "checkpoints")
-    prepared = initialise.adapt(setup, "cpu")
+    prepared = initialize.adapt(setup, "cpu")
     trainer = train.make_trainer(setup, prepared, arguments, RunFolder(tmp_path / "run"))
     trainer.create_optimizer_and_scheduler(2)
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tlora.demo.corpus import held_out_rows
+from tlora.demo.run import _load_base
 from tlora.demo.solve import answers, exact_match
-from tlora.stages.demo import _load_base
 
 
 def test_answers_do_not_depend_on_the_batch_and_the_model_is_left_as_it_was():

@@ -15,9 +15,9 @@ from test_group import assert_same_plan
 
 from tlora import AdapterPlan
 from tlora.errors import ConfigError
-from tlora.runconfig import CalibrationConfig, RunConfig
-from tlora.runfolder import RunFolder
-from tlora.stages import initialise, train
+from tlora.training import initialize, train
+from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runfolder import RunFolder
 
 BASE = str(files("tlora.demo") / "base")
 
@@ -74,7 +74,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
         calibration=CalibrationConfig(samples=5, batch_size=2),
         trainer={"use_cpu": True},
     )
-    expected = AdapterPlan.load(initialise.run(config).plan)
+    expected = AdapterPlan.load(initialize.run(config).plan)
     found = AdapterPlan.load(folder.plan)
     assert found.info["samples"] == expected.info["samples"] == 5
     assert_same_plan(found, expected)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlora.evalfolder import EvalFolder
+from tlora.evaluate.evalfolder import EvalFolder
 from tlora.files import read_json, write_json
 
 PROVENANCE = {

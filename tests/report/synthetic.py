@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tlora.compareconfig import CompareConfig
-from tlora.comparefolder import CompareFolder
-from tlora.comparetrials import Comparison, Trial
+from tlora.compare.compareconfig import CompareConfig
+from tlora.compare.comparefolder import CompareFolder
+from tlora.compare.trials import Comparison, Trial
 from tlora.registry import METHODS
 
 RATES = [3e-4, 1e-3, 3e-3]

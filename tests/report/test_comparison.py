@@ -12,7 +12,7 @@ from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import comparison, numbers, page, plaintext, wording
 from tlora.report.statistics import difference
-from tlora.runconfig import DataConfig
+from tlora.tasks.dataconfig import DataConfig
 
 GAPS = {"lora": 0.05, "full": -0.05}
 

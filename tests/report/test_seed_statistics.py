@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tlora.comparetrials import best_learning_rate, mean_scores
+from tlora.compare.trials import best_learning_rate, mean_scores
 from tlora.report.statistics import difference, holm, interval
 
 

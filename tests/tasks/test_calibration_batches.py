@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from tlora import TLoraConfig, calibration_batches, get_tlora_model
 from tlora.errors import ConfigError, DataError
-from tlora.runconfig import RunConfig
-from tlora.stages.setup import settle
+from tlora.training.runconfig import RunConfig
+from tlora.training.setup import settle
 
 # The prompts differ in their first token, so that rows can be sorted by it.
 PAIRS = [{"prompt": f"{n} and one more is", "completion": " " + "I" * (n + 1)} for n in range(9)]

@@ -9,11 +9,11 @@ from datasets import Dataset
 
 from tlora.errors import ConfigError, DataError
 from tlora.registry import TASKS
-from tlora.runconfig import DataConfig
-from tlora.stages.setup import guarded
 from tlora.tasks.base import INSTRUCTION_PROMPT
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.normalize import normalize
+from tlora.training.setup import guarded
 
 SAME = [
     ("What is 2 + 2?", "  what is\t2+2 "),
@@ -199,7 +199,7 @@ def test_the_prompt_of_a_row_is_without_the_answer(row, prompt):
 
 
 def test_the_items_of_an_evaluation_are_recognised_in_the_rows_of_its_task(tmp_path):
-    from tlora.evaluation.harness.catalogue import build
+    from tlora.evaluations.catalog import build
 
     file = tmp_path / "gsm8k" / "test.jsonl"
     file.parent.mkdir()

@@ -5,7 +5,7 @@ import sklearn.metrics
 
 from tlora.errors import ConfigError, DataError
 from tlora.registry import TASKS
-from tlora.runconfig import DataConfig
+from tlora.tasks.dataconfig import DataConfig
 
 
 def rows(name, path):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tlora.errors import DataError
-from tlora.runconfig import DataConfig
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.gsm8k import Gsm8k, worked_answer
 
 ANSWER = (

@@ -6,8 +6,8 @@ import pytest
 
 from tlora.errors import DataError
 from tlora.registry import TASKS
-from tlora.runconfig import DataConfig
 from tlora.tasks.base import INSTRUCTION_PROMPT
+from tlora.tasks.dataconfig import DataConfig
 
 PUBLISHED = {
     "math": {"query": "What is 2+2?", "response": "2+2=4. The answer is: 4", "type": "GSM_AnsAug"},

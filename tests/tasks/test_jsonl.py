@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tlora.errors import ConfigError, DataError
-from tlora.runconfig import DataConfig
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
 
 

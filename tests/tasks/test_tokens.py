@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 
 from tlora.errors import DataError
-from tlora.runconfig import DataConfig
 from tlora.tasks import tokens
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
 
 TEMPLATE = (

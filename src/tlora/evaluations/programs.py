@@ -28,7 +28,9 @@ from lm_eval.api.filter import Filter
 from lm_eval.api.task import ConfigurableTask
 
 from tlora.errors import DataError
-from tlora.evaluation.code import (
+from tlora.evaluations.rows import Raw
+from tlora.evaluations.utils import STOPS, Doc, Reading, documents
+from tlora.scoring.code import (
     MBPP_STOPS,
     Check,
     humaneval_check,
@@ -37,13 +39,11 @@ from tlora.evaluation.code import (
     run_checks,
     truncated,
 )
-from tlora.evaluation.evalplus import inputs_check
-from tlora.evaluation.harness.rows import Raw
-from tlora.evaluation.sandbox import Limits, Protection, Sandbox
-from tlora.evaluations.utils import STOPS, Doc, Reading, documents
-from tlora.runconfig import DataConfig
+from tlora.scoring.evalplus import inputs_check
+from tlora.scoring.sandbox import Limits, Protection, Sandbox
 from tlora.tasks.base import text_of
 from tlora.tasks.code import Code
+from tlora.tasks.dataconfig import DataConfig
 
 _FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(?P<code>.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 _ENDS = (*MBPP_STOPS, "\n# Example usage", "\n# Test")

@@ -15,14 +15,14 @@ from lm_eval.api.filter import Filter
 from tqdm import tqdm
 
 from tlora.errors import DataError
-from tlora.evaluation.answers import MARK, PROTOCOLS, after_mark, math_answer, math_verdicts
-from tlora.evaluation.code import truncated
-from tlora.evaluation.harness.rows import Raw, Source
-from tlora.evaluation.latex import boxed
-from tlora.evaluation.symbolic import MathVerify
-from tlora.runconfig import DataConfig
+from tlora.evaluations.rows import Raw, Source
+from tlora.scoring.answers import MARK, PROTOCOLS, after_mark, math_answer, math_verdicts
+from tlora.scoring.code import truncated
+from tlora.scoring.latex import boxed
+from tlora.scoring.symbolic import MathVerify
 from tlora.tasks.base import text_of
 from tlora.tasks.commonsense import Commonsense
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.gsm8k import Gsm8k
 from tlora.tasks.math import Math
 
@@ -135,7 +135,7 @@ class Answer(Filter):
     """Reads the first reply to each doc by one of the protocols.
 
     Args:
-        rule: name of the protocol in `tlora.evaluation.answers.PROTOCOLS`.
+        rule: name of the protocol in `tlora.scoring.answers.PROTOCOLS`.
         stops: where a reply ends, should the model not have ended there.
     """
 

@@ -1,6 +1,6 @@
 """What a method is: an options record, what it promises, and how to make a base model ready.
 
-The call order, in `tlora.stages`::
+The call order, in `tlora.training`::
 
     options = method.options(**fields)                   # flags and YAML, checked at once
     prepared = method.prepare(model, options, batches, plan)   # plan: None, or of a resumed run

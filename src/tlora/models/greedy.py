@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tlora.tasks.tokens import end_tokens
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -40,3 +38,11 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     finally:
         bare.generation_config = own
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a reply: those of the model's generation config, and the
+    tokenizer's, with which responses are closed."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]

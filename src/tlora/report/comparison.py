@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tlora.compareconfig import CompareConfig, MethodEntry
-from tlora.comparefolder import CompareFolder
-from tlora.comparetrials import Comparison, Trial, mean_scores
+from tlora.compare.compareconfig import CompareConfig, MethodEntry
+from tlora.compare.comparefolder import CompareFolder
+from tlora.compare.trials import Comparison, Trial, mean_scores
 from tlora.errors import ArtifactError
 from tlora.report.statistics import Difference, Interval, difference, holm, interval
 

@@ -13,7 +13,7 @@ def rows(provenances: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, str
     """Return (what, which) for a page; what differs is listed, most frequent first.
 
     Args:
-        provenances: one a run, as `tlora.runfolder.provenance` makes them.
+        provenances: one a run, as `tlora.training.runfolder.provenance` makes them.
     """
     found = [_row(each or {}) for each in provenances]
     missing = {"GPU": "none"}

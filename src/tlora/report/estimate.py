@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tlora.stages.dryrun import DryRun, ModuleShape
+    from tlora.training.dryrun import DryRun, ModuleShape
 
 _MEMORIES = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192)
 

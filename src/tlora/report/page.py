@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tlora.files import replacing_file
-from tlora.parsing import to_yaml
 from tlora.report import charts, html, wording
 from tlora.report.comparison import Results
 from tlora.report.grid import Grid
 from tlora.report.statistics import Difference
+from tlora.yamlfiles import to_yaml
 
 
 def save(results: Results, path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError
-from tlora.evalfolder import EvalFolder
+from tlora.evaluate.evalfolder import EvalFolder
 
 _FILE = "eval.json"
 _SHOWN = 3  # so many of one kind of fault are spelled out

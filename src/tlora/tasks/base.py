@@ -1,6 +1,6 @@
 """What a task is: where its rows are, how a raw row becomes prompt and answer, how it is scored.
 
-The call order, in `tlora.stages`::
+The call order, in `tlora.training`::
 
     task = Task(data)                        # data: a DataConfig
     train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
-from tlora.runconfig import DataConfig, Kind
 from tlora.tasks import source
+from tlora.tasks.dataconfig import DataConfig, Kind
 
 if TYPE_CHECKING:
     import numpy as np

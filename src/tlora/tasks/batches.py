@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tlora.errors import ConfigError, DataError, unknown_names
-from tlora.runconfig import DataConfig
 from tlora.tasks import tokens
+from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
 
 if TYPE_CHECKING:

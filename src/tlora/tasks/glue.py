@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.runconfig import DataConfig, Kind
 from tlora.tasks import metrics
 from tlora.tasks.base import Row, Task, text_of
+from tlora.tasks.dataconfig import DataConfig, Kind
 from tlora.tasks.source import existing_file, read_file
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlora.errors import DataError
-from tlora.runconfig import Kind
 from tlora.tasks.base import INSTRUCTION_PROMPT, Row, Task, text_of
+from tlora.tasks.dataconfig import Kind
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from tlora.errors import ConfigError, DataError, did_you_mean
-from tlora.runconfig import DataConfig, Kind
 from tlora.tasks import metrics
 from tlora.tasks.base import Row, Task, text_of
+from tlora.tasks.dataconfig import DataConfig, Kind
 
 if TYPE_CHECKING:
     import numpy as np

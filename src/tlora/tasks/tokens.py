@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.runconfig import DataConfig
 from tlora.tasks.base import Row, Task
+from tlora.tasks.dataconfig import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,14 +34,6 @@ _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
 """What opens the assistant's turn in a chat template that can be trained on."""
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
-
-
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a reply: those of the model's generation config, and the
-    tokenizer's, with which responses are closed."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = own if isinstance(own, list) else [own]
-    return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]
 
 
 def tokenized(

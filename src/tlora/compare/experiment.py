@@ -1,0 +1,59 @@
+"""What all runs of a comparison share, which is part of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tlora.compare import defaults as comparedefaults
+from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig
+from tlora.registry import TASKS
+from tlora.training import arguments
+from tlora.training.digests import file_digest, model_identity
+from tlora.training.kinds import KINDS
+from tlora.training.runconfig import SharedConfig
+
+
+def experiment(config: CompareConfig) -> dict[str, Any]:
+    """Return what all runs share as plain JSON values.
+
+    Files stand by their content, settings where they differ from the tables of
+    `tlora.compare.defaults`.
+    """
+    files = {
+        name: file_digest(path)
+        for name, path in (
+            ("train_file", config.train_file),
+            ("test_file", config.test_file),
+            ("validation", config.validation if isinstance(config.validation, str) else None),
+        )
+        if path
+    }
+    values = config.to_dict()
+    shared = {field.name: values[field.name] for field in dataclasses.fields(SharedConfig)}
+    for name in ("model", "train_file", "adapter", "trainer"):
+        del shared[name]
+    if shared["data"]["overlap"] != "drop":
+        # Whether rows are refused or allowed changes nothing in a run that is made.
+        del shared["data"]["overlap"], shared["data"]["guard"]
+    del shared["data"]["guard_dir"]
+    shared = comparedefaults.differing(shared, comparedefaults.SHARED)
+    if trainer := _trainer(config):
+        shared["trainer"] = trainer
+    held_out = {"validation": config.validation, "validation_seed": config.validation_seed}
+    split = held_out if not isinstance(config.validation, str) else {}
+    # Every run has the other scores; answers are written only where they are what is compared.
+    written = {"metric": EXACT_MATCH} if config.writes_answers else {}
+    return shared | {"model": model_identity(config.model), "files": files} | split | written
+
+
+def _trainer(config: CompareConfig) -> dict[str, Any]:
+    """Return the training arguments that `trainer` gives, and others that differ from the table."""
+    before = comparedefaults.TRAINER
+    current = arguments.defaults(KINDS[TASKS.load(config.task)(config.data).kind])
+    current = {name: value for name, value in current.items() if name in before}
+    found = comparedefaults.differing(current | config.trainer_defaults, before)
+    for name in [name for name, value in found.items() if not value and not before.get(name, True)]:
+        # None, False and 0 all leave it off; `bf16` None is up to the hardware, which runs record.
+        del found[name]
+    return found | config.trainer

@@ -1,0 +1,243 @@
+"""One run of a comparison, in a process of its own: train, score, write one JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.compare.compareconfig import EXACT_MATCH
+from tlora.errors import DataError
+from tlora.files import write_json
+from tlora.training.runconfig import RunConfig, SharedConfig
+from tlora.training.runfolder import RunFolder, provenance
+from tlora.training.setup import Setup, settle
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+
+def run(payload: dict[str, Any]) -> None:
+    """Do the run that ``payload`` describes, and write its record to `payload["file"]`.
+
+    A tuning run is scored on the validation rows and a final run on the test rows, each on those
+    alone.
+
+    Args:
+        payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
+            "validation", "validation_seed", "left_out" (indices of training rows that repeat
+            evaluation prompts), "exact_match" (whether to score by it too), "threads", "file",
+            "work" (a folder that may be used and is removed) and "adapter" (where to keep the
+            adapter, or None).
+    """
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(payload["threads"])
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    work = Path(payload["work"])
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        measured = _train(payload, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_json(payload["file"], payload["record"] | {"status": "finished"} | measured)
+
+
+def portable(config: SharedConfig) -> dict[str, Any]:
+    """Return a configuration as plain values that name no folder or part of this machine.
+
+    Of a path the last two parts are kept; which rows and weights those were is in the digests of
+    the comparison.
+    """
+    values = config.to_dict()
+    for name in ("model", "train_file", "eval_file", "test_file", "validation"):
+        value = values.get(name)
+        if isinstance(value, str) and Path(value).exists():
+            values[name] = "/".join(Path(value).parts[-2:])
+    # Which evaluations were guarded against is said; where their files lay is the machine's.
+    values["data"]["guard_dir"] = None
+    own = ("output_dir", "resume", "shard")
+    return {name: value for name, value in values.items() if name not in own}
+
+
+def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Dataset]:
+    """Return the training and the validation rows, as tokens.
+
+    Args:
+        setup: its `train` holds all training rows, its `validation` those of a file.
+        validation: a file; or what is held out of the training rows, a share below 1 or a number.
+        seed: of which rows are held out; both parts keep the order of the file.
+
+    Raises:
+        DataError: no row is left on a side.
+    """
+    if setup.validation is not None:
+        return setup.train, setup.validation
+    count = len(setup.train)
+    share = float(validation)
+    held = round(count * share) if share < 1 else int(share)
+    if not 0 < held < count:
+        raise DataError(
+            f"`validation` {validation!r} holds {held} of {count} training rows out; both parts"
+            " need rows: give another share or number, or a file."
+        )
+    chosen = set(random.Random(seed).sample(range(count), held))
+    kept = [index for index in range(count) if index not in chosen]
+    return setup.train.select(kept), setup.train.select(sorted(chosen))
+
+
+def validation_file(validation: float | str) -> str | None:
+    """Return the file of validation rows, if it is one."""
+    return validation if isinstance(validation, str) else None
+
+
+class OrderDigest:
+    """Collates as before; while `on`, digests the rows that it sees, in their order."""
+
+    def __init__(self, collate: Callable[..., Any]) -> None:
+        self.collate = collate
+        self.on = False
+        self._digest = hashlib.sha256()
+        self._rows = 0
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> Any:
+        """Collate ``features``."""
+        if self.on:
+            for row in features:
+                self._digest.update(f"{list(row['input_ids'])};".encode())
+            self._rows += len(features)
+        return self.collate(features)
+
+    def value(self) -> str | None:
+        """Return the digest; None if the rows were collated elsewhere (in loader processes)."""
+        return self._digest.hexdigest()[:16] if self._rows else None
+
+
+def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
+    from tlora.adapter.plan import AdapterPlan
+    from tlora.training.arguments import training_arguments
+    from tlora.training.initialize import prepare, save_adapter
+    from tlora.training.peak_memory import PeakMemory
+    from tlora.training.train import make_trainer, timed
+
+    config = RunConfig.from_dict(payload["config"])
+    setup, scored, order = _rows(config, payload)
+    folder = RunFolder(work)
+    work.mkdir(parents=True)
+    arguments = training_arguments(setup, folder.checkpoints)
+    memory = PeakMemory(arguments.device)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        model = setup.load_model(arguments.device)
+    base = {_base_name(name) for name, _ in model.named_parameters()}
+    with timed(seconds, "initialise"):
+        prepared = prepare(setup, model)
+    memory.stage("initialise")
+    parameters = count_parameters(prepared.model, base)
+    trainer = make_trainer(setup, prepared, arguments, folder)
+    order.on = True
+    with timed(seconds, "train"):
+        trainer.train()
+    order.on = False
+    memory.stage("train")
+    curves = _curves(trainer.state.log_history)  # before the evaluations below are added to it
+    with timed(seconds, "evaluate"):
+        written = payload["exact_match"]
+        found = {name: _scores(trainer, rows, setup, written) for name, rows in scored.items()}
+    if payload["adapter"]:
+        save_adapter(prepared, setup, Path(payload["adapter"]))
+    modules = prepared.plan.modules if isinstance(prepared.plan, AdapterPlan) else {}
+    return {
+        "scores": _finite(found),
+        "rows": {"train": len(setup.train)} | {name: len(rows) for name, rows in scored.items()},
+        "steps": trainer.state.global_step,
+        "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        "data_order": order.value(),
+        "autocast": next((name for name in ("bf16", "fp16") if getattr(arguments, name)), None),
+        "curves": _finite(curves),
+        "parameters": parameters,
+        "memory": memory.to_dict() | {"device": str(arguments.device)},
+        "seconds": seconds,
+        "plan": {n: {"rank": m.rank, "scale": m.scale} for n, m in modules.items()} or None,
+        "config": portable(config.resolved()),
+        "provenance": provenance(config.seed, output=Path(payload["file"]).parent.parent),
+        "threads": payload["threads"],
+    }
+
+
+def _scores(trainer: Any, rows: Dataset, setup: Setup, written: bool) -> dict[str, Any]:
+    """Return the trainer's scores of ``rows`` and, if ``written``, the exact match."""
+    from tlora.compare.exactmatch import exact_match
+    from tlora.training.train import scores
+
+    found = scores(trainer, rows)
+    if written:
+        size = trainer.args.per_device_eval_batch_size
+        found[EXACT_MATCH] = exact_match(trainer.model, setup.tokenizer, rows, size)
+    return found
+
+
+def _rows(
+    config: RunConfig, payload: dict[str, Any]
+) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
+    """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
+    setup = settle(config, validation_file(payload["validation"]), payload["left_out"])
+    train, validation = split(setup, payload["validation"], payload["validation_seed"])
+    final = payload["record"]["phase"] == "final"
+    scored = {"test": setup.held_out} if final else {"validation": validation}
+    order = OrderDigest(setup.collator)
+    setup = dataclasses.replace(setup, train=train, held_out=validation, collator=order)
+    return setup, scored, order
+
+
+def count_parameters(model: torch.nn.Module, base: set[str]) -> dict[str, int]:
+    """Count what trains: of the adapter; of the head, biases and whatever else of the base model.
+
+    Args:
+        model: the prepared model.
+        base: names of the parameters of the base model, as `_base_name` gives them.
+    """
+    counts = {"adapter": 0, "others": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["others" if _base_name(name) in base else "adapter"] += parameter.numel()
+    return counts
+
+
+def _base_name(name: str) -> str:
+    """Return the name that a parameter of a wrapped model had in the base model.
+
+    PEFT wraps the model, layers that are adapted, and modules that it trains in full.
+    """
+    parts = name.removeprefix("base_model.model.").split(".")
+    if "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        del parts[place : place + 2]  # with the adapter's name
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, value) of the training loss and of the evaluations during training."""
+    return {
+        name: [(line["step"], float(line[name])) for line in history if name in line]
+        for name in ("loss", "eval_loss")
+        if any(name in line for line in history)
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values with None for what is no number: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

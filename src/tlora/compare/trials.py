@@ -1,0 +1,251 @@
+"""The runs of a comparison: which there are, which are ready, which are done.
+
+Tuning runs are every method x learning rate x tuning seed. Final runs, a method x final seed, wait
+until their method's tuning runs are settled, because these choose the learning rate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from tlora.compare.compareconfig import CompareConfig, MethodEntry
+from tlora.compare.comparefolder import CompareFolder
+from tlora.errors import ArtifactError
+
+Phase = Literal["tuning", "final"]
+SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
+"""The rows that a run is scored on."""
+Scores = Mapping[float, Sequence[float | None]]
+"""Validation scores by learning rate, a value for each tuning seed that has run; None: the run
+failed or its score is not a number."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a method at a learning rate with a seed."""
+
+    entry: MethodEntry
+    learning_rate: float
+    seed: int
+    phase: Phase
+    name: str
+    """Name of its files: readable, and ended by a digest of all that defines the run."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what is known before the run starts."""
+        return {
+            "name": self.name,
+            "phase": self.phase,
+            "method": self.entry.name,
+            "adapter": self.entry.given(),
+            "calibration": self.entry.calibration,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison with what identifies its runs.
+
+    Two machines with the same rows and model agree on every name, wherever the files lie.
+    """
+
+    config: CompareConfig
+    metric: str
+    better: str
+    experiment: str
+    """Digest of what all runs share: model, rows, steps, schedule, batch."""
+
+    def tuning(self) -> list[Trial]:
+        """Return the tuning runs; seeds outermost, so that what has run so far is a fair part."""
+        entries, seeds = self.config.entries(), self.config.tuning_seeds
+        rounds = itertools.product(seeds, range(len(entries[0].learning_rates)))
+        return [
+            self._trial(entry, entry.learning_rates[place], seed, "tuning")
+            for number, (seed, place) in enumerate(rounds)
+            for entry in turned(entries, number)
+        ]
+
+    def tuning_of(self, entry: MethodEntry) -> list[Trial]:
+        """Return the tuning runs of one method."""
+        return [
+            self._trial(entry, learning_rate, seed, "tuning")
+            for learning_rate in entry.learning_rates
+            for seed in self.config.tuning_seeds
+        ]
+
+    def final(self, entry: MethodEntry, learning_rate: float) -> list[Trial]:
+        """Return the final runs of a method at the chosen learning rate."""
+        seeds = self.config.final_seeds
+        return [self._trial(entry, learning_rate, seed, "final") for seed in seeds]
+
+    def score(self, record: dict[str, Any] | None) -> float | None:
+        """Return the score that is compared: on the test rows of a final run, else on those that
+        choose the learning rate."""
+        if record is None or record["status"] != "finished":
+            return None
+        return record["scores"].get(SCORED[record["phase"]], {}).get(self.metric)
+
+    def chosen(self, entry: MethodEntry, folder: CompareFolder) -> float | None:
+        """Return the learning rate that the tuning runs choose; None while one is not there."""
+        scores: dict[float, list[float | None]] = {}
+        for trial in self.tuning_of(entry):
+            record = folder.record(trial.name)
+            if record is None:
+                return None
+            scores.setdefault(trial.learning_rate, []).append(self.score(record))
+        return best_learning_rate(scores, len(self.config.tuning_seeds), self.better)
+
+    def _trial(self, entry: MethodEntry, learning_rate: float, seed: int, phase: Phase) -> Trial:
+        defining = [self.experiment, entry.name, entry.given(), learning_rate, seed, phase]
+        if entry.calibration:
+            defining.append(entry.calibration)
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "_", entry.name)
+        name = f"{readable}-lr{learning_rate:g}-seed{seed}-{phase}-{digest(defining)[:8]}"
+        return Trial(entry, learning_rate, seed, phase, name)
+
+
+class Schedule:
+    """What to do next, on this machine.
+
+    A finished run is done for good. A failed one is tried again, once each time that the
+    comparison is started, by the machine whose part it is.
+    """
+
+    def __init__(self, comparison: Comparison, folder: CompareFolder) -> None:
+        self.comparison = comparison
+        self.folder = folder
+        self._attempted: set[str] = set()
+        self._finished: set[str] = set()
+        self._tuning = comparison.tuning()
+        self._own_tuning = {trial.name for trial in self._mine(self._tuning)}
+
+    def __iter__(self) -> Iterator[Trial]:
+        """Yield the runs of this part that can start now, tuning runs first."""
+        for trial in [*self._mine(self._tuning), *self._finals()]:
+            if trial.name not in self._attempted and not self._is_finished(trial):
+                yield trial
+
+    def next(self) -> Trial | None:
+        """Return the next run to start, which will not be returned again, or None for now."""
+        trial = next(iter(self), None)
+        if trial is not None:
+            self._attempted.add(trial.name)
+            # What failed before and runs again is not settled in the meantime.
+            self.folder.record_file(trial.name).unlink(missing_ok=True)
+        return trial
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many runs of this part are finished, and how many there are.
+
+        A method with no learning rate to be chosen has no final runs.
+        """
+        finals = self._final_slots()
+        mine = [*self._mine(self._tuning), *(trial for _, trial in finals if trial)]
+        waiting = sum(trial is None for entry, trial in finals if not self._settled(entry))
+        return sum(map(self._is_finished, mine)), len(mine) + waiting
+
+    def without_adapters(self) -> int:
+        """Return how many finished final runs of this part have no adapter in the folder."""
+        finished = filter(self._is_finished, self._finals())
+        return sum(not (self.folder.adapters / trial.name).is_dir() for trial in finished)
+
+    def waiting(self) -> list[MethodEntry]:
+        """Return the methods whose tuning runs are not all here yet."""
+        return [e for e in self.comparison.config.entries() if not self._settled(e)]
+
+    def _finals(self) -> list[Trial]:
+        return [trial for _, trial in self._final_slots() if trial is not None]
+
+    def _final_slots(self) -> list[tuple[MethodEntry, Trial | None]]:
+        """Return this part's final runs by method; None where the rate is not chosen (yet)."""
+        config, slots = self.comparison.config, []
+        rates = [
+            (entry, self.comparison.chosen(entry, self.folder) if self._settled(entry) else None)
+            for entry in config.entries()
+        ]
+        for place in range(len(config.final_seeds)):
+            for entry, rate in turned(rates, place):
+                slots.append((entry, rate and self.comparison.final(entry, rate)[place]))
+        return self._mine(slots)
+
+    def _mine(self, trials: list[Any]) -> list[Any]:
+        number, count = self.comparison.config.part
+        return trials[number::count]
+
+    def _settled(self, entry: MethodEntry) -> bool:
+        """Whether every tuning run of a method has finished, or failed for now."""
+        return all(
+            self._is_finished(trial)
+            or (
+                (trial.name in self._attempted or trial.name not in self._own_tuning)
+                and self._record(trial) is not None
+            )
+            for trial in self.comparison.tuning_of(entry)
+        )
+
+    def _is_finished(self, trial: Trial) -> bool:
+        if trial.name not in self._finished:
+            record = self._record(trial)
+            if record is None or record["status"] != "finished":
+                return False
+            self._finished.add(trial.name)
+        return True
+
+    def _record(self, trial: Trial) -> dict[str, Any] | None:
+        """Return a run's record; another part's that cannot be read may be half copied: None."""
+        try:
+            return self.folder.record(trial.name)
+        except ArtifactError:
+            if trial.phase == "final" or trial.name in self._own_tuning:
+                raise
+            return None
+
+
+def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
+    """Return the mean score of every learning rate at which all ``seeds`` runs have a score."""
+    return {
+        learning_rate: statistics.fmean(value for value in values if value is not None)
+        for learning_rate, values in scores.items()
+        if len(values) - values.count(None) == seeds
+    }
+
+
+def best_learning_rate(scores: Scores, seeds: int, better: str) -> float | None:
+    """Return the learning rate with the best mean; of equal means the lowest learning rate.
+
+    One at which a seed failed is out: its mean would be over other seeds than the rest's.
+
+    Args:
+        scores: validation scores by learning rate.
+        seeds: how many tuning seeds there are.
+        better: "higher" or "lower".
+    """
+    means = mean_scores(scores, seeds)
+    sign = -1.0 if better == "higher" else 1.0
+    return min(means, key=lambda each: (sign * means[each], each), default=None)
+
+
+def turned(items: Sequence[T], number: int) -> list[T]:
+    """Return ``items`` from place ``number`` on, and then those before.
+
+    Each round of runs begins with another method. The parts of a comparison are every n-th run,
+    so this keeps a method from falling to one machine where n divides their number.
+    """
+    first = number % len(items)
+    return [*items[first:], *items[:first]]
+
+
+def digest(value: Any) -> str:
+    """Return a digest of plain JSON values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

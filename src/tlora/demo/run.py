@@ -1,0 +1,262 @@
+"""`tlora demo`: the whole path on the embedded base model, without network or data.
+
+The base is adapted to word problems in a form it has not seen, once by LoRA and once by TLoRA,
+each at its best learning rate of benchmarks/quality/demo.yaml. Then the
+TLoRA adapter is loaded by PEFT alone, in a process that cannot import tlora.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import AdapterError
+from tlora.files import replacing_file, write_json
+from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runfolder import RunFolder
+
+BASE_MODEL = str(files("tlora.demo") / "base")
+_STEPS = 250
+_RATES = {"lora": 1e-2, "tlora": 3e-3}
+_TOLERANCE = 1e-5
+_ALONE = """
+import sys
+sys.modules["tlora"] = None  # any import of it now fails
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, out, *prompts = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+batch = tokenizer(prompts, padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A line of the demo's table."""
+
+    method: str
+    trainable: int
+    """Parameters that train."""
+    exact_match: float
+    """Share of the test rows answered exactly, in [0, 1]."""
+    initialise_seconds: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found, and where it left it."""
+
+    scores: tuple[Score, ...]
+    test_rows: int
+    difference: float
+    """Largest difference between the logits of the trained model and of PEFT's reload."""
+    adapter: Path
+    runs: list[RunFolder]
+    """The runs, one for each method."""
+    example: dict[str, str]
+    """One test row, and what the base and the adapted model answer."""
+    seconds: float
+
+
+def run(
+    output_dir: str,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda text: None,
+    steps: int = _STEPS,
+) -> DemoResult:
+    """Run the demonstration.
+
+    Args:
+        output_dir: folder of the result; it must be free.
+        seed: of the rows, the adapters and the order of training.
+        tell: called with a line of text as each part begins.
+        steps: optimizer steps of each training.
+
+    Raises:
+        ConfigError: the folder is taken.
+        AdapterError: PEFT's reload gives other logits.
+    """
+    start = time.perf_counter()
+    folder = Path(output_dir)
+    RunFolder(folder).refuse_unless_free()
+    with _one_thread():
+        return _run(folder, seed, tell, steps, start)
+
+
+def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
+    """Write the rows of each task that the embedded base can be adapted to; train nothing.
+
+    Args:
+        output_dir: folder of the result, which must be free: train.jsonl and test.jsonl in a
+            folder for each task.
+        seed: of the rows.
+        test: test rows of a task.
+
+    Returns:
+        The folders, by name of the task.
+
+    Raises:
+        ConfigError: the folder is taken.
+    """
+    from tlora.demo import corpus
+
+    folder = Path(output_dir)
+    RunFolder(folder).refuse_unless_free()
+    for form in corpus.SHIFTED:
+        train_rows, test_rows = corpus.shifted_task(seed, test=test, form=form)
+        _write_rows(folder / form / "train.jsonl", train_rows)
+        _write_rows(folder / form / "test.jsonl", test_rows)
+    return {form: folder / form for form in corpus.SHIFTED}
+
+
+def _run(
+    folder: Path, seed: int, tell: Callable[[str], None], steps: int, start: float
+) -> DemoResult:
+    from tlora.demo import corpus
+
+    train_rows, test_rows = corpus.shifted_task(seed)
+    train_file = _write_rows(folder / "train.jsonl", train_rows)
+    _write_rows(folder / "test.jsonl", test_rows)
+
+    tell(f"the base model answers {len(test_rows)} problems in a form it has not seen")
+    base, tokenizer = _load_base()
+    scores, example = [_score("base", base, tokenizer, test_rows, {})], dict(test_rows[0])
+    example["base"] = _answer(base, tokenizer, example)
+    runs: list[RunFolder] = []
+    for method in _RATES:
+        tell(f"{method}: {steps} steps on {len(train_rows)} problems")
+        last = _train(method, folder / method, train_file, seed, steps)
+        runs.append(last)
+        model = _adapted(last)
+        scores.append(_score(method, model, tokenizer, test_rows, last.measured()))
+        example["adapted"] = _answer(model, tokenizer, example)
+    tell("PEFT alone loads the adapter, in a process that cannot import tlora")
+    prompts = [row["prompt"] for row in test_rows[:8]]
+    result = DemoResult(
+        scores=tuple(scores),
+        test_rows=len(test_rows),
+        difference=_reload_alone(model, tokenizer, last, prompts),
+        adapter=last.adapter,
+        runs=runs,
+        example=example,
+        seconds=time.perf_counter() - start,
+    )
+    write_json(folder / "demo.json", {"seed": seed, "scores": [vars(score) for score in scores]})
+    return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: the model is so small that more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _score(
+    method: str, model: Any, tokenizer: Any, rows: list[dict[str, str]], measured: dict[str, Any]
+) -> Score:
+    from tlora.demo.solve import exact_match
+
+    seconds = measured.get("seconds", {})
+    return Score(
+        method=method,
+        trainable=measured.get("trainable_parameters", 0),
+        exact_match=exact_match(model, tokenizer, rows),
+        initialise_seconds=seconds.get("initialise", 0.0),
+        train_seconds=seconds.get("train", 0.0),
+    )
+
+
+def _answer(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
+    from tlora.demo.solve import answers
+
+    return answers(model, tokenizer, [row["prompt"]])[0].strip()
+
+
+def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -> RunFolder:
+    from tlora.training import train
+
+    return train.run(
+        RunConfig(
+            model=BASE_MODEL,
+            task="jsonl",
+            train_file=str(train_file),
+            output_dir=str(folder),
+            method=method,
+            seed=seed,
+            adapter={"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
+            calibration=CalibrationConfig(samples=32, batch_size=32),
+            trainer={
+                "learning_rate": _RATES[method],
+                "max_steps": steps,
+                "per_device_train_batch_size": 32,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 10,
+                "weight_decay": 0.0,
+                "logging_steps": 10,
+                "save_strategy": "no",
+            },
+        )
+    )
+
+
+def _load_base() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
+    return model.eval(), AutoTokenizer.from_pretrained(BASE_MODEL)
+
+
+def _adapted(run: RunFolder) -> Any:
+    from tlora import load_adapter
+
+    return load_adapter(_load_base()[0], run.adapter).eval()
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    with replacing_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _reload_alone(model: Any, tokenizer: Any, run: RunFolder, prompts: list[str]) -> float:
+    """Return the largest difference of the logits when PEFT, without tlora, loads the adapter."""
+    import torch
+    from safetensors.torch import load_file
+
+    out = run.path / "logits.safetensors"
+    command = [sys.executable, "-c", _ALONE, BASE_MODEL, str(run.adapter), str(out), *prompts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AdapterError(f"{run.adapter}: PEFT alone cannot load it:\n{done.stderr.strip()}")
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        here = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    difference = (here - load_file(out)["logits"]).abs().max().item()
+    out.unlink()
+    if difference > _TOLERANCE:
+        raise AdapterError(
+            f"{run.adapter}: loaded by PEFT alone, its logits differ by {difference:.2g}."
+        )
+    return difference

@@ -1,0 +1,224 @@
+"""MT-Bench asked of a model: both turns, the second after the model's own first answer.
+
+What it writes is graded later (`tlora.evaluate.grade`), when no model is in memory any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evaluated_models import EvaluatedModel
+from tlora.evaluate.harness_task import TaskResult, check_room
+from tlora.evaluations.rows import Source
+from tlora.scoring.mtbench.grades import to_lines
+from tlora.scoring.mtbench.judging import Answered
+from tlora.scoring.mtbench.questions import (
+    Question,
+    published_temperature,
+    read_questions,
+    with_references,
+)
+from tlora.tasks.base import INSTRUCTION_PROMPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """One way to write a conversation as a prompt."""
+
+    says: str
+    """What it is, for a result's protocol line."""
+    render: Callable[[Any, Messages], str]
+    """(tokenizer, messages of which the user's is last) -> the prompt."""
+    stops: tuple[str, ...] = ()
+    """Texts that a reply ends before."""
+
+
+_TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
+
+
+def _templated(tokenizer: Any, messages: Messages) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _instructed(_: Any, messages: Messages) -> str:
+    text, prompt = "", INSTRUCTION_PROMPT
+    for message in messages:
+        if message["role"] == "system":
+            text += f"{message['content']}\n\n"
+        elif message["role"] == "assistant":
+            text += message["content"]
+        else:
+            text += prompt.format(instruction=message["content"])
+            prompt = _TURN
+    return text
+
+
+TEMPLATE = ChatForm("the model's chat template", _templated)
+INSTRUCTION = ChatForm(
+    "the instruction prompt of arXiv 2604.18124, the first turn standing before the second",
+    _instructed,
+    stops=("### Instruction:",),
+)
+FORMS = {"template": TEMPLATE, "instruction": INSTRUCTION}
+
+_TOKENS = 1024
+_FASTCHAT = "https://github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
+
+
+class MtBench:
+    """MT-Bench's two-turn questions (Zheng et al., arXiv 2306.05685).
+
+    Raises:
+        ConfigError: a setting cannot be kept.
+        DataError: the files of questions and references are missing or damaged.
+
+    Source: turns, temperatures and the length of an answer are those of FastChat's script.
+    Departure: questions are asked in batches, so samples are not drawn alike.
+    """
+
+    shots = 0
+    questions = Source(
+        ("mt_bench/question.jsonl", "question.jsonl", "chat/mt_bench_question.jsonl"),
+        f"{_FASTCHAT}/question.jsonl",
+    )
+    references = Source(
+        (
+            "mt_bench/reference_answer/gpt-4.jsonl",
+            "reference_answer/gpt-4.jsonl",
+            "chat/mt_bench_reference_gpt4.jsonl",
+        ),
+        f"{_FASTCHAT}/reference_answer/gpt-4.jsonl",
+    )
+
+    def __init__(self, name: str, config: EvalConfig) -> None:
+        self.name, self._config = name, config
+        self._tokens, self._greedy = _generation(config.gen_kwargs)
+        asked, answers = (
+            source.rows(name, config.data_dir) for source in (self.questions, self.references)
+        )
+        found = with_references(
+            read_questions(_numbered(asked.place, asked.raw)),
+            _numbered(answers.place, answers.raw),
+        )
+        self._questions = found[: config.limited(len(found))]
+        self._forms: dict[str, ChatForm] = {}
+        self.items = 2 * len(self._questions)
+
+    @property
+    def protocol(self) -> str:
+        """What it is and its source, in a line; the prompts' form is known after `check`."""
+        sampling = "greedy" if self._greedy else "the published temperatures by category"
+        forms: dict[str, list[str]] = {form.says: [] for form in self._forms.values()}
+        for model, form in self._forms.items():
+            forms[form.says].append(model)
+        prompts = "; ".join(
+            says if len(forms) == 1 else f"{says} ({', '.join(models)})"
+            for says, models in forms.items()
+        )
+        return (
+            f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to"
+            f" {self._tokens} tokens; prompts: {prompts}"
+        )
+
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
+        """Check, before the model is loaded, that it can be asked, and how.
+
+        Args:
+            evaluated: the model.
+            tokenizer: its tokenizer.
+            longest: tokens that it holds, prompt and reply.
+
+        Raises:
+            ConfigError: it has no chat template and one is asked for, or no room for a prompt.
+        """
+        wanted = self._config.chat_prompt
+        if wanted == "template" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"{evaluated.name}: the tokenizer has no chat template; give --chat_prompt auto or"
+                " instruction.",
+                where=self.name,
+            )
+        check_room(self.name, evaluated, self._tokens, longest)
+        self._forms[evaluated.name] = self._form(tokenizer)
+
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+        """Have the first turns of all questions answered, then the second ones; no scores yet.
+
+        Args:
+            lm: the model, as the harness knows it.
+            progress: called with the number of turns answered so far.
+        """
+        from tlora.evaluate.lm import ProgressHook
+
+        system = self._config.system_instruction
+        start = [{"role": "system", "content": system}] if system else []
+        chats: list[Messages] = [[*start] for _ in self._questions]
+        form = self._form(lm.tokenizer)
+        # vLLM cuts prompts where nobody counts them.
+        before, prompts, replies = getattr(lm, "truncated", 0), [], []
+        for turn in (0, 1):
+            for chat, question in zip(chats, self._questions, strict=True):
+                chat.append({"role": "user", "content": question.turns[turn]})
+            prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
+            lm.set_cache_hook(ProgressHook(progress, turn * len(chats)))
+            replies.append(self._written(lm, prompts[turn], form))
+            for chat, reply in zip(chats, replies[turn], strict=True):
+                chat.append({"role": "assistant", "content": reply})
+        pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
+        said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
+        return TaskResult(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
+
+    def _form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
+        """Return what the user asks for, or else the chat template, where there is one."""
+        wanted = self._config.chat_prompt
+        own = "template" if tokenizer.chat_template else "instruction"
+        return FORMS[own if wanted == "auto" else wanted]
+
+    def _written(self, lm: Any, prompts: list[str], form: ChatForm) -> list[str]:
+        import transformers
+        from lm_eval.api.instance import Instance
+
+        transformers.set_seed(self._config.seed)
+        requests = []
+        for index, (prompt, question) in enumerate(zip(prompts, self._questions, strict=True)):
+            options = self._options(question, form)
+            requests.append(Instance("generate_until", {}, (prompt, options), index))
+        return [reply.strip() for reply in lm.generate_until(requests)]
+
+    def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
+        temperature = 0.0 if self._greedy else published_temperature(question)
+        return {
+            "until": list(form.stops),
+            "max_gen_toks": self._tokens,
+            "do_sample": temperature > 0,
+            "temperature": temperature,
+        }
+
+
+def _generation(options: dict[str, Any]) -> tuple[int, bool]:
+    """Return (most tokens of a reply, whether all are greedy) of the user's wishes."""
+    faults = [
+        f"`gen_kwargs.{name}` has no place in MT-Bench, whose temperatures belong to it; give"
+        " max_gen_toks, or do_sample=false for greedy answers."
+        for name in options
+        if name not in ("max_gen_toks", "do_sample")
+    ]
+    if faults:
+        raise ConfigError(faults, where="eval")
+    return options.get("max_gen_toks", _TOKENS), not options.get("do_sample", True)
+
+
+def _numbered(place: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{place}, row {number}", row

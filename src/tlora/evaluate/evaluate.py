@@ -1,0 +1,348 @@
+"""`tlora eval`: models on tasks, every model with the same prompts, one table.
+
+The walk: words become models (`inference.evaluated_models`) and tasks, both checked before anything
+is loaded or written; each model is loaded in turn and evaluated on every task that the folder does
+not have of it yet; a pair of model and task is written when it is finished.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tlora.errors import ConfigError, TLoraError
+from tlora.evaluate import evaluated_models, loading
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.evaluated_models import EvaluatedModel
+from tlora.evaluate.grade import check_judge, grade
+from tlora.models.pretrained import Pretrained
+from tlora.registry import CONVERSATIONS
+from tlora.training.runfolder import provenance
+
+if TYPE_CHECKING:
+    from tlora.evaluate.harness_task import TaskResult
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+
+_BY_MODEL = ("scores", "seconds", "truncated")
+"""What a task of eval.json holds by model."""
+
+
+class EvaluationTask(Protocol):
+    """A task as an evaluation sees it."""
+
+    items: int
+    """How many items are evaluated."""
+    shots: int
+    """Examples before each."""
+    protocol: str
+    """What it is and its source, in a line."""
+
+    def check(self, evaluated: EvaluatedModel, tokenizer: Any, longest: int) -> None:
+        """Raise a ConfigError if the model cannot be evaluated on it."""
+
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+        """Evaluate one model on all items."""
+
+
+def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
+    """Evaluate what is missing in the folder; a second call does nothing new.
+
+    Args:
+        config: the evaluation.
+        tell: called with a line of text as each pair of model and task ends.
+
+    Raises:
+        ConfigError: a field is wrong, a model or a task is not there, the folder is taken or
+            was made with other settings, or the judge's endpoint refuses.
+        DataError: the rows of a task are missing or not what they should be.
+        AdapterError: an adapter does not fit its base.
+        JudgeError: some conversations could not be graded; the rest of the result is kept.
+        KeyboardInterrupt: stopped; finished pairs are kept.
+    """
+    folder = EvalFolder(config.output_dir)
+    folder.refuse_unless_free()
+    check_judge(config)
+    if config.only_grades:
+        folder.read()  # the lock would make a folder that is not there
+        with folder.locked():
+            grade(folder, config, {}, tell)
+        return folder
+    models = evaluated_models.resolve(config)
+    loading.check_backend(config, models)
+    EvaluationRecord(folder, config, models)  # refuses other settings before rows are read
+    tasks = make_tasks(config, models)
+    check(tasks, config, models)
+    with folder.locked(), _begun(folder):
+        record = EvaluationRecord(folder, config, models)
+        record.start(tasks)
+        _evaluate_missing(record, models, tasks, tell)
+        grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
+    return folder
+
+
+@contextmanager
+def _begun(folder: EvalFolder) -> Iterator[None]:
+    """Keep what is finished when the walk ends early; a folder that was new and holds none goes."""
+    new = not folder.exists
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished pairs of model and task are kept, and the same command does"
+            " the rest."
+        ) from None
+    except TLoraError:
+        if new and not folder.samples.exists():
+            folder.remove()
+        raise
+
+
+def _evaluate_missing(
+    record: EvaluationRecord,
+    models: list[EvaluatedModel],
+    tasks: dict[str, EvaluationTask],
+    tell: Tell,
+) -> None:
+    """Evaluate each model on what the folder does not have of it yet, under one progress bar."""
+    todo = [(evaluated, [n for n in tasks if not record.has(evaluated, n)]) for evaluated in models]
+    with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
+        for evaluated, names in todo:
+            if names:
+                _evaluate(evaluated, {name: tasks[name] for name in names}, record, bar, tell)
+
+
+def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, EvaluationTask]:
+    """Return the tasks with all their rows read, by name.
+
+    Raises:
+        ConfigError, DataError: as `run`.
+    """
+    if all(evaluated.head == "labelled" for evaluated in models):
+        from tlora.evaluate import labelled
+
+        return dict(labelled.make(config, models))
+    from tlora.evaluate import task_rows
+    from tlora.evaluate.harness_task import HarnessTask
+    from tlora.evaluations import catalog as catalogue
+
+    if task_rows.of_a_task(config):
+        return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
+    chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
+    settings = catalogue.Settings(
+        allow_code_execution=config.allow_code_execution,
+        protection=config.sandbox,
+        samples=config.n_samples,
+    )
+    others = [name for name in config.tasks if name not in chats]
+    built = catalogue.build(others, config.data_dir, settings)
+    tasks: dict[str, EvaluationTask] = {
+        name: HarnessTask(task, config) for name, task in built.items()
+    }
+    return tasks | {name: CONVERSATIONS.load(name)(name, config) for name in chats}
+
+
+def check(
+    tasks: dict[str, EvaluationTask], config: EvalConfig, models: list[EvaluatedModel]
+) -> None:
+    """Check that every model can be evaluated on every task, from configurations alone.
+
+    Raises:
+        ConfigError: as `run`.
+    """
+    from lm_eval.models.utils import resolve_max_length
+
+    for evaluated in models:
+        tokenizer = loading.load_tokenizer(evaluated, config)
+        own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
+        longest = config.max_length or resolve_max_length(own, tokenizer)
+        for task in tasks.values():
+            task.check(evaluated, tokenizer, longest)
+
+
+def _evaluate(
+    evaluated: EvaluatedModel,
+    tasks: dict[str, EvaluationTask],
+    record: EvaluationRecord,
+    bar: Any,
+    tell: Tell,
+) -> None:
+    """Load one model, evaluate it on the tasks, and let go of it."""
+    bar.set_description(f"loading {evaluated.name}")
+    lm = _model(evaluated, record.config, tasks)
+    for name, task in tasks.items():
+        bar.set_description(f"{evaluated.name}: {name}")
+        done, start = bar.n, time.perf_counter()
+        found = task.evaluate(lm, partial(_advance, bar, done))
+        _advance(bar, done, task.items)
+        seconds = time.perf_counter() - start
+        record.add(evaluated, name, found, seconds)
+        if found.truncated:
+            logger.warning(
+                "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
+                evaluated.name,
+                found.truncated,
+                name,
+            )
+        if bar.disable:
+            main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
+            tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
+    del lm
+    loading.release()
+
+
+def _advance(bar: Any, done: int, items: int) -> None:
+    """Move the bar to ``items`` beyond ``done``."""
+    bar.update(done + items - bar.n)
+
+
+def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
+    tokenizer = loading.load_tokenizer(evaluated, config)
+    if evaluated.head == "labelled":
+        from tlora.evaluate.labelled import Labeller, Labels
+
+        head = next(task.head for task in tasks.values() if isinstance(task, Labels))
+        model = loading.load(evaluated, config, **head)
+        return Labeller.of(evaluated.name, model, tokenizer, config)
+    if config.backend == "vllm":
+        from tlora.evaluate.vllm import MergedVLLM
+
+        return MergedVLLM(evaluated, config)
+    from tlora.evaluate.lm import TransformersLM
+
+    return TransformersLM(loading.load(evaluated, config), tokenizer, config, evaluated.head)
+
+
+@contextmanager
+def _bar(items: int) -> Iterator[Any]:
+    """Yield the one progress bar, of items of all models and tasks, with the time left."""
+    from tqdm.auto import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        with tqdm(total=items, unit=" items", disable=None if items else True) as bar:
+            yield bar
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+class EvaluationRecord:
+    """eval.json as it grows.
+
+    What the folder holds of other models and tasks, evaluated with the same settings, is kept.
+    """
+
+    def __init__(
+        self, folder: EvalFolder, config: EvalConfig, models: list[EvaluatedModel]
+    ) -> None:
+        """Read what is there.
+
+        Raises:
+            ConfigError: it was made with other settings, or calls another model by a name.
+        """
+        self.config = config
+        self._folder = folder
+        self._identities = {evaluated.name: evaluated.identity() for evaluated in models}
+        found = folder.read() if folder.exists else {}
+        self._models: dict[str, Any] = {each["name"]: each for each in found.get("models", [])}
+        self._tasks: dict[str, Any] = {each["name"]: each for each in found.get("tasks", [])}
+        self._starts: list[Any] = found.get("starts", [])
+        self._evaluated = models
+        self._refuse_mixing(found)
+
+    def _refuse_mixing(self, found: dict[str, Any]) -> None:
+        faults = []
+        before = found.get("config", {})
+        finished = any(task.get("scores") for task in self._tasks.values())
+        for name, value in self.config.settings().items():
+            if finished and before.get(name) != value:
+                faults.append(
+                    f"`{name}` is {value!r}, but {self._folder.path} was made with"
+                    f" {before.get(name)!r}; choose another --output_dir."
+                )
+        for evaluated in self._evaluated:
+            known = self._models.get(evaluated.name, {})
+            here = (evaluated.kind, evaluated.model, evaluated.adapter)
+            if known and (known["kind"], known["model"], known["adapter"]) != here:
+                faults.append(
+                    f"{self._folder.path} has another model called {evaluated.name!r}; call this"
+                    f" one otherwise: NAME={evaluated.path}."
+                )
+        if faults:
+            raise ConfigError(faults, where="eval")
+
+    def start(self, tasks: dict[str, EvaluationTask]) -> None:
+        """Write down what is about to run; results of models that have changed are dropped."""
+        for evaluated in self._evaluated:
+            identity = self._identities[evaluated.name]
+            known = self._models.get(evaluated.name)
+            if known and known["identity"] != identity:
+                logger.warning("%s has changed, and is evaluated anew.", evaluated.name)
+                self._forget(evaluated.name)
+        named = {evaluated.name: self._entry(evaluated) for evaluated in self._evaluated}
+        first = self._evaluated[0]
+        # What was there keeps its place, but a base leads: the others are compared with it.
+        lead = {first.name: named[first.name]} if first.kind == "base" else {}
+        self._models = lead | {k: v for k, v in (self._models | named).items() if k not in lead}
+        for name, task in tasks.items():
+            self._tasks.setdefault(name, {"name": name, "metrics": []})
+            self._tasks[name] |= {
+                "protocol": task.protocol,
+                "items": task.items,
+                "shots": task.shots,
+            }
+            for field in _BY_MODEL:
+                self._tasks[name].setdefault(field, {})
+        start = provenance(seed=self.config.seed, output=self._folder.path)
+        start["packages"]["lm_eval"] = importlib.metadata.version("lm_eval")
+        self._starts.append(start)
+        self._write()
+
+    def has(self, evaluated: EvaluatedModel, task: str) -> bool:
+        """Return whether a pair is finished."""
+        there = evaluated.name in self._tasks[task]["scores"]
+        return there and self._folder.samples_file(evaluated.name, task).is_file()
+
+    def add(self, evaluated: EvaluatedModel, task: str, found: TaskResult, seconds: float) -> None:
+        """Write a finished pair."""
+        self._folder.write_samples(evaluated.name, task, found.lines)
+        entry = self._tasks[task]
+        entry["metrics"] = entry["metrics"] or list(found.scores)
+        entry["scores"][evaluated.name] = found.scores
+        entry["seconds"][evaluated.name] = round(seconds, 3)
+        entry["truncated"][evaluated.name] = found.truncated
+        self._write()
+
+    def _entry(self, evaluated: EvaluatedModel) -> dict[str, Any]:
+        return {
+            "name": evaluated.name,
+            "kind": evaluated.kind,
+            "model": evaluated.model,
+            "adapter": evaluated.adapter,
+            "identity": self._identities[evaluated.name],
+        }
+
+    def _forget(self, model: str) -> None:
+        for entry in self._tasks.values():
+            for field in _BY_MODEL:
+                entry[field].pop(model, None)
+
+    def _write(self) -> None:
+        self._folder.write(
+            {
+                "config": self.config.to_dict(),
+                "provenance": self._starts[-1],
+                "starts": self._starts,
+                "models": list(self._models.values()),
+                "tasks": list(self._tasks.values()),
+            }
+        )

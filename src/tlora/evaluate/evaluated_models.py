@@ -1,0 +1,261 @@
+"""What is to be evaluated: words of the command line -> models and adapters, checked.
+
+Nothing is loaded here but configurations, so that a wrong word is refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tlora.errors import ConfigError
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.files import read_json
+from tlora.training.runfolder import RunFolder
+
+Kind = Literal["base", "adapter", "merged"]
+Head = Literal["causal", "seq2seq", "labelled"]
+
+_ADAPTER = "adapter_config.json"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LABELLED = "ForSequenceClassification"
+_HEADS: dict[str, Head] = {
+    "SEQ_CLS": "labelled",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "CAUSAL_LM": "causal",
+}
+"""By PEFT's name of the kind of task."""
+_END = 1 << 20  # bytes looked at on either side of a file
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One model of an evaluation."""
+
+    name: str
+    """What tables and folders call it."""
+    kind: Kind
+    model: str
+    """Folder or Hub name of the base, or of the model as it is."""
+    adapter: str | None
+    """Folder or Hub name of the adapter, if it has one."""
+    head: Head
+    """What it can be asked: to go on with a text, to answer one, to label one."""
+
+    @property
+    def path(self) -> str:
+        """Return what the user would name to evaluate it."""
+        return self.adapter or self.model
+
+    def identity(self) -> dict[str, str | None]:
+        """Return digests of the files that decide what it answers, None for those on the Hub."""
+        return {
+            "model": _digest(self.model),
+            "adapter": _digest(self.adapter) if self.adapter else None,
+        }
+
+
+def resolve(config: EvalConfig) -> list[EvaluatedModel]:
+    """Return the models of an evaluation, in the order of its table.
+
+    Raises:
+        ConfigError: a folder is missing or holds no model, a base cannot be found, two models
+            have one name, or they have different heads; all faults at once.
+    """
+    faults: list[str] = []
+    found: list[EvaluatedModel] = []
+    for entry in config.entries():
+        try:
+            found.append(_evaluated_model(entry, config))
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults, where="models")
+    models = _named(_all_kinds(found, config))
+    _check_heads(models, config)
+    counts = Counter(evaluated.name for evaluated in models)
+    for name in (name for name, count in counts.items() if count > 1):
+        paths = ", ".join(evaluated.path for evaluated in models if evaluated.name == name)
+        faults.append(f"{paths} would all be called {name!r}; name them: NAME=PATH.")
+    if faults:
+        raise ConfigError(faults, where="models")
+    return models
+
+
+def _evaluated_model(entry: str, config: EvalConfig) -> EvaluatedModel:
+    name, equals, path = entry.partition("=")
+    if not equals or Path(entry).exists():
+        name, path = "", entry
+    if name and not re.fullmatch(r"[\w.+-]+", name):
+        raise ConfigError(f"{name!r} cannot be a name; use letters, digits, `.`, `-` and `_`.")
+    model, adapter = _places(path)
+    if adapter is None:
+        head = _head_of_model(_model_config(model, config, path))
+        return EvaluatedModel(name, "base", model, None, head)
+    fields = _adapter_fields(adapter)
+    base = config.model or fields.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{path} does not name its base model; give --model.")
+    kind = str(fields.get("task_type"))
+    found = _head_of_model(_model_config(base, config, path))
+    return EvaluatedModel(name, "adapter", base, adapter, _HEADS.get(kind, found))
+
+
+def _places(path: str) -> tuple[str, str | None]:
+    """Return the (model, None) or ("", adapter) that is at ``path``."""
+    folder = Path(path)
+    if folder.is_dir():
+        run = RunFolder(folder)
+        if run.exists and not (folder / _ADAPTER).is_file():
+            if not run.adapter.is_dir():
+                raise ConfigError(
+                    f"{path} is a run without an adapter yet; finish it: tlora train --output_dir"
+                    f" {path} --resume."
+                )
+            folder = run.adapter
+        if (folder / _ADAPTER).is_file():
+            return "", str(folder)
+        if (folder / "config.json").is_file():
+            return str(folder), None
+        raise ConfigError(
+            f"{path} holds no model (config.json), no adapter ({_ADAPTER}) and no run of `tlora"
+            " train` (run.json)."
+        )
+    if folder.exists():
+        raise ConfigError(f"{path} is a file; give the folder of a model or an adapter.")
+    if not _HUB_NAME.fullmatch(path):
+        raise ConfigError(f"there is no folder {path!r}; give the one of a model or an adapter.")
+    return ("", path) if _hub_adapter(path) else (path, None)
+
+
+def _hub_adapter(name: str) -> str | None:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name)
+    except (OSError, ValueError):
+        return None
+
+
+def _adapter_fields(adapter: str) -> dict[str, Any]:
+    file = Path(adapter) / _ADAPTER
+    fields = read_json(file if file.is_file() else str(_hub_adapter(adapter)))
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file}: not the configuration of an adapter.")
+    return fields
+
+
+def _model_config(model: str, config: EvalConfig, path: str) -> Any:
+    """Read a model's configuration; for an adapter's base the message names the adapter too."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if model == path:
+            raise ConfigError(
+                f"{path!r}: there is no such folder, and no model of that name can be read; give a"
+                " run, an adapter's or a model's folder, or a name on the Hub."
+            ) from error
+        given = "--model" if model == config.model else "its adapter_config.json"
+        raise ConfigError(
+            f"the base of {path} is {model!r} by {given}, and no model can be read there; give"
+            " --model, a folder or a name on the Hub."
+        ) from error
+
+
+def labels_texts(config: Any) -> bool:
+    """Return whether a model of this configuration is saved with a head that labels texts."""
+    return any(_LABELLED in name for name in getattr(config, "architectures", None) or [])
+
+
+def _head_of_model(config: Any) -> Head:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ,
+    )
+
+    if labels_texts(config):
+        return "labelled"
+    return "seq2seq" if config.model_type in SEQ2SEQ else "causal"
+
+
+def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
+    """Add merged adapters beside or in place of the adapters, and their bases in front."""
+    models: list[EvaluatedModel] = []
+    for evaluated in found:
+        merged = dataclasses.replace(evaluated, kind="merged")
+        if evaluated.adapter is None or not (config.merge or config.with_merged):
+            models.append(evaluated)
+        else:
+            models += [merged] if config.merge else [evaluated, merged]
+    if config.with_base:
+        there = {evaluated.model for evaluated in found if evaluated.adapter is None}
+        bases = {evaluated.model: evaluated for evaluated in found if evaluated.adapter is not None}
+        wanted = [evaluated for model, evaluated in bases.items() if model not in there]
+        models[:0] = [
+            dataclasses.replace(evaluated, name="", kind="base", adapter=None)
+            for evaluated in wanted
+        ]
+    return models
+
+
+def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
+    """Give those without a name one: the base is "base", the rest are called by their folder."""
+    bases = {evaluated.model for evaluated in models if evaluated.kind == "base"}
+    used = {evaluated.model for evaluated in models if evaluated.kind != "base"}
+    lone = len(bases) == 1
+
+    def name(evaluated: EvaluatedModel) -> str:
+        if evaluated.kind == "base":
+            plain = lone and (evaluated.model in used or len(models) == 1)
+            return evaluated.name or ("base" if plain else _folder_name(evaluated.model))
+        given = evaluated.name or _folder_name(evaluated.path)
+        return f"{given}-merged" if evaluated.kind == "merged" else given
+
+    return [dataclasses.replace(evaluated, name=name(evaluated)) for evaluated in models]
+
+
+def _folder_name(path: str) -> str:
+    """Return what to call a folder; the adapter folder of a run is called as the run."""
+    folder = Path(path)
+    if folder.exists():
+        folder = folder.resolve()
+    if folder.name == "adapter" and RunFolder(folder.parent).exists:
+        folder = folder.parent
+    return re.sub(r"[^\w.+-]", "_", folder.name) or "model"
+
+
+def _check_heads(models: list[EvaluatedModel], config: EvalConfig) -> None:
+    heads = {evaluated.head == "labelled" for evaluated in models}
+    if len(heads) > 1:
+        named = ", ".join(s.name for s in models if s.head == "labelled")
+        raise ConfigError(
+            f"{named}: labels texts, and the other models write them; evaluate them apart (the"
+            " base of a classifier has no trained head, so leave --with_base out).",
+            where="models",
+        )
+
+
+def _digest(path: str) -> str | None:
+    """Digest names, sizes, and the ends of the files of a folder: enough to see new weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".safetensors", ".json", ".bin", ".model"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size};".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_END))
+            content.seek(max(0, size - _END))
+            digest.update(content.read(_END))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""Conversations of an evaluation's folder, graded by a judge; no model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tlora import extras
+from tlora.errors import ConfigError
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evalfolder import EvalFolder
+from tlora.registry import CONVERSATIONS
+from tlora.scoring.mtbench.endpoint import read_key, request_body
+from tlora.scoring.mtbench.grades import from_lines, means, metric_names, to_lines
+from tlora.scoring.mtbench.judging import Judged, judge, judge_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def check_judge(config: EvalConfig) -> None:
+    """Check what can be known of the judge before any model is asked.
+
+    Raises:
+        ConfigError: the judge's extra is not installed, or its key cannot be sent.
+        DataError: the file of its prompts is missing or damaged.
+    """
+    if config.judge.url:
+        extras.require("judge", where="judge")
+        judge_prompts(config.judge)
+        read_key(config.judge)
+
+
+def grade(
+    folder: EvalFolder,
+    config: EvalConfig,
+    protocols: Mapping[str, str],
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Have all conversations of the folder graded, of all its models, by one judge.
+
+    So that a table holds the grades of one judge under one set of prompts, those of models that
+    were graded before are graded again; what the judge has said once is kept and costs nothing.
+
+    Args:
+        folder: has an evaluation, and is locked: eval.json is read here and written at the end.
+        config: its judge; without one nothing is graded.
+        protocols: of the conversations that have just been asked, how.
+        tell: called with a line of text as each model's are graded.
+
+    Raises:
+        ConfigError: a folder without conversations is to be graded, or the judge's endpoint
+            refuses.
+        DataError: the file of the judge's prompts is missing or damaged.
+        JudgeError: some answers could not be graded; the grades of the others are kept.
+    """
+    evaluation = folder.read()
+    known = CONVERSATIONS.names()
+    entries = [entry for entry in evaluation["tasks"] if entry["name"] in known]
+    if config.only_grades and not any(entry["scores"] for entry in entries):
+        raise ConfigError(
+            f"{folder.path} has no conversations to grade; run one of {', '.join(known)} first.",
+            where="judge",
+        )
+    for entry in entries:
+        entry["asking"] = protocols.get(entry["name"]) or entry.get("asking", entry["protocol"])
+        if config.judge.url:
+            _grade(folder, entry, config, tell)
+        entry["protocol"] = f"{entry['asking']}; {_by(entry.get('judge'))}"
+    if entries:
+        folder.write(evaluation)
+
+
+def _grade(
+    folder: EvalFolder, entry: dict[str, Any], config: EvalConfig, tell: Callable[[str], None]
+) -> None:
+    judge_config = config.judge
+    cache = judge_config.cache or folder.path / "judgements"
+    counts, scores = {}, {}
+    for model in entry["scores"]:
+        lines = folder.read_samples(model, entry["name"])
+        answered = from_lines(lines, str(folder.samples_file(model, entry["name"])))
+        judged = judge(answered, judge_config, cache, title=f"{model}: judging")
+        counts[model] = judged.counts(judge_config)
+        scores[model] = means(answered, judged)
+        entry["metrics"] = metric_names(answered)
+        folder.write_samples(model, entry["name"], to_lines(answered, judged))
+        tell(_line(model, entry["name"], judged, counts[model]))
+    entry["scores"] = scores
+    entry["judge"] = {
+        "url": judge_config.url,
+        "prompts": judge_prompts(judge_config).label,
+        "request": {k: v for k, v in request_body(judge_config, []).items() if k != "messages"},
+        "models": counts,
+    }
+
+
+def _line(model: str, task: str, judged: Judged, counts: dict[str, Any]) -> str:
+    unrated = sum(counts["unrated"].values())
+    if unrated:
+        reasons = ", ".join(f"{n} {name}" for name, n in counts["unrated"].items())
+        logger.warning(
+            "%s: %d of %d answers to %s got no grade and count in no mean: %s.",
+            model,
+            unrated,
+            counts["judgements"],
+            task,
+            reasons,
+        )
+    cost = "" if counts["cost"] is None else f", cost {counts['cost']:.2f}"
+    return (
+        f"{model}: {task}: {counts['judgements'] - unrated} of {counts['judgements']} answers"
+        f" graded, {judged.asked} of them now; tokens {counts['tokens_in']} in,"
+        f" {counts['tokens_out']} out{cost}"
+    )
+
+
+def _by(judge_entry: Mapping[str, Any] | None) -> str:
+    if judge_entry is None:
+        return "not graded"
+    request = judge_entry["request"]
+    temperature = (
+        f"temperature {request['temperature']}"
+        if "temperature" in request
+        else "its own temperature"
+    )
+    return f"graded 1 to 10 by {request['model']} at {temperature}, {judge_entry['prompts']}"

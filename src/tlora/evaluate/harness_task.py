@@ -1,0 +1,225 @@
+"""Tasks of lm-evaluation-harness, asked of one model at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, did_you_mean
+from tlora.evaluate.evalconfig import REPLY_TOKENS, EvalConfig
+from tlora.evaluate.loading import unheard
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+    from tlora.evaluate.evaluated_models import EvaluatedModel
+
+logger = logging.getLogger(__name__)
+
+_ONE_NAME = dict.fromkeys(REPLY_TOKENS, REPLY_TOKENS[0])
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one model said to one task."""
+
+    lines: list[dict[str, Any]]
+    """A line an item, as `samples/MODEL/TASK.jsonl` has them."""
+    scores: dict[str, float]
+    """The task's scores, the main one first; higher is better for all."""
+    truncated: int = 0
+    """Prompts that lost their beginning."""
+
+
+class HarnessTask:
+    """A task of lm-evaluation-harness, set up as an evaluation says."""
+
+    def __init__(self, task: Task, config: EvalConfig) -> None:
+        from lm_eval.evaluator_utils import get_sample_size
+
+        from tlora.evaluations.catalog import protocol
+
+        self._task, self._config = task, config
+        _set_up(task, config)
+        limit = get_sample_size(task, config.limit)
+        there = len(task.eval_docs)
+        self.items = there if limit is None else min(limit, there)
+        self.shots = task.config.num_fewshot or 0
+        self.protocol: str = protocol(task)
+
+    def check(
+        self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
+        """Check, before the model is loaded, that it can be asked.
+
+        Args:
+            evaluated: the model.
+            tokenizer: its tokenizer.
+            longest: tokens that it holds, prompt and reply.
+
+        Raises:
+            ConfigError: there is no room for a prompt, no chat template where one is asked for, or
+                `gen_kwargs` has a name that transformers does not know.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        if self._config.apply_chat_template and not tokenizer.chat_template:
+            raise ConfigError(
+                f"{evaluated.name}: the tokenizer has no chat template; leave"
+                " --apply_chat_template out.",
+                where=self._task.task_name,
+            )
+        if self._task.OUTPUT_TYPE != "generate_until":
+            return
+        if faults := _unknown(self._config):
+            raise ConfigError(faults, where="eval")
+        tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
+        check_room(self._task.task_name, evaluated, tokens, longest)
+
+    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+        """Ask all items of one model.
+
+        Args:
+            lm: the model, as the harness knows it.
+            progress: called with the number of items answered so far.
+        """
+        from lm_eval import evaluate
+
+        from tlora.evaluate.lm import ProgressHook
+        from tlora.evaluate.records import metrics, records
+        from tlora.evaluations.catalog import ours
+
+        config, task = self._config, self._task
+        name, system = task.task_name, config.system_instruction
+        if system and ours(task) and not config.apply_chat_template:
+            system += "\n\n"
+        _seed(config.seed)
+        task.set_fewshot_seed(seed=config.seed)
+        before = getattr(lm, "truncated", 0)
+        ticker = ProgressHook(lambda count: progress(_items(task, count, self.items)))
+        lm.set_cache_hook(ticker)
+        with _quiet():
+            found = evaluate(
+                lm=lm,
+                task_dict={"tasks": {name: task}, "groups": {}},
+                limit=config.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                system_instruction=system,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=config.fewshot_as_multiturn,
+                confirm_run_unsafe_code=config.allow_code_execution,
+            )
+        lines = records(task, found["samples"][name])
+        scores = metrics(task, found["results"][name])
+        lower = [key for key in scores if not _higher(task, key)]
+        return TaskResult(
+            [line | {"scores": _turned(line["scores"], lower)} for line in lines],
+            _turned(scores, lower),
+            getattr(lm, "truncated", 0) - before,
+        )
+
+
+def check_room(task: str, evaluated: EvaluatedModel, tokens: int, longest: int) -> None:
+    """Check that a model has room for a prompt beside its reply; of encoders and decoders each has.
+
+    Args:
+        task: name of the task, for the message.
+        evaluated: the model.
+        tokens: most tokens of a reply.
+        longest: tokens that the model holds, prompt and reply.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if evaluated.head == "causal" and tokens >= longest:
+        raise ConfigError(
+            f"{tokens} new tokens are asked for, and {evaluated.name} holds {longest} with the"
+            " prompt; give --gen_kwargs max_gen_toks=N.",
+            where=task,
+        )
+
+
+def _set_up(task: Task, config: EvalConfig) -> None:
+    """Lay what the user says over the task's own settings, as `lm_eval` does."""
+    own = task.get_config("num_fewshot")
+    if config.num_fewshot is not None and own == 0 and config.num_fewshot > 0:
+        logger.warning("%s is always zero-shot; `num_fewshot` does not count.", task.task_name)
+    elif config.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=config.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    if task.OUTPUT_TYPE == "generate_until" and config.gen_kwargs:
+        value = _generation(config.gen_kwargs)
+        task.set_config(key="generation_kwargs", value=value, update=True)
+
+
+def _generation(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a user says of generation in one way, so that it wins over what a task says.
+
+    The harness would take the task's `max_gen_toks` before the user's `max_new_tokens`, and ignore
+    a temperature where the task is greedy.
+    """
+    found = {_ONE_NAME.get(name, name): value for name, value in given.items()}
+    if float(found.get("temperature") or 0) > 0:
+        found.setdefault("do_sample", True)
+    return found
+
+
+def _unknown(config: EvalConfig) -> list[str]:
+    """Return a sentence for each name in `gen_kwargs` that generation by transformers lacks."""
+    from transformers import GenerationConfig
+
+    if config.backend != "hf":
+        return []
+    known = [*REPLY_TOKENS, "until", *GenerationConfig().to_dict()]
+    return [
+        f"`gen_kwargs` has {name!r}, which generation does not know.{did_you_mean(name, known)}"
+        for name in config.gen_kwargs
+        if name not in known
+    ]
+
+
+def _items(task: Task, requests: int, items: int) -> int:
+    """Return how many items so many answered requests are."""
+    total = sum(instance.repeats or 1 for instance in task.instances)
+    return items * requests // total
+
+
+def _higher(task: Task, key: str) -> bool:
+    return task.higher_is_better().get(key.partition(",")[0]) is not False
+
+
+def _turned(scores: dict[str, float], lower: list[str]) -> dict[str, float]:
+    """Return the scores with those that are better when lower as their negatives, -perplexity."""
+    return {f"-{k}" if k in lower else k: -v if k in lower else v for k, v in scores.items()}
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator, so that a sampled reply does not depend on what was asked before."""
+    import transformers
+
+    transformers.set_seed(seed)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness' own bars and remarks off the screen; ours says what there is to say."""
+    from lm_eval.api import task as harness
+
+    bar = harness.tqdm
+    harness.tqdm = lambda rows, *_, **__: rows
+    try:
+        # The second speaks of prompts that are too long; they are counted and told of once.
+        said = contextlib.redirect_stdout(io.StringIO())
+        with said, unheard("lm_eval", "transformers.tokenization_utils_base"):
+            yield
+    finally:
+        harness.tqdm = bar

@@ -1,0 +1,219 @@
+"""Loading what is evaluated: a model as it is, under an adapter, or with the adapter merged in."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evaluated_models import EvaluatedModel, Head
+from tlora.models.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def unheard(*names: str) -> Iterator[None]:
+    """Keep the loggers of other libraries silent but for errors."""
+    logs = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+_CLASSES: dict[Head, str] = {
+    "causal": "transformers:AutoModelForCausalLM",
+    "seq2seq": "transformers:AutoModelForSeq2SeqLM",
+    "labelled": "transformers:AutoModelForSequenceClassification",
+}
+
+
+def device_of(config: EvalConfig) -> torch.device:
+    """Return where to compute: what the user says, else the accelerator, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    if config.device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{config.device!r}: {first_line(error)}", where="device") from error
+    return device
+
+
+def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
+    """Check that what generates is there, and takes these models.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.backend == "hf":
+        device_of(config)
+        return
+    faults = []
+    if importlib.util.find_spec("vllm") is None:
+        faults.append("'vllm' is not installed; pip install vllm, or leave --backend out.")
+    faults += [
+        f"vLLM knows one rank and one scale, and {evaluated.name} may have many; add --merge."
+        for evaluated in models
+        if evaluated.kind == "adapter"
+    ]
+    if any(evaluated.head == "labelled" for evaluated in models):
+        faults.append("vLLM writes texts, and these models label them; leave --backend out.")
+    faults += [
+        f"`{name}` is of transformers alone; leave it or --backend out."
+        for name in _unheard_by_vllm(config, models)
+    ]
+    if faults:
+        raise ConfigError(faults, where="backend")
+
+
+def _unheard_by_vllm(config: EvalConfig, models: list[EvaluatedModel]) -> list[str]:
+    """Return the fields that are given and never reach vLLM."""
+    merges = any(evaluated.kind == "merged" for evaluated in models)
+    given = {
+        "quantization": config.quantization != "none",
+        "parallelize": config.parallelize,
+        "max_batch_size": config.max_batch_size != EvalConfig.max_batch_size,
+        # Adapters are merged on it, before vLLM takes the model.
+        "device": config.device is not None and not merges,
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
+def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
+    """Load one model onto its device, in eval mode, its parameters without gradients.
+
+    Args:
+        evaluated: what to load.
+        config: device, precision and quantisation.
+        **head: fields of the model's configuration, for a head that the base does not have.
+
+    Raises:
+        ConfigError: the base cannot be loaded as asked.
+        AdapterError: the adapter does not fit it, or cannot be merged.
+    """
+    device = device_of(config)
+    model, drawn = _load_base(evaluated, config, device, head)
+    if config.tokenizer:
+        _make_room(model, len(load_tokenizer(evaluated, config)))
+    if evaluated.adapter is not None:
+        model = _adapted(model, evaluated)
+    if drawn:
+        _check_head(model, drawn, evaluated)
+    if evaluated.kind == "merged":
+        model = _merged(model, evaluated)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model: the base's own, so that all adapters get the same tokens.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = config.tokenizer or evaluated.model
+    try:
+        return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded from {place!r} ({first_line(error)}); give --tokenizer.",
+            where="tokenizer",
+        ) from error
+
+
+def release() -> None:
+    """Give the memory of models that nothing holds any more back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load_base(
+    evaluated: EvaluatedModel, config: EvalConfig, device: torch.device, head: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """Return the model, and of one with a head the parameters that its files do not have."""
+    dtype = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
+    checkpoint = Pretrained(
+        name=evaluated.model,
+        dtype=dtype,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+    # transformers would report a head as missing that the adapter is about to bring.
+    with unheard(*(["transformers"] if head else [])):
+        model, missing = checkpoint.model(
+            _CLASSES[evaluated.head], device, parallelize=config.parallelize, fields=head
+        )
+    return model, missing if head else []
+
+
+def _make_room(model: Any, tokens: int) -> None:
+    """Give the embedding rows for tokens that were added to the tokenizer; none is taken away."""
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokens)
+
+
+def _check_head(model: Any, drawn: list[str], evaluated: EvaluatedModel) -> None:
+    """Raise if a parameter was drawn at random and the adapter did not bring it."""
+    brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in drawn)
+    lost = [each for each in modules if not any(f".{each}.modules" in name for name in brought)]
+    if lost:
+        raise AdapterError(
+            f"{evaluated.path} has no trained {', '.join(lost)}; give an adapter that was trained"
+            " on the task, with its head."
+        )
+
+
+def _adapted(model: Any, evaluated: EvaluatedModel) -> Any:
+    from tlora import load_adapter
+
+    path = str(evaluated.adapter)
+    advice = "give its own base by --model, and if tokens were added for it, --tokenizer."
+    try:
+        return load_adapter(model, path, freeze=False)
+    except MisfitError as error:
+        raise MisfitError(path, evaluated.model, error.misfit, advice) from error
+    except AdapterError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise MisfitError(path, evaluated.model, _misfit(error), advice) from error
+
+
+def _misfit(error: BaseException) -> str:
+    """Return what does not fit: of torch's list of parameters the first, below its heading."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[1].rstrip(".") if len(said) > 1 and said[0].endswith(":") else first_line(error)
+
+
+def _merged(model: Any, evaluated: EvaluatedModel) -> Any:
+    if not hasattr(model, "merge_and_unload"):
+        raise AdapterError(f"{evaluated.adapter}: this kind of adapter cannot be merged.")
+    try:
+        return model.merge_and_unload()
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{evaluated.adapter} cannot be merged into {evaluated.model}: {first_line(error)}"
+        ) from error

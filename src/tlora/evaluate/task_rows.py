@@ -1,0 +1,186 @@
+"""Rows of a registered task as an evaluation: a reply is right if it is the row's response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from lm_eval.api.filter import Filter
+from lm_eval.api.task import ConfigurableTask
+
+from tlora.errors import ConfigError, DataError
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.loading import unheard
+from tlora.registry import TASKS
+from tlora.tasks.base import Row, Task
+
+if TYPE_CHECKING:
+    from tlora.evaluations.utils import Doc, Reading
+
+_SPACE = 8  # tokens of white space and of the end
+
+
+class Exact(Filter):
+    """Compares the first reply to each row with its response.
+
+    Args:
+        metrics: what an equal reply scores 1 by.
+    """
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics = metrics
+
+    def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
+        """Return a reading for each doc; white space around a reply does not count."""
+        readings = []
+        for (reply, *_), doc in zip(resps, docs, strict=True):
+            answer = reply.strip()
+            scores = dict.fromkeys(self.metrics, float(answer == doc["target"].strip()))
+            readings.append({"reply": reply, "answer": answer or None, "scores": scores})
+        return readings
+
+
+def exact_rows(name: str, docs: list[Doc]) -> ConfigurableTask:
+    """Make an evaluation of rows ("item", "prompt", "target"), right if the reply is the target."""
+    said = "the reply is the row's response, white space at its ends aside; greedy"
+    return _task(name, docs, "exact", ["exact_match"], {}, said)
+
+
+def read_rows(name: str, docs: list[Doc], task: Task) -> ConfigurableTask:
+    """Make an evaluation whose replies the task itself reads back and scores, all together.
+
+    Args:
+        name: what results call it.
+        docs: as of `exact_rows`.
+        task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
+            by item besides.
+    """
+
+    def own(metric: str) -> Callable[[list[Any]], float]:
+        return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
+
+    targets = [doc["target"] for doc in docs]
+    scores = {metric: own(metric) for metric in task.reply_metrics(targets, targets)}
+    counted = ["accuracy"] if task.label_names else []
+    said = "the reply is read back by the task and scored by its own metrics; greedy"
+    return _task(name, docs, "task", counted, scores, said)
+
+
+def _task(
+    name: str,
+    docs: list[Doc],
+    reads: str,
+    counted: list[str],
+    own: dict[str, Callable[[list[Any]], float]],
+    protocol: str,
+) -> ConfigurableTask:
+    """Make an evaluation.
+
+    Args:
+        name: what results call it.
+        docs: its rows.
+        reads: name of how replies are read.
+        counted: scores that are means of what each row has.
+        own: scores of all pairs of reply and target together.
+        protocol: all that in a line.
+    """
+    metrics: dict[str, Any] = own | dict.fromkeys(counted, "mean")
+
+    def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
+        return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
+
+    # As far as the longest response could go, at a token a byte.
+    longest = max(len(doc["target"].strip().encode()) for doc in docs) + _SPACE
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "prompt",
+        "doc_to_target": "target",
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": longest,
+            "do_sample": False,
+            "temperature": 0.0,
+        },
+        "filter_list": [{"name": reads, "filter": [{"function": Exact, "metrics": counted}]}],
+        "process_results": scores,
+        "metric_list": [
+            {"metric": metric, "aggregation": aggregation, "higher_is_better": True}
+            for metric, aggregation in metrics.items()
+        ],
+        "metadata": {"version": 1, "protocol": protocol},
+    }
+    with unheard("lm_eval"):  # it warns of rows that it has not read itself
+        return ConfigurableTask(config=config)
+
+
+def of_a_task(config: EvalConfig) -> bool:
+    """Return whether the rows of a registered task are asked for, and not an evaluation's.
+
+    Raises:
+        ConfigError: they are not, and fields say how they are read.
+    """
+    if config.test_file or config.data.kind or config.data.dataset:
+        return True
+    if given := config.data.given():
+        raise ConfigError(
+            f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
+            " give --test_file or --data.dataset too, or leave it out.",
+            where="data",
+        )
+    return False
+
+
+def of_task(config: EvalConfig) -> ConfigurableTask:
+    """Make an evaluation of the prompts and responses of a registered task.
+
+    Raises:
+        ConfigError: there are several tasks, the name is not registered, its rows are not scored by
+            their responses, or there are none.
+        DataError: a row is not what the task expects.
+    """
+    if len(config.tasks) > 1:
+        raise ConfigError(
+            "--test_file, --data.dataset and --data.kind are of one task; give one.", where="tasks"
+        )
+    name = config.tasks[0]
+    task = TASKS.load(name)(config.data)
+    if task.kind in ("classification", "regression"):
+        raise ConfigError(
+            f"{name!r} has labels, and the models write texts; give models with a trained head,"
+            " or --data.kind seq2seq where the task can be put as text to text.",
+            where="tasks",
+        )
+    if not (task.exact or task.reads_replies):
+        raise ConfigError(
+            f"the rows of {name!r} are not scored by their responses; leave --test_file out for"
+            " the evaluations that have a --data_dir.",
+            where="test_file",
+        )
+    docs = []
+    for number, row in enumerate(scored_rows(task, config)):
+        if "prompt" not in row:
+            raise DataError(
+                f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
+            )
+        docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
+    return read_rows(name, docs, task) if task.reads_replies else exact_rows(name, docs)
+
+
+def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
+    """Return the rows to score: all, or if ``limited`` those that `limit` of the evaluation leaves.
+
+    Raises:
+        ConfigError: the task has no rows of its own, and none are named.
+        DataError: a row is not what the task expects.
+    """
+    raw, where = task.held_out(config.test_file)
+    if limited:
+        raw = raw.select(range(config.limited(len(raw))))
+    rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
+    if not rows:
+        raise DataError(f"{where}: there are no rows.")
+    return rows

@@ -1,1 +1,0 @@
-"""Scoring of what a model wrote: answers against references, programs against their tests."""

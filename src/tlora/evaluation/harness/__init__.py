@@ -1,1 +1,0 @@
-"""The paper's evaluations as tasks of lm-evaluation-harness; one file a data set."""

@@ -1,0 +1,1 @@
+"""Answers against references, programs against tests, replies graded by a judge; no torch."""

@@ -1,0 +1,184 @@
+"""What the judge is asked, and how its grade is read.
+
+Single-answer grading (Zheng et al., arXiv 2306.05685, section 3.1 and appendix A): the judge sees
+one answer, explains and grades. Four prompts: for the first turn, or for the second with the whole
+conversation; with or without reference answers. The published texts are in FastChat's
+judge_prompts.jsonl, read from a file of the user's; the default is a wording of our own, and every
+result says which of the two it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlora.errors import DataError
+from tlora.scoring.mtbench.questions import Question, json_lines
+
+Messages = list[dict[str, str]]
+
+_NAMES = {
+    (1, False): "single-v1",
+    (1, True): "single-math-v1",
+    (2, False): "single-v1-multi-turn",
+    (2, True): "single-math-v1-multi-turn",
+}
+_FIELDS = {
+    (1, False): {"question", "answer"},
+    (1, True): {"question", "answer", "ref_answer_1"},
+    (2, False): {"question_1", "answer_1", "question_2", "answer_2"},
+    (2, True): {
+        *("question_1", "answer_1", "question_2", "answer_2"),
+        *("ref_answer_1", "ref_answer_2"),
+    },
+}
+_PUBLISHED = "808ad71f58518f534cedbcee8fc6da9f3fe8a8377e42637700b2d6008023f5a1"
+"""Digest of the four published prompts (FastChat, main branch of April 2025)."""
+OUR_LABEL = "mtbench-single, our wording"
+PUBLISHED_LABEL = "mtbench-single, published prompts"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a system message and a template of the user's message with named fields."""
+
+    system: str
+    template: str
+
+
+@dataclass(frozen=True)
+class JudgePrompts:
+    """The four prompts, by (turn, whether there are reference answers)."""
+
+    label: str
+    """Whose wording it is; part of every result."""
+    prompts: dict[tuple[int, bool], Prompt]
+
+    def messages(self, question: Question, answers: tuple[str, str], turn: int) -> Messages:
+        """Return the messages that ask for a grade of the answer to ``turn``, 1 or 2."""
+        references = question.references
+        prompt = self.prompts[turn, references is not None]
+        fields = {"question": question.turns[0], "answer": answers[0]}
+        for index in (0, 1):
+            fields[f"question_{index + 1}"] = question.turns[index]
+            fields[f"answer_{index + 1}"] = answers[index]
+            fields[f"ref_answer_{index + 1}"] = references[index] if references else ""
+        return [
+            {"role": "system", "content": prompt.system},
+            {"role": "user", "content": prompt.template.format(**fields)},
+        ]
+
+
+def read_prompts(path: str | Path) -> JudgePrompts:
+    """Read the four prompts for single-answer grading from a file in FastChat's form.
+
+    Raises:
+        DataError: the file is missing or damaged, lacks one of the prompts, or a prompt asks for
+            something that there is not.
+    """
+    found: dict[str, Prompt] = {}
+    for where, row in json_lines(path):
+        if row.get("name") not in _NAMES.values():
+            continue
+        system, template = row.get("system_prompt"), row.get("prompt_template")
+        if not (isinstance(system, str) and isinstance(template, str)):
+            raise DataError(f"{where}: a prompt has `system_prompt` and `prompt_template`, texts.")
+        if row.get("output_format") != "[[rating]]":
+            raise DataError(f"{where}: `output_format` is not '[[rating]]', which alone is read.")
+        found[row["name"]] = Prompt(system, template)
+    if lacking := [name for name in _NAMES.values() if name not in found]:
+        raise DataError(f"{path}: there is no prompt {', '.join(lacking)}; take the whole file.")
+    prompts = {key: found[name] for key, name in _NAMES.items()}
+    for key, prompt in prompts.items():
+        _check_fields(prompt.template, _FIELDS[key], f"{path}: {_NAMES[key]}")
+    mark = digest(prompts)
+    if mark == _PUBLISHED:
+        return JudgePrompts(PUBLISHED_LABEL, prompts)
+    return JudgePrompts(f"mtbench-single, prompts of {Path(path).name} ({mark[:12]})", prompts)
+
+
+def digest(prompts: dict[tuple[int, bool], Prompt]) -> str:
+    """Return a digest (SHA-256) of the texts of the prompts."""
+    texts = [(_NAMES[key], prompts[key].system, prompts[key].template) for key in _NAMES]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _check_fields(template: str, wanted: set[str], where: str) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise DataError(f"{where}: its template cannot be filled in ({error}).") from error
+    if fields != wanted:
+        raise DataError(
+            f"{where}: its template has the fields {sorted(fields)}; it should have"
+            f" {sorted(wanted)}."
+        )
+
+
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+
+
+def rating(text: str) -> float | None:
+    """Return the number that a judgement gives: the first "[[n]]", else the first "[n]".
+
+    It may lie outside of 1 to 10, where published scripts would count it: what is to be done with
+    it is for the caller.
+
+    Source: FastChat's reading of judgements, published with arXiv 2306.05685.
+    """
+    for pattern in _RATINGS:
+        if match := pattern.search(text):
+            return float(match[1])
+    return None
+
+
+_TASK = (
+    "You grade how well an AI assistant serves its user. Be impartial: neither the length of an"
+    " answer nor the confidence of its tone earns anything by itself."
+)
+_QUALITIES = (
+    "Consider whether the answer does what was asked, whether what it says is right and to the"
+    " point, how deep and how detailed it is, and, where the request leaves room for it, how"
+    " original."
+)
+_AGAINST_REFERENCE = (
+    "What counts is whether the answer is correct and whether it helps. A correct solution is given"
+    " as a reference: go through the answer step by step beside it and name every error."
+)
+_SECOND = "Grade the answer to the second request alone; the first exchange is its context."
+_GRADE = (
+    "First write a few sentences on the merits and the faults. Then give a grade from 1 (useless)"
+    " to 10 (could not be better), in double square brackets on a line of its own, as in:"
+    "\nGrade: [[4]]"
+)
+_ONE = "<request>\n{question}\n</request>\n\n"
+_ONE_REFERENCE = "<reference>\n{ref_answer_1}\n</reference>\n\n"
+_ONE_ANSWER = "<answer>\n{answer}\n</answer>"
+_TWO_REFERENCES = (
+    '<reference to="1">\n{ref_answer_1}\n</reference>\n\n'
+    '<reference to="2">\n{ref_answer_2}\n</reference>\n\n'
+)
+_TWO = (
+    '<request number="1">\n{question_1}\n</request>\n\n'
+    '<answer number="1">\n{answer_1}\n</answer>\n\n'
+    '<request number="2">\n{question_2}\n</request>\n\n'
+    '<answer number="2">\n{answer_2}\n</answer>'
+)
+
+OURS = JudgePrompts(
+    OUR_LABEL,
+    {
+        (1, False): Prompt(f"{_TASK} {_QUALITIES}\n\n{_GRADE}", _ONE + _ONE_ANSWER),
+        (1, True): Prompt(
+            f"{_TASK} {_AGAINST_REFERENCE}\n\n{_GRADE}", _ONE + _ONE_REFERENCE + _ONE_ANSWER
+        ),
+        (2, False): Prompt(f"{_TASK} {_QUALITIES} {_SECOND}\n\n{_GRADE}", _TWO),
+        (2, True): Prompt(
+            f"{_TASK} {_AGAINST_REFERENCE} {_SECOND}\n\n{_GRADE}", _TWO_REFERENCES + _TWO
+        ),
+    },
+)

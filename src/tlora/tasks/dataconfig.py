@@ -1,0 +1,99 @@
+"""The record of `--data.*`: where rows come from and how they become tokens.
+
+The text below a field is its help on the command line. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from tlora.checks import Section, at_least
+
+Kind = Literal["causal", "seq2seq", "classification", "regression"]
+LossOn = Literal["response", "all"]
+Overlap = Literal["refuse", "drop", "allow"]
+
+
+@dataclass(kw_only=True)
+class DataConfig(Section):
+    """Where rows come from and how they become tokens."""
+
+    where: ClassVar[str] = "data"
+    prefix: ClassVar[str] = "data."
+
+    kind: Kind | None = None
+    """What is learned, for tasks that leave it open: "causal" (jsonl's default), "seq2seq"
+    (GLUE tasks as text to text), "classification" or "regression"."""
+    dataset: str | None = None
+    """Name of a dataset on the Hub, in place of --train_file."""
+    dataset_config: str | None = None
+    """Configuration (subset) of `dataset`."""
+    train_split: str = "train"
+    """Split of `dataset` to train on."""
+    eval_split: str | None = None
+    """Split of `dataset` to evaluate on at the end."""
+    prompt_column: str | None = None
+    """Column of the prompt (the source text of seq2seq)."""
+    response_column: str | None = None
+    """Column of the response (the target text of seq2seq)."""
+    messages_column: str | None = None
+    """Column of a chat: a list of {role, content}."""
+    text_column: str | None = None
+    """Column of plain text (causal), or of the text to classify."""
+    text_pair_column: str | None = None
+    """Column of the second text of a pair to classify."""
+    label_column: str | None = None
+    """Column of the class or of the number to predict."""
+    label_names: list[str] | None = None
+    """Classes in the order of their ids; by default the sorted ones of the training rows. In
+    an evaluation: of the model's outputs, by default as its run or checkpoint names them."""
+    prompt_template: str | None = None
+    """Prompt with columns in braces: "Question: {question}\\nAnswer:"."""
+    loss_on: LossOn = "response"
+    """Which tokens count: "response" (the prompt is masked) or "all"."""
+    max_length: Annotated[int, at_least(1)] = 512
+    """Tokens kept of a row; what is longer loses its end, and a warning counts such rows."""
+    max_train_rows: Annotated[int, at_least(1)] | None = None
+    """Use only the first training rows: this number of them."""
+    max_eval_rows: Annotated[int, at_least(1)] | None = None
+    """Use only the first evaluation rows: this number of them."""
+    subset_seed: int | None = None
+    """Draw the rows with this seed instead of taking the first: files are often sorted."""
+    overlap: Overlap = "refuse"
+    """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those
+    training rows, or "allow" them; each time they are counted and some are named."""
+    guard: list[str] | str = field(default_factory=list)
+    """Evaluations of `tlora list evaluations`, "a,b", whose questions are kept apart from the
+    training rows like those of evaluation rows; see `overlap`."""
+    guard_dir: str | None = None
+    """Folder with their files, in place of the Hub: what `tlora eval` calls `data_dir`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.guard = split_names(self.guard)
+
+    def given(self) -> list[str]:
+        """Return the names of the fields that differ from their defaults."""
+        default = DataConfig()
+        return [
+            name for name in self.field_names() if getattr(self, name) != getattr(default, name)
+        ]
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.subset_seed is not None and self.max_train_rows is self.max_eval_rows is None:
+            yield (
+                "`data.subset_seed` says how rows are drawn, not how many; give"
+                " `data.max_train_rows` or `data.max_eval_rows` too."
+            )
+
+
+def split_names(names: Any) -> Any:
+    """Return names, given as a list or as "a,b", each once and none empty; else as given."""
+    words = [names] if isinstance(names, str) else names
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return names
+    split = [name.strip() for word in words for name in word.split(",")]
+    return list(dict.fromkeys(filter(None, split)))

@@ -1,0 +1,56 @@
+"""What tells whether rows and weights are still the same: digests of files and of model folders."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tlora.training.runconfig import RunConfig
+
+_EDGE_BYTES = 2**20
+_SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """Return the digests of what a run reads from this machine, by field: rows and base model.
+
+    What is not a local file or folder (a name on the Hub, a file that is gone) is left out.
+    """
+    found = {
+        name: file_digest(path)
+        for name, path in (("train_file", config.train_file), ("eval_file", config.eval_file))
+        if path and Path(path).is_file()
+    }
+    if config.model and Path(config.model).is_dir():
+        found["model"] = model_identity(config.model)
+    return found
+
+
+def file_digest(path: str | Path) -> str:
+    """Return a digest of a file's content."""
+    found = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def model_identity(model: str | None) -> str:
+    """Return the name of a model on the Hub, or a digest of the folder that holds one.
+
+    What sets model, tokenizer and chat template up is read whole; of weight files, which may be
+    huge, the size and the two ends are.
+    """
+    folder = Path(str(model))
+    if not folder.is_dir():
+        return str(model)
+    found = hashlib.sha256()
+    for file in sorted(file for kind in _SETUP for file in folder.glob(kind)):
+        found.update(f"{file.name} ".encode() + file.read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        with file.open("rb") as weights:
+            start = weights.read(_EDGE_BYTES)
+            weights.seek(max(0, size - _EDGE_BYTES))
+            found.update(f"{file.name} {size}".encode() + start + weights.read())
+    return found.hexdigest()

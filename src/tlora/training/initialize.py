@@ -1,0 +1,75 @@
+"""`tlora init`: calibrate, plan and attach, then save the untrained adapter and its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
+from tlora.files import replacing_folder
+from tlora.training.arguments import training_arguments
+from tlora.training.precision import widen
+from tlora.training.runconfig import RunConfig
+from tlora.training.runfolder import RunFolder
+from tlora.training.setup import Setup, settle
+
+if TYPE_CHECKING:
+    from tlora.methods.base import Plan, Prepared
+
+
+def run(config: RunConfig) -> RunFolder:
+    """Initialise an adapter for any other trainer; return the folder it is in.
+
+    The adapter is a plain PEFT one that does not change the model's output yet.
+
+    Raises:
+        ConfigError: a field is wrong, or the folder is taken, be it by a live process.
+        DataError: rows are missing or not what the task expects.
+    """
+    folder = RunFolder(config.output_dir)
+    if config.resume:
+        raise ConfigError("`resume` continues a training; leave it out.", where="run")
+    with folder.locked():
+        folder.refuse_unless_free()
+        setup = settle(config)
+        arguments = training_arguments(setup, folder.checkpoints)
+        prepared = adapt(setup, arguments.device)
+        if arguments.process_index == 0:
+            folder.start(setup.record(), "init", prepared.plan)
+            save_adapter(prepared, setup, folder.adapter)
+            folder.finish()
+    return folder
+
+
+def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
+    """Load the model onto ``device`` and prepare it by the run's method; nothing is written.
+
+    With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
+    """
+    return prepare(setup, setup.load_model(device), plan)
+
+
+def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
+    """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place.
+
+    What trains is float32 afterwards.
+    """
+    import transformers
+
+    # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
+    # calibration draws must not shift the training's.
+    transformers.set_seed(setup.config.seed)
+    prepared = setup.method.prepare(model, setup.options, setup.calibration_batches(), plan)
+    widen(prepared.model)
+    transformers.set_seed(setup.config.seed)
+    return prepared
+
+
+def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
+    """Write the adapter and the tokenizer, all of it or nothing."""
+    with replacing_folder(path) as part:
+        prepared.save(part)
+        setup.tokenizer.save_pretrained(part)
+        for file in part.iterdir():
+            # safetensors makes files private; a server under another user reads adapters too.
+            file.chmod(0o644)

@@ -1,0 +1,110 @@
+"""Records that describe a run: what the verbs that train read from flags and YAML.
+
+The text below a field is its help on the command line. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from tlora.checks import Record, Section, at_least
+from tlora.registry import METHODS
+from tlora.tasks.dataconfig import DataConfig
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4", "int8"]
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig(Section):
+    """Which training rows the method looks at before training."""
+
+    where: ClassVar[str] = "calibration"
+    prefix: ClassVar[str] = "calibration."
+
+    samples: Annotated[int, at_least(1)] = 32
+    """Training rows to calibrate on: the first ones after a seeded shuffle."""
+    batch_size: Annotated[int, at_least(1)] = 4
+    """Rows per calibration batch; it changes memory and speed, not the statistics (but for
+    `lora-ga`, which takes the mean over batches, and `eva`, which goes on by batches)."""
+    skip_bad_samples: bool = False
+    """Leave out, and name, rows without a label that counts, or whose activations, loss or gradient
+    are not finite; else they are an error (`tlora`, `corda`)."""
+    cache: str | None = None
+    """File that keeps the statistics (.safetensors): written after calibration, and used by
+    every run with the same model, rows and modules (`tlora`, `corda`)."""
+
+
+@dataclass(kw_only=True)
+class SharedConfig(Record):
+    """What does not depend on the method or the seed: a model, a task, its rows, the training.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    where: ClassVar[str] = "run"
+
+    model: str | None = None
+    """Model to adapt: a folder or a name on the Hub."""
+    task: str = "jsonl"
+    """What to learn; see `tlora list tasks`."""
+    train_file: str | None = None
+    """Training rows: a JSON, JSONL, CSV, TSV or Parquet file."""
+    dtype: Dtype = "auto"
+    """Precision to load the model in; "auto" takes the checkpoint's own."""
+    quantization: Quantization = "none"
+    """Quantize the model while loading, by bitsandbytes: "nf4" (4-bit, computing in `dtype`) or
+    "int8"; "none" leaves a checkpoint as it is, quantized or not."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Options of the method (--adapter.r 64)."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' training arguments (--trainer.learning_rate 1e-4)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.train_file and self.data.dataset:
+            yield "`train_file` and `data.dataset` are both given; give one of them."
+
+
+@dataclass(kw_only=True)
+class RunConfig(SharedConfig):
+    """One run: a model, a task, a method and where the result goes.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    eval_file: str | None = None
+    """Rows to evaluate on after training."""
+    output_dir: str = "tlora-run"
+    """Folder of the run: adapter, plan, checkpoints, log, provenance."""
+    method: str = "tlora"
+    """How to adapt; see `tlora list methods`."""
+    seed: Annotated[int, at_least(0)] = 0
+    """Seed of the weights that start random, the order of the rows and dropout."""
+    resume: bool = False
+    """Continue the run in `output_dir` from its last good checkpoint."""
+
+    def options(self) -> Any:
+        """Return the method's options record, made from `adapter`.
+
+        A method with a seed of its own takes the run's, unless it is given one.
+
+        Raises:
+            ConfigError: the method is unknown, or an option of it is unknown or out of range.
+        """
+        record = METHODS.load(self.method).options
+        seeded = any(field.name == "seed" for field in dataclasses.fields(record))
+        return record(**({"seed": self.seed} if seeded else {}) | self.adapter)
+
+    def resolved(self) -> RunConfig:
+        """Return this run with every option of the method written out, defaults included."""
+        return dataclasses.replace(self, adapter=dataclasses.asdict(self.options()))

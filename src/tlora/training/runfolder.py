@@ -1,0 +1,342 @@
+"""What a run leaves on disk, and how a later process finds its way in it.
+
+::
+
+    run.json           the resolved configuration, digests of the rows and of the base model,
+                       whether the run is finished, what it took
+    provenance.json    versions, seed, git commit and machine, one record for each start
+    plan.safetensors   the plan of the adapter, if the method makes one; or
+    initial.safetensors  A and B before training, if the method decides them
+    log.jsonl          every line that the trainer logs
+    checkpoints/       the trainer's checkpoint-N folders
+    adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer
+    metrics.json       the scores, where there are rows to evaluate on
+    .lock              while a process is at the run
+
+Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
+file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones from the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.files import locked, read_json, refuse_unusable, replacing_file, write_json
+
+if TYPE_CHECKING:
+    from tlora.methods.base import Plan
+
+_KIND = "tlora run"
+_PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+class RunFolder:
+    """The folder of one run; making this object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.plan = self.path / "plan.safetensors"
+        self.initial = self.path / "initial.safetensors"
+        self.log = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.metrics = self.path / "metrics.json"
+        self._run = self.path / "run.json"
+        self._provenance = self.path / "provenance.json"
+        self._lock = self.path / ".lock"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self._run.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here came to its end."""
+        return self.exists and self._read().get("status") == "finished"
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved configuration that the run was started with."""
+        return self._read()["config"]
+
+    def _read(self) -> dict[str, Any]:
+        run = read_json(self._run)
+        if not isinstance(run, dict) or run.get("kind") != _KIND or "config" not in run:
+            raise ArtifactError(f"{self._run}: not written by `tlora`; choose another folder.")
+        return run
+
+    def refuse_unless_free(self) -> None:
+        """Check that a new run may start here, without writing anything.
+
+        Raises:
+            ConfigError: the folder holds a run, or anything else.
+        """
+        if self.exists:
+            state = "a finished" if self.finished else "an unfinished"
+            advice = "choose" if self.finished else "add --resume to continue it, or choose"
+            fault = f"{self.path} holds {state} run; {advice} another --output_dir."
+            raise ConfigError(fault, where="output_dir")
+        refuse_unusable(self.path)
+        if any(path.is_file() and path != self._lock for path in self.path.rglob("*")):
+            fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
+            raise ConfigError(fault, where="output_dir")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from running here, for as long as this one lives.
+
+        Of the ranks of a launch the first holds the lock for all. What is made for the lock goes
+        with it: a folder that nothing was written to is not left behind.
+
+        Raises:
+            ConfigError: a process is at it, or the folder cannot be written to.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        refuse_unusable(self.path)
+        path = self.path.absolute()
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        refusal = ConfigError(
+            f"{self.path}: another process is at the run in it; wait for it, or choose another"
+            " --output_dir.",
+            where="output_dir",
+        )
+        with locked(self._lock, refusal):
+            try:
+                yield
+            finally:
+                self._lock.unlink(missing_ok=True)
+                # The trainer makes a folder for checkpoints before it has looked at anything.
+                for folder in (self.checkpoints, *new):
+                    with contextlib.suppress(OSError):  # not empty, or not there
+                        folder.rmdir()
+
+    def refuse_changed(self, inputs: dict[str, str]) -> None:
+        """Check that a run to be resumed reads what it was started with.
+
+        Args:
+            inputs: digests as `digests.inputs_of` gives them now. A run that has saved none (an
+                older version's) is not checked.
+
+        Raises:
+            ConfigError: rows or model have changed, or are gone; each is named.
+        """
+        config = self.config()
+        faults = [
+            f"`{name}`, {config.get(name)}, has changed or is gone since the run was started; put"
+            " it back as it was, or start a new run in another --output_dir."
+            for name, before in self._read().get("inputs", {}).items()
+            if inputs.get(name) != before
+        ]
+        if faults:
+            raise ConfigError(faults, where="resume")
+
+    def start(
+        self,
+        config: dict[str, Any],
+        verb: str,
+        plan: Plan | None = None,
+        inputs: dict[str, str] | None = None,
+    ) -> None:
+        """Write down what is about to run; a resumed run adds its provenance.
+
+        From the first file on the folder is one that can be resumed.
+
+        Args:
+            config: the resolved configuration.
+            verb: what runs, "train" or "init".
+            plan: what was decided before training.
+            inputs: digests of what is read, which a resumed run is held to.
+        """
+        run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
+        write_json(self._run, run | {"inputs": inputs or {}})
+        starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
+        starts.append(provenance(seed=config.get("seed"), output=self.path))
+        write_json(self._provenance, {"starts": starts})
+        if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
+            plan.save(self.path)
+
+    def saved_plan(self) -> Plan | None:
+        """Return what was decided when the run was started; None if nothing is saved of it."""
+        from tlora.adapter.initial import InitialAdapter
+        from tlora.adapter.plan import AdapterPlan
+
+        if self.initial.is_file():
+            return InitialAdapter.load(self.initial)
+        return AdapterPlan.load(self.plan) if self.plan.is_file() else None
+
+    def finish(self, measured: dict[str, Any] | None = None) -> None:
+        """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
+        write_json(self._run, self._read() | {"status": "finished", "measured": measured or {}})
+
+    def measured(self) -> dict[str, Any]:
+        """Return what a finished run measured: trainable parameters, seconds of each stage."""
+        return self._read().get("measured", {})
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; one that a kill left half-written is passed over."""
+        good = [path for path in self._checkpoint_folders() if _is_whole(path)]
+        return good[-1] if good else None
+
+    def drop_checkpoints_after(self, step: int) -> list[Path]:
+        """Remove, and return, what a killed run left beyond ``step``, where it goes on.
+
+        The trainer would write into those half-written folders, and count them as good when it
+        deletes old ones.
+        """
+        beyond = [path for path in self._checkpoint_folders() if (_step(path.name) or 0) > step]
+        for path in beyond:
+            shutil.rmtree(path)
+        return beyond
+
+    def _checkpoint_folders(self) -> list[Path]:
+        found = (path for path in self.checkpoints.glob("checkpoint-*") if _step(path.name))
+        return sorted(found, key=lambda path: _step(path.name) or 0)
+
+    def append_log(self, line: dict[str, Any]) -> None:
+        """Add one line to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines after ``step``, which a run resumed from there will write again."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue  # the last line of a killed process
+        with replacing_file(self.log) as part:
+            part.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(name: str) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is complete.
+
+    The trainer writes its state last, so a state that reads means that the files before it were
+    closed; their own ends are looked at as well, for a disk that was full.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint.name):
+        return False
+    weights = [*checkpoint.glob("*.safetensors")]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    # Sharded optimizers (DeepSpeed, FSDP) are kept in folders instead.
+    has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
+        path.is_dir() for path in checkpoint.iterdir()
+    )
+    return (
+        bool(weights)
+        and has_optimizer
+        and all(map(_is_whole_safetensors, weights))
+        and all(map(zipfile.is_zipfile, archives))
+    )
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:
+    """Return what is needed to tell where a result came from, as plain JSON values.
+
+    Args:
+        seed: of the run, if it has one.
+        output: the folder that results go to. It may lie in the repository whose state is told;
+            its own files do not make that dirty.
+    """
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": git_state(Path.cwd(), output),
+        "hardware": _hardware(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path, output: str | Path | None = None) -> dict[str, Any] | None:
+    """Return {"commit", "dirty"} of the repository that ``folder`` is in, or None.
+
+    Files under ``output`` do not count.
+    """
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=folder, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        commit, top = git("rev-parse", "HEAD", "--show-toplevel").splitlines()
+        paths = [":/"]
+        if output is not None and Path(top) in (own := Path(output).resolve()).parents:
+            paths.append(f":(top,exclude,literal){own.relative_to(top).as_posix()}")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", *paths)
+        return {"commit": commit, "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else None
+    )
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "gpus": names,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())

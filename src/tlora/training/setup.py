@@ -1,0 +1,284 @@
+"""Everything about a run that can be settled and checked before its folder is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora import extras
+from tlora.errors import ConfigError, DataError, first_line
+from tlora.models.pretrained import Pretrained, check_model_folder
+from tlora.registry import METHODS, TASKS
+from tlora.tasks.base import Row, Task
+from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
+from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.tokens import tokenized
+from tlora.training.kinds import KINDS, KindSpec, check_trainer_fields
+from tlora.training.runconfig import RunConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tlora.methods.base import Method, Samples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """A checked run: its parts loaded, its rows tokenized, nothing written yet."""
+
+    config: RunConfig
+    method: Method
+    options: Any
+    """The method's options, with the task type filled in."""
+    task: Task
+    kind: KindSpec
+    tokenizer: PreTrainedTokenizerBase
+    collator: Callable[..., Any]
+    train: Dataset
+    """Token ids and labels of the training rows."""
+    held_out: Dataset | None
+    """The same of the evaluation rows."""
+    validation: Dataset | None
+    """The same of a file of validation rows."""
+    left_out: Sequence[int]
+    """Indices of the raw training rows that were left out because they repeat prompts."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the resolved configuration for the run's folder, with the classes as settled.
+
+        The order of the head's outputs is known by it, whatever becomes of the training rows.
+        """
+        resolved = self.config.resolved()
+        if self.task.kind == "classification" and type(self.task).label_names is None:
+            data = dataclasses.replace(resolved.data, label_names=self.task.label_names)
+            resolved = dataclasses.replace(resolved, data=data)
+        return resolved.to_dict()
+
+    def calibration_batches(self) -> Samples:
+        """Return the calibration rows in batches: the first ones after a seeded shuffle.
+
+        In a process group they are dealt out to the processes like cards, if the method adds up
+        what they see.
+        """
+        from torch.utils.data import DataLoader
+
+        from tlora.calibration.group import SINGLE_PROCESS, process_group
+        from tlora.methods.base import Samples
+
+        count = min(self.config.calibration.samples, len(self.train))
+        group = process_group() if self.method.traits.pools else SINGLE_PROCESS
+        own = range(group.process, count, group.size)
+        rows = self.train.shuffle(seed=self.config.seed).select(own)
+        options = self.config.calibration
+        loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)
+        return Samples(loader, options.skip_bad_samples, options.cache)
+
+    def load_model(self, device: Any) -> PreTrainedModel:
+        """Load the base model with the head of the task; a new head is drawn from the run's seed.
+
+        What else of a classifier the files lack (DeBERTa's pooler, say) is drawn too. Adapted or
+        frozen it could not be saved, so it is added to the options' `modules_to_save`.
+
+        Args:
+            device: where to calibrate and train.
+
+        Raises:
+            ConfigError: there is no such model, it has no head of that kind, or it cannot be
+                quantised as the run says.
+        """
+        import transformers
+
+        from tlora.calibration.preserve import keep_gradients
+
+        transformers.set_seed(self.config.seed)
+        head = self._head()
+        model, missing = pretrained(self.config).model(self.kind.auto_model, device, fields=head)
+        if model.config.pad_token_id is None:
+            # Decoders that classify find the last real token by it.
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        if head:
+            self._train_in_full(missing)
+        keep_gradients(model)
+        return model
+
+    def _head(self) -> dict[str, Any]:
+        """Return the fields of the model's configuration that give a classifier its head."""
+        if self.kind.task_type != "SEQ_CLS":
+            return {}
+        names = self.task.label_names or ["value"]
+        return self.task.head | {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+
+    def _train_in_full(self, drawn: Iterable[str]) -> None:
+        """Let the modules of parameters that the files lack train in full, besides the head."""
+        from tlora.calibration.targets import heads_of
+
+        if not hasattr(self.options, "modules_to_save"):
+            return  # all of the model trains
+        known = set(heads_of(self.options))
+        modules = {name.rpartition(".")[0] for name in drawn}
+        new = sorted(m for m in modules if m and not known.intersection(m.split(".")))
+        if new:
+            asked = self.options.modules_to_save or []
+            logger.warning(
+                "%s has no %s, which starts at random; it trains in full and is saved with the"
+                " adapter.",
+                self.config.model,
+                ", ".join(new),
+            )
+            self.options = dataclasses.replace(self.options, modules_to_save=asked + new)
+
+
+def settle(
+    config: RunConfig, validation: str | None = None, left_out: Sequence[int] | None = None
+) -> Setup:
+    """Check ``config`` against the method, the trainer, the model and the rows, in that order.
+
+    Args:
+        config: the run.
+        validation: a further file of evaluation rows.
+        left_out: indices of the training rows to leave out, where overlap with evaluation rows has
+            been looked for before; None: it is looked for here.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range.
+        DataError: rows are missing or not what the task expects, or training rows repeat prompts of
+            evaluation rows, or validation rows those of rows that are reported on.
+    """
+    if not config.model:
+        raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
+    options = config.options()
+    task = TASKS.load(config.task)(config.data)
+    kind = KINDS[task.kind]
+    if options.task_type is None:
+        options = dataclasses.replace(options, task_type=kind.task_type)
+    check_trainer_fields(kind, config.trainer)
+    if kind.task_type == "SEQ_CLS" or task.reads_replies:
+        extras.require("compare", where="task")  # its metrics are of scipy and scikit-learn
+    tokenizer = load_tokenizer(config)
+    train, held_out, choosing = _read(config, task, validation)
+    if left_out is None:
+        left_out = _overlap(task, train, held_out, choosing)
+    if left_out:
+        train = train.without(left_out)
+
+    def encoded(part: _Part) -> Dataset:
+        return tokenized(part.raw, part.rows, task, kind.encode, tokenizer, part.name)
+
+    return Setup(
+        config=config,
+        method=METHODS.load(config.method)(),
+        options=options,
+        task=task,
+        kind=kind,
+        tokenizer=tokenizer,
+        collator=kind.collator(tokenizer),
+        train=encoded(train),
+        held_out=held_out and encoded(held_out),
+        validation=choosing and encoded(choosing),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Raw rows, what the task makes of them, and what messages call them."""
+
+    name: str
+    raw: Dataset
+    rows: list[Row]
+
+    def without(self, left_out: Sequence[int]) -> _Part:
+        kept = sorted(set(range(len(self.rows))).difference(left_out))
+        return _Part(self.name, self.raw.select(kept), [self.rows[index] for index in kept])
+
+
+def _read(
+    config: RunConfig, task: Task, validation: str | None
+) -> tuple[_Part, _Part | None, _Part | None]:
+    """Return the training rows, the evaluation rows and those of the file ``validation``."""
+    train, held_out = task.load(config.train_file, config.eval_file)
+    name = config.train_file or config.data.dataset or "training rows"
+    parts: list[_Part | None] = [None, None]
+    if held_out is not None:
+        other = config.eval_file or "evaluation rows"
+        parts[0] = _Part(other, held_out, task.rows(held_out, other))
+    if validation is not None:
+        _, raw = task.load(config.train_file, validation)
+        parts[1] = raw and _Part(validation, raw, task.rows(raw, validation))
+    return _Part(name, train, task.rows(train, name)), parts[0], parts[1]
+
+
+def _overlap(
+    task: Task, train: _Part, held_out: _Part | None, choosing: _Part | None
+) -> Sequence[int]:
+    """Return the indices of the training rows to leave out."""
+    prompts = {
+        part.name: PromptIndex(map(prompt_of, part.rows))
+        for part in (held_out, choosing)
+        if part is not None
+    }
+    found = overlapping_rows(train.rows, prompts | guarded(task.data), task, train.name)
+    if held_out is not None and choosing is not None:
+        reported = (held_out.name, prompts[held_out.name])
+        refuse_overlap(choosing.rows, reported, task, choosing.name)
+    return found
+
+
+def guarded(data: DataConfig) -> dict[str, PromptIndex]:
+    """Return the prompts of the evaluations of `data.guard`, by name.
+
+    Raises:
+        ConfigError: one of them is not known, or asks for programs.
+        DataError: their rows cannot be had.
+    """
+    if not data.guard:
+        return {}
+    from tlora.evaluations import catalog as catalogue
+
+    asked = catalogue.prompts(data.guard, data.guard_dir, where="data.guard")
+    return {
+        name: PromptIndex(prompt_of({"prompt": prompt}) for prompt in prompts)
+        for name, prompts in asked.items()
+    }
+
+
+def pretrained(config: RunConfig) -> Pretrained:
+    """Return the base model that a run adapts, and the precision to load it in."""
+    return Pretrained(
+        name=str(config.model),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer; without a padding token the closing one pads.
+
+    Raises:
+        ConfigError: there is no such model or no tokenizer with it.
+        DataError: there is no token to pad with.
+    """
+    check_model_folder(config.model)
+    try:
+        tokenizer = pretrained(config).tokenizer()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer of {config.model!r} cannot be loaded"
+            f" ({first_line(error).rstrip('.')}); give a model's folder, or a name on the Hub.",
+            "model",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise DataError(f"the tokenizer of {config.model!r} has no token to pad with; add one.")
+    return tokenizer

@@ -1,0 +1,69 @@
+"""YAML in which `1e-4` is a number and a date is text, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import ConfigError
+
+_FLOAT = "tag:yaml.org,2002:float"
+_SCIENTIFIC = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Read a file of `field: value` lines, in which `1e-4` is a number.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), _loader())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}).", "command line") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"{file}: not YAML ({cause}).", where="command line") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{file}: give `field: value` lines.", where="command line")
+    return values or {}
+
+
+def read_value(text: str) -> Any:
+    """Read one value as YAML; what is no YAML is text."""
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError:
+        return text
+
+
+def to_yaml(record: Any) -> str:
+    """Return a record as YAML that `--config` reads back into the same record."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes text that `read_yaml` would take for a number."""
+
+    Dumper.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
+    values = dataclasses.asdict(record)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Takes `1e-4` for a number and a date for text."""
+
+    Loader.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
+    as_text: Any = Loader.construct_yaml_str
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
+    return Loader

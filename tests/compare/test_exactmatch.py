@@ -1,0 +1,120 @@
+"""Exact match by writing, on tokenised rows, and as the metric of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from tlora.compare import compare
+from tlora.compare.compareconfig import CompareConfig
+from tlora.compare.exactmatch import exact_match, prompt_and_response
+from tlora.compare.experiment import experiment
+from tlora.demo.corpus import held_out_rows
+from tlora.demo.run import _load_base
+from tlora.demo.solve import answers
+from tlora.demo.solve import exact_match as by_text
+from tlora.errors import DataError
+from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.tokens import causal
+
+
+def tokenised(tokenizer, rows):
+    return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
+
+
+def test_it_equals_exact_match_by_text_and_leaves_the_model_as_it_was():
+    model, tokenizer = _load_base()
+    rows = [row for form in ("gain", "symbols") for row in held_out_rows(form, seed=1, count=4)]
+    written = answers(model, tokenizer, [row["prompt"] for row in rows])
+    right = [dict(row, response=w) for row, w in zip(rows, written, strict=True)]
+    mixed = [*right[:6], *(dict(row, response="no number") for row in right[6:])]
+    model.train()
+    for batch_size in (1, 3, 100):
+        assert exact_match(model, tokenizer, tokenised(tokenizer, mixed), batch_size) == 0.75
+    assert model.training
+    assert by_text(model, tokenizer, mixed) == 0.75
+
+
+def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
+    model, tokenizer = _load_base()
+    rows = tokenised(tokenizer, held_out_rows("gain", seed=1, count=8))
+    plain = exact_match(model, tokenizer, rows, 8)
+    assert plain > 0.5
+    model.generation_config.update(
+        repetition_penalty=5.0, min_new_tokens=8, do_sample=True, num_beams=2
+    )
+    before = model.generation_config.to_dict()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for each in (model, adapted):
+        assert exact_match(each, tokenizer, rows, 8) == plain
+        assert each.generation_config.to_dict() == before
+
+
+def test_a_row_without_prompt_or_with_two_responses_is_refused():
+    assert prompt_and_response({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == ([5], [6, 7])
+    for labels in ([5, 6, 7], [-100, 6, -100]):
+        with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+            prompt_and_response({"input_ids": [5, 6, 7], "labels": labels})
+
+
+@pytest.fixture
+def config(llama_folder, sums, other_sums, tmp_path):
+    return CompareConfig(
+        model=llama_folder,
+        train_file=sums,
+        test_file=other_sums,
+        validation=4,
+        methods=["lora"],
+        learning_rates=[1e-2],
+        tuning_seeds=[0],
+        final_seeds=[1],
+        threads=1,
+        metric="exact_match",
+        output_dir=str(tmp_path / "out"),
+        trainer={"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True},
+    )
+
+
+def test_a_comparison_by_it_writes_answers_and_higher_is_better(config):
+    found = compare.identify(config, compare.check(config))
+    assert (found.metric, found.better) == ("exact_match", "higher")
+    progress = compare.run(config)
+    assert (progress.finished, progress.failed) == (2, [])
+    folder = compare.CompareFolder(config.output_dir)
+    for record in map(folder.record, folder.names()):
+        (scores,) = record["scores"].values()
+        assert 0 <= scores["exact_match"] <= 1
+        assert scores["loss"] > 0
+
+
+def test_runs_by_loss_are_other_runs(config):
+    by_loss, by_name = (dataclasses.replace(config, metric=m) for m in ("loss", None))
+    assert experiment(by_loss) == experiment(by_name) != experiment(config)
+
+
+def test_plain_text_is_refused_before_anything_is_written(config):
+    whole = dataclasses.replace(config, data=DataConfig(loss_on="all"))
+    with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+        compare.run(whole)
+    assert not compare.CompareFolder(config.output_dir).path.exists()
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
+    # The rows of one side have a longer response than those of the other.
+    long, file = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text(json.dumps({"prompt": "long?", "response": "so " * 40}) + "\n")
+    file.write_text(json.dumps({"prompt": "short?", "response": "so"}) + "\n")
+    sides = {"validation": str(file), "test_file": str(file)}
+    sides[{"validation": "validation", "test": "test_file"}[part]] = str(long)
+    cut = dataclasses.replace(config, data=DataConfig(max_length=40), **sides)
+    with pytest.raises(DataError, match=f"1 of 1 {part} rows end at `data.max_length`, 40 tokens"):
+        compare.run(cut)
+    assert not compare.CompareFolder(config.output_dir).path.exists()
+    by_loss = dataclasses.replace(cut, metric="loss")
+    assert compare.check(by_loss)
+    compare.check(dataclasses.replace(cut, data=DataConfig(max_length=256)))

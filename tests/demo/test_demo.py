@@ -1,0 +1,84 @@
+"""The demonstration, cut short: what it promises about its files and its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tlora import cli
+from tlora.demo import corpus
+from tlora.demo import run as demo
+from tlora.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    told: list[str] = []
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = demo.run(str(folder), seed=0, tell=told.append, steps=20)
+    return folder, done, told
+
+
+def test_base_cannot_do_the_task_and_both_methods_are_scored(result):
+    _, done, _ = result
+    scores = {score.method: score for score in done.scores}
+    assert list(scores) == ["base", "lora", "tlora"]
+    assert scores["base"].exact_match < 0.2
+    assert scores["base"].trainable == 0
+    assert 0 < scores["tlora"].trainable < scores["lora"].trainable
+
+
+def test_peft_alone_gives_the_same_logits(result):
+    _, done, _ = result
+    assert done.difference < 1e-5
+
+
+def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
+    folder, done, _ = result
+    train, test = (
+        [json.loads(line)["prompt"] for line in (folder / name).read_text().splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    )
+    assert len(test) == done.test_rows
+    assert not set(train) & set(test)
+
+
+def test_pictures_are_png_and_the_table_is_on_disk(result):
+    folder, done, _ = result
+    said = cli._demo_pictures(done.runs)
+    assert said == f"{folder / 'plan.png'}, {folder / 'loss.png'}"
+    for picture in said.split(", "):
+        assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((folder / "demo.json").read_text())
+    assert [score["method"] for score in saved["scores"]] == ["base", "lora", "tlora"]
+
+
+def test_a_taken_folder_is_refused_before_anything_is_written(result):
+    folder, _, _ = result
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ConfigError, match="not empty"):
+        demo.run(str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_an_adapter_that_peft_reads_differently_is_reported(result, monkeypatch):
+    folder, _, _ = result
+    monkeypatch.setattr(demo, "_TOLERANCE", -1.0)
+    model, tokenizer = demo._load_base()
+    with pytest.raises(demo.AdapterError, match="its logits differ"):
+        demo._reload_alone(model, tokenizer, demo.RunFolder(folder / "tlora"), ["1+1="])
+
+
+def test_the_rows_of_every_task_alone(tmp_path, capsys):
+    assert cli.main(["demo", "--rows_only", "--output_dir", str(tmp_path / "rows")]) == 0
+    told = capsys.readouterr()
+    for form in corpus.SHIFTED:
+        train, test = (
+            [json.loads(line) for line in (tmp_path / "rows" / form / name).open()]
+            for name in ("train.jsonl", "test.jsonl")
+        )
+        assert (train, test) == corpus.shifted_task(0, test=500, form=form)
+        assert f"{form}: " in told.out + told.err
+    assert demo.BASE_MODEL in told.out + told.err

@@ -1,0 +1,326 @@
+"""`tlora eval` from end to end on the shipped base: one table, kept when stopped, gone on with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tlora import cli
+from tlora.demo.run import BASE_MODEL
+from tlora.errors import AdapterError, ConfigError
+from tlora.evaluate import evaluate, loading
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.harness_task import HarnessTask
+
+
+@pytest.fixture
+def config(here, demo_adapter, demo_file):
+    """Make a short evaluation; fields can be changed."""
+
+    def make(**fields):
+        given = {
+            "models": [f"drawn={demo_adapter}"],
+            "with_base": True,
+            "tasks": ["jsonl"],
+            "test_file": demo_file,
+            "output_dir": "out",
+        }
+        return EvalConfig(**given | fields)
+
+    return make
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The names of the models that were loaded."""
+    names = []
+    load = loading.load
+
+    def noted(evaluated, *args, **head):
+        names.append(evaluated.name)
+        return load(evaluated, *args, **head)
+
+    monkeypatch.setattr(loading, "load", noted)
+    return names
+
+
+def lines(model, task="jsonl"):
+    return EvalFolder("out").read_samples(model, task)
+
+
+def test_one_table_of_base_adapter_and_merged(config, loaded, demo_file):
+    said = []
+    folder = evaluate.run(config(with_merged=True), tell=said.append)
+    found = folder.read()
+    names = ["base", "drawn", "drawn-merged"]
+    assert loaded == names
+    assert [(m["name"], m["kind"]) for m in found["models"]] == [
+        ("base", "base"),
+        ("drawn", "adapter"),
+        ("drawn-merged", "merged"),
+    ]
+    (task,) = found["tasks"]
+    rows = [json.loads(line) for line in Path(demo_file).read_text().splitlines()]
+    assert (task["name"], task["metrics"], task["items"]) == ("jsonl", ["exact_match"], len(rows))
+    for name in names:
+        sample = lines(name)
+        assert [line["prompt"] for line in sample] == [row["prompt"] for row in rows]
+        assert [line["target"] for line in sample] == [row["response"] for row in rows]
+        for line in sample:
+            right = line["reply"].strip() == line["target"].strip()
+            assert line["scores"] == {"exact_match": float(right)}
+        mean = sum(line["scores"]["exact_match"] for line in sample) / len(rows)
+        assert task["scores"][name] == {"exact_match": pytest.approx(mean)}
+        assert task["seconds"][name] > 0
+    assert task["scores"]["base"]["exact_match"] > 0.4  # it knows the bare sums
+    assert lines("drawn") == lines("drawn-merged") != lines("base")
+    assert found["config"]["with_merged"] is True
+    assert found["provenance"]["packages"]["lm_eval"]
+    assert len(said) == 3
+
+
+def test_a_second_call_loads_nothing_and_changes_no_result(config, loaded):
+    evaluate.run(config())
+    before, files = EvalFolder("out").read(), sorted(Path("out").rglob("*.jsonl"))
+    times = [file.stat().st_mtime_ns for file in files]
+    loaded.clear()
+    evaluate.run(config())
+    after = EvalFolder("out").read()
+    assert loaded == []
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert (after["tasks"], after["models"]) == (before["tasks"], before["models"])
+
+
+def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatch):
+    ask = HarnessTask.evaluate
+
+    def stopped(self, lm, answered):
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return ask(self, lm, answered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HarnessTask, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt, match="the same command does the rest"):
+            evaluate.run(config())
+    (task,) = EvalFolder("out").read()["tasks"]
+    assert list(task["scores"]) == ["base"]
+    assert [file.parent.name for file in Path("out").rglob("*.jsonl")] == ["base"]
+    loaded.clear()
+    evaluate.run(config())
+    assert loaded == ["drawn"]
+    (task,) = EvalFolder("out").read()["tasks"]
+    assert list(task["scores"]) == ["base", "drawn"]
+
+
+def test_models_can_be_added_to_a_table(config, loaded):
+    evaluate.run(config(with_base=False, limit=4))
+    evaluate.run(config(models=[BASE_MODEL], with_base=False, limit=4))
+    evaluate.run(config(with_base=False, merge=True, limit=4))
+    assert loaded == ["drawn", "base", "drawn-merged"]
+    found = EvalFolder("out").read()
+    assert [model["name"] for model in found["models"]] == ["base", "drawn", "drawn-merged"]
+    assert set(found["tasks"][0]["scores"]) == {"base", "drawn", "drawn-merged"}
+
+
+def test_a_model_that_has_changed_is_evaluated_anew(config, loaded, demo_adapter, here):
+    import shutil
+
+    shutil.copytree(demo_adapter, "mine")
+    evaluate.run(config(models=["mine"]))
+    fields = json.loads(Path("mine/adapter_config.json").read_text())
+    fields["lora_alpha"] *= 2
+    fields["alpha_pattern"] = {key: 2 * value for key, value in fields["alpha_pattern"].items()}
+    Path("mine/adapter_config.json").write_text(json.dumps(fields))
+    before = lines("mine")
+    loaded.clear()
+    evaluate.run(config(models=["mine"]))
+    assert loaded == ["mine"]
+    assert lines("mine") != before
+
+
+def test_results_of_other_settings_are_not_mixed(config, demo_file):
+    evaluate.run(config(limit=4))
+    with pytest.raises(ConfigError) as error:
+        evaluate.run(config(limit=5, gen_kwargs={"max_gen_toks": 3}))
+    assert error.value.faults == (
+        "`limit` is 5, but out was made with 4; choose another --output_dir.",
+        "`gen_kwargs` is {'max_gen_toks': 3}, but out was made with {}; choose another"
+        " --output_dir.",
+    )
+    with pytest.raises(ConfigError, match="out has another model called 'drawn'"):
+        evaluate.run(config(limit=4, models=[f"drawn={BASE_MODEL}"], with_base=False))
+
+
+def test_a_folder_without_results_takes_other_settings(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(HarnessTask, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.run(config(limit=4))
+    found = evaluate.run(config(limit=3)).read()
+    assert found["config"]["limit"] == 3
+    assert [task["items"] for task in found["tasks"]] == [3]
+    assert len(lines("drawn")) == 3
+
+
+BAD = [
+    ({"models": ["nowhere/at/all"]}, "there is no folder 'nowhere/at/all'"),
+    (
+        {"test_file": None, "tasks": ["gsm8k-paper"], "data_dir": "."},
+        "has none of gsm8k/test.jsonl",
+    ),
+    ({"test_file": "gone.jsonl"}, "gone.jsonl: there is no such file"),
+    ({"tasks": ["gsm8k"]}, "'gsm8k' are not scored by their responses"),
+    ({"gen_kwargs": {"max_gen_toks": 256}}, "256 new tokens are asked for, and base holds 256"),
+    ({"gen_kwargs": {"max_gen_toks": "abc"}}, "`gen_kwargs.max_gen_toks` is 'abc'"),
+    ({"gen_kwargs": {"max_new_tokens": 0}}, "`gen_kwargs.max_new_tokens` is 0"),
+    ({"gen_kwargs": {"temperature": "hot"}}, "`gen_kwargs.temperature` is 'hot'"),
+    ({"gen_kwargs": {"do_sample": "maybe"}}, "`gen_kwargs.do_sample` is 'maybe'"),
+    ({"gen_kwargs": {"num_beam": 2}}, "has 'num_beam', which generation does not know. Did you"),
+    ({"limit": 1.5}, "`limit` is 1.5"),
+    ({"apply_chat_template": True}, "has no chat template"),
+    ({"device": "cuda:77"}, "device: 'cuda:77'"),
+    ({"tokenizer": "./nothing"}, "no tokenizer can be loaded from './nothing'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BAD, ids=lambda each: str(each)[:40])
+def test_bad_input_is_refused_before_anything_is_loaded_or_written(config, loaded, fields, said):
+    with pytest.raises((ConfigError, OSError, ValueError)) as error:
+        evaluate.run(config(**fields))
+    assert said in str(error.value)
+    assert loaded == []
+    assert not Path("out").exists()
+
+
+def test_a_taken_folder_is_refused(config, here):
+    (here / "out").mkdir()
+    (here / "out/run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="out holds something else"):
+        evaluate.run(config())
+
+
+def test_two_processes_do_not_write_one_table(config):
+    with (
+        EvalFolder("out").locked(),
+        pytest.raises(ConfigError, match="out: another process is evaluating into it"),
+    ):
+        evaluate.run(config(limit=1))
+    assert not EvalFolder("out").exists
+    assert evaluate.run(config(limit=1)).exists
+
+
+def test_the_command_line_says_where_the_result_is(config, capsys, demo_adapter, demo_file):
+    words = ["eval", "--with_base", f"drawn={demo_adapter}", "--tasks", "jsonl"]
+    words += ["--test_file", demo_file, "--limit", "3", "--output_dir", "out"]
+    assert cli.main([*words, "--gen_kwargs", "max_gen_toks=4,do_sample=false"]) == 0
+    out = capsys.readouterr().out
+    assert "base: jsonl: exact_match" in out
+    found = EvalFolder("out").read()
+    assert found["config"]["gen_kwargs"] == {"max_gen_toks": 4, "do_sample": False}
+    assert found["tasks"][0]["items"] == 3
+    assert cli.main(["eval", "--tasks", "jsonl", "--limit", "0"]) == 2
+    assert "2 faults" in capsys.readouterr().err
+
+
+def test_a_file_of_fields_gives_the_record_that_print_config_shows(here, capsys):
+    (here / "eval.yaml").write_text(
+        "models: [one, named=two]\ntasks: a, b\nlimit: 5\ngen_kwargs: {max_gen_toks: 7}\n"
+    )
+    words = ["--with_base", "--gen_kwargs", "temperature=0.5", "--limit", "0.5", "--print_config"]
+    assert cli.main(["eval", "eval.yaml", *words]) == 0
+    shown = capsys.readouterr().out
+    fields = yaml.safe_load(shown)
+    assert (fields["models"], fields["tasks"]) == (["one", "named=two"], ["a", "b"])
+    assert (fields["limit"], fields["with_base"]) == (0.5, True)
+    assert fields["gen_kwargs"] == {"max_gen_toks": 7, "temperature": 0.5}
+    (here / "shown.yaml").write_text(shown)
+    assert cli.main(["eval", "shown.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == shown
+    assert cli.main(["eval", "eval.yaml", "three", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["models"] == ["three"]
+    assert cli.main(["eval", "one", "--task", "a"]) == 2
+    assert "there is no flag `--task`. Did you mean '--tasks'?" in capsys.readouterr().err
+    assert cli.main(["eval", "one", "--tasks"]) == 2
+    assert "--tasks needs a value" in capsys.readouterr().err
+
+
+def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
+    rows = [{"q": f"{n}+1=", "right": n % 2, "options": ["5", "7"]} for n in range(4)]
+    (here / "rows.json").write_text(json.dumps(rows))
+    (here / "choice.yaml").write_text(
+        "task: choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.json}}\n"
+        "test_split: test\nfewshot_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\ndoc_to_target: right\n"
+        "target_delimiter: ''\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true},"
+        " {metric: brier_score, aggregation: brier_score, higher_is_better: false}]\n"
+    )
+    for size in (1, 8):
+        folder = f"out{size}"
+        fields = {"test_file": None, "tasks": ["./choice.yaml"], "batch_size": size}
+        fields |= {"num_fewshot": 2}
+        evaluate.run(config(**fields, output_dir=folder))
+    one, many = (EvalFolder(f"out{size}").read()["tasks"][0] for size in (1, 8))
+    assert one["metrics"] == ["acc", "-brier_score"]
+    for model in ("base", "drawn"):
+        for metric in one["metrics"]:
+            assert one["scores"][model][metric] == pytest.approx(many["scores"][model][metric])
+        assert one["scores"][model]["-brier_score"] < 0
+        said = [EvalFolder(f"out{size}").read_samples(model, "choice") for size in (1, 8)]
+        assert said[0] == said[1]
+        assert {line["reply"] for line in said[0]} <= {"5", "7"}
+    # The examples are drawn anew for each model, and are the same.
+    asked = [
+        [line["prompt"] for line in EvalFolder("out1").read_samples(m, "choice")]
+        for m in ("base", "drawn")
+    ]
+    assert asked[0] == asked[1]
+    assert all(prompt.count("+1=") == 3 for prompt in asked[0])
+    assert one["shots"] == 2
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_adapter_that_does_not_fit_leaves_no_folder(config, saved, tiny_llama, there):
+    if there:
+        Path("out/notes").mkdir(parents=True)
+    with pytest.raises(AdapterError, match="does not fit"):
+        evaluate.run(config(model=saved(tiny_llama()), with_base=False))
+    assert [str(path) for path in Path("out").rglob("*")] == ["out/notes"] * there
+    assert Path("out").exists() == there
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_cut_off_adapter_is_named_and_leaves_no_folder(config, demo_adapter, tmp_path):
+    shutil.copytree(demo_adapter, tmp_path / "cut")
+    cut_off(tmp_path / "cut" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: cut off or damaged"):
+        evaluate.run(config(models=[str(tmp_path / "cut")], with_base=False))
+    assert not Path("out").exists()
+
+
+def test_a_cut_off_base_is_named_and_leaves_no_folder(config, saved, tiny_llama):
+    base = saved(tiny_llama())
+    cut_off(Path(base) / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
+        evaluate.run(config(models=[base], with_base=False))
+    assert not Path("out").exists()
+
+
+def test_what_is_finished_is_kept_when_a_later_adapter_does_not_fit(
+    config, demo_adapter, saved, tiny_llama
+):
+    evaluate.run(config(with_base=False))
+    before = EvalFolder("out").read()
+    with pytest.raises(AdapterError, match="does not fit"):
+        evaluate.run(
+            config(models=[f"other={demo_adapter}"], model=saved(tiny_llama()), with_base=False)
+        )
+    assert EvalFolder("out").read()["tasks"] == before["tasks"]
+    assert lines("drawn")

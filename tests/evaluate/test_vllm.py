@@ -1,0 +1,91 @@
+"""What reaches vLLM; the engine itself is not installed where the tests run."""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.model import LM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tlora.demo.run import BASE_MODEL
+from tlora.errors import ConfigError
+from tlora.evaluate import evaluate, loading
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evaluated_models import resolve
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A stand-in that notes what it was made with."""
+
+    class VLLM(LM):
+        def __init__(self, **made):
+            self.made = made
+
+    module = types.ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = VLLM
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "tlora.evaluate.vllm", raising=False)
+    yield importlib.import_module("tlora.evaluate.vllm").MergedVLLM
+    sys.modules.pop("tlora.evaluate.vllm", None)
+
+
+def test_an_adapter_is_merged_into_a_folder_that_goes_with_the_model(engine, demo_adapter):
+    config = EvalConfig(
+        models=[demo_adapter],
+        tasks=["t"],
+        with_base=True,
+        merge=True,
+        backend="vllm",
+        max_length=99,
+    )
+    base, merged = resolve(config)
+    assert engine(base, config).made["pretrained"] == BASE_MODEL
+    lm = engine(merged, config)
+    place = lm.made["pretrained"]
+    assert (lm.made["tokenizer"], lm.made["max_length"]) == (place, 99)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(place)("How many? 3+4=")["input_ids"]])
+    with torch.no_grad():
+        written = AutoModelForCausalLM.from_pretrained(place)(input_ids=ids).logits
+        expected = loading.load(merged, config)(input_ids=ids).logits
+    assert torch.equal(written, expected)
+    del lm
+    assert not Path(place).exists()
+
+
+def test_what_vllm_cannot_do_is_refused_at_once(here, demo_adapter, demo_file, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = EvalConfig(
+        models=[f"drawn={demo_adapter}"],
+        tasks=["jsonl"],
+        test_file=demo_file,
+        backend="vllm",
+        quantization="nf4",
+        parallelize=True,
+        max_batch_size=8,
+        device="cuda:1",
+    )
+    with pytest.raises(ConfigError) as error:
+        evaluate.run(config)
+    assert [fault.split(";")[0] for fault in error.value.faults] == [
+        "'vllm' is not installed",
+        "vLLM knows one rank and one scale, and drawn may have many",
+        "`quantization` is of transformers alone",
+        "`parallelize` is of transformers alone",
+        "`max_batch_size` is of transformers alone",
+        "`device` is of transformers alone",
+    ]
+    assert not Path("tlora-eval").exists()
+
+
+def test_the_device_is_where_adapters_are_merged(demo_adapter, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fields = {"models": [demo_adapter], "tasks": ["t"], "backend": "vllm", "device": "cpu"}
+    merging = EvalConfig(merge=True, **fields)
+    loading.check_backend(merging, resolve(merging))
+    plain = EvalConfig(**fields | {"models": [BASE_MODEL]})
+    with pytest.raises(ConfigError, match="`device` is of transformers alone"):
+        loading.check_backend(plain, resolve(plain))

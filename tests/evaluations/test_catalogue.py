@@ -1,0 +1,122 @@
+"""Which name becomes which task."""
+
+import importlib.metadata
+import json
+import sys
+import types
+
+import pytest
+from lm_eval.tasks import TaskManager
+from scripted import CASES, GROUPS, config
+
+from tlora.errors import ConfigError, DataError
+from tlora.evaluations import catalog as catalogue
+from tlora.evaluations.catalog import Settings
+from tlora.registry import EVALUATIONS
+
+
+def yaml(folder, name, **more):
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"q": "1+1=", "a": "2"}) + "\n")
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["\n"]},
+        "metric_list": [{"metric": "exact_match"}],
+        **more,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(config))  # which YAML contains
+    return path
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """lm-evaluation-harness with five names in place of its 14,000, which take seconds to read."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    yaml(folder, "hellaswag", tag="endings")
+    yaml(folder, "swag", tag="endings")
+    yaml(folder, "unsafe", unsafe_code=True)
+    yaml(folder, "offline", dataset_kwargs={"data_files": str(folder / "gone.jsonl")})
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(catalogue, "_theirs", lambda: manager)
+    return folder
+
+
+def test_ours_and_theirs_come_in_the_order_asked_for_and_once(theirs, tmp_path):
+    folder = CASES["gsm8k-paper"].write(tmp_path)
+    tasks = catalogue.build(["swag", "gsm8k-paper", "swag", "gsm8k-hashes"], folder)
+    assert list(tasks) == ["swag", "gsm8k-paper", "gsm8k-hashes"]
+    assert [task.task_name for task in tasks.values()] == list(tasks)
+
+
+def test_a_group_of_theirs_and_the_path_of_a_yaml_are_taken(theirs, tmp_path):
+    (tmp_path / "own").mkdir()
+    mine = yaml(tmp_path / "own", "mine")
+    assert list(catalogue.build(["endings", str(mine)])) == ["hellaswag", "swag", "mine"]
+
+
+def test_unknown_names_are_reported_together_with_suggestions(theirs):
+    with pytest.raises(ConfigError) as error:
+        catalogue.build(["gsm8k-papr", "hellaswagg", "zzz", "gsm8k-paper"])
+    one, two, three = error.value.faults
+    assert one == "there is no task 'gsm8k-papr'. Did you mean 'gsm8k-paper'?"
+    assert two == "there is no task 'hellaswagg'. Did you mean 'hellaswag'?"
+    assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")
+
+
+def test_a_task_to_train_on_wants_its_rows(theirs):
+    with pytest.raises(ConfigError) as caught:
+        catalogue.build(["jsonl"])
+    assert "'jsonl' is one to train on; give --test_file" in str(caught.value)
+
+
+def test_a_data_set_without_its_protocol_gets_all_of_ours_suggested(theirs):
+    with pytest.raises(ConfigError) as caught:
+        catalogue.build(["math"])
+    assert "there is no task 'math'. Did you mean 'math-paper'?" in str(caught.value)
+
+
+def test_theirs_that_cannot_be_loaded_are_named_with_the_cause(theirs):
+    with pytest.raises(DataError, match="offline: lm-evaluation-harness cannot load it"):
+        catalogue.build(["offline"])
+
+
+def test_theirs_that_run_programs_are_refused_unless_allowed(theirs):
+    with pytest.raises(ConfigError, match="'unsafe' of lm-evaluation-harness runs programs"):
+        catalogue.build(["unsafe"])
+    assert list(catalogue.build(["unsafe"], settings=Settings(allow_code_execution=True)))
+
+
+def test_a_file_is_called_as_its_evaluation():
+    for name in EVALUATIONS.names():
+        assert name in (config(name).get("task"), config(name).get("group"))
+
+
+def test_the_protocol_names_the_source_of_the_rule(tmp_path):
+    name = "gsm8k-metamath"
+    task = catalogue.build([name], CASES[name].write(tmp_path))[name]
+    assert "arXiv 2309.12284" in catalogue.protocol(task)
+
+
+def test_another_package_adds_a_file_by_an_entry_point(tmp_path, monkeypatch):
+    path = yaml(tmp_path, "theirs-own")
+    point = importlib.metadata.EntryPoint("theirs-own", "elsewhere:PATH", "tlora.evaluations")
+    monkeypatch.setitem(sys.modules, "elsewhere", types.SimpleNamespace(PATH=path))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
+    assert list(catalogue.build(["theirs-own"])) == ["theirs-own"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_expands_to_its_members(name, tmp_path):
+    members = config(name)["task"]
+    for member in members:
+        CASES[member].write(tmp_path)
+    tasks = catalogue.build([name, members[0]], str(tmp_path))
+    assert list(tasks) == members

@@ -1,0 +1,169 @@
+"""What every evaluation of ours has to do, whatever it is about."""
+
+import gzip
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.tasks import TaskManager
+from scripted import CASES, NAMES, Scripted, config, evaluated, scores
+
+import tlora.evaluations
+from tlora.errors import DataError
+from tlora.evaluate import records as samples
+from tlora.evaluations import catalog as catalogue
+from tlora.evaluations.catalog import Settings
+
+ALLOWED = Settings(allow_code_execution=True)
+
+
+def made(name, folder, settings=ALLOWED):
+    return catalogue.build([name], CASES[name].write(folder), settings)[name]
+
+
+def test_every_evaluation_has_a_case():
+    assert sorted(CASES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_answers_score_one_and_near_misses_zero(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    for reply in case.right:
+        found, items = scores(task, reply)
+        assert found == dict.fromkeys(task.aggregation(), 1.0)
+        assert all(item["scores"] == found for item in items)
+    for reply in case.wrong:
+        found, items = scores(task, reply)
+        assert found == dict.fromkeys(task.aggregation(), 0.0), items
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_is_that_of_training_and_generation_is_greedy(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    model = Scripted(case.right[0])
+    evaluated({name: task}, model)
+    prompts = [prompt for prompt, _ in model.asked]
+    if case.training:
+        trained = [case.training(row)["prompt"] for row in case.rows]
+        assert prompts == [prompt + case.opening for prompt in trained]
+    said = config(name)["generation_kwargs"]
+    for _, generation in model.asked:
+        assert generation["until"] == said["until"]
+        assert generation["max_gen_toks"] == said["max_gen_toks"]
+        assert not generation["do_sample"]
+        assert generation["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_of_an_item_has_all_that_a_reader_needs(name, tmp_path):
+    task, case = made(name, tmp_path), CASES[name]
+    _, items = scores(task, case.right[0])
+    assert len({item["item"] for item in items}) == len(items) == len(case.rows)
+    for item, doc in zip(items, task.test_docs(), strict=True):
+        assert list(item) == ["item", "prompt", "reply", "answer", "target", "scores"]
+        assert item["prompt"] == task.doc_to_text(doc)
+        assert item["reply"] == case.right[0](doc)
+        assert item["answer"] is not None
+        assert item["item"] == doc["item"]
+        assert list(item["scores"]) == list(task.aggregation())
+    if case.targets:
+        assert [item["target"] for item in items] == case.targets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_protocol_names_its_source(name, tmp_path):
+    line = catalogue.protocol(made(name, tmp_path))
+    assert "\n" not in line
+    assert "arXiv" in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named_with_every_place_that_was_looked_at(name, tmp_path):
+    with pytest.raises(DataError) as error:
+        catalogue.build([name], str(tmp_path), ALLOWED)
+    said = str(error.value)
+    assert said.startswith(f"{name}: {tmp_path} has none of ")
+    for path in config(name)["dataset_kwargs"]["files"]:
+        assert path in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_without_its_columns_is_named(name, tmp_path):
+    case = CASES[name]
+    folder = case.write(tmp_path)
+    path = tmp_path / case.file
+    bad = [{"nonsense": "1"}]
+    data = json.dumps(bad if path.suffix == ".json" else bad[0]).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    with pytest.raises(DataError, match=r"row 1: .*column"):
+        catalogue.build([name], folder, ALLOWED)
+
+
+def test_without_tlora_lm_eval_asks_and_scores_the_same(tmp_path):
+    asked = ["gsm8k-metamath", "math500-paper", "mbpp-paper", "commonsense-paper"]
+    names = [*asked[:3], *config("commonsense-paper")["task"]]
+    for name in names:
+        folder = CASES[name].write(tmp_path)
+    manager = TaskManager(
+        include_path=str(Path(tlora.evaluations.__file__).parent),
+        include_defaults=False,
+        metadata={"data_dir": folder},  # as `lm_eval --metadata '{"data_dir": ...}'`
+    )
+
+    def replies_to(doc):
+        return f"So.\nthe correct answer is {doc['target']}\nThe answer is: {doc['target']}"
+
+    plain, model = Scripted(replies_to), Scripted(replies_to)
+    found = lm_eval.simple_evaluate(
+        plain,
+        tasks=asked,
+        task_manager=manager,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+    )
+    tasks = catalogue.build(asked, folder, ALLOWED)
+    ours = evaluated(tasks, model)
+    assert sorted(tasks) == sorted(names) == sorted(ours["results"])
+    assert sorted(map(str, model.asked)) == sorted(map(str, plain.asked))
+    for name, task in tasks.items():
+        assert samples.metrics(task, found["results"][name]) == samples.metrics(
+            task, ours["results"][name]
+        )
+        assert samples.records(task, found["samples"][name]) == samples.records(
+            task, ours["samples"][name]
+        )
+    assert found["results"]["boolq-paper"]["exact_match,true-false"] == 1.0
+
+
+def test_every_item_keeps_its_name_if_only_some_are_asked(tmp_path):
+    task = made("gsm8k-paper", tmp_path)
+    right = CASES["gsm8k-paper"].right[0]
+    found = evaluated({"gsm8k-paper": task}, Scripted(right), samples={"gsm8k-paper": [1]})
+    (item,) = samples.records(task, found["samples"]["gsm8k-paper"])
+    assert (item["item"], item["target"]) == ("1", "-5")
+
+
+def test_rows_that_share_a_name_are_called_by_their_number(tmp_path):
+    case = CASES["math-paper"]
+    folder = case.write(tmp_path)
+    row = json.dumps(case.rows[0])
+    (tmp_path / case.file).write_text(f"{row}\n{row}\n")
+    task = catalogue.build(["math-paper"], folder)["math-paper"]
+    assert [doc["item"] for doc in task.test_docs()] == ["0", "1"]
+
+
+def test_a_chat_template_gets_the_prompt_as_a_users_message(tmp_path):
+    task = made("gsm8k-paper", tmp_path)
+    doc = task.test_docs()[0]
+
+    def template(messages, add_generation_prompt):
+        assert add_generation_prompt
+        return json.dumps(messages)
+
+    chat = {"apply_chat_template": True, "chat_template": template}
+    assert json.loads(task.fewshot_context(doc, 0, system_instruction="Be brief.", **chat)) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": doc["prompt"]},
+    ]
+    assert task.fewshot_context(doc, 0) == doc["prompt"]

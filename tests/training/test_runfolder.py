@@ -1,0 +1,233 @@
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tlora.errors import ArtifactError, ConfigError
+from tlora.training.runfolder import RunFolder, git_state, provenance
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def write_checkpoint(folder, step):
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"weight": torch.ones(3)}, path / "adapter_model.safetensors")
+    torch.save({"step": step}, path / "optimizer.pt")
+    torch.save({"step": step}, path / "scheduler.pt")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_new_path_and_an_empty_folder_are_free(folder):
+    folder.refuse_unless_free()
+    folder.path.mkdir()
+    folder.refuse_unless_free()
+    assert not any(folder.path.iterdir())
+
+
+def test_a_lock_file_that_a_killed_process_left_takes_no_folder(folder):
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    folder.refuse_unless_free()
+    with folder.locked():
+        folder.refuse_unless_free()
+    assert not any(folder.path.iterdir())
+
+
+def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path):
+    (tmp_path / "old").mkdir()
+    for path in ("old/a/b", "old"):
+        with RunFolder(tmp_path / path).locked():
+            assert (tmp_path / path / ".lock").is_file()
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+def test_a_locked_folder_keeps_what_was_written_to_it(folder):
+    with folder.locked():
+        folder.start({"seed": 3}, verb="train")
+    assert sorted(path.name for path in folder.path.iterdir()) == ["provenance.json", "run.json"]
+
+
+def test_a_run_that_is_refused_late_leaves_no_folder(folder):
+    with pytest.raises(ConfigError), folder.locked():
+        folder.checkpoints.mkdir(parents=True)
+        raise ConfigError("too late")
+    assert not folder.path.exists()
+    with folder.locked():
+        (folder.checkpoints / "checkpoint-1").mkdir(parents=True)
+    assert (folder.checkpoints / "checkpoint-1").is_dir()
+
+
+def test_the_first_rank_holds_the_lock_for_all(folder, monkeypatch):
+    with folder.locked():
+        monkeypatch.setenv("RANK", "1")
+        with folder.locked():
+            pass
+        assert (folder.path / ".lock").is_file()
+
+
+def test_a_folder_with_other_things_is_refused(folder):
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no run; choose another"):
+        folder.refuse_unless_free()
+
+
+def test_a_folder_of_empty_folders_is_free(folder):
+    folder.checkpoints.mkdir(parents=True)
+    folder.refuse_unless_free()
+
+
+def test_a_folder_without_the_right_to_write_is_refused(folder, monkeypatch):
+    # The answer of the system is replaced: to root, as which containers run, it grants everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="cannot be written to; choose another"):
+        folder.refuse_unless_free()
+
+
+def test_a_file_is_refused(folder):
+    folder.path.write_text("mine")
+    with pytest.raises(ConfigError, match="is a file; choose another --output_dir"):
+        folder.refuse_unless_free()
+
+
+def test_an_unfinished_run_is_refused_with_the_way_to_go_on(folder):
+    folder.start({"seed": 3}, verb="train")
+    with pytest.raises(ConfigError, match="an unfinished run; add --resume to continue it"):
+        folder.refuse_unless_free()
+
+
+def test_a_finished_run_is_refused_and_said_to_be_finished(folder):
+    folder.start({"seed": 3}, verb="train")
+    folder.finish()
+    assert folder.finished
+    with pytest.raises(ConfigError, match="a finished run; choose another --output_dir"):
+        folder.refuse_unless_free()
+
+
+def test_the_configuration_comes_back_as_it_was(folder):
+    config = {"seed": 3, "adapter": {"r": 4, "target_modules": ["q_proj"]}, "model": None}
+    folder.start(config, verb="train")
+    assert RunFolder(folder.path).config() == config
+
+
+def test_a_run_file_of_something_else_is_named(folder):
+    folder.path.mkdir()
+    (folder.path / "run.json").write_text('{"kind": "bicycle"}')
+    with pytest.raises(ArtifactError, match=r"run\.json: not written by `tlora`"):
+        folder.config()
+
+
+def test_each_start_adds_its_provenance(folder):
+    folder.start({"seed": 3}, verb="train")
+    folder.start({"seed": 3}, verb="train")
+    starts = json.loads((folder.path / "provenance.json").read_text())["starts"]
+    assert [start["seed"] for start in starts] == [3, 3]
+
+
+def test_provenance_says_what_ran_and_where():
+    record = provenance(seed=7)
+    assert record["seed"] == 7
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["hardware"]["cores"] >= 1
+    assert record["hardware"]["memory_bytes"] > 2**20
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_git_state_is_the_commit_and_whether_files_changed(tmp_path):
+    assert git_state(tmp_path) is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "new.txt").write_text("x")
+    assert git_state(tmp_path) == clean | {"dirty": True}
+
+
+def test_a_folder_of_results_does_not_make_its_own_repository_dirty(tmp_path):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    results = tmp_path / "results" / "a [b]"
+    results.mkdir(parents=True)
+    (results / "run.json").write_text("1")
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        [*identity, "commit", "-q", "-m", "one"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (results / "run.json").write_text("2")
+    (results / "more.json").write_text("3")
+    inner = tmp_path / "results"
+    for folder in (tmp_path, inner):
+        assert git_state(folder, results)["dirty"] is False
+        assert git_state(folder, str(results))["dirty"] is False
+        assert git_state(folder, tmp_path)["dirty"] is True
+        assert git_state(folder, tmp_path.parent)["dirty"] is True
+    (inner / "a [b] beside").write_text("4")
+    assert git_state(inner, results)["dirty"] is True
+
+
+def test_the_last_checkpoint_is_the_one_of_the_highest_step(folder):
+    assert folder.last_checkpoint() is None
+    for step in (2, 10, 9):
+        write_checkpoint(folder, step)
+    assert folder.last_checkpoint().name == "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+)
+def test_a_checkpoint_with_a_file_cut_short_is_passed_over(folder, name):
+    write_checkpoint(folder, 2)
+    cut_in_half(write_checkpoint(folder, 4) / name)
+    assert folder.last_checkpoint().name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+)
+def test_a_checkpoint_without_a_file_is_passed_over(folder, name):
+    write_checkpoint(folder, 2)
+    (write_checkpoint(folder, 4) / name).unlink()
+    assert folder.last_checkpoint().name == "checkpoint-2"
+
+
+def test_a_state_of_another_step_does_not_make_a_checkpoint_whole(folder):
+    state = write_checkpoint(folder, 4) / "trainer_state.json"
+    state.write_text('{"global_step": 3}')
+    assert folder.last_checkpoint() is None
+
+
+def test_only_what_lies_beyond_the_resume_point_is_dropped(folder):
+    for step in (2, 4, 6):
+        write_checkpoint(folder, step)
+    (folder.checkpoints / "checkpoint-best").mkdir()
+    assert [path.name for path in folder.drop_checkpoints_after(4)] == ["checkpoint-6"]
+    left = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-best"]
+
+
+def test_rewinding_the_log_drops_later_lines_and_a_broken_last_one(folder):
+    folder.path.mkdir()
+    folder.rewind_log(0)
+    for step in (1, 2, 3):
+        folder.append_log({"step": step, "loss": step / 2})
+    with folder.log.open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.rewind_log(2)
+    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
