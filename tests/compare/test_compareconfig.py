@@ -119,7 +119,7 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),
-        ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the rate cannot be reported"),
+        ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the learning rate cannot be"),
         ({"validation": 1.5}, "`validation` is 1.5"),
         ({"validation": 0}, "`validation` is 0"),
         ({"shard": "0/2"}, "`shard` is '0/2'; give i/n"),

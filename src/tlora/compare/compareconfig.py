@@ -158,7 +158,7 @@ class CompareConfig(SharedConfig):
     tuning_seeds: Seeds = field(default_factory=lambda: [0, 1])
     """Seeds that choose each method's learning rate, on the validation rows."""
     final_seeds: Seeds = field(default_factory=lambda: [2, 3, 4, 5, 6])
-    """Seeds that run at the chosen rate and are reported, on the test rows."""
+    """Seeds that run at the chosen learning rate and are reported, on the test rows."""
     validation: Validation = 0.1
     """Rows that choose the learning rate: a file, or what is held out of the training rows: a
     share of them (0.1) or a number of rows (500)."""
@@ -201,8 +201,8 @@ class CompareConfig(SharedConfig):
         yield from self._rate_faults()
         if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
             yield (
-                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the rate"
-                " cannot be reported."
+                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the"
+                " learning rate cannot be reported."
             )
         yield from self._trainer_faults()
         yield from _cache_faults(self.calibration.cache)
