@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class MathVerify:
         try:
             task = self._started().schedule(_equal, (answer, reference), timeout=self.seconds)
             return task.result()
-        except (TimeoutError, ProcessExpired):
+        except (futures.TimeoutError, ProcessExpired):
             # Too slow, or gone: killed by the system, or crashed inside a library.
             return None
         except BrokenProcessPool as error:

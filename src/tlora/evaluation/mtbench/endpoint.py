@@ -83,7 +83,6 @@ async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
     import openai
 
     key = read_key(config)
-
     # No proxy stands between this machine and itself.
     transport = openai.DefaultAsyncHttpxClient(
         timeout=config.timeout,
@@ -191,11 +190,10 @@ async def _check(response: httpx2.Response, seconds: float) -> None:
 
     try:
         # The client's own timeout is one for each read: a slow trickle would never end.
-        async with asyncio.timeout(seconds):
-            await response.aread()
+        await asyncio.wait_for(response.aread(), seconds)
         if response.status_code == 200:
             _read(response.text)
-    except TimeoutError:
+    except asyncio.TimeoutError:
         raise httpx2.ReadTimeout("too slow", request=response.request) from None
     except ValueError as error:
         raise httpx2.DecodingError(str(error), request=response.request) from None

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tlora.errors import ArtifactError, JudgeError
+from tlora.errors import ArtifactError, ConfigError, JudgeError
 from tlora.evaluation.mtbench.config import JudgeConfig
 from tlora.evaluation.mtbench.endpoint import (
     Endpoint,
@@ -145,21 +145,22 @@ async def _request_all(
     async with connected(config) as endpoint:
         with tqdm(total=len(bodies), desc=title, disable=None) as bar:
             requests = _Requests(endpoint, cache, bar)
+            tasks = [asyncio.ensure_future(requests.request(body)) for body in bodies]
             try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(requests.request(body)) for body in bodies]
-            except ExceptionGroup as errors:
-                # One that cannot be helped; the group has cancelled what was under way.
-                if not isinstance(errors.exceptions[0], JudgeError):
-                    raise errors.exceptions[0] from None
+                replies = await asyncio.gather(*tasks)
+            except JudgeError:
+                replies = []  # it is one of `requests.failures`
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
     if requests.failures:
         raise JudgeError(
             f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
             f" and {len(requests.failures)} failed; the same command asks for the rest. The first"
             f" failure: {requests.failures[0]}"
         )
-    replies = [reply for task in tasks if (reply := task.result()) is not None]
-    return replies, endpoint.retried
+    return [reply for reply in replies if reply is not None], endpoint.retried
 
 
 class JudgementCache:
@@ -198,21 +199,29 @@ class _Requests:
         self.failures: list[JudgeError] = []
         self.made = 0
         self._in_a_row = 0
+        self._over = False
         self._places = asyncio.Semaphore(endpoint.config.concurrency)
 
     async def request(self, body: dict[str, Any]) -> Reply | None:
         """Return the reply, kept on disk; None if there was none and others may fare better.
 
         Raises:
+            ConfigError: the endpoint refuses the request, and would refuse the others.
             JudgeError: so many requests in a row have failed that none is likely to fare better.
         """
         async with self._places:
+            if self._over:
+                return None
             try:
                 reply = await self.endpoint.request(body)
+            except ConfigError:
+                self._over = True
+                raise
             except JudgeError as error:
                 self.failures.append(error)
                 self._in_a_row += 1
-                if self._in_a_row >= max(self.endpoint.config.concurrency, _HOPELESS):
+                self._over = self._in_a_row >= max(self.endpoint.config.concurrency, _HOPELESS)
+                if self._over:
                     raise
                 return None
         self._in_a_row = 0
