@@ -1,5 +1,6 @@
 """Real runs of a comparison, as small as can be."""
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_a_record_says_where_it_comes_from(records):
     assert record["config"]["adapter"]["whiten"] is False  # defaults are written out
     assert record["config"]["trainer"]["learning_rate"] == record["learning_rate"] == 1e-2
     assert record["seed"] == record["config"]["seed"] == record["config"]["adapter"]["seed"] == 1
-    assert record["provenance"]["packages"]["torch"] == torch.__version__
+    assert record["provenance"]["packages"]["torch"] == importlib.metadata.version("torch")
     assert record["provenance"]["git"].keys() == {"commit", "dirty"}
     assert record["provenance"]["hardware"]["torch_threads"] == record["threads"]
     assert record["rows"] == {"train": 20, "test": 24}

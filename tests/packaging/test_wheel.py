@@ -2,9 +2,13 @@
 
 import configparser
 import zipfile
+from importlib import metadata
 
 import environment
+import pytest
 from packaging.utils import canonicalize_name
+
+from tlora import extras
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
@@ -39,3 +43,21 @@ def test_all_holds_every_extra_that_a_user_needs(wheel, tmp_path):
     found = environment.requirements(wheel, tmp_path)
     (whole,) = (each.extras for each in found if str(each.marker) == 'extra == "all"')
     assert whole == {"train", "compare", "eval", "judge", "quantized"}
+
+
+def direct(found, extra):
+    """Return what an extra lists, and what the extras that it is made of list."""
+    listed = set()
+    for each in found:
+        if environment.applies(each, [extra]) and not environment.applies(each):
+            inner = {name for other in each.extras for name in direct(found, other)}
+            listed |= inner if each.name == "tlora" else {canonicalize_name(each.name)}
+    return listed
+
+
+@pytest.mark.parametrize("extra", extras.MODULES)
+def test_a_verb_looks_for_what_its_extra_installs(wheel, tmp_path, extra):
+    found = environment.requirements(wheel, tmp_path)
+    sources = metadata.packages_distributions()
+    looked_for = {canonicalize_name(sources[module][0]) for module in extras.MODULES[extra]}
+    assert looked_for == direct(found, extra)

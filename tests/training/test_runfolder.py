@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -139,7 +140,7 @@ def test_each_start_adds_its_provenance(folder):
 def test_provenance_says_what_ran_and_where():
     record = provenance(seed=7)
     assert record["seed"] == 7
-    assert record["packages"]["torch"] == torch.__version__
+    assert record["packages"]["torch"] == importlib.metadata.version("torch")
     assert record["hardware"]["cores"] >= 1
     assert record["hardware"]["memory_bytes"] > 2**20
     assert json.loads(json.dumps(record)) == record
