@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,14 +38,6 @@ def raw(body: bytes) -> Act:
     return lambda handler: send(handler, body)
 
 
-def slow(seconds: float, then: Act) -> Act:
-    def act(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(seconds)
-        then(handler)
-
-    return act
-
-
 def cut(handler: BaseHTTPRequestHandler) -> None:
     """Promise a hundred bytes, send some, hang up."""
     handler.send_response(200)
@@ -68,7 +59,6 @@ class Server:
     script: list[Act] = field(default_factory=list)
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
     by_body: Callable[[dict], Act] | None = None
@@ -81,7 +71,6 @@ class Server:
         with self.lock:
             self.bodies.append({"path": handler.path} | body)
             self.headers.append({name.lower(): text for name, text in handler.headers.items()})
-            self.times.append(time.monotonic())
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
             act = self.script.pop(0) if self.script else self.always

@@ -5,7 +5,7 @@ What it writes is graded later (`tlora.evaluate.grade`), when no model is in mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,8 @@ from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import TaskResult, check_room
 from tlora.evaluations.rows import Source
-from tlora.scoring.mtbench.grades import to_lines
-from tlora.scoring.mtbench.judging import Answered
-from tlora.scoring.mtbench.questions import (
-    Question,
-    published_temperature,
-    read_questions,
-    with_references,
-)
+from tlora.scoring.mtbench.judging import answer_lines
+from tlora.scoring.mtbench.questions import Question, read_questions
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 if TYPE_CHECKING:
@@ -102,13 +96,8 @@ class MtBench:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self._config = name, config
         self._tokens, self._greedy = _generation(config.gen_kwargs)
-        asked, answers = (
-            source.rows(name, config.data_dir) for source in (self.questions, self.references)
-        )
-        found = with_references(
-            read_questions(_numbered(asked.place, asked.raw)),
-            _numbered(answers.place, answers.raw),
-        )
+        sources = (self.questions, self.references)
+        found = read_questions(*(source.rows(name, config.data_dir).raw for source in sources))
         self._questions = found[: config.limited(len(found))]
         self._forms: dict[str, ChatForm] = {}
         self.items = 2 * len(self._questions)
@@ -117,13 +106,9 @@ class MtBench:
     def protocol(self) -> str:
         """What it is and its source, in a line; the prompts' form is known after `check`."""
         sampling = "greedy" if self._greedy else "the published temperatures by category"
-        forms: dict[str, list[str]] = {form.says: [] for form in self._forms.values()}
-        for model, form in self._forms.items():
-            forms[form.says].append(model)
-        prompts = "; ".join(
-            says if len(forms) == 1 else f"{says} ({', '.join(models)})"
-            for says, models in forms.items()
-        )
+        said = [f"{form.says} ({name})" for name, form in self._forms.items()]
+        forms = {form.says for form in self._forms.values()}
+        prompts = "; ".join(forms if len(forms) == 1 else said)
         return (
             f"MT-Bench, two turns (Zheng et al., arXiv 2306.05685), {sampling}, up to"
             f" {self._tokens} tokens; prompts: {prompts}"
@@ -176,8 +161,9 @@ class MtBench:
             for chat, reply in zip(chats, replies[turn], strict=True):
                 chat.append({"role": "assistant", "content": reply})
         pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
-        said = [Answered(q, *pair) for q, pair in zip(self._questions, pairs, strict=True)]
-        return TaskResult(to_lines(said), {}, getattr(lm, "truncated", 0) - before)
+        asked = zip(self._questions, pairs, strict=True)
+        lines = [line for question, pair in asked for line in answer_lines(question, *pair)]
+        return TaskResult(lines, {}, getattr(lm, "truncated", 0) - before)
 
     def _form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
         """Return what the user asks for, or else the chat template, where there is one."""
@@ -197,7 +183,7 @@ class MtBench:
         return [reply.strip() for reply in lm.generate_until(requests)]
 
     def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
-        temperature = 0.0 if self._greedy else published_temperature(question)
+        temperature = 0.0 if self._greedy else question.temperature
         return {
             "until": list(form.stops),
             "max_gen_toks": self._tokens,
@@ -207,7 +193,6 @@ class MtBench:
 
 
 def _generation(options: dict[str, Any]) -> tuple[int, bool]:
-    """Return (most tokens of a reply, whether all are greedy) of the user's wishes."""
     faults = [
         f"`gen_kwargs.{name}` has no place in MT-Bench, whose temperatures belong to it; give"
         " max_gen_toks, or do_sample=false for greedy answers."
@@ -217,8 +202,3 @@ def _generation(options: dict[str, Any]) -> tuple[int, bool]:
     if faults:
         raise ConfigError(faults, where="eval")
     return options.get("max_gen_toks", _TOKENS), not options.get("do_sample", True)
-
-
-def _numbered(place: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{place}, row {number}", row

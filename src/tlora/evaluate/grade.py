@@ -12,8 +12,14 @@ from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.registry import CONVERSATIONS
 from tlora.scoring.mtbench.endpoint import read_key, request_body
-from tlora.scoring.mtbench.grades import from_lines, means, metric_names, to_lines
-from tlora.scoring.mtbench.judging import Judged, judge, judge_prompts
+from tlora.scoring.mtbench.judging import (
+    counts,
+    graded,
+    judge,
+    judge_prompts,
+    means,
+    metric_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,54 +80,39 @@ def grade(
 def _grade(
     folder: EvalFolder, entry: dict[str, Any], config: EvalConfig, tell: Callable[[str], None]
 ) -> None:
-    judge_config = config.judge
-    cache = judge_config.cache or folder.path / "judgements"
-    counts, scores = {}, {}
+    took: dict[str, Any] = {}
+    scores = {}
     for model in entry["scores"]:
         lines = folder.read_samples(model, entry["name"])
-        answered = from_lines(lines, str(folder.samples_file(model, entry["name"])))
-        judged = judge(answered, judge_config, cache, title=f"{model}: judging")
-        counts[model] = judged.counts(judge_config)
-        scores[model] = means(answered, judged)
-        entry["metrics"] = metric_names(answered)
-        folder.write_samples(model, entry["name"], to_lines(answered, judged))
-        tell(_line(model, entry["name"], judged, counts[model]))
+        replies = judge(lines, config.judge, folder.path / "judgements", f"{model}: judging")
+        lines = [graded(*each) for each in zip(lines, replies, strict=True)]
+        took[model], scores[model] = counts(replies), means(lines)
+        entry["metrics"] = metric_names(lines)
+        folder.write_samples(model, entry["name"], lines)
+        if unrated := took[model]["unrated"]:
+            logger.warning(
+                "%s: %d of %d answers to %s got no grade and count in no mean: %s.",
+                model,
+                sum(unrated.values()),
+                len(lines),
+                entry["name"],
+                ", ".join(f"{n} {name}" for name, n in unrated.items()),
+            )
+        tokens = "tokens {tokens_in} in, {tokens_out} out".format(**took[model])
+        tell(f"{model}: {entry['name']}: {len(lines)} answers judged; {tokens}")
     entry["scores"] = scores
     entry["judge"] = {
-        "url": judge_config.url,
-        "prompts": judge_prompts(judge_config).label,
-        "request": {k: v for k, v in request_body(judge_config, []).items() if k != "messages"},
-        "models": counts,
+        "url": config.judge.url,
+        "prompts": judge_prompts(config.judge).label,
+        "request": {k: v for k, v in request_body(config.judge, []).items() if k != "messages"},
+        "models": took,
     }
-
-
-def _line(model: str, task: str, judged: Judged, counts: dict[str, Any]) -> str:
-    unrated = sum(counts["unrated"].values())
-    if unrated:
-        reasons = ", ".join(f"{n} {name}" for name, n in counts["unrated"].items())
-        logger.warning(
-            "%s: %d of %d answers to %s got no grade and count in no mean: %s.",
-            model,
-            unrated,
-            counts["judgements"],
-            task,
-            reasons,
-        )
-    cost = "" if counts["cost"] is None else f", cost {counts['cost']:.2f}"
-    return (
-        f"{model}: {task}: {counts['judgements'] - unrated} of {counts['judgements']} answers"
-        f" graded, {judged.asked} of them now; tokens {counts['tokens_in']} in,"
-        f" {counts['tokens_out']} out{cost}"
-    )
 
 
 def _by(judge_entry: Mapping[str, Any] | None) -> str:
     if judge_entry is None:
         return "not graded"
     request = judge_entry["request"]
-    temperature = (
-        f"temperature {request['temperature']}"
-        if "temperature" in request
-        else "its own temperature"
-    )
-    return f"graded 1 to 10 by {request['model']} at {temperature}, {judge_entry['prompts']}"
+    at = request.get("temperature")
+    own = "its own temperature" if at is None else f"temperature {at}"
+    return f"graded 1 to 10 by {request['model']} at {own}, {judge_entry['prompts']}"

@@ -8,14 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from tlora.checks import Rule, Section, at_least
+from tlora.checks import POSITIVE, Section, at_least
 
 _OWNED = ("messages", "model", "stream", "n")
 """Fields of a request that cannot be set by `JudgeConfig.request`."""
-
-
-_SECONDS = Rule("seconds above 0", lambda value: value > 0)
-Price = Annotated[float, at_least(0)] | None
 
 
 @dataclass(kw_only=True)
@@ -44,17 +40,10 @@ class JudgeConfig(Section):
     """Further fields of every request; null leaves a field out (max_tokens: null)."""
     concurrency: Annotated[int, at_least(1)] = 8
     """Requests under way at a time."""
-    timeout: Annotated[float, _SECONDS] = 120.0
+    timeout: Annotated[float, POSITIVE] = 120.0
     """Seconds without an answer after which a request is tried again."""
     retries: Annotated[int, at_least(0)] = 6
-    """How often a request is tried again after 429, 5xx, a timeout or a broken answer."""
-    cache: str | None = None
-    """Folder that keeps judgements, so that none is paid for twice; by default `judgements` in the
-    output folder."""
-    price_in: Price = None
-    """Price of a million prompt tokens, in any currency, to report the cost."""
-    price_out: Price = None
-    """Price of a million tokens of the judge's answers."""
+    """How often a request is tried again after 429, 5xx, a timeout or a lost connection."""
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields, and with the address."""
@@ -63,8 +52,6 @@ class JudgeConfig(Section):
             yield f"`judge.{missing}` is missing; a judge has a url and a model."
         if self.url is not None:
             yield from _url_faults(self.url)
-        if (self.price_in is None) != (self.price_out is None):
-            yield "give both of `judge.price_in` and `judge.price_out`, or neither."
         for name in _OWNED:
             if name in self.request:
                 yield f"`judge.request.{name}` is set by the evaluation itself; leave it out."

@@ -1,9 +1,8 @@
 """Requests to an endpoint that speaks OpenAI's chat completions, by the `openai` client.
 
 The client retries what passes by itself (429, 5xx, timeouts, lost connections), with waits that
-double or that the endpoint asks for by Retry-After. An answer that is no chat completion counts as
-a lost connection, so it is retried too. What would fail again (a wrong key, an unknown model) is an
-error at once.
+double or that the endpoint asks for by Retry-After. What would fail again (a wrong key, an unknown
+model) is an error at once.
 
 The key is read from the environment, sent in a header, and taken out of whatever the endpoint says
 before anyone sees it.
@@ -11,28 +10,25 @@ before anyone sees it.
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import importlib.util
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, JudgeError
 from tlora.scoring.mtbench.config import JudgeConfig, is_local
+from tlora.scoring.mtbench.prompts import rating
 
 if TYPE_CHECKING:
-    import httpx2
     import openai
 
 _EXCERPT = 300
 _SHORTEST_SECRET = 8
 """Shorter keys are fillers ("EMPTY", "none") for servers that check none."""
-_TRY = "x-stainless-retry-count"
-"""Header in which the client says how often it has sent a request before."""
+_PASSING = (408, 409, 429)
+"""With 5xx, the statuses that the client retries."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +39,30 @@ class Reply:
     """The judge's words; empty if it gave none."""
     finish: str
     """Why it stopped: "stop", "length", "content_filter", or "refusal" where the endpoint says that
-    the judge declined; "" if not said."""
-    tokens_in: int | None
-    """Tokens of the prompt, as the endpoint counts them; None if it does not."""
-    tokens_out: int | None
+    the judge declined."""
+    tokens_in: int
+    """Tokens of the prompt, as the endpoint counts them; 0 if it does not."""
+    tokens_out: int
     """Tokens of the answer, likewise."""
 
+    @property
+    def status(self) -> str:
+        """ "rated", or why there is no grade.
 
-def require_client() -> None:
-    """Check that the `openai` client is installed.
+        "declined" (the endpoint says so), "no rating" (no number in brackets, as in "I cannot judge
+        this"), "cut off" (none before `judge.max_tokens`), or "out of range".
+        """
+        found = rating(self.text)
+        if self.finish in ("refusal", "content_filter"):
+            return "declined"
+        if found is None:
+            return "cut off" if self.finish == "length" else "no rating"
+        return "rated" if 1 <= found <= 10 else "out of range"
 
-    Raises:
-        ConfigError: it is not.
-    """
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(
-            "a judge needs the openai package; run pip install 'tlora[judge]'.", where="judge"
-        )
+    @property
+    def score(self) -> float | None:
+        """The grade, 1 to 10; None where none could be read: that answer counts in no mean."""
+        return rating(self.text) if self.status == "rated" else None
 
 
 def read_key(config: JudgeConfig) -> str | None:
@@ -86,25 +89,21 @@ def read_key(config: JudgeConfig) -> str | None:
     return key
 
 
-@asynccontextmanager
-async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
-    """Yield the judge's endpoint, to be used from this event loop.
+@contextmanager
+def connected(config: JudgeConfig) -> Iterator[Endpoint]:
+    """Yield the judge's endpoint; threads may share it.
 
     Raises:
-        ConfigError: the client is not installed, or the key cannot be sent.
+        ConfigError: the key cannot be sent.
     """
-    require_client()
     key = read_key(config)
     import openai
 
     # No proxy stands between this machine and itself.
-    transport = openai.DefaultAsyncHttpxClient(
-        timeout=config.timeout,
-        trust_env=not is_local(config.url or ""),
-        follow_redirects=False,
-        event_hooks={"response": [lambda response: _check(response, config.timeout)]},
+    transport = openai.DefaultHttpxClient(
+        timeout=config.timeout, trust_env=not is_local(config.url or ""), follow_redirects=False
     )
-    async with openai.AsyncOpenAI(
+    with openai.OpenAI(
         base_url=config.url,
         api_key=key or "",
         max_retries=config.retries,
@@ -116,65 +115,68 @@ async def connected(config: JudgeConfig) -> AsyncIterator[Endpoint]:
 
 @dataclass
 class Endpoint:
-    """A judge's address; `retried` counts the tries that failed and were made again."""
+    """A judge's address."""
 
     config: JudgeConfig
-    client: openai.AsyncOpenAI = field(repr=False)
+    client: openai.OpenAI = field(repr=False)
     key: str | None = field(repr=False)
-    retried: int = 0
 
-    async def request(self, body: dict[str, Any]) -> Reply:
-        """Send one request, and again where that may help.
+    def request(self, body: dict[str, Any]) -> Reply:
+        """Send one request; the client sends it again where that may help.
 
         Raises:
             ConfigError: the endpoint refuses the key, the model or the request.
-            JudgeError: it did not answer in any of the tries.
+            JudgeError: it did not answer in any of the tries, or not by a chat completion.
         """
         import httpx2
         import openai
 
         # Said here, or the client would send a key that it finds itself (OPENAI_ADMIN_KEY).
         headers = {"Authorization": f"Bearer {self.key}" if self.key else openai.omit}
+        url = completions_url(self.config)
         try:
-            response = await self.client.post(
+            response = self.client.post(
                 "/chat/completions",
                 cast_to=httpx2.Response,
                 body=body,
                 options={"headers": headers},
             )
+            return self._read(response.text)
         except openai.APIStatusError as error:
-            raise self._refusal(error.response) from None
-        except openai.APITimeoutError as error:
-            reason = f"no answer within {self.config.timeout:g} s"
-            raise self._failure(error.request, reason) from None
-        except openai.APIConnectionError as error:
+            raise self._refusal(error.status_code, self._safe(error.response.text)) from None
+        except openai.APIConnectionError as error:  # timeouts too
             cause = error.__cause__ or error
-            reason = f"{type(cause).__name__} ({_excerpt(self._safe(str(cause)))})"
-            raise self._failure(error.request, reason) from None
-        self.retried += _tries(response.request) - 1
-        reply = _read(self._safe(response.text))
-        return dataclasses.replace(reply, text=self._safe(reply.text))
+            reason = f"{type(cause).__name__}: {self._safe(str(cause))}"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            reason = f"not a chat completion: {self._safe(response.text)}"
+        raise JudgeError(f"{url} gave no judgement ({_excerpt(reason)}).")
 
-    def _refusal(self, response: httpx2.Response) -> ConfigError | JudgeError:
+    def _refusal(self, status: int, text: str) -> ConfigError | JudgeError:
         """Return the error for a status: it may pass later, or the user has to change something."""
-        status, text = response.status_code, _excerpt(self._safe(response.text))
-        if status >= 500 or (status in (408, 409, 429) and not _without_credit(response)):
-            return self._failure(response.request, f"status {status} ({text})")
-        name = self.config.key_variable
+        url = completions_url(self.config)
+        if status >= 500 or status in _PASSING:
+            return JudgeError(f"{url} gave no judgement (status {status}: {_excerpt(text)}).")
         advice = "check `judge.url`, `judge.model` and `judge.request`"
         if status in (401, 403):
+            name = self.config.key_variable
             advice = f"check the key in {name}" if self.key else f"no key was sent: {name} is unset"
-            if name is None:
-                advice = "no key was sent; name its variable by `judge.key_variable`"
         return ConfigError(
-            f"{completions_url(self.config)} refuses the request with status {status} ({text});"
-            f" {advice}.",
+            f"{url} refuses the request with status {status} ({_excerpt(text)}); {advice}.",
             where="judge",
         )
 
-    def _failure(self, request: httpx2.Request, reason: str) -> JudgeError:
-        url = completions_url(self.config)
-        return JudgeError(f"{url} gave no judgement (tries: {_tries(request)}): {reason}.")
+    def _read(self, text: str) -> Reply:
+        value = json.loads(self._safe(text))
+        choice = value["choices"][0]
+        refusal, usage = choice["message"].get("refusal"), value.get("usage") or {}
+        said = self._safe(choice["message"].get("content") or refusal or "")
+        return Reply(
+            # A reply that was cut may end in half of a surrogate pair, which no file can hold.
+            text=said.encode("utf-8", "replace").decode(),
+            finish="refusal" if refusal else str(choice.get("finish_reason")),
+            tokens_in=int(usage.get("prompt_tokens") or 0),
+            tokens_out=int(usage.get("completion_tokens") or 0),
+        )
 
     def _safe(self, text: str) -> str:
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
@@ -196,59 +198,6 @@ def request_body(config: JudgeConfig, messages: list[dict[str, str]]) -> dict[st
     fields |= config.request
     kept = {name: value for name, value in fields.items() if value is not None}
     return {"model": config.model, "messages": messages, **kept}
-
-
-async def _check(response: httpx2.Response, seconds: float) -> None:
-    """Read a whole response in time, and let the client retry one that is no chat completion."""
-    import httpx2
-
-    try:
-        # The client's own timeout is one for each read: a slow trickle would never end.
-        await asyncio.wait_for(response.aread(), seconds)
-        if response.status_code == 200:
-            _read(response.text)
-    except asyncio.TimeoutError:  # on Python 3.10 it is not the built-in one
-        raise httpx2.ReadTimeout("too slow", request=response.request) from None
-    except ValueError as error:
-        raise httpx2.DecodingError(str(error), request=response.request) from None
-    if _without_credit(response):
-        response.headers["x-should-retry"] = "false"
-
-
-def _without_credit(response: httpx2.Response) -> bool:
-    """Whether this is OpenAI's 429 of an account without credit, which waiting does not mend."""
-    return response.status_code == 429 and "insufficient_quota" in response.text
-
-
-def _tries(request: httpx2.Request) -> int:
-    return int(request.headers[_TRY]) + 1
-
-
-def _read(text: str) -> Reply:
-    """Return what a chat completion says; ValueError where it is none."""
-    try:
-        value = json.loads(text)
-        choice = value["choices"][0]
-        message = choice["message"]
-        content, refusal = message.get("content"), message.get("refusal")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"not a chat completion: {text}") from None
-    if not isinstance(content, (str, type(None))):
-        raise ValueError(f"a chat completion without text: {text}")
-    said = content or (refusal if isinstance(refusal, str) else "")
-    usage = value.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    return Reply(
-        # A reply that was cut may end in half of a surrogate pair, which no file can hold.
-        text=said.encode("utf-8", "replace").decode(),
-        finish="refusal" if refusal else str(choice.get("finish_reason") or ""),
-        tokens_in=_count(usage.get("prompt_tokens")),
-        tokens_out=_count(usage.get("completion_tokens")),
-    )
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _excerpt(text: str) -> str:

@@ -1,15 +1,21 @@
-"""Grading many answers: each turn of each question is one request, several under way at a time."""
+"""Grading many answers: each turn of each question is one request, several under way at a time.
+
+Answers are lines, as an evaluation's folder keeps them: two for each question, one for each turn,
+with all that a judging needs.
+
+Source: FastChat's summary of single-answer grades, published with arXiv 2306.05685: means over
+answers, those without a grade left out.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +24,75 @@ from tqdm import tqdm
 from tlora.errors import ArtifactError, JudgeError
 from tlora.files import read_json, write_json
 from tlora.scoring.mtbench.config import JudgeConfig
-from tlora.scoring.mtbench.endpoint import (
-    Endpoint,
-    Reply,
-    completions_url,
-    connected,
-    request_body,
-)
-from tlora.scoring.mtbench.prompts import OURS, JudgePrompts, rating, read_prompts
-from tlora.scoring.mtbench.questions import Question
+from tlora.scoring.mtbench.endpoint import Reply, completions_url, connected, request_body
+from tlora.scoring.mtbench.prompts import OURS, JudgePrompts, read_prompts
+from tlora.scoring.mtbench.questions import Pair, Question
 
-TURNS = (1, 2)
-_HOPELESS = 3
+Line = dict[str, Any]
+Lines = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A question and what a model wrote to its two turns."""
+def answer_lines(question: Question, replies: Pair, prompts: Pair) -> list[Line]:
+    """Return the two lines of a question, without grades.
 
-    question: Question
-    answers: tuple[str, str]
-    prompts: tuple[str, str] = ("", "")
-    """What the model was given for each."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the judge said of one turn's answer."""
-
-    score: float | None
-    """1 to 10; None where no grade could be read: that answer counts in no mean."""
-    status: str
-    """"rated", or why there is no score: "declined" (the endpoint says so), "no rating" (no number
-    in brackets, as in "I cannot judge this"), "cut off" (none before `judge.max_tokens`), or "out
-    of range"."""
-    reply: Reply
-    """The judge's words and tokens."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The judgements of one model's answers, both turns of a question one after the other."""
-
-    judgements: list[tuple[Judgement, Judgement]]
-    asked: int
-    """Requests that were answered now; the other judgements came from the cache."""
-    retried: int
-    """Tries that failed and were made again."""
-
-    def counts(self, config: JudgeConfig) -> dict[str, Any]:
-        """Return what the judging took, cached judgements included, as plain JSON values.
-
-        The cost is None unless prices are given and every reply says its tokens.
-        """
-        replies = [each.reply for pair in self.judgements for each in pair]
-        statuses = Counter(each.status for pair in self.judgements for each in pair)
-        known = [r for r in replies if r.tokens_in is not None and r.tokens_out is not None]
-        tokens_in = sum(r.tokens_in or 0 for r in known)
-        tokens_out = sum(r.tokens_out or 0 for r in known)
-        cost = None
-        if config.price_in is not None and config.price_out is not None and known == replies:
-            cost = (tokens_in * config.price_in + tokens_out * config.price_out) / 1e6
-        return {
-            "judgements": len(replies),
-            "asked_now": self.asked,
-            "retried": self.retried,
-            "unrated": {name: n for name, n in sorted(statuses.items()) if name != "rated"},
-            "tokens_in": tokens_in,
-            "tokens_out": tokens_out,
-            "without_token_counts": len(replies) - len(known),
-            "cost": cost,
+    Args:
+        question: the question.
+        replies: what a model wrote to its two turns.
+        prompts: what the model was given for each.
+    """
+    return [
+        {
+            "item": f"{question.id}/{turn}",
+            "group": question.id,
+            "prompt": question.turns[turn - 1],
+            "reply": replies[turn - 1],
+            "answer": None,
+            "target": question.references[turn - 1] if question.references else None,
+            "scores": {},
+            "turn": turn,
+            "category": question.category,
+            "rendered": prompts[turn - 1],
         }
+        for turn in (1, 2)
+    ]
+
+
+def graded(line: Mapping[str, Any], reply: Reply) -> Line:
+    """Return a line with what the judge said of its answer."""
+    scores = {} if reply.score is None else dict.fromkeys(_means_of(line), reply.score)
+    return {**line, "scores": scores, "judgement": reply.text, "status": reply.status}
+
+
+def _means_of(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the means that the grade of one answer counts in."""
+    return ("score", f"turn_{line['turn']}", line["category"])
+
+
+def metric_names(lines: Lines) -> list[str]:
+    """Return the names of the scores: all answers, each turn, each category in the file's order."""
+    names = [_means_of(line) for line in lines]
+    return list(dict.fromkeys(name for column in zip(*names, strict=True) for name in column))
+
+
+def means(lines: Lines) -> dict[str, float]:
+    """Return the mean grade under each name of `metric_names`, 1 to 10.
+
+    A name whose answers have all been left unrated is left out.
+    """
+    grades = {n: [e["scores"][n] for e in lines if n in e["scores"]] for n in metric_names(lines)}
+    return {name: math.fsum(some) / len(some) for name, some in grades.items() if some}
+
+
+def counts(replies: Iterable[Reply]) -> dict[str, Any]:
+    """Return what judging took, kept judgements included, as plain JSON values."""
+    replies = list(replies)
+    statuses = Counter(reply.status for reply in replies)
+    return {
+        "judgements": len(replies),
+        "unrated": {name: n for name, n in sorted(statuses.items()) if name != "rated"},
+        "tokens_in": sum(reply.tokens_in for reply in replies),
+        "tokens_out": sum(reply.tokens_out for reply in replies),
+    }
 
 
 def judge_prompts(config: JudgeConfig) -> JudgePrompts:
@@ -100,157 +104,68 @@ def judge_prompts(config: JudgeConfig) -> JudgePrompts:
     return read_prompts(config.prompts) if config.prompts else OURS
 
 
-def judge(
-    answered: Sequence[Answered], config: JudgeConfig, cache: str | Path, title: str = "judging"
-) -> Judged:
-    """Have every answer graded, in two requests a question.
+def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging") -> list[Reply]:
+    """Have every answer graded; return the judge's replies, one for each line.
 
-    What the judge has said is kept in the folder ``cache`` as it comes, so that after a failure
-    or a kill the same call asks only for the rest.
+    A reply is written to the folder ``kept`` as it comes, in a file whose name is a digest of all
+    that defines the request (but not the key), so that none is paid for twice: after a failure or
+    a kill the same call asks for the rest.
 
     Args:
-        answered: questions with their answers.
+        lines: those of `answer_lines`, question by question.
         config: the judge; has a url.
-        cache: where judgements are kept.
+        kept: where judgements are kept.
         title: what the progress bar says.
 
     Raises:
         ConfigError: the endpoint refuses the key, the model or the request.
         DataError: the file of prompts is missing or damaged.
-        JudgeError: some requests were answered in none of their tries; the others are kept.
+        JudgeError: a request was answered in none of its tries; the others are kept.
     """
-    prompts = judge_prompts(config)
+    prompts, url = judge_prompts(config), completions_url(config)
     bodies = [
-        request_body(config, prompts.messages(each.question, each.answers, turn))
-        for each in answered
-        for turn in TURNS
+        request_body(config, prompts.messages(first, second, turn))
+        for first, second in zip(lines[::2], lines[1::2], strict=True)
+        for turn in (1, 2)
     ]
-    kept = JudgementCache(cache)
-    url = completions_url(config)
-    replies = {index: kept.get(url, body) for index, body in enumerate(bodies)}
-    missing = [index for index, reply in replies.items() if reply is None]
-    asked, retried = [], 0
-    if missing:
-        work = _request_all([bodies[index] for index in missing], config, kept, title)
-        asked, retried = _run(work)
-        replies |= dict(zip(missing, asked, strict=True))
-    judgements = [_read(reply) for reply in replies.values() if reply is not None]
-    pairs = list(zip(judgements[::2], judgements[1::2], strict=True))
-    return Judged(pairs, len(asked), retried)
-
-
-async def _request_all(
-    bodies: list[dict[str, Any]], config: JudgeConfig, cache: JudgementCache, title: str
-) -> tuple[list[Reply], int]:
-    async with connected(config) as endpoint:
-        with tqdm(total=len(bodies), desc=title, disable=None) as bar:
-            requests = _Requests(endpoint, cache, bar)
-            tasks = [asyncio.ensure_future(requests.request(body)) for body in bodies]
-            await _all_or_first_error(tasks)
-    if requests.failures:
-        raise JudgeError(
-            f"of {len(bodies)} judgements {requests.made} were made, and are kept in {cache.path},"
-            f" and {len(requests.failures)} failed; the same command asks for the rest. The first"
-            f" failure: {requests.failures[0]}"
-        )
-    replies = [reply for task in tasks if (reply := task.result()) is not None]
-    return replies, endpoint.retried
-
-
-async def _all_or_first_error(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Wait for all ``tasks``; once one fails, cancel the others. A JudgeError is left in its task.
-
-    (`asyncio.TaskGroup` needs Python 3.11.)
-    """
-
-    def cancel_the_rest(task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            for other in tasks:
-                other.cancel()
-
-    for task in tasks:
-        task.add_done_callback(cancel_the_rest)
-    for ended in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(ended, Exception) and not isinstance(ended, JudgeError):
-            raise ended
-
-
-class JudgementCache:
-    """A folder of replies, one JSON file each, so that none is paid for twice.
-
-    The name of a file is a digest of all that defines the request: address, model, messages,
-    temperature, limits and whatever else is sent, but not the key. Processes may share a folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def get(self, url: str, body: dict[str, Any]) -> Reply | None:
-        """Return the reply to a request, or None if it has to be asked; so where it is damaged."""
-        try:
-            reply = Reply(**read_json(self._file(url, body))["reply"])
-            return reply if isinstance(reply.text, str) else None
-        except (ArtifactError, KeyError, TypeError):
-            return None
-
-    def put(self, url: str, body: dict[str, Any], reply: Reply) -> None:
-        """Keep a reply."""
-        saved = {"url": url, "request": body, "reply": dataclasses.asdict(reply)}
-        write_json(self._file(url, body), saved)
-
-    def _file(self, url: str, body: dict[str, Any]) -> Path:
-        text = json.dumps({"url": url, "request": body}, sort_keys=True)
-        return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-
-class _Requests:
-    """What the requests under way share."""
-
-    def __init__(self, endpoint: Endpoint, cache: JudgementCache, bar: Any) -> None:
-        self.endpoint, self.cache, self.bar = endpoint, cache, bar
-        self.failures: list[JudgeError] = []
-        self.made = 0
-        self._in_a_row = 0
-        self._places = asyncio.Semaphore(endpoint.config.concurrency)
-
-    async def request(self, body: dict[str, Any]) -> Reply | None:
-        """Return the reply, kept on disk; None if there was none and others may fare better.
-
-        Raises:
-            JudgeError: so many requests in a row have failed that none is likely to fare better.
-        """
-        async with self._places:
-            try:
-                reply = await self.endpoint.request(body)
-            except JudgeError as error:
-                self.failures.append(error)
-                self._in_a_row += 1
-                if self._in_a_row >= max(self.endpoint.config.concurrency, _HOPELESS):
-                    raise
-                return None
-        self._in_a_row = 0
-        self.cache.put(completions_url(self.endpoint.config), body, reply)
-        self.made += 1
-        self.bar.update()
-        return reply
-
-
-def _read(reply: Reply) -> Judgement:
-    score = rating(reply.text)
-    if reply.finish in ("refusal", "content_filter"):
-        return Judgement(None, "declined", reply)
-    if score is None:
-        return Judgement(None, "cut off" if reply.finish == "length" else "no rating", reply)
-    if not 1 <= score <= 10:
-        return Judgement(None, "out of range", reply)
-    return Judgement(score, "rated", reply)
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end, in a notebook too, whose thread already has an event loop."""
+    files = [kept / f"{_digest({'url': url, 'request': body})}.json" for body in bodies]
+    missing = [each for each in zip(bodies, files, strict=True) if _reply_in(each[1]) is None]
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        if missing:
+            _ask(missing, config, title)
+    except JudgeError as error:
+        there = sum(file.is_file() for file in files)
+        raise JudgeError(
+            f"{there} of {len(bodies)} judgements are made and kept in {kept}; the same command"
+            f" asks for the rest. The first failure: {error}"
+        ) from error
+    return [Reply(**read_json(file)["reply"]) for file in files]
+
+
+def _ask(missing: list[tuple[dict[str, Any], Path]], config: JudgeConfig, title: str) -> None:
+    """Send requests and write each reply to its file, until one fails."""
+    with connected(config) as endpoint, ThreadPoolExecutor(config.concurrency) as pool:
+
+        def ask(body: dict[str, Any], file: Path) -> None:
+            reply = dataclasses.asdict(endpoint.request(body))
+            write_json(file, {"url": completions_url(config), "request": body, "reply": reply})
+
+        running = [pool.submit(ask, *each) for each in missing]
+        try:
+            for ended in tqdm(as_completed(running), total=len(running), desc=title, disable=None):
+                ended.result()
+        finally:
+            # After a failure those under way end, and are kept; those that wait are not begun.
+            pool.shutdown(cancel_futures=True)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _reply_in(file: Path) -> Reply | None:
+    """Return a kept reply, or None if it has to be asked; so where its file is damaged."""
+    try:
+        return Reply(**read_json(file)["reply"])
+    except (ArtifactError, KeyError, TypeError):
+        return None

@@ -12,29 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tlora.errors import DataError
-from tlora.scoring.mtbench.questions import Question, json_lines
 
 Messages = list[dict[str, str]]
+Line = Mapping[str, Any]
 
 _NAMES = {
     (1, False): "single-v1",
     (1, True): "single-math-v1",
     (2, False): "single-v1-multi-turn",
     (2, True): "single-math-v1-multi-turn",
-}
-_FIELDS = {
-    (1, False): {"question", "answer"},
-    (1, True): {"question", "answer", "ref_answer_1"},
-    (2, False): {"question_1", "answer_1", "question_2", "answer_2"},
-    (2, True): {
-        *("question_1", "answer_1", "question_2", "answer_2"),
-        *("ref_answer_1", "ref_answer_2"),
-    },
 }
 _PUBLISHED = "808ad71f58518f534cedbcee8fc6da9f3fe8a8377e42637700b2d6008023f5a1"
 """Digest of the four published prompts (FastChat, main branch of April 2025)."""
@@ -58,15 +50,21 @@ class JudgePrompts:
     """Whose wording it is; part of every result."""
     prompts: dict[tuple[int, bool], Prompt]
 
-    def messages(self, question: Question, answers: tuple[str, str], turn: int) -> Messages:
-        """Return the messages that ask for a grade of the answer to ``turn``, 1 or 2."""
-        references = question.references
-        prompt = self.prompts[turn, references is not None]
-        fields = {"question": question.turns[0], "answer": answers[0]}
-        for index in (0, 1):
-            fields[f"question_{index + 1}"] = question.turns[index]
-            fields[f"answer_{index + 1}"] = answers[index]
-            fields[f"ref_answer_{index + 1}"] = references[index] if references else ""
+    def messages(self, first: Line, second: Line, turn: int) -> Messages:
+        """Return the messages that ask for a grade of the answer to ``turn``, 1 or 2.
+
+        Args:
+            first: the line of a question's first turn: "prompt", "reply" and "target" (the
+                reference answer, or None).
+            second: the one of its second turn.
+            turn: which of the two answers is graded.
+        """
+        prompt = self.prompts[turn, first["target"] is not None]
+        fields = {"question": first["prompt"], "answer": first["reply"]}
+        for number, line in enumerate((first, second), start=1):
+            fields[f"question_{number}"] = line["prompt"]
+            fields[f"answer_{number}"] = line["reply"]
+            fields[f"ref_answer_{number}"] = line["target"] or ""
         return [
             {"role": "system", "content": prompt.system},
             {"role": "user", "content": prompt.template.format(**fields)},
@@ -77,28 +75,28 @@ def read_prompts(path: str | Path) -> JudgePrompts:
     """Read the four prompts for single-answer grading from a file in FastChat's form.
 
     Raises:
-        DataError: the file is missing or damaged, lacks one of the prompts, or a prompt asks for
-            something that there is not.
+        DataError: the file cannot be read, lacks one of the prompts, or a prompt has a field that
+            cannot be filled in.
     """
-    found: dict[str, Prompt] = {}
-    for where, row in json_lines(path):
-        if row.get("name") not in _NAMES.values():
-            continue
-        system, template = row.get("system_prompt"), row.get("prompt_template")
-        if not (isinstance(system, str) and isinstance(template, str)):
-            raise DataError(f"{where}: a prompt has `system_prompt` and `prompt_template`, texts.")
-        if row.get("output_format") != "[[rating]]":
-            raise DataError(f"{where}: `output_format` is not '[[rating]]', which alone is read.")
-        found[row["name"]] = Prompt(system, template)
-    if lacking := [name for name in _NAMES.values() if name not in found]:
-        raise DataError(f"{path}: there is no prompt {', '.join(lacking)}; take the whole file.")
-    prompts = {key: found[name] for key, name in _NAMES.items()}
-    for key, prompt in prompts.items():
-        _check_fields(prompt.template, _FIELDS[key], f"{path}: {_NAMES[key]}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = {row["name"]: row for row in (json.loads(line) for line in lines if line.strip())}
+        prompts = {
+            key: Prompt(rows[name]["system_prompt"], rows[name]["prompt_template"])
+            for key, name in _NAMES.items()
+        }
+        read = JudgePrompts(f"mtbench-single, prompts of {Path(path).name}", prompts)
+        line = {"prompt": "", "reply": "", "target": ""}
+        for turn in (1, 2):
+            for target in ("", None):
+                read.messages(line | {"target": target}, line, turn)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{path}: these are not FastChat's prompts for single-answer grading ({error!r})."
+        ) from error
     mark = digest(prompts)
-    if mark == _PUBLISHED:
-        return JudgePrompts(PUBLISHED_LABEL, prompts)
-    return JudgePrompts(f"mtbench-single, prompts of {Path(path).name} ({mark[:12]})", prompts)
+    label = PUBLISHED_LABEL if mark == _PUBLISHED else f"{read.label} ({mark[:12]})"
+    return JudgePrompts(label, prompts)
 
 
 def digest(prompts: dict[tuple[int, bool], Prompt]) -> str:
@@ -107,26 +105,11 @@ def digest(prompts: dict[tuple[int, bool], Prompt]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def _check_fields(template: str, wanted: set[str], where: str) -> None:
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise DataError(f"{where}: its template cannot be filled in ({error}).") from error
-    if fields != wanted:
-        raise DataError(
-            f"{where}: its template has the fields {sorted(fields)}; it should have"
-            f" {sorted(wanted)}."
-        )
-
-
 _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
 
 
 def rating(text: str) -> float | None:
     """Return the number that a judgement gives: the first "[[n]]", else the first "[n]".
-
-    It may lie outside of 1 to 10, where published scripts would count it: what is to be done with
-    it is for the caller.
 
     Source: FastChat's reading of judgements, published with arXiv 2306.05685.
     """
