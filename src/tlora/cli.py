@@ -154,11 +154,8 @@ def compare(config: CompareConfig) -> None:
 
 def evaluate(config: EvalConfig) -> None:
     """Evaluate models on tasks; make page and tables of what the folder holds."""
-    from datasets import disable_progress_bars
-
     from tlora.evaluate.evaluate import run
 
-    disable_progress_bars()  # the bar is about items
     _show_evaluation(run(config, tell=_say))
 
 

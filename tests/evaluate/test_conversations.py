@@ -17,6 +17,8 @@ from tlora.evaluate import evaluate, loading
 from tlora.evaluate.conversations import INSTRUCTION, TEMPLATE, MtBench
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.evaluated_models import resolve
+from tlora.evaluate.lm import TransformersLM
 from tlora.scoring.mtbench.config import JudgeConfig
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
@@ -167,21 +169,15 @@ class Recorder:
         self.tokenizer = tokenizer
         self.requests = []
 
-    def set_cache_hook(self, hook):
-        self.hook = hook
-
     def generate_until(self, requests):
         self.requests += [request.args for request in requests]
-        for request in requests:
-            self.hook.add_partial("generate_until", request.args, "")
         return [f" reply {number}\n" for number, _ in enumerate(requests)]
 
 
 def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn(config, chatty):
     lm = Recorder(AutoTokenizer.from_pretrained(chatty))
-    counts = []
     task = MtBench("mtbench", config(chat_prompt="instruction", gen_kwargs={}))
-    answers = task.evaluate(lm, counts.append)
+    answers = task.evaluate(lm)
     for (_, options), temperature in zip(lm.requests, [0.7, 0.7, 0.0] * 2, strict=True):
         assert options == {
             "until": ["### Instruction:"],
@@ -189,16 +185,18 @@ def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn
             "do_sample": temperature > 0,
             "temperature": temperature,
         }
-    assert counts == [1, 2, 3, 4, 5, 6]
     assert answers.truncated == 0
     assert [line["reply"] for line in answers.lines[::2]] == ["reply 0", "reply 1", "reply 2"]
 
 
 def test_only_categories_with_a_temperature_are_sampled(config):
+    (model,) = resolve(config())
+    lm = TransformersLM(
+        loading.load(model, config()), loading.load_tokenizer(model, config()), config(), "causal"
+    )
     replies = []
-    for number, seed in enumerate((1, 1, 2)):
-        evaluate.run(config(seed=seed, output_dir=f"out{number}"))
-        found = EvalFolder(f"out{number}").read_samples("chatty", "mtbench")
+    for seed in (1, 1, 2):
+        found = MtBench("mtbench", config(seed=seed)).evaluate(lm).lines
         replies.append({line["item"]: line["reply"] for line in found})
     one, again, other = replies
     assert again == one
@@ -300,7 +298,7 @@ def test_grading_alone_waits_for_nobody_and_writes_over_nobody(config, server):
     assert not Path("elsewhere").exists()
 
 
-def test_a_model_that_is_added_is_graded_and_the_others_keep_their_grades(
+def test_an_added_model_is_graded_the_others_keep_their_grades_from_the_same_judge(
     config, chatty, demo_adapter, server
 ):
     server.always = says("[[3]]")
@@ -314,19 +312,15 @@ def test_a_model_that_is_added_is_graded_and_the_others_keep_their_grades(
     assert entry()["scores"]["drawn"]["score"] == 5.0
     evaluate.run(config(models=both))
     assert entry()["protocol"].endswith("mtbench-single, our wording")
-
-
-def test_another_judge_grades_all_models_again(config, server):
-    evaluate.run(config(judge=by(server)))
+    # Another judge grades all models again.
     server.always = says("[[2]]")
     stricter = by(server, model="stricter", request={"temperature": None, "seed": 3})
     evaluate.run(EvalConfig(output_dir="out", judge=stricter))
-    assert entry()["scores"]["chatty"]["score"] == 2.0
+    assert [entry()["scores"][name]["score"] for name in ("chatty", "drawn")] == [2.0, 2.0]
     assert "by stricter at its own temperature" in entry()["protocol"]
     sent = {"model": "stricter", "max_tokens": 2048, "seed": 3}
     assert entry()["judge"]["request"] == sent
     assert sent.items() <= server.bodies[-1].items()
-    assert "by grader" not in entry()["protocol"]
 
 
 def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server, caplog):

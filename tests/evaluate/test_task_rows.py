@@ -59,14 +59,8 @@ def test_white_space_at_the_ends_of_a_reply_does_not_count(tmp_path):
 
 def test_scores_of_all_rows_together_are_the_tasks_own(tmp_path):
     lines = [("sentence", "label"), *((f"s{n}", str(n % 2)) for n in range(6))]
-    replies = [
-        "unacceptable",
-        " acceptable",
-        "acceptable",
-        "nonsense",
-        "unacceptable",
-        "acceptable",
-    ]
+    replies = ["unacceptable", " acceptable", "acceptable", "nonsense"]
+    replies += ["unacceptable", "acceptable"]
     scores, items = scored("cola", lines, replies, tmp_path, kind="seq2seq")
     task = TASKS.load("cola")(DataConfig(kind="seq2seq"))
     targets = ["unacceptable", "acceptable"] * 3
@@ -110,15 +104,12 @@ def read(name, **data):
     return [row["text"] for row in scored_rows(TASKS.load(name)(config.data), config, limited=True)]
 
 
-def test_the_dataset_that_is_named_is_scored_by_tasks_that_have_their_own(hub):
+def test_the_rows_that_are_named_are_scored_the_first_or_drawn(hub):
     read("sst2")
     read("sst2", eval_split="test")
     read("sst2", dataset="mine", dataset_config="part", eval_split="dev")
     own = ("nyu-mll/glue", "sst2")
     assert hub == [(*own, "validation"), (*own, "test"), ("mine", "part", "dev")]
-
-
-def test_so_many_test_rows_are_scored_the_first_or_drawn(hub):
     assert read("sst2", max_eval_rows=3) == ["s0", "s1", "s2"]
     drawn = read("sst2", max_eval_rows=3, subset_seed=1)
     assert len(drawn) == 3
@@ -153,20 +144,13 @@ def test_rows_that_are_named_twice_or_not_are_refused(hub, fields, data, says):
     assert hub == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("train_split", "dev"),
-        ("loss_on", "all"),
-        ("max_train_rows", 5),
-        ("overlap", "drop"),
-        ("guard", "gsm8k-paper"),
-        ("guard_dir", "data"),
-    ],
-)
-def test_what_is_of_training_alone_is_refused(name, value):
-    with pytest.raises(ConfigError, match=rf"`data\.{name}` is for training only; leave it out"):
-        EvalConfig(models=["m"], tasks=["sst2"], data=DataConfig(**{name: value}))
+def test_what_is_of_training_alone_is_refused():
+    given = {"train_split": "dev", "loss_on": "all", "max_train_rows": 5, "overlap": "drop"}
+    given |= {"guard": "gsm8k-paper", "guard_dir": "data"}
+    with pytest.raises(ConfigError) as error:
+        EvalConfig(models=["m"], tasks=["sst2"], data=DataConfig(**given))
+    expected = {f"`data.{name}` is for training only; leave it out." for name in given}
+    assert set(error.value.faults) == expected
 
 
 def test_how_rows_are_read_is_refused_where_the_rows_are_an_evaluations():
@@ -203,6 +187,6 @@ def test_a_system_instruction_stands_a_blank_line_before_the_prompt(tmp_path):
 
     config = EvalConfig(models=["m"], tasks=["t"], system_instruction="Be brief.")
     task = task_rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "r"}])
-    answers = HarnessTask(task, config).evaluate(Asked(["r"]), lambda count: None)
+    answers = HarnessTask(task, config).evaluate(Asked(["r"]))
     assert asked == ["Be brief.\n\np"]
     assert answers.scores == {"exact_match": 1.0}

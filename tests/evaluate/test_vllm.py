@@ -64,28 +64,12 @@ def test_what_vllm_cannot_do_is_refused_at_once(here, demo_adapter, demo_file, m
         test_file=demo_file,
         backend="vllm",
         quantization="nf4",
-        parallelize=True,
-        max_batch_size=8,
-        device="cuda:1",
     )
     with pytest.raises(ConfigError) as error:
         evaluate.run(config)
     assert [fault.split(";")[0] for fault in error.value.faults] == [
         "'vllm' is not installed",
         "vLLM knows one rank and one scale, and drawn may have many",
-        "`quantization` is of transformers alone",
-        "`parallelize` is of transformers alone",
-        "`max_batch_size` is of transformers alone",
-        "`device` is of transformers alone",
+        "`quantization` and `parallelize` never reach vLLM",
     ]
     assert not Path("tlora-eval").exists()
-
-
-def test_the_device_is_where_adapters_are_merged(demo_adapter, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    fields = {"models": [demo_adapter], "tasks": ["t"], "backend": "vllm", "device": "cpu"}
-    merging = EvalConfig(merge=True, **fields)
-    loading.check_backend(merging, resolve(merging))
-    plain = EvalConfig(**fields | {"models": [BASE_MODEL]})
-    with pytest.raises(ConfigError, match="`device` is of transformers alone"):
-        loading.check_backend(plain, resolve(plain))

@@ -12,7 +12,6 @@ from scripted import CASES, GROUPS, config
 from tlora.errors import ConfigError, DataError
 from tlora.evaluations import catalog as catalogue
 from tlora.evaluations.catalog import Settings
-from tlora.registry import EVALUATIONS
 
 
 def yaml(folder, name, **more):
@@ -64,23 +63,13 @@ def test_a_group_of_theirs_and_the_path_of_a_yaml_are_taken(theirs, tmp_path):
 
 def test_unknown_names_are_reported_together_with_suggestions(theirs):
     with pytest.raises(ConfigError) as error:
-        catalogue.build(["gsm8k-papr", "hellaswagg", "zzz", "gsm8k-paper"])
-    one, two, three = error.value.faults
+        catalogue.build(["gsm8k-papr", "hellaswagg", "math", "jsonl", "zzz", "gsm8k-paper"])
+    one, two, sets, rows, three = error.value.faults
+    assert sets == "there is no task 'math'. Did you mean 'math-paper'?"
+    assert "'jsonl' is one to train on; give --test_file" in rows
     assert one == "there is no task 'gsm8k-papr'. Did you mean 'gsm8k-paper'?"
     assert two == "there is no task 'hellaswagg'. Did you mean 'hellaswag'?"
     assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")
-
-
-def test_a_task_to_train_on_wants_its_rows(theirs):
-    with pytest.raises(ConfigError) as caught:
-        catalogue.build(["jsonl"])
-    assert "'jsonl' is one to train on; give --test_file" in str(caught.value)
-
-
-def test_a_data_set_without_its_protocol_gets_all_of_ours_suggested(theirs):
-    with pytest.raises(ConfigError) as caught:
-        catalogue.build(["math"])
-    assert "there is no task 'math'. Did you mean 'math-paper'?" in str(caught.value)
 
 
 def test_theirs_that_cannot_be_loaded_are_named_with_the_cause(theirs):
@@ -92,17 +81,6 @@ def test_theirs_that_run_programs_are_refused_unless_allowed(theirs):
     with pytest.raises(ConfigError, match="'unsafe' of lm-evaluation-harness runs programs"):
         catalogue.build(["unsafe"])
     assert list(catalogue.build(["unsafe"], settings=Settings(allow_code_execution=True)))
-
-
-def test_a_file_is_called_as_its_evaluation():
-    for name in EVALUATIONS.names():
-        assert name in (config(name).get("task"), config(name).get("group"))
-
-
-def test_the_protocol_names_the_source_of_the_rule(tmp_path):
-    name = "gsm8k-metamath"
-    task = catalogue.build([name], CASES[name].write(tmp_path))[name]
-    assert "arXiv 2309.12284" in catalogue.protocol(task)
 
 
 def test_another_package_adds_a_file_by_an_entry_point(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typing import cast
 from tlora.scoring.sandbox import Limits, Protection, Result, Sandbox
 
 LIMITS = Limits(seconds=600.0, cpu_seconds=60, memory=300 << 20, output=200_000, processes=8)
-SHORT = replace(LIMITS, seconds=3.0, cpu_seconds=1)
+SHORT = replace(LIMITS, seconds=1.5, cpu_seconds=1)
 """For programs that may time out. No other is short of time, however busy the machine is."""
 TESTS = "for n in (3, 5):\n    assert abs(answer(n) - 7 * n) < 0.5"
 """No program below computes 7 n, but those that have got past a limit."""

@@ -69,17 +69,11 @@ def test_right_and_wrong(name, text, reference, right):
     assert PROTOCOLS[name].score(text, reference) is right
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
-@pytest.mark.parametrize("text", ["", "The answer is: ", "\\boxed{", "####", "I do not know."])
-def test_no_answer_is_never_right(protocol, text):
-    assert protocol.extract(text) is None
-    assert not protocol.score(text, "")
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
-def test_a_protocol_names_itself_and_its_source(protocol):
-    assert PROTOCOLS[protocol.name] is protocol
-    assert protocol.source
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_no_answer_is_never_right(name):
+    for text in ("", "The answer is: ", "\\boxed{", "####", "I do not know."):
+        assert PROTOCOLS[name].extract(text) is None
+        assert not PROTOCOLS[name].score(text, "")
 
 
 class Says:

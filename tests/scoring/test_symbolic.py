@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tlora.errors import ConfigError
-from tlora.scoring import symbolic
 from tlora.scoring.symbolic import MathVerify
 
 
@@ -48,22 +46,13 @@ def workers():
 
 def test_an_endless_comparison_is_given_up_and_the_next_one_answered():
     others = workers()
-    with MathVerify(seconds=600.0) as verifier:
+    with MathVerify(seconds=600.0, memory=64 << 20) as verifier:
         assert verifier.equal("1", "1") is True
         (before,) = workers() - others
         verifier.seconds = 1.0
         assert verifier.equal("9^{9^{9^{9}}}", "2") is None
         verifier.seconds = 600.0
-        assert verifier.equal("2", "2") is True
-        (after,) = workers() - others
-        assert after != before
-    assert workers() == others
-
-
-def test_memory_is_bounded_and_the_next_comparison_answered():
-    others = workers()
-    with MathVerify(seconds=600.0, memory=64 << 20) as verifier:
-        assert verifier.equal("2^{10000000000}", "3") is not True
+        assert verifier.equal("2^{10000000000}", "3") is not True  # memory is bounded
         (worker,) = workers() - others
         size = os.sysconf("SC_PAGE_SIZE") * int(
             Path(f"/proc/{worker}/statm").read_text().split()[0]
@@ -73,21 +62,5 @@ def test_memory_is_bounded_and_the_next_comparison_answered():
         assert space == [space[0]] * 2
         assert int(space[0]) - size <= 64 << 20
         assert verifier.equal("2", "2") is True
-
-
-def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with MathVerify() as verifier, pytest.raises(ConfigError, match="math-verify does not start"):
-        verifier.equal("1", "1")
-
-
-@pytest.mark.parametrize("module", ["math_verify", "pebble"])
-def test_a_missing_package_is_named(monkeypatch, module):
-    find = symbolic.importlib.util.find_spec
-    monkeypatch.setattr(
-        symbolic.importlib.util, "find_spec", lambda name: None if name == module else find(name)
-    )
-    with pytest.raises(ConfigError, match=r"(math-verify|pebble) is not .*'tlora\[eval\]'"):
-        MathVerify()
+        assert worker != before
+    assert workers() == others

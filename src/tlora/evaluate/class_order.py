@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tlora.errors import ConfigError
@@ -15,28 +13,28 @@ from tlora.registry import TASKS
 from tlora.training.runfolder import RunFolder
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What is known of the outputs of a model."""
+def class_names(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | None:
+    """Return the classes of a model in the order of its outputs; None where nothing tells it.
 
-    names: list[str] | None
-    """The classes in the order of the outputs; None where nothing tells it."""
-    trained: bool
-    """Whether the record of its training says so."""
+    The record of its run comes first, and `label_names` of the user must not contradict it. Then
+    what the user says, then the model's own configuration, where it has a head and the names are
+    more than numbers ("LABEL_0").
 
-
-def outputs_of(evaluated: EvaluatedModel, config: EvalConfig) -> Outputs:
-    """Return what is known of the outputs of a model, from files alone.
-
-    The record of a run of `tlora train` comes first. Else the model's configuration tells it, where
-    it has a head and the names are more than numbers ("LABEL_0").
+    Raises:
+        ConfigError: the user's order is not that of training.
     """
-    run = _run_of(evaluated)
-    names = _recorded(run) if run else None
-    if names or (run and evaluated.adapter):
-        # What the base of a run's adapter says is of the head that the run has put aside.
-        return Outputs(names, trained=names is not None)
-    return Outputs(_configured(evaluated, config), trained=False)
+    run, given = _run_of(evaluated), config.data.label_names
+    recorded = _recorded(run) if run else None
+    if recorded and given and order_of(recorded, given) not in (None, [*range(len(given))]):
+        raise ConfigError(
+            f"{', '.join(given)} is not the order in which {evaluated.name} was trained"
+            f" ({', '.join(recorded)}); leave it out.",
+            where="data.label_names",
+        )
+    if given or recorded:
+        return given or recorded
+    # What the base of a run's adapter says is of the head that the run has put aside.
+    return None if run and evaluated.adapter else _configured(evaluated, config)
 
 
 def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
@@ -49,49 +47,6 @@ def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
         if len(set(left)) == len(left) == len(right) and set(left) == set(right):
             return [left.index(name) for name in right]
     return None
-
-
-def chosen_order(
-    evaluated: EvaluatedModel,
-    found: Outputs,
-    wanted: Sequence[str],
-    given: list[str] | None,
-    fixed: bool,
-) -> list[int]:
-    """Return which output of a model is each class of a task.
-
-    Args:
-        evaluated: the model, for messages.
-        found: what is known of its outputs.
-        wanted: the classes of the task.
-        given: the classes in the order of the outputs, as the user says; None: not said.
-        fixed: whether the task's own order is that of models that tell nothing.
-
-    Raises:
-        ConfigError: nothing tells the order, the classes are others, or the user's order is not
-            that of training.
-    """
-    known = order_of(found.names, given) if given and found.trained and found.names else None
-    if given and found.names and known not in (None, [*range(len(given))]):
-        raise ConfigError(
-            f"{', '.join(given)} is not the order in which {evaluated.name} was trained"
-            f" ({', '.join(found.names)}); leave it out.",
-            where="data.label_names",
-        )
-    names = given or found.names
-    if fixed and not given and (names is None or names == [str(n) for n in range(len(names))]):
-        return [*range(len(wanted))]
-    if names is None:
-        raise ConfigError("name the classes in the order of training.", "data.label_names")
-    order = order_of(names, wanted)
-    if order is None:
-        raise ConfigError(
-            f"the outputs of {evaluated.name} are {', '.join(names)}, and the classes that are"
-            f" asked for {', '.join(wanted)}; give a model of these classes, or if only its names"
-            " are others, --data.label_names with these in the order of its outputs.",
-            where="models",
-        )
-    return order
 
 
 def _run_of(evaluated: EvaluatedModel) -> RunFolder | None:
@@ -115,6 +70,6 @@ def _configured(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | No
     own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
     by_id = getattr(own, "id2label", None) or {}
     names = [str(by_id[number]) for number in sorted(by_id)]
-    if not labels_texts(own) or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        return None
-    return names
+    # Numbers and numbered labels name nothing: "LABEL_0", "0".
+    named = any(name not in (f"LABEL_{n}", str(n)) for n, name in enumerate(names))
+    return names if named and labels_texts(own) else None

@@ -137,15 +137,12 @@ class MtBench:
         check_room(self.name, evaluated, self._tokens, longest)
         self._forms[evaluated.name] = self._form(tokenizer)
 
-    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+    def evaluate(self, lm: Any) -> TaskResult:
         """Have the first turns of all questions answered, then the second ones; no scores yet.
 
         Args:
             lm: the model, as the harness knows it.
-            progress: called with the number of turns answered so far.
         """
-        from tlora.evaluate.lm import ProgressHook
-
         system = self._config.system_instruction
         start = [{"role": "system", "content": system}] if system else []
         chats: list[Messages] = [[*start] for _ in self._questions]
@@ -156,7 +153,6 @@ class MtBench:
             for chat, question in zip(chats, self._questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
             prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
-            lm.set_cache_hook(ProgressHook(progress, turn * len(chats)))
             replies.append(self._written(lm, prompts[turn], form))
             for chat, reply in zip(chats, replies[turn], strict=True):
                 chat.append({"role": "assistant", "content": reply})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,6 @@ class EvalFolder:
         )
         with locked(self._lock, refusal):
             yield
-
-    def remove(self) -> None:
-        """Take an evaluation without samples away; the folder goes too if nothing else is in it."""
-        for file in (self._file, self._lock):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty
-            self.path.rmdir()
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""

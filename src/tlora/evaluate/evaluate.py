@@ -10,12 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tlora.errors import ConfigError, TLoraError
+from tlora.errors import ConfigError
 from tlora.evaluate import evaluated_models, loading
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
@@ -49,7 +47,7 @@ class EvaluationTask(Protocol):
     def check(self, evaluated: EvaluatedModel, tokenizer: Any, longest: int) -> None:
         """Raise a ConfigError if the model cannot be evaluated on it."""
 
-    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+    def evaluate(self, lm: Any) -> TaskResult:
         """Evaluate one model on all items."""
 
 
@@ -81,43 +79,21 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
     EvaluationRecord(folder, config, models)  # refuses other settings before rows are read
     tasks = make_tasks(config, models)
     check(tasks, config, models)
-    with folder.locked(), _begun(folder):
+    with folder.locked():
         record = EvaluationRecord(folder, config, models)
         record.start(tasks)
-        _evaluate_missing(record, models, tasks, tell)
+        try:
+            for evaluated in models:
+                missing = {n: task for n, task in tasks.items() if not record.has(evaluated, n)}
+                if missing:
+                    _evaluate(evaluated, missing, record, tell)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; finished pairs of model and task are kept, and the same command does"
+                " the rest."
+            ) from None
         grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     return folder
-
-
-@contextmanager
-def _begun(folder: EvalFolder) -> Iterator[None]:
-    """Keep what is finished when the walk ends early; a folder that was new and holds none goes."""
-    new = not folder.exists
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; finished pairs of model and task are kept, and the same command does"
-            " the rest."
-        ) from None
-    except TLoraError:
-        if new and not folder.samples.exists():
-            folder.remove()
-        raise
-
-
-def _evaluate_missing(
-    record: EvaluationRecord,
-    models: list[EvaluatedModel],
-    tasks: dict[str, EvaluationTask],
-    tell: Tell,
-) -> None:
-    """Evaluate each model on what the folder does not have of it yet, under one progress bar."""
-    todo = [(evaluated, [n for n in tasks if not record.has(evaluated, n)]) for evaluated in models]
-    with _bar(sum(tasks[name].items for _, names in todo for name in names)) as bar:
-        for evaluated, names in todo:
-            if names:
-                _evaluate(evaluated, {name: tasks[name] for name in names}, record, bar, tell)
 
 
 def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, EvaluationTask]:
@@ -172,17 +148,13 @@ def _evaluate(
     evaluated: EvaluatedModel,
     tasks: dict[str, EvaluationTask],
     record: EvaluationRecord,
-    bar: Any,
     tell: Tell,
 ) -> None:
     """Load one model, evaluate it on the tasks, and let go of it."""
-    bar.set_description(f"loading {evaluated.name}")
     lm = _model(evaluated, record.config, tasks)
     for name, task in tasks.items():
-        bar.set_description(f"{evaluated.name}: {name}")
-        done, start = bar.n, time.perf_counter()
-        found = task.evaluate(lm, partial(_advance, bar, done))
-        _advance(bar, done, task.items)
+        start = time.perf_counter()
+        found = task.evaluate(lm)
         seconds = time.perf_counter() - start
         record.add(evaluated, name, found, seconds)
         if found.truncated:
@@ -192,16 +164,10 @@ def _evaluate(
                 found.truncated,
                 name,
             )
-        if bar.disable:
-            main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
-            tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
+        main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
+        tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
     del lm
     loading.release()
-
-
-def _advance(bar: Any, done: int, items: int) -> None:
-    """Move the bar to ``items`` beyond ``done``."""
-    bar.update(done + items - bar.n)
 
 
 def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
@@ -219,20 +185,6 @@ def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, Evalu
     from tlora.evaluate.lm import TransformersLM
 
     return TransformersLM(loading.load(evaluated, config), tokenizer, config, evaluated.head)
-
-
-@contextmanager
-def _bar(items: int) -> Iterator[Any]:
-    """Yield the one progress bar, of items of all models and tasks, with the time left."""
-    from tqdm.auto import tqdm
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    try:
-        with tqdm(total=items, unit=" items", disable=None if items else True) as bar:
-            yield bar
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 class EvaluationRecord:

@@ -65,7 +65,7 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
 
     Raises:
         ConfigError: a folder is missing or holds no model, a base cannot be found, two models
-            have one name, or they have different heads; all faults at once.
+            have one name, or they have different heads.
     """
     faults: list[str] = []
     found: list[EvaluatedModel] = []
@@ -77,7 +77,12 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
     if faults:
         raise ConfigError(faults, where="models")
     models = _named(_all_kinds(found, config))
-    _check_heads(models, config)
+    labelling = [each.name for each in models if each.head == "labelled"]
+    if 0 < len(labelling) < len(models):
+        faults.append(
+            f"{', '.join(labelling)}: labels texts, and the other models write them; evaluate them"
+            " apart (the base of a classifier has no trained head, so leave --with_base out)."
+        )
     counts = Counter(evaluated.name for evaluated in models)
     for name in (name for name, count in counts.items() if count > 1):
         paths = ", ".join(evaluated.path for evaluated in models if evaluated.name == name)
@@ -189,37 +194,31 @@ def _head_of_model(config: Any) -> Head:
 def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
     """Add merged adapters beside or in place of the adapters, and their bases in front."""
     models: list[EvaluatedModel] = []
-    for evaluated in found:
-        merged = dataclasses.replace(evaluated, kind="merged")
-        if evaluated.adapter is None or not (config.merge or config.with_merged):
-            models.append(evaluated)
-        else:
-            models += [merged] if config.merge else [evaluated, merged]
+    for each in found:
+        if each.adapter is None or not config.merge:
+            models.append(each)
+        if each.adapter is not None and (config.merge or config.with_merged):
+            models.append(dataclasses.replace(each, kind="merged"))
     if config.with_base:
-        there = {evaluated.model for evaluated in found if evaluated.adapter is None}
-        bases = {evaluated.model: evaluated for evaluated in found if evaluated.adapter is not None}
-        wanted = [evaluated for model, evaluated in bases.items() if model not in there]
+        there = {each.model for each in found if each.adapter is None}
+        lacking = {each.model: each for each in found if each.model not in there}.values()
         models[:0] = [
-            dataclasses.replace(evaluated, name="", kind="base", adapter=None)
-            for evaluated in wanted
+            dataclasses.replace(each, name="", kind="base", adapter=None) for each in lacking
         ]
     return models
 
 
 def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
     """Give those without a name one: the base is "base", the rest are called by their folder."""
-    bases = {evaluated.model for evaluated in models if evaluated.kind == "base"}
-    used = {evaluated.model for evaluated in models if evaluated.kind != "base"}
-    lone = len(bases) == 1
+    bases = {each.model for each in models if each.kind == "base"}
+    used = {each.model for each in models if each.kind != "base"}
+    lone = len(bases) == 1 and (bases <= used or len(models) == 1)
 
-    def name(evaluated: EvaluatedModel) -> str:
-        if evaluated.kind == "base":
-            plain = lone and (evaluated.model in used or len(models) == 1)
-            return evaluated.name or ("base" if plain else _folder_name(evaluated.model))
-        given = evaluated.name or _folder_name(evaluated.path)
-        return f"{given}-merged" if evaluated.kind == "merged" else given
+    def name(each: EvaluatedModel) -> str:
+        own = "base" if each.kind == "base" and lone else _folder_name(each.path)
+        return f"{each.name or own}{'-merged' * (each.kind == 'merged')}"
 
-    return [dataclasses.replace(evaluated, name=name(evaluated)) for evaluated in models]
+    return [dataclasses.replace(each, name=name(each)) for each in models]
 
 
 def _folder_name(path: str) -> str:
@@ -232,30 +231,17 @@ def _folder_name(path: str) -> str:
     return re.sub(r"[^\w.+-]", "_", folder.name) or "model"
 
 
-def _check_heads(models: list[EvaluatedModel], config: EvalConfig) -> None:
-    heads = {evaluated.head == "labelled" for evaluated in models}
-    if len(heads) > 1:
-        named = ", ".join(s.name for s in models if s.head == "labelled")
-        raise ConfigError(
-            f"{named}: labels texts, and the other models write them; evaluate them apart (the"
-            " base of a classifier has no trained head, so leave --with_base out).",
-            where="models",
-        )
-
-
 def _digest(path: str) -> str | None:
     """Digest names, sizes, and the ends of the files of a folder: enough to see new weights."""
-    folder = Path(path)
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".safetensors", ".json", ".bin", ".model"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size};".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_END))
-            content.seek(max(0, size - _END))
-            digest.update(content.read(_END))
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".safetensors", ".json", ".bin", ".model"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size};".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(_END))
+                content.seek(max(0, size - _END))
+                digest.update(content.read(_END))
     return digest.hexdigest()[:16]

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tlora import extras
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
@@ -28,11 +27,10 @@ def check_judge(config: EvalConfig) -> None:
     """Check what can be known of the judge before any model is asked.
 
     Raises:
-        ConfigError: the judge's extra is not installed, or its key cannot be sent.
+        ConfigError: its key cannot be sent.
         DataError: the file of its prompts is missing or damaged.
     """
     if config.judge.url:
-        extras.require("judge", where="judge")
         judge_prompts(config.judge)
         read_key(config.judge)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,16 +80,15 @@ class HarnessTask:
         tokens = normalize_gen_kwargs(self._task.config.generation_kwargs)["max_gen_toks"]
         check_room(self._task.task_name, evaluated, tokens, longest)
 
-    def evaluate(self, lm: Any, progress: Callable[[int], None]) -> TaskResult:
+    def evaluate(self, lm: Any) -> TaskResult:
         """Ask all items of one model.
 
         Args:
             lm: the model, as the harness knows it.
-            progress: called with the number of items answered so far.
         """
+        import transformers
         from lm_eval import evaluate
 
-        from tlora.evaluate.lm import ProgressHook
         from tlora.evaluate.records import metrics, records
         from tlora.evaluations.catalog import ours
 
@@ -99,12 +96,13 @@ class HarnessTask:
         name, system = task.task_name, config.system_instruction
         if system and ours(task) and not config.apply_chat_template:
             system += "\n\n"
-        _seed(config.seed)
+        # So that a sampled reply does not depend on what was asked before.
+        transformers.set_seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
         before = getattr(lm, "truncated", 0)
-        ticker = ProgressHook(lambda count: progress(_items(task, count, self.items)))
-        lm.set_cache_hook(ticker)
-        with _quiet():
+        # What is printed speaks of prompts that are too long; they are counted and told of once.
+        printed = contextlib.redirect_stdout(io.StringIO())
+        with printed, unheard("lm_eval", "transformers.tokenization_utils_base"):
             found = evaluate(
                 lm=lm,
                 task_dict={"tasks": {name: task}, "groups": {}},
@@ -186,12 +184,6 @@ def _unknown(config: EvalConfig) -> list[str]:
     ]
 
 
-def _items(task: Task, requests: int, items: int) -> int:
-    """Return how many items so many answered requests are."""
-    total = sum(instance.repeats or 1 for instance in task.instances)
-    return items * requests // total
-
-
 def _higher(task: Task, key: str) -> bool:
     return task.higher_is_better().get(key.partition(",")[0]) is not False
 
@@ -199,27 +191,3 @@ def _higher(task: Task, key: str) -> bool:
 def _turned(scores: dict[str, float], lower: list[str]) -> dict[str, float]:
     """Return the scores with those that are better when lower as their negatives, -perplexity."""
     return {f"-{k}" if k in lower else k: -v if k in lower else v for k, v in scores.items()}
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator, so that a sampled reply does not depend on what was asked before."""
-    import transformers
-
-    transformers.set_seed(seed)
-    random.seed(seed)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness' own bars and remarks off the screen; ours says what there is to say."""
-    from lm_eval.api import task as harness
-
-    bar = harness.tqdm
-    harness.tqdm = lambda rows, *_, **__: rows
-    try:
-        # The second speaks of prompts that are too long; they are counted and told of once.
-        said = contextlib.redirect_stdout(io.StringIO())
-        with said, unheard("lm_eval", "transformers.tokenization_utils_base"):
-            yield
-    finally:
-        harness.tqdm = bar

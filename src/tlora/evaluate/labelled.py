@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from tlora.errors import ConfigError
-from tlora.evaluate.class_order import Outputs, chosen_order, outputs_of
+from tlora.evaluate.class_order import class_names, order_of
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import TaskResult
@@ -67,15 +69,15 @@ class Labels:
                 f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
             )
         self.task: Task = task
-        self._given, self._fixed = config.data.label_names, bool(type(task).label_names)
-        self._outputs: dict[str, Outputs] = {}
-        self._orders: dict[str, list[int]] = {}
+        self._outputs: dict[str, list[str]] = {}
         if task.kind == "classification":
-            self._outputs = {evaluated.name: outputs_of(evaluated, config) for evaluated in models}
-            # A task that leaves its classes open has those of the first model that names them.
-            told = (found.names for found in self._outputs.values() if found.names)
-            task.label_names = task.label_names or next(told, None)
-            if not task.label_names:
+            found = {evaluated.name: class_names(evaluated, config) for evaluated in models}
+            # A task that leaves its classes open has those of the first model that names them; a
+            # model that names none has those that the task fixes.
+            fixed = type(task).label_names
+            task.label_names = task.label_names or next(filter(None, found.values()), None)
+            self._outputs = {name: names or fixed or [] for name, names in found.items()}
+            if not all(self._outputs.values()):
                 raise ConfigError("name the classes in the order of training.", "data.label_names")
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
@@ -90,27 +92,26 @@ class Labels:
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> None:
-        """Settle which output of a model is which class; the head itself shows when it is loaded.
+        """Check that a model has the task's classes; the head itself shows when it is loaded.
 
         Raises:
-            ConfigError: nothing tells the order, or the model's classes are not those of the task.
+            ConfigError: it has others.
         """
-        if self.task.label_names:
-            self._orders[evaluated.name] = chosen_order(
-                evaluated,
-                self._outputs[evaluated.name],
-                self.task.label_names,
-                self._given,
-                self._fixed,
+        if (wanted := self.task.label_names) and self._order(evaluated.name) is None:
+            raise ConfigError(
+                f"the outputs of {evaluated.name} are {', '.join(self._outputs[evaluated.name])},"
+                f" and the classes that are asked for {', '.join(wanted)}; give a model of these"
+                " classes, or if only its names are others, --data.label_names with these in the"
+                " order of its outputs.",
+                where="models",
             )
 
-    def evaluate(self, lm: Labeller, progress: Callable[[int], None]) -> TaskResult:
-        """Label all rows, the longest first.
+    def _order(self, model: str) -> list[int] | None:
+        """Return which output of a model is each class of the task."""
+        return order_of(self._outputs[model], self.task.label_names or [])
 
-        Args:
-            lm: the model.
-            progress: called with the number of rows labelled so far.
-        """
+    def evaluate(self, lm: Labeller) -> TaskResult:
+        """Label all rows, the longest first."""
         import numpy as np
         import torch
 
@@ -119,7 +120,7 @@ class Labels:
         order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
         collate = labelled_collator(lm.tokenizer)
         logits: dict[int, Any] = {}
-        for start in range(0, self.items, lm.batch_size):
+        for start in tqdm(range(0, self.items, lm.batch_size), desc=self.name, disable=None):
             chosen = order[start : start + lm.batch_size]
             batch = dict(collate([encoded[i] for i in chosen]))
             batch = {name: value.to(lm.model.device) for name, value in batch.items()}
@@ -127,10 +128,9 @@ class Labels:
             with torch.no_grad():
                 found = lm.model(**batch).logits.float().cpu().numpy()
             logits.update(zip(chosen, found, strict=True))
-            progress(len(logits))
         predictions = np.stack([logits[i] for i in range(self.items)])
         if self.task.label_names:
-            predictions = predictions[:, self._orders[lm.name]]
+            predictions = predictions[:, self._order(lm.name)]
         labels = np.array([row["label"] for row in self._rows])
         return self._answers(predictions, labels)
 

@@ -11,12 +11,11 @@ outside of training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from tlora.evaluate.evalconfig import EvalConfig
@@ -28,25 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Barless(LM):
-    """A model of the harness without bars of its own; comes before the model's class."""
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate replies, without a bar of its own."""
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """Score continuations, without a bar of its own."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Score whole texts, without a bar of its own."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-
-class TransformersLM(Barless, HFLM):
+class TransformersLM(HFLM):
     """A loaded model as the harness asks it.
 
     Args:
@@ -107,12 +88,12 @@ class TransformersLM(Barless, HFLM):
         return ids, mask
 
     def _loglikelihood_tokens(
-        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if self.backend == "causal":
             most = self.max_length + 1
             self.truncated += sum(len(ctx) + len(cont) > most for _, ctx, cont in requests)
-        return super()._loglikelihood_tokens(requests, True, override_bs)
+        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -185,18 +166,6 @@ def _tied_already(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
-
-
-class ProgressHook:
-    """Counts answered requests; the harness tells it where it would fill a cache."""
-
-    def __init__(self, progress: Callable[[int], None], start: int = 0) -> None:
-        self._progress, self._count = progress, start
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        """Note one answered request."""
-        self._count += 1
-        self._progress(self._count)
 
 
 def _closes(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -77,25 +77,10 @@ def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
     ]
     if any(evaluated.head == "labelled" for evaluated in models):
         faults.append("vLLM writes texts, and these models label them; leave --backend out.")
-    faults += [
-        f"`{name}` is of transformers alone; leave it or --backend out."
-        for name in _unheard_by_vllm(config, models)
-    ]
+    if config.quantization != "none" or config.parallelize:
+        faults.append("`quantization` and `parallelize` never reach vLLM; leave them out.")
     if faults:
         raise ConfigError(faults, where="backend")
-
-
-def _unheard_by_vllm(config: EvalConfig, models: list[EvaluatedModel]) -> list[str]:
-    """Return the fields that are given and never reach vLLM."""
-    merges = any(evaluated.kind == "merged" for evaluated in models)
-    given = {
-        "quantization": config.quantization != "none",
-        "parallelize": config.parallelize,
-        "max_batch_size": config.max_batch_size != EvalConfig.max_batch_size,
-        # Adapters are merged on it, before vLLM takes the model.
-        "device": config.device is not None and not merges,
-    }
-    return [name for name, is_given in given.items() if is_given]
 
 
 def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
@@ -113,7 +98,10 @@ def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
     device = device_of(config)
     model, drawn = _load_base(evaluated, config, device, head)
     if config.tokenizer:
-        _make_room(model, len(load_tokenizer(evaluated, config)))
+        # Tokens that were added to it need rows of the embedding; none is taken away.
+        tokens = len(load_tokenizer(evaluated, config))
+        if tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(tokens)
     if evaluated.adapter is not None:
         model = _adapted(model, evaluated)
     if drawn:
@@ -169,12 +157,6 @@ def _load_base(
     return model, missing if head else []
 
 
-def _make_room(model: Any, tokens: int) -> None:
-    """Give the embedding rows for tokens that were added to the tokenizer; none is taken away."""
-    if tokens > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(tokens)
-
-
 def _check_head(model: Any, drawn: list[str], evaluated: EvaluatedModel) -> None:
     """Raise if a parameter was drawn at random and the adapter did not bring it."""
     brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
@@ -199,13 +181,8 @@ def _adapted(model: Any, evaluated: EvaluatedModel) -> Any:
     except AdapterError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise MisfitError(path, evaluated.model, _misfit(error), advice) from error
-
-
-def _misfit(error: BaseException) -> str:
-    """Return what does not fit: of torch's list of parameters the first, below its heading."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return said[1].rstrip(".") if len(said) > 1 and said[0].endswith(":") else first_line(error)
+        said = " ".join(str(error).split())[:300]
+        raise MisfitError(path, evaluated.model, said, advice) from error
 
 
 def _merged(model: Any, evaluated: EvaluatedModel) -> Any:

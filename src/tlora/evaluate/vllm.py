@@ -12,11 +12,10 @@ from lm_eval.models.vllm_causallms import VLLM
 
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.evaluate.lm import Barless
 from tlora.evaluate.loading import load, load_tokenizer, release
 
 
-class MergedVLLM(Barless, VLLM):
+class MergedVLLM(VLLM):
     """One model of an evaluation in vLLM.
 
     Args:

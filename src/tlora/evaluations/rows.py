@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,30 +79,19 @@ def read_json(path: Path) -> list[Raw]:
     Raises:
         DataError: it cannot be read, is not that, or is empty.
     """
+    rows: list[Any] = []
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        # Not splitlines(): a string may hold other line breaks than "\n".
+        for line in text.split("\n") if ".jsonl" in path.suffixes else [text]:
+            rows += [json.loads(line)] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON after row {len(rows)} ({error}).") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); get the file anew.") from error
-    lines = ".jsonl" in path.suffixes
-    # Not splitlines(): a string may hold other line breaks than "\n".
-    rows = list(_parsed(path, text.split("\n") if lines else [text]))
-    if not lines:
-        rows = rows[0] if rows and isinstance(rows[0], list) else rows
-    if not rows:
-        raise DataError(f"{path}: there are no rows.")
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: a row is not an object with named columns; get the file anew.")
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: there are no rows with named columns; get the file anew.")
     return rows
-
-
-def _parsed(path: Path, texts: list[str]) -> Iterable[Any]:
-    for number, text in enumerate(texts, start=1):
-        if text.strip():
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                line = number if len(texts) > 1 else error.lineno
-                raise DataError(
-                    f"{path}: line {line} is not JSON ({error.msg} at character {error.colno})."
-                ) from error

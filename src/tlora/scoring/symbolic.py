@@ -8,17 +8,13 @@ worker of a pool compares, which the pool kills when the time is over.
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import logging
 import multiprocessing
 import os
 import sys
 import threading
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -35,19 +31,10 @@ class MathVerify:
         seconds: the most wall-clock time of one comparison.
         memory: the most bytes of address space that the worker takes for comparing.
 
-    Raises:
-        ConfigError: math-verify or pebble is not installed.
-
     Source: math-verify, https://github.com/huggingface/Math-Verify.
     """
 
     def __init__(self, seconds: float = 10.0, memory: int = 4 << 30) -> None:
-        for package, module in (("math-verify", "math_verify"), ("pebble", "pebble")):
-            if importlib.util.find_spec(module) is None:
-                raise ConfigError(
-                    f"{package} is not installed; run pip install 'tlora[eval]'.",
-                    where="evaluation",
-                )
         self.seconds = seconds
         self.memory = memory
         self._lock = threading.Lock()
@@ -58,9 +45,6 @@ class MathVerify:
 
         None where that could not be found out: one of the two is no expression that math-verify
         reads, or the comparison took too long or too much memory.
-
-        Raises:
-            ConfigError: math-verify cannot be imported.
         """
         from pebble import ProcessExpired
 
@@ -70,12 +54,6 @@ class MathVerify:
         except (concurrent.futures.TimeoutError, ProcessExpired):  # 3.10: not the built-in one
             # Too slow, or gone: killed by the system, or crashed inside a library.
             return None
-        except BrokenProcessPool as error:
-            self.close()
-            raise ConfigError(
-                "math-verify does not start; see what `python -c 'import math_verify'` says.",
-                where="evaluation",
-            ) from error
 
     def close(self) -> None:
         """End the worker; a later comparison starts a new one."""

@@ -257,15 +257,12 @@ class _Run:
         assert process.stderr is not None
         self._limits = limits
         self._output = 0
-        self._stderr = b""
-        self._verdicts = b""
+        self._verdicts = verdicts
+        self._said = {verdicts: b"", process.stderr.fileno(): b"", process.stdout.fileno(): b""}
+        self._stderr = process.stderr.fileno()
         self._selector = selectors.DefaultSelector()
-        for handle, take in (
-            (verdicts, self._take_verdict),
-            (process.stdout.fileno(), self._take_output),
-            (process.stderr.fileno(), self._take_error),
-        ):
-            self._selector.register(handle, selectors.EVENT_READ, take)
+        for handle in self._said:
+            self._selector.register(handle, selectors.EVENT_READ)
 
     def result(self) -> Result:
         """Return what became of the program.
@@ -286,7 +283,7 @@ class _Run:
                     " docs/evaluation.md for what it needs, and for the weaker level."
                 )
             in_time = self._read(self._limits.seconds, lines=2)
-        tail = self._stderr.decode("utf-8", "replace")[-_TAIL:]
+        tail = self._said[self._stderr].decode("utf-8", "replace")[-_TAIL:]
         if self._output > self._limits.output:
             return Result("output limit", f"more than {self._limits.output} bytes", tail)
         if not in_time:
@@ -299,7 +296,7 @@ class _Run:
     def _read(self, seconds: float, lines: int) -> bool:
         """Read until so many verdicts are there, or none can come; False if out of time."""
         deadline = time.monotonic() + seconds
-        while self._verdicts.count(b"\n") < lines and self._selector.get_map():
+        while len(self._lines()) < lines and self._verdicts in self._selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -307,22 +304,14 @@ class _Run:
                 part = os.read(key.fd, 1 << 16)
                 if not part:
                     self._selector.unregister(key.fd)
-                    if key.data == self._take_verdict:
-                        return True
-                key.data(part)
+                self._said[key.fd] += part
+                if key.fd != self._verdicts:
+                    self._output += len(part)
+                    self._said[key.fd] = self._said[key.fd][-4 * _TAIL :]
             if self._output > self._limits.output:
                 return True
         return True
 
     def _lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._verdicts.splitlines()]
-
-    def _take_verdict(self, part: bytes) -> None:
-        self._verdicts += part
-
-    def _take_output(self, part: bytes) -> None:
-        self._output += len(part)
-
-    def _take_error(self, part: bytes) -> None:
-        self._output += len(part)
-        self._stderr = (self._stderr + part)[-4 * _TAIL :]
+        whole = self._said[self._verdicts].rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
