@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from tlora import cli
 from tlora.demo.run import BASE_MODEL
@@ -14,6 +15,7 @@ from tlora.evaluate import evaluate, loading
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.harness_task import HarnessTask
+from tlora.evaluations import catalog
 
 
 @pytest.fixture
@@ -27,6 +29,7 @@ def config(here, demo_adapter, demo_file):
             "tasks": ["jsonl"],
             "test_file": demo_file,
             "output_dir": "out",
+            "limit": 3,
         }
         return EvalConfig(**given | fields)
 
@@ -53,7 +56,7 @@ def lines(model, task="jsonl"):
 
 def test_one_table_of_base_adapter_and_merged(config, loaded, demo_file):
     said = []
-    folder = evaluate.run(config(with_merged=True), tell=said.append)
+    folder = evaluate.run(config(with_merged=True, limit=None), tell=said.append)
     found = folder.read()
     names = ["base", "drawn", "drawn-merged"]
     assert loaded == names
@@ -83,11 +86,11 @@ def test_one_table_of_base_adapter_and_merged(config, loaded, demo_file):
 
 
 def test_a_second_call_loads_nothing_and_changes_no_result(config, loaded):
-    evaluate.run(config())
+    evaluate.run(config(with_base=False))
     before, files = EvalFolder("out").read(), sorted(Path("out").rglob("*.jsonl"))
     times = [file.stat().st_mtime_ns for file in files]
     loaded.clear()
-    evaluate.run(config())
+    evaluate.run(config(with_base=False))
     after = EvalFolder("out").read()
     assert loaded == []
     assert [file.stat().st_mtime_ns for file in files] == times
@@ -97,10 +100,10 @@ def test_a_second_call_loads_nothing_and_changes_no_result(config, loaded):
 def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatch):
     ask = HarnessTask.evaluate
 
-    def stopped(self, lm, answered):
+    def stopped(self, lm):
         if len(loaded) == 2:
             raise KeyboardInterrupt
-        return ask(self, lm, answered)
+        return ask(self, lm)
 
     with monkeypatch.context() as patch:
         patch.setattr(HarnessTask, "evaluate", stopped)
@@ -117,9 +120,9 @@ def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatc
 
 
 def test_models_can_be_added_to_a_table(config, loaded):
-    evaluate.run(config(with_base=False, limit=4))
-    evaluate.run(config(models=[BASE_MODEL], with_base=False, limit=4))
-    evaluate.run(config(with_base=False, merge=True, limit=4))
+    evaluate.run(config(with_base=False))
+    evaluate.run(config(models=[BASE_MODEL], with_base=False))
+    evaluate.run(config(with_base=False, merge=True))
     assert loaded == ["drawn", "base", "drawn-merged"]
     found = EvalFolder("out").read()
     assert [model["name"] for model in found["models"]] == ["base", "drawn", "drawn-merged"]
@@ -127,23 +130,21 @@ def test_models_can_be_added_to_a_table(config, loaded):
 
 
 def test_a_model_that_has_changed_is_evaluated_anew(config, loaded, demo_adapter, here):
-    import shutil
-
     shutil.copytree(demo_adapter, "mine")
-    evaluate.run(config(models=["mine"]))
+    evaluate.run(config(models=["mine"], with_base=False))
     fields = json.loads(Path("mine/adapter_config.json").read_text())
     fields["lora_alpha"] *= 2
     fields["alpha_pattern"] = {key: 2 * value for key, value in fields["alpha_pattern"].items()}
     Path("mine/adapter_config.json").write_text(json.dumps(fields))
     before = lines("mine")
     loaded.clear()
-    evaluate.run(config(models=["mine"]))
+    evaluate.run(config(models=["mine"], with_base=False))
     assert loaded == ["mine"]
     assert lines("mine") != before
 
 
 def test_results_of_other_settings_are_not_mixed(config, demo_file):
-    evaluate.run(config(limit=4))
+    evaluate.run(config(limit=4, with_base=False))
     with pytest.raises(ConfigError) as error:
         evaluate.run(config(limit=5, gen_kwargs={"max_gen_toks": 3}))
     assert error.value.faults == (
@@ -160,7 +161,7 @@ def test_a_folder_without_results_takes_other_settings(config, monkeypatch):
         patch.setattr(HarnessTask, "evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate.run(config(limit=4))
-    found = evaluate.run(config(limit=3)).read()
+    found = evaluate.run(config(with_base=False)).read()
     assert found["config"]["limit"] == 3
     assert [task["items"] for task in found["tasks"]] == [3]
     assert len(lines("drawn")) == 3
@@ -210,7 +211,7 @@ def test_two_processes_do_not_write_one_table(config):
     ):
         evaluate.run(config(limit=1))
     assert not EvalFolder("out").exists
-    assert evaluate.run(config(limit=1)).exists
+    assert evaluate.run(config(limit=1, with_base=False)).exists
 
 
 def test_the_command_line_says_where_the_result_is(config, capsys, demo_adapter, demo_file):
@@ -248,7 +249,10 @@ def test_a_file_of_fields_gives_the_record_that_print_config_shows(here, capsys)
     assert "--tasks needs a value" in capsys.readouterr().err
 
 
-def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
+def test_a_task_of_the_harness_by_its_own_file(config, here, monkeypatch):
+    # Its index of 14,000 tasks takes seconds to read.
+    none = TaskManager(include_defaults=False)
+    monkeypatch.setattr(catalog, "_theirs", lambda: none)
     rows = [{"q": f"{n}+1=", "right": n % 2, "options": ["5", "7"]} for n in range(4)]
     (here / "rows.json").write_text(json.dumps(rows))
     (here / "choice.yaml").write_text(
@@ -283,34 +287,19 @@ def test_a_task_of_the_harness_by_its_own_file(config, here, demo_adapter):
     assert one["shots"] == 2
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_an_adapter_that_does_not_fit_leaves_no_folder(config, saved, tiny_llama, there):
-    if there:
-        Path("out/notes").mkdir(parents=True)
-    with pytest.raises(AdapterError, match="does not fit"):
-        evaluate.run(config(model=saved(tiny_llama()), with_base=False))
-    assert [str(path) for path in Path("out").rglob("*")] == ["out/notes"] * there
-    assert Path("out").exists() == there
-
-
 def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
-def test_a_cut_off_adapter_is_named_and_leaves_no_folder(config, demo_adapter, tmp_path):
-    shutil.copytree(demo_adapter, tmp_path / "cut")
-    cut_off(tmp_path / "cut" / "adapter_model.safetensors")
+def test_a_cut_off_base_or_adapter_is_named(config, demo_adapter, saved, tiny_llama):
+    shutil.copytree(demo_adapter, "cut")
+    cut_off(Path("cut/adapter_model.safetensors"))
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors: cut off or damaged"):
-        evaluate.run(config(models=[str(tmp_path / "cut")], with_base=False))
-    assert not Path("out").exists()
-
-
-def test_a_cut_off_base_is_named_and_leaves_no_folder(config, saved, tiny_llama):
+        evaluate.run(config(models=["cut"], with_base=False))
     base = saved(tiny_llama())
     cut_off(Path(base) / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
         evaluate.run(config(models=[base], with_base=False))
-    assert not Path("out").exists()
 
 
 def test_what_is_finished_is_kept_when_a_later_adapter_does_not_fit(

@@ -102,7 +102,7 @@ def test_the_scores_are_those_that_training_ended_with(task, encoder, here):
     assert [line["item"] for line in lines] == [str(n) for n in range(21)]
 
 
-@pytest.mark.parametrize("method", ["tlora", "lora", "full"])
+@pytest.mark.parametrize("method", ["tlora", "full"])
 def test_a_pooler_that_the_base_lacks_trains_and_is_saved(
     method, saved, tiny_bert_classifier, here, caplog
 ):
@@ -179,13 +179,13 @@ def reviews(path, count, labels=("pos", "neg")):
     return str(path)
 
 
-def run_of_reviews(base, name, names, method="lora"):
+def run_of_reviews(base, folder, name, names, method="lora"):
     """Train on reviews until they are told apart."""
     config = RunConfig(
         model=base,
-        train_file=reviews("train.jsonl", 64),
+        train_file=reviews(folder / "train.jsonl", 64),
         data=DataConfig(**COLUMNS, label_names=names),
-        output_dir=name,
+        output_dir=str(folder / name),
         method=method,
         adapter={"r": 4, "modules_to_save": ["word_embeddings", "classifier"]}
         if method == "lora"
@@ -201,36 +201,41 @@ def run_of_reviews(base, name, names, method="lora"):
     return str(train.run(config).path)
 
 
+@pytest.fixture(scope="module")
+def runs(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reviews")
+    return [
+        run_of_reviews(encoder, folder, "given", ["pos", "neg"]),
+        run_of_reviews(encoder, folder, "sorted", None),
+        run_of_reviews(encoder, folder, "whole", ["pos", "neg"], method="full"),
+    ]
+
+
 def accuracy(folder, **fields):
     fields = {"data": DataConfig(**COLUMNS), "tasks": ["jsonl"], "output_dir": folder} | fields
     (task,) = evaluate.run(EvalConfig(**fields)).read()["tasks"]
     return {name: found["accuracy"] for name, found in task["scores"].items()}
 
 
-def test_each_run_keeps_the_order_of_classes_that_it_learned(encoder, here):
-    runs = [
-        run_of_reviews(encoder, "given", ["pos", "neg"]),
-        run_of_reviews(encoder, "sorted", None),
-        run_of_reviews(encoder, "whole", ["pos", "neg"], method="full"),
-    ]
-    recorded = json.loads(Path("sorted/run.json").read_text())["config"]["data"]["label_names"]
+def test_each_run_keeps_the_order_of_classes_that_it_learned(runs, here):
+    recorded = json.loads(Path(runs[1], "run.json").read_text())["config"]["data"]["label_names"]
     assert recorded == ["neg", "pos"]
     right = {"given": 1.0, "sorted": 1.0, "whole": 1.0}
-    assert accuracy("both", models=runs, test_file=reviews("test.jsonl", 20)) == right
+    assert accuracy("both", models=runs, test_file=reviews("test.jsonl", 12)) == right
     # Rows of one class alone tell no order.
     ones = reviews("ones.jsonl", 6, labels=("pos",))
     assert accuracy("one", models=runs, test_file=ones) == right
     replies = [line["reply"] for line in EvalFolder("one").read_samples("given", "jsonl")]
     assert replies == ["pos"] * 6
     data = DataConfig(**COLUMNS, label_names=["pos", "neg"])
-    assert accuracy("said", models=["given"], test_file=ones, data=data) == {"given": 1.0}
+    assert accuracy("said", models=runs[:1], test_file=ones, data=data) == {"given": 1.0}
     with pytest.raises(ConfigError, match="pos, neg is not the order in which sorted was trained"):
-        accuracy("wrong", models=["sorted"], test_file=ones, data=data)
+        accuracy("wrong", models=runs[1:2], test_file=ones, data=data)
     assert not Path("wrong").exists()
 
 
-def test_an_adapter_without_a_record_of_its_classes_needs_them_named(encoder, here):
-    shutil.move(run_of_reviews(encoder, "run", ["pos", "neg"]) + "/adapter", "alone")
+def test_an_adapter_without_a_record_of_its_classes_needs_them_named(runs, here):
+    shutil.copytree(f"{runs[0]}/adapter", "alone")
     test = reviews("test.jsonl", 20)
     with pytest.raises(ConfigError, match="name the classes in the order of training") as error:
         accuracy("out", models=["alone"], test_file=test)
@@ -278,8 +283,6 @@ def labels_of(path, name, task="mnli", **data):
 
 def test_a_checkpoints_own_order_of_the_tasks_classes_is_followed(classifier, here):
     plain = labels_of(classifier(["LABEL_0", "LABEL_1", "LABEL_2"]), "plain")
-    assert labels_of(classifier(MNLI), "same") == plain
-    assert labels_of(classifier(["0", "1", "2"]), "numbers") == plain
     rows = [2, 0, 1]
     shuffled = classifier([MNLI[row].upper() for row in rows], rows)
     assert labels_of(shuffled, "shuffled") == plain

@@ -78,13 +78,12 @@ def test_batches_of_1_and_32_give_the_replies_of_the_plain_model(models, prompts
 WISHES = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, "min_new_tokens": 9}
 
 
-@pytest.mark.parametrize("kind", ["base", "adapter"])
-def test_a_checkpoints_own_wishes_of_generation_do_not_count(kind, models, prompts):
-    (evaluated,) = (each for each in models if each.kind == kind)
+def test_a_checkpoints_own_wishes_of_generation_do_not_count(models, prompts):
+    evaluated = models[1]
     some = prompts[:12]
     plain = replies(evaluated, settings(), some)
     model = loading.load(evaluated, settings())
-    bare = model.get_base_model() if kind == "adapter" else model
+    bare = model.get_base_model()
     bare.generation_config.update(**WISHES)
     before = bare.generation_config.to_dict()
     lm = TransformersLM(model, loading.load_tokenizer(evaluated, settings()), settings(), "causal")
@@ -179,11 +178,10 @@ PROMPTS = ["a", "The answer is: 72", "Natalia sold clips to 48 of her friends in
 PAIRS = [("The answer is:", " 72"), ("a", " charming and often"), ("Natalia sold", " clips to 48")]
 
 
-@pytest.mark.parametrize("size", [1, 32])
-def test_likelihoods_are_the_models(size, tiny_llama, tiny_tokenizer):
+def test_likelihoods_are_the_models(tiny_llama, tiny_tokenizer):
     model = tiny_llama()
     for (context, text), (found, _) in zip(
-        PAIRS, likelihoods(model, tiny_tokenizer, PAIRS, "causal", size), strict=True
+        PAIRS, likelihoods(model, tiny_tokenizer, PAIRS, "causal", 32), strict=True
     ):
         start = len(tiny_tokenizer(context)["input_ids"])
         ids = torch.tensor([tiny_tokenizer(context + text)["input_ids"]])

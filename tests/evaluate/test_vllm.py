@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.model import LM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlora.demo.run import BASE_MODEL
@@ -21,7 +20,7 @@ from tlora.evaluate.evaluated_models import resolve
 def engine(monkeypatch):
     """A stand-in that notes what it was made with."""
 
-    class VLLM(LM):
+    class VLLM:
         def __init__(self, **made):
             self.made = made
 
