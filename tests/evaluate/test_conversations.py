@@ -17,8 +17,6 @@ from tlora.evaluate import evaluate, loading
 from tlora.evaluate.conversations import INSTRUCTION, TEMPLATE, MtBench
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
-from tlora.evaluate.evaluated_models import resolve
-from tlora.evaluate.lm import TransformersLM
 from tlora.scoring.mtbench.config import JudgeConfig
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
@@ -119,11 +117,10 @@ def alone(folder, prompt, stops=()):
     return text.strip()
 
 
-@pytest.mark.parametrize("form", ["template", "instruction"])
-def test_the_second_turn_follows_the_models_own_first_answer(config, chatty, form):
-    chosen = {"template": TEMPLATE, "instruction": INSTRUCTION}[form]
+def test_the_second_turn_follows_the_models_own_first_answer(config, chatty):
+    chosen = INSTRUCTION
     greedy = {"max_gen_toks": 8, "do_sample": False}
-    evaluate.run(config(gen_kwargs=greedy, chat_prompt=form, batch_size=2))
+    evaluate.run(config(gen_kwargs=greedy, chat_prompt="instruction", batch_size=2))
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     found = lines()
     assert [line["item"] for line in found] == ["81/1", "81/2", "82/1", "82/2", "111/1", "111/2"]
@@ -189,30 +186,16 @@ def test_each_request_has_the_temperature_of_its_category_and_ends_with_its_turn
     assert [line["reply"] for line in answers.lines[::2]] == ["reply 0", "reply 1", "reply 2"]
 
 
-def test_only_categories_with_a_temperature_are_sampled(config):
-    (model,) = resolve(config())
-    lm = TransformersLM(
-        loading.load(model, config()), loading.load_tokenizer(model, config()), config(), "causal"
-    )
-    replies = []
-    for seed in (1, 1, 2):
-        found = MtBench("mtbench", config(seed=seed)).evaluate(lm).lines
-        replies.append({line["item"]: line["reply"] for line in found})
-    one, again, other = replies
-    assert again == one
-    assert one["111/1"] == other["111/1"]
-    assert any(one[item] != other[item] for item in ("81/1", "82/1"))
-
-
 def test_a_model_without_a_template_gets_the_papers_prompt_and_the_result_says_so(config, chatty):
-    models = [f"chatty={chatty}", f"bare={BASE_MODEL}"]
+    models = [f"chatty={chatty}", f"again={chatty}", f"bare={BASE_MODEL}"]
     evaluate.run(config(models=models, limit=2))
+    assert lines("again") == lines()  # drawn replies are the seed's
     assert [line["item"] for line in lines()] == ["81/1", "81/2", "82/1", "82/2"]
     assert entry()["items"] == 4
     assert lines("bare")[0]["rendered"].startswith("Below is an instruction")
     assert lines("chatty")[0]["rendered"] == "[u]Sea.[a]"
     assert (
-        "prompts: the model's chat template (chatty); the instruction prompt of arXiv 2604.18124,"
+        "the model's chat template (again); the instruction prompt of arXiv 2604.18124,"
         " the first turn standing before the second (bare); not graded"
     ) in entry()["protocol"]
 
@@ -293,6 +276,8 @@ def test_grading_alone_waits_for_nobody_and_writes_over_nobody(config, server):
     server.by_body = busy
     evaluate.run(alone)
     assert entry()["scores"]["chatty"]["score"] == 4.0
+    with pytest.raises(ConfigError, match="no model to evaluate is named"):
+        EvalConfig(tasks=["mtbench"])
     with pytest.raises(ArtifactError, match=r"there is no eval\.json"):
         evaluate.run(EvalConfig(output_dir="elsewhere", judge=by(server)))
     assert not Path("elsewhere").exists()
@@ -386,13 +371,3 @@ def test_bad_input_is_refused_before_a_model_is_loaded(config, loaded, fault):
         evaluate.run(config(**fields))
     assert loaded == []
     assert not Path("out").exists()
-
-
-def test_there_has_to_be_something_to_grade(config, here, server, demo_file):
-    with pytest.raises(ConfigError, match="no model to evaluate is named"):
-        EvalConfig(tasks=["mtbench"])
-    evaluate.run(
-        EvalConfig(models=[str(BASE_MODEL)], tasks=["jsonl"], test_file=demo_file, limit=1)
-    )
-    with pytest.raises(ConfigError, match="no conversations to grade; run one of mtbench first"):
-        evaluate.run(EvalConfig(output_dir="tlora-eval", judge=by(server)))

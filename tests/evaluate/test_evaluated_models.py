@@ -90,28 +90,23 @@ def test_every_fault_is_named_at_once(adapters, here):
         found(*words)
     said = error.value.faults
     assert len(said) == 7
-    assert said[0].startswith("the base of lost is '/gone/base' by its adapter_config.json")
+    assert said[0].startswith("no model can be read at '/gone/base', the base of lost; give")
     assert said[1] == "nameless does not name its base model; give --model."
     assert said[2].startswith("empty holds no model (config.json), no adapter")
     assert said[3].endswith("finish it: tlora train --output_dir unfinished --resume.")
     assert said[4].startswith("there is no folder '/not/there'")
     assert said[5].startswith("there is no folder 'a b/c'")
-    assert said[6].startswith("'nobody/model': there is no such folder, and no model")
+    assert said[6].startswith("no model can be read at 'nobody/model'; give a folder or a name")
 
 
-def test_models_of_one_name_are_refused(adapters):
+def test_models_of_one_name_or_of_other_heads_are_refused(adapters, saved, tiny_bert_classifier):
+    classifier = saved(tiny_bert_classifier())
+    with pytest.raises(ConfigError, match="labels texts, and the other models write them"):
+        found(classifier, BASE_MODEL)
     shutil.copytree("one", "again/one")
     with pytest.raises(ConfigError, match=r"one, again/one would all be called 'one'; .*NAME=PATH"):
         found("one", "again/one")
     assert [s[0] for s in found("one", "other=again/one")] == ["one", "other"]
-
-
-def test_models_that_label_and_models_that_write_are_evaluated_apart(
-    here, saved, tiny_bert_classifier
-):
-    classifier = saved(tiny_bert_classifier())
-    with pytest.raises(ConfigError, match="labels texts, and the other models write them"):
-        found(classifier, BASE_MODEL)
 
 
 def test_new_weights_are_seen(adapters):

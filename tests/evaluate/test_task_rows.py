@@ -169,7 +169,7 @@ def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
 def test_what_the_user_says_of_generation_wins_over_the_task(tmp_path):
     given = {"max_new_tokens": 5, "temperature": 0.5}
     config = EvalConfig(models=["m"], tasks=["t"], gen_kwargs=given)
-    task = task_rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "long response"}])
+    task = task_rows.rows_task("t", [{"item": "0", "prompt": "p", "target": "long response"}])
     asked = HarnessTask(task, config)
     (request,) = (task.build_all_requests(), task.instances)[1]
     said = normalize_gen_kwargs(request.args[1])
@@ -186,7 +186,7 @@ def test_a_system_instruction_stands_a_blank_line_before_the_prompt(tmp_path):
             return self.replies
 
     config = EvalConfig(models=["m"], tasks=["t"], system_instruction="Be brief.")
-    task = task_rows.exact_rows("t", [{"item": "0", "prompt": "p", "target": "r"}])
+    task = task_rows.rows_task("t", [{"item": "0", "prompt": "p", "target": "r"}])
     answers = HarnessTask(task, config).evaluate(Asked(["r"]))
     assert asked == ["Be brief.\n\np"]
     assert answers.scores == {"exact_match": 1.0}

@@ -66,7 +66,7 @@ def test_every_documented_place_is_looked_at_packed_or_not(tmp_path):
     [
         ("gsm8k-paper", {"answer": "no number"}, "does not end in a line"),
         ("math-paper", {"solution": "no box"}, "no .boxed answer"),
-        ("piqa-paper", {"answer": "solution1"}, "the choice is not the one of column 'answer'"),
+        ("piqa-paper", {"answer": "ending1"}, "which solution cannot read"),
         ("piqa-paper", {"output": "solution1"}, "does not end in 'the correct answer is"),
         ("svamp-llm-adapters", {"answer": "many"}, "which llm-adapters-number cannot read"),
         ("aqua-llm-adapters", {"answer": "4.5"}, "which llm-adapters-letter cannot read"),

@@ -22,8 +22,7 @@ from typing import Any
 from tlora.errors import ArtifactError, ConfigError
 from tlora.files import locked, read_json, refuse_unless_free, replacing_file, write_json
 
-_KIND = "tlora evaluation"
-FORMAT = 1
+_MADE_BY = ("tlora evaluation", 1)
 
 
 class EvalFolder:
@@ -49,13 +48,8 @@ class EvalFolder:
         if not self.exists:
             raise ArtifactError(f"{self.path}: there is no eval.json; no evaluation is here.")
         found = read_json(self._file)
-        if not isinstance(found, dict) or found.get("kind") != _KIND:
-            raise ArtifactError(f"{self._file}: not written by `tlora eval`.")
-        if found.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{self._file}: its format is {found.get('format')!r}, and {FORMAT} is what this"
-                " version reads."
-            )
+        if not isinstance(found, dict) or (found.get("kind"), found.get("format")) != _MADE_BY:
+            raise ArtifactError(f"{self._file}: not written by this version's `tlora eval`.")
         return found
 
     def refuse_unless_free(self) -> None:
@@ -83,7 +77,8 @@ class EvalFolder:
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""
-        write_json(self._file, {"kind": _KIND, "format": FORMAT} | evaluation)
+        kind, form = _MADE_BY
+        write_json(self._file, {"kind": kind, "format": form} | evaluation)
 
     def samples_file(self, model: str, task: str) -> Path:
         """Return where the samples of a pair are, or will be."""
@@ -105,10 +100,8 @@ class EvalFolder:
         try:
             with file.open(encoding="utf-8") as lines:
                 return [json.loads(line) for line in lines]
-        except FileNotFoundError:
-            raise ArtifactError(f"{file}: there is no such file.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{file}: not JSON lines ({error}); it is damaged.") from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{file}: missing or damaged ({error}).") from error
 
 
 def file_name(name: str) -> str:

@@ -177,7 +177,7 @@ def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, Evalu
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
         model = loading.load(evaluated, config, **head)
-        return Labeller.of(evaluated.name, model, tokenizer, config)
+        return Labeller(evaluated.name, model, tokenizer)
     if config.backend == "vllm":
         from tlora.evaluate.vllm import MergedVLLM
 

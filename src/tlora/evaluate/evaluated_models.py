@@ -156,7 +156,6 @@ def _adapter_fields(adapter: str) -> dict[str, Any]:
 
 
 def _model_config(model: str, config: EvalConfig, path: str) -> Any:
-    """Read a model's configuration; for an adapter's base the message names the adapter too."""
     import transformers
 
     try:
@@ -164,15 +163,9 @@ def _model_config(model: str, config: EvalConfig, path: str) -> Any:
             model, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        if model == path:
-            raise ConfigError(
-                f"{path!r}: there is no such folder, and no model of that name can be read; give a"
-                " run, an adapter's or a model's folder, or a name on the Hub."
-            ) from error
-        given = "--model" if model == config.model else "its adapter_config.json"
+        what, flag = ("", "") if model == path else (f", the base of {path}", " by --model")
         raise ConfigError(
-            f"the base of {path} is {model!r} by {given}, and no model can be read there; give"
-            " --model, a folder or a name on the Hub."
+            f"no model can be read at {model!r}{what}; give a folder or a name on the Hub{flag}."
         ) from error
 
 

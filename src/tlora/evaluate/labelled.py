@@ -34,19 +34,13 @@ class Labeller:
     """What the evaluation calls it."""
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    batch_size: int
 
-    @classmethod
-    def of(
-        cls, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig
-    ) -> Labeller:
-        """Return the labeller of an evaluation; decoders find the last token by the padding."""
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        size = config.batch_size if isinstance(config.batch_size, int) else _BATCH
-        return cls(name, model, tokenizer, size)
+    def __post_init__(self) -> None:
+        """Have decoders find the last token by the padding."""
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
 
 class Labels:
@@ -62,6 +56,7 @@ class Labels:
 
     def __init__(self, name: str, config: EvalConfig, models: Sequence[EvaluatedModel]) -> None:
         self.name = name
+        self._batch = config.batch_size if isinstance(config.batch_size, int) else _BATCH
         asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
         task = None if asks else TASKS.load(name)(config.data)
         if task is None or task.kind not in ("classification", "regression"):
@@ -120,8 +115,8 @@ class Labels:
         order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
         collate = labelled_collator(lm.tokenizer)
         logits: dict[int, Any] = {}
-        for start in tqdm(range(0, self.items, lm.batch_size), desc=self.name, disable=None):
-            chosen = order[start : start + lm.batch_size]
+        for start in tqdm(range(0, self.items, self._batch), desc=self.name, disable=None):
+            chosen = order[start : start + self._batch]
             batch = dict(collate([encoded[i] for i in chosen]))
             batch = {name: value.to(lm.model.device) for name, value in batch.items()}
             batch.pop("labels")  # the loss of some adapters cannot be computed outside of training

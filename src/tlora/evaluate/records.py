@@ -58,7 +58,7 @@ def _record(task: Task, samples: Sequence[Sample]) -> Record:
         said = {"reply": read["reply"], "answer": read["answer"]}
         item, target = first["doc"]["item"], first["target"]
     else:
-        said, target = _HARNESS.get(task.OUTPUT_TYPE, _generated)(task, first)
+        said, target = _said(task, first)
         item = str(first["doc_id"])
     texts = [str(arguments[0]) for arguments in first["arguments"]]
     prompt = os.path.commonprefix(texts)  # noqa: RUF071 - of texts, character by character
@@ -80,9 +80,14 @@ def _scores(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _generated(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
-    read = sample["filtered_resps"][0]
-    return {"reply": str(sample["resps"][0][0]), "answer": _text(read)}, sample["target"]
+def _said(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
+    """Return the reply and the answer to a task of the harness itself, and the target."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return _chosen(task, sample)
+    if task.OUTPUT_TYPE != "generate_until":  # of likelihoods alone nothing is generated
+        return {"reply": "", "answer": None}, sample["target"]
+    answer = _text(sample["filtered_resps"][0])
+    return {"reply": str(sample["resps"][0][0]), "answer": answer}, sample["target"]
 
 
 def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
@@ -93,25 +98,9 @@ def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
     chosen = options[likelihoods.index(max(likelihoods))]
     # Where the options stand in the prompt, it is there that the index of the right one is.
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    said = {"reply": chosen, "answer": chosen}
-    if isinstance(gold, int) and 0 <= gold < len(options):
-        return said, options[gold]
-    if isinstance(gold, list) and all(isinstance(each, int) for each in gold):
-        return said, " | ".join(options[each] for each in gold if 0 <= each < len(options))
-    return said, gold
-
-
-def _likelihood(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
-    """Of a text whose likelihood alone is asked for: nothing is generated."""
-    return {"reply": "", "answer": None}, sample["target"]
-
-
-_HARNESS = {
-    "multiple_choice": _chosen,
-    "loglikelihood": _likelihood,
-    "loglikelihood_rolling": _likelihood,
-}
-"""By what lm-evaluation-harness calls the kind of output."""
+    several = gold if isinstance(gold, list) else [gold]
+    right = [options[each] if isinstance(each, int) else str(each) for each in several]
+    return {"reply": chosen, "answer": chosen}, " | ".join(right)
 
 
 def _text(value: Any) -> str:

@@ -41,57 +41,31 @@ class Exact(Filter):
         return readings
 
 
-def exact_rows(name: str, docs: list[Doc]) -> ConfigurableTask:
-    """Make an evaluation of rows ("item", "prompt", "target"), right if the reply is the target."""
-    said = "the reply is the row's response, white space at its ends aside; greedy"
-    return _task(name, docs, "exact", ["exact_match"], {}, said)
-
-
-def read_rows(name: str, docs: list[Doc], task: Task) -> ConfigurableTask:
-    """Make an evaluation whose replies the task itself reads back and scores, all together.
+def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> ConfigurableTask:
+    """Make an evaluation of rows.
 
     Args:
         name: what results call it.
-        docs: as of `exact_rows`.
-        task: its `reply_metrics` are the scores; where it has classes, accuracy is counted item
-            by item besides.
+        docs: its rows: "item", "prompt", "target".
+        task: reads all replies back and scores them together by its `reply_metrics`; where it has
+            classes, accuracy is counted row by row besides. None: a reply is right if it is the
+            target.
     """
-
-    def own(metric: str) -> Callable[[list[Any]], float]:
-        return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
-
     targets = [doc["target"] for doc in docs]
-    scores = {metric: own(metric) for metric in task.reply_metrics(targets, targets)}
-    counted = ["accuracy"] if task.label_names else []
-    said = "the reply is read back by the task and scored by its own metrics; greedy"
-    return _task(name, docs, "task", counted, scores, said)
-
-
-def _task(
-    name: str,
-    docs: list[Doc],
-    reads: str,
-    counted: list[str],
-    own: dict[str, Callable[[list[Any]], float]],
-    protocol: str,
-) -> ConfigurableTask:
-    """Make an evaluation.
-
-    Args:
-        name: what results call it.
-        docs: its rows.
-        reads: name of how replies are read.
-        counted: scores that are means of what each row has.
-        own: scores of all pairs of reply and target together.
-        protocol: all that in a line.
-    """
-    metrics: dict[str, Any] = own | dict.fromkeys(counted, "mean")
+    reads, counted = "exact", ["exact_match"]
+    protocol = "the reply is the row's response, white space at its ends aside; greedy"
+    metrics: dict[str, Any] = {}
+    if task is not None:
+        reads, counted = "task", ["accuracy"] if task.label_names else []
+        protocol = "the reply is read back by the task and scored by its own metrics; greedy"
+        metrics = {metric: _of_all(task, metric) for metric in task.reply_metrics(targets, targets)}
+    metrics |= dict.fromkeys(counted, "mean")
 
     def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
         return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
 
     # As far as the longest response could go, at a token a byte.
-    longest = max(len(doc["target"].strip().encode()) for doc in docs) + _SPACE
+    longest = max(len(target.strip().encode()) for target in targets) + _SPACE
     config = {
         "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
@@ -115,6 +89,11 @@ def _task(
     }
     with unheard("lm_eval"):  # it warns of rows that it has not read itself
         return ConfigurableTask(config=config)
+
+
+def _of_all(task: Task, metric: str) -> Callable[[list[Any]], float]:
+    """Return the score of all pairs of reply and target together."""
+    return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
 
 def of_a_task(config: EvalConfig) -> bool:
@@ -167,7 +146,7 @@ def of_task(config: EvalConfig) -> ConfigurableTask:
                 f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
             )
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
-    return read_rows(name, docs, task) if task.reads_replies else exact_rows(name, docs)
+    return rows_task(name, docs, task if task.reads_replies else None)
 
 
 def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:

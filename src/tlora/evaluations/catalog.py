@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora import extras
 from tlora.errors import ConfigError, DataError, TLoraError, did_you_mean
 from tlora.registry import EVALUATIONS, TASKS
 from tlora.scoring.answers import PROTOCOLS
@@ -59,7 +59,7 @@ def build(
         DataError: the rows of a task cannot be had.
         SandboxError: the sandbox for programs does not work on this machine.
     """
-    _require_harness(_WHERE)
+    extras.require("eval", _WHERE)
     settings = settings or Settings()
     given = dataclasses.asdict(settings) | {"data_dir": data_dir}
     index, wanted = _index(names, given)
@@ -98,7 +98,7 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
             lm-evaluation-harness is not installed.
         DataError: the rows cannot be had.
     """
-    _require_harness(where)
+    extras.require("eval", where)
     index, wanted = _index(names, {"data_dir": data_dir})
     known = EVALUATIONS.names()
     faults = [
@@ -118,13 +118,6 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
     return {
         name: [task.doc_to_text(doc) for doc in task.test_docs()] for name, task in made.items()
     }
-
-
-def _require_harness(where: str) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "lm-evaluation-harness is not installed; run pip install 'tlora[eval]'.", where=where
-        )
 
 
 def ours(task: Task) -> bool:

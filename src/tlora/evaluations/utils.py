@@ -100,35 +100,32 @@ def math(**given: Any) -> dict[str, Dataset]:
 
 def word_problems(rule: str, **given: Any) -> dict[str, Dataset]:
     """Return the docs of word problems; column `output`, a model's and often wrong, is ignored."""
-    protocol = PROTOCOLS[rule]
 
     def doc(raw: Raw, where: str) -> Doc:
-        target = text_of(raw, "answer", where)
-        if not protocol.score(target, target):
-            raise DataError(
-                f"{where}: column 'answer' is {target!r}, which {rule} cannot read; is it"
-                " another data set's file?"
-            )
-        return {"prompt": Math(DataConfig()).row(raw, where)["prompt"], "target": target}
+        prompt = Math(DataConfig()).row(raw, where)["prompt"]
+        return {"prompt": prompt, "target": _target(raw, rule, where)}
 
     return documents(given, doc)
 
 
 def commonsense(rule: str, **given: Any) -> dict[str, Dataset]:
     """Return the docs of a commonsense set: the training task's prompt, and the right choice."""
-    protocol = PROTOCOLS[rule]
 
     def doc(raw: Raw, where: str) -> Doc:
-        row = Commonsense(DataConfig()).row(raw, where)
-        target = text_of(raw, "answer", where)
-        if protocol.extract(row["response"]) != target:
-            raise DataError(
-                f"{where}: column 'output' is {row['response']!r}, in which the choice is not the"
-                f" one of column 'answer', {target!r}; is it another data set's file?"
-            )
-        return {"prompt": row["prompt"], "target": target}
+        prompt = Commonsense(DataConfig()).row(raw, where)["prompt"]
+        return {"prompt": prompt, "target": _target(raw, rule, where)}
 
     return documents(given, doc)
+
+
+def _target(raw: Raw, rule: str, where: str) -> str:
+    target = text_of(raw, "answer", where)
+    if not PROTOCOLS[rule].score(target, target):
+        raise DataError(
+            f"{where}: column 'answer' is {target!r}, which {rule} cannot read; is it another data"
+            " set's file?"
+        )
+    return target
 
 
 class Answer(Filter):

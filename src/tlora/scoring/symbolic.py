@@ -12,12 +12,8 @@ import logging
 import multiprocessing
 import os
 import sys
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pebble import ProcessPool
+from typing import Any
 
 
 class MathVerify:
@@ -35,10 +31,16 @@ class MathVerify:
     """
 
     def __init__(self, seconds: float = 10.0, memory: int = 4 << 30) -> None:
+        from pebble import ProcessPool
+
         self.seconds = seconds
-        self.memory = memory
-        self._lock = threading.Lock()
-        self._pool: ProcessPool | None = None
+        # Spawned: a fork would copy the locks of torch's threads.
+        self._pool = ProcessPool(
+            1,
+            initializer=_start,
+            initargs=(memory,),
+            context=multiprocessing.get_context("spawn"),
+        )
 
     def equal(self, answer: str, reference: str) -> bool | None:
         """Whether ``answer`` is mathematically ``reference``.
@@ -49,39 +51,22 @@ class MathVerify:
         from pebble import ProcessExpired
 
         try:
-            task = self._started().schedule(_equal, (answer, reference), timeout=self.seconds)
+            task = self._pool.schedule(_equal, (answer, reference), timeout=self.seconds)
             return task.result()
         except (concurrent.futures.TimeoutError, ProcessExpired):  # 3.10: not the built-in one
             # Too slow, or gone: killed by the system, or crashed inside a library.
             return None
 
     def close(self) -> None:
-        """End the worker; a later comparison starts a new one."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.stop()
-            pool.join()
+        """End the worker."""
+        self._pool.stop()
+        self._pool.join()
 
     def __enter__(self) -> MathVerify:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _started(self) -> ProcessPool:
-        from pebble import ProcessPool
-
-        with self._lock:
-            if self._pool is None:
-                # Spawned: a fork would copy the locks of torch's threads.
-                self._pool = ProcessPool(
-                    1,
-                    initializer=_start,
-                    initargs=(self.memory,),
-                    context=multiprocessing.get_context("spawn"),
-                )
-            return self._pool
 
 
 def _start(memory: int) -> None:

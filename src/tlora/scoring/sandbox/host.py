@@ -22,20 +22,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 from tlora.errors import ConfigError, SandboxError
 
 Status = Literal["passed", "failed", "timed out", "memory", "output limit", "crashed"]
 Protection = Literal["namespaces", "landlock"]
 
-PROTECTIONS: dict[str, str] = {
-    "namespaces": "processes, network, files, IPC and host name of its own; no rights; limits",
-    "landlock": "files outside the scratch folder, and TCP from Linux 6.7 on, are out of reach; no"
-    " rights; limits. Processes, UDP and the size of the scratch folder are not separated; without"
-    " root, programs run one at a time",
-}
-"""What each level of protection keeps apart, strongest first."""
+PROTECTIONS = get_args(Protection)
+"""The levels of protection, strongest first; docs/evaluation.md says what each keeps apart."""
 
 # By its place and not by a search path: neither can another "inside" stand in for it, nor does the
 # program find our modules beside it.
