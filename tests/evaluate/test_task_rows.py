@@ -47,7 +47,7 @@ def scored(name, lines, replies, tmp_path, **data):
     task = task_rows.of_task(config)
     found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
     lines = records(task, found["samples"][name])
-    return metrics(task, found["results"][name]), [line["scores"] for line in lines]
+    return metrics(found["results"][name]), [line["scores"] for line in lines]
 
 
 def test_white_space_at_the_ends_of_a_reply_does_not_count(tmp_path):

@@ -70,7 +70,7 @@ def scores(task: Any, reply: Reply) -> tuple[dict[str, float], list[samples.Reco
     """Return the scores of a task and the record of every item, if ``reply`` answers."""
     name = task.task_name
     found = evaluated({name: task}, Scripted(reply))
-    results = samples.metrics(task, found["results"][name])
+    results = samples.metrics(found["results"][name])
     return results, samples.records(task, found["samples"][name])
 
 

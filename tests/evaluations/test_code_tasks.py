@@ -76,7 +76,7 @@ def test_drawn_programs_are_scored_by_pass_at_k(tmp_path):
     found = evaluated({"mbpp-paper": task}, model)
     # 2 of 10 are right, and 10 tries hold one of them for certain.
     expected = pytest.approx({"pass@1": 0.2, "pass@10": 1.0})
-    assert samples.metrics(task, found["results"]["mbpp-paper"]) == expected
+    assert samples.metrics(found["results"]["mbpp-paper"]) == expected
     (item,) = samples.records(task, found["samples"]["mbpp-paper"])
     assert item["scores"] == expected
     assert item["reply"] == RIGHT

@@ -28,7 +28,7 @@ def standard(rows=ROWS, **config):
 def run(task, reply=None):
     found = evaluated({"small": task}, Scripted(reply))
     return samples.records(task, found["samples"]["small"]), samples.metrics(
-        task, found["results"]["small"]
+        found["results"]["small"]
     )
 
 
@@ -150,6 +150,5 @@ def test_requests_for_the_options_alone_are_no_options():
 
 
 def test_standard_errors_are_no_scores():
-    task = standard(output_type="loglikelihood", doc_to_target="q", metric_list=[{"metric": "acc"}])
     results = {"alias": "small", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}
-    assert samples.metrics(task, results) == {"acc": 0.5}
+    assert samples.metrics(results) == {"acc": 0.5}

@@ -5,9 +5,9 @@ import io
 import json
 import random
 
-import evaluations
 import pytest
 
+import evaluations
 from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import evaluation, evalwording, outcomes, read_evaluation
@@ -343,7 +343,7 @@ FAULTS = {
         lambda f: (f / "samples/good/sums.jsonl").write_text("{\n" * 9),
         "6 more lines are damaged",
     ),
-    "another format": (lambda f: evaluations.change(f, format=2), "not written by this version's `tlora eval`"),
+    "another format": (lambda f: evaluations.change(f, format=2), "not written by this version"),
     "no models": (lambda f: evaluations.change(f, models=[]), "eval.json lists no models by name"),
     "no names": (lambda f: evaluations.change(f, tasks=[{}]), "eval.json lists no tasks by name"),
     "no metrics": (

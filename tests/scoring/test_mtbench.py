@@ -77,11 +77,11 @@ def test_a_grade_is_read_as_published(text, number):
 
 
 def test_our_prompts_ask_for_the_form_that_is_read():
-    for (turn, with_reference), prompt in OURS.prompts.items():
-        assert "from 1 (useless) to 10" in prompt.system
-        assert rating(prompt.system) == 4  # the example
-        assert ("reference" in prompt.system) == with_reference
-        assert ("second request alone" in prompt.system) == (turn == 2)
+    for (turn, with_reference), (system, _) in OURS.prompts.items():
+        assert "from 1 (useless) to 10" in system
+        assert rating(system) == 4  # the example
+        assert ("reference" in system) == with_reference
+        assert ("second request alone" in system) == (turn == 2)
 
 
 def test_messages_hold_the_turn_the_conversation_and_the_references():

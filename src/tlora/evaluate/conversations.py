@@ -97,7 +97,7 @@ class MtBench:
         self.name, self._config = name, config
         self._tokens, self._greedy = _generation(config.gen_kwargs)
         sources = (self.questions, self.references)
-        found = read_questions(*(source.rows(name, config.data_dir).raw for source in sources))
+        found = read_questions(*(source.rows(name, config.data_dir)[1] for source in sources))
         self._questions = found[: config.limited(len(found))]
         self._forms: dict[str, ChatForm] = {}
         self.items = 2 * len(self._questions)

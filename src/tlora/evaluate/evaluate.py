@@ -87,12 +87,12 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
                 missing = {n: task for n, task in tasks.items() if not record.has(evaluated, n)}
                 if missing:
                     _evaluate(evaluated, missing, record, tell)
+            grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 "interrupted; finished pairs of model and task are kept, and the same command does"
                 " the rest."
             ) from None
-        grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
     return folder
 
 

@@ -115,7 +115,7 @@ class HarnessTask:
                 confirm_run_unsafe_code=config.allow_code_execution,
             )
         lines = records(task, found["samples"][name])
-        scores = metrics(task, found["results"][name])
+        scores = metrics(found["results"][name])
         lower = [key for key in scores if not _higher(task, key)]
         return TaskResult(
             [line | {"scores": _turned(line["scores"], lower)} for line in lines],

@@ -34,12 +34,11 @@ def records(task: Task, samples: Iterable[Sample]) -> list[Record]:
     return [_record(task, by_item[item]) for item in sorted(by_item)]
 
 
-def metrics(task: Task, results: Mapping[str, Any]) -> dict[str, float]:
+def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the scores of a task by the names that `records` uses, the main one first.
 
     Args:
-        task: the task.
-        results: what ``lm_eval.evaluate(...)["results"]`` holds for it.
+        results: what ``lm_eval.evaluate(...)["results"]`` holds for the task.
     """
     found = {
         key: value

@@ -15,15 +15,6 @@ Raw = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Raw rows and where they come from."""
-
-    place: str
-    """The file, or the dataset and its split."""
-    raw: list[Raw]
-
-
-@dataclass(frozen=True)
 class Source:
     """Where one evaluation's rows can be had."""
 
@@ -38,10 +29,11 @@ class Source:
     split: str = "test"
     """Split of `hub`."""
 
-    def rows(self, name: str, data_dir: str | None) -> Rows:
-        """Read all rows: under ``data_dir`` if one is given, else from the Hub.
+    def rows(self, name: str, data_dir: str | None) -> tuple[str, list[Raw]]:
+        """Return where the rows are and all of them.
 
-        A folder is never mixed with the Hub: what is missing in it is an error.
+        They are under ``data_dir`` if one is given, else on the Hub. A folder is never mixed with
+        the Hub: what is missing in it is an error.
 
         Args:
             name: the evaluation's, for the message of an error.
@@ -58,9 +50,9 @@ class Source:
                 f" ({self.origin}) as data_dir."
             )
         parts = [source.read_hub(self.hub, config, self.split) for config in self.configs]
-        return Rows(f"{self.hub}, {self.split}", [row for part in parts for row in part])
+        return f"{self.hub}, {self.split}", [row for part in parts for row in part]
 
-    def _local(self, name: str, folder: Path) -> Rows:
+    def _local(self, name: str, folder: Path) -> tuple[str, list[Raw]]:
         tried = [folder / f"{path}{packed}" for path in self.files for packed in ("", ".gz")]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
@@ -68,7 +60,7 @@ class Source:
                 f"{name}: {folder} has none of {', '.join(self.files)} (nor one of them with .gz);"
                 f" put the file there ({self.origin})."
             )
-        return Rows(str(found), read_json(found))
+        return str(found), read_json(found)
 
 
 def read_json(path: Path) -> list[Raw]:

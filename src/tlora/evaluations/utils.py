@@ -55,10 +55,10 @@ def documents(
         tuple(given["files"]), given["origin"], given.get("hub"), given.get("configs", (None,))
     )
     name = Path(given.get("config_source", "the evaluation")).stem
-    rows = source.rows(name, given.get("data_dir"))
-    raws = [(i, raw) for i, raw in enumerate(rows.raw) if keep is None or keep(raw)]
+    place, rows = source.rows(name, given.get("data_dir"))
+    raws = [(i, raw) for i, raw in enumerate(rows) if keep is None or keep(raw)]
     if not raws:
-        raise DataError(f"{rows.place}: none of its rows belongs to {name}; see its source.")
+        raise DataError(f"{place}: none of its rows belongs to {name}; see its source.")
     names = {str(raw[column]) for _, raw in raws if column and raw.get(column) is not None}
     distinct = len(names) == len(raws)
     return {
@@ -66,7 +66,7 @@ def documents(
             [
                 {
                     "item": str(raw[column] if distinct and column else i),
-                    **doc(raw, f"{rows.place}, row {i + 1}"),
+                    **doc(raw, f"{place}, row {i + 1}"),
                 }
                 for i, raw in raws
             ]

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def humaneval_check(row: Mapping[str, str], completion: str) -> Check:
     Raises:
         DataError: the row lacks a column.
     """
-    prompt, test, name = _columns(row, "prompt", "test", "entry_point")
+    prompt, test, name = columns(row, "prompt", "test", "entry_point")
     # Some tests call what the prompt defines before the function; it is the data set's, and the
     # program's own version of it would decide about the program.
     helpers = prompt.partition(f"def {name}(")[0]
@@ -64,7 +65,7 @@ def mbpp_check(row: Mapping[str, object], completion: str) -> Check:
     Raises:
         DataError: the row lacks a column, or its tests are not Python.
     """
-    setup, tests = _columns(row, "test_setup_code", "test_list")
+    setup, tests = columns(row, "test_setup_code", "test_list")
     source = "\n".join([str(setup), *map(str, tests)])
     try:
         names = _called(source)
@@ -75,7 +76,12 @@ def mbpp_check(row: Mapping[str, object], completion: str) -> Check:
     return Check(truncated(completion, MBPP_STOPS), source, names)
 
 
-def _columns(row: Mapping, *names: str) -> list:
+def columns(row: Mapping[str, Any], *names: str) -> list[Any]:
+    """Return the columns of a row.
+
+    Raises:
+        DataError: it lacks one.
+    """
     missing = [name for name in names if name not in row]
     if missing:
         raise DataError(f"row {row.get('task_id')}: it has no column {missing[0]!r}.")

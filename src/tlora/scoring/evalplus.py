@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tlora.errors import DataError
-from tlora.scoring.code import Check
+from tlora.scoring.code import Check, columns
 
 Part = Literal["base_input", "plus_input"]
 _RULES = Path(__file__).with_name("evalplus_rules.py")
@@ -28,14 +28,11 @@ def inputs_check(row: Mapping[str, Any], program: str, part: Part) -> Check:
     Raises:
         DataError: the row lacks a column, or a column is not what it should be.
     """
-    columns = ("task_id", "prompt", "entry_point", "canonical_solution", part)
-    missing = [name for name in columns if name not in row]
-    if missing:
-        raise DataError(f"row {row.get('task_id')}: it has no column {missing[0]!r}.")
-    inputs, name, task = row[part], row["entry_point"], row["task_id"]
+    names = ("task_id", "entry_point", "prompt", "canonical_solution", part)
+    task, name, prompt, solution, inputs = columns(row, *names)
     if not isinstance(inputs, list) or not all(isinstance(each, list) for each in inputs):
         raise DataError(f"row {task}: column {part!r} is no list of argument lists.")
-    reference = row["prompt"] + row["canonical_solution"]
+    reference = prompt + solution
     tests = (
         f"evalplus_program = {name}",
         _RULES.read_text(encoding="utf-8"),

@@ -21,6 +21,7 @@ from tlora.errors import DataError
 
 Messages = list[dict[str, str]]
 Line = Mapping[str, Any]
+Prompt = tuple[str, str]
 
 _NAMES = {
     (1, False): "single-v1",
@@ -35,20 +36,13 @@ PUBLISHED_LABEL = "mtbench-single, published prompts"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt: a system message and a template of the user's message with named fields."""
-
-    system: str
-    template: str
-
-
-@dataclass(frozen=True)
 class JudgePrompts:
     """The four prompts, by (turn, whether there are reference answers)."""
 
     label: str
     """Whose wording it is; part of every result."""
     prompts: dict[tuple[int, bool], Prompt]
+    """Each a system message, and a template of the user's message with named fields."""
 
     def messages(self, first: Line, second: Line, turn: int) -> Messages:
         """Return the messages that ask for a grade of the answer to ``turn``, 1 or 2.
@@ -59,15 +53,15 @@ class JudgePrompts:
             second: the one of its second turn.
             turn: which of the two answers is graded.
         """
-        prompt = self.prompts[turn, first["target"] is not None]
+        system, template = self.prompts[turn, first["target"] is not None]
         fields = {"question": first["prompt"], "answer": first["reply"]}
         for number, line in enumerate((first, second), start=1):
             fields[f"question_{number}"] = line["prompt"]
             fields[f"answer_{number}"] = line["reply"]
             fields[f"ref_answer_{number}"] = line["target"] or ""
         return [
-            {"role": "system", "content": prompt.system},
-            {"role": "user", "content": prompt.template.format(**fields)},
+            {"role": "system", "content": system},
+            {"role": "user", "content": template.format(**fields)},
         ]
 
 
@@ -82,7 +76,7 @@ def read_prompts(path: str | Path) -> JudgePrompts:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = {row["name"]: row for row in (json.loads(line) for line in lines if line.strip())}
         prompts = {
-            key: Prompt(rows[name]["system_prompt"], rows[name]["prompt_template"])
+            key: (rows[name]["system_prompt"], rows[name]["prompt_template"])
             for key, name in _NAMES.items()
         }
         read = JudgePrompts(f"mtbench-single, prompts of {Path(path).name}", prompts)
@@ -101,7 +95,7 @@ def read_prompts(path: str | Path) -> JudgePrompts:
 
 def digest(prompts: dict[tuple[int, bool], Prompt]) -> str:
     """Return a digest (SHA-256) of the texts of the prompts."""
-    texts = [(_NAMES[key], prompts[key].system, prompts[key].template) for key in _NAMES]
+    texts = [(_NAMES[key], *prompts[key]) for key in _NAMES]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -155,13 +149,12 @@ _TWO = (
 OURS = JudgePrompts(
     OUR_LABEL,
     {
-        (1, False): Prompt(f"{_TASK} {_QUALITIES}\n\n{_GRADE}", _ONE + _ONE_ANSWER),
-        (1, True): Prompt(
-            f"{_TASK} {_AGAINST_REFERENCE}\n\n{_GRADE}", _ONE + _ONE_REFERENCE + _ONE_ANSWER
+        (1, False): (f"{_TASK} {_QUALITIES}\n\n{_GRADE}", _ONE + _ONE_ANSWER),
+        (1, True): (
+            f"{_TASK} {_AGAINST_REFERENCE}\n\n{_GRADE}",
+            _ONE + _ONE_REFERENCE + _ONE_ANSWER,
         ),
-        (2, False): Prompt(f"{_TASK} {_QUALITIES} {_SECOND}\n\n{_GRADE}", _TWO),
-        (2, True): Prompt(
-            f"{_TASK} {_AGAINST_REFERENCE} {_SECOND}\n\n{_GRADE}", _TWO_REFERENCES + _TWO
-        ),
+        (2, False): (f"{_TASK} {_QUALITIES} {_SECOND}\n\n{_GRADE}", _TWO),
+        (2, True): (f"{_TASK} {_AGAINST_REFERENCE} {_SECOND}\n\n{_GRADE}", _TWO_REFERENCES + _TWO),
     },
 )
