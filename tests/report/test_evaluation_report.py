@@ -5,9 +5,9 @@ import io
 import json
 import random
 
-import evaluations
 import pytest
 
+import evaluations
 from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import evaluation, evalwording, outcomes, read_evaluation
