@@ -106,7 +106,7 @@ def test_a_file_of_another_calibration_is_refused(model, tmp_path, names, change
             cache=path,
         )
     message = str(caught.value)
-    assert [name for name in ("model", "data", "config") if f"another {name} (" in message] == names
+    assert [name for name in ("model", "data", "config") if f"its {name} (" in message] == names
     assert str(path) in message
     assert "delete this file to calibrate again" in message
     assert path.read_bytes() == before
@@ -114,7 +114,7 @@ def test_a_file_of_another_calibration_is_refused(model, tmp_path, names, change
 
 def test_a_file_that_lacks_statistics_is_refused(model, tmp_path):
     calibrate(model, batches(), config(basis="random"), cache=tmp_path)
-    with pytest.raises(CalibrationError, match=r"another config \(.*lacks statistics"):
+    with pytest.raises(CalibrationError, match=r"its config \(.*lacks statistics"):
         calibrate(model, batches(), config(), cache=tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_a_file_without_a_key_or_of_another_kind_is_refused(model, tmp_path):
     stats = calibrate(model, batches(), config())
     stats.key = None
     path = stats.save(tmp_path / NAME)
-    with pytest.raises(CalibrationError, match=r"another model .* and another data"):
+    with pytest.raises(CalibrationError, match=r"its model .* and its data"):
         calibrate(model, batches(), config(), cache=path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="not a readable"):

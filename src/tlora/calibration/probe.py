@@ -174,10 +174,10 @@ class _Run:
             if faults:
                 differing.append(f"config ({'; '.join(faults)})")
             if differing:
+                verb = "differs" if len(differing) == 1 else "differ"
                 raise CalibrationError(
-                    f"{file} is another calibration, of another"
-                    f" {' and another '.join(differing)}; give another `cache`, or delete this"
-                    " file to calibrate again."
+                    f"{file} is another calibration: its {' and its '.join(differing)} {verb};"
+                    " give another `cache`, or delete this file to calibrate again."
                 )
         return stats
 
