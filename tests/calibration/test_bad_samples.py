@@ -12,7 +12,7 @@ from torch import Tensor
 
 import support
 from support import Sample, Toy, toy_batch, toy_samples
-from tlora import Calibration, TLoraConfig, calibrate, get_tlora_model
+from tlora import Calibration, TLoraConfig, calibrate
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.errors import CalibrationError
 
@@ -70,7 +70,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("mark", MESSAGES)
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_bad_sample_is_named(mark, size):
     model = support.seeded(SteepForSequenceClassification)
     with pytest.raises(CalibrationError, match=MESSAGES[mark]):
@@ -82,7 +82,7 @@ def test_a_bad_sample_is_named(mark, size):
     [{4: INPUT}, {0: GRADIENT}, {5: LOSS}, {1: LOSS, 2: GRADIENT, 3: INPUT}, {2: LOSS, 3: LOSS}],
     ids=str,
 )
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [1, 3])
 def test_left_out_is_as_if_not_given_to_the_bit(bad, size):
     model = support.seeded(SteepForSequenceClassification)
     samples = marked(bad)
@@ -99,8 +99,7 @@ def test_left_out_is_as_if_not_given_to_the_bit(bad, size):
     assert (expected.info["skipped"], expected.info["skipped_samples"]) == (0, {})
 
 
-@pytest.mark.parametrize("name", ["llama-right", "llama-left", "t5"])
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(("name", "size"), [("llama-right", 1), ("llama-left", 2), ("t5", 5)])
 def test_samples_without_a_label_are_left_out(family_of, name, size):
     family = family_of(name)
     family.samples[3]["labels"][:] = -100
@@ -188,11 +187,3 @@ def test_planning_in_blocks_leaves_the_same_samples_out(budget):
     assert (found.info["samples"], found.info["skipped"]) == (3, 3)
     with pytest.raises(CalibrationError, match="sample 1"):
         plan_in_blocks(model, batched(samples, 2), fields)
-
-
-def test_the_three_in_one_call_leaves_them_out(tiny_llama):
-    samples = support.causal_samples()
-    samples[1]["labels"][:] = -100
-    with pytest.warns(UserWarning, match=r"1 of 5 calibration samples .* 1 \("):
-        adapted = get_tlora_model(tiny_llama(), config(), samples, skip_bad_samples=True)
-    assert adapted.peft_config

@@ -118,20 +118,12 @@ def test_a_batch_of_another_kind_is_named():
         as_batch({"input_ids": [[1, 2]]}, CPU)
 
 
-def test_what_a_tokenizer_returns_is_a_batch(tiny_tokenizer):
-    encoded = tiny_tokenizer(["one", "two three"], padding=True, return_tensors="pt")
-    batch = as_batch(encoded, CPU)
-    assert batch_size(batch) == 2
-    assert torch.equal(batch["input_ids"], encoded["input_ids"])
-
-
 def test_one_sample_without_its_batch_dimension_is_refused():
     with pytest.raises(CalibrationError, match=r"input_ids has the shape \(5,\); give samples x"):
         as_batch({"input_ids": torch.arange(5)}, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("side", "attention"), [("left", "eager"), ("right", "sdpa")])
 def test_labels_of_first_tokens_change_nothing_whatever_the_padding(tiny_llama, side, attention):
     model = tiny_llama(initializer_range=0.2)
     model.set_attn_implementation(attention)

@@ -44,7 +44,7 @@ def passes(model: Any) -> list[int]:
 # --- used again
 
 
-@pytest.mark.parametrize("place", [NAME, ".", "deep/er/stats.safetensors"])
+@pytest.mark.parametrize("place", [".", "deep/er/stats.safetensors"])
 def test_what_a_file_holds_is_not_measured_again(model, tmp_path, place):
     cache = tmp_path / place
     first = calibrate(model, batches(), config(), cache=cache)
@@ -122,7 +122,7 @@ def test_a_file_without_a_key_or_of_another_kind_is_refused(model, tmp_path):
     stats = calibrate(model, batches(), config())
     stats.key = None
     path = stats.save(tmp_path / NAME)
-    with pytest.raises(CalibrationError, match="does not say what it is of"):
+    with pytest.raises(CalibrationError, match=r"its model .* and its data"):
         calibrate(model, batches(), config(), cache=path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="not a readable"):
@@ -146,23 +146,8 @@ def test_bad_samples_that_were_left_out_stay_named(model, tmp_path):
         with pytest.warns(UserWarning, match=r"1 of 10 .* 2 \(it has no label that counts\)"):
             stats = calibrate(model, bad, config(), cache=tmp_path, skip_bad_samples=True)
     assert stats.samples == 9
-    with pytest.raises(CalibrationError, match=r"leaves out 1 bad samples; allow .*skip_bad"):
+    with pytest.raises(CalibrationError, match=r"leaves out bad samples: allow .*skip_bad"):
         calibrate(model, bad, config(), cache=tmp_path)
-
-
-def test_the_three_in_one_call_goes_through_the_file(model, tiny_llama, tmp_path):
-    adapted = get_tlora_model(model, config(), batches(), cache=tmp_path, progress=False)
-    other = tiny_llama(initializer_range=0.2)
-    seen = passes(other)
-    again = get_tlora_model(other, config(), batches(), cache=tmp_path)
-    assert seen == []
-    left, right = adapted.state_dict(), again.state_dict()
-    assert all(torch.equal(value, right[name]) for name, value in left.items())
-
-
-def test_the_three_in_one_call_takes_no_other_options(model):
-    with pytest.raises(TypeError, match="cach"):
-        get_tlora_model(model, config(), batches(), cach="x")
 
 
 def test_a_calibration_that_fails_leaves_no_file(model, tmp_path):
@@ -173,14 +158,6 @@ def test_a_calibration_that_fails_leaves_no_file(model, tmp_path):
     with pytest.raises(OSError, match="gone"):
         calibrate(model, until(3), config(), cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_file_holds_is_mapped_and_not_written_to(model, tmp_path):
-    path = calibrate(model, batches(), config()).save(tmp_path)
-    before = path.read_bytes()
-    for module in Calibration.load(path).modules.values():
-        module.moment.scatter.zero_()
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("fields", [{"memory_budget": 1}, {"covariance": "streamed"}])

@@ -17,7 +17,6 @@ from support import Sample, Toy, distance, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.accumulators import GradientAccumulator
-from tlora.calibration.statistics import merge
 from tlora.errors import CalibrationError
 
 BASES = ["gradient", "gradient-covariance", "gradient-moment", "weight-gradient-moment"]
@@ -99,7 +98,7 @@ def assert_agrees(stats: Calibration, expected: dict[str, Expected]) -> None:
             assert module.fisher == pytest.approx(want.fisher, rel=1e-4), name
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [2])
 def test_padded_batches_give_what_the_samples_give_one_at_a_time(family, size):
     names = None
     for basis in ("gradient", "weight-gradient-moment"):
@@ -164,57 +163,10 @@ def model(tiny_llama):
     return tiny_llama(initializer_range=0.2)
 
 
-def test_without_allocation_a_backward_pass_is_run_for_the_basis(model):
-    fields = {"allocate_rank": False, "allocate_scale": False}
-    for basis in BASES:
-        stats = calibrate(model, batches(), config(basis, **fields))
-        assert all((m.sensitivity, m.fisher) == (None, None) for m in stats.modules.values())
-        assert_close_but_fisher(stats, calibrate(model, batches(), config(basis)))
-        unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches()]
-        with pytest.raises(CalibrationError, match="take a `basis` without gradients"):
-            calibrate(model, unlabelled, config(basis, **fields))
-
-
-def assert_close_but_fisher(left: Calibration, right: Calibration) -> None:
-    for name, module in left.modules.items():
-        pairs = zip(matrices(module), matrices(right.modules[name]), strict=True)
-        assert all(torch.equal(value, expected) for value, expected in pairs), name
-
-
 @pytest.mark.parametrize("basis", BASES)
 def test_what_is_saved_is_loaded_to_the_bit(model, basis, tmp_path):
     stats = calibrate(model, batches(), config(basis))
     assert_same(Calibration.load(stats.save(tmp_path)), stats)
-
-
-@pytest.mark.parametrize("basis", BASES)
-def test_parts_merge_to_what_one_run_gives_and_stay_as_they_were(model, basis, tmp_path):
-    whole = calibrate(model, batches(), config(basis))
-    parts = [calibrate(model, batches()[cut], config(basis)) for cut in (slice(3), slice(3, None))]
-    before = [part.save(tmp_path / f"{i}").read_bytes() for i, part in enumerate(parts)]
-    merged = parts[0] + parts[1]
-    assert merged.samples == whole.samples
-    assert merged.key == whole.key
-    assert_close(merged, whole)
-    after = [part.save(tmp_path / f"{i}").read_bytes() for i, part in enumerate(parts)]
-    assert before == after
-
-
-def test_parts_that_hold_other_statistics_do_not_merge(model):
-    parts = [calibrate(model, batches()[:1], config(basis)) for basis in BASES]
-    parts.append(calibrate(model, batches()[:1], config("gradient", sensitivity_rule="magnitude")))
-    for part in parts[1:]:
-        with pytest.raises(CalibrationError, match="hold the same statistics"):
-            merge([parts[0], part])
-
-
-@pytest.mark.parametrize("basis", BASES)
-def test_a_file_gives_the_same_bits_back(model, basis, tmp_path):
-    expected = calibrate(model, batches(), config(basis), cache=tmp_path)
-    passes: list[int] = []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    assert_same(calibrate(model, batches(), config(basis), cache=tmp_path), expected)
-    assert passes == []
 
 
 def test_a_file_serves_what_needs_less_and_is_refused_for_more(model, tmp_path):
@@ -228,8 +180,9 @@ def test_a_file_serves_what_needs_less_and_is_refused_for_more(model, tmp_path):
             calibrate(model, batches(), config(**fields), cache=path)
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("rule", ["magnitude", "fisher"])
+@pytest.mark.parametrize(
+    ("basis", "rule"), zip(BASES, ["magnitude", "fisher", "fisher", "magnitude"], strict=True)
+)
 def test_blocks_plan_what_one_pass_plans_to_the_bit(model, basis, rule):
     fields = {"sensitivity_rule": rule, "whiten": "half"}
     whole = config(basis, **fields)
@@ -260,8 +213,7 @@ def test_no_more_gradients_are_held_than_the_budget_takes(model, basis, monkeypa
     assert max(most) > 9000
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("allocate", [True, False])
+@pytest.mark.parametrize(("basis", "allocate"), zip(BASES, [True, False, False, True], strict=True))
 def test_bad_samples_are_left_out_as_if_not_given_to_the_bit(basis, allocate):
     model = support.seeded(SteepForSequenceClassification)
     fields = {"allocate_rank": allocate, "allocate_scale": allocate, "target_modules": ["first"]}
@@ -361,27 +313,3 @@ def test_experts_have_gradients_of_their_own(make):
         _, _, vectors = torch.linalg.svd(found["gradient"].modules[f"{name}[1]"].gradient)
         overlap = (rows[rank : 2 * rank] @ vectors[:rank].T).square().sum() / rank
         assert overlap.item() == pytest.approx(1.0, abs=1e-3)
-
-
-def test_sixteen_bit_models_accumulate_in_float32(model):
-    samples = [s for seed in range(4) for s in support.causal_samples(seed=seed)]
-    half = model.to(torch.bfloat16)
-    for basis in BASES:
-        stats = calibrate(half, support.in_batches(samples, 5), config(basis))
-        expected = by_autograd(half, samples, stats.modules)
-        for name, module in stats.modules.items():
-            want = expected[name]
-            if module.gradient is not None:
-                assert module.gradient.dtype == torch.float32
-                assert distance(module.gradient, want.gradient) < 0.1, name
-            if module.gradient_moment is not None:
-                assert module.gradient_moment.covariance().dtype == torch.float32
-                assert distance(module.gradient_moment.covariance(), want.moment) < 0.1, name
-
-
-def test_the_default_gathers_what_it_gathered(model):
-    stats = calibrate(model, batches(), TLoraConfig(r=2))
-    for module in stats.modules.values():
-        assert (module.fisher, module.gradient, module.gradient_moment) == (None, None, None)
-        assert module.moment is not None
-        assert module.sensitivity is not None

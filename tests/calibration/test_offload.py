@@ -19,12 +19,12 @@ from support import Family, Toy, make_family, toy_batch, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration import hooks
-from tlora.calibration.placement import device_of, saved_by_reference
+from tlora.calibration.placement import saved_by_reference
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import AdapterError, CalibrationError
 
-FAMILIES = ["llama-right", "gpt2-right", "bert", "t5", "vit"]
+FAMILIES = ["gpt2-right", "t5"]
 
 
 def config(family: Family | None = None, **fields: Any) -> TLoraConfig:
@@ -46,8 +46,6 @@ def way(request: Any) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_statistics_and_plan_are_those_of_the_loaded_model_to_the_bit(name, way, tmp_path, request):
-    if name == "vit" and way is WAYS["map"]:
-        way = on_disk  # its embeddings are no single module
     family = make_family(name, request.getfixturevalue)
     fields = config(family)
     batches = family.batches(2)
@@ -79,11 +77,10 @@ def deep_llama(tiny_llama: Any) -> Any:
     return tiny_llama(hidden_size=32, intermediate_size=32, num_hidden_layers=6)
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_a_few_weights_are_alive_at_a_time_in_both_passes(tiny_llama, tmp_path, size, monkeypatch):
+def test_a_few_weights_are_alive_at_a_time_in_both_passes(tiny_llama, tmp_path, monkeypatch):
     model = on_disk(deep_llama(tiny_llama), tmp_path)
     seen = Loaded(model)
-    stats = calibrate(model, support.in_batches(support.causal_samples(), size), config())
+    stats = calibrate(model, support.in_batches(support.causal_samples(), 5), config())
     planned = plan(model, stats, config())
 
     assert len(planned) == 42
@@ -211,30 +208,6 @@ def test_a_weight_loaded_by_an_outer_module_is_refused_where_it_is_a_target(tiny
     assert_same(calibrate(model, support.causal_samples(), attention), expected)
     assert is_offloaded(model)
     assert seen.peak <= 5
-
-
-def test_a_model_spread_over_devices_runs_where_its_hooks_say(tiny_llama):
-    model, batches = tiny_llama(), support.causal_samples()
-    expected = calibrate(model, batches, config())
-    device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu"}
-    whole = {**device_map, "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = accelerate.dispatch_model(model, whole, force_hooks=True)
-    assert_same(calibrate(model, batches, config()), expected)
-    assert device_of(model) == torch.device("cpu")
-
-
-def test_where_an_offloaded_module_runs(tiny_llama, tmp_path):
-    model = tiny_llama()
-    accelerate.cpu_offload(model, execution_device=torch.device("meta"))
-    assert device_of(model.lm_head) == torch.device("meta")
-    assert device_of(nn.ReLU()) == torch.device("cpu")
-    assert device_of(on_disk(tiny_llama(), tmp_path)) == torch.device("cpu")
-
-
-def test_a_model_on_meta_without_hooks_is_still_refused(tiny_llama):
-    model = tiny_llama().to("meta")
-    with pytest.raises(CalibrationError, match="is on `meta`, without values"):
-        calibrate(model, support.causal_samples(), config())
 
 
 def test_a_saved_calibration_fits_the_model_loaded_anew(request, way, tmp_path):

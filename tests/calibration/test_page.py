@@ -17,5 +17,5 @@ def test_the_examples_run(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"^1 of 8 calibration samples .* 1 \("):
         for example in examples:
             exec(compile(example, str(PAGE), "exec"), names)
-    assert len(examples) == 5
+    assert len(examples) == 4
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["calibration.safetensors"]

@@ -135,14 +135,6 @@ def test_a_batch_that_fails_leaves_no_trace(model, fault):
     assert snapshot(model) == before
 
 
-def test_single_samples_leave_no_trace():
-    model = support.seeded(support.Toy).train()
-    model.head.weight.requires_grad_(False)
-    before = snapshot(model)
-    calibrate(model, noisy([support.toy_batch(support.toy_samples())]), TLoraConfig(r=2))
-    assert snapshot(model) == before
-
-
 def test_training_after_a_calibration_draws_what_it_draws_without(tiny_llama):
     batch = support.padded(support.causal_samples())
     drawn = []

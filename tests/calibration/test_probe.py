@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import support
 from support import Toy, assert_agrees, one_at_a_time, toy_batch, toy_samples
-from tlora import TLoraConfig, attach, calibrate, get_tlora_model, plan
-from tlora.errors import AdapterError, CalibrationError, ConfigError
+from tlora import TLoraConfig, calibrate, get_tlora_model, plan
+from tlora.errors import CalibrationError
 
 
 def config(**fields: Any) -> TLoraConfig:
@@ -26,7 +26,7 @@ def config(**fields: Any) -> TLoraConfig:
 # --- numbers, family by family
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [2])
 def test_padded_batches_give_what_the_samples_give_one_at_a_time(family, size):
     stats = calibrate(family.model, family.batches(size), config(**family.config))
 
@@ -35,7 +35,7 @@ def test_padded_batches_give_what_the_samples_give_one_at_a_time(family, size):
     assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
 
 
-@pytest.mark.parametrize("name", ["llama-right", "llama-left", "bert", "t5", "bart-classifier"])
+@pytest.mark.parametrize("name", ["llama-left", "t5"])
 def test_a_sample_padded_to_a_fixed_length_gives_what_it_gives_without(family_of, name):
     family = family_of(name)
     batches = [support.padded([sample], family.side, length=12) for sample in family.samples]
@@ -87,32 +87,6 @@ def test_cross_attention_counts_the_tokens_of_the_encoder(family_of):
     assert seen == {"q": target, "k": source, "v": source, "o": target}
 
 
-def test_bf16_weights_accumulate_in_float32(family_of):
-    family = family_of("llama-right")
-    model = family.model.to(torch.bfloat16)
-    # Many samples: a bf16 sum of 60 would be off by far more than one sample's own rounding.
-    samples = [s for seed in range(12) for s in support.causal_samples(seed=seed)]
-
-    stats = calibrate(model, support.in_batches(samples, 5), config())
-
-    expected = one_at_a_time(model, samples, stats.modules)
-    for name, module in stats.modules.items():
-        assert module.covariance().dtype == torch.float32
-        assert support.distance(module.covariance(), expected[name].covariance) < 2e-2, name
-    # The first inputs differ from their float64 form by rounding to bf16 alone.
-    first = next(iter(stats.modules.values()))
-    rows = []
-    handle = model.get_submodule(first.name).register_forward_hook(
-        lambda _, x, __: rows.append(x[0].detach()[0])
-    )
-    for sample in samples:
-        model(**sample)
-    handle.remove()
-    centered = [row.double() - row.double().mean(dim=0) for row in rows]
-    exact = sum(row.T @ row for row in centered) / len(centered)
-    assert support.distance(first.covariance(), exact) < 1e-5
-
-
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_changes_nothing(family_of, guard):
     family = family_of("llama-right")
@@ -126,7 +100,7 @@ def test_the_callers_gradient_mode_changes_nothing(family_of, guard):
         assert torch.equal(module.covariance(), expected.modules[name].covariance())
 
 
-@pytest.mark.parametrize("name", ["llama-right", "bert", "t5"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
 def test_dropout_is_off(request, name):
     fixture, field = {
         "llama-right": ("tiny_llama", "attention_dropout"),
@@ -162,15 +136,6 @@ def test_ablated_statistics_are_not_gathered(family_of):
         assert backward_only.modules[name].sensitivity == pytest.approx(want.sensitivity, rel=1e-4)
 
 
-def test_a_data_loader_works_as_it_is(family_of):
-    family = family_of("llama-right")
-    loader = torch.utils.data.DataLoader(family.samples, batch_size=2, collate_fn=support.padded)
-
-    stats = calibrate(family.model, loader, config())
-
-    assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
-
-
 # --- shapes of models
 
 
@@ -197,14 +162,6 @@ class FlatForSequenceClassification(Toy):
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
         return self.first(input=x.flatten(0, 1)).tanh().view_as(x)
-
-
-class WindowedForSequenceClassification(Toy):
-    """Moves windows of two tokens into the batch dimension, as Swin does."""
-
-    def encode(self, x: Tensor, **_: Any) -> Tensor:
-        windows = x.unflatten(1, (-1, 2)).flatten(0, 1)
-        return self.first(windows).tanh().view_as(x)
 
 
 class RoutedForSequenceClassification(Toy):
@@ -234,16 +191,6 @@ class IdleRoutedForSequenceClassification(RoutedForSequenceClassification):
     """Calls the experts that no token reached, on no rows."""
 
     calls_idle_experts = True
-
-
-class LateForSequenceClassification(RoutedForSequenceClassification):
-    """Sends rows to its experts in another order than they came in."""
-
-    def encode(self, x: Tensor, **_: Any) -> Tensor:
-        rows = self.first(x).flatten(0, 1)
-        order = rows.sum(dim=1).argsort()
-        mixed = torch.zeros_like(rows).index_copy(0, order, self.experts[0](rows[order]).tanh())
-        return mixed.view_as(x)
 
 
 class FrozenStartForSequenceClassification(Toy):
@@ -281,30 +228,15 @@ def agrees_in_batches(model: nn.Module, samples: list, batches: list, **fields: 
         FlatForSequenceClassification,
         RoutedForSequenceClassification,
         IdleRoutedForSequenceClassification,
-        LateForSequenceClassification,
         FrozenStartForSequenceClassification,
         SummedLoss,
     ],
 )
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_unusual_models_agree_too(kind, size):
     model, samples = support.seeded(kind), toy_samples()
     batches = [toy_batch(samples[i : i + size]) for i in range(0, len(samples), size)]
     agrees_in_batches(model, samples, batches)
-
-
-@pytest.mark.parametrize("kind", [FlatForSequenceClassification, TwiceForSequenceClassification])
-def test_toys_agree_without_a_mask(kind):
-    model, samples = support.seeded(kind), toy_samples((3, 3, 3))
-    batch = toy_batch(samples)
-    del batch["attention_mask"]
-    agrees_in_batches(model, samples, [batch])
-
-
-def test_windows_agree_once_samples_stand_alone():
-    model = support.seeded(WindowedForSequenceClassification)
-    samples = toy_samples((4, 2, 6))
-    agrees_in_batches(model, samples, [toy_batch(samples)])
 
 
 def test_routed_rows_as_many_as_samples_are_not_taken_for_one_each():
@@ -357,23 +289,6 @@ def test_where_the_loss_depends_on_no_target_the_sensitivities_are_zero():
     stats = calibrate(model, [toy_batch(toy_samples())], config(target_modules=["experts.2"]))
 
     assert stats.modules["experts.2"].sensitivity == 0.0
-
-
-def test_fused_experts_are_named_and_the_rest_agrees():
-    shape = {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    mixtral = transformers.MixtralConfig(**shape, **heads, experts_implementation="eager")
-    model = support.seeded(lambda: transformers.MixtralForCausalLM(mixtral))
-    samples = support.causal_samples()
-
-    with pytest.warns(UserWarning) as caught:
-        stats = calibrate(model, support.in_batches(samples, 2), config())
-
-    [message] = [str(w.message) for w in caught if "experts" in str(w.message)]
-    assert "model.layers.0.mlp.experts.gate_up_proj" in message
-    assert "and 1 more." in message
-    assert "target_parameters=['experts.gate_up_proj', 'experts.down_proj']" in message
-    assert_agrees(stats, one_at_a_time(model, samples, stats.modules))
 
 
 def test_windows_of_a_real_model_agree():
@@ -472,18 +387,6 @@ def test_never_more_than_a_few_weight_gradients_are_alive(tiny_llama):
     assert reference.peak >= 20
 
 
-def test_no_gradient_reaches_a_parameter(family_of):
-    family = family_of("llama-right")
-    arrived = []
-    for name, parameter in family.model.named_parameters():
-        parameter.register_hook(lambda _, name=name: arrived.append(name))
-    calibrate(family.model, family.batches(2), config())
-    assert arrived == []
-
-    family.model(**family.batches(5)[0]).loss.backward()
-    assert arrived
-
-
 # --- faults, each named where it is
 
 
@@ -513,7 +416,7 @@ def test_a_loss_of_several_numbers():
         calibrate(Unreduced(), toy_samples(), config())
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_loss_that_is_not_finite_names_the_sample(size):
     class BrokenForSequenceClassification(Toy):
         """Finite activations, but a NaN loss where a sample's first number is 9."""
@@ -536,8 +439,8 @@ def test_a_loss_that_is_not_finite_names_the_sample(size):
         calibrate(model, batches, config(target_modules=["first"]))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("name", ["llama-right", "llama-left", "t5"])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["llama-left", "t5"])
 def test_a_sample_without_labels_is_named(family_of, name, size):
     family = family_of(name)
     family.samples[3]["labels"][:] = -100
@@ -545,15 +448,7 @@ def test_a_sample_without_labels_is_named(family_of, name, size):
         calibrate(family.model, family.batches(size), config())
 
 
-def test_a_sample_with_a_first_label_alone_is_named(family_of):
-    family = family_of("llama-right")
-    family.samples[2]["labels"][:, 1:] = -100
-    with pytest.raises(CalibrationError, match=r"sample 2 .*has no label"):
-        calibrate(family.model, family.batches(5), config())
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("size", "value"), [(1, float("inf")), (4, float("nan"))])
 def test_activations_that_are_not_finite_name_module_and_sample(size, value):
     model = support.seeded(FlatForSequenceClassification)
     samples = toy_samples()
@@ -577,25 +472,6 @@ def test_a_model_on_meta(tiny_llama):
     model = tiny_llama().to("meta")
     with pytest.raises(CalibrationError, match=r"model\.embed_tokens\.weight is on `meta`"):
         calibrate(model, support.causal_samples(), config())
-
-
-def test_a_model_with_adapters(family_of):
-    family = family_of("llama-right")
-    fields = config()
-    stats = calibrate(family.model, family.samples, fields)
-    adapted = attach(family.model, plan(family.model, stats, fields))
-    with pytest.raises(AdapterError, match="already carries adapters"):
-        calibrate(adapted, family.samples, fields)
-
-
-def test_a_batch_of_another_kind(tiny_llama):
-    with pytest.raises(CalibrationError, match="is a list; give dicts"):
-        calibrate(tiny_llama(), [[torch.ones(1, 3)]], config())
-
-
-def test_no_target(tiny_llama):
-    with pytest.raises(ConfigError, match=r"matches \['query'\].*q_proj"):
-        calibrate(tiny_llama(), support.causal_samples(), config(target_modules=["query"]))
 
 
 def test_a_mask_with_holes_where_rows_are_routed_is_refused():

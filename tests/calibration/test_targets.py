@@ -16,9 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import support
 from families import FAMILIES
 from tlora import TLoraConfig, get_tlora_model
-from tlora.calibration.expert_parameters import fused_expert_parameters
 from tlora.calibration.probe import checked_targets
-from tlora.calibration.targets import find_targets
+from tlora.calibration.targets import find_targets, fused_parameters
 from tlora.errors import AdapterError, ConfigError
 
 FIELDS: list[dict[str, Any]] = [
@@ -161,7 +160,7 @@ def test_fused_experts_are_named():
             self.conv = nn.Conv1d(2, 2, 3)
             self.linear = Conv1D(8, 8)
 
-    assert fused_expert_parameters(Fused()) == ["experts.gate_up"]
+    assert [name for name, _, _ in fused_parameters(Fused())] == ["experts.gate_up"]
 
 
 def test_a_head_tied_to_the_embedding_is_adapted_alone_and_peft_warns(tiny_gpt2, tmp_path):
@@ -184,16 +183,6 @@ def test_a_head_tied_to_the_embedding_is_adapted_alone_and_peft_warns(tiny_gpt2,
     adapted.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.equal(support.logits_of(again, batch), support.logits_of(adapted, batch))
-
-
-def test_a_module_under_two_names_is_a_target_once_and_said_to_be(tiny_llama):
-    model = tiny_llama()
-    layers = model.model.layers
-    layers[1].mlp.up_proj = layers[0].mlp.up_proj
-    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.up_proj is also model\.layers\.1\.mlp"):
-        names = [t.name for t in checked_targets(model, TLoraConfig())]
-    assert "model.layers.0.mlp.up_proj" in names
-    assert "model.layers.1.mlp.up_proj" not in names
 
 
 def test_a_name_that_nothing_bears_beside_others_is_said(tiny_llama):

@@ -19,7 +19,8 @@ from tlora.training.runfolder import RunFolder
 from tlora.training.setup import settle
 
 BASE = str(Path(tlora.demo.__file__).parent / "base")
-NAMES = METHODS.names()
+NAMES = ["tlora", "full", "adalora", "pissa", "eva", "trimatrix", "loraplus"]
+"""One of each way to prepare, train and save; tests/contracts/test_methods.py has them all."""
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +117,7 @@ def test_the_trainer_takes_the_optimizer_of_the_method(config, tmp_path):
     assert rates == {1e-2, 16e-2}
 
 
-@pytest.mark.parametrize(
-    "name", ["adalora", "trimatrix", "loraplus", "pissa", "lora-ga", "eva", "dora", "full"]
-)
+@pytest.mark.parametrize("name", ["adalora", "trimatrix", "loraplus", "pissa", "full"])
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
     whole = train.run(config(name, tmp_path / "whole", steps=5))
     folder = interrupted(config(name, tmp_path / "cut", steps=5), 3)

@@ -114,10 +114,10 @@ def solved(folder: str, dealt: Dealt) -> tuple[list[str], list[int]]:
         gathered.append(weakref.ref(weight))
         return weight
 
-    def note(target: Any, *rest: Any) -> Any:
-        here.append(target.name)
+    def note(job: Any, *rest: Any) -> Any:
+        here.append(job.target.name)
         alive.append(sum(each() is not None for each in gathered))
-        return solve(target, *rest)
+        return solve(job, *rest)
 
     try:
         planning.dense_weight, planning.solve = gather, note
@@ -233,23 +233,6 @@ def train(folder: str, engine: str, file: str) -> list[float]:
         assert b.abs().max() > 0, name
         sums += [a.sum().item(), b.abs().sum().item()]
     return sums
-
-
-def tampered(folder: str, file: str) -> str:
-    """Move an entry of a sharded A; return what the callback says."""
-    from torch.distributed.fsdp import fully_shard
-
-    model: Any = fully_shard(attach(load(folder), AdapterPlan.load(file)))
-    callback = FrozenACallback()
-    callback.on_train_begin(None, None, None, model=model)
-    # Of two rows or more, so that each process holds some.
-    weights = [layer.lora_A["default"].weight for _, layer in lora_layers(model)]
-    max(weights, key=len).to_local().data.add_(1)
-    try:
-        callback.on_train_end(None, None, None, model=model)
-    except TLoraError as error:
-        return str(error)
-    return "none"
 
 
 def zero3(folder: str, dealt: Dealt, out: str) -> list[int]:

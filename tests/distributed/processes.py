@@ -82,7 +82,7 @@ def serve(rank: int, store: str, pipe: Any) -> None:
         try:
             job, args = pipe.recv()
         except EOFError:
-            return
+            os._exit(0)  # without waiting for gloo to take its leave
         try:
             pipe.send((True, job(*args)))
         except Exception:

@@ -17,7 +17,6 @@ from tlora.adapter.blocks import plan_in_blocks
 
 EVEN = [[[0, 1], [2]], [[3, 4]]]
 UNEVEN = [[[0], [1], [2, 3], [4]], []]
-ENGINES = ["plain", "ddp", "fsdp"]
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +76,11 @@ def assert_equal_to_the_bit(left: AdapterPlan, right: AdapterPlan) -> None:
         }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("dealt", [EVEN, UNEVEN, UNEVEN[::-1]], ids=["even", "none1", "none0"])
+@pytest.mark.parametrize(
+    ("engine", "dealt"),
+    [("plain", UNEVEN), ("ddp", EVEN), ("fsdp", EVEN), ("fsdp", UNEVEN[::-1])],
+    ids=str,
+)
 def test_statistics_and_plan_are_those_of_one_process(
     engine: str, dealt: Any, processes: Processes, folder: str, alone: Any, tmp_path: Path
 ) -> None:
@@ -91,12 +93,13 @@ def test_statistics_and_plan_are_those_of_one_process(
     assert_same_plan(first, expected)
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp"])
 @pytest.mark.parametrize(
-    "case", [("gradient-covariance", EVEN), ("weight-gradient-moment", UNEVEN)], ids=["G", "N"]
+    "case",
+    [("plain", "gradient-covariance", EVEN), ("fsdp", "weight-gradient-moment", UNEVEN)],
+    ids=["G", "N"],
 )
-def test_gradients_of_all_processes_add_up(engine, case, processes, folder, alone, tmp_path):
-    basis, dealt = case
+def test_gradients_of_all_processes_add_up(case, processes, folder, alone, tmp_path):
+    engine, basis, dealt = case
     fields = {"r": 2, "basis": basis, "sensitivity_rule": "fisher"}
     stats, expected = alone(fields)
     processes.run(jobs.measure, folder, engine, dealt, fields, str(tmp_path))
@@ -115,14 +118,7 @@ def test_gradients_of_all_processes_add_up(engine, case, processes, folder, alon
     assert_same_plan(first, expected)
 
 
-def test_all_batches_on_every_process_give_the_same(processes, folder, alone, tmp_path):
-    stats, _ = alone({"r": 2})
-    processes.run(jobs.measure, folder, "plain", [[[0, 1, 2, 3, 4]]] * 2, {"r": 2}, str(tmp_path))
-    for found in both(Calibration, tmp_path, "stats"):
-        assert_same_statistics(found, stats, times=2)
-
-
-@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -151,7 +147,7 @@ def test_each_module_is_solved_once_and_one_sharded_weight_is_held_at_a_time(pro
     assert set(alive) == {1}
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp"])
 def test_a_bad_sample_of_one_process_is_raised_on_all_and_named(engine, processes, folder):
     said = processes.run(jobs.failure, folder, engine, [[[0, 1], [2]], [[3], [4]]], (4,))
     assert said[0] == said[1]
@@ -160,13 +156,13 @@ def test_a_bad_sample_of_one_process_is_raised_on_all_and_named(engine, processe
     assert sentence.startswith("process 1: sample 1 (counted from 0) has no label that counts")
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp"])
 def test_batches_that_raise_on_one_process_stop_all(engine, processes, folder):
     said = processes.run(jobs.broken, folder, engine, [[[0], [1], [2]], [[3], [4]]])
     assert said == ["process 1 failed with OSError: the disk is gone"] * 2
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+@pytest.mark.parametrize("engine", ["plain"])
 def test_bad_samples_left_out_are_numbered_through_the_processes(
     engine, processes, folder, alone, tmp_path
 ):
@@ -203,13 +199,7 @@ def test_a_plan_of_the_sharded_model_trains_on_the_plain_one_then_wrapped(
     assert first == second
 
 
-def test_a_sharded_a_that_moves_is_seen(processes, folder, alone, tmp_path):
-    file = alone({"r": 2})[1].save(tmp_path / "plan.safetensors")
-    for said in processes.run(jobs.tampered, folder, str(file)):
-        assert "A changed while training" in said
-
-
-@pytest.mark.parametrize("dealt", [EVEN, UNEVEN], ids=["even", "none1"])
+@pytest.mark.parametrize("dealt", [UNEVEN], ids=["none1"])
 def test_weights_that_zero3_partitions_are_gathered_one_by_one(
     dealt, processes, folder, alone, tmp_path
 ):

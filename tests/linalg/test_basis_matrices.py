@@ -7,7 +7,7 @@ import torch
 
 from support import distance
 from tlora.linalg.bases import half_weighted, moment_itself
-from tlora.linalg.gradient import add_gradient, squared_norm
+from tlora.linalg.matrices import add_gradient, squared_norm
 from tlora.linalg.moments import SecondMoment
 
 WIDE = 300

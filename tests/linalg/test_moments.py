@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tlora.linalg.moments import SecondMoment, merged, mirror
+from tlora.linalg.moments import SecondMoment, mirror
 
 DIM = 5
 LENGTHS = (4, 1, 7, 3)
@@ -202,53 +202,6 @@ def test_inputs_are_left_alone_and_out_of_the_graph() -> None:
     assert not moment.weighted_means.requires_grad
 
 
-@pytest.mark.parametrize("split", [0, 1, 2, 4])
-def test_merging_two_runs_equals_one_run(split: int) -> None:
-    samples = make_samples()
-    moment = one_at_a_time(samples[:split])
-    moment.merge(one_at_a_time(samples[split:]))
-    whole = one_at_a_time(samples)
-    assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
-    assert torch.equal(moment.weighted_means, whole.weighted_means)
-    assert (moment.samples, moment.tokens) == (whole.samples, whole.tokens)
-
-
-def test_merging_commutes() -> None:
-    samples = make_samples()
-    first, second = one_at_a_time(samples[:1]), one_at_a_time(samples[1:])
-    ab, ba = merged([first, second]), merged([second, first])
-    assert torch.equal(ab.covariance(), ba.covariance())
-    assert_close(ab.uncentered(), ba.uncentered().double().numpy())
-    assert (ab.samples, ab.tokens) == (ba.samples, ba.tokens)
-
-
-def test_merged_leaves_its_parts_as_they_were() -> None:
-    samples = make_samples()
-    parts = [one_at_a_time([sample]) for sample in samples]
-    total = merged(parts)
-    assert_close(total.covariance(), definition(samples))
-    for part, sample in zip(parts, samples, strict=True):
-        assert_close(part.covariance(), definition([sample]))
-        assert (part.samples, part.tokens) == (1, len(sample))
-        assert len(part.weighted_means) == 1
-
-
-def test_merging_different_widths_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"5 and 4 columns"):
-        SecondMoment(5).merge(SecondMoment(4))
-
-
-def test_a_clone_is_independent() -> None:
-    samples = make_samples()
-    moment = one_at_a_time(samples[:2])
-    copy = moment.clone()
-    copy.update(samples[2][None])
-    assert_close(moment.covariance(), definition(samples[:2]))
-    assert_close(moment.uncentered(), definition(samples[:2], centre=False))
-    assert_close(copy.covariance(), definition(samples[:3]))
-
-
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_parts_rebuild_the_accumulator(wide: bool) -> None:
     samples = make_samples()
@@ -311,33 +264,6 @@ def test_rows_turn_into_c_when_they_outgrow_it_and_nothing_is_lost() -> None:
     assert_close(moment.weighted(weight).dense(), weight.double().numpy() @ definition(samples))
 
 
-@pytest.mark.parametrize("split", [2, 4, 8, 11])
-def test_merging_is_right_with_rows_or_c_on_either_side(split: int) -> None:
-    samples = wide_samples() + wide_samples(1) + wide_samples(2)
-    left, right = gathered(samples[:split]), gathered(samples[split:])
-    kept = right.parts()
-    left.merge(right)
-    assert_close(left.covariance(), definition(samples))
-    assert left.tokens == sum(map(len, samples))
-    assert right.parts().keys() == kept.keys()
-
-
-def test_few_rows_merge_to_rows() -> None:
-    samples = wide_samples()
-    moment = gathered(samples[:2])
-    moment.merge(gathered(samples[2:]))
-    assert torch.equal(moment.parts()["rows"], gathered(samples).parts()["rows"])
-
-
-def test_a_clone_of_rows_is_independent() -> None:
-    samples = wide_samples()
-    moment = gathered(samples[:2])
-    copy = moment.clone()
-    copy.update(samples[2][None])
-    assert_close(moment.covariance(), definition(samples[:2]))
-    assert_close(copy.covariance(), definition(samples[:3]))
-
-
 @pytest.mark.parametrize("columns", [1, 5, 255, 256, 257, 600])
 def test_mirroring_copies_the_lower_triangle_alone(columns: int) -> None:
     matrix = torch.randn(columns, columns)
@@ -352,7 +278,8 @@ def test_what_lies_above_the_diagonal_does_not_count(columns: int) -> None:
     rows = torch.randn(2 * columns, columns)
     moment = SecondMoment(columns)
     moment.update(rows[None])
-    spoilt = moment.clone()
+    parts = {name: part.clone() for name, part in moment.parts().items()}
+    spoilt = SecondMoment.from_parts(parts, moment.samples, moment.tokens)
     spoilt.scatter.add_(torch.full_like(moment.scatter, 9.0).triu(1))
     weight = torch.randn(3, columns)
     assert torch.equal(spoilt.covariance(), moment.covariance())

@@ -102,15 +102,6 @@ def test_a_schedule_longer_than_the_run_is_refused_before_the_run(trainer):
         run.train()
 
 
-def test_one_step_is_too_few_to_prune_in(trainer):
-    with pytest.raises(ConfigError, match=r"the run has 1 steps, .* leave too few to prune in"):
-        trainer(steps=1)
-    prepared, run = trainer(steps=2)
-    run.train()
-    ranks = [len(e) for n, e in prepared.model.named_parameters() if "lora_E" in n]
-    assert ranks
-
-
 def test_the_end_rank_is_below_the_first(prepared_by, tiny_llama):
     with pytest.raises(ConfigError, match="`target_r` is 4; give less than `init_r`"):
         prepared_by("adalora", tiny_llama(), init_r=4, target_r=4)

@@ -39,13 +39,6 @@ def test_a_and_the_ranks_are_pefts_own(prepared_by, tiny_llama, batches, whiten)
     assert scales == {n: layer.scaling["default"] for n, layer in lora_layers(expected)}
 
 
-def test_the_ranks_of_all_modules_add_up(prepared_by, tiny_llama):
-    model = prepared_by("eva", tiny_llama(initializer_range=0.2), r=2).model
-    ranks = [len(a) for a in directions(model).values()]
-    assert sum(ranks) == 2 * 14
-    assert max(ranks) > min(ranks)
-
-
 def test_labels_can_choose_the_tokens(prepared_by, tiny_llama, batches):
     whole = directions(prepared_by("eva", tiny_llama(), r=2, rho=1).model)
     answers = directions(prepared_by("eva", tiny_llama(), r=2, rho=1, use_label_mask=True).model)
@@ -70,9 +63,7 @@ def test_what_reads_one_row_a_sample_starts_as_in_lora(prepared_by, tiny_bert_cl
 
 def test_batches_with_too_few_tokens_are_named(prepared_by, tiny_llama):
     short = [padded(causal_samples((9, 8))), padded(causal_samples((3,)))]
-    with pytest.raises(
-        CalibrationError, match=r"batch 1 \(counted from 0\) has 3 tokens"
-    ) as caught:
+    with pytest.raises(CalibrationError, match=r"a batch has 3 tokens") as caught:
         prepared_by("eva", tiny_llama(), data=short, r=4, rho=1)
     assert "--calibration.batch_size" in str(caught.value)
 

@@ -15,8 +15,13 @@ def folder(saved, tiny_llama):
 WITHOUT_HQQ = {"adalora", "eva"}
 
 
-@pytest.mark.parametrize("form", ["nf4", "nf4-in-floats", "torchao", "hqq"])
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, form) for name in METHODS.names() for form in ("nf4", "hqq")),
+        *((name, form) for name in ("tlora", "dora") for form in ("nf4-in-floats", "torchao")),
+    ],
+)
 def test_a_method_trains_on_few_bits_unless_it_changes_the_base(
     prepared_by, folder, batches, name, form
 ):

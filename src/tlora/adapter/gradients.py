@@ -46,19 +46,17 @@ def gradients_by_peft(
         # Of modules that read embeddings, which need no gradient.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(model, config, lambda: _backward(model, batches))
-        found = {t.name: getattr(t.module, "_peft_loraga_grad", None) for t in targets}
+        found: dict[str, Any] = {
+            t.name: getattr(t.module, "_peft_loraga_grad", None) for t in targets
+        }
     missing = [name for name, gradient in found.items() if gradient is None]
     if missing:
         raise CalibrationError(
             f"{missing[0]}: the loss of no calibration batch depends on it, so LoRA-GA has no"
             " gradient to go by; leave it out by `exclude_modules`."
         )
-    return {t.name: _as_rows(t, found[t.name]) for t in targets}
-
-
-def _as_rows(target: Target, gradient: Any) -> Tensor:
-    rows: Tensor = gradient.T if isinstance(target.module, Conv1D) else gradient
-    return rows.detach().float()
+    conv = {t.name for t in targets if isinstance(t.module, Conv1D)}
+    return {n: (g.T if n in conv else g).detach().float() for n, g in found.items()}
 
 
 def _backward(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -50,13 +50,11 @@ def load_adapter(
     """
     from peft import PeftModel
 
-    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+    local = Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")
+    if local and not (Path(path) / "adapter_config.json").is_file():
         raise AdapterError(
-            f"{path}: the folder holds no adapter_config.json; give the folder that"
-            " `save_pretrained` wrote."
+            f"{path} holds no adapter_config.json; give the folder that `save_pretrained` wrote."
         )
-    if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
-        raise AdapterError(f"{path}: there is no such folder; give the one of an adapter.")
     check_saved(path, model)
     if is_trainable:
         keep_gradients(model)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tlora.adapter.plan import AdapterPlan, ModulePlan
-from tlora.adapter.shares import Share, Shares, allocate
-from tlora.adapter.solve import joined, solve
-from tlora.calibration.cache import model_key
+from tlora.adapter.solve import Job, Shares, allocate, joined, solve
 from tlora.calibration.group import ProcessGroup, process_group
-from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.placement import class_name, reshard, resharded, unwrapped
 from tlora.calibration.preserve import refuse_repacked
-from tlora.calibration.statistics import Calibration
+from tlora.calibration.statistics import Calibration, ModuleStatistics, model_key
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import Target, dense_weight, is_whole_weight
 from tlora.config import TLoraConfig
@@ -62,7 +59,7 @@ def plan(
         each = zip(targets, measured, strict=True)
         solved = solve_each(
             [Job(target, module, shares.of[target.name]) for target, module in each],
-            lambda job, weight: solve(job.target, job.statistics, job.share, config, weight),
+            lambda job, weight: solve(job, config, weight),
             group,
             "Planning" if progress else None,
         )
@@ -82,13 +79,7 @@ def _refuse_another(model: nn.Module, stats: Calibration) -> None:
 
 
 def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
-    """Return where a plan comes from, as plain JSON values.
-
-    Args:
-        model: the base model.
-        samples: how many counted, and how many were left out as bad.
-        shares: of the budget.
-    """
+    """Return where a plan comes from; ``samples``: that counted, and that were left out as bad."""
     return {
         "model": class_name(model),
         "samples": samples[0],
@@ -99,27 +90,14 @@ def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dic
 
 
 def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
-    statistics = stats.modules.get(target.name)
-    if statistics is None:
+    found = stats.modules.get(target.name)
+    if found is None or (found.d_in, found.d_out) != (target.d_in, target.d_out):
+        held = "no statistics of it" if found is None else f"it as {found.d_out} x {found.d_in}"
         raise PlanError(
-            f"{target.name}: the calibration holds no statistics of it (it has"
-            f" {len(stats)} modules); calibrate with the same model and `target_modules`."
+            f"{target.name} is {target.d_out} x {target.d_in}, and the calibration holds {held};"
+            " calibrate with the same model and `target_modules`."
         )
-    if (statistics.d_in, statistics.d_out) != (target.d_in, target.d_out):
-        raise PlanError(
-            f"{target.name}: calibrated as {statistics.d_out} x {statistics.d_in}, but the model's"
-            f" weight is {target.d_out} x {target.d_in}; calibrate this model."
-        )
-    return statistics
-
-
-@dataclass(frozen=True)
-class Job:
-    """A module to plan: what is known of it, and what it gets of the budget."""
-
-    target: Target
-    statistics: ModuleStatistics
-    share: Share
+    return found
 
 
 Solve = Callable[[Job, Tensor | None], ModulePlan]
@@ -148,7 +126,9 @@ def solve_each(
 
     done: dict[str, ModulePlan] = {}
     rounds = list(_rounds(jobs, group.size))
-    bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=_hidden(title, group))
+    # None: silent where standard error is no terminal.
+    hidden = None if title and group.is_main_process else True
+    bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=hidden)
     with group.raise_on_all(), bar:
         for some in rounds:
             weight = _gathered(some, group)
@@ -158,11 +138,6 @@ def solve_each(
             bar.update(len(some))
     owners = {job.target.name: process for some in rounds for process, job in some.items()}
     return _exchanged(jobs, owners, done, group)
-
-
-def _hidden(title: str | None, group: ProcessGroup) -> bool | None:
-    # None: silent where standard error is no terminal.
-    return None if title and group.is_main_process else True
 
 
 def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:

@@ -1,11 +1,16 @@
-"""Statistics and share -> the frozen A of a module.
+"""Statistics -> rank, scale and frozen A of each module.
+
+The budget is allocated by sensitivity, among adapters: PEFT adapts a fused parameter as a whole, by
+one rank r and one scale for its E experts, lora_A with E r rows (expert e owns rows e r to
+(e + 1) r), lora_B with E r columns. Each expert gets r directions of its own.
 
 A basis is one line in `MATRICES`, one in `tlora.config` (its name, and the statistics it needs).
-Source: docs/method.md, 3 and 9.
+Source: docs/method.md, 3, 4, 5 and 9.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,10 +18,17 @@ import torch
 from torch import Tensor
 
 from tlora.adapter.plan import ModulePlan
-from tlora.adapter.shares import Share
-from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target, dense_weight
 from tlora.config import Basis, TLoraConfig
+from tlora.linalg.allocation import (
+    RankAllocation,
+    RankBounds,
+    allocate_ranks,
+    allocate_ranks_by_cost,
+    allocate_scales,
+    equal_ranks,
+)
 from tlora.linalg.bases import half_weighted, moment_itself
 from tlora.linalg.matrices import FactoredMatrix, full_precision
 from tlora.linalg.subspace import (
@@ -28,6 +40,90 @@ from tlora.linalg.subspace import (
     whitened,
 )
 
+
+@dataclass(frozen=True)
+class Shares:
+    """How the budget was shared out: by name of the target, and what of it was spent."""
+
+    of: dict[str, Share]
+    ranks: RankAllocation
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a module gets of the budget.
+
+    Attributes:
+        index: the module's place among the targets; seeds its random numbers.
+        rank: r_i.
+        scale: s_i.
+    """
+
+    index: int
+    rank: int
+    scale: float
+
+
+def allocate(
+    targets: Sequence[Target], statistics: Sequence[ModuleStatistics], config: TLoraConfig
+) -> Shares:
+    """Allocate ranks and scales by the modules' sensitivities; no second moment is looked at.
+
+    The experts of a parameter count as one module and get the same rank and scale.
+
+    Raises:
+        CalibrationError: ``config`` allocates, but sensitivities were not measured.
+    """
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.adapter, []).append(target)
+    experts = list(groups.values())
+    sensitivities = [1.0] * len(experts)
+    if config.allocate_rank or (config.allocate_scale and config.scale_rule != "constant"):
+        name = "sensitivity" if config.sensitivity_rule == "magnitude" else "fisher"
+        by_name = {t.name: s for t, s in zip(targets, statistics, strict=True)}
+        # The mean over all entries: of equal matrices the mean of each one's.
+        sensitivities = [
+            sum(by_name[t.name].require(name) for t in each) / len(each) for each in experts
+        ]
+    ranks = _ranks(experts, sensitivities, config)
+    rule = config.scale_rule if config.allocate_scale else "constant"
+    scales = allocate_scales(sensitivities, config.r, config.lora_alpha, rule)
+    of: dict[str, Share] = {}
+    for each, rank, scale in zip(experts, ranks.ranks, scales, strict=True):
+        of |= {t.name: Share(len(of) + i, rank, scale) for i, t in enumerate(each)}
+    return Shares(of, ranks)
+
+
+def _ranks(
+    experts: Sequence[Sequence[Target]], sensitivities: Sequence[float], config: TLoraConfig
+) -> RankAllocation:
+    shapes = [(each[0].d_out, each[0].d_in) for each in experts]
+    limits = [min(*shape, config.rank_max or max(shape)) for shape in shapes]
+    bounds = [RankBounds(min(config.rank_min, high), high) for high in limits]
+    unit = "ranks"
+    if not config.allocate_rank:
+        allocation = equal_ranks(config.r, bounds)
+    elif config.budget == "params":
+        # Trainable parameters that a rank costs: E m, and E d more where A trains.
+        costs = [
+            len(each) * (m + (0 if config.freeze_a else d))
+            for each, (m, d) in zip(experts, shapes, strict=True)
+        ]
+        allocation = allocate_ranks_by_cost(sensitivities, config.r, bounds, costs)
+        unit = "parameters"
+    else:
+        allocation = allocate_ranks(sensitivities, config.r, bounds)
+    if not allocation.feasible:
+        warnings.warn(
+            f"{len(experts)} modules at r = {config.r} would have {allocation.wanted} {unit};"
+            f" within rank_min = {config.rank_min}, rank_max = {config.rank_max} and the sizes of"
+            f" the weights the nearest is {allocation.spent}, which the plan takes.",
+            stacklevel=4,
+        )
+    return allocation
+
+
 Matrix = Callable[[Tensor, ModuleStatistics], FactoredMatrix]
 """Takes W (m x d float32) and the module's statistics; gives a matrix of d columns on W's device.
 
@@ -37,12 +133,12 @@ Raises:
 
 MATRICES: dict[Basis, Matrix] = {
     "weight-covariance": lambda w, s: s.weighted(w),
-    "covariance": lambda w, s: moment_itself(s.require_moment(), w),
-    "weight-half-covariance": lambda w, s: half_weighted(w, s.require_moment()),
-    "gradient": lambda w, s: FactoredMatrix(s.require_gradient().to(w)),
-    "gradient-covariance": lambda w, s: s.weighted(s.require_gradient().to(w)),
-    "gradient-moment": lambda w, s: moment_itself(s.require_gradient_moment(), w),
-    "weight-gradient-moment": lambda w, s: s.require_gradient_moment().weighted(w),
+    "covariance": lambda w, s: moment_itself(s.require("moment"), w),
+    "weight-half-covariance": lambda w, s: half_weighted(w, s.require("moment")),
+    "gradient": lambda w, s: FactoredMatrix(s.require("gradient").to(w)),
+    "gradient-covariance": lambda w, s: s.weighted(s.require("gradient").to(w)),
+    "gradient-moment": lambda w, s: moment_itself(s.require("gradient_moment"), w),
+    "weight-gradient-moment": lambda w, s: s.require("gradient_moment").weighted(w),
 }
 """By basis; one that is not here needs no matrix (random)."""
 
@@ -50,115 +146,69 @@ MATRICES: dict[Basis, Matrix] = {
 _WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
 
 
+@dataclass(frozen=True)
+class Job:
+    """A module to plan: what is known of it, and what it gets of the budget."""
+
+    target: Target
+    statistics: ModuleStatistics
+    share: Share
+
+
 @full_precision
-def solve(
-    target: Target,
-    statistics: ModuleStatistics,
-    share: Share,
-    config: TLoraConfig,
-    weight: Tensor | None = None,
-) -> ModulePlan:
+def solve(job: Job, config: TLoraConfig, weight: Tensor | None = None) -> ModulePlan:
     """Find a module's A from its statistics.
 
     Args:
-        target: the module.
-        statistics: what was measured of it.
-        share: what it gets of the budget.
+        job: the module.
         config: which subspace.
         weight: W, m x d float32, if it is at hand; None: it is read where it is needed.
-
-    Raises:
-        CalibrationError: ``config`` needs a second moment or gradient, but none was kept.
     """
+    target, statistics, rank = job.target, job.statistics, job.share.rank
+    matrix = MATRICES.get(config.basis)
     with torch.no_grad():
-        found = _basis(target, statistics, share, config, weight)
-    return _planned(target, statistics.measured(config.sensitivity_rule), share, found)
+        if rank == 0:
+            return planned(job, config, Subspace(torch.zeros(0, target.d_in), 0.0, "none", 0, None))
+        if weight is None and (matrix or statistics.moment):
+            weight = dense_weight(target)
+        if matrix is None:
+            found = _random(job, config, weight)
+        else:
+            solver = Solver(mode=config.subspace, seed=config.seed)
+            product = matrix(weight, statistics)  # type: ignore[arg-type]
+            found = task_subspace(weight, product, rank, solver)  # type: ignore[arg-type]
+        if config.whiten:
+            uncentered = statistics.uncentered().to(found.basis)
+            basis = whitened(found.basis, uncentered, _WHITENING[config.whiten])
+            found = replace(found, basis=basis)
+    return planned(job, config, found)
 
 
-def take_streamed(
-    target: Target,
-    statistics: ModuleStatistics,
-    share: Share,
-    config: TLoraConfig,
-    found: Subspace,
-) -> ModulePlan:
-    """Plan a module whose subspace was found without its second moment."""
-    sensitivity = statistics.measured(config.sensitivity_rule)
-    return _planned(target, sensitivity, share, _Found.of(found))
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A (rank x d), the share of ||M||_F^2 that it captures, all of it, how it was found.
-
-    M is the matrix of the basis (`MATRICES`), W C of a random one.
-    """
-
-    basis: Tensor
-    energy: float | None
-    total: float | None
-    solver: str
-
-    @classmethod
-    def of(cls, space: Subspace) -> _Found:
-        return cls(space.basis, space.captured_energy, space.total_energy, space.method)
-
-
-def _planned(target: Target, sensitivity: float | None, share: Share, found: _Found) -> ModulePlan:
+def planned(job: Job, config: TLoraConfig, found: Subspace) -> ModulePlan:
+    """Return the plan of a module whose subspace is ``found``."""
     return ModulePlan(
-        name=target.name,
-        d_in=target.d_in,
-        d_out=target.d_out,
-        rank=share.rank,
-        scale=share.scale,
+        name=job.target.name,
+        d_in=job.target.d_in,
+        d_out=job.target.d_out,
+        rank=job.share.rank,
+        scale=job.share.scale,
         lora_A=found.basis.cpu(),
-        captured_energy=found.energy,
-        sensitivity=sensitivity,
-        solver=found.solver,
-        total_energy=found.total,
+        captured_energy=found.captured_energy,
+        sensitivity=job.statistics.measured(config.sensitivity_rule),
+        solver=found.method,
+        total_energy=found.total_energy,
     )
 
 
-def _basis(
-    target: Target,
-    statistics: ModuleStatistics,
-    share: Share,
-    config: TLoraConfig,
-    weight: Tensor | None,
-) -> _Found:
-    rank = share.rank
-    if rank == 0:
-        return _Found(torch.zeros(0, target.d_in), 0.0, None, "none")
-    matrix = MATRICES.get(config.basis)
-    if matrix is None:
-        found = _random_basis(target, statistics, share, config, weight)
-    else:
-        weight = dense_weight(target) if weight is None else weight
-        solver = Solver(mode=config.subspace, seed=config.seed)
-        found = _Found.of(task_subspace(weight, matrix(weight, statistics), rank, solver))
-    if config.whiten:
-        power = _WHITENING[config.whiten]
-        basis = whitened(found.basis, statistics.uncentered().to(found.basis), power)
-        found = replace(found, basis=basis)
-    return found
-
-
-def _random_basis(
-    target: Target,
-    statistics: ModuleStatistics,
-    share: Share,
-    config: TLoraConfig,
-    weight: Tensor | None,
-) -> _Found:
+def _random(job: Job, config: TLoraConfig, weight: Tensor | None) -> Subspace:
+    """Draw A; its captured energy is of W C, where a second moment was measured."""
     # A seed of its own for each module: equal shapes must not get equal matrices.
-    basis = random_basis(share.rank, target.d_in, seed=config.seed * 1_000_003 + share.index)
-    if statistics.moment is None:
-        return _Found(basis, None, None, "random")
-    weight = dense_weight(target) if weight is None else weight
-    product = statistics.weighted(weight)
-    basis = basis.to(weight.device)
-    energy = captured_energy(product, basis)
-    return _Found(basis, energy, product.energy().item(), "random")
+    seed = config.seed * 1_000_003 + job.share.index
+    basis = random_basis(job.share.rank, job.target.d_in, seed)
+    if job.statistics.moment is None or weight is None:
+        return Subspace(basis, None, "random", 0, None)
+    product, basis = job.statistics.weighted(weight), basis.to(weight.device)
+    return Subspace(basis, captured_energy(product, basis), "random", 0, product.energy().item())
 
 
 def joined(targets: Sequence[Target], plans: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.expert_parameters import fused_expert_parameters
 from tlora.calibration.preserve import keep_gradients
-from tlora.calibration.targets import find_targets, namesakes, taken_for_experts
+from tlora.calibration.targets import (
+    find_targets,
+    fused_parameters,
+    namesakes,
+    taken_for_experts,
+)
 from tlora.calibration.weights import Target, is_8bit_linear, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
@@ -70,7 +74,7 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig
     Raises:
         ConfigError, AdapterError: as `exact` and `wrap`.
     """
-    if config.target_modules == "all-linear" and fused_expert_parameters(model):
+    if config.target_modules == "all-linear" and any(fused_parameters(model)):
         logger.warning(
             "%s keeps experts in fused parameters, which this method does not adapt; `tlora` does,"
             " by `target_parameters`.",
@@ -133,16 +137,6 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
                     " unquantized.",
                     where="method",
                 )
-
-
-def rows_and_columns(targets: Sequence[Target]) -> int:
-    """Return sum_i (m_i + d_i): what one rank of A and B costs over all ``targets``."""
-    return sum(target.d_out + target.d_in for target in targets)
-
-
-def numbers_in(model: nn.Module) -> int:
-    """Return how many numbers the parameters of a model hold."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def forward_only(options: Any) -> TLoraConfig:

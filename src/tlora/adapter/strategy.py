@@ -21,23 +21,15 @@ from tlora.linalg.streamed import PASSES
 T = TypeVar("T")
 
 
-class Shaped(Protocol):
-    """A module whose shape is known; a `Target`, or one without weights."""
+class _Shaped(Protocol):
+    """A module whose name and shape are known: a `Target`, or one without weights."""
 
     @property
-    def name(self) -> str:
-        """Its full name."""
-        ...
-
+    def name(self) -> str: ...
     @property
-    def d_in(self) -> int:
-        """Columns of its weight."""
-        ...
-
+    def d_in(self) -> int: ...
     @property
-    def d_out(self) -> int:
-        """Rows of its weight."""
-        ...
+    def d_out(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,6 @@ class Strategy:
         stream_runs: runs that the streamed modules take at the base rank; allocation may change it.
         held: bytes of these (or of streaming blocks) held at a time, at the most.
         total: bytes that those of all modules would take at once.
-        budget: the bytes that were asked for, or None.
         kind: what they are, in words.
     """
 
@@ -61,7 +52,6 @@ class Strategy:
     stream_runs: int
     held: int
     total: int
-    budget: int | None
     kind: str = "second moments"
 
     @property
@@ -88,7 +78,7 @@ class Strategy:
 
 
 def choose(
-    modules: Sequence[Shaped], sources: Mapping[str, Hashable], config: TLoraConfig
+    modules: Sequence[_Shaped], sources: Mapping[str, Hashable], config: TLoraConfig
 ) -> Strategy:
     """Settle how the second moments of ``modules`` are made.
 
@@ -100,9 +90,9 @@ def choose(
     """
     budget = config.memory_budget_bytes
     if not _holds_anything(config):
-        return Strategy((), frozenset(), 0, 0, 0, budget)
+        return Strategy((), frozenset(), 0, 0, 0)
     streamed = _streamed(modules, config)
-    groups: dict[Hashable, list[Shaped]] = {}
+    groups: dict[Hashable, list[_Shaped]] = {}
     for module in modules:
         groups.setdefault(_source(module, sources, config), []).append(module)
     total = sum(_bytes(group, config) for group in groups.values())
@@ -126,7 +116,6 @@ def choose(
         stream_runs=len(runs),
         held=max((size for _, size in [*blocks, *runs]), default=0),
         total=total,
-        budget=budget,
         kind=_kind(config),
     )
 
@@ -137,13 +126,13 @@ def gradient_bytes(rows: int, columns: int, config: TLoraConfig) -> int:
     return mean + (moment_bytes(columns) if config.needs_gradient_moment else 0)
 
 
-def _bytes(group: Sequence[Shaped], config: TLoraConfig) -> int:
+def _bytes(group: Sequence[_Shaped], config: TLoraConfig) -> int:
     """Return the bytes held for modules that read the same tensors."""
     shared = moment_bytes(group[0].d_in) if config.needs_moments else 0
     return shared + sum(gradient_bytes(m.d_out, m.d_in, config) for m in group)
 
 
-def _source(module: Shaped, sources: Mapping[str, Hashable], config: TLoraConfig) -> Hashable:
+def _source(module: _Shaped, sources: Mapping[str, Hashable], config: TLoraConfig) -> Hashable:
     return sources.get(module.name, module.name) if config.needs_moments else module.name
 
 
@@ -184,7 +173,7 @@ def packed(pieces: Iterable[tuple[T, int]], budget: int | None) -> list[tuple[li
     return runs
 
 
-def _streamed(modules: Sequence[Shaped], config: TLoraConfig) -> frozenset[str]:
+def _streamed(modules: Sequence[_Shaped], config: TLoraConfig) -> frozenset[str]:
     """Return the names of the modules whose second moments are not to be held."""
     budget = config.memory_budget_bytes
     if config.covariance == "exact":

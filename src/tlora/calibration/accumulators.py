@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tlora.calibration.group import ProcessGroup
 from tlora.calibration.hooks import Record
-from tlora.calibration.module_statistics import ModuleStatistics
 from tlora.calibration.placement import device_of
+from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
-from tlora.linalg.gradient import Pairs, add_gradient, gradient_weighted, of_own_losses
+from tlora.linalg.matrices import Pairs, add_gradient, gradient_weighted, of_own_losses
 from tlora.linalg.moments import SecondMoment
 
 
@@ -56,11 +56,6 @@ class MomentAccumulator:
         self.moment_ids: dict[str, int] = {}
         self.moments: dict[int, SecondMoment | None] = {}
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of memory that the kept moments take."""
-        return sum(moment_bytes(m.dim) for m in self.moments.values() if m is not None)
-
     def moment(self, name: str) -> SecondMoment | None:
         """Return the second moment of a module, None if it is not kept (or was never seen)."""
         return self.moments.get(self.moment_ids.get(name, -1))
@@ -86,31 +81,24 @@ class MomentAccumulator:
         if group.size == 1:
             return
         seen = [ids for ids in group.all_gather(self.moment_ids) if ids]
-        # Numbers that no process has used, so that they are the same on all.
-        [start] = group.all_reduce_max([len(self.moments)])
-        numbers: dict[tuple[int, ...], int] = {}
-        moment_ids: dict[str, int] = {}
-        first: dict[int, Target] = {}
+        first: dict[tuple[int, ...], Target] = {}
+        keys: dict[str, tuple[int, ...]] = {}
         for target in targets if seen else ():
-            key = tuple(ids[target.name] for ids in seen)
-            moment_id = moment_ids[target.name] = numbers.setdefault(key, start + len(numbers))
-            first.setdefault(moment_id, target)
-        uses = Counter(self.moment_ids.get(target.name) for target in first.values())
-        for moment_id, target in first.items():
-            old = self.moment_ids.get(target.name)
+            key = keys[target.name] = tuple(ids[target.name] for ids in seen)
+            first.setdefault(key, target)
+        uses = Counter(self.moment_ids.get(target.name, -1) for target in first.values())
+        moments: dict[int, SecondMoment | None] = {}
+        for number, target in enumerate(first.values()):
+            moments[number] = None
+            if target.name not in self.excluded:
+                own = self.moment(target.name) or new_moment(target)
+                moments[number] = sum_over(group, own)
+            old = self.moment_ids.get(target.name, -1)
             uses[old] -= 1
-            excluded = target.name in self.excluded
-            own = None if excluded else self._taken_over(target, last=not uses[old])
-            self.moments[moment_id] = own and sum_over(group, own)
-        self.moment_ids = moment_ids
-        self.moments = {moment_id: self.moments[moment_id] for moment_id in first}
-
-    def _taken_over(self, target: Target, last: bool) -> SecondMoment:
-        """Return a moment for a new group: the old group's own, if this is the ``last`` use."""
-        moment = self.moment(target.name)
-        if moment is not None and last:
-            return moment
-        return new_moment(target, moment)
+            if not uses[old]:
+                self.moments.pop(old, None)  # before the next sum is made
+        self.moments = moments
+        self.moment_ids = {name: list(first).index(key) for name, key in keys.items()}
 
     def _assign(self, records: Mapping[str, Record]) -> None:
         """Put modules that read the same tensors into one group.
@@ -153,29 +141,16 @@ def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMomen
 
 
 def sum_over(group: ProcessGroup, moment: SecondMoment) -> SecondMoment:
-    """Return the second moment over all processes' samples, in the place of this process's."""
+    """Return the second moment over all processes' samples."""
     own = moment.weighted_means
     told = group.all_gather((moment.samples, moment.tokens, moment.rows is None, len(own)))
     samples, tokens, formed, held = zip(*told, strict=True)
-    means = group.all_gather_rows(own, held)
+    parts = {"means": group.all_gather_rows(own, held)}
     if not any(formed) and sum(tokens) <= moment.dim and moment.rows is not None:
-        rows = group.all_gather_rows(moment.rows, tokens)
-        others = {
-            "means": _without(means, held, group.process),
-            "rows": _without(rows, tokens, group.process),
-        }
-        counts = (sum(samples) - moment.samples, sum(tokens) - moment.tokens)
-        moment.merge(SecondMoment.from_parts(others, *counts))
-        return moment
-    scatter = moment.scatter
-    scatter.copy_(group.all_reduce_sum(scatter))
-    parts = {"means": means, "scatter": scatter}
+        parts["rows"] = group.all_gather_rows(moment.rows, tokens)
+    else:
+        parts["scatter"] = group.all_reduce_sum(moment.scatter)
     return SecondMoment.from_parts(parts, sum(samples), sum(tokens))
-
-
-def _without(rows: Tensor, counts: Sequence[int], process: int) -> Tensor:
-    before = sum(counts[:process])
-    return torch.cat([rows[:before], rows[before + counts[process] :]])
 
 
 class GradientAccumulator:

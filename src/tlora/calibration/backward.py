@@ -7,7 +7,7 @@ measures, and accumulated gradients: docs/method.md, 9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.accumulators import GradientAccumulator
+from tlora.calibration.batches import BadSamples
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
 from tlora.calibration.hooks import Call, Record
 from tlora.calibration.weights import Target, dense_weight, is_whole_weight
 from tlora.config import TLoraConfig
-from tlora.linalg.gradient import (
+from tlora.linalg.matrices import (
     Pairs,
     squared_norm,
     weighted_magnitude,
@@ -41,7 +42,7 @@ class Measure:
             only tells whether a gradient is finite.
     """
 
-    values: Callable[[Tensor | None, Sequence[Pairs]], Tensor]
+    values: Callable[[Any, Sequence[Pairs]], Tensor]
     power: int
     reads_weight: bool
     statistic: str | None
@@ -55,17 +56,7 @@ class Measure:
         return weights * values / (target.d_out * target.d_in)
 
 
-def _magnitude(weight: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
-    if weight is None:
-        raise ValueError("the weight is needed")
-    return weighted_magnitude(weight, samples)
-
-
-def _squares(_: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
-    return squared_norm(samples)
-
-
-def _size(_: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
+def _size(_: Any, samples: Sequence[Pairs]) -> Tensor:
     """Return sum |delta| of each sample: finite where every entry is."""
     like = next(delta for pairs in samples for delta, _ in pairs)
     return torch.stack(
@@ -73,9 +64,9 @@ def _size(_: Tensor | None, samples: Sequence[Pairs]) -> Tensor:
     )
 
 
-MAGNITUDE = Measure(_magnitude, 1, True, "sensitivity")
+MAGNITUDE = Measure(weighted_magnitude, 1, True, "sensitivity")
 
-FISHER = Measure(_squares, 2, False, "fisher")
+FISHER = Measure(lambda _, samples: squared_norm(samples), 2, False, "fisher")
 
 FINITE = Measure(_size, 1, False, None)
 
@@ -214,6 +205,28 @@ class SensitivityPass:
                 accumulator.update(target, samples, self.weights)
         if accumulator is not None and self.late:
             self._kept.append((record, calls))
+
+
+def check_gradients(found: Mapping[str, Tensor]) -> None:
+    """Look at what a backward pass gave: B numbers for each target.
+
+    Raises:
+        BadSamples: some are not finite.
+    """
+    if not found:
+        return
+    device = next(iter(found.values())).device
+    finite = torch.stack([values.to(device) for values in found.values()]).isfinite()
+    if finite.all():
+        return
+    rows = (~finite.all(dim=0)).nonzero().flatten().tolist()
+    name = list(found)[int(finite[:, rows[0]].int().argmin())]
+    raise BadSamples(
+        rows,
+        f"the gradient at {name} is not finite",
+        f"{name}: the gradient of the loss is not finite on {{}}; calibrate in float32 or bfloat16,"
+        " or leave the sample out (skip_bad_samples).",
+    )
 
 
 def _pairs(record: Record, calls: list[Call], size: int) -> Iterator[tuple[Target, list[Pairs]]]:

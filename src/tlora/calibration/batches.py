@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlora.calibration.expert_parameters import has_layout
 from tlora.calibration.placement import class_name
+from tlora.calibration.weights import has_layout
 from tlora.errors import CalibrationError
 
 Batch = Mapping[str, Any]
@@ -34,6 +34,28 @@ _SAMPLE_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", 
 
 class UnknownLayout(Exception):
     """A module's input cannot be split into samples; internal, answered by single samples."""
+
+
+class BadSamples(Exception):
+    """Samples that cannot count; internal, answered by an error or by leaving them out.
+
+    Attributes:
+        rows: which of the micro-batch's.
+        reason: a few words, "its loss is nan".
+        sentence: the whole error, with {} for the sample.
+    """
+
+    def __init__(self, rows: list[int], reason: str, sentence: str) -> None:
+        super().__init__(reason)
+        self.rows = rows
+        self.reason = reason
+        self.sentence = sentence
+
+
+def numbered(first: int, count: int) -> str:
+    """Return "samples 4 to 7 (counted from 0)"."""
+    samples = f"sample {first}" if count == 1 else f"samples {first} to {first + count - 1}"
+    return f"{samples} (counted from 0)"
 
 
 def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
@@ -104,6 +126,24 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
     else:
         return None
     return counted.sum() / counted.sum(dim=1)
+
+
+def checked_weights(weights: Tensor | None) -> Tensor:
+    """Return the weights of the samples' losses (`loss_weights`); 1 where not known.
+
+    Raises:
+        BadSamples: some have no label that counts.
+    """
+    if weights is None:
+        return torch.ones(1)
+    if empty := (~weights.isfinite()).nonzero().flatten().tolist():
+        raise BadSamples(
+            empty,
+            "it has no label that counts",
+            "{} has no label that counts: every label is -100, so its loss is undefined; leave it"
+            " out (skip_bad_samples) or truncate less.",
+        )
+    return weights
 
 
 def scored_from_tokens(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:

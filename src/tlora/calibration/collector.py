@@ -33,19 +33,13 @@ from torch import Tensor, nn
 
 from tlora.calibration import batches as reading
 from tlora.calibration.accumulators import Accumulator, GradientAccumulator
-from tlora.calibration.backward import Backward, SensitivityPass
+from tlora.calibration.backward import Backward, SensitivityPass, check_gradients
+from tlora.calibration.batches import BadSamples, checked_weights, numbered
 from tlora.calibration.experts import by_target, records_of
-from tlora.calibration.faults import (
-    BadSamples,
-    check_gradients,
-    check_inputs,
-    checked_weights,
-    numbered,
-)
 from tlora.calibration.group import SINGLE_PROCESS, Lockstep, ProcessGroup
-from tlora.calibration.hooks import AllSeen, Record, recording
-from tlora.calibration.module_statistics import ModuleStatistics
+from tlora.calibration.hooks import AllSeen, Record, check_inputs, recording
 from tlora.calibration.placement import class_name, reshard
+from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
 
@@ -269,7 +263,7 @@ class Collector:
         late = _inputs_of(records) if waits else None
         if late is None:
             self._update(records, layout.size)
-        self.lockstep.barrier()
+        self.lockstep.group.barrier()
         if loss is not None:
             self._add_gradients(records, factors, loss)
         if late is not None:
@@ -284,7 +278,7 @@ class Collector:
             return
         for record in records.values():
             record.calls = []
-        self.lockstep.barrier()
+        self.lockstep.group.barrier()
         if self.backward:
             self._run_back(records, torch.ones(0), outputs["loss"])
 
@@ -315,7 +309,7 @@ class Collector:
         with done:
             # It does not where these samples reach no target (an expert).
             if loss.requires_grad:
-                with self.lockstep.inside_collectives():
+                with self.lockstep.group.inside_collectives():
                     (loss * scale).backward()
         return done
 
@@ -331,7 +325,7 @@ class Collector:
         # To stop halfway would leave a sharded model's weights gathered; a backward needs the loss.
         expected = None if self.lockstep.sharded or backward else micro_batch.calls
         with (
-            self.lockstep.inside_collectives(),
+            self.lockstep.group.inside_collectives(),
             recording(self.model, records.values(), layout, backward, expected),
             torch.set_grad_enabled(backward),
             contextlib.suppress(AllSeen),

@@ -2,9 +2,13 @@
 
 Hooks see what the module is given (the rows, which experts each row meets and with which weight)
 and the loss's gradient at what it returns. What lies between is computed here again for the rows
-of one expert at a time, by the formulas of `expert_parameters`: its inner input h, and in the
-backward pass the gradient at u and at W_down h. So no parameter needs a gradient, and no gradient
-of more than one expert is ever held. Padding is routed like text; its rows are dropped here.
+of one expert at a time: its inner input h, and in the backward pass the gradient at u and at
+W_down h. So no parameter needs a gradient, and no gradient of more than one expert is ever held.
+Padding is routed like text; its rows are dropped here.
+
+What expert e computes for a row x (`grouped_mm_experts_forward` of transformers)::
+
+    u = W_in[e] x + b_in[e];  h = gate(u), or act(u);  y = norm(W_down[e] h + b_down[e])
 
 Source: docs/method.md, 8.
 """
@@ -18,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tlora.calibration import expert_parameters as layouts
 from tlora.calibration.hooks import Call, Record
-from tlora.calibration.weights import Target
-from tlora.linalg.gradient import Pairs
+from tlora.calibration.weights import DOWN, ExpertPart, Target, inward_name
+from tlora.linalg.matrices import Pairs, full_precision
 
 
 def records_of(targets: Iterable[Target]) -> dict[str, Record]:
@@ -74,11 +78,6 @@ class ExpertsRecord(Record):
                 self._sorted[id(call)] = Routing.of(call, experts)
         return [self._sorted[id(call)] for call in calls]
 
-    def expected_rows(self) -> dict[str, int]:
-        """Return how many rows each part reads if all experts get as many, by the part's name."""
-        met = sum(_chosen(call).numel() for call in self.calls)
-        return {part.name: -(-met // _part(part).count) for part in self.parts} if met else {}
-
     def pairs(self, calls: Sequence[Call]) -> Iterator[tuple[Target, list[Pairs]]]:
         """Yield each part with its pairs (delta, x) of every sample, expert by expert.
 
@@ -125,7 +124,7 @@ class PartRecord(Record):
                 continue
             rows = routing.rows(part.index)
             if part.reads_hidden:
-                rows = layouts.activated(module, layouts.inward(module, part.index, rows))
+                rows = activated(module, inward(module, part.index, rows))
             for sample, own in zip(samples, routing.split(part.index, rows), strict=True):
                 sample.append(own)
         if not any(samples):
@@ -226,10 +225,10 @@ class _Pass:
         rows = routing.rows(expert)
         delta, weights = routing.gradient(expert)
         with torch.enable_grad():
-            inner = layouts.inward(module, expert, rows).detach().requires_grad_()
-            hidden = layouts.activated(module, inner)
-            outer = layouts.outward(module, expert, hidden)
-            mixed = layouts.normed(module, outer) * weights
+            inner = inward(module, expert, rows).detach().requires_grad_()
+            hidden = activated(module, inner)
+            outer = outward(module, expert, hidden)
+            mixed = normed(module, outer) * weights
             at_inner, at_outer = torch.autograd.grad(mixed, (inner, outer), delta.to(mixed.dtype))
         return cls(routing, expert, (rows, hidden.detach()), (at_inner, at_outer))
 
@@ -241,7 +240,7 @@ class _Pass:
         return [(d.float(), x.float()) for d, x in zip(deltas, inputs, strict=True)]
 
 
-def _part(target: Target) -> layouts.ExpertPart:
+def _part(target: Target) -> ExpertPart:
     if target.part is None:
         raise ValueError(f"{target.name} is no expert of a fused parameter")
     return target.part
@@ -254,3 +253,35 @@ def _chosen(call: Call) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def inward(module: Any, expert: int, rows: Tensor) -> Tensor:
+    """Return u of an expert for its rows, tokens x d."""
+    return _linear(module, inward_name(module), expert, rows)
+
+
+def activated(module: Any, inner: Tensor) -> Tensor:
+    """Return h of u."""
+    hidden: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return hidden
+
+
+def outward(module: Any, expert: int, hidden: Tensor) -> Tensor:
+    """Return W_down h + b_down of an expert, before the norm that some classes have."""
+    return _linear(module, DOWN, expert, hidden)
+
+
+def normed(module: Any, outer: Tensor) -> Tensor:
+    """Return y of it."""
+    normal: Tensor = module.post_expert_norm(outer) if module.has_post_expert_norm else outer
+    return normal
+
+
+@full_precision
+def _linear(module: Any, attribute: str, expert: int, rows: Tensor) -> Tensor:
+    weight = module.get_parameter(attribute)[expert]
+    bias = module.get_parameter(f"{attribute}_bias")[expert] if module.has_bias else None
+    # In the weight's dtype, as transformers' `grouped_mm`, which autocast leaves alone.
+    return functional.linear(
+        rows.to(weight.dtype), weight.T if module.is_transposed else weight, bias
+    )

@@ -216,15 +216,3 @@ class Lockstep:
             device = device_of(self.model)
             self.spare = reading.as_batch(self.group.broadcast_first(sample), device)
         return going
-
-    def barrier(self) -> None:
-        """Go on to the second half of a pass.
-
-        Raises:
-            PeerFailed: a process has failed in the first.
-        """
-        self.group.barrier()
-
-    def inside_collectives(self) -> contextlib.AbstractContextManager[None]:
-        """Run a half of the pass; see `ProcessGroup.inside_collectives`."""
-        return self.group.inside_collectives()

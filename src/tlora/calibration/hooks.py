@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tlora.calibration.batches import TokenLayout
+from tlora.calibration.batches import BadSamples, TokenLayout
 from tlora.calibration.placement import saved_by_reference
 from tlora.calibration.weights import Target
 from tlora.errors import CalibrationError
@@ -82,6 +82,39 @@ class Record:
         return torch.cat([call.rows for call in self.calls], dim=1), torch.cat(masks, dim=1)
 
 
+def check_inputs(records: Mapping[str, Record]) -> None:
+    """Look at the inputs of all targets, once split.
+
+    Raises:
+        BadSamples: some are not finite at real tokens.
+    """
+    calls = [
+        (r.target.name, call)
+        for r in records.values()
+        for call in r.calls
+        if call.inputs.numel() > 0
+    ]
+    if not calls:
+        return
+    device = calls[0][1].inputs.device
+    # A sum is finite only if every entry is: the cheapest check, one transfer for all. Should
+    # finite entries overflow it, the exact look below finds nothing wrong.
+    sums = [c.inputs.sum(dtype=torch.float32).to(device) for _, c in calls]
+    if torch.stack(sums).isfinite().all():
+        return
+    for name, call in calls:
+        bad = ~call.rows.isfinite().all(dim=-1)
+        if call.mask is not None:
+            bad &= call.mask
+        if bad.any():
+            raise BadSamples(
+                bad.any(dim=1).nonzero().flatten().tolist(),
+                f"the input of {name} is not finite",
+                f"{name}: its input is not finite on {{}}; check that sample, or calibrate in"
+                " float32 or bfloat16.",
+            )
+
+
 class AllSeen(Exception):
     """Every target has run as often as it will: the rest of the forward pass is not needed."""
 
@@ -110,9 +143,10 @@ def recording(
     """
     handles: list[Any] = []
     records = list(records)
-    countdown = None
+    countdown: Iterator[int] | None = None
     if expected:
-        countdown = _Countdown(sum(expected.get(record.target.name, 0) for record in records))
+        calls = sum(expected.get(record.target.name, 0) for record in records)
+        countdown = iter(range(calls - 1, -1, -1))
     try:
         for record in records:
             hook = partial(_on_target, record, backward, countdown)
@@ -131,20 +165,10 @@ def recording(
             handle.remove()
 
 
-@dataclass
-class _Countdown:
-    left: int
-
-    def tick(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            raise AllSeen
-
-
 def _on_target(
     record: Record,
     backward: bool,
-    countdown: _Countdown | None,
+    countdown: Iterator[int] | None,
     _: nn.Module,
     args: Any,
     kwargs: Any,
@@ -162,8 +186,8 @@ def _on_target(
         output = started = output.detach().requires_grad_().clone()
     edge = _edge(output) if backward else None
     record.calls.append(Call(inputs, edge, rows=inputs, others=tuple(others)))
-    if countdown is not None:
-        countdown.tick()
+    if countdown is not None and not next(countdown, 0):
+        raise AllSeen
     return started
 
 

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tlora.calibration import batches as reading
 from tlora.calibration.accumulators import MomentAccumulator
 from tlora.calibration.backward import backward_for
-from tlora.calibration.cache import (
-    Key,
-    digested,
-    model_key,
-    refuse_another,
-    refuse_skipped,
-    refuse_unwritable,
-)
 from tlora.calibration.collector import Collector
-from tlora.calibration.expert_parameters import warn_of_unadapted_experts
-from tlora.calibration.faults import (
-    refuse_none_left,
-    warn_of_skipped,
-    warn_of_unreached,
-    within_memory,
-)
 from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.placement import (
     can_be_loaded,
@@ -44,11 +30,25 @@ from tlora.calibration.placement import (
     unwrapped,
 )
 from tlora.calibration.preserve import preserved, random_states_kept
-from tlora.calibration.statistics import Calibration, calibration_file
-from tlora.calibration.targets import find_targets, warn_of_second_names, warn_of_unmatched
+from tlora.calibration.statistics import (
+    Calibration,
+    Key,
+    calibration_file,
+    digested,
+    model_key,
+)
+from tlora.calibration.targets import (
+    find_targets,
+    warn_of_unadapted_experts,
+    warn_of_unmatched,
+)
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError, ConfigError
+
+T = TypeVar("T")
+
+KEEPS_ALL = 'keeps every second moment, which `memory_budget` and covariance="streamed" rule out'
 
 
 class CalibrateOptions(TypedDict, total=False):
@@ -99,28 +99,15 @@ def calibrate(
         ConfigError: no module matches ``target_modules``, or ``config`` bounds the second moments
             (`memory_budget`, streamed), all of which a calibration keeps.
     """
-    _refuse_bounded(config)
+    if config.plans_in_blocks:
+        said = f"a calibration {KEEPS_ALL}; call `get_tlora_model`, which plans in blocks."
+        raise ConfigError(said, where="memory_budget")
     group, model, targets = begin(model, config)
     run = _Run(group, model, targets, batches, config, progress, skip_bad_samples)
     stats = run.measured() if cache is None else run.cached(calibration_file(cache))
     skipped = stats.info.get("skipped_samples", {}) if group.is_main_process else {}
     warn_of_skipped(skipped, stats.samples + len(skipped), stacklevel=2)
     return stats
-
-
-def _refuse_bounded(config: TLoraConfig) -> None:
-    """Refuse a configuration that bounds what a calibration keeps.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if config.plans_in_blocks:
-        raise ConfigError(
-            "a calibration keeps every second moment, which `memory_budget` and"
-            ' covariance="streamed" rule out; call `get_tlora_model`, which plans in blocks, or'
-            " leave these fields out.",
-            where="memory_budget",
-        )
 
 
 @dataclass
@@ -143,16 +130,23 @@ class _Run:
     def key(self) -> Key:
         """Key of all processes' batches that were read, one process's after the other's."""
         digests = self.group.all_gather(self.digests)
-        return Key(self.model_key, tuple(itertools.chain(*digests)))
+        return Key(self.model_key, list(itertools.chain(*digests)))
 
     def cached(self, file: Path) -> Calibration:
         """Return the calibration that ``file`` holds; where there is none, measure and write it.
 
         Raises:
-            CalibrationError: it is of another model, other samples or another configuration.
+            CalibrationError: it is of another model, other samples or another configuration, or
+                the folder cannot be made.
         """
         with self.group.raise_on_all():
-            refuse_unwritable(file.parent)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CalibrationError(
+                    f"a calibration cannot be kept in {file.parent}: {error.strerror}; give"
+                    " `cache` another folder."
+                ) from error
         if self.group.broadcast(file.is_file(), 0):
             return self._loaded(file)
         stats = self.measured()
@@ -169,9 +163,22 @@ class _Run:
                 pass
         key = self.key
         with self.group.raise_on_all():
-            names = [target.name for target in self.targets]
-            refuse_another(file, stats.key, key, stats.lacks(names, self.config))
-            refuse_skipped(file, 0 if self.skip_bad_samples else stats.info.get("skipped", 0))
+            differing = []
+            if stats.key is None or stats.key.model != key.model:
+                differing.append("model (other parameters)")
+            if stats.key is None or stats.key.data != key.data:
+                differing.append("data (other samples, or in another order or other batches)")
+            faults = stats.lacks([target.name for target in self.targets], self.config)
+            if not self.skip_bad_samples and stats.info.get("skipped"):
+                faults.append("it leaves out bad samples: allow that by skip_bad_samples")
+            if faults:
+                differing.append(f"config ({'; '.join(faults)})")
+            if differing:
+                verb = "differs" if len(differing) == 1 else "differ"
+                raise CalibrationError(
+                    f"{file} is another calibration: its {' and its '.join(differing)} {verb};"
+                    " give another `cache`, or delete this file to calibrate again."
+                )
         return stats
 
     def measured(self) -> Calibration:
@@ -245,7 +252,6 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             )
     warn_of_unmatched(model, config, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
-    warn_of_second_names(model, targets, stacklevel=2)
     return targets
 
 
@@ -262,12 +268,6 @@ def first_pass(
 ) -> None:
     """Read every batch once, with a backward pass where the configuration needs sensitivities.
 
-    Args:
-        collector: takes the statistics in.
-        batches: as for `calibrate`.
-        config: as for `calibrate`.
-        bar: of `progress_bar`.
-
     Raises:
         CalibrationError: as `calibrate`.
     """
@@ -279,9 +279,22 @@ def first_pass(
             bar.update(collector.given - bar.n)
         collector.run_spare_passes()
     collector.pool()
+    if collector.samples == 0 and collector.skipped:
+        raise CalibrationError(
+            f"all {len(collector.skipped)} calibration samples are bad:"
+            f" {_listed(collector.skipped)}; give samples that train, or calibrate in float32 or"
+            " bfloat16."
+        )
     if collector.samples == 0:
-        refuse_none_left(collector.skipped)
-    warn_of_unreached(collector.unreached(), stacklevel=3)
+        raise CalibrationError("`batches` gave no sample; give at least one batch.")
+    if unreached := collector.unreached():
+        # As those whose weight another module reads.
+        warnings.warn(
+            f"{_first(unreached)} ran in no calibration batch, so nothing is known of their inputs"
+            " and an adapter may learn nothing there; leave them out (`exclude_modules`) or give"
+            " samples that reach them.",
+            stacklevel=4,
+        )
 
 
 def _read(collector: Collector, batch: Any) -> None:
@@ -295,12 +308,65 @@ def progress_bar(batches: Any, show: bool) -> Any:
 
     dataset = getattr(batches, "dataset", None)
     total = len(dataset) if isinstance(dataset, Sized) else None
-    if total is None and isinstance(batches, list | tuple):
-        total = sum(
-            reading.batch_size(b)
-            for b in batches
-            if isinstance(b, Mapping) and any(isinstance(v, Tensor) for v in b.values())
-        )
     # disable=None: silent where standard error is no terminal.
     disable = None if show else True
     return tqdm(total=total, desc="Calibrating", unit=" samples", disable=disable)
+
+
+def within_memory(
+    action: Callable[[], T], where: Callable[[], str], samples: int, config: TLoraConfig
+) -> T:
+    """Return ``action()``; should memory run out, say where and what to lower.
+
+    A device raises torch.OutOfMemoryError, the CPU's allocator a bare RuntimeError.
+
+    Args:
+        action: what is done.
+        where: says what of it is being done, once it has failed.
+        samples: in the batch; 0: none is in memory.
+        config: what was asked for.
+
+    Raises:
+        CalibrationError: memory ran out.
+        RuntimeError: what else ``action`` raises.
+    """
+    try:
+        return action()
+    except RuntimeError as error:
+        text = str(error).strip()
+        known = ("DefaultCPUAllocator", "out of memory")
+        if not (isinstance(error, torch.OutOfMemoryError) or any(each in text for each in known)):
+            raise
+    smaller = ""
+    if samples > 1:
+        smaller = (
+            " make the batches smaller (`calibration.batch_size` on the command line; this one has"
+            f" {samples} samples), or"
+        )
+    elif samples:
+        smaller = " shorten the samples (`data.max_length` on the command line), or"
+    now = "no limit" if config.memory_budget is None else repr(config.memory_budget)
+    # Not inside `except`: the first error holds on to every tensor of what has failed.
+    raise CalibrationError(
+        f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{smaller} lower"
+        f" `memory_budget`, what second moments may take (now {now})."
+    )
+
+
+def warn_of_skipped(skipped: Mapping[Any, str], given: int, stacklevel: int) -> None:
+    """Warn once of the samples that were left out of ``given``, by their numbers."""
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} of {given} calibration samples were left out as bad, counted from 0:"
+            f" {_listed(skipped)}.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _listed(skipped: Mapping[Any, str]) -> str:
+    return _first([f"{number} ({reason})" for number, reason in skipped.items()])
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - 10} more" if texts[10:] else ""
+    return ", ".join(texts[:10]) + more

@@ -1,36 +1,135 @@
-"""What calibration leaves behind: the statistics of all modules, in a file and merged."""
+"""What calibration leaves behind: the statistics of all modules, in a file, and their key.
+
+The key says what a calibration is of. It is cheap beside one forward pass, so every calibration
+carries one. It tells honest mistakes apart (another checkpoint, another file of samples), not
+forgeries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tlora.calibration.cache import Key
-from tlora.calibration.module_statistics import ModuleStatistics
-from tlora.config import TLoraConfig
+from tlora.calibration.batches import Batch, as_batch
+from tlora.calibration.placement import is_zero3, loaded_by
+from tlora.config import SensitivityRule, TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.files import file_at, read_tensors, write_tensors
-from tlora.linalg.moments import SecondMoment, merged
+from tlora.linalg.matrices import FactoredMatrix
+from tlora.linalg.moments import SecondMoment
 
 _KIND = "calibration"
 
-_FORMAT = 4
+_FORMAT = 5
 
 _FILE = "calibration.safetensors"
 
-# What a module's statistics may hold, by the property of `TLoraConfig` that asks for it.
-_ASKED_BY = {
-    "sensitivity": "needs_sensitivity",
-    "moment": "needs_moments",
-    "fisher": "needs_fisher",
-    "gradient": "needs_gradient",
-    "gradient_moment": "needs_gradient_moment",
+# What a module's statistics may hold: the property of `TLoraConfig` that asks for it, and what to
+# say where it is missing.
+_STATISTICS = {
+    "sensitivity": (
+        "needs_sensitivity",
+        "no sensitivity was measured",
+        "allocate_rank or allocate_scale on",
+    ),
+    "moment": ("needs_moments", "no second moment was kept", 'basis="weight-covariance"'),
+    "fisher": ("needs_fisher", "no squared gradient was measured", 'sensitivity_rule="fisher"'),
+    "gradient": ("needs_gradient", "no mean gradient was kept", 'basis="gradient"'),
+    "gradient_moment": (
+        "needs_gradient_moment",
+        "no gradient-weighted second moment was kept",
+        'basis="gradient-moment"',
+    ),
 }
+
+_SAMPLED = 512  # entries of a parameter that go into the key
+
+_NUMBERS = ("name", "d_in", "d_out", "samples", "sensitivity", "moment_id", "fisher")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a calibration is of: `model_key`, and the `batch_digest` of each batch in order."""
+
+    model: str
+    data: list[str]
+
+
+@dataclass
+class ModuleStatistics:
+    """Statistics of one module over the calibration samples.
+
+    Attributes:
+        name: the module's full name in the base model.
+        d_in: d, input columns of the weight.
+        d_out: m, rows of the weight.
+        samples: n, calibration samples.
+        sensitivity: S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, or None if no backward was run.
+        moment: second moment of the inputs, shared with the modules that read the same tensor;
+            None if the configuration needs none.
+        moment_id: equal for modules that share ``moment``.
+        fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, where the configuration asks for it.
+        gradient: G = (1/n) sum_s dL_s/dW, m x d float32, where the configuration asks for it.
+        gradient_moment: N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T with delta_t the gradient of
+            L_s at the module's output and x_t its input, where the configuration asks for it.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    samples: int
+    sensitivity: float | None
+    moment: SecondMoment | None = None
+    moment_id: int = -1
+    fisher: float | None = None
+    gradient: Tensor | None = None
+    gradient_moment: SecondMoment | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens that the module saw; 0 where no moment was kept."""
+        return 0 if self.moment is None else self.moment.tokens
+
+    def measured(self, rule: SensitivityRule) -> float | None:
+        """Return what ranks and scales are allocated by; None if it was not measured."""
+        return self.sensitivity if rule == "magnitude" else self.fisher
+
+    def require(self, statistic: str) -> Any:
+        """Return one of the statistics above by its name.
+
+        Raises:
+            CalibrationError: the calibration did not keep it.
+        """
+        value = getattr(self, statistic)
+        if value is None:
+            _, missing, fields = _STATISTICS[statistic]
+            raise CalibrationError(
+                f"{self.name}: {missing}, because the configuration calibrated for needs none;"
+                f" calibrate again with {fields}."
+            )
+        return value
+
+    def covariance(self) -> Tensor:
+        """Return C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d float32."""
+        moment: SecondMoment = self.require("moment")
+        return moment.covariance().float()
+
+    def uncentered(self) -> Tensor:
+        """Return C0 = (1/n) sum_s X_s^T X_s, d x d float32."""
+        moment: SecondMoment = self.require("moment")
+        return moment.uncentered().float()
+
+    def weighted(self, weight: Tensor) -> FactoredMatrix:
+        """Return W C for the module's weight W (m x d), in factors where C was never formed."""
+        moment: SecondMoment = self.require("moment")
+        return moment.weighted(weight)
 
 
 def calibration_file(path: str | Path) -> Path:
@@ -61,51 +160,34 @@ class Calibration:
         What concerns planning alone (rank, budget, scales, seed) plays no part, and more than is
         needed will do.
         """
-        needed = {kind for kind, asks in _ASKED_BY.items() if getattr(config, asks)}
-        held = set(_ASKED_BY)
-        for module in self.modules.values():
-            held &= {kind for kind in held if getattr(module, kind) is not None}
+        needed = [name for name, (asks, *_) in _STATISTICS.items() if getattr(config, asks)]
+        each = self.modules.values()
         faults = [] if list(names) == list(self.modules) else ["other modules"]
-        if needed - held:
+        if any(getattr(module, name) is None for module in each for name in needed):
             faults.append("it lacks statistics that are needed")
         return faults
 
-    def __add__(self, other: Calibration) -> Calibration:
-        """Return the statistics over the samples of both; see `merge`."""
-
-        return merge([self, other]) if isinstance(other, Calibration) else NotImplemented
-
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file (tensors, and a JSON header), atomically; return its path.
+
+        safetensors stores float32 exactly and JSON's repr of a double round-trips, so what is
+        loaded is what was saved, to the bit.
 
         Args:
             path: the file, or an existing folder that gets ``calibration.safetensors``.
         """
         path = calibration_file(path)
-        tensors = {}
-        rows = []
-        for module in self.modules.values():
-            rows.append(
-                {
-                    "name": module.name,
-                    "d_in": module.d_in,
-                    "d_out": module.d_out,
-                    "sensitivity": module.sensitivity,
-                    "moment": module.moment_id,
-                }
-                | ({} if module.fisher is None else {"fisher": module.fisher})
-            )
-            if module.gradient is not None:
-                tensors[_gradient_key(module.name)] = module.gradient
+        tensors: dict[str, Tensor] = {}
         counts = {}
-        for key, moment in self._moments().items():
-            for part, tensor in moment.parts().items():
-                tensors[f"{key}.{part}"] = tensor
-            counts[str(key)] = {"samples": moment.samples, "tokens": moment.tokens}
-        # safetensors stores float32 exactly and JSON's repr of a double round-trips, so what is
-        # loaded is what was saved, to the bit.
+        for name, moment in self._moments().items():
+            tensors |= {f"{name}/{part}": tensor for part, tensor in moment.parts().items()}
+            counts[name] = {"samples": moment.samples, "tokens": moment.tokens}
+        for module in self.modules.values():
+            if module.gradient is not None:
+                tensors[f"gradient/{module.name}"] = module.gradient
+        rows = [{n: getattr(module, n) for n in _NUMBERS} for module in self.modules.values()]
         header = {"kind": _KIND, "format": _FORMAT, "samples": self.samples, "info": self.info}
-        header |= {"key": self.key and self.key.to_dict(), "modules": rows, "moments": counts}
+        header |= {"key": self.key and vars(self.key), "modules": rows, "moments": counts}
         write_tensors(path, tensors, header)
         return path
 
@@ -118,166 +200,121 @@ class Calibration:
         """
         tensors, header = read_tensors(calibration_file(path), _KIND, _FORMAT)
         moments = {
-            key: SecondMoment.from_parts(moment_parts(tensors, key), **counts)
-            for key, counts in header["moments"].items()
+            name: SecondMoment.from_parts(_below(tensors, f"{name}/"), **counts)
+            for name, counts in header["moments"].items()
         }
         modules = {
             row["name"]: ModuleStatistics(
-                name=row["name"],
-                d_in=row["d_in"],
-                d_out=row["d_out"],
-                samples=header["samples"],
-                sensitivity=row["sensitivity"],
-                moment=moments.get(str(row["moment"])),
-                moment_id=row["moment"],
-                fisher=row.get("fisher"),
-                gradient=tensors.get(_gradient_key(row["name"])),
-                gradient_moment=moments.get(_moment_key(row["name"])),
+                **row,
+                moment=moments.get(f"moment/{row['moment_id']}"),
+                gradient=tensors.get(f"gradient/{row['name']}"),
+                gradient_moment=moments.get(f"gradient-moment/{row['name']}"),
             )
             for row in header["modules"]
         }
         key = header.get("key")
-        return cls(modules, header["samples"], header["info"], key and Key.from_dict(key))
-
-    def to(self, device: torch.device | str) -> Calibration:
-        """Move second moments and gradients to ``device`` in place; return self."""
-        for moment in self._moments().values():
-            moment.move(device)
-        for module in self.modules.values():
-            module.gradient = None if module.gradient is None else module.gradient.to(device)
-        return self
+        return cls(modules, header["samples"], header["info"], key and Key(**key))
 
     def _moments(self) -> dict[str, SecondMoment]:
         """Return every second moment once, by the name it has in a file."""
         each = self.modules.values()
-        shared = {str(m.moment_id): m.moment for m in each if m.moment is not None}
+        shared = {f"moment/{m.moment_id}": m.moment for m in each if m.moment is not None}
         own = {
-            _moment_key(m.name): m.gradient_moment for m in each if m.gradient_moment is not None
+            f"gradient-moment/{m.name}": m.gradient_moment
+            for m in each
+            if m.gradient_moment is not None
         }
         return shared | own
 
 
-def merge(parts: Sequence[Calibration]) -> Calibration:
-    """Return what one calibration over the samples of all ``parts``, in this order, gives.
-
-    S = sum_p n_p S_p / sum_p n_p, likewise C and the rest, equal up to rounding. Modules
-    that share a second moment in every part share one in the result. The parts stay as they are;
-    the result's second moments are in memory, on the first part's devices.
-
-    Args:
-        parts: one or more, of different samples; of the same model, modules and statistics.
-
-    Raises:
-        CalibrationError: they are not, or there are none.
-    """
-    if not parts:
-        raise CalibrationError("there are no calibrations to merge; give one or more.")
-    first = parts[0]
-    for number, part in enumerate(parts[1:], start=1):
-        if fault := _fault(first, part):
-            raise CalibrationError(f"calibration {number} does not merge with the first: {fault}")
-    samples = sum(part.samples for part in parts)
-    # The common refinement of who shares: modules are together where every part has them so.
-    numbers: dict[tuple[int, ...], int] = {}
-    moments: dict[int, SecondMoment] = {}
-    modules = {}
-    for name, module in first.modules.items():
-        each = [part.modules[name] for part in parts]
-        group = -1
-        if module.moment is not None:
-            group = numbers.setdefault(tuple(m.moment_id for m in each), len(numbers))
-            if group not in moments:
-                moments[group] = merged([m.require_moment() for m in each])
-        modules[name] = ModuleStatistics(
-            name=name,
-            d_in=module.d_in,
-            d_out=module.d_out,
-            samples=samples,
-            sensitivity=_mean(each, "sensitivity"),
-            moment=moments.get(group),
-            moment_id=group,
-            fisher=_mean(each, "fisher"),
-            gradient=_mean_gradient(each),
-            gradient_moment=_merged([m.gradient_moment for m in each]),
-        )
-    return Calibration(modules, samples, _info(parts), _key(parts))
-
-
-def _mean(each: Sequence[ModuleStatistics], name: str) -> float | None:
-    values = [(m.samples, getattr(m, name)) for m in each]
-    known = [(n, value) for n, value in values if value is not None]
-    samples = sum(n for n, _ in known)
-    return sum(n * value for n, value in known) / samples if known else None
-
-
-def _mean_gradient(each: Sequence[ModuleStatistics]) -> Tensor | None:
-    if any(m.gradient is None for m in each):
-        return None
-    total = each[0].samples * each[0].require_gradient()
-    for module in each[1:]:
-        total.add_(module.require_gradient().to(total.device), alpha=module.samples)
-    return total.div_(sum(m.samples for m in each))
-
-
-def _merged(moments: Sequence[SecondMoment | None]) -> SecondMoment | None:
-    known = [moment for moment in moments if moment is not None]
-    return merged(known) if known else None
-
-
-def _fault(first: Calibration, other: Calibration) -> str | None:
-    """Return why two calibrations are not of the same model and statistics, or None."""
-    if first.key and other.key and first.key.model != other.key.model:
-        kinds = [part.info.get("model", "unknown class") for part in (first, other)]
-        return (
-            f"they are of different models ({kinds[0]} and {kinds[1]}, other parameters); merge"
-            " calibrations of one model."
-        )
-    alike = list(first.modules) == list(other.modules) and all(
-        (a.d_in, a.d_out) == (b.d_in, b.d_out) and _holds(a) == _holds(b)
-        for a, b in zip(first.modules.values(), other.modules.values(), strict=True)
-    )
-    if alike:
-        return None
-    return (
-        f"they were made with different configurations ({len(first)} and {len(other)} modules);"
-        " merge calibrations of the same modules that hold the same statistics."
-    )
-
-
-def _holds(module: ModuleStatistics) -> list[bool]:
-    names = ("moment", "sensitivity", "fisher", "gradient", "gradient_moment")
-    return [getattr(module, name) is not None for name in names]
-
-
-def _key(parts: Sequence[Calibration]) -> Key | None:
-    keys = [part.key for part in parts if part.key is not None]
-    if len(keys) < len(parts):
-        return None
-    return Key(keys[0].model, tuple(digest for key in keys for digest in key.data))
-
-
-def _info(parts: Sequence[Calibration]) -> dict[str, Any]:
-    """Return the first part's origin; samples left out are counted on through the parts."""
-    skipped: dict[str, str] = {}
-    given = 0
-    for part in parts:
-        left_out = part.info.get("skipped_samples", {})
-        skipped |= {str(given + int(number)): reason for number, reason in left_out.items()}
-        given += part.samples + len(left_out)
-    return parts[0].info | {"skipped": len(skipped), "skipped_samples": skipped}
-
-
-def _gradient_key(name: str) -> str:
-    """Return what a file calls a module's mean gradient ("/" is in no module's name)."""
-    return f"gradient/{name}"
-
-
-def _moment_key(name: str) -> str:
-    """Return what a file calls a module's gradient-weighted moment; its parts follow a dot."""
-    return f"gradient-moment/{name}/"
-
-
-def moment_parts(tensors: Mapping[str, Tensor], group: int | str) -> dict[str, Tensor]:
-    """Return the parts of a second moment from tensors that are named "GROUP.PART"."""
-    prefix = f"{group}."
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def model_key(model: nn.Module) -> str:
+    """Return a hash of the name, shape and dtype of every parameter, and of some of its bits.
+
+    Up to 512 evenly spaced entries of each parameter are read, of quantized ones as they are
+    stored. Not seen: a change that misses all of these entries, buffers and what a quantizing
+    library keeps outside the parameters, and the model's code and settings. Of weights that are
+    sharded over processes, or offloaded, only name, shape and dtype are seen.
+    """
+    described = []
+    samples: dict[torch.device, list[Tensor]] = {}
+    offloaded = loaded_by(model)
+    # Under each of its names, because an offloaded model unties its weights as it runs.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # DeepSpeed keeps the whole shape beside an emptied parameter.
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        described.append(f"{name} {shape} {parameter.dtype}")
+        # What DeepSpeed shards is whole at times.
+        unseen = name in offloaded or is_zero3(parameter)
+        for stored in [] if unseen else _stored(parameter.detach()):
+            samples.setdefault(stored.device, []).append(_some_bytes(stored))
+    digest = hashlib.sha256("\n".join(described).encode())
+    for parts in samples.values():
+        # One transfer a device, not one a parameter.
+        digest.update(_bytes(torch.cat(parts)))
+    return digest.hexdigest()
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a parameter is stored in."""
+    # A process sees its own shard alone, and all have to come to the same key.
+    if tensor.is_meta or hasattr(tensor, "placements"):
+        return []
+    # A subclass that stores something else than it says to be names its parts.
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None or type(tensor) in (Tensor, nn.Parameter):
+        return [tensor] if tensor.numel() else []
+    return [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _some_bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, -(-len(flat) // _SAMPLED))].contiguous().view(torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Return a CPU view of the bytes of a tensor, for a hash to read."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digested(batches: Iterable[Batch], digests: list[str]) -> Iterator[Batch]:
+    """Yield the batches, and append the digest of each to ``digests``."""
+    for batch in batches:
+        digests.append(batch_digest(as_batch(batch, torch.device("cpu"))))
+        yield batch
+
+
+def batch_digest(batch: Batch) -> str:
+    """Return the SHA-256 of what a batch holds, whatever the order of its keys.
+
+    Tensors, arrays and images count by content, also inside lists and dicts; of other objects the
+    type alone, since their repr may hold where they lie in memory.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, batch)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(_bytes(value.detach()))
+    elif isinstance(value, Mapping):
+        digest.update(f"{len(value)} named\n".encode())
+        for name in sorted(value, key=str):
+            digest.update(f"{name} ".encode())
+            _feed(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} listed\n".encode())
+        for item in value:
+            _feed(digest, item)
+    elif hasattr(value, "tobytes"):
+        shape = getattr(value, "shape", getattr(value, "size", None))
+        digest.update(f"{type(value).__name__} {shape} {getattr(value, 'dtype', '')}\n".encode())
+        digest.update(value.tobytes())
+    else:
+        text = json.dumps(value, default=lambda other: type(other).__name__)
+        digest.update(f"{text}\n".encode())

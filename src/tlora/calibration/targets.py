@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.expert_parameters import (
-    expert_parts,
+from tlora.calibration.placement import is_dtensor, is_zero3, loaded_by
+from tlora.calibration.weights import (
+    DOWN,
+    ExpertPart,
+    Target,
+    has_layout,
+    holds_floats,
+    inward_name,
+    is_hqq_linear,
     part_shape,
 )
-from tlora.calibration.placement import loaded_by
-from tlora.calibration.weights import Target, holds_floats, is_hqq_linear
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
 
 # Heads that PEFT trains in full for these task types, and so never adapts.
 _HEADS = {
@@ -47,7 +49,7 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             where="config",
         )
     names = _matching_names(model, config)
-    experts = _expert_targets(model, config)
+    experts = list(_expert_targets(model, config.target_parameters or ()))
     if not names and not experts:
         raise ConfigError(_nothing_matches(model, config), where="target_modules")
     targets, wrong = [], []
@@ -142,14 +144,6 @@ def _has_plain_weight(module: nn.Module) -> bool:
     return type(module) is nn.Linear and holds_floats(module) and not loaded_by(module)
 
 
-def _expert_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
-    targets = []
-    for module, part in expert_parts(model, config.target_parameters or ()):
-        d_out, d_in = part_shape(module, part.attribute)
-        targets.append(Target(f"{part.parameter}[{part.index}]", module, d_in, d_out, part))
-    return targets
-
-
 def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     """Return why PEFT does not adapt this module of this architecture (Mamba's out_proj)."""
     from peft import LoraConfig
@@ -164,36 +158,15 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def warn_of_second_names(model: nn.Module, targets: Iterable[Target], stacklevel: int) -> None:
-    """Warn of targets that the model has under a second name too, where PEFT leaves them bare."""
-    first = {name: id(module) for name, module in model.named_modules()}
-    # An expert's target is a part of its module, and has no module's name.
-    names = {id(t.module): t.name for t in targets if first.get(t.name) == id(t.module)}
-    again = [
-        f"{names[id(module)]} is also {name}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if names.get(id(module), name) != name
-    ]
-    if again:
-        more = f" and {len(again) - 3} more" if again[3:] else ""
-        warnings.warn(
-            f"{'; '.join(again[:3])}{more}: one module under several names is calibrated on all its"
-            " calls, but PEFT adapts those under the first name alone; `exclude_modules` leaves it"
-            " out.",
-            stacklevel=stacklevel + 1,
-        )
-
-
 def heads_of(config: TLoraConfig) -> list[str]:
     """Return the names of the modules that train in full: those asked for, and PEFT's own heads."""
     return [*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
+def _sizes(module: Any) -> tuple[int, int] | None:
     """Return d_in and d_out of a linear map (not what a packed weight measures), else None."""
     if isinstance(module, nn.Linear) or is_hqq_linear(module):
-        layer: Any = module
-        return layer.in_features, layer.out_features
+        return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
@@ -273,3 +246,113 @@ def namesakes(model: nn.Module, used: Collection[str]) -> str | None:
     suffixes = tuple(f".{name}" for name in used)
     wrong = [n for n, _ in model.named_modules() if n not in used and n.endswith(suffixes)]
     return "|".join(map(re.escape, wrong)) or None
+
+
+def fused_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield name, module and attribute of each 3-D parameter of experts, in the model's order."""
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{attribute}" if name else attribute
+            if parameter.dim() == 3 and "expert" in f"{full} {type(module).__name__}".lower():
+                yield full, module, attribute
+
+
+def _why_not(module: Any, attribute: str) -> str | None:
+    """Return why a fused parameter cannot be adapted, as the end of a sentence; None if it can."""
+    kind = type(module).__name__
+    if not has_layout(module):
+        return f"{kind} does not say how its experts are laid out"
+    if attribute not in (inward_name(module), DOWN):
+        return f"it is no projection of {kind}"
+    parameter = module.get_parameter(attribute)
+    plain = type(parameter.data) is Tensor and parameter.is_floating_point()
+    spread = getattr(module, "_is_expert_parallel", False) or len(parameter) != module.num_experts
+    reasons = {
+        "it is sharded over processes: plan before that": is_dtensor(parameter)
+        or is_zero3(parameter),
+        "it is offloaded: keep it on a device by the `device_map`": attribute in loaded_by(module),
+        f"it is stored as {parameter.dtype}: load the model with unquantized experts": (
+            not plain or parameter.itemsize < 2
+        ),
+        "its experts are spread over processes: load the model without expert parallelism": spread,
+        "PEFT cannot adapt a single transposed expert": (
+            module.is_transposed and module.num_experts == 1
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _expert_targets(model: nn.Module, names: Sequence[str]) -> Iterator[Target]:
+    """Yield each expert of the parameters that ``names`` match, in order.
+
+    As in PEFT a name matches a parameter of this full name, or one that ends in "." and it.
+
+    Raises:
+        ConfigError: a name matches nothing, or a parameter that cannot be adapted.
+    """
+    fused = list(fused_parameters(model))
+    if faults := [fault for name in names if (fault := _fault(model, name, fused))]:
+        raise ConfigError(faults, where="target_parameters")
+    for full, module, attribute in fused:
+        if any(_matches(name, full) for name in names):
+            count = len(module.get_parameter(attribute))
+            d_out, d_in = part_shape(module, attribute)
+            for index in range(count):
+                part = ExpertPart(full, attribute, index, count)
+                yield Target(f"{full}[{index}]", module, d_in, d_out, part)
+
+
+def _fault(model: nn.Module, name: str, fused: Sequence[tuple[str, nn.Module, str]]) -> str | None:
+    mine = [each for each in fused if _matches(name, each[0])]
+    for full, module, attribute in mine:
+        if reason := _why_not(module, attribute):
+            return f"{full!r} cannot be adapted: {reason}; leave it out."
+    if mine:
+        return None
+    short = _short([full for full, _, _ in fused])
+    return (
+        f"no fused parameter of experts in {type(model).__name__} matches {name!r}; they are"
+        f" {', '.join(short) or '(none)'}, and `target_modules` adapts Linears."
+        f"{did_you_mean(name, short)}"
+    )
+
+
+def left_out(model: nn.Module, config: TLoraConfig) -> list[str]:
+    """Return the names of the fused parameters that a configuration does not adapt."""
+    names = config.target_parameters or ()
+    fused = [full for full, _, _ in fused_parameters(model)]
+    return [full for full in fused if not any(_matches(name, full) for name in names)]
+
+
+def unadapted_experts(model: nn.Module, config: TLoraConfig) -> str:
+    """Say which fused parameters are left out, and which names adapt them or why nothing does."""
+    left = set(left_out(model, config))
+    fused = [each for each in fused_parameters(model) if each[0] in left]
+    reasons = {name: _why_not(module, attribute) for name, module, attribute in fused}
+    says = [
+        f"{type(model).__name__} keeps experts in fused parameters, which no Linear wraps and"
+        f" which are not adapted: {', '.join(_short(list(reasons)))}."
+    ]
+    if able := [name for name, reason in reasons.items() if reason is None]:
+        says.append(f"To adapt {len(able)} of them give target_parameters={_short(able)}.")
+    unable = [f"Not possible for {name}: {reason}." for name, reason in reasons.items() if reason]
+    return " ".join(says + unable[:3])
+
+
+def warn_of_unadapted_experts(model: nn.Module, config: TLoraConfig, stacklevel: int) -> None:
+    """Warn once of fused parameters that are left out where all linear maps are asked for.
+
+    Experts are linear maps too. Who names parameters, or modules, has made a choice.
+    """
+    asked = config.target_modules == "all-linear" and not config.target_parameters
+    if asked and left_out(model, config):
+        warnings.warn(unadapted_experts(model, config), stacklevel=stacklevel + 1)
+
+
+def _matches(name: str, full: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Return the last two parts of each name, which match it and its like in other layers."""
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))

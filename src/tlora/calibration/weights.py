@@ -14,11 +14,43 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.calibration.expert_parameters import ExpertPart, read_part
 from tlora.calibration.placement import is_a, is_dtensor, is_whole, is_zero3, resident
 from tlora.errors import AdapterError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# What transformers' `use_experts_implementation` sets on a module of fused experts. Only these
+# flags are read, never the name of a model.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+
+DOWN = "down_proj"
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One expert's matrix in a fused parameter.
+
+    Attributes:
+        parameter: the parameter's full name in the model.
+        attribute: its name in the module.
+        index: of the expert.
+        count: E, experts in the parameter.
+    """
+
+    parameter: str
+    attribute: str
+    index: int
+    count: int
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether its input is the activated h, not the rows that the module is given."""
+        return self.attribute == DOWN
+
+
+def has_layout(module: nn.Module) -> bool:
+    """Return whether a module says how its fused experts are laid out."""
+    return all(hasattr(module, flag) for flag in _FLAGS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +75,23 @@ class Target:
     def adapter(self) -> str:
         """Name of what PEFT adapts as one: the module, or the parameter that holds the experts."""
         return self.name if self.part is None else self.part.parameter
+
+
+def part_shape(module: Any, attribute: str) -> tuple[int, int]:
+    """Return m and d of one expert's matrix."""
+    _, rows, columns = module.get_parameter(attribute).shape
+    return (columns, rows) if module.is_transposed else (rows, columns)
+
+
+def read_part(module: Any, part: ExpertPart) -> Tensor:
+    """Return one expert's matrix as m x d, a view of the parameter."""
+    matrix: Tensor = module.get_parameter(part.attribute)[part.index]
+    return matrix.T if module.is_transposed else matrix
+
+
+def inward_name(module: Any) -> str:
+    """Return what the parameter is called that a row meets first."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def dense_weight(target: Target) -> Tensor:
@@ -123,7 +172,7 @@ class _Unreadable(Exception):
 class _Storage:
     name: str
     holds: Callable[[nn.Module], bool]
-    read: Callable[[nn.Module], Tensor]
+    read: Callable[[Any], Tensor]
     """Gives d_out x d_in of any float dtype; may be a view of the stored weight."""
 
 
@@ -151,19 +200,17 @@ def is_float(module: nn.Module, parameter: Tensor) -> bool:
     return type(parameter.data) is Tensor and parameter.dtype in _FLOATS and not packed
 
 
-def _read_floats(module: nn.Module) -> Tensor:
-    weight: Any = module.weight
-    matrix: Tensor = weight.T if isinstance(module, Conv1D) else weight
+def _read_floats(module: Any) -> Tensor:
+    matrix: Tensor = module.weight.T if isinstance(module, Conv1D) else module.weight
     return matrix
 
 
-def _read_dtensor(module: nn.Module) -> Tensor:
-    weight: Any = module.weight
-    whole: Tensor = weight.full_tensor()
+def _read_dtensor(module: Any) -> Tensor:
+    whole: Tensor = module.weight.full_tensor()
     return whole.T if isinstance(module, Conv1D) else whole
 
 
-def _read_zero3(module: nn.Module) -> Tensor:
+def _read_zero3(module: Any) -> Tensor:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([module.weight]):
@@ -176,7 +223,7 @@ def _quant_state(module: nn.Module) -> Any:
     return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
 
 
-def _read_4bit(module: nn.Module) -> Tensor:
+def _read_4bit(module: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     if repacked(module):
@@ -184,31 +231,17 @@ def _read_4bit(module: nn.Module) -> Tensor:
             "bitsandbytes has rewritten its 4-bit weight for inference on this CPU (a call in eval"
             " mode without gradient); load the model anew, and plan before running it"
         )
-    weight: Any = module.weight
-    dense: Tensor = dequantize_4bit(weight.data, _quant_state(module))
+    dense: Tensor = dequantize_4bit(module.weight.data, _quant_state(module))
     return dense
 
 
-def _read_8bit(module: nn.Module) -> Tensor:
+def _read_8bit(module: Any) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    weight: Any = module.weight
-    state: Any = module.state
+    weight = module.weight
     # The first call of the module moves the scales from the parameter to the state.
-    scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+    scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
     dense: Tensor = int8_vectorwise_dequant(weight.data, scales.to(weight.device))
-    return dense
-
-
-def _read_torchao(module: nn.Module) -> Tensor:
-    weight: Any = module.weight
-    dense: Tensor = weight.dequantize()
-    return dense
-
-
-def _read_hqq(module: nn.Module) -> Tensor:
-    layer: Any = module
-    dense: Tensor = layer.dequantize()
     return dense
 
 
@@ -229,7 +262,7 @@ _STORAGES = (
     _Storage(
         "torchao int8",
         lambda m: is_a(getattr(m, "weight", None), "torchao", "Int8Tensor"),
-        _read_torchao,
+        lambda m: m.weight.dequantize(),
     ),
-    _Storage("HQQ", is_hqq_linear, _read_hqq),
+    _Storage("HQQ", is_hqq_linear, lambda m: m.dequantize()),
 )

@@ -6,7 +6,7 @@ neither by T_s nor by the number of modules; nor do we.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -181,39 +181,6 @@ class SecondMoment:
         self._rows, self._formed = [self._means[0][:0]], True
 
     @full_precision
-    def merge(self, other: SecondMoment) -> None:
-        """Add the samples that ``other`` has seen, as if this accumulator had seen them.
-
-        Raises:
-            ValueError: the two have different numbers of columns.
-        """
-        if other.dim != self.dim:
-            raise ValueError(f"second moments of {self.dim} and {other.dim} columns do not merge")
-        kept = other.rows
-        if kept is not None and not self._formed and self._held + len(kept) <= self.dim:
-            self._keep(kept)
-        else:
-            self.scatter.add_(other.total().to(self.scatter))
-        self._means.append(other.weighted_means.to(self._means[0]))
-        self.samples += other.samples
-        self.tokens += other.tokens
-
-    def clone(self) -> SecondMoment:
-        """Return an independent copy."""
-        means = self.weighted_means
-        copy = SecondMoment(self.dim, means.dtype, means.device)
-        copy.take(self.parts(), self.samples, self.tokens)
-        return copy
-
-    def move(self, device: torch.device | str) -> None:
-        """Move the accumulator to ``device`` in place."""
-        rows, self._means = self.rows, [self.weighted_means.to(device)]
-        if rows is None:
-            self._space = self.scatter.to(device)
-        else:
-            self._space, self._rows = None, [rows.to(device)]
-
-    @full_precision
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
         return mirror(self.total().div_(max(self.samples, 1)))
@@ -314,11 +281,3 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if len(parts) > 1:
         parts[:] = [torch.cat(parts)]
     return parts[0]
-
-
-def merged(moments: Sequence[SecondMoment]) -> SecondMoment:
-    """Return the second moment over the samples of all ``moments``; they stay as they are."""
-    total = moments[0].clone()
-    for moment in moments[1:]:
-        total.merge(moment)
-    return total

@@ -1,9 +1,9 @@
 """The subspace of W C where C is too large to hold: subspace iteration over the samples.
 
 Each pass over the samples multiplies a d x l block by C exactly, C V = sum_s X_s^T (X_s V) with
-X_s centered, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step; each
-further iteration takes two more. A one-pass sketch of C is not good enough: spectra of real
-activations are not steep (docs/method.md, 3).
+X_s centered, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step. A
+one-pass sketch of C is not good enough: spectra of real activations are not steep (docs/method.md,
+3).
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ def block_width(columns: int, rank: int) -> int:
 class StreamedSubspace:
     """Finds the leading right singular vectors of W C from products with C alone.
 
-    The caller repeats, `passes` times: `product` is zeroed, C V is added into it sample by sample
+    The caller repeats, `PASSES` times: `product` is zeroed, C V is added into it sample by sample
     by `add`, and `advance` turns it into the next block.
 
     Args:
         columns: d.
         rank: r, at most min(m, d).
         seed: of the starting block.
-        passes: over the samples: 3, 5, 7, ...
         device: of the blocks.
 
     Attributes:
@@ -52,13 +51,9 @@ class StreamedSubspace:
         columns: int,
         rank: int,
         seed: int,
-        passes: int = PASSES,
         device: torch.device | str | None = None,
     ) -> None:
-        if passes < PASSES or passes % 2 == 0:
-            raise ValueError(f"{passes} passes: an odd number of {PASSES} or more is needed")
         self.rank = rank
-        self.passes = passes
         self._generator = torch.Generator().manual_seed(seed)
         self.block = self._normal(columns, block_width(columns, rank)).to(device)
         self.product = torch.zeros_like(self.block)
@@ -67,7 +62,7 @@ class StreamedSubspace:
     @property
     def finished(self) -> bool:
         """Whether all passes are made."""
-        return self._done == self.passes
+        return self._done == PASSES
 
     @full_precision
     def add(self, centered: Tensor) -> None:
@@ -83,7 +78,7 @@ class StreamedSubspace:
         towards_weight = self._done % 2 == 1
         block = weight.T @ (weight @ self.product) if towards_weight else self.product
         self.block = torch.linalg.qr(block).Q
-        if self._done == self.passes - 1:
+        if self._done == PASSES - 1:
             probes = self._normal(len(block), _PROBES).to(block)
             probes -= self.block @ (self.block.T @ probes)
             self.block = torch.cat([self.block, probes], dim=1)

@@ -53,18 +53,19 @@ class Subspace:
 
     Attributes:
         basis: r x d float32, orthonormal rows, the strongest direction first.
-        captured_energy: ||W C basis^T||_F^2 / ||W C||_F^2, in [0, 1]; 1.0 where W C is zero.
-        method: "exact" or "randomized".
+        captured_energy: ||W C basis^T||_F^2 / ||W C||_F^2, in [0, 1]; 1.0 where W C is zero, None
+            where it was not measured.
+        method: how it was found: "exact", "randomized", "streamed", "random" or "none".
         determined: how many rows W C itself determines; the others (fewer tokens than rank, or a
             rank-deficient weight) complete it with leading directions of W.
         total_energy: ||W C||_F^2.
     """
 
     basis: Tensor
-    captured_energy: float
+    captured_energy: float | None
     method: str
     determined: int
-    total_energy: float = 0.0
+    total_energy: float | None = 0.0
 
 
 def right_singular_vectors(

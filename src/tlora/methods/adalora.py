@@ -72,12 +72,7 @@ class AdaLora:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read.
-
-        Raises:
-            ConfigError: no module matches, or one that PEFT cannot adapt or that is stored in 8
-                bits or by HQQ.
-        """
+        """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read."""
         from peft import AdaLoraConfig
 
         from tlora.adapter.adalora import AdaLoraCallback, save_pruned
@@ -90,32 +85,12 @@ class AdaLora:
             int8="PEFT's AdaLoRA does not run on these layers under TRL",
             hqq="PEFT's AdaLoRA does not adapt these layers",
         )
-        schedule = {name: getattr(options, name) for name in _SCHEDULE}
         # The trainer knows the number of steps; until then any that the schedule fits will do.
         steps = options.tinit + options.tfinal + 1
-        config = AdaLoraConfig(**peft_fields(options), **schedule, total_step=steps)
+        config = AdaLoraConfig(**peft_fields(options, AdaLoraConfig), total_step=steps)
         adapted = wrap(model, config)
         return Prepared(
             model=adapted,
             callbacks=[AdaLoraCallback(options.orth_reg_weight)],
             writer=partial(save_pruned, adapted, options.orth_reg_weight),
         )
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return init_r sum_i (m_i + d_i + 1), which train at the start."""
-        from tlora.adapter.stock import rows_and_columns, targets_of
-
-        targets = targets_of(model, options)
-        return options.init_r * (rows_and_columns(targets) + len(targets))
-
-
-_SCHEDULE = (
-    "init_r",
-    "target_r",
-    "tinit",
-    "tfinal",
-    "deltaT",
-    "beta1",
-    "beta2",
-    "orth_reg_weight",
-)

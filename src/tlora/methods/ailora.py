@@ -49,11 +49,7 @@ class Ailora(ResidualLora):
     )
 
     def targets(self, model: Any, options: AiloraOptions) -> Any:
-        """Return the query and value projections, in the model's order.
-
-        Raises:
-            ConfigError: the model has none by these names (GPT-2 keeps q, k and v in one matrix).
-        """
+        """Return the query and value projections, in the model's order."""
         queries, values = self._groups(model, options)
         chosen = {target.name: target for target in (*queries, *values)}
         return [chosen[name] for name, _ in model.named_modules() if name in chosen]
@@ -76,16 +72,15 @@ class Ailora(ResidualLora):
         return groups[0], groups[1]
 
     def start(self, model: Any, targets: Any, options: AiloraOptions, batches: Batches) -> Any:
-        """Return the principal part of the queries' weights, the minor of the values'."""
-        from tqdm.auto import tqdm
-
+        """Start from the principal part of the queries' weights, the minor of the values'."""
         from tlora.calibration.weights import dense_weight
         from tlora.linalg.bases import singular_part
 
         values = {target.name for target in self._groups(model, options)[1]}
-        found = {}
-        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+
+        def part(target: Any) -> Any:
             minor = target.name in values
             b, a = singular_part(dense_weight(target), options.r, minor=minor)
-            found[target.name] = (a, b)
-        return found
+            return a, b
+
+        return part

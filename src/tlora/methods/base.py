@@ -52,11 +52,6 @@ class Samples:
         """How they are to be read, as keywords of `tlora.calibrate`."""
         return {"skip_bad_samples": self.skip_bad_samples, "cache": self.cache}
 
-    @property
-    def dataset(self) -> Any:
-        """The rows of a DataLoader, for a bar that shows how many are left; else None."""
-        return getattr(self.batches, "dataset", None)
-
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.batches)
 
@@ -153,13 +148,10 @@ class Method(Protocol):
                 calibrate.
             plan: what an earlier call has returned and the run has saved; used as it is, and
                 nothing is calibrated.
-        """
-        ...
 
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return how many numbers of the adapter will train, from the base model's shapes alone.
-
-        The model is only read, and may be on `meta`. New heads and biases are not counted. None
-        where the calibration decides.
+        Raises:
+            ConfigError: no module matches, or the method cannot adapt one (its kind, its size, how
+                it is stored); nothing is changed.
+            CalibrationError: there are no batches, or they do not do.
         """
         ...

@@ -49,13 +49,7 @@ class Corda(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: CordaOptions, batches: Batches) -> Any:
-        """Measure C by forward passes, and return the parts of each weight.
-
-        Raises:
-            CalibrationError: as `tlora.calibrate`; or no token reached a module.
-        """
-        from tqdm.auto import tqdm
-
+        """Measure C by forward passes, and start from the parts of each weight."""
         from tlora.adapter.initial import start_by_corda
         from tlora.adapter.stock import forward_only
         from tlora.calibration.probe import calibrate
@@ -63,13 +57,14 @@ class Corda(ResidualLora):
 
         samples = Samples.of(batches)
         stats = calibrate(model, samples.batches, forward_only(options), **samples.reading)
-        found = {}
-        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+
+        def part(target: Any) -> Any:
             measured = stats.modules[target.name]
             if measured.tokens == 0:
                 raise CalibrationError(
                     f"{target.name}: no calibration sample reaches it, so CorDA has no inputs to"
                     " go by; leave it out by `exclude_modules`."
                 )
-            found[target.name] = start_by_corda(target, options, measured.uncentered())
-        return found
+            return start_by_corda(target, options, measured.uncentered())
+
+        return part

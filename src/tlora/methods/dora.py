@@ -34,20 +34,9 @@ class Dora(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's.
-
-        Raises:
-            ConfigError: PEFT does not find the target modules, or they are stored in 8 bits.
-        """
+        """As LoRA's."""
         from tlora.adapter.stock import refuse_stored, targets_of
 
         # Reading the weight's norms makes bitsandbytes lose its scales.
         refuse_stored(targets_of(model, options), int8="PEFT's DoRA does not run on these layers")
         return super().prepare(model, options, batches, plan)
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return sum_i (r (m_i + d_i) + m_i)."""
-        from tlora.adapter.stock import rows_and_columns, targets_of
-
-        targets = targets_of(model, options)
-        return options.r * rows_and_columns(targets) + sum(target.d_out for target in targets)

@@ -60,26 +60,16 @@ class Eva(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Find A, unless ``plan`` holds it, and wrap ``model``.
-
-        Raises:
-            CalibrationError: the batches are too small for the ranks, or a direction never settles.
-            ConfigError: no module matches, or one that PEFT cannot adapt or that is stored by HQQ.
-        """
+        """Find A, unless ``plan`` holds it, and wrap ``model``."""
         from peft import EvaConfig, LoraConfig
 
         from tlora.adapter.eva import attach_eva, principal_inputs
         from tlora.adapter.stock import refuse_stored, targets_of
 
-        names = ("rho", "tau", "use_label_mask", "whiten", "adjust_scaling_factors")
-        eva = EvaConfig(**{name: getattr(options, name) for name in names})
-        fields = peft_fields(options) | {"init_lora_weights": "eva", "eva_config": eva}
+        eva = EvaConfig(**peft_fields(options, EvaConfig))
+        fields = peft_fields(options, LoraConfig) | {"init_lora_weights": "eva", "eva_config": eva}
         targets = targets_of(model, options)
         refuse_stored(targets, hqq="PEFT's EVA does not see what these layers read")
         if plan is None:
             plan = principal_inputs(model, targets, LoraConfig(**fields), batches)
         return Prepared(model=attach_eva(model, targets, LoraConfig(**fields), plan), plan=plan)
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return r sum_i (m_i + d_i) at rho 1; None where the ranks are shared out."""
-        return super().trainable(model, options) if options.rho == 1 else None

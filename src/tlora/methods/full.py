@@ -37,11 +37,7 @@ class FullFineTuning:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Let every parameter train; nothing is drawn, no batch is read.
-
-        Raises:
-            ConfigError: a parameter is stored quantized, and so cannot be trained.
-        """
+        """Let every parameter train; nothing is drawn, no batch is read."""
         from tlora.calibration.placement import is_dtensor
         from tlora.calibration.weights import is_float
         from tlora.errors import ConfigError
@@ -57,9 +53,3 @@ class FullFineTuning:
                         where="method",
                     )
         return Prepared(model=model.requires_grad_(True))
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return the numbers of all parameters, tied ones once."""
-        from tlora.adapter.stock import numbers_in
-
-        return numbers_in(model)

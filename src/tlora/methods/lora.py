@@ -34,28 +34,16 @@ class Lora:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read.
-
-        Raises:
-            ConfigError: no module matches, or one that PEFT cannot adapt; nothing is changed.
-        """
+        """Wrap ``model`` by PEFT. A is drawn from torch's global generator; no batch is read."""
         from peft import LoraConfig
 
         from tlora.adapter.stock import targets_of, wrap_exactly
 
-        config = LoraConfig(**peft_fields(options), **self.fields)
+        config = LoraConfig(**peft_fields(options, LoraConfig), **self.fields)
         return Prepared(model=wrap_exactly(model, targets_of(model, options), config))
 
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return r sum_i (m_i + d_i)."""
-        from tlora.adapter.stock import rows_and_columns, targets_of
 
-        return options.r * rows_and_columns(targets_of(model, options))
-
-
-def peft_fields(options: Any) -> dict[str, Any]:
-    """Return those options that PEFT's LoraConfig knows by the same name."""
-    from peft import LoraConfig
-
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+def peft_fields(options: Any, config: Any) -> dict[str, Any]:
+    """Return those options that PEFT's class ``config`` knows by the same name."""
+    known = {field.name for field in dataclasses.fields(config)}
     return {name: value for name, value in dataclasses.asdict(options).items() if name in known}

@@ -59,12 +59,6 @@ class LoraFa(Lora):
             prepared.optimizer = partial(_projected, options=options)
         return prepared
 
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return r sum_i m_i."""
-        from tlora.adapter.stock import targets_of
-
-        return options.r * sum(target.d_out for target in targets_of(model, options))
-
 
 def _projected(
     model: torch.nn.Module, arguments: Any, options: LoraFaOptions

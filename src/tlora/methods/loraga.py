@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scale = Literal["stable", "weight_svd", "gd_scale", "unit", "paper"]
@@ -58,14 +55,10 @@ class LoraGa(ResidualLora):
     taken: ClassVar[int] = 2
 
     def start(self, model: Any, targets: Any, options: LoraGaOptions, batches: Batches) -> Any:
-        """Measure G by a forward and backward pass a batch, and return A_0 and B_0 of each module.
-
-        Raises:
-            CalibrationError: there is no batch, or a loss is missing or not finite.
-        """
+        """Measure G by a forward and backward pass a batch, and start from its parts."""
         from peft import LoraConfig
         from peft.tuners.lora.config import LoraGAConfig
-        from tqdm.auto import tqdm
+        from torch.nn.functional import normalize
 
         from tlora.adapter.gradients import gradients_by_peft
         from tlora.adapter.initial import start_by_peft
@@ -84,19 +77,14 @@ class LoraGa(ResidualLora):
         )
         config.fan_in_fan_out = False  # what is initialised are plain copies
         gradients = gradients_by_peft(model, targets, config, batches)
-        found = {}
-        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+
+        def part(target: Any) -> Any:
             gradient = gradients.pop(target.name)
-            start = start_by_peft(target, config, _peft_loraga_grad=gradient)
-            if options.init_scale == "paper":
-                start = _as_in_the_paper(*start, options.stable_gamma)
-            found[target.name] = start
-        return found
+            a, b = start_by_peft(target, config, _peft_loraga_grad=gradient)
+            if options.init_scale != "paper":
+                return a, b
+            # From V^T (r x d) and U S (m x r): c V^T and c U.
+            scale = len(b) ** 0.25 / options.stable_gamma**0.5
+            return scale * a, scale * normalize(b, dim=0)
 
-
-def _as_in_the_paper(a: Tensor, b: Tensor, gamma: int) -> tuple[Tensor, Tensor]:
-    """Return c V^T and c U from V^T (r x d) and U S (m x r)."""
-    from torch.nn.functional import normalize
-
-    scale = len(b) ** 0.25 / gamma**0.5
-    return scale * a, scale * normalize(b, dim=0)
+        return part

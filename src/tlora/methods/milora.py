@@ -31,14 +31,12 @@ class Milora(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: Any, batches: Batches) -> Any:
-        """Return the minor components of each weight; no batch is read."""
-        from tqdm.auto import tqdm
-
+        """Start from the minor components of each weight; no batch is read."""
         from tlora.calibration.weights import dense_weight
         from tlora.linalg.bases import singular_part
 
-        found = {}
-        for target in tqdm(targets, desc="Initialising", unit=" modules", disable=None):
+        def part(target: Any) -> Any:
             b, a = singular_part(dense_weight(target), options.r, minor=True)
-            found[target.name] = (a / math.sqrt(options.scale), b / math.sqrt(options.scale))
-        return found
+            return a / math.sqrt(options.scale), b / math.sqrt(options.scale)
+
+        return part

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from tlora.methods.base import Batches, Traits
-from tlora.methods.residual import ResidualLora, start_all
+from tlora.methods.residual import ResidualLora
 
 
 class Olora(ResidualLora):
@@ -28,10 +29,10 @@ class Olora(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: Any, batches: Batches) -> Any:
-        """Return the leading part of each weight's QR factors; no batch is read."""
+        """Start from the leading part of each weight's QR factors; no batch is read."""
         from peft import LoraConfig
 
-        return start_all(
-            targets,
-            LoraConfig(r=options.r, lora_alpha=options.lora_alpha, init_lora_weights="olora"),
-        )
+        from tlora.adapter.initial import start_by_peft
+
+        config = LoraConfig(r=options.r, lora_alpha=options.lora_alpha, init_lora_weights="olora")
+        return partial(start_by_peft, config=config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
 from tlora.methods.options import LoraOptions
-from tlora.methods.residual import ResidualLora, start_all
+from tlora.methods.residual import ResidualLora
 
 
 @dataclass(kw_only=True)
@@ -41,9 +42,11 @@ class Pissa(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: PissaOptions, batches: Batches) -> Any:
-        """Return the leading components of each weight; no batch is read."""
+        """Start from the leading components of each weight; no batch is read."""
         from peft import LoraConfig
+
+        from tlora.adapter.initial import start_by_peft
 
         how = "pissa" if options.niter is None else f"pissa_niter_{options.niter}"
         config = LoraConfig(r=options.r, lora_alpha=options.lora_alpha, init_lora_weights=how)
-        return start_all(targets, config)
+        return partial(start_by_peft, config=config)

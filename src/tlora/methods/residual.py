@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,12 +12,11 @@ from tlora.methods.options import LoraOptions
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
     from torch import Tensor
 
     from tlora.calibration.weights import Target
 
-    Start = dict[str, tuple[Tensor, Tensor]]
+    Start = Callable[[Target], tuple[Tensor, Tensor]]
 
 
 class ResidualLora(ABC):
@@ -34,12 +34,9 @@ class ResidualLora(ABC):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Find A_0 and B_0, unless ``plan`` holds them; wrap ``model``, take s B_0 A_0 out of W.
-
-        Raises:
-            ConfigError: a target cannot give the ranks away (too small, quantized, shared).
-        """
+        """Find A_0 and B_0, unless ``plan`` holds them; wrap ``model``, take s B_0 A_0 out of W."""
         from peft import LoraConfig
+        from tqdm.auto import tqdm
 
         from tlora.adapter.initial import (
             InitialAdapter,
@@ -52,15 +49,12 @@ class ResidualLora(ABC):
         targets = self.targets(model, options)
         refuse_unfit(model, targets, self.taken * options.r)
         if plan is None:
-            plan = InitialAdapter(self.start(model, targets, options, batches))
-        adapted = attach_residual(model, targets, LoraConfig(**peft_fields(options)), plan)
+            start = self.start(model, targets, options, batches)
+            bar = tqdm(targets, desc="Initializing", unit=" modules", disable=None)
+            plan = InitialAdapter({target.name: start(target) for target in bar})
+        config = LoraConfig(**peft_fields(options, LoraConfig))
+        adapted = attach_residual(model, targets, config, plan)
         return Prepared(model=adapted, plan=plan, writer=partial(save_converted, adapted, plan))
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return r sum_i (m_i + d_i)."""
-        from tlora.adapter.stock import rows_and_columns
-
-        return options.r * rows_and_columns(self.targets(model, options))
 
     def targets(self, model: torch.nn.Module, options: Any) -> list[Target]:
         """Return the modules to adapt, in the model's order."""
@@ -72,14 +66,4 @@ class ResidualLora(ABC):
     def start(
         self, model: torch.nn.Module, targets: list[Target], options: Any, batches: Batches
     ) -> Start:
-        """Return A_0 (r x d) and B_0 (m x r) of each target; the model is only read."""
-
-
-def start_all(targets: list[Target], config: LoraConfig) -> Start:
-    """Return what PEFT's own initialisation makes of each target, one at a time."""
-    from tqdm.auto import tqdm
-
-    from tlora.adapter.initial import start_by_peft
-
-    bar = tqdm(targets, desc="Initialising", unit=" modules", disable=None)
-    return {target.name: start_by_peft(target, config) for target in bar}
+        """Return what gives A_0 (r x d) and B_0 (m x r) of a target; the model is only read."""

@@ -48,11 +48,7 @@ class TriMatrix:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Wrap ``model``. P and R are drawn from torch's global generator; no batch is read.
-
-        Raises:
-            ConfigError: no module matches, or one that PEFT cannot adapt; nothing is changed.
-        """
+        """Wrap ``model``. P and R are drawn from torch's global generator; no batch is read."""
         from peft import LoraConfig
 
         from tlora.adapter.freeze import FrozenACallback
@@ -60,7 +56,7 @@ class TriMatrix:
         from tlora.adapter.trimatrix import make_trimatrix, save_written_out
         from tlora.methods.lora import peft_fields
 
-        config = LoraConfig(**peft_fields(options), lora_alpha=options.r)
+        config = LoraConfig(**peft_fields(options, LoraConfig), lora_alpha=options.r)
         adapted = wrap_exactly(model, targets_of(model, options), config)
         make_trimatrix(adapted, options.scale)
         return Prepared(
@@ -68,9 +64,3 @@ class TriMatrix:
             callbacks=[FrozenACallback()],
             writer=partial(save_written_out, adapted),
         )
-
-    def trainable(self, model: torch.nn.Module, options: Any) -> int | None:
-        """Return N (r^2 + 1)."""
-        from tlora.adapter.stock import targets_of
-
-        return len(targets_of(model, options)) * (options.r**2 + 1)

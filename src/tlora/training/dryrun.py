@@ -125,8 +125,7 @@ def run(config: RunConfig) -> DryRun:
     Raises:
         ConfigError: a field is wrong, or there is no such model.
     """
-    from tlora.calibration.expert_parameters import left_out, unadapted_experts
-    from tlora.calibration.targets import find_targets
+    from tlora.calibration.targets import find_targets, left_out, unadapted_experts
 
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
