@@ -76,7 +76,7 @@ def demo(config: DemoConfig) -> None:
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\npictures: {_demo_pictures(result.runs)}\n"
+        f" {result.difference:.1g})\npicture: {_demo_picture(result.runs[-1])}\n"
         f"done in {result.seconds:.0f} s"
     )
 
@@ -96,17 +96,14 @@ def _demo_table(lines: Iterable[Score]) -> Table:
     return made
 
 
-def _demo_pictures(runs: list[RunFolder]) -> str:
-    """Draw the last run's plan and the losses of all runs; return where they are."""
+def _demo_picture(run: RunFolder) -> str:
+    """Draw the run's plan; return where the picture is."""
     if extras.missing("compare"):
         return 'none without matplotlib; run `pip install "tlora[compare]"`'
     from tlora import AdapterPlan
-    from tlora.report import curves, heatmap
+    from tlora.report import heatmap
 
-    folder = runs[-1].path.parent
-    losses = {run.path.name: curves.read_log(run.log) for run in runs}
-    plan = heatmap.save(AdapterPlan.load(runs[-1].plan), folder / "plan.png")
-    return f"{plan}, {curves.save(losses, folder / 'loss.png')}"
+    return str(heatmap.save(AdapterPlan.load(run.plan), run.path.with_name("plan.png")))
 
 
 def init(config: InitConfig) -> None:
@@ -136,15 +133,10 @@ def compare(config: CompareConfig) -> None:
     from tlora.compare.compare import run
     from tlora.compare.comparefolder import CompareFolder
 
-    disable_progress_bars()  # the bar is about runs
+    disable_progress_bars()
     progress = run(config, tell=_say)
-    _say(f"{progress.finished} of {progress.total} runs of part {config.shard} are finished")
+    _say(f"{progress.finished} of {progress.total} runs are finished")
     _show_comparison(CompareFolder(config.output_dir))
-    if progress.waiting:
-        _say(
-            f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; copy the"
-            f" files of all machines into {config.output_dir}/runs and rerun this command."
-        )
     if progress.failed:
         raise TLoraError(
             "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
@@ -166,7 +158,7 @@ def _show_evaluation(folder: EvalFolder) -> None:
     from tlora.report import evaluation
 
     report = evaluation.write(folder.path)
-    _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
+    _say(f"\n{report.text}\npage: {report.page}\ntable: {report.markdown}")
 
 
 def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:

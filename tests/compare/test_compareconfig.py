@@ -65,17 +65,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"methods": [{"label": "x"}]}, "item 1: `name` is missing; name a method."),
         ({"methods": [3]}, "item 1: 3 is no method; give a name"),
         (
-            {"methods": [{"name": "lora", "r": 3}]},
-            "item 1: there is no field `r` here; put it in `adapter`.",
-        ),
-        ({"methods": [{"name": "lora", "trainer": {}}]}, "the training is the same for all"),
-        (
             {"methods": [{"name": "lora", "adapter": {"rr": 3}}]},
             "item 1: `adapter`: there is no option `rr`. Did you mean 'r'?",
-        ),
-        (
-            {"methods": [{"name": "tlora", "samples": 3}]},
-            "field `samples` here; put it in `calibration`",
         ),
         (
             {"methods": [{"name": "tlora", "calibration": 3}]},
@@ -114,16 +105,13 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` has 2; give every"
-            " method the same number, so that tuning is fair.",
+            "the methods have 1 and 2 of them; give every method the same number",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),
         ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the learning rate cannot be"),
         ({"validation": 1.5}, "`validation` is 1.5"),
         ({"validation": 0}, "`validation` is 0"),
-        ({"shard": "0/2"}, "`shard` is '0/2'; give i/n"),
-        ({"shard": "half"}, "`shard` is 'half'"),
         ({"jobs": 0}, "`jobs` is 0"),
         ({"trainer": {"learning_rate": 1e-3}}, "give `learning_rates`"),
         ({"trainer": {"auto_find_batch_size": True}}, "the batch would depend"),
@@ -142,8 +130,8 @@ def test_what_is_wrong_or_would_be_unequal_is_refused(fields, message):
 
 def test_all_faults_come_at_once():
     with pytest.raises(ConfigError) as fault:
-        config(jobs=0, shard="3/2", learning_rates=[], methods=["lorra", {"nam": 1}])
-    assert len(fault.value.faults) == 6
+        config(jobs=0, learning_rates=[], methods=["lorra", {"nam": 1}])
+    assert len(fault.value.faults) == 5
 
 
 def test_the_file_is_the_first_word_and_flags_win(tmp_path):

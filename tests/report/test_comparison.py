@@ -314,29 +314,6 @@ def test_before_there_is_a_pair_none_is_counted(results):
     assert wording.caveat(none) == "No two methods have a seed in common yet."
 
 
-def test_unlike_machines_are_pointed_out(made):
-    folder = synthetic.write(made, GAPS)
-    assert wording.mixed(comparison.gather(made, folder)) is None
-    name = folder.names()[0]
-    folder.write_record(name, folder.record(name) | {"threads": 4})
-    results = comparison.gather(made, folder)
-    assert wording.mixed(results).startswith("Seconds and memory come from different numbers")
-    assert dict(wording.environment(results))["Threads a run"] == "1; 4"
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "what"),
-    [("cpu", "Another", "processors"), ("cores", 64, "numbers of cores"), ("gpus", ["A"], "GPUs")],
-)
-def test_so_is_unlike_hardware(made, field, value, what):
-    folder = synthetic.write(made, GAPS)
-    record = folder.record(folder.names()[0])
-    record["provenance"]["hardware"][field] = value
-    folder.write_record(record["name"], record)
-    said = wording.mixed(comparison.gather(made, folder))
-    assert said == f"Seconds and memory come from different {what}; compare them with care."
-
-
 def test_options_that_a_method_does_not_have_are_said(tmp_path):
     made = synthetic.comparison(tmp_path, methods=["lora", "adalora", "full"], adapter={"r": 4})
     text = plaintext.markdown(comparison.gather(made, synthetic.write(made)))

@@ -1,5 +1,4 @@
 import io
-import itertools
 
 import numpy as np
 import pytest
@@ -7,7 +6,6 @@ import torch
 from rich.console import Console
 
 from tlora import AdapterPlan, ModulePlan, TLoraConfig
-from tlora.errors import ConfigError
 from tlora.report import heatmap, tables
 from tlora.report.grid import OUTSIDE, Grid, split
 
@@ -121,19 +119,6 @@ def test_a_sensitivity_of_zero_is_drawn(tmp_path):
     assert heatmap.save(plan, tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_numbers_stay_apart_at_32_layers_of_7_projections():
-    names = [f"model.layers.{layer}.m.p{column}_proj" for layer in range(32) for column in range(7)]
-    figure = heatmap.draw(plan_of(names))
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    axis = figure.axes[0]
-    boxes = [text.get_window_extent(renderer) for text in axis.texts]
-    assert len(boxes) == 224
-    # Neighbours in a row, and in a column.
-    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes[:7]))
-    assert all(a.y0 > b.y1 for a, b in zip(boxes[:-7:7], boxes[7::7], strict=True))
-
-
 def text_of(plan, by, width=120):
     console = Console(width=width, record=True, file=io.StringIO())
     tables.show(plan, by=by, console=console)
@@ -162,10 +147,3 @@ def test_a_trained_a_counts_among_the_parameters():
     plan = plan_of(LLAMA)
     plan.config = TLoraConfig(r=4, freeze_a=False)
     assert text_of(plan, "module")[-1][-1] == f"{45 * 14}"
-
-
-def test_an_unknown_view_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"`by` is 'layers'; choose one of .* Did you mean 'layer'\?"
-    ):
-        tables.table(plan_of(LLAMA), by="layers")

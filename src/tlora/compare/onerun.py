@@ -53,7 +53,7 @@ def run(payload: dict[str, Any]) -> None:
 
 
 def portable(config: SharedConfig) -> dict[str, Any]:
-    """Return a configuration as plain values that name no folder or part of this machine.
+    """Return a configuration as plain values that name no folder of this machine.
 
     Of a path the last two parts are kept; which rows and weights those were is in the digests of
     the comparison.
@@ -65,7 +65,7 @@ def portable(config: SharedConfig) -> dict[str, Any]:
             values[name] = "/".join(Path(value).parts[-2:])
     # Which evaluations were guarded against is said; where their files lay is the machine's.
     values["data"]["guard_dir"] = None
-    own = ("output_dir", "resume", "shard")
+    own = ("output_dir", "resume")
     return {name: value for name, value in values.items() if name not in own}
 
 

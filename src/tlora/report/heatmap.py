@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,31 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tlora.adapter.plan import AdapterPlan, ModulePlan
+    from tlora.adapter.plan import AdapterPlan
 
 _CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.24  # inches; a four-digit number fits at 6.5 points
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One heat map of the picture."""
-
-    title: str
-    value: Callable[[ModulePlan], float | None]
-    text: str
-    """Format of the number in a cell."""
-    log: bool = False
-    """Colour by the logarithm: sensitivities span decades."""
-    relative: bool = False
-    """Divide by the mean over the modules, which is what ranks and scales are set by."""
-
-
-PANELS = (
-    Panel("rank", lambda module: module.rank, "{:.0f}"),
-    Panel("scale", lambda module: module.scale, "{:.2f}"),
-    Panel("sensitivity / mean", lambda module: module.sensitivity, "{:.2g}", True, relative=True),
-    Panel("captured energy", lambda module: module.captured_energy, "{:.2f}"),
+_PANELS = (
+    ("rank", "rank", "{:.0f}"),
+    ("scale", "scale", "{:.2f}"),
+    ("sensitivity / mean", "sensitivity", "{:.2g}"),
+    ("captured energy", "captured_energy", "{:.2f}"),
 )
+"""Title, field of a module's plan, and format of the number in a cell."""
 
 
 def save(plan: AdapterPlan, path: str | Path) -> Path:
@@ -53,58 +36,42 @@ def save(plan: AdapterPlan, path: str | Path) -> Path:
 
 def draw(plan: AdapterPlan) -> Figure:
     """Return a figure with a heat map of layers x projections for each thing that was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     grid = Grid.of(plan.modules)
-    tables = [(panel, _table(grid, panel)) for panel in PANELS]
-    tables = [(panel, table) for panel, table in tables if not np.isnan(table).all()]
+    tables = {title: (_table(grid, field), text) for title, field, text in _PANELS}
+    tables = {title: each for title, each in tables.items() if not np.isnan(each[0]).all()}
     across = min(2, len(tables))
     down = -(-len(tables) // across)
-    width = len(grid.columns) * _CELL_WIDTH + 1.9
-    height = len(grid.rows) * _CELL_HEIGHT + 1.4
-    figure = Figure(figsize=(across * width, down * height), layout="constrained")
-    FigureCanvasAgg(figure)  # a figure of its own, outside pyplot's global state
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    for axis, (panel, table) in zip(axes, tables, strict=False):
-        _draw_panel(axis, panel, table, grid)
-    for axis in axes[len(tables) :]:
-        axis.set_axis_off()
+    width = across * (len(grid.columns) * _CELL_WIDTH + 1.9)
+    height = down * (len(grid.rows) * _CELL_HEIGHT + 1.4)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    for place, (title, (table, text)) in enumerate(tables.items(), start=1):
+        _draw_panel(figure.add_subplot(down, across, place, title=title), table, text, grid)
     return figure
 
 
-def _table(grid: Grid, panel: Panel) -> np.ndarray:
-    """Return the panel's values, rows x columns, NaN where there is no module or no value."""
+def _table(grid: Grid, field: str) -> np.ndarray:
+    """Return a field's values, rows x columns, NaN where there is none; sensitivities / mean."""
     table = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for (row, column), module in grid.cells.items():
-        value = panel.value(module)
+        value = getattr(module, field)
         if value is not None:
             table[grid.rows.index(row), grid.columns.index(column)] = value
-    if panel.relative and not np.isnan(table).all() and np.nanmean(table) > 0:
+    if field == "sensitivity" and np.nansum(table) > 0:
         table /= np.nanmean(table)
     return table
 
 
-def _draw_panel(axis: Axes, panel: Panel, table: np.ndarray, grid: Grid) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm, Normalize
-
-    shown = np.where(table > 0, table, np.nan) if panel.log else table
-    logarithmic = panel.log and not np.isnan(shown).all()
-    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    norm: Any = LogNorm(low, high) if logarithmic else Normalize(low, high)
-    colours = colormaps["viridis"].with_extremes(bad="0.92")
-    image = axis.imshow(shown, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    axis.set_title(panel.title, fontsize=10)
+def _draw_panel(axis: Axes, table: np.ndarray, text: str, grid: Grid) -> None:
+    image = axis.imshow(table, aspect="auto", interpolation="nearest")
     axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=35, ha="right", fontsize=7)
     axis.set_yticks(range(len(grid.rows)), grid.rows, fontsize=7)
     axis.set_ylabel("layer", fontsize=8)
     axis.tick_params(length=0)
-    axis.figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(which="both", labelsize=7)
+    axis.figure.colorbar(image, ax=axis, pad=0.02)
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            # White on the dark half of the colours; what has no colour is on light grey.
-            dark = not np.isnan(shown[row, column]) and norm(shown[row, column]) < 0.55
-            colour = "white" if dark else "black"
-            text = panel.text.format(value)
-            axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+            color = "white" if float(image.norm(float(value))) < 0.55 else "black"  # on the dark half
+            said = text.format(value)
+            axis.text(column, row, said, ha="center", va="center", fontsize=6.5, color=color)

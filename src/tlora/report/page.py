@@ -51,9 +51,7 @@ def context(results: Results) -> dict[str, Any]:
         "caveat": wording.caveat(results),
         "protocol": wording.protocol(results),
         "memory_note": wording.memory_note(results),
-        "mixed": wording.mixed(results),
         "environment": wording.environment(results),
-        "command": wording.command(results),
         "configuration": to_yaml(config),
     }
 

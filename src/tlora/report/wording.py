@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tlora.report import environment as machines
+from tlora.report import html
 from tlora.report.comparison import MethodResult, Results
 from tlora.report.numbers import NONE, count, mebibytes, number, seconds, signed
 from tlora.report.statistics import FEWEST, Difference
@@ -176,27 +176,6 @@ def memory_note(results: Results) -> str:
 
 def environment(results: Results) -> list[tuple[str, str]]:
     """Return versions and hardware; what differs between runs is listed, most frequent first."""
-    threads = machines.listed([record["threads"] for record in results.records])
-    rows = machines.rows([record["provenance"] for record in results.records])
+    threads = html.listed([record["threads"] for record in results.records])
+    rows = html.machines([record["provenance"] for record in results.records])
     return [*rows, ("Threads a run", threads or NONE)]
-
-
-def mixed(results: Results) -> str | None:
-    """Say if the seconds and bytes come from unlike machines."""
-    for path, what in (
-        (("provenance", "hardware", "cpu"), "processors"),
-        (("provenance", "hardware", "cores"), "numbers of cores"),
-        (("provenance", "hardware", "gpus"), "GPUs"),
-        (("threads",), "numbers of threads"),
-    ):
-        if len(results.values(*path)) > 1:
-            return f"Seconds and memory come from different {what}; compare them with care."
-    return None
-
-
-def command(results: Results) -> str:
-    """Return the command that reproduces the comparison, given its file."""
-    values = results.config.to_dict()
-    names = ("model", "train_file", "validation", "test_file")
-    flags = [f"--{name} {name.upper()}" for name in names if isinstance(values[name], str)]
-    return " ".join(["tlora compare compare.yaml", *flags])
