@@ -92,16 +92,13 @@ def _replies(results: Results, row: Row) -> dict[str, Any]:
     items = []
     for i in changed:
         first = task.samples[models[0]][i]
-        said: list[Any] = []
-        for sample in (
-            task.samples[model][i] if model in task.samples else None for model in models
-        ):
-            if sample is None:
-                said.append(None)
-                continue
-            own = None if sample.prompt == first.prompt else sample.prompt[len(prefix) :]
-            scores = [sample.scores.get(metric) for metric in task.metrics]
-            said.append([sample.reply, sample.answer, scores, own])
+        said: list[Any] = [None] * len(models)
+        for at, model in enumerate(models):
+            if model in task.samples:
+                sample = task.samples[model][i]
+                own = None if sample.prompt == first.prompt else sample.prompt[len(prefix) :]
+                scores = [sample.scores.get(metric) for metric in task.metrics]
+                said[at] = [sample.reply, sample.answer, scores, own]
         item = {"id": first.item, "prompt": first.prompt[len(prefix) :], "target": first.target}
         items.append(item | {"replies": said})
     return {

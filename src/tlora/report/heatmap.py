@@ -70,8 +70,9 @@ def _draw_panel(axis: Axes, table: np.ndarray, text: str, grid: Grid) -> None:
     axis.set_ylabel("layer", fontsize=8)
     axis.tick_params(length=0)
     axis.figure.colorbar(image, ax=axis, pad=0.02)
+    dark = table < np.nanmin(table) + 0.55 * np.ptp(table[~np.isnan(table)])
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            color = "white" if float(image.norm(float(value))) < 0.55 else "black"  # on the dark half
+            color = "white" if dark[row, column] else "black"
             said = text.format(value)
             axis.text(column, row, said, ha="center", va="center", fontsize=6.5, color=color)
