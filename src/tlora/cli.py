@@ -76,34 +76,36 @@ def demo(config: DemoConfig) -> None:
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\npicture: {_demo_picture(result.runs[-1])}\n"
+        f" {result.difference:.1g})\nranks and scales: {_demo_page(result.runs[-1])}\n"
         f"done in {result.seconds:.0f} s"
     )
 
 
 def _demo_table(lines: Iterable[Score]) -> Table:
     """Return the demonstration's table: a line for the base model and for each method."""
-    from rich import box
-    from rich.table import Table
+    from tlora.report.tables import plain
 
-    made = Table(box=box.SIMPLE)
-    made.add_column("method", overflow="fold")
-    for column in ("trainable parameters", "exact match", "initialize", "train"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        seconds = (f"{line.initialise_seconds:.1f} s", f"{line.train_seconds:.1f} s")
-        made.add_row(line.method, f"{line.trainable:,}", f"{line.exact_match:.1%}", *seconds)
-    return made
+    rows = [
+        (
+            line.method,
+            f"{line.trainable:,}",
+            f"{line.exact_match:.1%}",
+            f"{line.initialise_seconds:.1f} s",
+            f"{line.train_seconds:.1f} s",
+        )
+        for line in lines
+    ]
+    return plain(("method", "trainable parameters", "exact match", "initialize", "train"), rows)
 
 
-def _demo_picture(run: RunFolder) -> str:
-    """Draw the run's plan; return where the picture is."""
+def _demo_page(run: RunFolder) -> str:
+    """Write the page of the run's plan; return where it is."""
     if extras.missing("compare"):
-        return 'none without matplotlib; run `pip install "tlora[compare]"`'
+        return 'no page; run `pip install "tlora[compare]"`'
     from tlora import AdapterPlan
     from tlora.report import heatmap
 
-    return str(heatmap.save(AdapterPlan.load(run.plan), run.path.with_name("plan.png")))
+    return str(heatmap.save(AdapterPlan.load(run.plan), run.path.with_name("plan.html")))
 
 
 def init(config: InitConfig) -> None:
@@ -162,16 +164,14 @@ def _show_evaluation(folder: EvalFolder) -> None:
 
 
 def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:
-    from tlora.report import comparison, page, plaintext
+    from tlora.report import comparison, plaintext
 
     results = comparison.read(folder)
     if against is not None:
         _say(plaintext.against(results, against))
         return
-    path = page.save(results, folder.path / "report.html")
-    texts = folder.path / "report.md", folder.path / "report.csv"
-    plaintext.save(results, *texts)
-    _say(f"\n{plaintext.markdown(results)}\npage: {path}\ntables: {texts[0]}, {texts[1]}")
+    page, text, table = plaintext.write(results, folder.path)
+    _say(f"\n{plaintext.markdown(results)}\npage: {page}\ntables: {text}, {table}")
 
 
 def inspect(config: InspectConfig) -> None:
@@ -200,8 +200,8 @@ def inspect(config: InspectConfig) -> None:
         )
     plan = AdapterPlan.load(file)
     show(plan, by=config.by)
-    picture = save(plan, config.picture or file.with_name("plan.png"))
-    _say(f"\n{plan.summary()}\npicture: {picture}")
+    page = save(plan, file.with_name("plan.html"))
+    _say(f"\n{plan.summary()}\npage: {page}")
 
 
 _FOLLOWING = {"tasks": "evaluations"}

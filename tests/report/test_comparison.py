@@ -35,8 +35,8 @@ def test_methods_come_best_first_with_seeds_means_and_intervals(results):
     assert [*lora.scores] == results.config.final_seeds
     assert lora.score.mean == pytest.approx(sum(lora.scores.values()) / 5)
     assert lora.score.low < lora.score.mean < lora.score.high
-    assert lora.parameters == lora.adapter_parameters + lora.other_parameters
-    assert lora.seconds("train") == 50.0
+    assert lora.parameters == lora.mean("parameters", "adapter") + 770
+    assert lora.mean("seconds", "train") == 50.0
 
 
 def test_lower_scores_come_first_where_lower_is_better(tmp_path):
@@ -251,13 +251,11 @@ def test_a_comparison_that_has_only_begun_has_a_page(made):
     assert "| lora | \u2013 |" in plaintext.markdown(results)
 
 
-def test_files_of_other_settings_are_counted_and_passed_over(made, tmp_path):
+def test_files_of_other_settings_are_passed_over(made, tmp_path):
     folder = synthetic.write(made, GAPS)
-    other = synthetic.comparison(tmp_path / "made", adapter={"r": 4})
-    synthetic.write(other, GAPS)
-    results = comparison.gather(made, folder)
-    assert results.foreign == len(other.tuning()) + 4 * 5 - (6 + 5)  # `full` has no r
-    assert results.comparison is made
+    before = page.render(comparison.gather(made, folder))
+    synthetic.write(synthetic.comparison(tmp_path / "made", adapter={"r": 4}), GAPS)
+    assert page.render(comparison.gather(made, folder)) == before
 
 
 @pytest.mark.parametrize(
@@ -362,8 +360,8 @@ def test_a_rank_or_scale_that_all_modules_have_is_said_in_a_line(tmp_path):
             module["rank"] = 4
         folder.write_record(name, record)
     text = page.render(comparison.read(folder))
-    assert "every module has rank 4." in text
-    assert "every module has scale" not in text
+    assert "tlora: rank: every module has 4." in text
+    assert "tlora: scale: every module has" not in text
     assert text.count('<table class="map">') == 1
 
 

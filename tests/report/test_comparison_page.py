@@ -6,7 +6,7 @@ import pytest
 import synthetic
 from browsing import PHONE, contrast, luminance, overhanging
 
-from tlora.report import comparison, page
+from tlora.report import comparison, plaintext
 
 pytestmark = pytest.mark.browser
 
@@ -23,7 +23,7 @@ def file(tmp_path_factory):
     crashed = next(name for name in folder.names() if name.startswith("full") and "seed6" in name)
     error = {"cause": "ended by SIGKILL", "last_lines": ["a" * 300]}
     folder.write_record(crashed, folder.record(crashed) | {"status": "failed", "error": error})
-    return page.save(comparison.read(folder), folder.path / "report.html")
+    return plaintext.write(comparison.read(folder), folder.path)[0]
 
 
 def test_tables_and_charts_are_there(opened):

@@ -1,10 +1,10 @@
 """An evaluation's page in a browser, opened from disk."""
 
-import evaluations
 import pytest
 from browsing import PHONE, contrast, luminance, overhanging
 from playwright.sync_api import expect
 
+import evaluations
 from tlora.report import evalpage, evaluation, outcomes, read_evaluation
 
 pytestmark = pytest.mark.browser

@@ -3,9 +3,9 @@
 import json
 import random
 
-import evaluations
 import pytest
 
+import evaluations
 from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import evaluation, evalwording, outcomes, read_evaluation
@@ -108,8 +108,8 @@ def test_what_the_noise_could_have_done_is_never_called_a_win(folder):
     results = results_of(folder)
     assert [cell.difference.better for cell in results.rows[0].cells[1:]] == [1, 0]
     assert evalwording.summary(results) == (
-        "good against base: better on all 2 tasks."
-        " same against base: not told apart from it on all 2 tasks."
+        "good against base: better on sums, chat."
+        " same against base: not told apart from it on sums, chat."
     )
     line = evaluation.write(folder).text.splitlines()[2]
     _, good, same = line.strip("| ").split(" | ")[3:]
@@ -125,7 +125,7 @@ def test_a_model_that_lost_is_called_worse(tasks, tmp_path):
     assert results_of(folder).rows[0].cells[1].difference.better == -1
     text = evaluation.write(folder).text
     assert ": worse) |" in text
-    assert "base against good: worse on all 2 tasks." in text
+    assert "base against good: worse on sums, chat." in text
 
 
 def test_few_changed_items_are_a_tie(tmp_path):

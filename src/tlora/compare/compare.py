@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 
 RUN = "tlora.compare.onerun:run"
-PRELOAD = ("tlora.compare.preload",)
+PRELOAD: tuple[str, ...] = (
+    "datasets",
+    "peft",
+    "scipy.stats",
+    "sklearn.metrics",
+    "torch",
+    "transformers",
+    "trl",
+)
+PRELOAD += ("tlora.adapter.attach", "tlora.compare.onerun", "tlora.training.train")
+"""What the fork server imports once for all runs; importing these starts no thread."""
 _LOWER = ("loss", "mse")
 
 
@@ -82,13 +92,13 @@ def check(config: CompareConfig) -> Setup:
     Raises:
         ConfigError, DataError: as in `run`.
     """
-    from tlora.compare.onerun import split, validation_file
+    from tlora.compare.onerun import split
     from tlora.training.arguments import training_arguments
     from tlora.training.setup import settle
 
     entry = config.entries()[0]
     run_config = config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
-    setup = settle(run_config, validation_file(config.validation))
+    setup = settle(run_config, config.validation if isinstance(config.validation, str) else None)
     if setup.held_out is None:
         raise ConfigError("there are no test rows; give --test_file.", where="test_file")
     training_arguments(setup, CompareFolder(config.output_dir).work)

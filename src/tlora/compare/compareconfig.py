@@ -48,11 +48,10 @@ EXACT_MATCH = "exact_match"
 _UNEQUAL = {
     "learning_rate": "give `learning_rates`; the rate is what is tuned",
     "auto_find_batch_size": "the batch would depend on the memory that a method takes",
+    "lr_scheduler_type": "it follows the scores of a run; choose one that is the same for all",
     "load_best_model_at_end": "the final weights are compared, after the same steps for all",
     "save_strategy": "the runs of a comparison write no checkpoints; see `keep_adapters`",
 }
-_REACTIVE = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow the scores of the run, so that no two runs have the same one."""
 
 
 @dataclass(kw_only=True)
@@ -270,16 +269,15 @@ class CompareConfig(SharedConfig):
         return [*faults, *self._twins()]
 
     def _twins(self) -> Iterator[str]:
-        known: dict[str, str] = {}
-        labels = []
+        labels, same = [], []
         for entry in self.entries():
-            said = repr((entry.name, sorted(entry.given().items()), entry.calibration))
+            said = (entry.name, entry.given(), entry.calibration)
             if entry.label in labels:
                 yield f"`methods`: two items are called {entry.label!r}; give each its own `label`."
-            elif said in known:
-                yield f"`methods`: {entry.label!r} says the same as {known[said]!r}."
+            elif said in same:
+                yield f"`methods`: {entry.label!r} says the same as an earlier item."
             labels.append(entry.label)
-            known.setdefault(said, entry.label)
+            same.append(said)
 
     def _rate_faults(self) -> Iterator[str]:
         named = [item.get("learning_rates") for item in self.methods if isinstance(item, dict)]
@@ -296,18 +294,15 @@ class CompareConfig(SharedConfig):
 
     def _trainer_faults(self) -> list[str]:
         trainer = self.trainer_defaults | self.trainer
-        faults = [
-            f"`trainer.{name}` has no place in a comparison: {why}."
-            for name, why in _UNEQUAL.items()
-            if trainer.get(name) not in (None, False, "no")
-        ]
         schedule = trainer.get("lr_scheduler_type")
-        if schedule in _REACTIVE:
-            faults.append(
-                f"`trainer.lr_scheduler_type` is {schedule!r}, which follows the scores of a run;"
-                " choose one that is the same for all."
-            )
-        return faults
+        unequal = {name: trainer.get(name) not in (None, False, "no") for name in _UNEQUAL}
+        unequal["lr_scheduler_type"] = schedule in ("reduce_lr_on_plateau", "greedy")
+        return [
+            f"`trainer.{name}` is {trainer[name]!r}, which has no place in a comparison:"
+            f" {_UNEQUAL[name]}."
+            for name, given in unequal.items()
+            if given
+        ]
 
 
 _QUIET = {

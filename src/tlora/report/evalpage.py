@@ -75,12 +75,10 @@ def replies(results: Results) -> dict[str, Any]:
 
 def _title(results: Results) -> str:
     evaluation = results.evaluation
-    models, tasks = ([each.name for each in many] for many in (evaluation.models, evaluation.tasks))
-    named = [
-        ", ".join(names) if len(names) <= 3 else f"{len(names)} {what}"
-        for names, what in ((models, "models"), (tasks, "tasks"))
-    ]
-    return f"{named[0]} on {named[1]}"
+    models, tasks = (
+        ", ".join(each.name for each in many) for many in (evaluation.models, evaluation.tasks)
+    )
+    return f"{models} on {tasks}"
 
 
 def _replies(results: Results, row: Row) -> dict[str, Any]:

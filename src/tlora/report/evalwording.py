@@ -56,19 +56,13 @@ def _summary(results: Results, model: str) -> str:
         if found is not None:
             named[found.better].append(row.task.name)
     parts = [
-        f"{word} on {_tasks(named[way], len(rows))}"
+        f"{word} on {', '.join(named[way])}"
         for way, word in ((1, "better"), (-1, "worse"), (0, "not told apart from it"))
         if named[way]
     ]
     if not parts:
         return f"{model} is not compared with {results.first}."
     return f"{model} against {results.first}: {'; '.join(parts)}."
-
-
-def _tasks(named: list[str], of: int) -> str:
-    if len(named) == of and of > 1:
-        return f"all {of} tasks"
-    return ", ".join(named) if len(named) <= 6 else f"{len(named)} of {of} tasks"
 
 
 def task(found: TaskSamples) -> str:

@@ -1,78 +1,100 @@
-"""Ranks, scales, sensitivities and captured energies of a plan as one picture."""
+"""Heat maps of layers x projections, and a plan's own page of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tlora.files import replacing_file
-from tlora.report.grid import Grid
+from tlora.report import html
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from tlora.adapter.plan import AdapterPlan
 
-_CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.24  # inches; a four-digit number fits at 6.5 points
-_PANELS = (
-    ("rank", "rank", "{:.0f}"),
-    ("scale", "scale", "{:.2f}"),
-    ("sensitivity / mean", "sensitivity", "{:.2g}"),
-    ("captured energy", "captured_energy", "{:.2f}"),
-)
-"""Title, field of a module's plan, and format of the number in a cell."""
+_FIELDS = {"rank": "{}", "scale": "{:.2f}", "sensitivity": "{:.1e}", "captured_energy": "{:.2f}"}
+Module = TypeVar("Module")
+
+OUTSIDE = "-"
+"""The row of modules that belong to no numbered layer, such as a head."""
 
 
-def save(plan: AdapterPlan, path: str | Path) -> Path:
-    """Draw ``plan`` and write it to ``path`` as PNG, atomically; return the path."""
-    path = Path(path)
+def save(plan: AdapterPlan, path: Path) -> Path:
+    """Write the page of ``plan``, atomically; return its path."""
+    measured = {
+        field: {name: getattr(module, field) for name, module in plan.modules.items()}
+        for field in _FIELDS
+    }
+    maps = [
+        heat_map(field.replace("_", " "), values, _FIELDS[field])
+        for field, values in measured.items()
+        if None not in values.values()
+    ]
+    context = {"title": "Plan", "summary": plan.summary(), "maps": maps, "data": "null"}
     with replacing_file(path) as part:
-        draw(plan).savefig(part, format="png", dpi=150)
+        part.write_text(html.render("plan.html.j2", context), encoding="utf-8")
     return path
 
 
-def draw(plan: AdapterPlan) -> Figure:
-    """Return a figure with a heat map of layers x projections for each thing that was measured."""
-    from matplotlib.figure import Figure
+def heat_map(title: str, values: Mapping[str, float], form: str) -> dict[str, Any]:
+    """Return ``values`` by module as layers x projections, for the template.
 
-    grid = Grid.of(plan.modules)
-    tables = {title: (_table(grid, field), text) for title, field, text in _PANELS}
-    tables = {title: each for title, each in tables.items() if not np.isnan(each[0]).all()}
-    across = min(2, len(tables))
-    down = -(-len(tables) // across)
-    width = across * (len(grid.columns) * _CELL_WIDTH + 1.9)
-    height = down * (len(grid.rows) * _CELL_HEIGHT + 1.4)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    for place, (title, (table, text)) in enumerate(tables.items(), start=1):
-        _draw_panel(figure.add_subplot(down, across, place, title=title), table, text, grid)
-    return figure
-
-
-def _table(grid: Grid, field: str) -> np.ndarray:
-    """Return a field's values, rows x columns, NaN where there is none; sensitivities / mean."""
-    table = np.full((len(grid.rows), len(grid.columns)), np.nan)
-    for (row, column), module in grid.cells.items():
-        value = getattr(module, field)
-        if value is not None:
-            table[grid.rows.index(row), grid.columns.index(column)] = value
-    if field == "sensitivity" and np.nansum(table) > 0:
-        table /= np.nanmean(table)
-    return table
+    "same" is the text that all modules have, if it is one; "shares" are of the largest, for colors.
+    """
+    grid = Grid.of(values)
+    texts = {place: form.format(value) for place, value in grid.cells.items()}
+    most = max(values.values()) or 1
+    return {
+        "title": title,
+        "grid": grid,
+        "texts": texts,
+        "shares": {place: round(value / most, 3) for place, value in grid.cells.items()},
+        "same": next(iter(texts.values())) if len({*texts.values()}) == 1 else None,
+    }
 
 
-def _draw_panel(axis: Axes, table: np.ndarray, text: str, grid: Grid) -> None:
-    image = axis.imshow(table, aspect="auto", interpolation="nearest")
-    axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=35, ha="right", fontsize=7)
-    axis.set_yticks(range(len(grid.rows)), grid.rows, fontsize=7)
-    axis.set_ylabel("layer", fontsize=8)
-    axis.tick_params(length=0)
-    axis.figure.colorbar(image, ax=axis, pad=0.02)
-    dark = table < np.nanmin(table) + 0.55 * np.ptp(table[~np.isnan(table)])
-    for (row, column), value in np.ndenumerate(table):
-        if not np.isnan(value):
-            color = "white" if dark[row, column] else "black"
-            said = text.format(value)
-            axis.text(column, row, said, ha="center", va="center", fontsize=6.5, color=color)
+@dataclass(frozen=True)
+class Grid(Generic[Module]):
+    """Where each module of a plan stands.
+
+    "model.layers.3.mlp.up_proj" stands in row "3", column "up_proj". Rows of a model with
+    several stacks carry the stack's name ("encoder.block.3"). A column is the last part of the
+    module's name, or all of it after the layer where the last part says too little (BERT has
+    several "dense").
+    """
+
+    rows: list[str]
+    columns: list[str]
+    cells: dict[tuple[str, str], Module]
+
+    @classmethod
+    def of(cls, modules: Mapping[str, Module]) -> Grid[Module]:
+        """Lay out ``modules``, by full name; rows and columns in the order of the model."""
+        parts = {name: split(name) for name in modules}
+        stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
+        projections = {projection for *_, projection in parts.values()}
+        short = {projection: projection.rpartition(".")[2] for projection in projections}
+        if len(set(short.values())) < len(short):
+            short = {projection: projection for projection in projections}
+        cells = {}
+        for name, (stack, layer, projection) in parts.items():
+            row = str(layer) if len(stacks) == 1 else f"{stack}.{layer}"
+            cells[OUTSIDE if layer is None else row, short[projection]] = modules[name]
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return cls(rows, columns, cells)
+
+
+def split(name: str) -> tuple[str, int | None, str]:
+    """Split a module's name into stack, layer number and projection.
+
+    Example:
+        >>> split("model.layers.3.mlp.up_proj")
+        ('model.layers', 3, 'mlp.up_proj')
+    """
+    words = name.split(".")
+    for place, word in enumerate(words[:-1]):
+        if word.isdigit():
+            return ".".join(words[:place]), int(word), ".".join(words[place + 1 :])
+    return "", None, name

@@ -111,12 +111,12 @@ def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:
     }
     means = {model: sum(found.values()) / len(found) for model, found in known.items()}
     if means and _near(given, means):
-        return _by_item(task, metric, told, known)
+        return _by_item(task, metric, [*told], known)
     columns = {model: _columns(task.samples[model]) for model in given}
     if statistic := corpus_metrics.STATISTICS.get(metric):
         made = {m: float(statistic(*pair)) for m, pair in columns.items() if len(pair[0])}
         if _near(given, made):
-            return _together(task, metric, told, columns)
+            return _together(task, metric, [*told], columns)
     scores = {m: Interval(value, None, None, task.items) for m, value in given.items()}
     return Row(task, metric, [Cell(model, scores.get(model)) for model in told], task.items)
 
@@ -124,15 +124,14 @@ def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:
 def _by_item(
     task: TaskSamples,
     metric: str,
-    told: Mapping[str, float | None],
+    models: Sequence[str],
     known: Mapping[str, Mapping[int, float]],
 ) -> Row:
     exact = all(value in (0, 1) for found in known.values() for value in found.values())
-    first, cells = next(iter(told)), []
-    for model, value in told.items():
+    first, cells = models[0], []
+    for model in models:
         if model not in known:
-            score = None if value is None else Interval(value, None, None, task.items)
-            cells.append(Cell(model, score))
+            cells.append(Cell(model, None))
             continue
         samples, difference, changes = task.samples[model], None, {}
         if model != first and first in known:
@@ -148,12 +147,12 @@ def _by_item(
 def _together(
     task: TaskSamples,
     metric: str,
-    told: Mapping[str, float | None],
+    models: Sequence[str],
     columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> Row:
     """Return the row of a score that items have no part of, as F1 or a correlation."""
-    cells, first = [], next(iter(told))
-    for model in told:
+    first, cells = models[0], []
+    for model in models:
         if model not in columns:
             cells.append(Cell(model, None))
             continue
@@ -184,7 +183,6 @@ def _near(told: Mapping[str, float], made: Mapping[str, float]) -> bool:
 
 
 def _told(task: TaskSamples, model: str, metric: str) -> float | None:
-    """Return the score that eval.json has; None for none and for what is no number."""
     value = task.scores.get(model, {}).get(metric)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -224,11 +222,12 @@ def _said(sample: Sample, exact: bool) -> tuple[str | None, str]:
 
 def _other_prompts(evaluation: Evaluation) -> dict[tuple[str, str], int]:
     first = evaluation.models[0].name
-    found = {}
-    for task in evaluation.tasks:
-        for model, samples in task.samples.items():
-            pairs = zip(task.samples.get(first, samples), samples, strict=True)
-            unlike = sum(old.prompt != new.prompt for old, new in pairs)
-            if unlike:
-                found[task.name, model] = unlike
-    return found
+    counts = {
+        (task.name, model): sum(
+            old.prompt != new.prompt
+            for old, new in zip(task.samples.get(first, samples), samples, strict=True)
+        )
+        for task in evaluation.tasks
+        for model, samples in task.samples.items()
+    }
+    return {key: count for key, count in counts.items() if count}
