@@ -97,17 +97,6 @@ def test_a_method_without_any_whole_rate_has_no_final_runs(tmp_path):
     assert (progress.finished, progress.total) == (6 + 3, 12 + 3)
 
 
-def test_the_order_of_runs_is_fair_to_the_methods(tmp_path):
-    tuning = schedule_in(tmp_path).comparison.tuning()
-    assert [(p.entry.name, p.learning_rate, p.seed) for p in tuning[:4]] == [
-        ("lora", 0.001, 0),
-        ("tlora", 0.001, 0),
-        ("lora", 0.01, 0),
-        ("tlora", 0.01, 0),
-    ]
-    assert [p.seed for p in tuning] == [0] * 6 + [1] * 6
-
-
 def test_a_run_is_named_by_what_defines_it(tmp_path):
     def names(**fields):
         comparison = schedule_in(tmp_path, **fields).comparison

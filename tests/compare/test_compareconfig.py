@@ -61,7 +61,6 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
     [
         ({"methods": []}, "`methods` is empty"),
         ({"methods": ["lorra"]}, "item 1: there is no method 'lorra'. Did you mean 'lora'?"),
-        ({"methods": [{"nam": "lora"}]}, "there is no field `nam`. Did you mean 'name'?"),
         ({"methods": [{"label": "x"}]}, "item 1: `name` is missing; name a method."),
         ({"methods": [3]}, "item 1: 3 is no method; give a name"),
         (
@@ -69,16 +68,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
             "item 1: `adapter`: there is no option `rr`. Did you mean 'r'?",
         ),
         (
-            {"methods": [{"name": "tlora", "calibration": 3}]},
-            "item 1: `calibration` is 3; give `name: value` pairs",
-        ),
-        (
             {"methods": [{"name": "tlora", "calibration": {"sample": 3}}]},
             "item 1: there is no field `calibration.sample`. Did you mean 'calibration.samples'?",
-        ),
-        (
-            {"methods": [{"name": "tlora", "calibration": {"samples": "many"}}]},
-            "item 1: `calibration.samples` is 'many'; give a whole number",
         ),
         (
             {"methods": [{"name": "tlora", "calibration": {"cache": "c.safetensors"}}]},
@@ -88,38 +79,22 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
             {"methods": [{"name": "lora", "calibration": {"samples": 64}}]},
             "item 1: `calibration` has no place here: the method reads no rows",
         ),
-        (
-            {"methods": ["eva", {"name": "eva", "label": "x", "calibration": {"samples": 32}}]},
-            "'x' says the same",
-        ),
         ({"methods": ["lora", "lora"]}, "two items are called 'lora'"),
         ({"methods": ["lora", {"name": "lora", "label": "x"}]}, "'x' says the same"),
-        (
-            {"methods": ["lora", {"name": "lora", "label": "x", "adapter": {"r": 8}}]},
-            "'x' says the same",
-        ),
         ({"adapter": {"rang": 3}}, "`adapter`: there is no option `rang`"),
-        ({"adapter": {"r": 0}}, "`r` is 0"),
         ({"learning_rates": []}, "`learning_rates` is []; give positive numbers"),
         ({"learning_rates": [1e-3, 0.001]}, "each once"),
-        ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
             "the methods have 1 and 2 of them; give every method the same number",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
-        ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),
         ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the learning rate cannot be"),
         ({"validation": 1.5}, "`validation` is 1.5"),
-        ({"validation": 0}, "`validation` is 0"),
-        ({"jobs": 0}, "`jobs` is 0"),
         ({"trainer": {"learning_rate": 1e-3}}, "give `learning_rates`"),
-        ({"trainer": {"auto_find_batch_size": True}}, "the batch would depend"),
-        ({"trainer": {"load_best_model_at_end": True}}, "the same steps for all"),
         ({"trainer": {"save_strategy": "epoch"}}, "write no checkpoints"),
         ({"trainer": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "follows the scores"),
         ({"calibration": CalibrationConfig(cache="c.safetensors")}, "each run calibrates"),
-        ({"dtype": "float8"}, "`dtype` is 'float8'"),
     ],
 )
 def test_what_is_wrong_or_would_be_unequal_is_refused(fields, message):

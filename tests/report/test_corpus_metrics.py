@@ -20,12 +20,17 @@ OWN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    monkeypatch.setattr(corpus_metrics, "RESAMPLES", 1000)
+
+
 def test_every_statistic_has_the_score_of_a_task_beside_it():
     assert OWN.keys() == corpus_metrics.STATISTICS.keys()
 
 
 @pytest.mark.parametrize("metric", OWN)
-@pytest.mark.parametrize("count", [2, 3, 7, 60])
+@pytest.mark.parametrize("count", [2, 7, 60])
 def test_a_statistic_of_many_draws_is_the_tasks_score_of_each(metric, count):
     """Ties, classes that a draw lacks, predictions that are no label and constant ones included."""
     draw = DRAW(count)
@@ -97,7 +102,7 @@ def test_a_clear_difference_is_called_one_and_none_is_a_tie():
     good, bad = labels + 0.3 * draw.normal(size=200), labels + 3 * draw.normal(size=200)
     found = corpus_metrics.difference("spearmanr", good, bad, labels)
     assert (found.better, found.interval.count) == (1, 200)
-    assert found.p < 0.001
+    assert found.p < 0.005
     assert corpus_metrics.difference("spearmanr", bad, good, labels).better == -1
     same = corpus_metrics.difference("spearmanr", good, good, labels)
     assert (same.interval.mean, same.interval.low, same.interval.high) == (0.0, 0.0, 0.0)
@@ -153,15 +158,6 @@ def test_the_report_compares_models_by_a_correlation(folder):
     text = evaluation.write(folder).text
     assert "not the mean of scores of items" not in text
     assert "adapter against base: better on stsb." in text
-
-
-def test_a_tie_by_a_correlation_is_said(folder):
-    lines = (folder / "samples/base/stsb.jsonl").read_text()
-    (folder / "samples/adapter/stsb.jsonl").write_text(lines)
-    (task,) = json.loads((folder / "eval.json").read_text())["tasks"]
-    task["scores"]["adapter"] = task["scores"]["base"]
-    evaluations.change(folder, tasks=[task])
-    assert "(+0.0000, +0.0000 to +0.0000: tie)" in evaluation.write(folder).text
 
 
 def test_a_score_that_its_predictions_do_not_make_is_not_compared(folder):
