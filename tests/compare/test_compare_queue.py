@@ -1,6 +1,5 @@
 """The order of a comparison's runs, stopping and going on: with stand-ins for the runs."""
 
-import json
 import os
 import signal
 import subprocess
@@ -174,21 +173,3 @@ def test_a_stopped_comparison_leaves_no_process_and_goes_on(started, number):
 
 def child_name(folder):
     return next(name for name in names_in(folder) if name.startswith("tlora-lr0.1-seed0"))
-
-
-@pytest.mark.parametrize("what", ["another run", "a file", "in a file"])
-def test_a_folder_that_is_not_free_is_refused_and_left_alone(tmp_path, what):
-    place = tmp_path / "out"
-    if what == "another run":
-        place.mkdir()
-        (place / "run.json").write_text(json.dumps({"kind": "tlora run"}))
-    else:
-        place.write_text("words")
-    before = sorted(tmp_path.rglob("*"))
-    folder = CompareFolder(place / "deeper" if what == "in a file" else place)
-    refused = pytest.raises(
-        ConfigError, match=r"(holds something else|is a file|written to); choose"
-    )
-    with refused, folder.locked():
-        pass
-    assert sorted(tmp_path.rglob("*")) == before

@@ -132,12 +132,3 @@ def test_the_resolved_comparison_reads_back_and_means_the_same(tmp_path, capsys)
     for before, after in zip(first.entries(), second.entries(), strict=True):
         assert before.given() == after.given()
         assert before.options(seed=3) == after.options(seed=3)
-
-
-def test_an_unknown_key_of_the_file_is_met_with_a_suggestion(tmp_path, capsys):
-    file = tmp_path / "compare.yaml"
-    file.write_text("methods: [lora]\nlearning_rate: [1e-3]\nseed: 3\n")
-    assert cli.main(["compare", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert "there is no field `learning_rate`. Did you mean 'learning_rates'?" in error
-    assert "there is no field `seed`" in error

@@ -98,12 +98,6 @@ def test_the_turns_of_a_conversation_are_drawn_together(folder):
     assert (before.low, before.high) != (after.low, after.high)
 
 
-def test_the_order_of_the_lines_does_not_matter(folder):
-    before = evaluation.write(folder).text
-    rewritten(folder, "good", lambda made: made[::-1])
-    assert evaluation.write(folder).text == before
-
-
 def test_what_the_noise_could_have_done_is_never_called_a_win(folder):
     results = results_of(folder)
     assert [cell.difference.better for cell in results.rows[0].cells[1:]] == [1, 0]
@@ -195,17 +189,6 @@ def test_items_without_a_score_are_left_out_and_a_metric_may_be_of_a_part(folder
     text = evaluation.write(folder).text
     assert "chat (rating): good has no score on 1 of 60 items, which are left out." in text
     assert "same has no score" not in text
-
-
-def test_a_model_that_is_not_graded_yet_has_no_score(folder):
-    rewritten(folder, "good", lambda made: [line | {"scores": {}} for line in made], CHAT)
-    told = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
-    told[1]["scores"]["good"] = {}
-    evaluations.change(folder, tasks=told)
-    cells = results_of(folder).rows[1].cells
-    assert cells[1].score is None
-    assert cells[2].difference is not None
-    assert "no score</span>" in evaluation.write(folder).page.read_text(encoding="utf-8")
 
 
 def test_models_that_are_not_done_are_named(folder):

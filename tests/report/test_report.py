@@ -64,14 +64,6 @@ def test_llama_is_laid_out_in_layers_and_short_projections():
     assert grid.cells["1", "v_proj"].name == LLAMA[4]
 
 
-def test_names_that_end_alike_keep_their_whole_projection():
-    assert Grid.of(plan_of(BERT).modules).columns == [
-        "attention.self.query",
-        "attention.output.dense",
-        "output.dense",
-    ]
-
-
 def test_stacks_are_told_apart_and_a_head_stands_outside():
     grid = Grid.of(plan_of([*T5, "lm_head"]).modules)
     assert grid.rows == [
@@ -124,9 +116,3 @@ def test_groups_sum_ranks_and_average_the_rest():
 
 def test_what_was_not_measured_is_a_dash():
     assert text_of(plan_of(LLAMA, energy=None, sensitivity=None), "layer")[2][4:6] == ["-", "-"]
-
-
-def test_a_trained_a_counts_among_the_parameters():
-    plan = plan_of(LLAMA)
-    plan.config = TLoraConfig(r=4, freeze_a=False)
-    assert text_of(plan, "module")[-1][-1] == f"{45 * 14}"
