@@ -381,7 +381,7 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     code, out, err = tlora("inspect", tmp_path / "init", "--by", "projection")
     assert code == 0, err
     assert "down_proj" in out
-    assert (tmp_path / "init" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "captured energy" in (tmp_path / "init" / "plan.html").read_text(encoding="utf-8")
     training = ["train", *common, "--output_dir", tmp_path / "run", "--eval_file", rows]
     training += ["--trainer.max_steps", "2", "--trainer.save_strategy", "no"]
     code, _, err = tlora(*training)

@@ -76,37 +76,36 @@ def demo(config: DemoConfig) -> None:
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\npictures: {_demo_pictures(result.runs)}\n"
+        f" {result.difference:.1g})\nranks and scales: {_demo_page(result.runs[-1])}\n"
         f"done in {result.seconds:.0f} s"
     )
 
 
 def _demo_table(lines: Iterable[Score]) -> Table:
     """Return the demonstration's table: a line for the base model and for each method."""
-    from rich import box
-    from rich.table import Table
+    from tlora.report.tables import plain
 
-    made = Table(box=box.SIMPLE)
-    made.add_column("method", overflow="fold")
-    for column in ("trainable parameters", "exact match", "initialize", "train"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        seconds = (f"{line.initialise_seconds:.1f} s", f"{line.train_seconds:.1f} s")
-        made.add_row(line.method, f"{line.trainable:,}", f"{line.exact_match:.1%}", *seconds)
-    return made
+    rows = [
+        (
+            line.method,
+            f"{line.trainable:,}",
+            f"{line.exact_match:.1%}",
+            f"{line.initialise_seconds:.1f} s",
+            f"{line.train_seconds:.1f} s",
+        )
+        for line in lines
+    ]
+    return plain(("method", "trainable parameters", "exact match", "initialize", "train"), rows)
 
 
-def _demo_pictures(runs: list[RunFolder]) -> str:
-    """Draw the last run's plan and the losses of all runs; return where they are."""
+def _demo_page(run: RunFolder) -> str:
+    """Write the page of the run's plan; return where it is."""
     if extras.missing("compare"):
-        return 'none without matplotlib; run `pip install "tlora[compare]"`'
+        return 'no page; run `pip install "tlora[compare]"`'
     from tlora import AdapterPlan
-    from tlora.report import curves, heatmap
+    from tlora.report import heatmap
 
-    folder = runs[-1].path.parent
-    losses = {run.path.name: curves.read_log(run.log) for run in runs}
-    plan = heatmap.save(AdapterPlan.load(runs[-1].plan), folder / "plan.png")
-    return f"{plan}, {curves.save(losses, folder / 'loss.png')}"
+    return str(heatmap.save(AdapterPlan.load(run.plan), run.path.with_name("plan.html")))
 
 
 def init(config: InitConfig) -> None:
@@ -136,15 +135,10 @@ def compare(config: CompareConfig) -> None:
     from tlora.compare.compare import run
     from tlora.compare.comparefolder import CompareFolder
 
-    disable_progress_bars()  # the bar is about runs
+    disable_progress_bars()
     progress = run(config, tell=_say)
-    _say(f"{progress.finished} of {progress.total} runs of part {config.shard} are finished")
+    _say(f"{progress.finished} of {progress.total} runs are finished")
     _show_comparison(CompareFolder(config.output_dir))
-    if progress.waiting:
-        _say(
-            f"waiting for tuning runs of other parts: {', '.join(progress.waiting)}; copy the"
-            f" files of all machines into {config.output_dir}/runs and rerun this command."
-        )
     if progress.failed:
         raise TLoraError(
             "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
@@ -163,20 +157,18 @@ def _show_evaluation(folder: EvalFolder) -> None:
     from tlora.report import evaluation
 
     report = evaluation.write(folder.path)
-    _say(f"\n{report.text}\npage: {report.page}\ntables: {report.markdown}, {report.table}")
+    _say(f"\n{report.text}\npage: {report.page}\ntable: {report.markdown}")
 
 
 def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:
-    from tlora.report import comparison, page, plaintext
+    from tlora.report import comparison, plaintext
 
     results = comparison.read(folder)
     if against is not None:
         _say(plaintext.against(results, against))
         return
-    path = page.save(results, folder.path / "report.html")
-    texts = folder.path / "report.md", folder.path / "report.csv"
-    plaintext.save(results, *texts)
-    _say(f"\n{plaintext.markdown(results)}\npage: {path}\ntables: {texts[0]}, {texts[1]}")
+    page, text, table = plaintext.write(results, folder.path)
+    _say(f"\n{plaintext.markdown(results)}\npage: {page}\ntables: {text}, {table}")
 
 
 def inspect(config: InspectConfig) -> None:
@@ -205,8 +197,8 @@ def inspect(config: InspectConfig) -> None:
         )
     plan = AdapterPlan.load(file)
     show(plan, by=config.by)
-    picture = save(plan, config.picture or file.with_name("plan.png"))
-    _say(f"\n{plan.summary()}\npicture: {picture}")
+    page = save(plan, file.with_name("plan.html"))
+    _say(f"\n{plan.summary()}\npage: {page}")
 
 
 _FOLLOWING = {"tasks": "evaluations"}

@@ -10,7 +10,7 @@ import importlib.util
 from tlora.errors import ConfigError
 
 _TRAIN = ("trl", "datasets", "rich", "yaml")
-_COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2", "matplotlib")
+_COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2")
 _EVAL = (*_COMPARE, "lm_eval", "math_verify", "antlr4", "pebble")
 MODULES = {
     "train": _TRAIN,

@@ -47,7 +47,7 @@ class InitConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class InspectConfig(Record):
-    """Show ranks, scales and captured energy of a plan, as a table and as a picture; of a
+    """Show ranks, scales and captured energy of a plan, as a table and as a page; of a
     comparison or an evaluation, make page and tables again from its files."""
 
     where: ClassVar[str] = "inspect"
@@ -56,8 +56,6 @@ class InspectConfig(Record):
     """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
     by: Literal["module", "layer", "projection"] = "module"
     """What a line of the table is about."""
-    picture: str | None = None
-    """Where to write the picture (PNG); by default plan.png beside the plan."""
     against: str | None = None
     """A method of a comparison, by its label: prints its paired difference to every other one."""
 

@@ -115,13 +115,9 @@ def change_default(monkeypatch, record, name, value):
     ("field", "value"),
     [
         ((DataConfig, "data", "max_length"), 1024),
-        ((DataConfig, "data", "loss_on"), "all"),
         ((CalibrationConfig, "calibration", "skip_bad_samples"), True),
         ((SFTConfig, "trainer_defaults", "max_grad_norm"), 0.5),
-        ((SFTConfig, "trainer_defaults", "loss_type"), "dft"),
-        ((SFTConfig, "trainer_defaults", "optim"), "adamw_torch"),
         ((METHODS.load("tlora").options, "adapter_defaults", "scale_rule"), "constant"),
-        ((METHODS.load("lora").options, "adapter_defaults", "lora_dropout"), 0.1),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

@@ -12,7 +12,7 @@ def kept(script):
     return script("quality", "kept")
 
 
-@pytest.mark.parametrize("basis", ["weight-covariance", "gradient", "random"])
+@pytest.mark.parametrize("basis", ["weight-covariance", "gradient"])
 def test_a_basis_has_the_ranks_and_modules_of_the_comparison(
     kept, basis, tiny_llama, saved, tmp_path
 ):

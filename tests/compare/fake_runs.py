@@ -83,12 +83,3 @@ def tell(payload: dict[str, Any]) -> None:
     seen = {name: os.environ.get(name) for name in names}
     ids = {"pid": os.getpid(), "parent": os.getppid()}
     Path(payload["file"]).write_text(json.dumps(seen | ids))
-
-
-def usable(payload: dict[str, Any]) -> None:
-    """Probe a GPU that forked processes can use."""
-
-
-def spoilt(payload: dict[str, Any]) -> None:
-    """Probe one that they cannot."""
-    raise RuntimeError("cannot use the driver in a forked process")

@@ -61,33 +61,15 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
     [
         ({"methods": []}, "`methods` is empty"),
         ({"methods": ["lorra"]}, "item 1: there is no method 'lorra'. Did you mean 'lora'?"),
-        ({"methods": [{"nam": "lora"}]}, "there is no field `nam`. Did you mean 'name'?"),
         ({"methods": [{"label": "x"}]}, "item 1: `name` is missing; name a method."),
         ({"methods": [3]}, "item 1: 3 is no method; give a name"),
-        (
-            {"methods": [{"name": "lora", "r": 3}]},
-            "item 1: there is no field `r` here; put it in `adapter`.",
-        ),
-        ({"methods": [{"name": "lora", "trainer": {}}]}, "the training is the same for all"),
         (
             {"methods": [{"name": "lora", "adapter": {"rr": 3}}]},
             "item 1: `adapter`: there is no option `rr`. Did you mean 'r'?",
         ),
         (
-            {"methods": [{"name": "tlora", "samples": 3}]},
-            "field `samples` here; put it in `calibration`",
-        ),
-        (
-            {"methods": [{"name": "tlora", "calibration": 3}]},
-            "item 1: `calibration` is 3; give `name: value` pairs",
-        ),
-        (
             {"methods": [{"name": "tlora", "calibration": {"sample": 3}}]},
             "item 1: there is no field `calibration.sample`. Did you mean 'calibration.samples'?",
-        ),
-        (
-            {"methods": [{"name": "tlora", "calibration": {"samples": "many"}}]},
-            "item 1: `calibration.samples` is 'many'; give a whole number",
         ),
         (
             {"methods": [{"name": "tlora", "calibration": {"cache": "c.safetensors"}}]},
@@ -97,41 +79,22 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
             {"methods": [{"name": "lora", "calibration": {"samples": 64}}]},
             "item 1: `calibration` has no place here: the method reads no rows",
         ),
-        (
-            {"methods": ["eva", {"name": "eva", "label": "x", "calibration": {"samples": 32}}]},
-            "'x' says the same",
-        ),
         ({"methods": ["lora", "lora"]}, "two items are called 'lora'"),
         ({"methods": ["lora", {"name": "lora", "label": "x"}]}, "'x' says the same"),
-        (
-            {"methods": ["lora", {"name": "lora", "label": "x", "adapter": {"r": 8}}]},
-            "'x' says the same",
-        ),
         ({"adapter": {"rang": 3}}, "`adapter`: there is no option `rang`"),
-        ({"adapter": {"r": 0}}, "`r` is 0"),
         ({"learning_rates": []}, "`learning_rates` is []; give positive numbers"),
         ({"learning_rates": [1e-3, 0.001]}, "each once"),
-        ({"learning_rates": [-1.0]}, "give positive numbers"),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
-            "`learning_rates` has 1 and `methods`, item 2: `learning_rates` has 2; give every"
-            " method the same number, so that tuning is fair.",
+            "the methods have 1 and 2 of them; give every method the same number",
         ),
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
-        ({"final_seeds": [3, 3]}, "`final_seeds` is [3, 3]"),
         ({"final_seeds": [1, 2]}, "share [1]; a seed that chose the learning rate cannot be"),
         ({"validation": 1.5}, "`validation` is 1.5"),
-        ({"validation": 0}, "`validation` is 0"),
-        ({"shard": "0/2"}, "`shard` is '0/2'; give i/n"),
-        ({"shard": "half"}, "`shard` is 'half'"),
-        ({"jobs": 0}, "`jobs` is 0"),
         ({"trainer": {"learning_rate": 1e-3}}, "give `learning_rates`"),
-        ({"trainer": {"auto_find_batch_size": True}}, "the batch would depend"),
-        ({"trainer": {"load_best_model_at_end": True}}, "the same steps for all"),
         ({"trainer": {"save_strategy": "epoch"}}, "write no checkpoints"),
         ({"trainer": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "follows the scores"),
         ({"calibration": CalibrationConfig(cache="c.safetensors")}, "each run calibrates"),
-        ({"dtype": "float8"}, "`dtype` is 'float8'"),
     ],
 )
 def test_what_is_wrong_or_would_be_unequal_is_refused(fields, message):
@@ -142,8 +105,8 @@ def test_what_is_wrong_or_would_be_unequal_is_refused(fields, message):
 
 def test_all_faults_come_at_once():
     with pytest.raises(ConfigError) as fault:
-        config(jobs=0, shard="3/2", learning_rates=[], methods=["lorra", {"nam": 1}])
-    assert len(fault.value.faults) == 6
+        config(jobs=0, learning_rates=[], methods=["lorra", {"nam": 1}])
+    assert len(fault.value.faults) == 5
 
 
 def test_the_file_is_the_first_word_and_flags_win(tmp_path):
@@ -169,12 +132,3 @@ def test_the_resolved_comparison_reads_back_and_means_the_same(tmp_path, capsys)
     for before, after in zip(first.entries(), second.entries(), strict=True):
         assert before.given() == after.given()
         assert before.options(seed=3) == after.options(seed=3)
-
-
-def test_an_unknown_key_of_the_file_is_met_with_a_suggestion(tmp_path, capsys):
-    file = tmp_path / "compare.yaml"
-    file.write_text("methods: [lora]\nlearning_rate: [1e-3]\nseed: 3\n")
-    assert cli.main(["compare", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert "there is no field `learning_rate`. Did you mean 'learning_rates'?" in error
-    assert "there is no field `seed`" in error

@@ -45,12 +45,11 @@ def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
     assert not set(train) & set(test)
 
 
-def test_pictures_are_png_and_the_table_is_on_disk(result):
+def test_the_page_shows_the_plan_and_the_table_is_on_disk(result):
     folder, done, _ = result
-    said = cli._demo_pictures(done.runs)
-    assert said == f"{folder / 'plan.png'}, {folder / 'loss.png'}"
-    for picture in said.split(", "):
-        assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    page = Path(cli._demo_page(done.runs[-1]))
+    assert page == folder / "plan.html"
+    assert page.read_text(encoding="utf-8").count('<table class="map">') == 4
     saved = json.loads((folder / "demo.json").read_text())
     assert [score["method"] for score in saved["scores"]] == ["base", "lora", "tlora"]
 

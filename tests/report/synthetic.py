@@ -85,6 +85,7 @@ def record(trial: Trial, rows: str, score: float, place: int, made: Comparison) 
         "rows": {"train": 1000, rows: 872 if rows == "test" else 500},
         "steps": 96,
         "batch": 32,
+        "autocast": None,
         "data_order": f"order of seed {trial.seed}",
         "curves": {"loss": [[s, 0.7 * 0.97 ** (s / (2 + place % 3))] for s in range(1, 96, 5)]},
         "parameters": {"adapter": trained, "others": 770},

@@ -6,7 +6,7 @@ import pytest
 import synthetic
 from browsing import PHONE, contrast, luminance, overhanging
 
-from tlora.report import comparison, page
+from tlora.report import comparison, plaintext
 
 pytestmark = pytest.mark.browser
 
@@ -23,7 +23,7 @@ def file(tmp_path_factory):
     crashed = next(name for name in folder.names() if name.startswith("full") and "seed6" in name)
     error = {"cause": "ended by SIGKILL", "last_lines": ["a" * 300]}
     folder.write_record(crashed, folder.record(crashed) | {"status": "failed", "error": error})
-    return page.save(comparison.read(folder), folder.path / "report.html")
+    return plaintext.write(comparison.read(folder), folder.path)[0]
 
 
 def test_tables_and_charts_are_there(opened):
@@ -42,9 +42,8 @@ def test_tables_and_charts_are_there(opened):
     assert tab.locator("main b").count() == 0  # the unkind name is text
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_telephone(opened, scheme):
-    tab = opened(PHONE, scheme)
+def test_nothing_is_wider_than_a_telephone(opened):
+    tab = opened(PHONE)
     for details in tab.locator("details").all():
         details.evaluate("element => element.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
@@ -95,15 +94,6 @@ def test_two_methods_are_compared_by_choosing_them(opened):
     tab.select_option("#second", "tlora")
     assert verdict.inner_text() == "Choose two different methods."
     assert tab.locator("#pairs tbody tr").count() == 0
-
-
-def test_the_selector_works_by_keyboard(opened):
-    tab = opened()
-    tab.locator("#first").focus()
-    before = tab.locator("#verdict").inner_text()
-    tab.keyboard.press("ArrowDown")
-    tab.keyboard.press("ArrowDown")
-    assert tab.locator("#verdict").inner_text() != before
 
 
 def test_without_scripts_everything_but_the_selector_is_there(opened):

@@ -3,13 +3,11 @@
 The walk: the record is checked and the rows are read once, before anything is written; the tuning
 runs of each method choose its learning rate on the validation rows; its final runs, other seeds at
 that rate, are reported on the test rows. Each run is a process (`tlora.compare.queue`) that leaves
-one JSON file (`tlora.compare.onerun`), so that stopping, going on and spreading over machines all
-come down to which files there are.
+one JSON file (`tlora.compare.onerun`): resuming comes down to which files there are.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,17 +25,22 @@ from tlora.errors import ConfigError, did_you_mean
 from tlora.training.runfolder import provenance
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from tlora.training.setup import Setup
-
-logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
 RUN = "tlora.compare.onerun:run"
-PRELOAD = ("tlora.compare.preload",)
-PROBE = "tlora.compare.preload:use_gpu"
+PRELOAD: tuple[str, ...] = (
+    "datasets",
+    "peft",
+    "scipy.stats",
+    "sklearn.metrics",
+    "torch",
+    "transformers",
+    "trl",
+)
+PRELOAD += ("tlora.adapter.attach", "tlora.compare.onerun", "tlora.training.train")
+"""What the fork server imports once for all runs; importing these starts no thread."""
 _LOWER = ("loss", "mse")
 
 
@@ -46,21 +49,19 @@ class Progress:
     """How far a comparison has come, when `run` returns."""
 
     finished: int
-    """Runs of this part that are done."""
+    """Runs that are done."""
     total: int
-    """Runs of this part, as far as they are known."""
+    """All runs, as far as they are known."""
     failed: list[str]
     """Runs that failed in this call: name and cause."""
-    waiting: list[str]
-    """Methods whose tuning runs are not all here, by label: other machines' part."""
 
 
 def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
-    """Do what is missing of this machine's part; a second call does nothing new.
+    """Do what is missing; a second call does nothing new.
 
     Args:
         config: the comparison.
-        tell: called with a line of text as each run ends, where there is no progress bar.
+        tell: called with a line of text as each run ends.
 
     Raises:
         ConfigError: a field is wrong, or the folder is taken.
@@ -70,7 +71,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
     setup = check(config)
     comparison = identify(config, setup)
     folder = CompareFolder(config.output_dir)
-    with folder.locked(config.shard):
+    with folder.locked():
         folder.start(
             {
                 "config": portable(config),
@@ -81,16 +82,8 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
                 "provenance": provenance(seed=None, output=config.output_dir),
             }
         )
-        shutil.rmtree(folder.work(config.shard), ignore_errors=True)
-        schedule = Schedule(comparison, folder)
-        if config.keep_adapters and (bare := schedule.without_adapters()):
-            logger.warning(
-                "%d final runs finished before `keep_adapters` was given and have left no adapter;"
-                " remove their files from %s to do them again.",
-                bare,
-                folder.runs,
-            )
-        return work(schedule, workers(config), tell, setup.left_out)
+        shutil.rmtree(folder.work, ignore_errors=True)
+        return work(Schedule(comparison, folder), workers(config), tell, setup.left_out)
 
 
 def check(config: CompareConfig) -> Setup:
@@ -99,39 +92,22 @@ def check(config: CompareConfig) -> Setup:
     Raises:
         ConfigError, DataError: as in `run`.
     """
-    from tlora.compare.onerun import split, validation_file
+    from tlora.compare.onerun import split
     from tlora.training.arguments import training_arguments
     from tlora.training.setup import settle
 
     entry = config.entries()[0]
-    folder = CompareFolder(config.output_dir)
     run_config = config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
-    setup = settle(run_config, validation_file(config.validation))
+    setup = settle(run_config, config.validation if isinstance(config.validation, str) else None)
     if setup.held_out is None:
         raise ConfigError("there are no test rows; give --test_file.", where="test_file")
-    training_arguments(setup, folder.work(config.shard))
-    train, held = split(setup, config.validation, config.validation_seed)
-    if not isinstance(config.validation, str) and (twins := repeated(held, train)):
-        logger.warning(
-            "%d of the %d rows held out of %s are there more than once and trained on too; they"
-            " choose learning rates and are not in the table.",
-            twins,
-            len(held),
-            config.train_file or config.data.dataset or "the training rows",
-        )
+    training_arguments(setup, CompareFolder(config.output_dir).work)
+    _, held = split(setup, config.validation, config.validation_seed)
     if setup.task.kind == "causal" and config.writes_answers:
         longest = setup.task.data.max_length
         for name, rows in (("validation", held), ("test", setup.held_out)):
             check_rows(rows, name, setup.tokenizer, longest)
     return setup
-
-
-def repeated(rows: Dataset, others: Dataset) -> int:
-    """Return how many of ``rows`` have the tokens of one of ``others``."""
-    places: dict[int, int] = {}
-    for ids in rows["input_ids"]:
-        places[hash(tuple(ids))] = places.get(hash(tuple(ids)), 0) + 1
-    return sum(places.pop(hash(tuple(ids)), 0) for ids in others["input_ids"])
 
 
 def identify(config: CompareConfig, setup: Setup) -> Comparison:
@@ -180,7 +156,6 @@ def workers(config: CompareConfig) -> Workers:
         threads=config.threads or max(1, cores() // config.jobs),
         preload=PRELOAD,
         gpus=visible_gpus(),
-        probe=PROBE,
     )
 
 
@@ -201,45 +176,36 @@ def work(
     Raises:
         KeyboardInterrupt: stopped by a signal; no process of a run is left.
     """
-    from tqdm.auto import tqdm
-
     folder = schedule.folder
     trials: dict[str, Trial] = {}
     failed: list[str] = []
-    done, total = schedule.counts()
-    with tqdm(initial=done, total=total, desc="Comparing", unit=" runs", disable=None) as bar:
 
-        def ready() -> Job | None:
-            trial = schedule.next()
-            if trial is None:
-                return None
-            trials[trial.name] = trial
-            return _job(trial, schedule.comparison, folder, workers.threads, left_out)
+    def ready() -> Job | None:
+        trial = schedule.next()
+        if trial is None:
+            return None
+        trials[trial.name] = trial
+        return _job(trial, schedule.comparison, folder, workers.threads, left_out)
 
-        def settled(job: Job, outcome: Outcome) -> None:
-            trial = trials[job.name]
-            if folder.record(job.name) is None:
-                cause = _note_failure(trial, schedule, outcome)
-                failed.append(f"{job.name}: {cause}")
-            else:
-                _note_end(job, outcome)
-            done, bar.total = schedule.counts()
-            bar.update(done - bar.n)
-            if bar.disable:
-                tell(_line(trial, schedule, outcome, (done, bar.total)))
+    def settled(job: Job, outcome: Outcome) -> None:
+        trial = trials[job.name]
+        # The record is a run's last act: what fails after it is some library's goodbye.
+        if folder.record(job.name) is None:
+            failed.append(f"{job.name}: {_note_failure(trial, schedule, outcome)}")
+        else:
+            job.log.unlink(missing_ok=True)
+        tell(_line(trial, schedule, outcome))
 
-        try:
-            with termination_interrupts():
-                workers.work(ready, settled)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; finished runs are kept, and the same command does the rest."
-            ) from None
-        finally:
-            shutil.rmtree(folder.work(schedule.comparison.config.shard), ignore_errors=True)
-    done, total = schedule.counts()
-    waiting = [entry.label for entry in schedule.waiting()]
-    return Progress(done, total, failed, waiting)
+    try:
+        with termination_interrupts():
+            workers.work(ready, settled)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished runs are kept, and the same command does the rest."
+        ) from None
+    finally:
+        shutil.rmtree(folder.work, ignore_errors=True)
+    return Progress(*schedule.counts(), failed)
 
 
 def _job(
@@ -252,7 +218,7 @@ def _job(
     config = comparison.config
     run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
     keep = config.keep_adapters and trial.phase == "final"
-    work = str(folder.work(config.shard) / trial.name)
+    work = str(folder.work / trial.name)
     payload = {
         "record": RUN_HEADER | trial.record(),
         "config": run.to_dict() | {"output_dir": work},
@@ -266,15 +232,6 @@ def _job(
         "adapter": str(folder.adapters / trial.name) if keep else None,
     }
     return Job(trial.name, payload, folder.logs / f"{trial.name}.log")
-
-
-def _note_end(job: Job, outcome: Outcome) -> None:
-    """Remove the log of a run that has left its record, unless its process failed after that."""
-    if outcome.exit_code == 0:
-        job.log.unlink(missing_ok=True)
-    else:
-        # The record is a run's last act: what fails after it is some library's goodbye.
-        logger.warning("%s is done, though its process ended badly (%s).", job.name, outcome.cause)
 
 
 def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
@@ -293,16 +250,18 @@ def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause
 
 
-def _line(trial: Trial, schedule: Schedule, outcome: Outcome, counts: tuple[int, int]) -> str:
+def _line(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     """Return a line about a run that has ended."""
     comparison = schedule.comparison
     record = schedule.folder.record(trial.name)
     score = comparison.score(record)
-    rows = SCORED[trial.phase]
-    said = f"{rows} {comparison.metric} {score:.4f}" if score is not None else "no score"
+    said = "no score"
+    if score is not None:
+        said = f"{SCORED[trial.phase]} {comparison.metric} {score:.4f}"
     if record is None or record["status"] != "finished":
         said = f"failed, {outcome.cause}"
+    finished, total = schedule.counts()
     return (
-        f"{counts[0]}/{counts[1]} {trial.entry.label} {trial.learning_rate:g}"
-        f" seed {trial.seed}: {said} ({outcome.seconds:.0f} s)"
+        f"{finished}/{total} {trial.entry.label} {trial.learning_rate:g} seed {trial.seed}: {said}"
+        f" ({outcome.seconds:.0f} s)"
     )

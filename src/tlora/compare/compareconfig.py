@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tlora.checks import FOLDER, Rule, Section, at_least
+from tlora.checks import FOLDER, Rule, Section, at_least, default_of
 from tlora.compare import defaults as comparedefaults
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
@@ -48,22 +48,10 @@ EXACT_MATCH = "exact_match"
 _UNEQUAL = {
     "learning_rate": "give `learning_rates`; the rate is what is tuned",
     "auto_find_batch_size": "the batch would depend on the memory that a method takes",
+    "lr_scheduler_type": "it follows the scores of a run; choose one that is the same for all",
     "load_best_model_at_end": "the final weights are compared, after the same steps for all",
     "save_strategy": "the runs of a comparison write no checkpoints; see `keep_adapters`",
 }
-_REACTIVE = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow the scores of the run, so that no two runs have the same one."""
-
-_IN_ENTRY = {
-    "r": "put it in `adapter`",
-    "lora_alpha": "put it in `adapter`",
-    "target_modules": "put it in `adapter`",
-    "learning_rate": "put it in `learning_rates`",
-    "lr": "put it in `learning_rates`",
-    "samples": "put it in `calibration`",
-    "trainer": "the training is the same for all methods, only `learning_rates` may differ",
-}
-"""What is likely to be written into an item of `methods`, and what to do instead."""
 
 
 @dataclass(kw_only=True)
@@ -91,14 +79,6 @@ class MethodEntry(Section):
         if not isinstance(item, (str, dict)):
             raise ConfigError(f"{item!r} is no method; give a name, or `name: ...`.")
         return cls.from_dict({"name": item} if isinstance(item, str) else item)
-
-    @classmethod
-    def name_faults(cls, values: dict[str, Any]) -> list[str]:
-        """Return a sentence for each name that is no field: where it belongs, or a suggestion."""
-        moved = [name for name in values if name in _IN_ENTRY]
-        rest = {name: value for name, value in values.items() if name not in _IN_ENTRY}
-        faults = [f"there is no field `{name}` here; {_IN_ENTRY[name]}." for name in moved]
-        return faults + super().name_faults(rest)
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong with the names of the method, its options and its calibration."""
@@ -134,8 +114,9 @@ class MethodEntry(Section):
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from those that names are relative to."""
-        options = comparedefaults.defaults_of(METHODS.load(self.name).options)
-        options.pop("seed", None)  # unless it is given, it is the run's
+        fields = dataclasses.fields(METHODS.load(self.name).options)
+        # Unless a seed is given, it is the run's.
+        options = {each.name: default_of(each) for each in fields if each.name != "seed"}
         before = comparedefaults.METHODS.get(self.name, {})
         return comparedefaults.differing(options | self.adapter, before)
 
@@ -177,15 +158,14 @@ class CompareConfig(SharedConfig):
     """Runs at a time, each in a process of its own."""
     threads: Annotated[int, at_least(1)] | None = None
     """Threads of each run; by default the cores divided by `jobs`."""
-    shard: str = "1/1"
-    """Which part of the runs to do here, "2/3" the second of three; see docs/compare.md."""
     adapter_defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of the methods' options that this comparison keeps, whatever later versions have;
     each goes to the methods that have one of that name."""
     trainer_defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of training arguments that this comparison keeps, whatever later versions have."""
     keep_adapters: bool = False
-    """Keep the trained adapters of the final runs in `output_dir`."""
+    """Keep the trained adapters of the final runs in `output_dir`; of runs that finished before it
+    was given there are none."""
 
     def __post_init__(self) -> None:
         if type(self.validation) is int:
@@ -206,10 +186,6 @@ class CompareConfig(SharedConfig):
             )
         yield from self._trainer_faults()
         yield from _cache_faults(self.calibration.cache)
-        number, slash, count = self.shard.partition("/")
-        digits = slash and number.isdigit() and count.isdigit()
-        if not digits or not 1 <= int(number) <= int(count):
-            yield f"`shard` is {self.shard!r}; give i/n: 1/2 and 2/2 for two machines."
 
     def entries(self) -> list[MethodEntry]:
         """Return the methods with their labels, rates and options filled in.
@@ -271,12 +247,6 @@ class CompareConfig(SharedConfig):
         """Whether runs are scored by exact match."""
         return (self.metric or "").removeprefix("eval_") == EXACT_MATCH
 
-    @property
-    def part(self) -> tuple[int, int]:
-        """This machine's part of the work: (number from 0, how many parts)."""
-        number, _, count = self.shard.partition("/")
-        return int(number) - 1, int(count)
-
     def _entry_faults(self) -> list[str]:
         if not self.methods:
             return ["`methods` is empty; name what to compare: `methods: [lora, tlora]`."]
@@ -298,53 +268,41 @@ class CompareConfig(SharedConfig):
         ]
         return [*faults, *self._twins()]
 
-    def _twins(self) -> list[str]:
-        entries = self.entries()
-        labels = [entry.label for entry in entries]
-        faults = [
-            f"`methods`: two items are called {label!r}; give each a `label` of its own."
-            for label in sorted({label for label in labels if labels.count(label) > 1})
-        ]
-        same = [(e.name, e.given(), e.calibration) for e in entries]
-        for place, entry in enumerate(entries):
-            if not faults and same[place] in same[:place]:
-                faults.append(f"`methods`: {entry.label!r} says the same as an earlier item.")
-        return faults
+    def _twins(self) -> Iterator[str]:
+        labels, same = [], []
+        for entry in self.entries():
+            said = (entry.name, entry.given(), entry.calibration)
+            if entry.label in labels:
+                yield f"`methods`: two items are called {entry.label!r}; give each its own `label`."
+            elif said in same:
+                yield f"`methods`: {entry.label!r} says the same as an earlier item."
+            labels.append(entry.label)
+            same.append(said)
 
     def _rate_faults(self) -> Iterator[str]:
-        own = [
-            item.get("learning_rates") if isinstance(item, dict) else None for item in self.methods
-        ]
-        counts = {
-            f"`methods`, item {place}: `learning_rates`": len(rates)
-            for place, rates in enumerate(own, start=1)
-            if isinstance(rates, list) and rates
-        }
-        if self.learning_rates or not all(own):
-            counts["`learning_rates`"] = len(self.learning_rates)
-        if 0 in counts.values():
+        named = [item.get("learning_rates") for item in self.methods if isinstance(item, dict)]
+        own = [len(rates) for rates in named if isinstance(rates, list) and rates]
+        common = [len(self.learning_rates)] * (len(own) < len(self.methods) or not own)
+        if 0 in common:
             yield "`learning_rates` is []; give positive numbers, each once."
-        elif len({*counts.values()}) > 1:
-            (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda each: each[1])
+        elif len(counts := {*common, *own}) > 1:
+            numbers = " and ".join(map(str, sorted(counts)))
             yield (
-                f"{few} has {fewest} and {many} has {most}; give every method the same number, so"
-                " that tuning is fair."
+                f"`learning_rates`: the methods have {numbers} of them; give every method the same"
+                " number, so that tuning is fair."
             )
 
     def _trainer_faults(self) -> list[str]:
         trainer = self.trainer_defaults | self.trainer
-        faults = [
-            f"`trainer.{name}` has no place in a comparison: {why}."
-            for name, why in _UNEQUAL.items()
-            if trainer.get(name) not in (None, False, "no")
-        ]
         schedule = trainer.get("lr_scheduler_type")
-        if schedule in _REACTIVE:
-            faults.append(
-                f"`trainer.lr_scheduler_type` is {schedule!r}, which follows the scores of a run;"
-                " choose one that is the same for all."
-            )
-        return faults
+        unequal = {name: trainer.get(name) not in (None, False, "no") for name in _UNEQUAL}
+        unequal["lr_scheduler_type"] = schedule in ("reduce_lr_on_plateau", "greedy")
+        return [
+            f"`trainer.{name}` is {trainer[name]!r}, which has no place in a comparison:"
+            f" {_UNEQUAL[name]}."
+            for name, given in unequal.items()
+            if given
+        ]
 
 
 _QUIET = {

@@ -5,7 +5,7 @@
     compare.json       the comparison as it was last started, and what its runs have in common
     runs/NAME.json     one finished or failed run
     logs/NAME.log      what a failed run wrote to its standard streams
-    work-PART/NAME/    the files of a run, for as long as it trains
+    work/NAME/         the files of a run, for as long as it trains
     adapters/NAME/     the adapter of a final run, if they are kept
     report.html, report.md, report.csv
 """
@@ -22,7 +22,6 @@ from tlora.files import locked, read_json, refuse_unless_free, write_json
 
 _KIND = "tlora comparison"
 RUN_HEADER = {"kind": "tlora comparison run", "version": 1}
-_LOCK = ".lock-"
 
 
 class CompareFolder:
@@ -33,6 +32,7 @@ class CompareFolder:
         self.runs = self.path / "runs"
         self.logs = self.path / "logs"
         self.adapters = self.path / "adapters"
+        self.work = self.path / "work"
         self._comparison = self.path / "compare.json"
 
     @property
@@ -57,10 +57,6 @@ class CompareFolder:
             raise ArtifactError(f"{self._comparison}: not written by `tlora compare`.")
         return found
 
-    def work(self, part: str) -> Path:
-        """Return where the runs of one part of the work have their files while they train."""
-        return self.path / f"work-{_named(part)}"
-
     def record_file(self, name: str) -> Path:
         """Return where the record of the run ``name`` is, or will be."""
         return self.runs / f"{name}.json"
@@ -77,8 +73,6 @@ class CompareFolder:
         try:
             record = read_json(file)
         except ArtifactError as fault:
-            if not file.is_file():
-                return None  # removed since the line above: another process does the run again
             raise ArtifactError(f"{fault} Remove it, and its run is done again.") from fault
         if not isinstance(record, dict) or record.get("kind") != RUN_HEADER["kind"]:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
@@ -93,39 +87,18 @@ class CompareFolder:
         return sorted(file.stem for file in self.runs.glob("*.json"))
 
     @contextmanager
-    def locked(self, part: str) -> Iterator[None]:
-        """Keep a second process off the same part of the work, for as long as this one lives.
-
-        Parts of one split (1/2 and 2/2) share no run, those of unlike splits (1/1 and 1/2) do.
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from working here, for as long as this one lives.
 
         Raises:
-            ConfigError: one is at it, or at a part of another split; or the folder holds something
-                else or cannot be written to, of which nothing is changed.
+            ConfigError: one is at it; or the folder holds something else or cannot be written to,
+                of which nothing is changed.
         """
         refuse_unless_free(self.path, own=self.exists)
         refusal = ConfigError(
-            f"{self.path}: another process is at part {part} of this comparison; wait for it, or"
-            " give each its own --shard.",
+            f"{self.path}: another process is working on this comparison; wait for it, or choose"
+            " another --output_dir.",
             where="output_dir",
         )
-        with locked(self.path / f"{_LOCK}{_named(part)}", refusal):
-            self._refuse_other_splits(part)
+        with locked(self.path / ".lock", refusal):
             yield
-
-    def _refuse_other_splits(self, part: str) -> None:
-        count = part.partition("/")[2]
-        for file in self.path.glob(f"{_LOCK}*-of-*"):
-            other = file.name.removeprefix(_LOCK).replace("-of-", "/")
-            if other.partition("/")[2] == count:
-                continue
-            refusal = ConfigError(
-                f"{self.path}: another process is at part {other} of this comparison, which has"
-                f" runs of part {part} too; give every process the same number of parts.",
-                where="shard",
-            )
-            with locked(file, refusal):
-                pass
-
-
-def _named(part: str) -> str:
-    return part.replace("/", "-of-")

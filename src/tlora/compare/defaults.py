@@ -92,14 +92,3 @@ def differing(values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         elif value != old:
             found[name] = value
     return found
-
-
-def defaults_of(record: type) -> dict[str, Any]:
-    """Return the current defaults of a dataclass by field; fields without one are left out."""
-    found = {}
-    for field in dataclasses.fields(record):
-        if field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
-    return found

@@ -53,7 +53,7 @@ def run(payload: dict[str, Any]) -> None:
 
 
 def portable(config: SharedConfig) -> dict[str, Any]:
-    """Return a configuration as plain values that name no folder or part of this machine.
+    """Return a configuration as plain values that name no folder of this machine.
 
     Of a path the last two parts are kept; which rows and weights those were is in the digests of
     the comparison.
@@ -65,7 +65,7 @@ def portable(config: SharedConfig) -> dict[str, Any]:
             values[name] = "/".join(Path(value).parts[-2:])
     # Which evaluations were guarded against is said; where their files lay is the machine's.
     values["data"]["guard_dir"] = None
-    own = ("output_dir", "resume", "shard")
+    own = ("output_dir", "resume")
     return {name: value for name, value in values.items() if name not in own}
 
 
@@ -93,11 +93,6 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     chosen = set(random.Random(seed).sample(range(count), held))
     kept = [index for index in range(count) if index not in chosen]
     return setup.train.select(kept), setup.train.select(sorted(chosen))
-
-
-def validation_file(validation: float | str) -> str | None:
-    """Return the file of validation rows, if it is one."""
-    return validation if isinstance(validation, str) else None
 
 
 class OrderDigest:
@@ -149,7 +144,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         trainer.train()
     order.on = False
     memory.stage("train")
-    curves = _curves(trainer.state.log_history)  # before the evaluations below are added to it
+    losses = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
     with timed(seconds, "evaluate"):
         written = payload["exact_match"]
         found = {name: _scores(trainer, rows, setup, written) for name, rows in scored.items()}
@@ -163,7 +158,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps,
         "data_order": order.value(),
         "autocast": next((name for name in ("bf16", "fp16") if getattr(arguments, name)), None),
-        "curves": _finite(curves),
+        "curves": _finite({"loss": losses}),
         "parameters": parameters,
         "memory": memory.to_dict() | {"device": str(arguments.device)},
         "seconds": seconds,
@@ -190,12 +185,13 @@ def _rows(
     config: RunConfig, payload: dict[str, Any]
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
     """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
-    setup = settle(config, validation_file(payload["validation"]), payload["left_out"])
-    train, validation = split(setup, payload["validation"], payload["validation_seed"])
+    validation = payload["validation"]
+    setup = settle(config, validation if isinstance(validation, str) else None, payload["left_out"])
+    train, held_out = split(setup, validation, payload["validation_seed"])
     final = payload["record"]["phase"] == "final"
-    scored = {"test": setup.held_out} if final else {"validation": validation}
+    scored = {"test": setup.held_out} if final else {"validation": held_out}
     order = OrderDigest(setup.collator)
-    setup = dataclasses.replace(setup, train=train, held_out=validation, collator=order)
+    setup = dataclasses.replace(setup, train=train, held_out=held_out, collator=order)
     return setup, scored, order
 
 
@@ -223,15 +219,6 @@ def _base_name(name: str) -> str:
         place = parts.index("modules_to_save")
         del parts[place : place + 2]  # with the adapter's name
     return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, value) of the training loss and of the evaluations during training."""
-    return {
-        name: [(line["step"], float(line[name])) for line in history if name in line]
-        for name in ("loss", "eval_loss")
-        if any(name in line for line in history)
-    }
 
 
 def _finite(value: Any) -> Any:

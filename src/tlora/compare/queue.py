@@ -1,11 +1,10 @@
 """A queue of jobs, each in a process of its own, several at a time.
 
 A process for each job is what makes jobs independent: a crash takes one job with it, memory is
-given back whole, and no model, generator or setting of one run reaches the next. What that would
-cost, importing torch and transformers for each, a fork server saves: a process that has imported
-them and nothing else is forked for every job. Where a process with those imports cannot be forked
-safely (macOS) or a forked one cannot use the GPU (some library woke the driver as it was imported),
-each job starts from nothing instead.
+given back whole, and no model, generator or setting of one run reaches the next. On a CPU
+under Linux, a fork server saves the cost of importing torch and transformers for each: a process
+that has imported them and nothing else is forked for every job. Elsewhere (macOS cannot fork such a
+process safely, and a forked process may be unable to use a GPU) each job starts from nothing.
 
 No job outlives the queue: it is ended when the queue stops, and ends itself when the process that
 holds the queue has died, however it died.
@@ -30,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 _GRACE = 5.0  # seconds that a job gets to end before it is killed
-_PROBE_SECONDS = 180.0  # for the imports of the fork server, too
 _LINES_KEPT = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -80,9 +78,6 @@ class Workers:
     """Modules that the fork server imports once for all jobs."""
     gpus: Sequence[str] = ()
     """Accelerators, dealt out to the places of the queue in turn; a job sees one."""
-    probe: str | None = None
-    """Function, "module:name", called with {} in a forked process before any job, where there are
-    `gpus`: unless it succeeds, jobs are not forked. None: with `gpus` they never are."""
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
@@ -111,33 +106,16 @@ class Workers:
             _stop([each.process for each in running.values()])
 
     def _context(self) -> Any:
-        if sys.platform != "linux":
+        if sys.platform != "linux" or self.gpus:
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         if self.preload:
             context.set_forkserver_preload(list(self.preload))
-        if not self.gpus or self._probed(context):
-            return context
-        return multiprocessing.get_context("spawn")
-
-    def _probed(self, context: Any) -> bool:
-        if self.probe is None:
-            return False
-        environment = self._environment(place=0)
-        process = context.Process(target=_run, args=(self.probe, {}, os.devnull, environment))
-        with _environment(environment):
-            process.start()
-        try:
-            process.join(_PROBE_SECONDS)
-            return process.exitcode == 0
-        finally:
-            _stop([process])
+        return context
 
     def _environment(self, place: int) -> dict[str, str]:
         environment = {name: str(self.threads) for name in _THREAD_VARIABLES}
         if self.gpus:
-            # Asked through the driver, "is there a GPU?" would make it useless to forked processes.
-            environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         return environment
 

@@ -13,11 +13,10 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from tlora.compare.compareconfig import CompareConfig, MethodEntry
 from tlora.compare.comparefolder import CompareFolder
-from tlora.errors import ArtifactError
 
 Phase = Literal["tuning", "final"]
 SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
@@ -25,7 +24,6 @@ SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
 Scores = Mapping[float, Sequence[float | None]]
 """Validation scores by learning rate, a value for each tuning seed that has run; None: the run
 failed or its score is not a number."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,10 @@ class Comparison:
     def tuning(self) -> list[Trial]:
         """Return the tuning runs; seeds outermost, so that what has run so far is a fair part."""
         entries, seeds = self.config.entries(), self.config.tuning_seeds
-        rounds = itertools.product(seeds, range(len(entries[0].learning_rates)))
+        places = range(len(entries[0].learning_rates))
         return [
             self._trial(entry, entry.learning_rates[place], seed, "tuning")
-            for number, (seed, place) in enumerate(rounds)
-            for entry in turned(entries, number)
+            for seed, place, entry in itertools.product(seeds, places, entries)
         ]
 
     def tuning_of(self, entry: MethodEntry) -> list[Trial]:
@@ -115,10 +112,10 @@ class Comparison:
 
 
 class Schedule:
-    """What to do next, on this machine.
+    """What to do next.
 
     A finished run is done for good. A failed one is tried again, once each time that the
-    comparison is started, by the machine whose part it is.
+    comparison is started.
     """
 
     def __init__(self, comparison: Comparison, folder: CompareFolder) -> None:
@@ -127,11 +124,10 @@ class Schedule:
         self._attempted: set[str] = set()
         self._finished: set[str] = set()
         self._tuning = comparison.tuning()
-        self._own_tuning = {trial.name for trial in self._mine(self._tuning)}
 
     def __iter__(self) -> Iterator[Trial]:
-        """Yield the runs of this part that can start now, tuning runs first."""
-        for trial in [*self._mine(self._tuning), *self._finals()]:
+        """Yield the runs that can start now, tuning runs first."""
+        for trial in [*self._tuning, *self._finals()]:
             if trial.name not in self._attempted and not self._is_finished(trial):
                 yield trial
 
@@ -145,70 +141,39 @@ class Schedule:
         return trial
 
     def counts(self) -> tuple[int, int]:
-        """Return how many runs of this part are finished, and how many there are.
+        """Return how many runs are finished, and how many there are.
 
         A method with no learning rate to be chosen has no final runs.
         """
-        finals = self._final_slots()
-        mine = [*self._mine(self._tuning), *(trial for _, trial in finals if trial)]
-        waiting = sum(trial is None for entry, trial in finals if not self._settled(entry))
-        return sum(map(self._is_finished, mine)), len(mine) + waiting
-
-    def without_adapters(self) -> int:
-        """Return how many finished final runs of this part have no adapter in the folder."""
-        finished = filter(self._is_finished, self._finals())
-        return sum(not (self.folder.adapters / trial.name).is_dir() for trial in finished)
-
-    def waiting(self) -> list[MethodEntry]:
-        """Return the methods whose tuning runs are not all here yet."""
-        return [e for e in self.comparison.config.entries() if not self._settled(e)]
+        known = [*self._tuning, *self._finals()]
+        config = self.comparison.config
+        waiting = sum(not self._settled(entry) for entry in config.entries())
+        return sum(map(self._is_finished, known)), len(known) + waiting * len(config.final_seeds)
 
     def _finals(self) -> list[Trial]:
-        return [trial for _, trial in self._final_slots() if trial is not None]
-
-    def _final_slots(self) -> list[tuple[MethodEntry, Trial | None]]:
-        """Return this part's final runs by method; None where the rate is not chosen (yet)."""
-        config, slots = self.comparison.config, []
-        rates = [
-            (entry, self.comparison.chosen(entry, self.folder) if self._settled(entry) else None)
-            for entry in config.entries()
-        ]
-        for place in range(len(config.final_seeds)):
-            for entry, rate in turned(rates, place):
-                slots.append((entry, rate and self.comparison.final(entry, rate)[place]))
-        return self._mine(slots)
-
-    def _mine(self, trials: list[Any]) -> list[Any]:
-        number, count = self.comparison.config.part
-        return trials[number::count]
+        """Return the final runs of the methods whose learning rate is chosen, by seed."""
+        runs = []
+        for entry in filter(self._settled, self.comparison.config.entries()):
+            rate = self.comparison.chosen(entry, self.folder)
+            if rate is not None:
+                runs.append(self.comparison.final(entry, rate))
+        return [trial for round_ in zip(*runs, strict=True) for trial in round_]
 
     def _settled(self, entry: MethodEntry) -> bool:
         """Whether every tuning run of a method has finished, or failed for now."""
         return all(
             self._is_finished(trial)
-            or (
-                (trial.name in self._attempted or trial.name not in self._own_tuning)
-                and self._record(trial) is not None
-            )
+            or (trial.name in self._attempted and self.folder.record(trial.name) is not None)
             for trial in self.comparison.tuning_of(entry)
         )
 
     def _is_finished(self, trial: Trial) -> bool:
         if trial.name not in self._finished:
-            record = self._record(trial)
+            record = self.folder.record(trial.name)
             if record is None or record["status"] != "finished":
                 return False
             self._finished.add(trial.name)
         return True
-
-    def _record(self, trial: Trial) -> dict[str, Any] | None:
-        """Return a run's record; another part's that cannot be read may be half copied: None."""
-        try:
-            return self.folder.record(trial.name)
-        except ArtifactError:
-            if trial.phase == "final" or trial.name in self._own_tuning:
-                raise
-            return None
 
 
 def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
@@ -233,16 +198,6 @@ def best_learning_rate(scores: Scores, seeds: int, better: str) -> float | None:
     means = mean_scores(scores, seeds)
     sign = -1.0 if better == "higher" else 1.0
     return min(means, key=lambda each: (sign * means[each], each), default=None)
-
-
-def turned(items: Sequence[T], number: int) -> list[T]:
-    """Return ``items`` from place ``number`` on, and then those before.
-
-    Each round of runs begins with another method. The parts of a comparison are every n-th run,
-    so this keeps a method from falling to one machine where n divides their number.
-    """
-    first = number % len(items)
-    return [*items[first:], *items[:first]]
 
 
 def digest(value: Any) -> str:

@@ -4,7 +4,7 @@
 
     eval.json                   models, tasks, scores, the configuration, where it was made
     samples/MODEL/TASK.jsonl    one line an item: prompt, reply, answer, target, scores
-    report.html, report.md, report.csv
+    report.html, report.md
 
 A pair of model and task is written when all its items are scored: its samples first, then
 eval.json, which names it. So a killed evaluation keeps the pairs that were finished.

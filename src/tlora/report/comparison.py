@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,19 +65,10 @@ class MethodResult:
         return None if self.learning_rate is None else ends.get(self.learning_rate)
 
     @property
-    def adapter_parameters(self) -> int | None:
-        """Trainable parameters of the adapter, mean over seeds."""
-        return self._count("adapter")
-
-    @property
-    def other_parameters(self) -> int | None:
-        """Trainable parameters of the head and of the base model, mean over seeds."""
-        return self._count("others")
-
-    @property
     def parameters(self) -> int:
         """All trainable parameters; 0 where no final run has a score."""
-        return (self.adapter_parameters or 0) + (self.other_parameters or 0)
+        means = (self.mean("parameters", what) for what in ("adapter", "others"))
+        return sum(round(mean or 0) for mean in means)
 
     @property
     def memory(self) -> int | None:
@@ -88,9 +80,12 @@ class MethodResult:
         """Rank and scale by module, of the lowest final seed, if the method plans them."""
         return next((r["plan"] for _, r in sorted(self.finals.items()) if r.get("plan")), None)
 
-    def seconds(self, stage: str) -> float | None:
-        """Return the mean seconds of a stage."""
-        return _mean(r["seconds"][stage] for r in self.finals.values())
+    def mean(self, *path: str) -> float | None:
+        """Return the mean over seeds of what the final runs have at a path of keys."""
+        values: list[Any] = [
+            functools.reduce(operator.getitem, path, r) for r in self.finals.values()
+        ]
+        return statistics.fmean(values) if values else None
 
     def curve(self, name: str) -> Curve:
         """Return the mean over seeds of a curve, at the steps that all seeds have."""
@@ -98,10 +93,6 @@ class MethodResult:
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         values = ((step, [curve[step] for curve in curves]) for step in steps)
         return [(s, statistics.fmean(v)) for s, v in values if None not in v]
-
-    def _count(self, what: str) -> int | None:
-        mean = _mean(r["parameters"][what] for r in self.finals.values())
-        return None if mean is None else round(mean)
 
 
 @dataclass(frozen=True)
@@ -120,8 +111,6 @@ class Results:
     """All finished runs of this comparison."""
     labels: dict[str, str]
     """Of every run, finished or not, by its name: the label of its method."""
-    foreign: int
-    """Files in the folder that belong to other settings and are passed over."""
 
     @property
     def config(self) -> CompareConfig:
@@ -153,16 +142,14 @@ class Results:
         return not self.holding.isdisjoint({(first, second), (second, first)})
 
     def values(self, *path: str) -> list[Any]:
-        """Return what the runs have at a path of keys, the most frequent value first."""
-        found: Counter[str] = Counter()
-        kept: dict[str, Any] = {}
-        for record in self.records:
-            value: Any = record
+        """Return what the runs have at a path of keys, each value once."""
+
+        def at(record: Any) -> Any:
             for key in path:
-                value = (value or {}).get(key)
-            found[repr(value)] += 1
-            kept[repr(value)] = value
-        return [kept[text] for text, _ in found.most_common()]
+                record = (record or {}).get(key)
+            return record
+
+        return [*dict.fromkeys(map(at, self.records))]
 
 
 def gather(comparison: Comparison, folder: CompareFolder) -> Results:
@@ -194,7 +181,6 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
         holding=set(itertools.compress(differences, held)),
         records=records,
         labels=labels,
-        foreign=len(set(folder.names()) - labels.keys()),
     )
 
 
@@ -285,8 +271,3 @@ def _problems(
         run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
         problems.append(Problem(run, "not run yet"))
     return problems
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = [*values]
-    return statistics.fmean(known) if known else None

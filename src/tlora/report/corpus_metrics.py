@@ -30,11 +30,7 @@ def score(metric: str, predicted: np.ndarray, labels: np.ndarray) -> Interval:
         predicted: a class or a value an item, float64 of shape (items,).
         labels: the true ones, of the same shape.
     """
-    statistic = STATISTICS[metric]
-    value, count = float(statistic(predicted, labels)), len(labels)
-    if count < 2:
-        return Interval(value, None, None, count)
-    return Interval(value, *_limits(statistic, predicted, labels), count)
+    return _interval(STATISTICS[metric], predicted, labels)
 
 
 def difference(
@@ -42,28 +38,20 @@ def difference(
 ) -> Difference | None:
     """Compare what two models predicted of the same items, first minus second; higher is better.
 
-    One is called better if the interval leaves zero out and the test says p < 0.05 too.
-
-    Args:
-        metric: one of `STATISTICS`.
-        first: a class or a value an item of one model, float64 of shape (items,).
-        second: of the other, item for item.
-        labels: the true ones.
-
-    Returns:
-        None for fewer than two items.
+    One is called better if the interval leaves zero out and the test says p < 0.05 too. Of fewer
+    than two items nothing is said: None. Arguments as in `score`.
     """
     statistic = STATISTICS[metric]
 
     def gap(one: np.ndarray, other: np.ndarray, true: np.ndarray) -> np.ndarray:
         return statistic(one, true) - statistic(other, true)
 
-    count = len(labels)
-    if count < 2:
+    if len(labels) < 2:
         return None
-    limits = _limits(gap, first, second, labels)
-    found = Interval(float(gap(first, second, labels)), *limits, count)
-    return judged(found, _exchanged(gap, first, second, labels))
+    return judged(
+        _interval(gap, first, second, labels),
+        _exchanged(lambda one, other: gap(one, other, labels), first, second),
+    )
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -109,8 +97,8 @@ def pearson(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
     x, y = (v - v.mean(axis=-1, keepdims=True) for v in (predicted, labels))
     size = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     # Of equal values the mean is off by rounding, and so would be the spread.
-    constant = _constant(predicted) | _constant(labels)
-    return _shares((x * y).sum(axis=-1), np.where(constant, 0.0, size))
+    constant = [(v == v[..., :1]).all(axis=-1) for v in (predicted, labels)]
+    return _shares((x * y).sum(axis=-1), np.where(constant[0] | constant[1], 0.0, size))
 
 
 def spearman(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -130,51 +118,41 @@ STATISTICS: Mapping[str, Statistic] = {
 """By the names that evaluations give them."""
 
 
-def _limits(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float]:
-    """Return the percentile limits of a statistic of columns whose items are drawn together."""
+def _interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Interval:
+    """Return a statistic and its percentile limits, the items of the columns drawn together."""
     from scipy.stats import bootstrap
 
-    def of_drawn(*drawn: np.ndarray, axis: int) -> np.ndarray:
-        return statistic(*drawn)
-
+    value, count = float(statistic(*columns)), len(columns[0])
+    if count < 2:
+        return Interval(value, None, None, count)
     found = bootstrap(
         columns,
-        of_drawn,
+        lambda *drawn, axis: statistic(*drawn),  # noqa: PLW0108
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=_rows(columns),
+        batch=max(1, BLOCK // (len(columns) * count)),
         confidence_level=LEVEL,
         method="percentile",
         rng=SEED,
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return Interval(value, float(found.low), float(found.high), count)
 
 
-def _exchanged(
-    gap: Callable[..., np.ndarray], first: np.ndarray, second: np.ndarray, labels: np.ndarray
-) -> float:
+def _exchanged(gap: Callable[..., np.ndarray], first: np.ndarray, second: np.ndarray) -> float:
     """Return the two-sided p-value of "each item's predictions as likely the other way round"."""
     from scipy.stats import permutation_test
 
-    def of_exchanged(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
-        return gap(one, other, labels)
-
     found = permutation_test(
         (first, second),
-        of_exchanged,
+        lambda one, other, axis: gap(one, other),
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=_rows((first, second)),
+        batch=max(1, BLOCK // (2 * len(first))),
         rng=SEED,
     )
     return float(found.pvalue)
-
-
-def _rows(columns: tuple[np.ndarray, ...]) -> int:
-    """Return how many resamples are made at a time."""
-    return max(1, BLOCK // (len(columns) * len(columns[0])))
 
 
 def _counted(
@@ -189,10 +167,6 @@ def _classes(predicted: np.ndarray, labels: np.ndarray) -> list[float]:
     import numpy as np
 
     return [float(name) for name in np.union1d(predicted, labels)]
-
-
-def _constant(values: np.ndarray) -> np.ndarray:
-    return (values == values[..., :1]).all(axis=-1)
 
 
 def _shares(part: Any, whole: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tlora.config import bytes_text
+from tlora.report.tables import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,63 +36,60 @@ def show(dry: DryRun, console: Console | None = None) -> None:
 
 def modules_table(dry: DryRun) -> Table:
     """Return the targets by projection: indexes of layers and experts in a name become `*`."""
-    made = _table("adapted (* is any layer)")
-    made.columns[0].overflow = "fold"
-    for column in ("modules", "m x d", "rank", "inputs", "tlora", "lora"):
-        made.add_column(column, justify="right", no_wrap=True)
-    groups = _projections(dry.modules)
-    common = _common_prefix(list(groups))
-    for name, group in groups.items():
-        made.add_row(name.removeprefix(common), *_cells(dry, group))
-    made.add_section()
-    made.add_row("all", *_cells(dry, dry.modules), style="bold")
+    head = ("adapted (* is any layer)", "modules", "m x d", "rank", "inputs", "tlora", "lora")
+    groups = [[name, *_cells(dry, group)] for name, group in _projections(dry.modules).items()]
+    all_of_them = [["all", *_cells(dry, dry.modules)]]
     if dry.others:
         beside = millions(dry.others)
-        made.add_row("trained beside (head, biases)", "", "", "", "", beside, beside)
-    return made
+        all_of_them.append(["trained beside (head, biases)", "", "", "", "", beside, beside])
+    return plain(head, groups, all_of_them)
 
 
 def calibration_table(dry: DryRun) -> Table:
     """Return the memory of calibration, phase by phase."""
     found, strategy = dry.calibration, dry.calibration.strategy
-    made = _table("calibration and planning")
-    made.add_column("memory", justify="right", no_wrap=True)
     sharing = f"{len({m.source for m in dry.modules})} inputs of {len(dry.modules)} modules"
     if strategy.held < strategy.total:
         sharing += f"; {bytes_text(strategy.total)} at once"
     batch = _batch(dry, dry.batches.calibration)
-    made.add_row("weights", bytes_text(found.weights))
-    made.add_row(f"{strategy.kind}, float32 ({sharing})", bytes_text(strategy.held))
-    made.add_row(f"mean inputs of {dry.batches.samples} samples", bytes_text(found.means))
-    made.add_row(f"batch of {batch}: activations and loss", bytes_text(found.activations))
-    made.add_row("planning: the largest module, and A of all", bytes_text(found.planning))
-    made.add_section()
-    made.add_row("peak (the larger of batch and planning)", bytes_text(found.peak), style="bold")
-    made.add_row("fits in", fits_in(found.peak), style="bold")
-    return made
+    parts = {
+        "weights": found.weights,
+        f"{strategy.kind}, float32 ({sharing})": strategy.held,
+        f"mean inputs of {dry.batches.samples} samples": found.means,
+        f"batch of {batch}: activations and loss": found.activations,
+        "planning: the largest module, and A of all": found.planning,
+    }
+    peak = ("peak (the larger of batch and planning)", bytes_text(found.peak))
+    return plain(
+        ("calibration and planning", "memory"),
+        [(name, bytes_text(size)) for name, size in parts.items()],
+        [peak, ("fits in", fits_in(found.peak))],
+    )
 
 
 def training_table(dry: DryRun) -> Table:
     """Return the memory of training: task-aware LoRA, LoRA at the same rank, everything."""
-    made = _table(f"training, {_batch(dry, dry.batches.training)} at a time")
-    for way in dry.training:
-        made.add_column(way.name, justify="right", no_wrap=True)
-
-    def add(title: str, texts: Iterable[str], style: str = "") -> None:
-        made.add_row(title, *texts, style=style)
-
     ways = dry.training
-    add("trainable parameters", (f"{t.trainable:,}" for t in ways))
-    add("weights", (bytes_text(t.weights) for t in ways))
-    add("gradients", (bytes_text(t.gradients) for t in ways))
-    add("AdamW states", (bytes_text(t.optimizer) for t in ways))
+    sections = [
+        [
+            ["trainable parameters", *(f"{t.trainable:,}" for t in ways)],
+            ["weights", *(bytes_text(t.weights) for t in ways)],
+            ["gradients", *(bytes_text(t.gradients) for t in ways)],
+            ["AdamW states", *(bytes_text(t.optimizer) for t in ways)],
+        ]
+    ]
     for again, title in ((False, ""), (True, ", gradient checkpointing")):
-        made.add_section()
         kept = [t.checkpointed if again else t.activations for t in ways]
-        add(f"activations{title}", map(bytes_text, kept))
-        add(f"peak{title}", (bytes_text(t.peak(again)) for t in ways), "bold")
-        add("fits in", (fits_in(t.peak(again)) for t in ways), "bold")
-    return made
+        peaks = [t.peak(again) for t in ways]
+        sections.append(
+            [
+                [f"activations{title}", *map(bytes_text, kept)],
+                [f"peak{title}", *map(bytes_text, peaks)],
+                ["fits in", *map(fits_in, peaks)],
+            ]
+        )
+    head = f"training, {_batch(dry, dry.batches.training)} at a time"
+    return plain((head, *(way.name for way in ways)), *sections)
 
 
 def fits_in(size: int) -> str:
@@ -105,31 +103,12 @@ def millions(count: int) -> str:
     return f"{count:,}" if count < 10**6 else f"{count / 10**6:,.2f}M"
 
 
-def _table(first: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    made.add_column(first)
-    return made
-
-
 def _projections(modules: Iterable[ModuleShape]) -> dict[str, list[ModuleShape]]:
     groups: dict[str, list[ModuleShape]] = {}
     for module in modules:
         name = re.sub(r"(?<![^.[])\d+(?![^.\]])", "*", module.name)
         groups.setdefault(name, []).append(module)
     return groups
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """Return the leading components that all names share, each name's last one left out."""
-    shared: list[str] = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join([*shared, ""])
 
 
 def _cells(dry: DryRun, group: Sequence[ModuleShape]) -> list[str]:

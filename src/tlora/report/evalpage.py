@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from tlora.report import environment, html, svg
 from tlora.report import evalwording as wording
-from tlora.report.outcomes import GAINED, LOST, OTHER, Cell, Results, Row
+from tlora.report import html, paired, svg
+from tlora.report.outcomes import GAINED, LOST, OTHER, Results, Row
 from tlora.report.read_evaluation import TaskSamples
 
 _PREFIX = 60  # so many characters in common are worth folding away
@@ -31,24 +31,24 @@ def context(results: Results) -> dict[str, Any]:
     """Return all that the template shows, as plain values and drawn charts."""
     import yaml
 
-    evaluation = results.evaluation
-    listed = _listed(results)
-    rows = [(r, [_cell(results, r, cell, listed) for cell in r.cells]) for r in results.rows]
+    evaluation, listed = results.evaluation, results.listed
+    samples = [each for task in evaluation.tasks for made in task.samples.values() for each in made]
     return {
         "title": _title(results),
         "summary": wording.summary(results),
         "results": results,
         "models": evaluation.models,
-        "rows": rows,
+        "listed": listed,
+        "marks": functools.partial(wording.marks, results),
         "panels": [(wording.name(row), panel(row)) for row in results.rows if row.main],
         "legend": wording.legend(results),
         "remarks": wording.remarks(results),
         "tasks": [wording.task(task) for task in evaluation.tasks],
-        "method": wording.method(results),
-        "environment": environment.rows(evaluation.starts),
+        "resamples": paired.RESAMPLES,
+        "grouped": any(sample.group is not None for sample in samples),
+        "environment": html.machines(evaluation.starts),
         "configuration": yaml.safe_dump(evaluation.config, sort_keys=False, allow_unicode=True),
-        "listed": listed,
-        "data": html.embedded(replies(results, listed)),
+        "data": html.embedded(replies(results)),
     }
 
 
@@ -61,7 +61,7 @@ def panel(row: Row) -> str:
     return svg.intervals(scored, 336, f"{wording.name(row)}: {said}")
 
 
-def replies(results: Results, listed: Mapping[str, int]) -> dict[str, Any]:
+def replies(results: Results) -> dict[str, Any]:
     """Return what the page's list of changed items is made of.
 
     An item is there if any model changed it: texts once an item and model, and for each model the
@@ -69,29 +69,16 @@ def replies(results: Results, listed: Mapping[str, int]) -> dict[str, Any]:
     """
     return {
         "models": [model.name for model in results.evaluation.models],
-        "tasks": [
-            _replies(results, row)
-            for row in results.rows
-            if row.task.name in listed and results.listed(row.task) is row
-        ],
+        "tasks": [_replies(results, row) for row in results.listed],
     }
 
 
 def _title(results: Results) -> str:
     evaluation = results.evaluation
-    models, tasks = ([each.name for each in many] for many in (evaluation.models, evaluation.tasks))
-    named = [
-        ", ".join(names) if len(names) <= 3 else f"{len(names)} {what}"
-        for names, what in ((models, "models"), (tasks, "tasks"))
-    ]
-    return f"{named[0]} on {named[1]}"
-
-
-def _listed(results: Results) -> dict[str, int]:
-    """Return the place in the list of each task that has something to list."""
-    rows = [row for row in results.rows if results.listed(row.task) is row]
-    names = [row.task.name for row in rows if any(cell.changes for cell in row.cells)]
-    return {name: place for place, name in enumerate(names)}
+    models, tasks = (
+        ", ".join(each.name for each in many) for many in (evaluation.models, evaluation.tasks)
+    )
+    return f"{models} on {tasks}"
 
 
 def _replies(results: Results, row: Row) -> dict[str, Any]:
@@ -103,21 +90,15 @@ def _replies(results: Results, row: Row) -> dict[str, Any]:
     items = []
     for i in changed:
         first = task.samples[models[0]][i]
-        item: dict[str, Any] = {
-            "id": first.item,
-            "prompt": first.prompt[len(prefix) :],
-            "target": first.target,
-            "replies": [],
-        }
-        for model in models:
-            if model not in task.samples:
-                item["replies"].append(None)
-                continue
-            sample = task.samples[model][i]
-            own = None if sample.prompt == first.prompt else sample.prompt[len(prefix) :]
-            scores = [sample.scores.get(metric) for metric in task.metrics]
-            item["replies"].append([sample.reply, sample.answer, scores, own])
-        items.append(item)
+        said: list[Any] = [None] * len(models)
+        for at, model in enumerate(models):
+            if model in task.samples:
+                sample = task.samples[model][i]
+                own = None if sample.prompt == first.prompt else sample.prompt[len(prefix) :]
+                scores = [sample.scores.get(metric) for metric in task.metrics]
+                said[at] = [sample.reply, sample.answer, scores, own]
+        item = {"id": first.item, "prompt": first.prompt[len(prefix) :], "target": first.target}
+        items.append(item | {"replies": said})
     return {
         "name": task.name,
         "metrics": task.metrics,
@@ -140,19 +121,3 @@ def common_prefix(task: TaskSamples) -> str:
     common = os.path.commonprefix([*prompts])  # noqa: RUF071 - of texts, character by character
     common = common[: common.rfind("\n") + 1]
     return common if len(common) >= _PREFIX and len(prompts) > 1 else ""
-
-
-def _cell(results: Results, row: Row, cell: Cell, listed: Mapping[str, int]) -> dict[str, Any]:
-    found = cell.difference
-    models = [model.name for model in results.evaluation.models]
-    browsed = row.task.name in listed and results.listed(row.task) is row
-    return {
-        "model": cell.model,
-        "score": cell.score,
-        "difference": found and found.interval,
-        "kind": found and {1: "win", -1: "loss", 0: "tie"}[found.better],
-        "marks": wording.marks(results, row, cell),
-        "task": listed.get(row.task.name),
-        "place": models.index(cell.model),
-        "changes": cell.changes if browsed else {},
-    }

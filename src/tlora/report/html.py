@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlora.report import numbers
@@ -31,3 +32,33 @@ def embedded(value: Any) -> str:
     """Return ``value``, of plain JSON values, as text for a script element of the page."""
     # A "<" could end the script element that holds the text.
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Return the distinct ``values`` that are there, most frequent first."""
+    known = Counter(str(value) for value in values if value not in (None, ""))
+    return "; ".join(value for value, _ in known.most_common())
+
+
+def machines(provenances: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, str]]:
+    """Return (what, which) of versions and hardware; what differs between runs is listed.
+
+    Args:
+        provenances: one a run, as `tlora.training.runfolder.provenance` makes them.
+    """
+    found = [_machine(each or {}) for each in provenances]
+    return [(name, listed([row[name] for row in found]) or numbers.NONE) for name in _machine({})]
+
+
+def _machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    packages, git = provenance.get("packages") or {}, provenance.get("git")
+    hardware = provenance.get("hardware") or {}
+    changed = " with uncommitted changes" if git and git["dirty"] else ""
+    return {
+        "Packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
+        "Python": provenance.get("python"),
+        "Commit": git and git["commit"][:12] + changed,
+        "Processor": hardware.get("cpu"),
+        "Cores": hardware.get("cores"),
+        "GPU": ", ".join(hardware.get("gpus") or ["none"]),
+    }

@@ -32,11 +32,6 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def mebibytes(value: float | None) -> str:
-    """Return bytes in MiB."""
-    return NONE if value is None else count(value / 2**20)
-
-
 def seconds(value: float | None) -> str:
     """Return seconds with two or three digits."""
     if value is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tlora.report import corpus_metrics, paired
@@ -29,9 +29,9 @@ class Cell:
     model: str
     score: Interval | None
     """None if the evaluation has no such score."""
-    difference: Difference | None
+    difference: Difference | None = None
     """To the first model; None for that one, and where there is nothing to draw again."""
-    changes: dict[str, list[int]]
+    changes: dict[str, list[int]] = field(default_factory=dict)
     """Places of the items that changed, by the `KINDS`; empty for the first model, and where items
     have no scores of their own."""
 
@@ -45,11 +45,11 @@ class Row:
     cells: list[Cell]
     items: int
     """How many items have this score; some metrics are of a part of the items."""
-    by_item: bool
+    by_item: bool = False
     """Whether the score is the mean of the items' scores."""
-    together: bool
+    together: bool = False
     """Whether it is made of all predictions together, as F1 and correlations are."""
-    right_or_wrong: bool
+    right_or_wrong: bool = False
     """Whether every item scored 0 or 1."""
 
     @property
@@ -81,16 +81,11 @@ class Results:
         """All models but the first."""
         return [model.name for model in self.evaluation.models[1:]]
 
-    def listed(self, task: TaskSamples) -> Row | None:
-        """Return the row by which the items of ``task`` are listed; None if none has scores."""
-        return next((row for row in self.rows if row.task is task and row.by_item), None)
-
     @property
-    def missing(self) -> list[tuple[str, list[str]]]:
-        """Tasks, and the models that are not done with them."""
-        models = [model.name for model in self.evaluation.models]
-        left = [(t.name, [m for m in models if m not in t.scores]) for t in self.evaluation.tasks]
-        return [(task, models) for task, models in left if models]
+    def listed(self) -> list[Row]:
+        """The rows whose changed items are listed: of each task the first with scores by item."""
+        first = {row.task.name: row for row in reversed(self.rows) if row.by_item}
+        return [row for row in first.values() if any(cell.changes for cell in row.cells)][::-1]
 
 
 def gather(evaluation: Evaluation) -> Results:
@@ -107,23 +102,36 @@ def gather(evaluation: Evaluation) -> Results:
 
 
 def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:
+    told = {model.name: _told(task, model.name, metric) for model in evaluation.models}
+    given = {model: value for model, value in told.items() if value is not None}
     known = {
         model: found
         for model, samples in task.samples.items()
         if (found := {i: s.scores[metric] for i, s in enumerate(samples) if metric in s.scores})
     }
-    told = {model.name: _told(task, model.name, metric) for model in evaluation.models}
-    by_item = bool(known) and all(
-        _agrees(value, known.get(model)) for model, value in told.items() if value is not None
-    )
-    if not by_item:
-        return _undivided(task, metric, told)
+    means = {model: sum(found.values()) / len(found) for model, found in known.items()}
+    if means and _near(given, means):
+        return _by_item(task, metric, [*told], known)
+    columns = {model: _columns(task.samples[model]) for model in given}
+    if statistic := corpus_metrics.STATISTICS.get(metric):
+        made = {m: float(statistic(*pair)) for m, pair in columns.items() if len(pair[0])}
+        if _near(given, made):
+            return _together(task, metric, [*told], columns)
+    scores = {m: Interval(value, None, None, task.items) for m, value in given.items()}
+    return Row(task, metric, [Cell(model, scores.get(model)) for model in told], task.items)
+
+
+def _by_item(
+    task: TaskSamples,
+    metric: str,
+    models: Sequence[str],
+    known: Mapping[str, Mapping[int, float]],
+) -> Row:
     exact = all(value in (0, 1) for found in known.values() for value in found.values())
-    first = evaluation.models[0].name
-    cells = []
-    for model, value in told.items():
+    first, cells = models[0], []
+    for model in models:
         if model not in known:
-            cells.append(_bare(task, model, value))
+            cells.append(Cell(model, None))
             continue
         samples, difference, changes = task.samples[model], None, {}
         if model != first and first in known:
@@ -133,36 +141,27 @@ def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:
             changes = _changes(task.samples[first], samples, metric, both, exact)
         own = _scores(samples, known[model], list(known[model]))
         cells.append(Cell(model, paired.score(own), difference, changes))
-    items = max(map(len, known.values()))
-    return Row(task, metric, cells, items, by_item=True, together=False, right_or_wrong=exact)
+    return Row(task, metric, cells, max(map(len, known.values())), True, right_or_wrong=exact)
 
 
-def _undivided(task: TaskSamples, metric: str, told: Mapping[str, float | None]) -> Row:
+def _together(
+    task: TaskSamples,
+    metric: str,
+    models: Sequence[str],
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> Row:
     """Return the row of a score that items have no part of, as F1 or a correlation."""
-    columns = {model: _columns(task.samples[model]) for model in told if model in task.samples}
-    together = metric in corpus_metrics.STATISTICS and all(
-        _remade(metric, value, columns.get(model))
-        for model, value in told.items()
-        if value is not None
-    )
-    cells, first = [], next(iter(told))
-    for model, value in told.items():
-        if value is None or not together:
-            cells.append(_bare(task, model, value))
+    first, cells = models[0], []
+    for model in models:
+        if model not in columns:
+            cells.append(Cell(model, None))
             continue
         predicted, labels = columns[model]
         difference = None
-        if model != first and told[first] is not None:
+        if model != first and first in columns:
             difference = corpus_metrics.difference(metric, predicted, columns[first][0], labels)
-        cells.append(Cell(model, corpus_metrics.score(metric, predicted, labels), difference, {}))
-    return Row(
-        task, metric, cells, task.items, by_item=False, together=together, right_or_wrong=False
-    )
-
-
-def _bare(task: TaskSamples, model: str, value: float | None) -> Cell:
-    score = None if value is None else Interval(value, None, None, task.items)
-    return Cell(model, score, None, {})
+        cells.append(Cell(model, corpus_metrics.score(metric, predicted, labels), difference))
+    return Row(task, metric, cells, task.items, together=True)
 
 
 def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -175,15 +174,15 @@ def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
     return predicted, labels
 
 
-def _remade(metric: str, told: float, columns: tuple[np.ndarray, np.ndarray] | None) -> bool:
-    """Whether the score that eval.json tells is that of the predictions, but for rounding."""
-    if columns is None or not len(columns[0]):
-        return False
-    return abs(told - float(corpus_metrics.STATISTICS[metric](*columns))) <= _NEAR
+def _near(told: Mapping[str, float], made: Mapping[str, float]) -> bool:
+    """Whether all scores that eval.json tells are those of its samples, but for rounding."""
+    return all(
+        model in made and abs(value - made[model]) <= _NEAR * max(1.0, abs(made[model]))
+        for model, value in told.items()
+    )
 
 
 def _told(task: TaskSamples, model: str, metric: str) -> float | None:
-    """Return the score that eval.json has; None for none and for what is no number."""
     value = task.scores.get(model, {}).get(metric)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -194,14 +193,6 @@ def _scores(
     groups = [samples[i].group or samples[i].item for i in places]
     grouped = len(set(groups)) < len(places)
     return paired.Scores([values[i] for i in places], groups if grouped else None)
-
-
-def _agrees(told: float, found: Mapping[int, float] | None) -> bool:
-    """Whether the score that eval.json tells is the mean of the items', but for rounding."""
-    if not found:
-        return False
-    mean = sum(found.values()) / len(found)
-    return abs(told - mean) <= _NEAR * max(1.0, abs(mean))
 
 
 def _changes(
@@ -231,11 +222,12 @@ def _said(sample: Sample, exact: bool) -> tuple[str | None, str]:
 
 def _other_prompts(evaluation: Evaluation) -> dict[tuple[str, str], int]:
     first = evaluation.models[0].name
-    found = {}
-    for task in evaluation.tasks:
-        for model, samples in task.samples.items():
-            pairs = zip(task.samples.get(first, samples), samples, strict=True)
-            unlike = sum(old.prompt != new.prompt for old, new in pairs)
-            if unlike:
-                found[task.name, model] = unlike
-    return found
+    counts = {
+        (task.name, model): sum(
+            old.prompt != new.prompt
+            for old, new in zip(task.samples.get(first, samples), samples, strict=True)
+        )
+        for task in evaluation.tasks
+        for model, samples in task.samples.items()
+    }
+    return {key: count for key, count in counts.items() if count}

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tlora.files import replacing_file
 from tlora.report import charts, html, wording
 from tlora.report.comparison import Results
-from tlora.report.grid import Grid
+from tlora.report.heatmap import heat_map
 from tlora.report.statistics import Difference
 from tlora.yamlfiles import to_yaml
-
-
-def save(results: Results, path: str | Path) -> Path:
-    """Write the page of ``results``, atomically; return its path."""
-    path = Path(path)
-    with replacing_file(path) as part:
-        part.write_text(render(results), encoding="utf-8")
-    return path
 
 
 def render(results: Results) -> str:
@@ -45,15 +34,20 @@ def context(results: Results) -> dict[str, Any]:
         "curves": charts.curves(results),
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
         "edges": wording.edges(results),
-        "maps": [*maps(results)],
+        "maps": [
+            heat_map(f"{m.label}: {what}", {n: module[what] for n, module in m.plan.items()}, form)
+            for m in results.methods
+            if m.plan
+            for what, form in (("rank", "{}"), ("scale", "{:.2f}"))
+        ],
         "data": pairs(results),
         "matrix": matrix(results),
         "caveat": wording.caveat(results),
         "protocol": wording.protocol(results),
-        "memory_note": wording.memory_note(results),
-        "mixed": wording.mixed(results),
-        "environment": wording.environment(results),
-        "command": wording.command(results),
+        "environment": [
+            *html.machines([record["provenance"] for record in results.records]),
+            ("Threads a run", html.listed([record["threads"] for record in results.records])),
+        ],
         "configuration": to_yaml(config),
     }
 
@@ -75,27 +69,3 @@ def matrix(results: Results) -> list[tuple[str, list[Difference | None]]]:
         (row, [None if row == column else results.find(row, column) for column in labels])
         for row in labels
     ]
-
-
-def maps(results: Results) -> Iterator[dict[str, Any]]:
-    """Yield ranks and scales of the methods that plan them, as layers x projections.
-
-    "same" is the text of the rank or the scale that all modules have, if it is one; "shares" are of
-    the largest, for colors.
-    """
-    for method in results.methods:
-        if not method.plan:
-            continue
-        grid = Grid.of(method.plan)
-        for what, form in (("rank", "{}"), ("scale", "{:.2f}")):
-            values = {place: module[what] for place, module in grid.cells.items()}
-            texts = {place: form.format(value) for place, value in values.items()}
-            most = max(values.values()) or 1
-            yield {
-                "label": method.label,
-                "what": what,
-                "grid": grid,
-                "texts": texts,
-                "shares": {place: round(value / most, 3) for place, value in values.items()},
-                "same": texts.popitem()[1] if len({*texts.values()}) == 1 else None,
-            }

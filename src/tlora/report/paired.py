@@ -39,11 +39,6 @@ class Scores:
     groups: Sequence[str] | None = None
     """Items of one group, such as the turns of a conversation, are drawn together."""
 
-    @property
-    def right_or_wrong(self) -> bool:
-        """Whether every score is 0 or 1."""
-        return all(value in (0.0, 1.0) for value in self.values)
-
 
 def score(scores: Scores) -> Interval:
     """Return the mean and its 95 % interval; one item has no interval.
@@ -55,7 +50,7 @@ def score(scores: Scores) -> Interval:
     mean = math.fsum(scores.values) / count
     if count < 2:
         return Interval(mean, None, None, count)
-    if scores.right_or_wrong and scores.groups is None:
+    if scores.groups is None and {*scores.values} <= {0.0, 1.0}:
         return Interval(mean, *_wilson(mean, count), count)
     return Interval(mean, *_limits(*_totals(scores.values, scores.groups)), count)
 

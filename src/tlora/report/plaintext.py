@@ -1,4 +1,4 @@
-"""A comparison as Markdown and as CSV."""
+"""A comparison as Markdown and as CSV, and all its files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.files import replacing_file
-from tlora.report import numbers, wording
+from tlora.report import numbers, page, wording
 from tlora.report.comparison import Record, Results
 
 _COLUMNS: dict[str, Callable[[Results, Record], Any]] = {
@@ -28,11 +28,13 @@ _COLUMNS: dict[str, Callable[[Results, Record], Any]] = {
 }
 
 
-def save(results: Results, markdown_path: str | Path, csv_path: str | Path) -> None:
-    """Write both files, each atomically."""
-    for path, text in ((markdown_path, markdown(results)), (csv_path, table(results))):
+def write(results: Results, folder: Path) -> tuple[Path, Path, Path]:
+    """Write report.html, report.md and report.csv into ``folder``, each atomically."""
+    paths = folder / "report.html", folder / "report.md", folder / "report.csv"
+    for path, made in zip(paths, (page.render, markdown, table), strict=True):
         with replacing_file(path) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(made(results), encoding="utf-8")
+    return paths
 
 
 def markdown(results: Results) -> str:
@@ -77,7 +79,7 @@ def against(results: Results, label: str) -> str:
                 f"{numbers.signed(found.interval.mean)} {numbers.margin(found.interval)}",
                 f"{word}, of all pairs too" if results.holds(label, m.label) else word,
             ]
-        rows.append([m.label, numbers.count(m.adapter_parameters), score, *told])
+        rows.append([m.label, numbers.count(m.mean("parameters", "adapter")), score, *told])
     return "\n".join([*_table(results, head, rows), wording.caveat(results)])
 
 

@@ -42,7 +42,7 @@ class Difference:
     """1: the first is better beyond the noise; -1: the second; 0: neither (a tie)."""
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Return the mean of ``values`` and its Student interval.
 
     One value has no interval.
@@ -52,12 +52,12 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         return Interval(mean, None, None, count)
     from scipy import stats
 
-    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * _error(values)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * _error(values)
     return Interval(mean, mean - half, mean + half, count)
 
 
 def difference(
-    first: Mapping[int, float], second: Mapping[int, float], better: str, level: float = LEVEL
+    first: Mapping[int, float], second: Mapping[int, float], better: str
 ) -> Difference | None:
     """Compare two methods over the seeds that both have; None where they share none.
 
@@ -69,28 +69,28 @@ def difference(
         first: score by seed.
         second: score by seed.
         better: "higher" or "lower".
-        level: of the interval.
     """
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
     differences = [first[seed] - second[seed] for seed in seeds]
-    found = interval(differences, level)
+    found = interval(differences)
     if found.count < FEWEST or _error(differences) <= 1e-12 * max(1.0, abs(found.mean)):
         return Difference(found, None, 0)
     from scipy import stats
 
     error = _error(differences)
     p = float(2 * stats.t.sf(abs(found.mean) / error, found.count - 1))
-    if p >= 1 - level:
+    if p >= 1 - LEVEL:
         return Difference(found, p, 0)
     sign = 1 if found.mean > 0 else -1
     return Difference(found, p, sign if better == "higher" else -sign)
 
 
-def holm(p_values: Sequence[float], alpha: float = 1 - LEVEL) -> list[bool]:
+def holm(p_values: Sequence[float]) -> list[bool]:
     """Return which of several tests hold together (Holm 1979): the chance that any is false is
-    at most ``alpha``."""
+    at most 5 %."""
+    alpha = 1 - LEVEL
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     limits = (p_values[index] <= alpha / (len(order) - rank) for rank, index in enumerate(order))
     holding = set(itertools.islice(order, sum(1 for _ in itertools.takewhile(bool, limits))))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tlora.errors import ConfigError, did_you_mean
-from tlora.report.grid import Grid
+from tlora.report.heatmap import Grid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,11 +17,7 @@ VIEWS = ("module", "layer", "projection")
 
 
 def show(plan: AdapterPlan, by: str = "module", console: Console | None = None) -> None:
-    """Print the table of ``plan`` on ``console``, by default on standard output.
-
-    Raises:
-        ConfigError: ``by`` is none of `VIEWS`.
-    """
+    """Print the table of ``plan`` on ``console``, by default on standard output."""
     from rich.console import Console
 
     (console or Console()).print(table(plan, by))
@@ -32,28 +27,28 @@ def table(plan: AdapterPlan, by: str = "module") -> Table:
     """Return the table: for groups of modules ranks and parameters are summed, the rest averaged.
 
     "energy" is the share of ||W C||_F^2 that the subspace of A keeps.
-
-    Raises:
-        ConfigError: ``by`` is none of `VIEWS`.
     """
+    counted = by != "module"
+    head = [by, "modules", "rank", "scale", "sensitivity", "energy", "parameters"]
+    rows = [[name, *_line(plan, group, counted)] for name, group in _groups(plan, by).items()]
+    total = ["all", *_line(plan, list(plan.modules.values()), counted)]
+    return plain(head if counted else [by, *head[2:]], rows, [total])
+
+
+def plain(head: Sequence[str], *sections: Iterable[Sequence[str]]) -> Table:
+    """Return a table of names and right-aligned numbers, its sections set apart."""
     from rich import box
     from rich.table import Table
 
-    if by not in VIEWS:
-        options = ", ".join(map(repr, VIEWS))
-        raise ConfigError(f"`by` is {by!r}; choose one of {options}.{did_you_mean(by, VIEWS)}")
     made = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     # On a narrow terminal the names fold; a number cut short would be a wrong number.
-    made.add_column(by, overflow="fold")
-    for column in ("modules", "rank", "scale", "sensitivity", "energy", "parameters"):
-        if by != "module" or column != "modules":
-            made.add_column(column, justify="right", no_wrap=True)
-    groups = _groups(plan, by)
-    for name, modules in groups.items():
-        made.add_row(name, *_line(plan, modules, counted=by != "module"))
-    everything = list(plan.modules.values())
-    made.add_section()
-    made.add_row("all", *_line(plan, everything, counted=by != "module"), style="bold")
+    made.add_column(head[0], overflow="fold")
+    for column in head[1:]:
+        made.add_column(column, justify="right", no_wrap=True)
+    for section in sections:
+        made.add_section()
+        for row in section:
+            made.add_row(*row)
     return made
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tlora.report import environment as machines
 from tlora.report.comparison import MethodResult, Results
-from tlora.report.numbers import NONE, count, mebibytes, number, seconds, signed
+from tlora.report.numbers import count, number, seconds, signed
 from tlora.report.statistics import FEWEST, Difference
 
 FIGURES: dict[str, Callable[[MethodResult], str]] = {
     "learning rate": lambda method: f"{method.learning_rate:g}",
-    "adapter parameters": lambda method: count(method.adapter_parameters),
-    "other parameters": lambda method: count(method.other_parameters),
-    "peak MiB": lambda method: mebibytes(method.memory),
-    "init s": lambda method: seconds(method.seconds("initialise")),
-    "train s": lambda method: seconds(method.seconds("train")),
+    "adapter parameters": lambda method: count(method.mean("parameters", "adapter")),
+    "other parameters": lambda method: count(method.mean("parameters", "others")),
+    "peak MiB": lambda method: count(method.memory and method.memory / 2**20),
+    "init s": lambda method: seconds(method.mean("seconds", "initialise")),
+    "train s": lambda method: seconds(method.mean("seconds", "train")),
 }
 """What the tables show of a method beside its scores, by the title of the column."""
 
@@ -162,41 +161,3 @@ def protocol(results: Results) -> list[str]:
         " whose interval contains zero, or over fewer than three seeds, is called a tie.",
         *([f"Common options that a method does not have: {'; '.join(untaken)}."] * bool(untaken)),
     ]
-
-
-def memory_note(results: Results) -> str:
-    """Say what the column of memory measures."""
-    whats, devices = (
-        list(filter(None, results.values("memory", field))) for field in ("what", "device")
-    )
-    if not whats:
-        return ""
-    return f"{'; '.join(whats)} ({', '.join(devices)}), the largest of the final seeds"
-
-
-def environment(results: Results) -> list[tuple[str, str]]:
-    """Return versions and hardware; what differs between runs is listed, most frequent first."""
-    threads = machines.listed([record["threads"] for record in results.records])
-    rows = machines.rows([record["provenance"] for record in results.records])
-    return [*rows, ("Threads a run", threads or NONE)]
-
-
-def mixed(results: Results) -> str | None:
-    """Say if the seconds and bytes come from unlike machines."""
-    for path, what in (
-        (("provenance", "hardware", "cpu"), "processors"),
-        (("provenance", "hardware", "cores"), "numbers of cores"),
-        (("provenance", "hardware", "gpus"), "GPUs"),
-        (("threads",), "numbers of threads"),
-    ):
-        if len(results.values(*path)) > 1:
-            return f"Seconds and memory come from different {what}; compare them with care."
-    return None
-
-
-def command(results: Results) -> str:
-    """Return the command that reproduces the comparison, given its file."""
-    values = results.config.to_dict()
-    names = ("model", "train_file", "validation", "test_file")
-    flags = [f"--{name} {name.upper()}" for name in names if isinstance(values[name], str)]
-    return " ".join(["tlora compare compare.yaml", *flags])
