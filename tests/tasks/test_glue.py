@@ -216,52 +216,19 @@ def test_a_similarity_outside_the_scale_names_its_row(label, tmp_path):
         rows("stsb", path)
 
 
-def logits(classes):
-    return np.eye(2)[np.array(classes)]
-
-
 def replies(name, labels):
     """What a model would have to write for these labels; -1: something else."""
     task = as_text(name)
     return [task.word(label) if label >= 0 else "Positive." for label in labels]
 
 
-PREDICTED, LABELS = [1, 1, 0, 0, 1, 0], np.array([1, 0, 0, 0, 1, 1])
-# By hand: true positives 2, false positives 1, false negatives 1, true negatives 2.
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("cola", {"matthews_correlation": (2 * 2 - 1 * 1) / 9}),
-        ("sst2", {"accuracy": 4 / 6}),
-        ("mrpc", {"f1": 2 * 2 / (2 * 2 + 1 + 1), "accuracy": 4 / 6}),
-        ("rte", {"accuracy": 4 / 6}),
-        ("wnli", {"accuracy": 4 / 6}),
-    ],
-)
-def test_classification_metrics_equal_the_hand_computed_ones(name, expected):
-    task = TASKS.load(name)(DataConfig())
-    assert task.metrics(logits(PREDICTED), LABELS) == pytest.approx(expected)
-
-
-def test_stsb_correlations_equal_the_hand_computed_ones():
-    task = TASKS.load("stsb")(DataConfig())
-    scores = task.metrics(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 3.0, 2.0]))
-    # Deviations (-4/3, -1/3, 5/3) and (-1, 1, 0): -(-4/3) - 1/3 = 1 over sqrt(42/9 * 2).
-    assert scores == pytest.approx({"pearson": 1 / (42 / 9 * 2) ** 0.5, "spearmanr": 0.5})
-
-
-CLASSES = ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+CLASSES = ["cola", "sst2", "mrpc"]
 CASES = {
     "mixed": ([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]),
-    "all right": ([1, 0, 1], [1, 0, 1]),
     "all wrong": ([0, 1, 0], [1, 0, 1]),
     "one class predicted": ([1, 1, 1], [1, 0, 1]),
-    "the other class predicted": ([0, 0, 0], [1, 0, 1]),
     "one class in the labels": ([1, 0, 1], [0, 0, 0]),
     "one class in both": ([1, 1, 1], [1, 1, 1]),
-    "a single row": ([1], [1]),
 }
 
 
@@ -288,16 +255,8 @@ def test_scores_of_classes_and_of_words_equal_the_definition(name, case):
     assert as_text(name).reply_metrics(replies(name, predicted), replies(name, labels)) == expected
 
 
-NUMBERS = {
-    "mixed": ([0.2, 3.0, 5.0, 1.2], [0.0, 3.2, 4.8, 1.0]),
-    "ties": ([1.0, 1.0, 2.0, 3.0], [0.2, 0.4, 0.4, 3.0]),
-    "falling": ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]),
-}
-
-
-@pytest.mark.parametrize("case", NUMBERS)
-def test_similarities_are_correlated_as_scipy_does(case):
-    predicted, labels = NUMBERS[case]
+def test_similarities_are_correlated_as_scipy_does():
+    predicted, labels = [1.0, 1.0, 2.0, 3.0], [0.2, 0.4, 0.4, 3.0]
     expected = pytest.approx(
         {
             "pearson": scipy.stats.pearsonr(predicted, labels).statistic,
@@ -306,9 +265,8 @@ def test_similarities_are_correlated_as_scipy_does(case):
     )
     task = TASKS.load("stsb")(DataConfig())
     assert task.metrics(np.array(predicted)[:, None], np.array(labels)) == expected
-    assert as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels)) == (
-        expected
-    )
+    written = as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels))
+    assert written == expected
 
 
 @pytest.mark.filterwarnings("error")
@@ -364,13 +322,3 @@ def test_a_reply_that_is_no_similarity_counts_as_minus_one(reply):
 def test_a_target_that_does_not_come_back_is_an_error():
     with pytest.raises(DataError, match="comes back from the tokenizer as 'not equivalent'"):
         as_text("mrpc").reply_metrics(["equivalent"] * 2, ["equivalent", "not equivalent"])
-
-
-@pytest.mark.filterwarnings("error")
-def test_an_undefined_correlation_counts_as_zero():
-    stsb, cola = (TASKS.load(name)(DataConfig()) for name in ("stsb", "cola"))
-    assert stsb.metrics(np.ones((3, 1)), np.array([1.0, 2.0, 3.0])) == {
-        "pearson": 0.0,
-        "spearmanr": 0.0,
-    }
-    assert cola.metrics(logits([1, 1, 1]), np.array([1, 0, 1])) == {"matthews_correlation": 0.0}

@@ -182,7 +182,7 @@ def test_activations_are_within_a_third_of_those_that_autograd_keeps(folder, nam
     adapter = {"r": 8, "lora_alpha": 8}
     dry = predict(ready(model, folder), kind, dtype=dtype, adapter=adapter, **SIZE)
     task_type = TASK_TYPES[kind]
-    names = [module.name for module in dry.modules]
+    names = [target.name for target in dry.targets]
     ways = {
         "tlora": tlora.TLoraConfig(r=8, lora_alpha=8, task_type=task_type),
         "lora": peft.LoraConfig(r=8, target_modules=names, task_type=task_type),
@@ -271,8 +271,8 @@ def test_llama_2_7b_has_the_figures_of_the_paper(folder):
     assert lora.trainable == 319_815_680
     assert full.trainable == 6_738_415_616
     assert dry.strategy.held / 2**30 == pytest.approx(20.44, abs=0.01)
-    assert len(dry.modules) == 224
-    assert len({module.source for module in dry.modules}) == 128
+    assert len(dry.targets) == 224
+    assert len(set(dry.sources.values())) == 128
 
 
 def test_a_memory_budget_lowers_what_is_held_and_costs_passes(folder):
@@ -288,7 +288,7 @@ def test_fused_experts_are_named(folder):
     config = transformers.MixtralConfig(num_hidden_layers=2)
     config.architectures = ["MixtralForCausalLM"]
     dry = predict(folder(config), max_length=16)
-    assert {m.name.rpartition(".")[2] for m in dry.modules} == {
+    assert {m.name.rpartition(".")[2] for m in dry.targets} == {
         "q_proj",
         "k_proj",
         "v_proj",
@@ -311,7 +311,7 @@ def test_named_experts_are_counted_as_the_attached_model_has_them(folder, dtype,
     adapted = tlora.get_tlora_model(model, config, [batch], progress=False).train()
 
     assert dry.training[0].trainable == adapted.num_parameters(only_trainable=True)
-    assert len(dry.modules) == 2 * (4 + 2 * moe.EXPERTS)
+    assert len(dry.targets) == 2 * (4 + 2 * moe.EXPERTS)
 
 
 def test_a_model_without_a_head_for_the_task_is_refused(tiny_t5, folder):
@@ -322,8 +322,8 @@ def test_a_model_without_a_head_for_the_task_is_refused(tiny_t5, folder):
 def test_another_method_is_shown_with_the_options_it_shares(folder):
     path = folder(LLAMA | {"num_hidden_layers": 1})
     dry = predict(path, method="lora", adapter={"r": 4, "target_modules": ["q_proj"]})
-    assert [m.name for m in dry.modules] == ["model.layers.0.self_attn.q_proj"]
-    assert adapter_parameters(dry.modules, frozen_a=False) == dry.training[1].trainable
+    assert [m.name for m in dry.targets] == ["model.layers.0.self_attn.q_proj"]
+    assert adapter_parameters(dry.targets, dry.ranks, frozen_a=False) == dry.training[1].trainable
 
 
 def test_streaming_is_counted_and_said(folder, capsys):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tlora.config import bytes_text
-from tlora.training.dryrun import DryRun, Memory, ModuleShape, adapter_parameters
+from tlora.training.dryrun import DryRun, Memory, adapter_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from tlora.calibration.weights import Target
 
 _MEMORIES = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192)
 
@@ -23,7 +25,7 @@ def show(dry: DryRun) -> None:
     size = f"{dry.parameters:,} parameters, {bytes_text(dry.calibration.weights)}"
     line = f"{dry.model}: {size} in {dry.dtype}. No weight was read, nothing written."
     console.print(line, highlight=False, soft_wrap=True)
-    console.print(_modules(dry.modules))
+    console.print(_modules(dry))
     console.print(_memory(dry))
     how = dry.strategy.summary()
     assumed = (
@@ -35,16 +37,16 @@ def show(dry: DryRun) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _modules(modules: Sequence[ModuleShape]) -> Table:
+def _modules(dry: DryRun) -> Table:
     """Return the targets by projection: indexes of layers and experts in a name become `*`."""
     made = _table("adapted", "modules", "m x d", "rank", "parameters")
-    groups: dict[tuple[str, str, int], list[ModuleShape]] = {}
-    for module in modules:
-        name = re.sub(r"(?<![^.[])\d+(?![^.\]])", "*", module.name)
-        key = (name, f"{module.d_out} x {module.d_in}", module.rank)
-        groups.setdefault(key, []).append(module)
+    groups: dict[tuple[str, str, int], list[Target]] = {}
+    for target in dry.targets:
+        name = re.sub(r"(?<![^.[])\d+(?![^.\]])", "*", target.name)
+        key = (name, f"{target.d_out} x {target.d_in}", dry.ranks[target.name])
+        groups.setdefault(key, []).append(target)
     for (name, shape, rank), group in groups.items():
-        trained = adapter_parameters(group, frozen_a=True)
+        trained = adapter_parameters(group, dry.ranks, frozen_a=True)
         made.add_row(name, f"{len(group)}", shape, f"{rank}", f"{trained:,}")
     return made
 

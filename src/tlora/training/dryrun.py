@@ -30,20 +30,6 @@ _TRAINING_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ModuleShape:
-    """A targeted module, m x d, with the rank that it gets at equal sensitivities."""
-
-    name: str
-    d_in: int
-    d_out: int
-    rank: int
-    source: int
-    """Equal for modules that read the same tensors."""
-    parameter: str | None = None
-    """The fused parameter that the module is an expert of, if it is one."""
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes that calibrating or one way of training takes; what trains is float32."""
 
@@ -82,7 +68,12 @@ class DryRun:
     dtype: str
     parameters: int
     """Of the base model."""
-    modules: list[ModuleShape]
+    targets: list[Target]
+    """Modules that are adapted, without weights; experts one by one."""
+    ranks: dict[str, int]
+    """The rank of each at equal sensitivities, by name."""
+    sources: dict[str, int]
+    """Numbers by name, equal for targets that read the same tensors."""
     strategy: Strategy
     """Which second moments and gradients calibration holds when, and their bytes."""
     calibration: Memory
@@ -113,22 +104,27 @@ def run(config: RunConfig) -> DryRun:
     model, notes = _on_meta(config, kind, task.label_names)
     options = _shared_options(config, kind.task_type)
     targets = find_targets(model, options)
-    modules = _shapes(targets, _input_sources(model, targets), options)
+    sources = _input_sources(model, targets)
+    ranks = _ranks(targets, options)
     if left_out(model, options):
         notes.append(unadapted_experts(model, options))
     longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
     length = min(config.data.max_length, longest)
-    strategy = choose(modules, {m.name: m.source for m in modules}, options)
-    counted = _Counted(modules, options, activations_of(model, length), batch * length)
+    strategy = choose(targets, sources, options)
+    counted = _Counted(
+        targets, ranks, sources, options, activations_of(model, length), batch * length
+    )
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    beside = _trained_beside(model, modules, options)
+    beside = _trained_beside(model, targets, options)
     return DryRun(
         model=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=parameters,
-        modules=modules,
+        targets=targets,
+        ranks=ranks,
+        sources=sources,
         strategy=strategy,
         calibration=counted.calibration(config, weights, strategy.held, length),
         training=[
@@ -142,44 +138,46 @@ def run(config: RunConfig) -> DryRun:
     )
 
 
-def adapter_parameters(modules: Sequence[ModuleShape], frozen_a: bool) -> int:
+def adapter_parameters(targets: Sequence[Target], ranks: dict[str, int], frozen_a: bool) -> int:
     """Return the trainable parameters: sum_i r_i m_i, plus r_i d_i where A trains too."""
-    return sum(m.rank * (m.d_out + (0 if frozen_a else m.d_in)) for m in modules)
+    return sum(ranks[t.name] * (t.d_out + (0 if frozen_a else t.d_in)) for t in targets)
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """The arithmetic. PEFT keeps adapters in float32, and what trains beside them is float32 too."""
+    """The arithmetic. Adapters and what trains beside them are float32."""
 
-    modules: list[ModuleShape]
+    targets: list[Target]
+    ranks: dict[str, int]
+    sources: dict[str, int]
     options: TLoraConfig
     activations: Activations
     tokens: int
     """Of a training batch."""
 
     def calibration(self, config: RunConfig, weights: int, held: int, length: int) -> Memory:
-        rows, options, width = config.calibration, self.options, _widths(self.modules)
+        rows, options, width = config.calibration, self.options, self._widths(self.targets)
         tokens = min(rows.batch_size, rows.samples) * length
         kept = self.activations.element * tokens * width
         if options.needs_backward:
             kept += tokens * (self.activations.frozen + self.activations.loss)
         # W, W C and its factors of the largest module, and all A.
-        largest = max(m.d_in * m.d_out for m in self.modules)
-        planning = FLOAT * (3 * largest + sum(m.rank * m.d_in for m in self.modules))
+        largest = max(t.d_in * t.d_out for t in self.targets)
+        planning = FLOAT * (3 * largest + sum(self.ranks[t.name] * t.d_in for t in self.targets))
         moments = held + (FLOAT * rows.samples * width if options.needs_moments else 0)
         most = max(kept, planning)
         return Memory("calibration", 0, weights, moments, most, most)
 
     def adapters(self, name: str, weights: int, beside: int) -> Memory:
-        trained = adapter_parameters(self.modules, self.options.freeze_a)
-        stored = adapter_parameters(self.modules, frozen_a=False)
+        trained = adapter_parameters(self.targets, self.ranks, self.options.freeze_a)
+        stored = adapter_parameters(self.targets, self.ranks, frozen_a=False)
         kept = self.tokens * self.activations.frozen + self._beside()
         return self._training(name, trained + beside, weights + FLOAT * (stored + beside), kept)
 
     def lora(self, weights: int, beside: int) -> Memory:
-        uniform = [dataclasses.replace(m, rank=self.options.r) for m in self.modules]
+        uniform = dict.fromkeys(self.ranks, self.options.r)
         options = dataclasses.replace(self.options, freeze_a=False)
-        alike = dataclasses.replace(self, modules=uniform, options=options)
+        alike = dataclasses.replace(self, ranks=uniform, options=options)
         return alike.adapters("lora", weights, beside)
 
     def full(self, parameters: int, weights: int) -> Memory:
@@ -201,22 +199,21 @@ class _Counted:
         and its output where A trains. An expert of a fused parameter is adapted by forming
         W + s B A, which is kept.
         """
-        own = [m for m in self.modules if not m.parameter]
+        own = [t for t in self.targets if t.part is None]
         element, dropout = self.activations.element, self.options.lora_dropout > 0
-        kept = FLOAT * self.tokens * sum(m.rank for m in own)
-        kept += element * sum(m.d_in * m.d_out for m in self.modules if m.parameter)
-        entries = sum(m.d_in for m in own)
+        kept = FLOAT * self.tokens * sum(self.ranks[t.name] for t in own)
+        kept += element * sum(t.d_in * t.d_out for t in self.targets if t.part)
+        entries = sum(t.d_in for t in own)
         if dropout:
             kept += self.tokens * entries
         if not self.options.freeze_a:
             shared = element == FLOAT and not dropout
-            kept += FLOAT * self.tokens * (_widths(own) if shared else entries)
+            kept += FLOAT * self.tokens * (self._widths(own) if shared else entries)
         return kept
 
-
-def _widths(modules: Sequence[ModuleShape]) -> int:
-    """Return the values a token of the tensors that ``modules`` read, each counted once."""
-    return sum({m.source: m.d_in for m in modules}.values())
+    def _widths(self, targets: Sequence[Target]) -> int:
+        """Return the values a token of the tensors that ``targets`` read, each counted once."""
+        return sum({self.sources.get(t.name, t.name): t.d_in for t in targets}.values())
 
 
 def _on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> tuple[Any, list]:
@@ -292,10 +289,8 @@ def _shared_options(config: RunConfig, task_type: TaskType) -> TLoraConfig:
     return dataclasses.replace(options, task_type=options.task_type or task_type)
 
 
-def _shapes(
-    targets: Sequence[Target], sources: dict[str, int], options: TLoraConfig
-) -> list[ModuleShape]:
-    """Return the targets with the ranks that equal sensitivities would give, experts one by one."""
+def _ranks(targets: Sequence[Target], options: TLoraConfig) -> dict[str, int]:
+    """Return the ranks that equal sensitivities would give; one for all experts of a parameter."""
     from tlora.linalg.allocation import RankBounds, allocate_ranks
 
     adapters = {target.adapter: target for target in targets}
@@ -303,24 +298,14 @@ def _shapes(
     bounds = [RankBounds(min(options.rank_min, high), high) for high in highs]
     shared = allocate_ranks([1.0] * len(adapters), options.r, bounds).ranks
     ranks = dict(zip(adapters, shared, strict=True))
-    return [
-        ModuleShape(
-            name=target.name,
-            d_in=target.d_in,
-            d_out=target.d_out,
-            rank=ranks[target.adapter],
-            source=sources.get(target.name, -1 - place),
-            parameter=target.part.parameter if target.part else None,
-        )
-        for place, target in enumerate(targets)
-    ]
+    return {target.name: ranks[target.adapter] for target in targets}
 
 
-def _trained_beside(model: Any, modules: Sequence[ModuleShape], options: TLoraConfig) -> int:
+def _trained_beside(model: Any, targets: Sequence[Target], options: TLoraConfig) -> int:
     """Return the parameters that PEFT trains besides the adapters: heads and biases."""
     from tlora.calibration.targets import heads_of
 
-    heads, adapted = set(heads_of(options)), {m.name for m in modules}
+    heads, adapted = set(heads_of(options)), {target.name for target in targets}
 
     def trains(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
