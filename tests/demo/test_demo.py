@@ -16,7 +16,6 @@ from tlora.demo import corpus
 from tlora.demo import run as demo
 from tlora.errors import ConfigError
 
-
 RUN = subprocess.run
 
 

@@ -268,13 +268,6 @@ def test_nothing_is_said_of_rows_that_are_apart(others, caplog):
     assert caplog.text == ""
 
 
-def test_a_bad_row_is_named_by_its_number():
-    rows = raw(*map(str, range(1200)))
-    rows = rows.map(lambda row, n: {"response": None if n == 1100 else "r"}, with_indices=True)
-    with pytest.raises(DataError, match=r"t\.jsonl, row 1101: column 'response'"):
-        task(rows).rows(rows, "t.jsonl")
-
-
 GSM8K = [
     {
         "question": f"Anna has {n} red apples and eats one of them. How many are left?",

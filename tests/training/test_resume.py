@@ -9,9 +9,9 @@ import pytest
 
 from tlora.errors import ConfigError
 from tlora.training import initialize, train
-from tlora.training.callbacks import LogCallback
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
+from tlora.training.trainers import LogCallback
 
 
 def weights(folder):

@@ -17,8 +17,7 @@ from tlora.evaluate import evaluate
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import train
-from tlora.training.arguments import training_arguments
-from tlora.training.replies import texts
+from tlora.training.arguments import texts, training_arguments
 from tlora.training.setup import settle
 
 WORDS = ["<pad>", "<unk>", "</s>", "sst2", "sentence:", "negative", "positive", "good", "bad"]

@@ -172,15 +172,6 @@ def test_a_cut_off_model_is_named_before_anything_is_written(config, saved, tiny
     assert not Path(config().output_dir).exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(config):
-    taken = config()
-    Path(taken.output_dir).mkdir()
-    (Path(taken.output_dir) / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match="holds no run"):
-        train.run(taken)
-    assert [path.name for path in Path(taken.output_dir).iterdir()] == ["thesis.tex"]
-
-
 @pytest.fixture
 def reviews(tmp_path):
     """Rows to train on and rows to evaluate on."""

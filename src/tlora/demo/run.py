@@ -91,11 +91,10 @@ def run(
         ConfigError: the folder is taken.
         AdapterError: PEFT's reload gives other logits.
     """
-    start = time.perf_counter()
     folder = Path(output_dir)
     RunFolder(folder).refuse_unless_free()
     with _one_thread():
-        return _run(folder, seed, tell, steps, start)
+        return _run(folder, seed, tell, steps)
 
 
 def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
@@ -124,27 +123,43 @@ def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Pat
     return {form: folder / form for form in corpus.SHIFTED}
 
 
-def _run(
-    folder: Path, seed: int, tell: Callable[[str], None], steps: int, start: float
-) -> DemoResult:
+def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> DemoResult:
+    from tlora import load_adapter
     from tlora.demo import corpus
+    from tlora.demo.solve import answers, exact_match
 
+    start = time.perf_counter()
     train_rows, test_rows = corpus.shifted_task(seed)
     train_file = _write_rows(folder / "train.jsonl", train_rows)
     _write_rows(folder / "test.jsonl", test_rows)
 
     tell(f"the base model answers {len(test_rows)} problems in a form it has not seen")
     base, tokenizer = _load_base()
-    scores, example = [_score("base", base, tokenizer, test_rows, {})], dict(test_rows[0])
-    example["base"] = _answer(base, tokenizer, example)
+    example = dict(test_rows[0])
+
+    def answer(model: Any) -> str:
+        return answers(model, tokenizer, [example["prompt"]])[0].strip()
+
+    scores = [Score("base", 0, exact_match(base, tokenizer, test_rows), 0.0, 0.0)]
+    example["base"] = answer(base)
     runs: list[RunFolder] = []
     for method in _RATES:
         tell(f"{method}: {steps} steps on {len(train_rows)} problems")
         last = _train(method, folder / method, train_file, seed, steps)
         runs.append(last)
-        model = _adapted(last)
-        scores.append(_score(method, model, tokenizer, test_rows, last.measured()))
-        example["adapted"] = _answer(model, tokenizer, example)
+        model = load_adapter(_load_base()[0], last.adapter).eval()
+        found = last.measured()
+        seconds = found["seconds"]
+        scores.append(
+            Score(
+                method=method,
+                trainable=found["trainable_parameters"],
+                exact_match=exact_match(model, tokenizer, test_rows),
+                initialise_seconds=seconds["initialise"],
+                train_seconds=seconds["train"],
+            )
+        )
+        example["adapted"] = answer(model)
     tell("PEFT alone loads the adapter, in a process that cannot import tlora")
     prompts = [row["prompt"] for row in test_rows[:8]]
     result = DemoResult(
@@ -171,27 +186,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _score(
-    method: str, model: Any, tokenizer: Any, rows: list[dict[str, str]], measured: dict[str, Any]
-) -> Score:
-    from tlora.demo.solve import exact_match
-
-    seconds = measured.get("seconds", {})
-    return Score(
-        method=method,
-        trainable=measured.get("trainable_parameters", 0),
-        exact_match=exact_match(model, tokenizer, rows),
-        initialise_seconds=seconds.get("initialise", 0.0),
-        train_seconds=seconds.get("train", 0.0),
-    )
-
-
-def _answer(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
-    from tlora.demo.solve import answers
-
-    return answers(model, tokenizer, [row["prompt"]])[0].strip()
 
 
 def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -> RunFolder:
@@ -226,12 +220,6 @@ def _load_base() -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
     return model.eval(), AutoTokenizer.from_pretrained(BASE_MODEL)
-
-
-def _adapted(run: RunFolder) -> Any:
-    from tlora import load_adapter
-
-    return load_adapter(_load_base()[0], run.adapter).eval()
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tlora.config import bytes_text
-from tlora.training.dryrun import DryRun, Memory, adapter_parameters
+from tlora.training.dryrun import DryRun, adapter_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,21 +53,21 @@ def _modules(dry: DryRun) -> Table:
 def _memory(dry: DryRun) -> Table:
     """Return the memory of calibration, and of training by TLoRA, by LoRA and in full."""
     ways = [dry.calibration, *dry.training]
-    title = f"batches of {dry.batch} x {dry.length} tokens"
-    made = _table(title, *(way.name for way in ways))
-
-    def add(name: str, text: Callable[[Memory], str], style: str = "") -> None:
-        made.add_row(name, *map(text, ways), style=style)
-
-    add("trainable parameters", lambda m: f"{m.trainable:,}")
-    add("weights", lambda m: bytes_text(m.weights))
-    add(dry.strategy.kind, lambda m: bytes_text(m.moments))
-    add("gradients", lambda m: bytes_text(m.gradients))
-    add("AdamW states", lambda m: bytes_text(m.optimizer))
-    add("activations", lambda m: bytes_text(m.activations))
-    for again, how in ((False, ""), (True, ", gradient checkpointing")):
-        add(f"peak{how}", lambda m, again=again: bytes_text(m.peak(again)), "bold")
-        add(f"fits in{how}", lambda m, again=again: fits_in(m.peak(again)), "bold")
+    made = _table(f"batches of {dry.batch} x {dry.length} tokens", *(way.name for way in ways))
+    made.add_row("trainable parameters", *(f"{way.trainable:,}" for way in ways))
+    rows = {
+        "weights": [way.weights for way in ways],
+        dry.strategy.kind: [way.moments for way in ways],
+        "gradients": [way.gradients for way in ways],
+        "AdamW states": [way.optimizer for way in ways],
+        "activations": [way.activations for way in ways],
+    }
+    for name, sizes in rows.items():
+        made.add_row(name, *map(bytes_text, sizes))
+    for how, again in (("", False), (", gradient checkpointing", True)):
+        peaks = [way.peak(again) for way in ways]
+        made.add_row(f"peak{how}", *map(bytes_text, peaks), style="bold")
+        made.add_row(f"fits in{how}", *map(fits_in, peaks), style="bold")
     return made
 
 
