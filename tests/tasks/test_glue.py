@@ -40,23 +40,11 @@ LAYOUTS = {
         "news\tMSR\t2012\t1\t5.000\tA.\tB.\nnews\tMSR\t2012\t2\t0.25\tC.\tD.\thttp\thttp\n",
         [("A.", "B.", 5.0), ("C.", "D.", 0.25)],
     ),
-    "stsb of GLUE": (
-        "stsb",
-        "train.tsv",
-        "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA.\tB.\t3.8\n",
-        [("A.", "B.", 3.8)],
-    ),
     "rte": (
         "rte",
         "train.tsv",
         "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n1\tC.\tD.\tentailment\n",
         [("A.", "B.", 1), ("C.", "D.", 0)],
-    ),
-    "wnli": (
-        "wnli",
-        "dev.tsv",
-        "index\tsentence1\tsentence2\tlabel\n0\tThe drain.\tThe hair.\t0\n",
-        [("The drain.", "The hair.", 0)],
     ),
     "qqp, a question broken over two lines": (
         "qqp",
@@ -64,14 +52,6 @@ LAYOUTS = {
         "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
         "0\t1\t2\tA?\tB?\t0\n1\t3\t4\tC\nc?\tD?\t1\n2\t5\t6\tE?\tF?\t1\n",
         [("A?", "B?", 0), ("E?", "F?", 1)],
-    ),
-    "mnli, one annotator in training": (
-        "mnli",
-        "train.tsv",
-        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
-        "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
-        "0\t7\t7n\tfiction\t( A\t( B\t(ROOT\t(ROOT\tA.\tB.\tentailment\tneutral\n",
-        [("A.", "B.", 1)],
     ),
     "mnli, five annotators in development": (
         "mnli",
@@ -126,16 +106,6 @@ AS_TEXT = {
         "sst2 sentence: it confirms fincher 's status",
         "positive",
     ),
-    "mrpc": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 1},
-        "mrpc sentence1: A. sentence2: B.",
-        "equivalent",
-    ),
-    "qqp": (
-        {"question1": "A?", "question2": "B?", "label": 0},
-        "qqp question1: A? question2: B?",
-        "not_duplicate",
-    ),
     "stsb": (
         {"sentence1": "A.", "sentence2": "B.", "label": 3.25},
         "stsb sentence1: A. sentence2: B.",
@@ -145,21 +115,6 @@ AS_TEXT = {
         {"premise": "A.", "hypothesis": "B.", "label": 2},
         "mnli hypothesis: B. premise: A.",
         "contradiction",
-    ),
-    "qnli": (
-        {"question": "A?", "sentence": "B.", "label": 0},
-        "qnli question: A? sentence: B.",
-        "entailment",
-    ),
-    "rte": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 1},
-        "rte sentence1: A. sentence2: B.",
-        "not_entailment",
-    ),
-    "wnli": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 0},
-        "wnli sentence1: A. sentence2: B.",
-        "not_entailment",
     ),
 }
 

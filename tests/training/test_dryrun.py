@@ -80,8 +80,6 @@ SMALL = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CAUSAL = {
     "llama": transformers.LlamaConfig(**SMALL),
-    "llama-grouped": transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
-    "qwen2": transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
     "qwen3": transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=32),
     "gemma2": transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=32),
     "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2),

@@ -53,7 +53,7 @@ def _modules(dry: DryRun) -> Table:
 def _memory(dry: DryRun) -> Table:
     """Return the memory of calibration, and of training by TLoRA, by LoRA and in full."""
     ways = [dry.calibration, *dry.training]
-    made = _table(f"batches of {dry.batch} x {dry.length} tokens", *(way.name for way in ways))
+    made = _table(f"{dry.batch} x {dry.length} tokens", *(way.name for way in ways))
     made.add_row("trainable parameters", *(f"{way.trainable:,}" for way in ways))
     rows = {
         "weights": [way.weights for way in ways],
@@ -64,7 +64,7 @@ def _memory(dry: DryRun) -> Table:
     }
     for name, sizes in rows.items():
         made.add_row(name, *map(bytes_text, sizes))
-    for how, again in (("", False), (", gradient checkpointing", True)):
+    for how, again in (("", False), (", checkpointed", True)):
         peaks = [way.peak(again) for way in ways]
         made.add_row(f"peak{how}", *map(bytes_text, peaks), style="bold")
         made.add_row(f"fits in{how}", *map(fits_in, peaks), style="bold")
