@@ -85,11 +85,6 @@ def test_all_that_is_missing_is_named(without):
         extras.require("compare", where="compare")
 
 
-def test_the_demo_ends_without_pictures_where_nothing_can_draw_them(without):
-    without("matplotlib")
-    assert cli._demo_pictures([]) == 'none without matplotlib; run `pip install "tlora[compare]"`'
-
-
 def test_the_modules_are_those_of_the_extras_in_pyproject():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]

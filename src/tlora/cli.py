@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from tlora.compare.comparefolder import CompareFolder
     from tlora.demo.run import Score
     from tlora.evaluate.evalfolder import EvalFolder
-    from tlora.training.runfolder import RunFolder
 
 _BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -76,7 +75,8 @@ def demo(config: DemoConfig) -> None:
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\npictures: {_demo_pictures(result.runs)}\n"
+        f" {result.difference:.1g})\n"
+        f"plan:    tlora inspect {result.adapter.parent}\n"
         f"done in {result.seconds:.0f} s"
     )
 
@@ -94,19 +94,6 @@ def _demo_table(lines: Iterable[Score]) -> Table:
         seconds = (f"{line.initialise_seconds:.1f} s", f"{line.train_seconds:.1f} s")
         made.add_row(line.method, f"{line.trainable:,}", f"{line.exact_match:.1%}", *seconds)
     return made
-
-
-def _demo_pictures(runs: list[RunFolder]) -> str:
-    """Draw the last run's plan and the losses of all runs; return where they are."""
-    if extras.missing("compare"):
-        return 'none without matplotlib; run `pip install "tlora[compare]"`'
-    from tlora import AdapterPlan
-    from tlora.report import curves, heatmap
-
-    folder = runs[-1].path.parent
-    losses = {run.path.name: curves.read_log(run.log) for run in runs}
-    plan = heatmap.save(AdapterPlan.load(runs[-1].plan), folder / "plan.png")
-    return f"{plan}, {curves.save(losses, folder / 'loss.png')}"
 
 
 def init(config: InitConfig) -> None:
@@ -209,19 +196,15 @@ def inspect(config: InspectConfig) -> None:
     _say(f"\n{plan.summary()}\npicture: {picture}")
 
 
-_FOLLOWING = {"tasks": "evaluations"}
-"""What is listed below: `--task` of a training is easily confused with `--tasks` of an evaluation.
-"""
-
-
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task, --tasks and --preset take."""
     for title, registered in _REGISTERED.items():
         entries = registered()
         if config.what == title or (config.what is None and entries):
             _list_one(title, entries, heading=config.what is None)
-    if following := _FOLLOWING.get(config.what or ""):
-        _list_one(following, _REGISTERED[following](), heading=True)
+    if config.what == "tasks":
+        # `--task` of a training is easily confused with `--tasks` of an evaluation.
+        _list_one("evaluations", _REGISTERED["evaluations"](), heading=True)
 
 
 def _list_one(title: str, entries: list[Entry], heading: bool) -> None:

@@ -66,8 +66,6 @@ class DemoResult:
     difference: float
     """Largest difference between the logits of the trained model and of PEFT's reload."""
     adapter: Path
-    runs: list[RunFolder]
-    """The runs, one for each method."""
     example: dict[str, str]
     """One test row, and what the base and the adapted model answer."""
     seconds: float
@@ -142,11 +140,9 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
 
     scores = [Score("base", 0, exact_match(base, tokenizer, test_rows), 0.0, 0.0)]
     example["base"] = answer(base)
-    runs: list[RunFolder] = []
     for method in _RATES:
         tell(f"{method}: {steps} steps on {len(train_rows)} problems")
         last = _train(method, folder / method, train_file, seed, steps)
-        runs.append(last)
         model = load_adapter(_load_base()[0], last.adapter).eval()
         found = last.measured()
         seconds = found["seconds"]
@@ -167,7 +163,6 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
         test_rows=len(test_rows),
         difference=_reload_alone(model, tokenizer, last, prompts),
         adapter=last.adapter,
-        runs=runs,
         example=example,
         seconds=time.perf_counter() - start,
     )
