@@ -26,6 +26,7 @@ from tlora.training.runfolder import RunFolder
 BASE_MODEL = str(files("tlora.demo") / "base")
 _STEPS = 250
 _RATES = {"lora": 1e-2, "tlora": 3e-3}
+_BATCH = 100
 _TOLERANCE = 1e-5
 _ALONE = """
 import sys
@@ -123,8 +124,8 @@ def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Pat
 
 def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> DemoResult:
     from tlora import load_adapter
+    from tlora.compare.exactmatch import exact_match
     from tlora.demo import corpus
-    from tlora.demo.solve import answers, exact_match
 
     start = time.perf_counter()
     train_rows, test_rows = corpus.shifted_task(seed)
@@ -135,11 +136,9 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
     base, tokenizer = _load_base()
     example = dict(test_rows[0])
 
-    def answer(model: Any) -> str:
-        return answers(model, tokenizer, [example["prompt"]])[0].strip()
-
-    scores = [Score("base", 0, exact_match(base, tokenizer, test_rows), 0.0, 0.0)]
-    example["base"] = answer(base)
+    rows = _tokens(tokenizer, test_rows)
+    scores = [Score("base", 0, exact_match(base, tokenizer, rows, _BATCH), 0.0, 0.0)]
+    example["base"] = _answer(base, tokenizer, example["prompt"])
     for method in _RATES:
         tell(f"{method}: {steps} steps on {len(train_rows)} problems")
         last = _train(method, folder / method, train_file, seed, steps)
@@ -150,12 +149,12 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
             Score(
                 method=method,
                 trainable=found["trainable_parameters"],
-                exact_match=exact_match(model, tokenizer, test_rows),
+                exact_match=exact_match(model, tokenizer, rows, _BATCH),
                 initialise_seconds=seconds["initialise"],
                 train_seconds=seconds["train"],
             )
         )
-        example["adapted"] = answer(model)
+        example["adapted"] = _answer(model, tokenizer, example["prompt"])
     tell("PEFT alone loads the adapter, in a process that cannot import tlora")
     prompts = [row["prompt"] for row in test_rows[:8]]
     result = DemoResult(
@@ -181,6 +180,21 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _tokens(tokenizer: Any, rows: Sequence[dict[str, str]]) -> Any:
+    from datasets import Dataset
+
+    from tlora.tasks.dataconfig import DataConfig
+    from tlora.tasks.tokens import causal
+
+    return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -> RunFolder:
