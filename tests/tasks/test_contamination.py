@@ -1,6 +1,5 @@
 import itertools
 import json
-import logging
 import random
 import unicodedata
 
@@ -259,13 +258,6 @@ def test_validation_rows_may_not_repeat_what_is_reported():
         refuse_overlap(rows, known, task(TRAIN, "drop"), "v")
     refuse_overlap(rows, known, task(TRAIN, "allow"), "v")
     refuse_overlap(rows[:1], known, task(TRAIN, "drop"), "v")
-
-
-@pytest.mark.parametrize("others", [{}, {"e": raw("x")}])
-def test_nothing_is_said_of_rows_that_are_apart(others, caplog):
-    caplog.set_level(logging.DEBUG)
-    assert left_out(TRAIN, others, task(TRAIN)) == []
-    assert caplog.text == ""
 
 
 GSM8K = [

@@ -117,8 +117,6 @@ def test_init_and_train_plan_the_same(config):
         ({"model": None}, ConfigError, "`model` is missing; give --model"),
         ({"model": "no/such-model"}, ConfigError, "the tokenizer of 'no/such-model' cannot be"),
         ({"task": "gsm9k"}, ConfigError, "no task 'gsm9k'. Did you mean 'gsm8k'"),
-        ({"method": "tlorra"}, ConfigError, "no method 'tlorra'. Did you mean 'tlora'"),
-        ({"adapter": {"rr": 3}}, ConfigError, "no option `rr`. Did you mean 'r'"),
         (
             {"trainer": {"learning_rat": 1e-3}},
             ConfigError,
@@ -128,16 +126,6 @@ def test_init_and_train_plan_the_same(config):
             {"trainer": {"learning_rate": "fast"}},
             ConfigError,
             "`learning_rate` is 'fast'; give a number.",
-        ),
-        (
-            {"trainer": {"num_train_epochs": True}},
-            ConfigError,
-            "`num_train_epochs` is True; give a number.",
-        ),
-        (
-            {"trainer": {"max_steps": 1.5}},
-            ConfigError,
-            "`max_steps` is 1.5; give a whole number.",
         ),
         ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
         ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),
@@ -149,7 +137,6 @@ def test_init_and_train_plan_the_same(config):
         ),
         ({"adapter": {"target_modules": ["nowhere"]}}, TLoraError, "nowhere"),
         ({"method": "lora", "adapter": {"target_modules": ["nowhere"]}}, ConfigError, "nowhere"),
-        ({"method": "lora", "adapter": {"task_type": "CAUSAL"}}, ConfigError, "`task_type` is"),
         ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
         ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
         ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),
