@@ -3,7 +3,7 @@
     python scripts/pretrain_base.py --scratch /tmp/pretrain_base
 
 Trains a byte-level BPE tokenizer and a Llama of about one million parameters on
-`tlora.demo.corpus`, in about ten minutes of one core. A run that stops goes on from the
+`scripts/pretraining_corpus.py`, in about ten minutes of one core. A run that stops goes on from the
 checkpoint in `--scratch`; delete that folder to start over.
 """
 
@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tlora.demo.corpus import FORMS, Row, held_out_rows, pretraining_rows, shifted_task
+from pretraining_corpus import FORMS, held_out_rows, pretraining_rows
+from tlora.demo.corpus import Row, shifted_task
 
 BASE = Path(__file__).parents[1] / "src" / "tlora" / "demo" / "base"
 END, PAD = "<|end|>", "<|pad|>"
@@ -216,7 +217,7 @@ license: apache-2.0
 A Llama of {parameters:,} parameters ({layers} layers of width {width}, grouped-query attention,
 tied embeddings) with a byte-level BPE tokenizer of {vocabulary} tokens in which every digit is a
 token. It answers sums, differences and comparisons of numbers below 100, stated in the nine
-forms of `tlora/demo/corpus.py`, as well as the table below says, and nothing else.
+forms of `scripts/pretraining_corpus.py`, as well as the table below says, and nothing else.
 To a sum told in words it answers with the sum and its value (`30-14=16`). It exists so that a
 demonstration of fine-tuning needs no download.
 

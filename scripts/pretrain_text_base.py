@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from pretrain_base import END, byte_level_bpe
-from tlora.demo.corpus import pretraining_rows
+from pretraining_corpus import pretraining_rows
 from tlora.files import write_json
 from tlora.tasks.source import READERS, read_file
 from tlora.training.digests import file_digest

@@ -184,8 +184,8 @@ def interrupted(monkeypatch):
     """Run until the end of a step, then let the user press Ctrl-C; return the folder."""
 
     from tlora.training import train
-    from tlora.training.callbacks import LogCallback
     from tlora.training.runfolder import RunFolder
+    from tlora.training.trainers import LogCallback
 
     def run(config, step):
         def stop(self, args, state, control, **_):

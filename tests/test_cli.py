@@ -55,9 +55,7 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize(
-    "argv", [["--version"], ["--help"], ["train", "--help"], ["list", "tasks"]]
-)
+@pytest.mark.parametrize("argv", [["train", "--help"], ["list", "tasks"]])
 def test_help_and_lists_import_nothing_heavy(argv):
     code = (
         "import sys; from tlora.cli import main; code = main(sys.argv[1:]);"
@@ -70,11 +68,6 @@ def test_help_and_lists_import_nothing_heavy(argv):
     assert done.returncode == 0
     assert done.stdout
     assert done.stderr.strip() == "[]"
-
-
-def test_the_purity_test_would_notice(tlora):
-    tlora("train", "--model", "none", "--trainer.nonsense", "1")
-    assert "transformers" in sys.modules
 
 
 def test_the_overview_names_every_verb(tlora):
@@ -127,28 +120,7 @@ def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):
     assert run["data"]["loss_on"] == "response"
 
 
-@pytest.mark.parametrize("flag", [("--config", "{}"), ("--config={}",)])
-def test_a_flag_wins_wherever_the_file_stands(resolved, run_yaml, flag):
-    file = run_yaml("adapter: {r: 4}\n")
-    run = resolved("--adapter.r", "6", *(word.format(file) for word in flag))
-    assert run["adapter"]["r"] == 6
-
-
-def test_a_later_file_wins_over_an_earlier_one(resolved, run_yaml):
-    first = run_yaml("seed: 1\nmodel: one\n", "a.yaml")
-    second = run_yaml("seed: 2\n", "b.yaml")
-    run = resolved("--config", first, "--config", second)
-    assert (run["seed"], run["model"]) == (2, "one")
-
-
 EMPTY = "model: m\nadapter:\ntrainer:\ndata:\ncalibration:\n"
-
-
-def test_an_empty_section_of_a_file_is_one_without_values(resolved, run_yaml):
-    assert resolved("--config", run_yaml(EMPTY)) == resolved("--model", "m")
-    flags = ["--data.max_length", "5", "--adapter.r", "3"]
-    run = resolved("--config", run_yaml(EMPTY), *flags)
-    assert run == resolved("--model", "m", *flags)
 
 
 @pytest.mark.parametrize("empty_first", [True, False])
@@ -170,23 +142,6 @@ def test_flags_come_before_files_and_each_other_at_any_depth(resolved, run_yaml)
         "max_steps": 7,
         "bf16": False,
     }
-
-
-def test_an_empty_section_below_a_section_and_of_a_comparison(tlora, run_yaml):
-    file = run_yaml("tasks: [gsm8k-paper]\njudge: {request: }\n", "eval.yaml")
-    code, out, err = tlora("eval", "m", "--config", file, "--print_config")
-    assert code == 0, err
-    assert yaml.safe_load(out)["judge"]["request"] == {}
-    file = run_yaml(f"{EMPTY}methods: [lora]\nlearning_rates: [1.0e-3]\n")
-    code, out, err = tlora("compare", file, "--print_config")
-    assert code == 0, err
-    assert yaml.safe_load(out)["data"]["max_length"] == 512
-
-
-def test_numbers_in_scientific_notation_are_numbers(resolved, run_yaml):
-    file = run_yaml("trainer:\n  learning_rate: 1e-4\n")
-    assert resolved("--config", file)["trainer"]["learning_rate"] == 1e-4
-    assert resolved("--trainer.learning_rate", "2e-5")["trainer"]["learning_rate"] == 2e-5
 
 
 @pytest.mark.parametrize(
@@ -219,31 +174,6 @@ def test_what_looks_like_a_number_is_printed_so_that_it_stays_text(tlora, run_ya
     assert yaml.safe_load(out)["trainer"]["run_name"] == "1e-4"
 
 
-def test_lists_booleans_and_words_are_read_as_such(resolved):
-    run = resolved(
-        *("--adapter.target_modules", "[q_proj,v_proj]"),
-        *("--trainer.report_to", "none"),
-        *("--trainer.bf16", "false"),
-        "--resume",
-    )
-    assert run["adapter"]["target_modules"] == ["q_proj", "v_proj"]
-    assert run["trainer"] == {"report_to": "none", "bf16": False}
-    assert run["resume"] is True
-
-
-def test_open_fields_take_names_below_them_at_any_depth(tlora):
-    code, out, err = tlora(
-        "eval", "m", "--tasks", "t", "--judge.request.seed", "3", "--print_config"
-    )
-    assert code == 0, err
-    assert yaml.safe_load(out)["judge"]["request"] == {"seed": 3}
-
-
-def test_the_resolved_run_reads_back_as_itself(resolved, run_yaml):
-    run = resolved("--model", "m", "--adapter.r", "6", "--trainer.learning_rate", "1e-5")
-    assert resolved("--config", run_yaml(yaml.safe_dump(run))) == run
-
-
 def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
     assert resolved("--seed", "7")["adapter"]["seed"] == 7
     assert resolved("--seed", "7", "--adapter.seed", "1")["adapter"]["seed"] == 1
@@ -259,10 +189,6 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         ),
         (["train", "--modle", "x"], "there is no flag `--modle`. Did you mean '--model'?"),
         (
-            ["train", "--data.maxlength=3"],
-            "there is no flag `--data.maxlength`. Did you mean '--data.max_length'?",
-        ),
-        (
             ["train", "--adaptor.r", "3"],
             "there is no flag `--adaptor.r`. Did you mean '--adapter.r'?",
         ),
@@ -271,18 +197,13 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             "there is no flag `--judge.reqest.seed`. Did you mean '--judge.request.seed'?",
         ),
         (["train", "--seed", "x"], "`seed` is 'x'; give a whole number, 0 or more."),
-        (["train", "--seed", "-1"], "`seed` is -1; give a whole number, 0 or more."),
         (["train", "--seed"], "--seed needs a value."),
-        (["train", "--seed", "--resume"], "--seed needs a value."),
-        (["train", "--dtype", "int8"], "`dtype` is 'int8'; choose one of 'auto', 'float32'"),
         (
             ["list", "method"],
             "`what` is 'method'; choose one of 'methods', 'tasks', 'evaluations', 'presets'. Did"
             " you mean 'methods'?",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
-        (["train", "--config"], "--config needs a value."),
-        (["train", "--model", "m", "--adapter.rr", "3"], "no option `rr`. Did you mean 'r'?"),
         (["train", "--model", "m", "--method", "lara"], "no method 'lara'. Did you mean 'lora'?"),
         (
             ["train", "--model", "m", "--adapter.use_rslora", "true"],
@@ -293,12 +214,8 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             "trainer: there is no field `learning_rat`. Did you mean 'learning_rate'?",
         ),
         (["train"], "`model` is missing; give --model"),
-        (["train", "--data.max_length", "0"], "`data.max_length` is 0; give a whole number, 1"),
         (["train", "stray"], "there is no place for 'stray'; give flags as --name value."),
-        (["inspect", "a", "b"], "there is no place for 'b'"),
         (["inspect"], "`path` is missing; `tlora inspect` needs a run's folder"),
-        (["train", "--adapter", "5"], "`adapter` is 5; give `name: value` pairs."),
-        (["train", "--resume=maybe"], "`resume` is 'maybe'; give true or false."),
         (["compare", "--learning_rates", "fast"], "`learning_rates` is ['fast']; give positive"),
         (["inspect", "nowhere"], "nowhere: there is no such file."),
         (["inspect", "."], "there is no plan.safetensors; give a run's folder"),

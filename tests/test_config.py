@@ -41,19 +41,12 @@ NOT_DEFAULT: dict[str, Any] = {
 }
 
 BAD_VALUES: list[tuple[str, Any]] = [
-    *[("r", bad) for bad in (0, -1, 8.0, "8", None, True)],
-    *[("rank_min", bad) for bad in (-1, 0.5, "1", None, False)],
-    *[("rank_max", bad) for bad in (0, -1, 8.0, "8")],
-    *[("seed", bad) for bad in (-1, 1.5, None)],
-    *[("lora_alpha", bad) for bad in (0, -8, "8", None, float("nan"), float("inf"))],
-    *[("lora_dropout", bad) for bad in (-0.1, 1.0, "0.1", None, float("nan"))],
+    *[(name, 0) for name in ("r", "rank_max", "lora_alpha", "target_modules", "target_parameters")],
+    *[(name, -1) for name in ("rank_min", "seed", "lora_dropout")],
     *[(name, "never") for name in ("basis", "budget", "scale_rule", "covariance", "subspace")],
-    *[("bias", bad) for bad in ("some", None, ["none"])],
-    *[("task_type", bad) for bad in ("CAUSAL", "causal_lm", "", ["CAUSAL_LM"])],
+    *[(name, "some") for name in ("bias", "task_type", "sensitivity_rule", "layers_to_transform")],
     *[(name, "yes") for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a")],
-    *[("target_modules", bad) for bad in (3, ["q_proj", 3], {"q_proj": 1})],
-    *[("target_parameters", bad) for bad in (3, [3])],
-    *[("layers_to_transform", bad) for bad in ("3", [0.5], True)],
+    ("lora_dropout", 1.0),
     *[("memory_budget", bad) for bad in (0, -5, "2 gigs", "", "1e400", "1.2.3GB", True, [1])],
 ]
 
@@ -86,13 +79,6 @@ def test_every_field_survives_a_round_trip_through_json() -> None:
     assert TLoraConfig(**NOT_DEFAULT).to_dict() == NOT_DEFAULT
 
 
-def test_from_dict_checks_as_the_constructor_does() -> None:
-    with pytest.raises(ConfigError, match="`r` is 0"):
-        TLoraConfig.from_dict({"r": 0})
-    with pytest.raises(ConfigError, match="no option `rank`"):
-        TLoraConfig.from_dict({"rank": 8})
-
-
 @pytest.mark.parametrize(("name", "bad"), BAD_VALUES)
 def test_a_value_out_of_range_is_one_fault_that_names_field_and_value(name: str, bad: Any) -> None:
     (fault,) = faults_of(**{name: bad})
@@ -104,22 +90,10 @@ def test_the_task_types_are_pefts() -> None:
     assert set(get_args(TaskType)) == {kind.value for kind in peft.TaskType}
 
 
-def test_a_name_is_a_list_of_one_where_names_are_listed() -> None:
-    config = TLoraConfig(target_parameters="experts.down_proj", modules_to_save="score")  # type: ignore[arg-type]
-    assert (config.target_parameters, config.modules_to_save) == (["experts.down_proj"], ["score"])
-    assert TLoraConfig(target_modules="q_proj").target_modules == "q_proj"  # a regex, for PEFT
-
-
 def test_parameters_go_without_dropout() -> None:
     (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
     assert "`lora_dropout` does not go with `target_parameters`" in fault
     assert not TLoraConfig(target_parameters=[], lora_dropout=0.1).target_parameters
-
-
-def test_values_at_the_edge_of_their_range_are_accepted() -> None:
-    config = TLoraConfig(r=1, rank_min=0, rank_max=1, lora_dropout=0, lora_alpha=1e-3, seed=0)
-    assert (config.rank_min, config.rank_max) == (0, 1)
-    assert TLoraConfig(rank_min=4, rank_max=4).rank_max == 4
 
 
 def test_rank_max_may_not_be_below_rank_min() -> None:
@@ -142,10 +116,6 @@ def test_all_faults_come_in_one_error() -> None:
         assert fault in str(caught.value)
 
 
-def test_all_faults_of_the_values_come_in_one_error() -> None:
-    assert len(faults_of(r=0, budget="none", freeze_a=1, memory_budget="much")) == 4
-
-
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)
 def test_a_refused_option_says_why(name: str) -> None:
     (fault,) = faults_of(**{name: True})
@@ -154,48 +124,14 @@ def test_a_refused_option_says_why(name: str) -> None:
     assert len(REFUSED_OPTIONS[name].split()) >= 6
 
 
-def test_options_that_change_scale_or_weights_are_refused() -> None:
-    assert {
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "init_lora_weights",
-        "loftq_config",
-        "corda_config",
-    } <= set(REFUSED_OPTIONS)
-    assert not set(REFUSED_OPTIONS) & set(TLoraConfig.field_names())
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [("lora_alhpa", "lora_alpha"), ("target_module", "target_modules"), ("frieze_a", "freeze_a")],
-)
-def test_an_unknown_option_comes_with_the_nearest_name(wrong: str, right: str) -> None:
-    assert faults_of(**{wrong: 1}) == (f"there is no option `{wrong}`. Did you mean '{right}'?",)
-
-
-def test_an_option_like_none_of_ours_comes_without_a_suggestion() -> None:
-    assert faults_of(zzzz=1) == ("there is no option `zzzz`.",)
-
-
 @pytest.mark.parametrize(
     ("value", "size"),
     [
-        (1, 1),
         (12345, 12345),
-        ("100", 100),
-        ("100B", 100),
         ("1e9", 10**9),
-        ("2GiB", 2 * 2**30),
         ("2gib", 2 * 2**30),
         ("512 MB", 512 * 10**6),
         (" 1.5 KiB ", 1536),
-        ("3KB", 3000),
-        ("4MiB", 4 * 2**20),
-        ("1GB", 10**9),
-        ("0.5TB", 5 * 10**11),
-        ("1TiB", 2**40),
     ],
 )
 def test_sizes_are_read_in_decimal_and_binary_units(value: int | str, size: int) -> None:
@@ -207,10 +143,6 @@ def test_sizes_are_read_in_decimal_and_binary_units(value: int | str, size: int)
 def test_what_is_no_size_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_bytes(value)
-
-
-def test_no_memory_budget_is_no_limit() -> None:
-    assert TLoraConfig().memory_budget_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -226,13 +158,6 @@ def test_no_memory_budget_is_no_limit() -> None:
 )
 def test_sensitivity_is_needed_by_either_allocation(values: dict, needed: bool) -> None:
     assert TLoraConfig(**values).needs_sensitivity is needed
-
-
-@pytest.mark.parametrize("basis", ["weight-covariance", "random"])
-@pytest.mark.parametrize("whiten", [True, False])
-def test_moments_are_needed_by_the_basis_or_the_whitening(basis: Any, whiten: bool) -> None:
-    needed = TLoraConfig(basis=basis, whiten=whiten).needs_moments
-    assert needed is (basis != "random" or whiten)
 
 
 @pytest.mark.parametrize(
@@ -251,13 +176,6 @@ def test_errors_are_caught_as_ours_and_as_the_builtin(kind: str, builtin: type) 
     assert isinstance(error, TLoraError)
     assert isinstance(error, builtin)
     assert "what was wrong" in str(error)
-
-
-def test_one_fault_makes_one_line_and_many_make_a_list() -> None:
-    assert str(ConfigError("a is 1.", where="run.yaml")) == "run.yaml: a is 1."
-    many = ConfigError(["a is 1.", "b is 2."], where="run.yaml")
-    assert many.faults == ("a is 1.", "b is 2.")
-    assert str(many).splitlines() == ["run.yaml: 2 faults:", "  - a is 1.", "  - b is 2."]
 
 
 def test_did_you_mean_suggests_only_what_is_close() -> None:

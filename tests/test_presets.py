@@ -82,18 +82,6 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path):
     assert run == resolved(*words[4:], *words[:4])  # wherever it stands
 
 
-def test_of_options_a_file_changes_those_that_it_names(tmp_path):
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("trainer: {learning_rate: 1e-3, max_steps: 5}")
-    second.write_text("trainer: {max_steps: 7}\nadapter: {seed: 3}")
-    run = resolved("--preset", "paper-math", "--config", str(first), "--config", str(second))
-    preset = yaml.safe_load(Path(presets.path("paper-math")).read_text())
-    assert run.trainer == preset["trainer"] | {"learning_rate": 1e-3, "max_steps": 7}
-    assert run.adapter.items() >= (preset["adapter"] | {"seed": 3}).items()
-    flag = resolved("--preset=paper-math", f"--config={first}", "--trainer.max_steps", "9")
-    assert flag.trainer == preset["trainer"] | {"learning_rate": 1e-3, "max_steps": 9}
-
-
 def test_an_unknown_preset_is_met_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"'paper-mth'\. Did you mean 'paper-math'\?"):
         resolved("--preset", "paper-mth")

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from tlora.compare.comparefolder import CompareFolder
     from tlora.demo.run import Score
     from tlora.evaluate.evalfolder import EvalFolder
-    from tlora.training.runfolder import RunFolder
 
 _BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -76,7 +75,8 @@ def demo(config: DemoConfig) -> None:
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\nranks and scales: {_demo_page(result.runs[-1])}\n"
+        f" {result.difference:.1g})\n"
+        f"plan:    {_demo_page(result.adapter.parent)}\n"
         f"done in {result.seconds:.0f} s"
     )
 
@@ -98,14 +98,17 @@ def _demo_table(lines: Iterable[Score]) -> Table:
     return plain(("method", "trainable parameters", "exact match", "initialize", "train"), rows)
 
 
-def _demo_page(run: RunFolder) -> str:
-    """Write the page of the run's plan; return where it is."""
+def _demo_page(folder: Path) -> str:
+    """Write the page of a run's plan beside its folder; return where it is."""
     if extras.missing("compare"):
         return 'no page; run `pip install "tlora[compare]"`'
     from tlora import AdapterPlan
     from tlora.report import heatmap
+    from tlora.training.runfolder import RunFolder
 
-    return str(heatmap.save(AdapterPlan.load(run.plan), run.path.with_name("plan.html")))
+    return str(
+        heatmap.save(AdapterPlan.load(RunFolder(folder).plan), folder.with_name("plan.html"))
+    )
 
 
 def init(config: InitConfig) -> None:
@@ -201,19 +204,15 @@ def inspect(config: InspectConfig) -> None:
     _say(f"\n{plan.summary()}\npage: {page}")
 
 
-_FOLLOWING = {"tasks": "evaluations"}
-"""What is listed below: `--task` of a training is easily confused with `--tasks` of an evaluation.
-"""
-
-
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task, --tasks and --preset take."""
     for title, registered in _REGISTERED.items():
         entries = registered()
         if config.what == title or (config.what is None and entries):
             _list_one(title, entries, heading=config.what is None)
-    if following := _FOLLOWING.get(config.what or ""):
-        _list_one(following, _REGISTERED[following](), heading=True)
+    if config.what == "tasks":
+        # `--task` of a training is easily confused with `--tasks` of an evaluation.
+        _list_one("evaluations", _REGISTERED["evaluations"](), heading=True)
 
 
 def _list_one(title: str, entries: list[Entry], heading: bool) -> None:

@@ -106,71 +106,58 @@ def _files(folder: str) -> Iterator[Entry]:
             yield _File(path.stem, str(path), file.readline().strip("# \n"))
 
 
+def _classes(package: str, *rows: tuple[str, str, str]) -> list[Entry]:
+    """Return entries of a package's classes, each given as name, "module:class" and summary."""
+    return [Entry(name, f"{package}.{target}", summary) for name, target, summary in rows]
+
+
 METHODS = Registry(
     "method",
-    [
-        Entry(
-            "tlora", "tlora.methods.tlora:TaskAwareLora", "task-aware LoRA: calibrated A, B trains"
-        ),
-        Entry(
-            "full", "tlora.methods.full:FullFineTuning", "full fine-tuning: every parameter trains"
-        ),
-        Entry("lora", "tlora.methods.lora:Lora", "PEFT's LoRA: random A, A and B train"),
-        Entry(
-            "rslora", "tlora.methods.rslora:RankStabilisedLora", "LoRA scaled by alpha / sqrt(r)"
-        ),
-        Entry("loraplus", "tlora.methods.loraplus:LoraPlus", "LoRA+: B learns faster than A"),
-        Entry("dora", "tlora.methods.dora:Dora", "DoRA: magnitudes train beside the direction"),
-        Entry(
-            "adalora", "tlora.methods.adalora:AdaLora", "AdaLoRA: ranks are pruned while training"
-        ),
-        Entry("olora", "tlora.methods.olora:Olora", "OLoRA: A and B start from W = Q R"),
-        Entry("pissa", "tlora.methods.pissa:Pissa", "PiSSA: A and B start from W's principal part"),
-        Entry("milora", "tlora.methods.milora:Milora", "MiLoRA: A and B start from W's minor part"),
-        Entry(
-            "ailora", "tlora.methods.ailora:Ailora", "AILoRA: queries start principal, values minor"
-        ),
-        Entry(
-            "corda", "tlora.methods.corda:Corda", "CorDA: A and B start from W seen by the inputs"
-        ),
-        Entry(
-            "eva", "tlora.methods.eva:Eva", "EVA: A starts from the inputs' principal directions"
-        ),
-        Entry("lora-ga", "tlora.methods.loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
-        Entry("lora-fa", "tlora.methods.lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
-        Entry(
-            "trimatrix",
-            "tlora.methods.trimatrix:TriMatrix",
-            "Tri-Matrix: r x r numbers train between random P, R",
-        ),
-    ],
+    _classes(
+        "tlora.methods",
+        ("tlora", "tlora:TaskAwareLora", "task-aware LoRA: calibrated A, B trains"),
+        ("full", "full:FullFineTuning", "full fine-tuning: every parameter trains"),
+        ("lora", "lora:Lora", "PEFT's LoRA: random A, A and B train"),
+        ("rslora", "rslora:RankStabilisedLora", "LoRA scaled by alpha / sqrt(r)"),
+        ("loraplus", "loraplus:LoraPlus", "LoRA+: B learns faster than A"),
+        ("dora", "dora:Dora", "DoRA: magnitudes train beside the direction"),
+        ("adalora", "adalora:AdaLora", "AdaLoRA: ranks are pruned while training"),
+        ("olora", "olora:Olora", "OLoRA: A and B start from W = Q R"),
+        ("pissa", "pissa:Pissa", "PiSSA: A and B start from W's principal part"),
+        ("milora", "milora:Milora", "MiLoRA: A and B start from W's minor part"),
+        ("ailora", "ailora:Ailora", "AILoRA: queries start principal, values minor"),
+        ("corda", "corda:Corda", "CorDA: A and B start from W seen by the inputs"),
+        ("eva", "eva:Eva", "EVA: A starts from the inputs' principal directions"),
+        ("lora-ga", "loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
+        ("lora-fa", "lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
+        ("trimatrix", "trimatrix:TriMatrix", "Tri-Matrix: r x r numbers train between random P, R"),
+    ),
 )
 
 TASKS = Registry(
     "task",
-    [
-        Entry("jsonl", "tlora.tasks.jsonl:Jsonl", "your file or Hub dataset, columns by --data.*"),
-        Entry("gsm8k", "tlora.tasks.gsm8k:Gsm8k", "grade-school maths word problems, worked out"),
-        Entry("math", "tlora.tasks.math:Math", "MetaMathQA, the paper's training set of maths"),
-        Entry("code", "tlora.tasks.code:Code", "CodeFeedback, the paper's training set of code"),
-        Entry("chat", "tlora.tasks.chat:Chat", "WizardLM, the paper's training set of chat"),
-        Entry(
+    _classes(
+        "tlora.tasks",
+        ("jsonl", "jsonl:Jsonl", "your file or Hub dataset, columns by --data.*"),
+        ("gsm8k", "gsm8k:Gsm8k", "grade-school maths word problems, worked out"),
+        ("math", "math:Math", "MetaMathQA, the paper's training set of maths"),
+        ("code", "code:Code", "CodeFeedback, the paper's training set of code"),
+        ("chat", "chat:Chat", "WizardLM, the paper's training set of chat"),
+        (
             "commonsense",
-            "tlora.tasks.commonsense:Commonsense",
+            "commonsense:Commonsense",
             "commonsense_170k: the paper's eight question sets in one form",
         ),
-        Entry("cola", "tlora.tasks.glue:Cola", "GLUE: is the sentence grammatical (Matthews)"),
-        Entry("sst2", "tlora.tasks.glue:Sst2", "GLUE: sentiment of a film review (accuracy)"),
-        Entry(
-            "mrpc", "tlora.tasks.glue:Mrpc", "GLUE: are two sentences paraphrases (F1, accuracy)"
-        ),
-        Entry("stsb", "tlora.tasks.glue:Stsb", "GLUE: similarity 0 to 5 (Pearson, Spearman)"),
-        Entry("qqp", "tlora.tasks.glue:Qqp", "GLUE: do two questions ask the same (F1, accuracy)"),
-        Entry("mnli", "tlora.tasks.glue:Mnli", "GLUE: entails, contradicts or neither (accuracy)"),
-        Entry("qnli", "tlora.tasks.glue:Qnli", "GLUE: does it answer the question (accuracy)"),
-        Entry("rte", "tlora.tasks.glue:Rte", "GLUE: does one sentence entail another (accuracy)"),
-        Entry("wnli", "tlora.tasks.glue:Wnli", "GLUE: which noun a pronoun means (accuracy)"),
-    ],
+        ("cola", "glue:Cola", "GLUE: is the sentence grammatical (Matthews)"),
+        ("sst2", "glue:Sst2", "GLUE: sentiment of a film review (accuracy)"),
+        ("mrpc", "glue:Mrpc", "GLUE: are two sentences paraphrases (F1, accuracy)"),
+        ("stsb", "glue:Stsb", "GLUE: similarity 0 to 5 (Pearson, Spearman)"),
+        ("qqp", "glue:Qqp", "GLUE: do two questions ask the same (F1, accuracy)"),
+        ("mnli", "glue:Mnli", "GLUE: entails, contradicts or neither (accuracy)"),
+        ("qnli", "glue:Qnli", "GLUE: does it answer the question (accuracy)"),
+        ("rte", "glue:Rte", "GLUE: does one sentence entail another (accuracy)"),
+        ("wnli", "glue:Wnli", "GLUE: which noun a pronoun means (accuracy)"),
+    ),
 )
 
 # Each loads to the path of a YAML file of lm-evaluation-harness; so does an entry point's.

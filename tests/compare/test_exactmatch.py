@@ -13,35 +13,37 @@ from tlora.compare import compare
 from tlora.compare.compareconfig import CompareConfig
 from tlora.compare.exactmatch import exact_match, prompt_and_response
 from tlora.compare.experiment import experiment
-from tlora.demo.corpus import held_out_rows
-from tlora.demo.run import _load_base
-from tlora.demo.solve import answers
-from tlora.demo.solve import exact_match as by_text
+from tlora.demo.run import _answer, _load_base
 from tlora.errors import DataError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.tokens import causal
+
+
+def sums(count):
+    """Problems in a form that the base knows."""
+    asked = "Tom has {} eggs. Tom buys {} more. How many eggs does Tom have now? Answer:"
+    numbers = [(n + 11, 3 * n + 2) for n in range(count)]
+    return [{"prompt": asked.format(a, b), "response": f"{a}+{b}={a + b}"} for a, b in numbers]
 
 
 def tokenised(tokenizer, rows):
     return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
 
 
-def test_it_equals_exact_match_by_text_and_leaves_the_model_as_it_was():
+def test_it_equals_what_is_written_a_row_at_a_time_and_leaves_the_model_as_it_was():
     model, tokenizer = _load_base()
-    rows = [row for form in ("gain", "symbols") for row in held_out_rows(form, seed=1, count=4)]
-    written = answers(model, tokenizer, [row["prompt"] for row in rows])
-    right = [dict(row, response=w) for row, w in zip(rows, written, strict=True)]
+    rows = sums(8)
+    right = [row | {"response": _answer(model, tokenizer, row["prompt"])} for row in rows]
     mixed = [*right[:6], *(dict(row, response="no number") for row in right[6:])]
     model.train()
     for batch_size in (1, 3, 100):
         assert exact_match(model, tokenizer, tokenised(tokenizer, mixed), batch_size) == 0.75
     assert model.training
-    assert by_text(model, tokenizer, mixed) == 0.75
 
 
 def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
     model, tokenizer = _load_base()
-    rows = tokenised(tokenizer, held_out_rows("gain", seed=1, count=8))
+    rows = tokenised(tokenizer, sums(8))
     plain = exact_match(model, tokenizer, rows, 8)
     assert plain > 0.5
     model.generation_config.update(

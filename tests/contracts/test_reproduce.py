@@ -114,8 +114,8 @@ def test_the_figures_of_the_page_are_those_of_its_dry_runs(llama):
     for flags, (run, lines) in zip(dry_runs, tables().items(), strict=True):
         config = parse("tlora init", VERBS["init"].record, [*flags, "--model", llama]).record
         dry = dryrun.run(config.run_config())
-        assert run.endswith(f": batches of {dry.batches.training}")
-        assert f"{dry.calibration.peak / 2**30:.1f} GiB" in PAGE
+        assert run.endswith(f": batches of {dry.batch}")
+        assert f"{dry.calibration.peak() / 2**30:.1f} GiB" in PAGE
         for way, cells in zip(dry.training, lines, strict=True):
             peaks = [f"{way.peak(again) / 2**30:.1f} GiB" for again in (True, False)]
             assert cells == [way.name, f"{way.trainable / 1e6:,.2f}M", *peaks]

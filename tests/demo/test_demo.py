@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tlora import cli
 from tlora.demo import corpus
 from tlora.demo import run as demo
 from tlora.errors import ConfigError
 
+RUN = subprocess.run
+
+
+def in_this_process(command, **options):
+    """Run Python code here, where all is imported; but as there, it cannot import tlora."""
+    if command[:2] != [sys.executable, "-c"]:
+        return RUN(command, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:2] + command[3:])
+        patch.setitem(sys.modules, "tlora", None)
+        exec(command[2], {})
+    return subprocess.CompletedProcess(command, 0)
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    told: list[str] = []
     folder = tmp_path_factory.mktemp("demo") / "out"
-    done = demo.run(str(folder), seed=0, tell=told.append, steps=20)
-    return folder, done, told
+    task = corpus.shifted_task
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "shifted_task", lambda seed: task(seed, train=100, test=20))
+        patch.setattr(subprocess, "run", in_this_process)
+        return folder, demo.run(str(folder), seed=0, steps=2)
 
 
 def test_base_cannot_do_the_task_and_both_methods_are_scored(result):
-    _, done, _ = result
+    _, done = result
     scores = {score.method: score for score in done.scores}
     assert list(scores) == ["base", "lora", "tlora"]
     assert scores["base"].exact_match < 0.2
@@ -31,12 +50,12 @@ def test_base_cannot_do_the_task_and_both_methods_are_scored(result):
 
 
 def test_peft_alone_gives_the_same_logits(result):
-    _, done, _ = result
+    _, done = result
     assert done.difference < 1e-5
 
 
 def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
-    folder, done, _ = result
+    folder, done = result
     train, test = (
         [json.loads(line)["prompt"] for line in (folder / name).read_text().splitlines()]
         for name in ("train.jsonl", "test.jsonl")
@@ -46,8 +65,9 @@ def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
 
 
 def test_the_page_shows_the_plan_and_the_table_is_on_disk(result):
-    folder, done, _ = result
-    page = Path(cli._demo_page(done.runs[-1]))
+    folder, done = result
+    assert done.adapter == folder / "tlora" / "adapter"
+    page = Path(cli._demo_page(done.adapter.parent))
     assert page == folder / "plan.html"
     assert page.read_text(encoding="utf-8").count('<table class="map">') == 4
     saved = json.loads((folder / "demo.json").read_text())
@@ -55,7 +75,7 @@ def test_the_page_shows_the_plan_and_the_table_is_on_disk(result):
 
 
 def test_a_taken_folder_is_refused_before_anything_is_written(result):
-    folder, _, _ = result
+    folder, _ = result
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(ConfigError, match="not empty"):
         demo.run(str(folder))
@@ -63,8 +83,12 @@ def test_a_taken_folder_is_refused_before_anything_is_written(result):
 
 
 def test_an_adapter_that_peft_reads_differently_is_reported(result, monkeypatch):
-    folder, _, _ = result
-    monkeypatch.setattr(demo, "_TOLERANCE", -1.0)
+    def other(command, **_):
+        save_file({"logits": torch.zeros(1)}, command[5])
+        return subprocess.CompletedProcess(command, 0)
+
+    folder, _ = result
+    monkeypatch.setattr(subprocess, "run", other)
     model, tokenizer = demo._load_base()
     with pytest.raises(demo.AdapterError, match="its logits differ"):
         demo._reload_alone(model, tokenizer, demo.RunFolder(folder / "tlora"), ["1+1="])

@@ -40,23 +40,11 @@ LAYOUTS = {
         "news\tMSR\t2012\t1\t5.000\tA.\tB.\nnews\tMSR\t2012\t2\t0.25\tC.\tD.\thttp\thttp\n",
         [("A.", "B.", 5.0), ("C.", "D.", 0.25)],
     ),
-    "stsb of GLUE": (
-        "stsb",
-        "train.tsv",
-        "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA.\tB.\t3.8\n",
-        [("A.", "B.", 3.8)],
-    ),
     "rte": (
         "rte",
         "train.tsv",
         "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n1\tC.\tD.\tentailment\n",
         [("A.", "B.", 1), ("C.", "D.", 0)],
-    ),
-    "wnli": (
-        "wnli",
-        "dev.tsv",
-        "index\tsentence1\tsentence2\tlabel\n0\tThe drain.\tThe hair.\t0\n",
-        [("The drain.", "The hair.", 0)],
     ),
     "qqp, a question broken over two lines": (
         "qqp",
@@ -64,14 +52,6 @@ LAYOUTS = {
         "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
         "0\t1\t2\tA?\tB?\t0\n1\t3\t4\tC\nc?\tD?\t1\n2\t5\t6\tE?\tF?\t1\n",
         [("A?", "B?", 0), ("E?", "F?", 1)],
-    ),
-    "mnli, one annotator in training": (
-        "mnli",
-        "train.tsv",
-        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
-        "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
-        "0\t7\t7n\tfiction\t( A\t( B\t(ROOT\t(ROOT\tA.\tB.\tentailment\tneutral\n",
-        [("A.", "B.", 1)],
     ),
     "mnli, five annotators in development": (
         "mnli",
@@ -126,16 +106,6 @@ AS_TEXT = {
         "sst2 sentence: it confirms fincher 's status",
         "positive",
     ),
-    "mrpc": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 1},
-        "mrpc sentence1: A. sentence2: B.",
-        "equivalent",
-    ),
-    "qqp": (
-        {"question1": "A?", "question2": "B?", "label": 0},
-        "qqp question1: A? question2: B?",
-        "not_duplicate",
-    ),
     "stsb": (
         {"sentence1": "A.", "sentence2": "B.", "label": 3.25},
         "stsb sentence1: A. sentence2: B.",
@@ -145,21 +115,6 @@ AS_TEXT = {
         {"premise": "A.", "hypothesis": "B.", "label": 2},
         "mnli hypothesis: B. premise: A.",
         "contradiction",
-    ),
-    "qnli": (
-        {"question": "A?", "sentence": "B.", "label": 0},
-        "qnli question: A? sentence: B.",
-        "entailment",
-    ),
-    "rte": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 1},
-        "rte sentence1: A. sentence2: B.",
-        "not_entailment",
-    ),
-    "wnli": (
-        {"sentence1": "A.", "sentence2": "B.", "label": 0},
-        "wnli sentence1: A. sentence2: B.",
-        "not_entailment",
     ),
 }
 
@@ -216,52 +171,19 @@ def test_a_similarity_outside_the_scale_names_its_row(label, tmp_path):
         rows("stsb", path)
 
 
-def logits(classes):
-    return np.eye(2)[np.array(classes)]
-
-
 def replies(name, labels):
     """What a model would have to write for these labels; -1: something else."""
     task = as_text(name)
     return [task.word(label) if label >= 0 else "Positive." for label in labels]
 
 
-PREDICTED, LABELS = [1, 1, 0, 0, 1, 0], np.array([1, 0, 0, 0, 1, 1])
-# By hand: true positives 2, false positives 1, false negatives 1, true negatives 2.
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("cola", {"matthews_correlation": (2 * 2 - 1 * 1) / 9}),
-        ("sst2", {"accuracy": 4 / 6}),
-        ("mrpc", {"f1": 2 * 2 / (2 * 2 + 1 + 1), "accuracy": 4 / 6}),
-        ("rte", {"accuracy": 4 / 6}),
-        ("wnli", {"accuracy": 4 / 6}),
-    ],
-)
-def test_classification_metrics_equal_the_hand_computed_ones(name, expected):
-    task = TASKS.load(name)(DataConfig())
-    assert task.metrics(logits(PREDICTED), LABELS) == pytest.approx(expected)
-
-
-def test_stsb_correlations_equal_the_hand_computed_ones():
-    task = TASKS.load("stsb")(DataConfig())
-    scores = task.metrics(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 3.0, 2.0]))
-    # Deviations (-4/3, -1/3, 5/3) and (-1, 1, 0): -(-4/3) - 1/3 = 1 over sqrt(42/9 * 2).
-    assert scores == pytest.approx({"pearson": 1 / (42 / 9 * 2) ** 0.5, "spearmanr": 0.5})
-
-
-CLASSES = ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+CLASSES = ["cola", "sst2", "mrpc"]
 CASES = {
     "mixed": ([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]),
-    "all right": ([1, 0, 1], [1, 0, 1]),
     "all wrong": ([0, 1, 0], [1, 0, 1]),
     "one class predicted": ([1, 1, 1], [1, 0, 1]),
-    "the other class predicted": ([0, 0, 0], [1, 0, 1]),
     "one class in the labels": ([1, 0, 1], [0, 0, 0]),
     "one class in both": ([1, 1, 1], [1, 1, 1]),
-    "a single row": ([1], [1]),
 }
 
 
@@ -288,16 +210,8 @@ def test_scores_of_classes_and_of_words_equal_the_definition(name, case):
     assert as_text(name).reply_metrics(replies(name, predicted), replies(name, labels)) == expected
 
 
-NUMBERS = {
-    "mixed": ([0.2, 3.0, 5.0, 1.2], [0.0, 3.2, 4.8, 1.0]),
-    "ties": ([1.0, 1.0, 2.0, 3.0], [0.2, 0.4, 0.4, 3.0]),
-    "falling": ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]),
-}
-
-
-@pytest.mark.parametrize("case", NUMBERS)
-def test_similarities_are_correlated_as_scipy_does(case):
-    predicted, labels = NUMBERS[case]
+def test_similarities_are_correlated_as_scipy_does():
+    predicted, labels = [1.0, 1.0, 2.0, 3.0], [0.2, 0.4, 0.4, 3.0]
     expected = pytest.approx(
         {
             "pearson": scipy.stats.pearsonr(predicted, labels).statistic,
@@ -306,21 +220,8 @@ def test_similarities_are_correlated_as_scipy_does(case):
     )
     task = TASKS.load("stsb")(DataConfig())
     assert task.metrics(np.array(predicted)[:, None], np.array(labels)) == expected
-    assert as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels)) == (
-        expected
-    )
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("predicted", "labels"),
-    [([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [3.0, 3.0]), ([1.0], [1.0])],
-)
-def test_constant_similarities_have_no_correlation(predicted, labels):
-    zero = {"pearson": 0.0, "spearmanr": 0.0}
-    task = TASKS.load("stsb")(DataConfig())
-    assert task.metrics(np.array(predicted)[:, None], np.array(labels)) == zero
-    assert as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels)) == zero
+    written = as_text("stsb").reply_metrics(list(map(str, predicted)), replies("stsb", labels))
+    assert written == expected
 
 
 @pytest.mark.parametrize(
@@ -361,16 +262,9 @@ def test_a_reply_that_is_no_similarity_counts_as_minus_one(reply):
     )
 
 
-def test_a_target_that_does_not_come_back_is_an_error():
-    with pytest.raises(DataError, match="comes back from the tokenizer as 'not equivalent'"):
-        as_text("mrpc").reply_metrics(["equivalent"] * 2, ["equivalent", "not equivalent"])
-
-
 @pytest.mark.filterwarnings("error")
 def test_an_undefined_correlation_counts_as_zero():
-    stsb, cola = (TASKS.load(name)(DataConfig()) for name in ("stsb", "cola"))
-    assert stsb.metrics(np.ones((3, 1)), np.array([1.0, 2.0, 3.0])) == {
-        "pearson": 0.0,
-        "spearmanr": 0.0,
-    }
-    assert cola.metrics(logits([1, 1, 1]), np.array([1, 0, 1])) == {"matthews_correlation": 0.0}
+    stsb = TASKS.load("stsb")(DataConfig())
+    for predicted, labels in (([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]), ([1.0], [1.0])):
+        scores = stsb.metrics(np.array(predicted)[:, None], np.array(labels))
+        assert scores == {"pearson": 0.0, "spearmanr": 0.0}

@@ -40,16 +40,6 @@ def test_the_prompt_is_the_papers():
     )
 
 
-def test_rows_are_read_from_a_file_and_limited(tmp_path):
-    file = tmp_path / "train.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": f"{n}?", "answer": ANSWER}) + "\n" for n in range(5))
-    )
-    train, held_out = Gsm8k(DataConfig(max_train_rows=2)).load(str(file), None)
-    assert [row["question"] for row in train] == ["0?", "1?"]
-    assert held_out is None
-
-
 def test_rows_are_drawn_from_the_whole_file_with_a_seed(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(

@@ -137,11 +137,6 @@ def test_words_that_look_like_missing_values_stay_words(tmp_path, suffix, text):
     assert task.row(train[0], "row 1") == {"prompt": "NA, said he", "response": "null"}
 
 
-def test_no_source_of_rows_is_a_config_error():
-    with pytest.raises(ConfigError, match="no training rows; give --train_file"):
-        Jsonl(DataConfig()).load(None, None)
-
-
 @pytest.fixture
 def classification(tmp_path):
     def make(values, **data):
@@ -167,11 +162,6 @@ def test_given_classes_keep_their_order_and_others_are_refused(classification):
     assert [task.row(raw, "row")["label"] for raw in train.select(range(2))] == [0, 1]
     with pytest.raises(DataError, match=r"column 'stars' is 'odd', not one of 'good', 'bad'"):
         task.row(train[2], "row")
-
-
-def test_classification_needs_its_columns_named(classification):
-    with pytest.raises(ConfigError, match=r"`data\.label_column` is missing; name the column"):
-        classification([1], label_column=None)
 
 
 def test_metrics_equal_the_hand_computed_ones(classification):

@@ -82,11 +82,6 @@ def test_a_chat_may_be_learnt_whole_by_a_template_without_marks(chat_tokenizer):
         tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig())
 
 
-def test_a_chat_needs_a_template(tiny_tokenizer):
-    with pytest.raises(DataError, match="tokenizer has no chat template"):
-        tokens.causal(tiny_tokenizer, {"messages": CHAT}, DataConfig())
-
-
 def test_seq2seq_has_source_and_target(tiny_tokenizer):
     row = {"prompt": "The answer", "response": "72"}
     encoded = tokens.seq2seq(tiny_tokenizer, row, DataConfig())
@@ -155,13 +150,3 @@ def test_a_cut_that_costs_nothing_to_learn_is_not_counted(chat_tokenizer):
     row = {"messages": [*CHAT, {"role": "user", "content": "and then?"}]}
     length = len(tokens.causal(chat_tokenizer, row, DataConfig())["input_ids"])
     assert not tokens.causal(chat_tokenizer, row, DataConfig(max_length=length - 1))["cut"]
-
-
-def test_a_target_that_is_cut_is_known(tiny_tokenizer):
-    row = {"prompt": "hi", "response": "a charming and often affecting journey"}
-    whole = tokens.seq2seq(tiny_tokenizer, row, DataConfig())
-    length = len(whole["labels"])
-    assert not tokens.seq2seq(tiny_tokenizer, row, DataConfig(max_length=length))["cut"]
-    cut = tokens.seq2seq(tiny_tokenizer, row, DataConfig(max_length=length - 1))
-    assert cut["cut"]
-    assert cut["labels"] == whole["labels"][:-1]

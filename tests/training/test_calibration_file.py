@@ -11,7 +11,7 @@ from tlora.calibration.collector import Collector
 from tlora.errors import CalibrationError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import initialize, train
-from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runconfig import CalibrationConfig
 
 
 @pytest.fixture
@@ -70,9 +70,3 @@ def test_rows_with_nothing_to_learn_are_left_out_on_demand(config, tmp_path, kep
         run = initialize.run(config("kept", calibration=options, **fields))
     info = AdapterPlan.load(run.plan).info
     assert (info["samples"], info["skipped"]) == (3, 1)
-
-
-def test_the_flags_are_fields_of_the_run():
-    read = RunConfig.from_dict({"calibration": {"cache": "x", "skip_bad_samples": True}})
-    assert (read.calibration.cache, read.calibration.skip_bad_samples) == ("x", True)
-    assert RunConfig.from_dict(read.to_dict()) == read

@@ -14,7 +14,6 @@ from support import distance
 from tlora import AdapterPlan
 from tlora.errors import ConfigError
 from tlora.training import train
-from tlora.training.callbacks import LogCallback
 from tlora.training.runconfig import RunConfig
 from tlora.training.setup import settle
 
@@ -24,18 +23,13 @@ def folder(saved, tiny_llama):
     return saved(tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2))
 
 
-@pytest.fixture(params=["nf4", "int8"])
-def form(request):
-    return request.param
-
-
 def kinds(model):
     return {type(m).__name__ for name, m in model.named_modules() if name.endswith("_proj")}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"),
-    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+    ("form", "dtype", "wanted"),
+    [("nf4", "auto", torch.float32), ("int8", "bfloat16", torch.bfloat16)],
 )
 def test_the_model_is_loaded_quantised(config, folder, form, dtype, wanted):
     setup = settle(config(model=folder, quantization=form, dtype=dtype))
@@ -66,10 +60,10 @@ def test_none_loads_what_is_there(config, folder, tmp_path):
         again.load_model("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("form", "dtype"), [("nf4", "float32"), ("int8", "bfloat16")])
 def test_a_run_trains_b_and_peft_loads_the_adapter(config, other_sums, folder, form, dtype):
     trainer = {
-        "max_steps": 25,
+        "max_steps": 15,
         "learning_rate": 0.05,
         "save_strategy": "no",
         # Evaluations in between, from which bitsandbytes would rewrite the weights.
@@ -82,7 +76,7 @@ def test_a_run_trains_b_and_peft_loads_the_adapter(config, other_sums, folder, f
     assert run.config()["quantization"] == form
     log = [json.loads(line) for line in run.log.read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     plan = AdapterPlan.load(run.plan)
     weights = load_file(run.adapter / "adapter_model.safetensors")
     for name, module in plan.modules.items():
@@ -97,39 +91,22 @@ def test_a_run_trains_b_and_peft_loads_the_adapter(config, other_sums, folder, f
     assert distance(after, before) > 0.05
 
 
-def test_the_loss_falls_as_in_full_precision(config, folder, form):
-    losses = []
-    for quantization in ("none", form):
-        run = train.run(config(quantization, model=folder, quantization=quantization))
-        log = [json.loads(line) for line in run.log.read_text().splitlines()]
-        losses.append([line["loss"] for line in log if "loss" in line])
-    assert losses[1] == pytest.approx(losses[0], rel={"nf4": 0.15, "int8": 0.1}[form])
-
-
-@pytest.mark.parametrize("method", ["tlora", "lora"])
-def test_a_resumed_run_ends_in_the_same_weights(config, folder, method, monkeypatch):
-    fields = {"model": folder, "quantization": "nf4", "method": method}
+def test_a_resumed_run_ends_in_the_same_weights(config, folder, interrupted):
+    fields = {"model": folder, "quantization": "nf4"}
     whole = train.run(config("whole", **fields))
-
-    def stop(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LogCallback, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config("cut", **fields))
+    interrupted(config("cut", **fields), 3)
     resumed = train.run(config("cut", resume=True, **fields))
 
     name = "adapter_model.safetensors"
     assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
 
 
-def test_a_classifiers_new_head_is_trained_in_full(config, folder, form, tmp_path):
+def test_a_classifiers_new_head_is_trained_in_full(config, folder, tmp_path):
     rows = tmp_path / "train.tsv"
     lines = [f"{'good' if n % 2 else 'bad'} {n}\t{n % 2}" for n in range(12)]
     rows.write_text("sentence\tlabel\n" + "\n".join(lines))
-    fields = {"model": folder, "quantization": form, "task": "sst2", "train_file": str(rows)}
+    fields = {"model": folder, "quantization": "nf4", "task": "sst2", "train_file": str(rows)}
+    fields |= {"trainer": {"max_steps": 2}}
     model = settle(config(**fields)).load_model("cpu")
     assert type(model.score) is torch.nn.Linear
 

@@ -1,115 +1,92 @@
 """A run that was stopped, however hard, ends with the weights of one that was not."""
 
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tlora.errors import ConfigError
 from tlora.training import initialize, train
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
+from tlora.training.trainers import LogCallback
 
 
 def weights(folder):
     return (folder.adapter / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("method", "step"), [("tlora", 1), ("tlora", 3), ("lora", 1), ("lora", 5)])
-def test_resumed_weights_equal_uninterrupted_ones_bit_for_bit(
-    config, interrupted, whole, method, step
-):
-    folder = interrupted(config("cut", method=method), step)
-    assert not folder.finished
-    assert (folder.last_checkpoint() is None) == (step == 1)
-    plan = folder.plan.read_bytes() if folder.plan.is_file() else None
-    resumed = train.run(config("cut", method=method, resume=True))
-    assert weights(resumed) == whole(method)
-    assert plan == (folder.plan.read_bytes() if folder.plan.is_file() else None)
-    steps = [json.loads(line) for line in folder.log.read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4, 5, 6]
+@pytest.fixture(scope="module")
+def stopped(config_in, tmp_path_factory):
+    """Return the folder of a run that Ctrl-C stopped after a step; made once."""
+
+    @functools.cache
+    def run(method, step):
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        path = tmp_path_factory.mktemp("stopped") / method
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(LogCallback, "on_step_end", stop)
+            train.run(config_in(path, method=method))
+        return path
+
+    return run
 
 
-def test_a_resumed_run_does_not_calibrate_again(config, interrupted, monkeypatch):
-    interrupted(config(), 3)
+@pytest.fixture
+def cut(stopped, tmp_path):
+    """A copy of such a folder, for a test of its own: two steps are in a checkpoint."""
+
+    def copy(method="tlora", step=3):
+        return RunFolder(shutil.copytree(stopped(method, step), tmp_path / "run"))
+
+    return copy
+
+
+def resumed(folder):
+    return train.run(RunConfig(output_dir=str(folder.path), resume=True))
+
+
+def test_resumed_weights_equal_uninterrupted_ones_bit_for_bit(cut, whole, monkeypatch):
+    """The folder is enough, nothing is calibrated again, half a checkpoint is passed over."""
+    folder = cut()
+    half = shutil.copytree(folder.checkpoints / "checkpoint-2", folder.checkpoints / "checkpoint-4")
+    (half / "trainer_state.json").unlink()
+    optimizer = half / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:100])
+    plan = folder.plan.read_bytes()
 
     def fail(*_, **__):
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("tlora.calibration.probe.calibrate", fail)
-    monkeypatch.setattr("tlora.calibrate", fail, raising=False)
-    assert train.run(config(resume=True)).finished
+    assert not folder.finished
+    with monkeypatch.context() as patch:
+        patch.setattr("tlora.calibration.probe.calibrate", fail)
+        patch.setattr("tlora.calibrate", fail, raising=False)
+        assert resumed(folder).finished
+    assert weights(folder) == whole("tlora")
+    assert folder.plan.read_bytes() == plan
+    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_stopped_before_its_plan_was_saved_a_run_plans_the_same_again(config, interrupted, whole):
-    folder = interrupted(config(), 1)
+def test_a_method_without_a_plan_resumes_too(cut, whole):
+    assert weights(resumed(cut("lora"))) == whole("lora")
+
+
+def test_stopped_before_its_plan_was_saved_a_run_plans_the_same_again(cut, whole):
+    folder = cut(step=1)
+    assert folder.last_checkpoint() is None
     folder.plan.unlink()
-    assert weights(train.run(config(resume=True))) == whole("tlora")
+    assert weights(resumed(folder)) == whole("tlora")
 
 
-def test_a_classifiers_head_resumes_too(config, interrupted, saved, tiny_bert_classifier, tmp_path):
-    rows = tmp_path / "train.tsv"
-    rows.write_text("sentence\tlabel\n" + "\n".join(f"text {n}\t{n % 2}" for n in range(12)))
-    fields = {"model": saved(tiny_bert_classifier()), "task": "sst2", "train_file": str(rows)}
-    whole = train.run(config("whole", **fields))
-    interrupted(config("cut", **fields), 3)
-    resumed = train.run(config("cut", **fields, resume=True))
-    assert any(
-        "classifier" in key for key in load_file(resumed.adapter / "adapter_model.safetensors")
-    )
-    assert weights(resumed) == weights(whole)
-
-
-KILLED = """
-import os, signal, sys, transformers
-from tlora.training.runconfig import RunConfig
-from tlora.training import initialize, train
-import json
-
-save = transformers.Trainer._save_optimizer_and_scheduler
-
-def half(self, output_dir):
-    save(self, output_dir)
-    if self.state.global_step == 4:
-        path = os.path.join(output_dir, "optimizer.pt")
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-transformers.Trainer._save_optimizer_and_scheduler = half
-train.run(RunConfig.from_dict(json.loads(sys.argv[1])))
-"""
-
-
-def test_killed_while_writing_a_checkpoint_the_one_before_is_used(config, whole):
-    cut = config("cut", trainer={"save_total_limit": 1})
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(cut.to_dict())],
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == -9, done.stderr.decode()
-    folder = RunFolder(cut.output_dir)
-    assert (folder.checkpoints / "checkpoint-4").is_dir()
-    assert folder.last_checkpoint().name == "checkpoint-2"
-    resumed = train.run(config("cut", resume=True))
-    assert weights(resumed) == whole("tlora")
-
-
-def test_resuming_needs_only_the_folder(config, interrupted, whole):
-    folder = interrupted(config("cut"), 3)
-    resumed = train.run(RunConfig(output_dir=str(folder.path), resume=True))
-    assert weights(resumed) == whole("tlora")
-
-
-def test_resuming_with_another_field_is_refused_and_all_are_named(config, interrupted):
-    interrupted(config(), 3)
+def test_resuming_with_another_field_is_refused_and_all_are_named(cut, config):
+    cut()
     other = config(resume=True, seed=4, trainer={"learning_rate": 0.5, "logging_steps": 3})
     with pytest.raises(ConfigError) as caught:
         train.run(other)
@@ -118,26 +95,17 @@ def test_resuming_with_another_field_is_refused_and_all_are_named(config, interr
     assert "`seed` is 4, but the run was started with 0; leave it out" in str(caught.value)
 
 
-def test_resuming_a_finished_run_leaves_it_alone_and_says_so(config, caplog):
-    folder = train.run(config())
+def test_a_finished_run_is_left_alone_and_a_second_start_is_refused(cut, config, caplog):
+    folder = cut()
+    with pytest.raises(ConfigError, match="an unfinished run; add --resume"):
+        train.run(config())
+    folder.finish()
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
     assert train.run(config(resume=True)).finished
     assert "holds a finished run; there is nothing to resume" in caplog.text
-    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
-
-
-def test_resuming_where_there_is_no_run_starts_one(config):
-    assert train.run(config(resume=True)).finished
-
-
-def test_a_second_start_in_a_folder_is_refused(config, interrupted):
-    folder = interrupted(config(), 3)
-    with pytest.raises(ConfigError, match="an unfinished run; add --resume"):
-        train.run(config())
-    train.run(config(resume=True))
     with pytest.raises(ConfigError, match="a finished run; choose another --output_dir"):
         train.run(config())
-    assert Path(folder.path, "run.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("stage", [train, initialize])
@@ -147,54 +115,33 @@ def test_a_folder_that_a_process_is_at_is_refused(config, stage):
         stage.run(config("new"))
 
 
-def test_resuming_beside_a_live_run_is_refused_and_touches_nothing(config, interrupted):
-    folder = interrupted(config(), 3)
+def test_resuming_beside_a_live_run_is_refused_and_touches_nothing(cut):
+    folder = cut()
     half = folder.checkpoints / "checkpoint-4"  # as a live run writes one
     half.mkdir()
     with folder.locked(), pytest.raises(ConfigError, match="wait for it, or choose another"):
-        train.run(config(resume=True))
+        resumed(folder)
     assert half.is_dir()
-    assert train.run(config(resume=True)).finished
 
 
-@pytest.fixture
-def own(config, llama_folder, other_sums, tmp_path):
-    """A run on copies of rows and model, which a test may change."""
-    model = tmp_path / "model"
-    shutil.copytree(llama_folder, model)
-    files = {"train_file": tmp_path / "rows.jsonl", "eval_file": tmp_path / "others.jsonl"}
-    for file, source in zip(files.values(), (config().train_file, other_sums), strict=True):
-        shutil.copy(source, file)
-    return config(model=str(model), **{name: str(file) for name, file in files.items()})
-
-
-def changed(path):
-    path.write_text(path.read_text().replace("so", "no"))
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("train_file", lambda own: changed(Path(own.train_file))),
-        ("eval_file", lambda own: Path(own.eval_file).unlink()),
-        ("model", lambda own: (Path(own.model) / "model.safetensors").write_bytes(b"other")),
-    ],
-)
-def test_resuming_on_other_rows_or_another_model_is_refused(own, interrupted, name, change):
-    folder = interrupted(own, 3)
-    before = sorted(folder.path.rglob("*"))
-    change(own)
-    with pytest.raises(ConfigError) as caught:
-        train.run(RunConfig(output_dir=own.output_dir, resume=True))
-    (fault,) = caught.value.faults
-    assert fault.startswith(f"`{name}`, {getattr(own, name)}, has changed or is gone since")
-    assert sorted(folder.path.rglob("*")) == before
-
-
-def test_resuming_a_run_without_digests_goes_on_as_before(own, interrupted):
-    folder = interrupted(own, 3)
+@pytest.mark.parametrize("name", ["train_file", "model"])
+def test_resuming_on_other_rows_or_another_model_is_refused(cut, tmp_path, name):
+    folder = cut()
     run = json.loads((folder.path / "run.json").read_text())
-    del run["inputs"]
+    other = tmp_path / "other"
+    if name == "model":
+        shutil.copytree(run["config"]["model"], other)
+        (other / "model.safetensors").write_bytes(b"other")
+    else:
+        other.write_text(Path(run["config"]["train_file"]).read_text().replace("so", "no"))
+    run["config"][name] = str(other)
     (folder.path / "run.json").write_text(json.dumps(run))
-    changed(Path(own.train_file))
-    assert train.run(RunConfig(output_dir=own.output_dir, resume=True)).finished
+    before = sorted(folder.path.rglob("*"))
+    for gone in (False, True):
+        if gone:
+            other.rename(tmp_path / "gone")
+        with pytest.raises(ConfigError) as caught:
+            resumed(folder)
+        (fault,) = caught.value.faults
+        assert fault.startswith(f"`{name}`, {other}, has changed or is gone since")
+    assert sorted(folder.path.rglob("*")) == before

@@ -20,29 +20,6 @@ def test_a_run_survives_json():
     assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"modle": "m"}, "run: there is no field `modle`. Did you mean 'model'?"),
-        (
-            {"data": {"max_lenght": 3}},
-            "there is no field `data.max_lenght`. Did you mean 'data.max_length'?",
-        ),
-        ({"calibration": {"sample": 3}}, "there is no field `calibration.sample`. Did you mean"),
-    ],
-)
-def test_an_unknown_name_gets_a_suggestion(values, message):
-    with pytest.raises(ConfigError) as caught:
-        RunConfig.from_dict(values)
-    assert message in str(caught.value)
-
-
-def test_an_empty_section_is_one_without_values():
-    sections = ("adapter", "trainer", "data", "calibration")
-    assert RunConfig.from_dict(dict.fromkeys(sections)) == RunConfig()
-    assert RunConfig.from_dict(dict.fromkeys(sections)).options()
-
-
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         RunConfig(

@@ -15,6 +15,8 @@ from tlora.training import initialize, train
 from tlora.training.arguments import training_arguments
 from tlora.training.setup import settle
 
+SHORT = {"max_steps": 1, "save_strategy": "no"}
+
 
 def test_a_run_leaves_what_the_folder_promises(config, other_sums):
     folder = train.run(config(eval_file=other_sums))
@@ -40,7 +42,7 @@ def test_a_run_leaves_what_the_folder_promises(config, other_sums):
 
 
 def test_the_adapter_loads_in_plain_peft_and_was_trained(config, llama_folder):
-    folder = train.run(config())
+    folder = train.run(config(resume=True))  # where there is no run, one is started
     base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base(ids).logits
@@ -104,7 +106,7 @@ def test_init_saves_an_adapter_that_changes_nothing_yet(config, llama_folder):
 
 def test_init_and_train_plan_the_same(config):
     first = AdapterPlan.load(initialize.run(config("one")).plan)
-    second = AdapterPlan.load(train.run(config("two")).plan)
+    second = AdapterPlan.load(train.run(config("two", trainer=SHORT)).plan)
     for name, module in first.modules.items():
         assert torch.equal(module.lora_A, second.modules[name].lora_A)
 
@@ -115,8 +117,6 @@ def test_init_and_train_plan_the_same(config):
         ({"model": None}, ConfigError, "`model` is missing; give --model"),
         ({"model": "no/such-model"}, ConfigError, "the tokenizer of 'no/such-model' cannot be"),
         ({"task": "gsm9k"}, ConfigError, "no task 'gsm9k'. Did you mean 'gsm8k'"),
-        ({"method": "tlorra"}, ConfigError, "no method 'tlorra'. Did you mean 'tlora'"),
-        ({"adapter": {"rr": 3}}, ConfigError, "no option `rr`. Did you mean 'r'"),
         (
             {"trainer": {"learning_rat": 1e-3}},
             ConfigError,
@@ -126,16 +126,6 @@ def test_init_and_train_plan_the_same(config):
             {"trainer": {"learning_rate": "fast"}},
             ConfigError,
             "`learning_rate` is 'fast'; give a number.",
-        ),
-        (
-            {"trainer": {"num_train_epochs": True}},
-            ConfigError,
-            "`num_train_epochs` is True; give a number.",
-        ),
-        (
-            {"trainer": {"max_steps": 1.5}},
-            ConfigError,
-            "`max_steps` is 1.5; give a whole number.",
         ),
         ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
         ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),
@@ -147,7 +137,6 @@ def test_init_and_train_plan_the_same(config):
         ),
         ({"adapter": {"target_modules": ["nowhere"]}}, TLoraError, "nowhere"),
         ({"method": "lora", "adapter": {"target_modules": ["nowhere"]}}, ConfigError, "nowhere"),
-        ({"method": "lora", "adapter": {"task_type": "CAUSAL"}}, ConfigError, "`task_type` is"),
         ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
         ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
         ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),
@@ -170,15 +159,6 @@ def test_a_cut_off_model_is_named_before_anything_is_written(config, saved, tiny
     assert not Path(config().output_dir).exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(config):
-    taken = config()
-    Path(taken.output_dir).mkdir()
-    (Path(taken.output_dir) / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match="holds no run"):
-        train.run(taken)
-    assert [path.name for path in Path(taken.output_dir).iterdir()] == ["thesis.tex"]
-
-
 @pytest.fixture
 def reviews(tmp_path):
     """Rows to train on and rows to evaluate on."""
@@ -189,12 +169,11 @@ def reviews(tmp_path):
     return dict(zip(("train_file", "eval_file"), map(str, files), strict=True))
 
 
-@pytest.mark.parametrize("method", ["tlora", "lora"])
 def test_classification_trains_a_new_head_and_reports_the_tasks_metric(
-    config, saved, tiny_bert_classifier, reviews, method
+    config, saved, tiny_bert_classifier, reviews
 ):
     model = saved(tiny_bert_classifier())
-    folder = train.run(config(model=model, task="sst2", method=method, **reviews))
+    folder = train.run(config(model=model, task="sst2", trainer=SHORT, **reviews))
     assert 0 <= json.loads(folder.metrics.read_text())["accuracy"] <= 1
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model)
     heads = {key: value.clone() for key, value in base.named_parameters() if "classifier" in key}
@@ -209,7 +188,7 @@ def test_an_encoder_decoder_that_classifies_is_scored_by_its_logits(config, save
         # The head reads the state of the token that ends the text, which this tokenizer adds not.
         file.write_text(file.read_text().replace("\t", "</s>\t").replace("ce</s>", "ce"))
     model = saved(tiny_bart_classifier())
-    folder = train.run(config(model=model, task="sst2", **reviews))
+    folder = train.run(config(model=model, task="sst2", trainer=SHORT, **reviews))
     found = json.loads(folder.metrics.read_text())["accuracy"]
     setup = settle(config(model=model, task="sst2", **reviews))
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
@@ -221,7 +200,9 @@ def test_an_encoder_decoder_that_classifies_is_scored_by_its_logits(config, save
     assert found == pytest.approx(right.float().mean().item())
 
 
-def test_an_evaluation_that_fails_leaves_the_trained_adapter(config, other_sums, monkeypatch):
+def test_an_evaluation_that_fails_leaves_the_trained_adapter(
+    config, other_sums, monkeypatch, whole
+):
     def fail(*_):
         raise RuntimeError("the evaluation broke")
 
@@ -229,9 +210,8 @@ def test_an_evaluation_that_fails_leaves_the_trained_adapter(config, other_sums,
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the evaluation broke"):
         patch.setattr(train, "scores", fail)
         train.run(run)
-    whole = train.run(config("whole"))
     kept = Path(run.output_dir) / "adapter" / "adapter_model.safetensors"
-    assert kept.read_bytes() == (whole.adapter / "adapter_model.safetensors").read_bytes()
+    assert kept.read_bytes() == whole("tlora")
 
 
 def test_regression_reports_correlations(config, saved, tiny_bert_classifier, tmp_path):
@@ -242,13 +222,14 @@ def test_regression_reports_correlations(config, saved, tiny_bert_classifier, tm
         kind="regression", text_column="a", text_pair_column="b", label_column="score"
     )
     model = saved(tiny_bert_classifier(num_labels=1))
-    folder = train.run(config(model=model, train_file=str(rows), eval_file=str(others), data=data))
+    fields = {"train_file": str(rows), "eval_file": str(others), "data": data, "trainer": SHORT}
+    folder = train.run(config(model=model, **fields))
     assert {"loss", "pearson", "spearmanr", "mse"} <= json.loads(folder.metrics.read_text()).keys()
 
 
 def test_seq2seq_trains(config, saved, tiny_t5, other_sums):
     data = DataConfig(kind="seq2seq")
-    run = config(model=saved(tiny_t5()), data=data, eval_file=other_sums)
+    run = config(model=saved(tiny_t5()), data=data, eval_file=other_sums, trainer=SHORT)
     folder = train.run(run)
     assert json.loads(folder.metrics.read_text())["loss"] > 0
     assert json.loads((folder.adapter / "adapter_config.json").read_text())["task_type"] == (

@@ -133,7 +133,7 @@ def score_names(setup: Setup) -> list[str]:
     """Return the names of the scores that an evaluation gives, the task's own first."""
     import numpy as np
 
-    from tlora.training.replies import reply_scores
+    from tlora.training.arguments import reply_scores
 
     task, own = setup.task, []
     if task.kind == "classification":

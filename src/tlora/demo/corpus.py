@@ -1,24 +1,19 @@
-"""Arithmetic in plain words: what the embedded base model is trained on, and adapted to.
+"""Arithmetic in plain words: what the embedded base model is adapted to.
 
-A row is `{"prompt": ..., "response": ...}`. Every prompt states one problem `(a, operation, b)`
-in one of several surface forms and ends in `=` or `Answer:`. The response to a bare sum is its
-value, to a comparison the number asked for, and to a sum told in words the sum and its value,
-`30-14=16`: reading is then learnt apart from reckoning, which all forms share. `prompt + response`
-needs no separator, and the end-of-text token marks where a response stops.
+A row is `{"prompt": ..., "response": ...}`. Every prompt states one problem `(a, operation, b)` in
+one of several forms and ends in `Answer:`. The response is the sum and its value, `30-14=16`.
+`prompt + response` needs no separator, and the end-of-text token marks where a response stops.
 
-Two things are kept apart:
-
-* problems: one in ten, chosen by the problem itself, is held out. A held-out problem appears in no
-  training row of any form, neither in pretraining nor in the training half of the shifted task,
-  so that a right answer on it is computed and not remembered;
-* forms: the shifted forms are never seen in pretraining. They use the operations the base knows,
-  worded as it has not met them. `ledger`, the demo's: the question comes first, the change before
-  the opening stock, and a count of something else stands among the facts. `spelled`: numbers are
-  written as words. `program`: a few lines of code, one variable of which is not asked for.
+One problem in ten, chosen by the problem itself, is held out: it appears in no training row of any
+form, neither in pretraining nor in the training half of a task, so that a right answer on it is
+computed and not remembered. The forms here are never seen in pretraining, whose own are in
+`scripts/pretraining_corpus.py`. `ledger`, the demo's: the question comes first, the change before
+the opening stock, and a count of something else stands among the facts. `spelled`: numbers are
+written as words. `program`: a few lines of code, one variable of which is not asked for.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -27,9 +22,7 @@ Row = dict[str, str]
 HELD_OUT_SHARE = 0.1
 LIMIT = 100  # operands and answers stay below it
 
-NAMES = ("Tom", "Mia", "Sam", "Ann", "Leo", "Eva", "Max", "Zoe")
 ITEMS = ("apples", "books", "coins", "eggs", "pens", "cups", "keys", "shells")
-COLOURS = ("red", "blue", "green", "white")
 PLACES = ("box", "shop", "bag", "room")
 _SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -90,71 +83,6 @@ def problems(op: str, held_out: bool) -> tuple[Problem, ...]:
     return tuple(problem for problem in every if problem.held_out == held_out)
 
 
-def _symbols(problem: Problem, rng: random.Random) -> str:
-    return f"{problem.a}{problem.op}{problem.b}="
-
-
-def _words(problem: Problem, rng: random.Random) -> str:
-    word = {"+": "plus", "-": "minus"}[problem.op]
-    return f"What is {problem.a} {word} {problem.b}? Answer:"
-
-
-def _compare(problem: Problem, rng: random.Random) -> str:
-    word = {"max": "larger", "min": "smaller"}[problem.op]
-    return f"Which is {word}, {problem.a} or {problem.b}? Answer:"
-
-
-def _gain(problem: Problem, rng: random.Random) -> str:
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    return (
-        f"{name} has {problem.a} {item}. {name} buys {problem.b} more. "
-        f"How many {item} does {name} have now? Answer:"
-    )
-
-
-def _pool(problem: Problem, rng: random.Random) -> str:
-    (first, second), item, place = rng.sample(COLOURS, 2), rng.choice(ITEMS), rng.choice(PLACES)
-    return (
-        f"There are {problem.a} {first} and {problem.b} {second} {item} in the {place}. "
-        f"How many {item} are in the {place}? Answer:"
-    )
-
-
-def _loss(problem: Problem, rng: random.Random) -> str:
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    return (
-        f"{name} had {problem.a} {item} and gave away {problem.b}. "
-        f"How many {item} are left? Answer:"
-    )
-
-
-def _sold(problem: Problem, rng: random.Random) -> str:
-    item, place = rng.choice(ITEMS), rng.choice(PLACES)
-    return (
-        f"The {place} sold {problem.b} of its {problem.a} {item}. "
-        f"How many {item} are left in the {place}? Answer:"
-    )
-
-
-def _gap(problem: Problem, rng: random.Random) -> str:
-    (first, second), item = rng.sample(NAMES, 2), rng.choice(ITEMS)
-    return (
-        f"{first} has {problem.a} {item}. {second} has {problem.b} {item}. "
-        f"How many more {item} does {first} have? Answer:"
-    )
-
-
-def _mixed(problem: Problem, rng: random.Random) -> str:
-    (item, other), place = rng.sample(ITEMS, 2), rng.choice(PLACES)
-    stock = [f"{problem.a} {item}", f"{rng.randrange(1, LIMIT)} {other}"]
-    rng.shuffle(stock)
-    change = {"+": "buys", "-": "sold"}[problem.op]
-    return (
-        f"There are {stock[0]} and {stock[1]} in the {place}. The {place} {change} "
-        f"{problem.b} {item}. How many {item} are in the {place} now? Answer:"
-    )
-
-
 def _ledger(problem: Problem, rng: random.Random) -> str:
     (item, other), place = rng.sample(ITEMS, 2), rng.choice(PLACES)
     change = {"+": "buys", "-": "sold"}[problem.op]
@@ -188,20 +116,9 @@ class Form(NamedTuple):
     operations: tuple[str, ...]
     write: Callable[[Problem, random.Random], str]
     share: float = 1.0
+    told: bool = True
+    """Whether the response shows the sum, and not its value alone."""
 
-
-FORMS: dict[str, Form] = {
-    "symbols": Form(("+", "-"), _symbols, share=2.0),
-    "words": Form(("+", "-"), _words),
-    "compare": Form(("max", "min"), _compare),
-    "gain": Form(("+",), _gain),
-    "pool": Form(("+",), _pool),
-    "loss": Form(("-",), _loss),
-    "sold": Form(("-",), _sold),
-    "gap": Form(("-",), _gap),
-    "mixed": Form(("+", "-"), _mixed),
-}
-"""The forms of pretraining. The bare one gets a larger share: it carries the arithmetic."""
 
 SHIFTED: dict[str, Form] = {
     "ledger": Form(("+", "-"), _ledger),
@@ -211,33 +128,20 @@ SHIFTED: dict[str, Form] = {
 """The forms that pretraining never shows."""
 
 
-def _row(form: Form, held_out: bool, rng: random.Random) -> Row:
+def row(form: Form, held_out: bool, rng: random.Random) -> Row:
+    """Return a row of one form."""
     problem = rng.choice(problems(rng.choice(form.operations), held_out))
-    response = str(problem.answer) if form.write is _symbols else problem.working
+    response = problem.working if form.told else str(problem.answer)
     return {"prompt": form.write(problem, rng), "response": response}
 
 
-def _distinct(form: Form, held_out: bool, count: int, rng: random.Random) -> list[Row]:
-    """`count` rows with `count` different prompts."""
+def distinct(form: Form, held_out: bool, count: int, rng: random.Random) -> list[Row]:
+    """Return `count` rows with `count` different prompts."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
-        row = _row(form, held_out, rng)
-        rows.setdefault(row["prompt"], row)
+        made = row(form, held_out, rng)
+        rows.setdefault(made["prompt"], made)
     return list(rows.values())
-
-
-def pretraining_rows(seed: int, names: Iterable[str] = tuple(FORMS)) -> Iterator[Row]:
-    """Rows of the named forms without end, in their shares, no held-out problem among them."""
-    rng = random.Random(f"pretraining {seed}")
-    forms = [FORMS[name] for name in names]
-    shares = [form.share for form in forms]
-    while True:
-        yield _row(rng.choices(forms, shares)[0], held_out=False, rng=rng)
-
-
-def held_out_rows(form: str, seed: int, count: int) -> list[Row]:
-    """`count` different rows of one pretraining form, all stating held-out problems."""
-    return _distinct(FORMS[form], True, count, random.Random(f"held out {form} {seed}"))
 
 
 def shifted_task(
@@ -249,4 +153,4 @@ def shifted_task(
     that are not held out, test rows from those that are. No prompt occurs twice.
     """
     rng, shifted = random.Random(f"shifted {seed}"), SHIFTED[form]
-    return _distinct(shifted, False, train, rng), _distinct(shifted, True, test, rng)
+    return distinct(shifted, False, train, rng), distinct(shifted, True, test, rng)

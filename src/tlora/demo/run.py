@@ -26,6 +26,7 @@ from tlora.training.runfolder import RunFolder
 BASE_MODEL = str(files("tlora.demo") / "base")
 _STEPS = 250
 _RATES = {"lora": 1e-2, "tlora": 3e-3}
+_BATCH = 100
 _TOLERANCE = 1e-5
 _ALONE = """
 import sys
@@ -66,8 +67,6 @@ class DemoResult:
     difference: float
     """Largest difference between the logits of the trained model and of PEFT's reload."""
     adapter: Path
-    runs: list[RunFolder]
-    """The runs, one for each method."""
     example: dict[str, str]
     """One test row, and what the base and the adapted model answer."""
     seconds: float
@@ -91,11 +90,10 @@ def run(
         ConfigError: the folder is taken.
         AdapterError: PEFT's reload gives other logits.
     """
-    start = time.perf_counter()
     folder = Path(output_dir)
     RunFolder(folder).refuse_unless_free()
     with _one_thread():
-        return _run(folder, seed, tell, steps, start)
+        return _run(folder, seed, tell, steps)
 
 
 def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
@@ -124,27 +122,39 @@ def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Pat
     return {form: folder / form for form in corpus.SHIFTED}
 
 
-def _run(
-    folder: Path, seed: int, tell: Callable[[str], None], steps: int, start: float
-) -> DemoResult:
+def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> DemoResult:
+    from tlora import load_adapter
+    from tlora.compare.exactmatch import exact_match
     from tlora.demo import corpus
 
+    start = time.perf_counter()
     train_rows, test_rows = corpus.shifted_task(seed)
     train_file = _write_rows(folder / "train.jsonl", train_rows)
     _write_rows(folder / "test.jsonl", test_rows)
 
     tell(f"the base model answers {len(test_rows)} problems in a form it has not seen")
     base, tokenizer = _load_base()
-    scores, example = [_score("base", base, tokenizer, test_rows, {})], dict(test_rows[0])
-    example["base"] = _answer(base, tokenizer, example)
-    runs: list[RunFolder] = []
+    example = dict(test_rows[0])
+
+    rows = _tokens(tokenizer, test_rows)
+    scores = [Score("base", 0, exact_match(base, tokenizer, rows, _BATCH), 0.0, 0.0)]
+    example["base"] = _answer(base, tokenizer, example["prompt"])
     for method in _RATES:
         tell(f"{method}: {steps} steps on {len(train_rows)} problems")
         last = _train(method, folder / method, train_file, seed, steps)
-        runs.append(last)
-        model = _adapted(last)
-        scores.append(_score(method, model, tokenizer, test_rows, last.measured()))
-        example["adapted"] = _answer(model, tokenizer, example)
+        model = load_adapter(_load_base()[0], last.adapter).eval()
+        found = last.measured()
+        seconds = found["seconds"]
+        scores.append(
+            Score(
+                method=method,
+                trainable=found["trainable_parameters"],
+                exact_match=exact_match(model, tokenizer, rows, _BATCH),
+                initialise_seconds=seconds["initialise"],
+                train_seconds=seconds["train"],
+            )
+        )
+        example["adapted"] = _answer(model, tokenizer, example["prompt"])
     tell("PEFT alone loads the adapter, in a process that cannot import tlora")
     prompts = [row["prompt"] for row in test_rows[:8]]
     result = DemoResult(
@@ -152,7 +162,6 @@ def _run(
         test_rows=len(test_rows),
         difference=_reload_alone(model, tokenizer, last, prompts),
         adapter=last.adapter,
-        runs=runs,
         example=example,
         seconds=time.perf_counter() - start,
     )
@@ -173,25 +182,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _score(
-    method: str, model: Any, tokenizer: Any, rows: list[dict[str, str]], measured: dict[str, Any]
-) -> Score:
-    from tlora.demo.solve import exact_match
+def _tokens(tokenizer: Any, rows: Sequence[dict[str, str]]) -> Any:
+    from datasets import Dataset
 
-    seconds = measured.get("seconds", {})
-    return Score(
-        method=method,
-        trainable=measured.get("trainable_parameters", 0),
-        exact_match=exact_match(model, tokenizer, rows),
-        initialise_seconds=seconds.get("initialise", 0.0),
-        train_seconds=seconds.get("train", 0.0),
-    )
+    from tlora.tasks.dataconfig import DataConfig
+    from tlora.tasks.tokens import causal
+
+    return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
 
 
-def _answer(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
-    from tlora.demo.solve import answers
-
-    return answers(model, tokenizer, [row["prompt"]])[0].strip()
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -> RunFolder:
@@ -226,12 +229,6 @@ def _load_base() -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
     return model.eval(), AutoTokenizer.from_pretrained(BASE_MODEL)
-
-
-def _adapted(run: RunFolder) -> Any:
-    from tlora import load_adapter
-
-    return load_adapter(_load_base()[0], run.adapter).eval()
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:

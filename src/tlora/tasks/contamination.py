@@ -43,7 +43,7 @@ class PromptIndex:
 
     Example:
         >>> known = PromptIndex(["What is 2 + 2?"])
-        >>> "what is 2+2" in known, "What is 2 - 2?" in known
+        >>> known.repeated_in("what is 2+2"), known.repeated_in("What is 2 - 2?")
         (True, False)
     """
 
@@ -56,24 +56,13 @@ class PromptIndex:
         for tokens in long:
             self._by_rarest[min(_ngrams(tokens), key=counts.__getitem__)].append(tokens)
 
-    def __contains__(self, prompt: Prompt) -> bool:
-        """Return whether ``prompt`` is one of these, as a whole."""
-        return _normalized(prompt) in self._whole
-
     def repeated_in(self, prompt: Prompt, texts: Iterable[str] = ()) -> bool:
         """Return whether ``prompt`` is one of these, or one of the ``texts`` contains one."""
-        return prompt in self or any(map(self._inside, texts))
-
-    def overlapping(self, texts: Iterable[str]) -> list[int]:
-        """Return the indices, from 0, of the ``texts`` that are or contain one of these."""
-        return [index for index, text in enumerate(texts) if self.repeated_in(text, [text])]
+        return _normalized(prompt) in self._whole or any(map(self._inside, texts))
 
     def _inside(self, text: str) -> bool:
-        tokens = normalize(text)
-        found = self._by_rarest.keys() & _ngrams(tokens)
-        if not found:
-            return False
-        grams = set(_ngrams(tokens))
+        grams = set(_ngrams(normalize(text)))
+        found = self._by_rarest.keys() & grams
         return any(grams.issuperset(_ngrams(p)) for gram in found for p in self._by_rarest[gram])
 
 
@@ -105,7 +94,7 @@ def overlapping_rows(
     Raises:
         DataError: rows overlap and `data.overlap` is "refuse", or no row would be left.
     """
-    places = _overlaps(rows, others, task)
+    places = {other: _repeating(rows, known, task) for other, known in others.items()}
     overlapping = sorted({index for found in places.values() for index in found})
     if not overlapping:
         return []
@@ -140,26 +129,19 @@ def refuse_overlap(
         DataError: some do.
     """
     other, known = reported
-    if task.data.overlap == "allow":
-        return
-    if found := _overlaps(rows, {other: known}, task)[other]:
+    if task.data.overlap != "allow" and (found := _repeating(rows, known, task)):
         raise DataError(
             f"{name}: of {len(rows)} validation rows {_sentence(found, other)}; rows that choose"
             " a learning rate cannot report on it: remove these rows from one of the files."
         )
 
 
-def _overlaps(
-    rows: Sequence[Row], others: Mapping[str, PromptIndex], task: Task
-) -> dict[str, list[int]]:
-    """Return the indices of the rows that repeat a prompt of each of ``others``."""
-    found: dict[str, list[int]] = {name: [] for name in others}
-    for index, row in enumerate(rows if others else ()):
-        prompt, texts = prompt_of(row), [] if task.classifies else _texts(row)
-        for name, known in others.items():
-            if known.repeated_in(prompt, texts):
-                found[name].append(index)
-    return found
+def _repeating(rows: Sequence[Row], known: PromptIndex, task: Task) -> list[int]:
+    return [
+        index
+        for index, row in enumerate(rows)
+        if known.repeated_in(prompt_of(row), [] if task.classifies else _texts(row))
+    ]
 
 
 def _texts(row: Row) -> list[str]:
@@ -167,11 +149,8 @@ def _texts(row: Row) -> list[str]:
     if "label" in row:
         return []
     if "messages" in row:
-        turns = row["messages"]
-        texts = ["\n".join(map(_content, turns))]
         # What a user says in several turns may be one prompt.
-        several = sum(turn["role"] == "user" for turn in turns) > 1
-        return [*texts, str(prompt_of(row))] if several else texts
+        return ["\n".join(map(_content, row["messages"])), str(prompt_of(row))]
     return [f"{row['prompt']}\n{row['response']}" if "prompt" in row else row["text"]]
 
 

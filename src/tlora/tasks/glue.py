@@ -29,8 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of each file layout under the Hub's names; None: a column that is not used.
+# Columns of a line without a header, under the Hub's names; None: a column that is not used.
 Layout = tuple[str | None, ...]
+
+_RENAMED = {
+    **dict.fromkeys(("Quality", "score", "is_duplicate", "gold_label"), "label"),
+    "#1 String": "sentence1",
+    "#2 String": "sentence2",
+}
+"""Header names of published files that differ from the Hub's."""
+_STS: Layout = (None, None, None, None, "label", "sentence1", "sentence2")
 
 
 class Glue(Task):
@@ -43,12 +51,9 @@ class Glue(Task):
     hub_eval_split = "validation"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
     """The text columns: one, or a pair."""
-    label_words: Mapping[str, int] = {}
-    """Labels that a file writes as words."""
+    renamed: Mapping[str, str] = _RENAMED
     headless: Sequence[Layout] = ()
     """Layouts of lines in a file without a header, told apart by their number of fields."""
-    renamed: Mapping[str, str] = {}
-    """Header names of a published file that differ from the Hub's."""
     broken_lines = False
     """Whether the published file has lines with too few fields, which the Hub leaves out."""
 
@@ -93,19 +98,17 @@ class Glue(Task):
             named = sorted(zip(self.columns, texts, strict=True))
             parts = [self.hub[1], *(f"{column}: {text}" for column, text in named)]
             return {"prompt": " ".join(parts), "response": self.word(label)}
-        return {
-            "text": texts[0],
-            "text_pair": texts[1] if len(texts) > 1 else None,
-            "label": label,
-        }
+        first, second = (*texts, None)[:2]
+        return {"text": first, "text_pair": second, "label": label}
 
     def label(self, text: str, where: str) -> float:
-        """Return the class id, or for a regression the number."""
-        count = len(self.label_names or ())
-        value = self.label_words.get(text, text)
-        if str(value).isdigit() and int(value) < count:
-            return int(value)
-        raise DataError(f"{where}: label {text!r} is not one of the classes 0 to {count - 1}.")
+        """Return the class id of a number or a name, or for a regression the number."""
+        names = self.label_names or []
+        if text in names:
+            return names.index(text)
+        if text.isdigit() and int(text) < len(names):
+            return int(text)
+        raise DataError(f"{where}: label {text!r} is not one of the classes 0 to {len(names) - 1}.")
 
     def word(self, label: float) -> str:
         """Return a label as text."""
@@ -156,6 +159,15 @@ def _named(
     return rows
 
 
+class _Paraphrase(Glue):
+    """Scored by F1 of the second class, and accuracy."""
+
+    def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """F1 and accuracy."""
+        found = {"f1": metrics.f1(predicted, labels)}
+        return found | {"accuracy": metrics.accuracy(predicted, labels)}
+
+
 class Cola(Glue):
     """Acceptability of a sentence. Published as source, label, mark, sentence without a header."""
 
@@ -177,19 +189,11 @@ class Sst2(Glue):
     label_names = ["negative", "positive"]  # noqa: RUF012
 
 
-class Mrpc(Glue):
-    """Paraphrase or not. Published with the header Quality, #1 ID, #2 ID, #1 String, #2 String."""
+class Mrpc(_Paraphrase):
+    """Paraphrase or not."""
 
     hub = ("nyu-mll/glue", "mrpc")
     label_names = ["not_equivalent", "equivalent"]  # noqa: RUF012
-    renamed = {"Quality": "label", "#1 String": "sentence1", "#2 String": "sentence2"}  # noqa: RUF012
-
-    def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """F1 of the class "equivalent", and accuracy."""
-        return {
-            "f1": metrics.f1(predicted, labels),
-            "accuracy": metrics.accuracy(predicted, labels),
-        }
 
 
 class Stsb(Glue):
@@ -197,12 +201,8 @@ class Stsb(Glue):
 
     kind = "regression"
     hub = ("nyu-mll/glue", "stsb")
-    renamed = {"score": "label"}  # noqa: RUF012
-    headless = (
-        (None, None, None, None, "label", "sentence1", "sentence2"),
-        # Some rows name the sources of both sentences at the end.
-        (None, None, None, None, "label", "sentence1", "sentence2", None, None),
-    )
+    # Some rows name the sources of both sentences at the end.
+    headless = (_STS, (*_STS, None, None))
 
     def label(self, text: str, where: str) -> float:
         """Return the similarity."""
@@ -231,21 +231,13 @@ class Stsb(Glue):
         return metrics.correlations(predicted, labels)
 
 
-class Qqp(Glue):
-    """Do two questions ask the same. Published with the columns of `renamed`."""
+class Qqp(_Paraphrase):
+    """Do two questions ask the same."""
 
     hub = ("nyu-mll/glue", "qqp")
     columns = ("question1", "question2")
     label_names = ["not_duplicate", "duplicate"]  # noqa: RUF012
-    renamed = {"is_duplicate": "label"}  # noqa: RUF012
     broken_lines = True
-
-    def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """F1 of the class "duplicate", and accuracy."""
-        return {
-            "f1": metrics.f1(predicted, labels),
-            "accuracy": metrics.accuracy(predicted, labels),
-        }
 
 
 class Mnli(Glue):
@@ -259,8 +251,7 @@ class Mnli(Glue):
     hub_eval_split = "validation_matched"
     columns = ("premise", "hypothesis")
     label_names = ["entailment", "neutral", "contradiction"]  # noqa: RUF012
-    label_words = {"entailment": 0, "neutral": 1, "contradiction": 2}  # noqa: RUF012
-    renamed = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}  # noqa: RUF012
+    renamed = _RENAMED | {"sentence1": "premise", "sentence2": "hypothesis"}
 
 
 class Qnli(Glue):
@@ -269,7 +260,6 @@ class Qnli(Glue):
     hub = ("nyu-mll/glue", "qnli")
     columns = ("question", "sentence")
     label_names = ["entailment", "not_entailment"]  # noqa: RUF012
-    label_words = {"entailment": 0, "not_entailment": 1}  # noqa: RUF012
 
 
 class Rte(Glue):
@@ -277,7 +267,6 @@ class Rte(Glue):
 
     hub = ("nyu-mll/glue", "rte")
     label_names = ["entailment", "not_entailment"]  # noqa: RUF012
-    label_words = {"entailment": 0, "not_entailment": 1}  # noqa: RUF012
 
 
 class Wnli(Glue):
@@ -285,4 +274,3 @@ class Wnli(Glue):
 
     hub = ("nyu-mll/glue", "wnli")
     label_names = ["not_entailment", "entailment"]  # noqa: RUF012
-    headless = ((None, "sentence1", "sentence2", "label"),)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlora.errors import DataError
 from tlora.tasks.base import INSTRUCTION_PROMPT, Row, Task, text_of
 from tlora.tasks.dataconfig import Kind
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Columns of one published form of the rows.
 
-    Attributes:
-        instruction: what goes into the prompt.
-        response: what is learned.
-        input: follows the instruction after a blank line, where it is not empty; None: no column.
+    ``instruction`` goes into the prompt, followed by ``input`` after a blank line where the row has
+    one; ``response`` is learned.
     """
 
     instruction: str

@@ -68,7 +68,7 @@ KINDS: dict[Kind, KindSpec] = {
     "seq2seq": KindSpec(
         task_type="SEQ_2_SEQ_LM",
         auto_model="transformers:AutoModelForSeq2SeqLM",
-        trainer="tlora.training.text2text:GreedyTrainer",
+        trainer="tlora.training.trainers:GreedyTrainer",
         arguments="transformers:Seq2SeqTrainingArguments",
         encode=tokens.seq2seq,
         collator=tokens.seq2seq_collator,

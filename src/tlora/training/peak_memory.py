@@ -8,7 +8,6 @@ reading the rows may have set, so it is an upper bound.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ class PeakMemory:
     """Measures from where it is made; `stage` closes one stage and begins the next."""
 
     def __init__(self, device: Any) -> None:
+        import psutil  # accelerate brings it
+
         self._cuda = device if getattr(device, "type", "cpu") == "cuda" else None
         self.stages: dict[str, int] = {}
-        self._exact = self._reset()
-        self._base = 0 if self._cuda is not None else _resident()
+        self._what = self._reset()
+        self._base = 0 if self._cuda is not None else psutil.Process().memory_info().rss
 
     def stage(self, name: str) -> None:
         """Note the peak since the last call, in bytes."""
@@ -32,52 +33,33 @@ class PeakMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the peaks of the stages, the largest of them, and what was measured."""
-        if self._cuda is not None:
-            what = "most memory that torch allocated on the GPU"
-        elif self._exact:
-            what = "most resident memory of the run's process above that before loading the model"
-        else:
-            what = (
-                "most resident memory of the run's process so far, reading the rows included,"
-                " above that before loading the model"
-            )
-        return {"bytes": max(self.stages.values()), "stages": self.stages, "what": what}
+        return {"bytes": max(self.stages.values()), "stages": self.stages, "what": self._what}
 
-    def _reset(self) -> bool:
+    def _reset(self) -> str:
+        """Set the mark back where that is possible; say what it is the mark of."""
         if self._cuda is not None:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._cuda)
-            return True
+            return "most memory that torch allocated on the GPU"
         try:
             _CLEAR.write_text("5", encoding="ascii")  # "reset the peak", see proc(5)
+            ever = ""
         except OSError:
-            return False
-        return True
+            ever = " so far, reading the rows included,"
+        return (
+            f"most resident memory of the run's process{ever} above that before loading the model"
+        )
 
     def _peak(self) -> int:
         if self._cuda is not None:
             import torch
 
             return torch.cuda.max_memory_allocated(self._cuda)
-        if self._exact:
-            return _status("VmHWM")
+        if _STATUS.is_file():
+            lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _resident() -> int:
-    if _STATUS.is_file():
-        return _status("VmRSS")
-    import psutil  # accelerate brings it
-
-    return psutil.Process(os.getpid()).memory_info().rss
-
-
-def _status(name: str) -> int:
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {name}")

@@ -41,25 +41,6 @@ def widen(model: nn.Module) -> None:
     _compute_in(bare(), dtype)
 
 
-def keep_dtypes(trainer: Any) -> None:
-    """Let a trainer that resumes load its checkpoint into the adapter's dtypes, as they are.
-
-    On a quantised base TRL trains B in bfloat16, but PEFT widens what it loads to float32, and
-    the run would go on in another precision than it began. No callback comes between that and the
-    optimizer, hence the trainer's own method.
-    """
-    load = trainer._load_from_checkpoint
-
-    def loaded(*args: Any, **kwargs: Any) -> None:
-        before = {name: value.dtype for name, value in trainer.model.named_parameters()}
-        load(*args, **kwargs)
-        for name, value in trainer.model.named_parameters():
-            if value.dtype != before[name]:
-                value.data = value.data.to(before[name])
-
-    trainer._load_from_checkpoint = loaded
-
-
 def _compute_in(model: Any, dtype: Any) -> None:
     """Let every forward pass of ``model`` run under autocast to ``dtype``."""
     import torch

@@ -28,7 +28,6 @@ import re
 import shutil
 import subprocess
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,39 +232,12 @@ def _step(name: str) -> int | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is complete.
-
-    The trainer writes its state last, so a state that reads means that the files before it were
-    closed; their own ends are looked at as well, for a disk that was full.
-    """
+    """Whether a checkpoint is complete: the trainer writes its state last, of the step it is of."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint.name):
-        return False
-    weights = [*checkpoint.glob("*.safetensors")]
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    # Sharded optimizers (DeepSpeed, FSDP) are kept in folders instead.
-    has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
-        path.is_dir() for path in checkpoint.iterdir()
-    )
-    return (
-        bool(weights)
-        and has_optimizer
-        and all(map(_is_whole_safetensors, weights))
-        and all(map(zipfile.is_zipfile, archives))
-    )
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+    return isinstance(state, dict) and state.get("global_step") == _step(checkpoint.name)
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:
@@ -316,19 +288,16 @@ def git_state(folder: Path, output: str | Path | None = None) -> dict[str, Any] 
 
 
 def _hardware() -> dict[str, Any]:
+    import psutil  # accelerate brings it
     import torch
 
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else None
-    )
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": memory,
-        "gpus": names,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "torch_threads": torch.get_num_threads(),
     }
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
-from tlora.training.arguments import training_arguments
+from tlora.training.arguments import texts, training_arguments
 from tlora.training.digests import inputs_of
 from tlora.training.initialize import adapt, save_adapter
-from tlora.training.precision import keep_dtypes
-from tlora.training.replies import texts
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import Setup, settle
@@ -168,7 +166,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model."""
-    from tlora.training.callbacks import LogCallback, replace_bar
+    from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
     if prepared.optimizer is not None:

@@ -1,0 +1,79 @@
+"""What the stages add to the trainers of transformers and TRL."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from tlora.models.greedy import greedy
+from tlora.training.runfolder import RunFolder
+
+
+class GreedyTrainer(Seq2SeqTrainer):
+    """transformers' trainer, whose evaluations reply greedily.
+
+    A checkpoint's penalties or beams do not count; `generation_num_beams` and `generation_config`
+    of the training arguments do.
+    """
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return (loss, generated tokens, labels) of a batch, as `Seq2SeqTrainer` does."""
+        asked = not self.args.predict_with_generate or self.args.generation_config is not None
+        with nullcontext() if asked else greedy(self.model, self.processing_class):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+class LogCallback(TrainerCallback):
+    """Appends every line that the trainer logs to the run's log.jsonl, with its step."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write one line; the numbers stay as the trainer made them."""
+        if state.is_world_process_zero and logs:
+            self.folder.append_log({"step": state.global_step, **logs})
+
+
+class BarCallback(ProgressCallback):
+    """The trainer's progress bar, with the loss on the bar itself; the log has every line."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Show the latest loss and learning rate."""
+        if self.training_bar is not None and logs:
+            shown = {"loss": logs.get("loss"), "lr": logs.get("learning_rate")}
+            self.training_bar.set_postfix(
+                {name: f"{float(value):.3g}" for name, value in shown.items() if value is not None}
+            )
+
+
+def replace_bar(trainer: Any) -> None:
+    """Give a trainer our bar in place of its own; without a bar nothing changes."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(BarCallback)
+
+
+def keep_dtypes(trainer: Any) -> None:
+    """Let a trainer that resumes load its checkpoint into the adapter's dtypes, as they are.
+
+    On a quantised base TRL trains B in bfloat16, but PEFT widens what it loads to float32, and
+    the run would go on in another precision than it began. No callback comes between that and the
+    optimizer, hence the trainer's own method.
+    """
+    load = trainer._load_from_checkpoint
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        before = {name: value.dtype for name, value in trainer.model.named_parameters()}
+        load(*args, **kwargs)
+        for name, value in trainer.model.named_parameters():
+            if value.dtype != before[name]:
+                value.data = value.data.to(before[name])
+
+    trainer._load_from_checkpoint = loaded
