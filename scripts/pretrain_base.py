@@ -104,7 +104,7 @@ def chunk_of_batches(
 ) -> list[Batch]:
     """The batches of one chunk, rows of like length together; a function of its arguments alone.
 
-    The first `--bare_steps` are symbols only: the arithmetic is learnt many times faster
+    The first `--bare_steps` are symbols only: the arithmetic is learned many times faster
     from rows of eight tokens than from stories, which can then build on it.
     """
     batch_size = args.batch_size

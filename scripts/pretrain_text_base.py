@@ -128,7 +128,7 @@ def pack(texts: list[str], flags: argparse.Namespace) -> tuple[PreTrainedTokeniz
 
 
 def main() -> None:
-    """Tokenise, train, write."""
+    """Tokenize, train, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)

@@ -2,7 +2,7 @@
 
 Rows are those of `tlora.demo.corpus`, in other forms. The response to a bare sum is its value, to
 a comparison the number asked for, and to a sum told in words the sum and its value: reading is
-then learnt apart from reckoning, which all forms share. No held-out problem is among them.
+then learned apart from reckoning, which all forms share. No held-out problem is among them.
 """
 
 import random
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from tlora.demo.corpus import ITEMS, LIMIT, PLACES, Form, Problem, Row, distinct, row
 
 NAMES = ("Tom", "Mia", "Sam", "Ann", "Leo", "Eva", "Max", "Zoe")
-COLOURS = ("red", "blue", "green", "white")
+COLORS = ("red", "blue", "green", "white")
 
 
 def _symbols(problem: Problem, rng: random.Random) -> str:
@@ -37,7 +37,7 @@ def _gain(problem: Problem, rng: random.Random) -> str:
 
 
 def _pool(problem: Problem, rng: random.Random) -> str:
-    (first, second), item, place = rng.sample(COLOURS, 2), rng.choice(ITEMS), rng.choice(PLACES)
+    (first, second), item, place = rng.sample(COLORS, 2), rng.choice(ITEMS), rng.choice(PLACES)
     return (
         f"There are {problem.a} {first} and {problem.b} {second} {item} in the {place}. "
         f"How many {item} are in the {place}? Answer:"

@@ -118,7 +118,7 @@ def causal_samples(lengths: Sequence[int] = (7, 3, 10, 5, 2), seed: int = 0) -> 
     return samples
 
 
-def labelled_samples(
+def labeled_samples(
     label: Callable[[torch.Generator], Tensor], lengths: Sequence[int] = (7, 1, 10, 5, 3)
 ) -> list[Sample]:
     generator = torch.Generator().manual_seed(1)
@@ -136,7 +136,7 @@ def labelled_samples(
 
 
 def classified_samples(lengths: Sequence[int] = (7, 1, 10, 5, 3)) -> list[Sample]:
-    return labelled_samples(lambda g: torch.randint(0, 2, (1,), generator=g), lengths)
+    return labeled_samples(lambda g: torch.randint(0, 2, (1,), generator=g), lengths)
 
 
 def translated_samples(
@@ -377,9 +377,9 @@ def _samples(name: str) -> Sequence[Sample]:
             sample["input_ids"][:, -1] = 2
         return samples
     if name == "bert-regression":
-        return labelled_samples(lambda g: torch.randn(1, generator=g))
+        return labeled_samples(lambda g: torch.randn(1, generator=g))
     if name == "bert-multilabel":
-        return labelled_samples(lambda g: torch.rand(1, 3, generator=g).round())
+        return labeled_samples(lambda g: torch.rand(1, 3, generator=g).round())
     return classified_samples() if name == "bert" else causal_samples()
 
 

@@ -43,7 +43,7 @@ def test_load_returns_the_object_behind_a_name(registry):
 
 def test_making_and_listing_a_registry_imports_no_target(registry):
     sys.modules.pop("colorsys", None)
-    lazy = Registry("task", [Entry("late", "colorsys:rgb_to_hsv", "colours")])
+    lazy = Registry("task", [Entry("late", "colorsys:rgb_to_hsv", "colors")])
     assert lazy.names() == ["late"]
     assert "colorsys" not in sys.modules
     lazy.load("late")

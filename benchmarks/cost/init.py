@@ -1,4 +1,4 @@
-"""What initialising an adapter costs: tlora, the released rule, the bare passes, PEFT's methods.
+"""What initializing an adapter costs: tlora, the released rule, the bare passes, PEFT's methods.
 
     python benchmarks/cost/init.py benchmarks/cost/cpu.yaml             measure what is missing
     python benchmarks/cost/init.py benchmarks/cost/cpu.yaml --table     print the committed results

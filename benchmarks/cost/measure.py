@@ -1,4 +1,4 @@
-"""Time and peak memory of one initialisation, in a process of its own.
+"""Time and peak memory of one initialization, in a process of its own.
 
 The process is forked from one that has imported everything and computed nothing. It builds the
 model, warms the code up on a small model, gives unused memory back to the system, and only then
@@ -38,7 +38,7 @@ def measured(
 
     Args:
         prepare: builds the model and the batches.
-        run: the initialisation; what it returns is kept alive until the peak is read.
+        run: the initialization; what it returns is kept alive until the peak is read.
         device: "cpu" or "cuda".
     """
     model, batches = prepare()
@@ -96,6 +96,6 @@ def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]
 def _answer(far: Any, work: Callable[[], dict[str, Any]]) -> None:
     try:
         far.send(work())
-    except Exception as error:  # whatever the initialisation raises is its result
+    except Exception as error:  # whatever the initialization raises is its result
         traceback.print_exc()
         far.send({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]})

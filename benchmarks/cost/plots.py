@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from subjects import TITLES
 from tables import curve, exponent, median, runs_of
 
-COLOURS = {"tlora": "#0b6e4f", "bare": "#7a7a7a", "released": "#b3261e", "peft": "#8fa8c8"}
+COLORS = {"tlora": "#0b6e4f", "bare": "#7a7a7a", "released": "#b3261e", "peft": "#8fa8c8"}
 AXES = {
     "width": "hidden size",
     "depth": "layers",
@@ -38,8 +38,8 @@ def _any(point: Any, result: dict[str, Any]) -> bool:
     return any("seconds" in run for run in runs)
 
 
-def _colour(subject: str) -> str:
-    return COLOURS.get(subject.split("-", maxsplit=1)[0], COLOURS["peft"])
+def _color(subject: str) -> str:
+    return COLORS.get(subject.split("-", maxsplit=1)[0], COLORS["peft"])
 
 
 def bars(point: Any, result: dict[str, Any], path: Path) -> Path:
@@ -52,10 +52,10 @@ def bars(point: Any, result: dict[str, Any], path: Path) -> Path:
     known.reverse()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.36 * len(known) + 1.4), sharey=True)
     places = range(len(known))
-    colours = [_colour(subject) for subject, _ in known]
+    colors = [_color(subject) for subject, _ in known]
     for axes, field, unit in ((left, "seconds", 1.0), (right, "peak_bytes", 2.0**20)):
         middle, low, high = _spread(known, field, unit)
-        axes.barh(places, middle, color=colours, xerr=[low, high], ecolor="#222222")
+        axes.barh(places, middle, color=colors, xerr=[low, high], ecolor="#222222")
         top = max(m + h for m, h in zip(middle, high, strict=True))
         axes.set_xlim(0, 1.18 * top)
         for place, value, above in zip(places, middle, high, strict=True):
@@ -65,7 +65,7 @@ def bars(point: Any, result: dict[str, Any], path: Path) -> Path:
     left.set_yticks(places, [TITLES[subject] for subject, _ in known], fontsize=8)
     left.set_xlabel("seconds (median; line: least to most)")
     right.set_xlabel("peak memory above the loaded model, MiB")
-    figure.suptitle(f"Initialising an adapter: {point.name}", fontsize=10)
+    figure.suptitle(f"Initializing an adapter: {point.name}", fontsize=10)
     return _saved(figure, path.with_name(f"{path.stem}-{_slug(point.name)}.png"))
 
 
@@ -98,7 +98,7 @@ def growth(points: Sequence[Any], result: dict[str, Any], path: Path) -> Path:
                     [value / unit for value in values],
                     marker="o",
                     linestyle="--" if subject.endswith(("blocks", "streamed")) else "-",
-                    color=_colour(subject),
+                    color=_color(subject),
                     label=label,
                 )
                 axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
@@ -112,7 +112,7 @@ def growth(points: Sequence[Any], result: dict[str, Any], path: Path) -> Path:
             axes.set_xlabel(AXES[axis])
     grid[0][0].set_ylabel("seconds of CPU")
     grid[1][0].set_ylabel("peak above the model, MiB")
-    figure.suptitle("How the cost of initialising grows (exponents fitted)", fontsize=10)
+    figure.suptitle("How the cost of initializing grows (exponents fitted)", fontsize=10)
     return _saved(figure, path.with_name(f"{path.stem}.png"))
 
 

@@ -108,7 +108,7 @@ def numeric(data: str, protocol: Protocol, pairs: list[tuple[str, str]], write: 
     return tally
 
 
-def maths(data: str, pairs: list[tuple[str, str]], verifier: MathVerify) -> list[Tally]:
+def math(data: str, pairs: list[tuple[str, str]], verifier: MathVerify) -> list[Tally]:
     """Score solutions of MATH by both rules."""
     tallies = {rule: Tally(data, f"math, {rule}") for rule in ("string", "symbolic")}
     for solution, answer in tqdm(pairs, desc=data, disable=None):
@@ -173,7 +173,7 @@ def tallies(data: Path, verifier: MathVerify) -> Iterator[Tally]:
         pairs = [
             (row["solution"], row.get("answer") or boxed(row["solution"]) or "") for row in found
         ]
-        yield from maths(name, pairs, verifier)
+        yield from math(name, pairs, verifier)
 
 
 def main() -> int:

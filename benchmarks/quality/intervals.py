@@ -46,9 +46,9 @@ def bca(differences: np.ndarray, means: np.ndarray) -> Limits:
     mean = differences.mean().round(12)
     below = ((means < mean).mean() + (means <= mean).mean()) / 2
     bias = NORMAL.ppf(min(max(below, 1 / len(means)), 1 - 1 / len(means)))
-    centred = differences - differences.mean()
-    spread = (centred**2).sum() ** 1.5
-    acceleration = (centred**3).sum() / (6 * spread) if spread else 0.0
+    centered = differences - differences.mean()
+    spread = (centered**2).sum() ** 1.5
+    acceleration = (centered**3).sum() / (6 * spread) if spread else 0.0
     shares = []
     for z in NORMAL.ppf([0.025, 0.975]):
         moved = bias + z

@@ -10,8 +10,8 @@ basis, computed before the first step from the calibration rows, the table has
 gradient's square that a step along B alone can follow. "best" is what G's own leading directions
 would keep, "LoRA's A" what LoRA's trained A spans at that step; the next column is the share of
 LoRA's whole update, ``||B A A_0^T A_0||^2 / ||B A||^2``. The last column says how even the features
-``A x`` are over the calibration rows, ``tr(K)^2 / tr(K^2)`` with K their uncentred second moment: r
-where all are of one size and none follows another, 1 where one has it all; the median of the
+``A x`` are over the calibration rows, ``tr(K)^2 / tr(K^2)`` with K their uncentered second moment:
+r where all are of one size and none follows another, 1 where one has it all; the median of the
 modules. Results are kept in kept.json, one record a comparison; `--table` prints them.
 """
 
@@ -116,10 +116,10 @@ def task_aware(config: CompareConfig, basis: str, seed: int) -> Setup:
 
 
 def moments_of(config: CompareConfig, seed: int) -> dict[str, Tensor]:
-    """Return the calibration rows' uncentred moment of every module, d x d float64, by its name."""
+    """Return the calibration rows' uncentered moment of every module, d x d float64, by name."""
     setup = task_aware(config, "covariance", seed)
     found = calibrate(setup.load_model("cpu"), setup.calibration_batches(), setup.options)
-    return {name: module.uncentred().double() for name, module in found.modules.items()}
+    return {name: module.uncentered().double() for name, module in found.modules.items()}
 
 
 def evenness(basis: dict[str, Tensor], moments: dict[str, Tensor]) -> float:

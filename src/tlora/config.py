@@ -57,7 +57,7 @@ _OWNS_SCALE = "task-aware LoRA sets every module's scale itself, as alpha_patter
 _OWNS_INIT = "task-aware LoRA sets A from the calibration and B to zero"
 _KEEPS_WEIGHTS = "task-aware LoRA leaves the base weights, and so the output at step 0, untouched"
 
-# LoRA options of PEFT that would change a scale, an initialisation or the form W + s B A.
+# LoRA options of PEFT that would change a scale, an initialization or the form W + s B A.
 REFUSED_OPTIONS: dict[str, str] = {
     "use_rslora": f"{_OWNS_SCALE}; choose the scale with `allocate_scale` and `scale_rule`",
     "rank_pattern": "task-aware LoRA allocates the ranks; bound them by `rank_min`, `rank_max`",
@@ -168,7 +168,7 @@ class TLoraConfig(Record):
 
     basis: Basis = "weight-covariance"
     """What the rows of A span. "weight-covariance": the leading right singular vectors of W C (the
-    paper); "random": LoRA's own random A (its ablation without initialisation). Not in the paper,
+    paper); "random": LoRA's own random A (its ablation without initialization). Not in the paper,
     the leading right singular vectors of: C ("covariance"), W C^(1/2) ("weight-half-covariance"),
     the mean gradient G ("gradient"), G C ("gradient-covariance"), N, the inputs' second moment with
     each token weighted by its squared gradient ("gradient-moment"), W N

@@ -200,7 +200,7 @@ def read_tensors(
 
     Raises:
         ArtifactError: the file is missing, damaged, of another format, or holds another kind of
-            artefact.
+            artifact.
     """
     from safetensors import SafetensorError, safe_open
 

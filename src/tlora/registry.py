@@ -118,7 +118,7 @@ METHODS = Registry(
         ("tlora", "tlora:TaskAwareLora", "task-aware LoRA: calibrated A, B trains"),
         ("full", "full:FullFineTuning", "full fine-tuning: every parameter trains"),
         ("lora", "lora:Lora", "PEFT's LoRA: random A, A and B train"),
-        ("rslora", "rslora:RankStabilisedLora", "LoRA scaled by alpha / sqrt(r)"),
+        ("rslora", "rslora:RankStabilizedLora", "LoRA scaled by alpha / sqrt(r)"),
         ("loraplus", "loraplus:LoraPlus", "LoRA+: B learns faster than A"),
         ("dora", "dora:Dora", "DoRA: magnitudes train beside the direction"),
         ("adalora", "adalora:AdaLora", "AdaLoRA: ranks are pruned while training"),
@@ -139,8 +139,8 @@ TASKS = Registry(
     _classes(
         "tlora.tasks",
         ("jsonl", "jsonl:Jsonl", "your file or Hub dataset, columns by --data.*"),
-        ("gsm8k", "gsm8k:Gsm8k", "grade-school maths word problems, worked out"),
-        ("math", "math:Math", "MetaMathQA, the paper's training set of maths"),
+        ("gsm8k", "gsm8k:Gsm8k", "grade-school math word problems, worked out"),
+        ("math", "math:Math", "MetaMathQA, the paper's training set of math"),
         ("code", "code:Code", "CodeFeedback, the paper's training set of code"),
         ("chat", "chat:Chat", "WizardLM, the paper's training set of chat"),
         (

@@ -30,7 +30,7 @@ class DemoConfig(Record):
 
 @dataclass(kw_only=True)
 class InitConfig(RunConfig):
-    """One initialisation: a model, a task, a method and where the result goes."""
+    """One initialization: a model, a task, a method and where the result goes."""
 
     dry_run: bool = False
     """Show what would be adapted and the memory it would take, from the model's config alone: no

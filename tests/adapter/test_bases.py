@@ -83,7 +83,7 @@ def test_a_is_the_leading_singular_vectors_of_the_matrix_of_its_basis(tiny_gpt2,
 
 
 @pytest.mark.parametrize("basis", OTHERS)
-def test_the_randomised_solver_keeps_what_the_exact_one_keeps(tiny_llama, basis):
+def test_the_randomized_solver_keeps_what_the_exact_one_keeps(tiny_llama, basis):
     fields = {"intermediate_size": 300, "hidden_size": 264, "num_hidden_layers": 1}
     model = tiny_llama(**fields)
     names = ["down_proj", "q_proj", "gate_proj"]
@@ -92,8 +92,8 @@ def test_the_randomised_solver_keeps_what_the_exact_one_keeps(tiny_llama, basis)
         made = config(basis=basis, subspace=mode, target_modules=names)
         stats = calibrate(model, support.in_batches(many(3), 3), made)
         plans.append(plan(model, stats, made).modules)
-    exact, randomised = plans
-    for name, module in randomised.items():
+    exact, randomized = plans
+    for name, module in randomized.items():
         assert module.solver == "randomized"
         assert exact[name].solver == "exact"
         assert module.captured_energy == pytest.approx(exact[name].captured_energy, rel=1e-3)

@@ -17,7 +17,7 @@ from tlora.adapter.blocks import plan_in_blocks
 
 def write_plans(folder: str) -> None:
     """Calibrate and plan by each solver; write the plans into ``folder``."""
-    # Wide enough that the randomised solver is not the exact one.
+    # Wide enough that the randomized solver is not the exact one.
     llama: Any = transformers.LlamaConfig(
         vocab_size=160,
         hidden_size=96,

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-import quantised_bases
+import quantized_bases
 import support
 from support import Toy, toy_samples
 from tlora import Calibration, TLoraConfig, calibrate, plan
@@ -35,7 +35,7 @@ def demo() -> tuple[Any, list[support.Sample], Calibration]:
     """The demo's base in float32, 16 of its samples, and their statistics."""
     from tlora.demo.run import BASE_MODEL
 
-    model = quantised_bases.full(BASE_MODEL).eval()
+    model = quantized_bases.full(BASE_MODEL).eval()
     batches = support.in_batches(support.demo_samples(16), 8)
     return model, batches, calibrate(model, batches, CONFIG)
 

@@ -59,7 +59,7 @@ def test_a_head_is_seen_once_a_sample(family_of, name, heads):
     stats = calibrate(family.model, family.batches(3), config(target_modules=heads))
 
     assert {module.tokens for module in stats.modules.values()} == {len(family.samples)}
-    # One row a sample is its own mean, so nothing is left after centring.
+    # One row a sample is its own mean, so nothing is left after centering.
     assert all(module.covariance().norm() == 0 for module in stats.modules.values())
     assert_agrees(stats, one_at_a_time(family.model, family.samples, stats.modules))
 

@@ -1,4 +1,4 @@
-"""Exact match by writing, on tokenised rows, and as the metric of a comparison."""
+"""Exact match by writing, on tokenized rows, and as the metric of a comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sums(count):
     return [{"prompt": asked.format(a, b), "response": f"{a}+{b}={a + b}"} for a, b in numbers]
 
 
-def tokenised(tokenizer, rows):
+def tokenized(tokenizer, rows):
     return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
 
 
@@ -37,13 +37,13 @@ def test_it_equals_what_is_written_a_row_at_a_time_and_leaves_the_model_as_it_wa
     mixed = [*right[:6], *(dict(row, response="no number") for row in right[6:])]
     model.train()
     for batch_size in (1, 3, 100):
-        assert exact_match(model, tokenizer, tokenised(tokenizer, mixed), batch_size) == 0.75
+        assert exact_match(model, tokenizer, tokenized(tokenizer, mixed), batch_size) == 0.75
     assert model.training
 
 
 def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
     model, tokenizer = _load_base()
-    rows = tokenised(tokenizer, sums(8))
+    rows = tokenized(tokenizer, sums(8))
     plain = exact_match(model, tokenizer, rows, 8)
     assert plain > 0.5
     model.generation_config.update(

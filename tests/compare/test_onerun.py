@@ -296,12 +296,12 @@ def test_the_metric_is_the_tasks_own_unless_another_is_given(shared, tmp_path):
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = {"kind": "classification", "text_column": "text", "label_column": "label"}
     data = DataConfig(**names, overlap="allow")
-    labelled = shared | {"train_file": str(rows), "test_file": str(rows), "data": data}
+    labeled = shared | {"train_file": str(rows), "test_file": str(rows), "data": data}
     for fields, expected in (
         (shared, ("loss", "lower")),
-        (labelled, ("accuracy", "higher")),
-        (labelled | {"metric": "eval_loss"}, ("loss", "lower")),
-        (labelled | {"metric": "f1_macro", "better": "lower"}, ("f1_macro", "lower")),
+        (labeled, ("accuracy", "higher")),
+        (labeled | {"metric": "eval_loss"}, ("loss", "lower")),
+        (labeled | {"metric": "f1_macro", "better": "lower"}, ("f1_macro", "lower")),
     ):
         config = CompareConfig(**fields)
         found = compare.identify(config, compare.check(config))

@@ -37,13 +37,13 @@ def demo_adapter(tmp_path_factory, demo_rows) -> str:
     batch["labels"] = batch["input_ids"]
     config = TLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_tlora_model(model, config, [dict(batch)])
-    randomised(adapted, scale=0.02)
+    randomized(adapted, scale=0.02)
     folder = tmp_path_factory.mktemp("adapters") / "drawn"
     adapted.save_pretrained(folder)
     return str(folder)
 
 
-def randomised(model: Any, scale: float) -> None:
+def randomized(model: Any, scale: float) -> None:
     """Draw every B of an adapter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -219,11 +219,11 @@ def test_answers_grades_and_report_in_one_run(config, demo_adapter, server, chat
             "math": 9.0,
         }
         assert [line["scores"]["score"] for line in lines(name)] == [4.0] * 4 + [9.0] * 2
-        assert lines(name)[0]["judgement"] == "Words. [[4]]"
+        assert lines(name)[0]["judgment"] == "Words. [[4]]"
     assert lines("chatty")[4]["target"] == "2"
     assert lines("drawn") != lines("chatty")
     counts = task["judge"]["models"]["chatty"]
-    assert (counts["judgements"], counts["tokens_in"]) == (6, 600)
+    assert (counts["judgments"], counts["tokens_in"]) == (6, 600)
     assert task["protocol"].endswith(
         "; graded 1 to 10 by grader at temperature 0.0, mtbench-single, our wording"
     )
@@ -321,7 +321,7 @@ def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server
 
 def test_a_judge_that_fails_leaves_the_answers_and_the_same_command_goes_on(config, server, loaded):
     server.script = [says("[[7]]"), status(500), status(500)]
-    with pytest.raises(JudgeError, match=r"of 6 judgements are made"):
+    with pytest.raises(JudgeError, match=r"of 6 judgments are made"):
         evaluate.run(config(judge=by(server)))
     assert loaded == ["chatty"]
     assert all(line["scores"] == {} for line in lines())

@@ -138,7 +138,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(models, pr
     assert lm.truncated == len(long)
 
 
-def test_prompts_are_tokenised_as_in_training_without_a_closing_token(saved, tiny_llama):
+def test_prompts_are_tokenized_as_in_training_without_a_closing_token(saved, tiny_llama):
     from tokenizers.processors import TemplateProcessing
 
     folder = saved(tiny_llama())

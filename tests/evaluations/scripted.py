@@ -13,7 +13,7 @@ import lm_eval
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from tlora.evaluate import records as samples
+from tlora.evaluate import records
 from tlora.evaluations.utils import Doc
 from tlora.registry import EVALUATIONS
 from tlora.scoring.answers import MARK
@@ -66,12 +66,12 @@ def evaluated(tasks: dict[str, Any], model: Scripted, **options: Any) -> dict[st
     return json.loads(json.dumps(found, default=str))
 
 
-def scores(task: Any, reply: Reply) -> tuple[dict[str, float], list[samples.Record]]:
+def scores(task: Any, reply: Reply) -> tuple[dict[str, float], list[records.Record]]:
     """Return the scores of a task and the record of every item, if ``reply`` answers."""
     name = task.task_name
     found = evaluated({name: task}, Scripted(reply))
-    results = samples.metrics(found["results"][name])
-    return results, samples.records(task, found["samples"][name])
+    results = records.metrics(found["results"][name])
+    return results, records.records(task, found["samples"][name])
 
 
 @dataclass

@@ -20,8 +20,8 @@ from scripted import (
 )
 
 from tlora.errors import ConfigError, DataError
-from tlora.evaluate import records as samples
-from tlora.evaluations import catalog as catalogue
+from tlora.evaluate import records
+from tlora.evaluations import catalog
 from tlora.evaluations.catalog import Settings
 from tlora.evaluations.programs import program_in
 
@@ -54,7 +54,7 @@ def test_the_program_in_a_reply(reply, program):
 
 def test_unless_allowed_all_are_refused_at_once_before_a_row_is_read(tmp_path):
     with pytest.raises(ConfigError) as error:
-        catalogue.build([*CODE, "gsm8k-paper"], str(tmp_path / "nowhere"))
+        catalog.build([*CODE, "gsm8k-paper"], str(tmp_path / "nowhere"))
     assert len(error.value.faults) == len(CODE) == 4
     for name, fault in zip(CODE, error.value.faults, strict=True):
         assert fault.startswith(f"{name!r} runs the programs that the model writes")
@@ -62,7 +62,7 @@ def test_unless_allowed_all_are_refused_at_once_before_a_row_is_read(tmp_path):
 
 def test_the_harness_itself_refuses_too(tmp_path):
     folder = CASES["humaneval-paper"].write(tmp_path)
-    tasks = catalogue.build(["humaneval-paper"], folder, ALLOWED)
+    tasks = catalog.build(["humaneval-paper"], folder, ALLOWED)
     with pytest.raises(ValueError, match="confirm_run_unsafe_code=True"):
         lm_eval.evaluate(Scripted(lambda doc: RIGHT), {"tasks": tasks})
 
@@ -70,14 +70,14 @@ def test_the_harness_itself_refuses_too(tmp_path):
 def test_drawn_programs_are_scored_by_pass_at_k(tmp_path):
     settings = Settings(allow_code_execution=True, samples=10, temperature=0.3)
     folder = CASES["mbpp-paper"].write(tmp_path)
-    task = catalogue.build(["mbpp-paper"], folder, settings)["mbpp-paper"]
+    task = catalog.build(["mbpp-paper"], folder, settings)["mbpp-paper"]
     replies = itertools.cycle([RIGHT, WRONG, WRONG, WRONG, WRONG])
     model = Scripted(lambda doc: next(replies))
     found = evaluated({"mbpp-paper": task}, model)
     # 2 of 10 are right, and 10 tries hold one of them for certain.
     expected = pytest.approx({"pass@1": 0.2, "pass@10": 1.0})
-    assert samples.metrics(found["results"]["mbpp-paper"]) == expected
-    (item,) = samples.records(task, found["samples"]["mbpp-paper"])
+    assert records.metrics(found["results"]["mbpp-paper"]) == expected
+    (item,) = records.records(task, found["samples"]["mbpp-paper"])
     assert item["scores"] == expected
     assert item["reply"] == RIGHT
     assert len(model.asked) == 10
@@ -95,14 +95,14 @@ def test_drawn_programs_are_scored_by_pass_at_k(tmp_path):
 )
 def test_plus_needs_all_inputs_and_base_the_original_ones(body, base, tmp_path):
     folder = CASES["humaneval_plus-paper"].write(tmp_path)
-    task = catalogue.build(["humaneval_plus-paper"], folder, ALLOWED)["humaneval_plus-paper"]
+    task = catalog.build(["humaneval_plus-paper"], folder, ALLOWED)["humaneval_plus-paper"]
     found, _ = scores(task, lambda doc: body)
     assert found == {"pass@1": 0.0, "pass@1_base": base}
 
 
 def test_a_body_completes_the_prompt_of_humaneval(tmp_path):
     folder = CASES["humaneval-paper"].write(tmp_path)
-    task = catalogue.build(["humaneval-paper"], folder, ALLOWED)["humaneval-paper"]
+    task = catalog.build(["humaneval-paper"], folder, ALLOWED)["humaneval-paper"]
     found, (item,) = scores(task, lambda doc: f"\n{BODY}\n")
     assert found == {"pass@1": 1.0}
     assert item["answer"] == f"{HUMANEVAL_ROW['prompt']}{BODY}\n"
@@ -111,11 +111,11 @@ def test_a_body_completes_the_prompt_of_humaneval(tmp_path):
 def test_of_mbpp_only_the_test_split_is_asked(tmp_path):
     rows = [MBPP_ROW | {"task_id": number} for number in (1, 10, 11, 510, 511)]
     folder = dataclasses.replace(CASES["mbpp-paper"], rows=rows).write(tmp_path)
-    task = catalogue.build(["mbpp-paper"], folder, ALLOWED)["mbpp-paper"]
+    task = catalog.build(["mbpp-paper"], folder, ALLOWED)["mbpp-paper"]
     assert [doc["item"] for doc in task.test_docs()] == ["11", "510"]
 
 
 def test_a_plus_row_without_inputs_is_refused(tmp_path):
     (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(PLUS_ROW | {"plus_input": "none"}))
     with pytest.raises(DataError, match=r"row 1: row Test/0: column 'plus_input' is no list"):
-        catalogue.build(["humaneval_plus-paper"], str(tmp_path), ALLOWED)
+        catalog.build(["humaneval_plus-paper"], str(tmp_path), ALLOWED)

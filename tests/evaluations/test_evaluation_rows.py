@@ -9,7 +9,7 @@ from datasets import Dataset
 from scripted import CASES, MATH_ROWS, Scripted, config, evaluated, scores
 
 from tlora.errors import DataError
-from tlora.evaluations import catalog as catalogue
+from tlora.evaluations import catalog
 from tlora.evaluations.catalog import Settings
 from tlora.scoring.answers import MARK
 from tlora.tasks import source
@@ -34,9 +34,9 @@ def hub(monkeypatch):
 def test_without_a_folder_rows_come_from_every_configuration_on_the_hub(hub, tmp_path):
     asked = hub(MATH_ROWS)
     with pytest.raises(DataError):  # a folder is never mixed with the Hub
-        catalogue.build(["math-paper"], str(tmp_path))
+        catalog.build(["math-paper"], str(tmp_path))
     assert asked == []
-    task = catalogue.build(["math-paper"])["math-paper"]
+    task = catalog.build(["math-paper"])["math-paper"]
     assert [subset for _, subset, _ in asked] == config("math-paper")["dataset_kwargs"]["configs"]
     assert {(name, split) for name, _, split in asked} == {("EleutherAI/hendrycks_math", "test")}
     targets = CASES["math-paper"].targets
@@ -46,7 +46,7 @@ def test_without_a_folder_rows_come_from_every_configuration_on_the_hub(hub, tmp
 def test_what_the_hub_does_not_have_asks_for_a_folder():
     name = "boolq-paper"
     with pytest.raises(DataError, match=rf"{name}: its rows are not on the Hub; give .*https://"):
-        catalogue.build([name])
+        catalog.build([name])
 
 
 def test_every_documented_place_is_looked_at_packed_or_not(tmp_path):
@@ -57,7 +57,7 @@ def test_every_documented_place_is_looked_at_packed_or_not(tmp_path):
             folder = dataclasses.replace(case, file=path + packed).write(
                 tmp_path / f"{number}{packed}"
             )
-            task = catalogue.build([name], folder)[name]
+            task = catalog.build([name], folder)[name]
             assert [doc["target"] for doc in task.test_docs()] == case.targets
 
 
@@ -79,7 +79,7 @@ def test_a_row_that_cannot_be_scored_is_found_before_anything_is_generated(
     case = CASES[name]
     folder = dataclasses.replace(case, rows=[case.rows[0] | change]).write(tmp_path)
     with pytest.raises(DataError, match=f"row 1: .*{says}"):
-        catalogue.build([name], folder, Settings(allow_code_execution=True))
+        catalog.build([name], folder, Settings(allow_code_execution=True))
 
 
 @pytest.mark.parametrize(
@@ -95,24 +95,24 @@ def test_a_damaged_file_is_named(data, says, tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(data)
     with pytest.raises(DataError, match=rf"test\.jsonl: .*{says}"):
-        catalogue.build(["gsm8k-paper"], str(tmp_path))
+        catalog.build(["gsm8k-paper"], str(tmp_path))
     path.unlink()
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}')[:-9])
     with pytest.raises(DataError, match=r"test\.jsonl\.gz: cannot be read"):
-        catalogue.build(["gsm8k-paper"], str(tmp_path))
+        catalog.build(["gsm8k-paper"], str(tmp_path))
 
 
 def test_a_string_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
     case = CASES["gsm8k-paper"]
     row = case.rows[0] | {"question": "one\u2028two\x0cthree"}
     (tmp_path / "test.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    task = catalogue.build(["gsm8k-paper"], str(tmp_path))["gsm8k-paper"]
+    task = catalog.build(["gsm8k-paper"], str(tmp_path))["gsm8k-paper"]
     assert "one\u2028two\x0cthree" in task.test_docs()[0]["prompt"]
 
 
 def test_a_box_without_the_mark_counts_for_math_verify_alone(tmp_path):
     folder = CASES["math-paper"].write(tmp_path)
-    task = catalogue.build(["math-paper"], folder)["math-paper"]
+    task = catalog.build(["math-paper"], folder)["math-paper"]
     found, _ = scores(task, lambda doc: f"So $\\boxed{{{doc['target']}}}$.")
     assert found == {"exact_match": 0.0, "math_verify": 1.0}
     found, items = scores(task, lambda doc: MARK + "0.5")
@@ -126,7 +126,7 @@ def test_replies_that_pad_the_work_of_a_process_do_not_count(tmp_path):
     settings = Settings(allow_code_execution=True)
     for name, right in (("gsm8k-paper", CASES["gsm8k-paper"].right[0]), ("mbpp-paper", None)):
         CASES[name].write(tmp_path)
-        task = catalogue.build([name], folder, settings)[name]
+        task = catalog.build([name], folder, settings)[name]
         evaluated({name: task}, Scripted(right or CASES[name].right[0]))
         for instance in task.instances:
             instance.resps.append("padding")

@@ -11,15 +11,15 @@ from scripted import CASES, NAMES, Scripted, config, evaluated, scores
 
 import tlora.evaluations
 from tlora.errors import DataError
-from tlora.evaluate import records as samples
-from tlora.evaluations import catalog as catalogue
+from tlora.evaluate import records
+from tlora.evaluations import catalog
 from tlora.evaluations.catalog import Settings
 
 ALLOWED = Settings(allow_code_execution=True)
 
 
 def made(name, folder, settings=ALLOWED):
-    return catalogue.build([name], CASES[name].write(folder), settings)[name]
+    return catalog.build([name], CASES[name].write(folder), settings)[name]
 
 
 def test_every_evaluation_has_a_case():
@@ -41,7 +41,7 @@ def test_what_is_asked_scored_and_kept(name, tmp_path):
         assert not generation["do_sample"]
         assert generation["temperature"] == 0.0
     # A record of an item has all that a reader needs.
-    items = samples.records(task, found["samples"][name])
+    items = records.records(task, found["samples"][name])
     assert len({item["item"] for item in items}) == len(items) == len(case.rows)
     for item, doc in zip(items, task.test_docs(), strict=True):
         assert list(item) == ["item", "prompt", "reply", "answer", "target", "scores"]
@@ -58,7 +58,7 @@ def test_what_is_asked_scored_and_kept(name, tmp_path):
             results, items = scores(task, reply)
             assert results == dict.fromkeys(task.aggregation(), right), items
             assert all(item["scores"] == results for item in items)
-    line = catalogue.protocol(task)
+    line = catalog.protocol(task)
     assert "\n" not in line
     assert "arXiv" in line
 
@@ -70,14 +70,14 @@ ONE_OF_EACH += ["svamp-llm-adapters"]
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_missing_file_and_a_row_without_its_columns_are_named(name, tmp_path):
     with pytest.raises(DataError) as error:
-        catalogue.build([name], str(tmp_path), ALLOWED)
+        catalog.build([name], str(tmp_path), ALLOWED)
     said = str(error.value)
     assert said.startswith(f"{name}: {tmp_path} has none of ")
     for path in config(name)["dataset_kwargs"]["files"]:
         assert path in said
     folder = dataclasses.replace(CASES[name], rows=[{"nonsense": "1"}]).write(tmp_path)
     with pytest.raises(DataError, match=r"row 1: .*column"):
-        catalogue.build([name], folder, ALLOWED)
+        catalog.build([name], folder, ALLOWED)
 
 
 def test_without_tlora_lm_eval_asks_and_scores_the_same(tmp_path):
@@ -102,13 +102,13 @@ def test_without_tlora_lm_eval_asks_and_scores_the_same(tmp_path):
         bootstrap_iters=0,
         confirm_run_unsafe_code=True,
     )
-    tasks = catalogue.build(asked, folder, ALLOWED)
+    tasks = catalog.build(asked, folder, ALLOWED)
     ours = evaluated(tasks, model)
     assert sorted(tasks) == sorted(names) == sorted(ours["results"])
     assert sorted(map(str, model.asked)) == sorted(map(str, plain.asked))
     for name, task in tasks.items():
-        assert samples.metrics(found["results"][name]) == samples.metrics(ours["results"][name])
-        assert samples.records(task, found["samples"][name]) == samples.records(
+        assert records.metrics(found["results"][name]) == records.metrics(ours["results"][name])
+        assert records.records(task, found["samples"][name]) == records.records(
             task, ours["samples"][name]
         )
     assert found["results"]["boolq-paper"]["exact_match,true-false"] == 1.0
@@ -119,7 +119,7 @@ def test_rows_that_share_a_name_are_called_by_their_number(tmp_path):
     folder = case.write(tmp_path)
     row = json.dumps(case.rows[0])
     (tmp_path / case.file).write_text(f"{row}\n{row}\n")
-    task = catalogue.build(["math-paper"], folder)["math-paper"]
+    task = catalog.build(["math-paper"], folder)["math-paper"]
     assert [doc["item"] for doc in task.test_docs()] == ["0", "1"]
 
 

@@ -43,8 +43,8 @@ def test_calls_add_up_before_the_absolute_value_and_samples_after():
     once = total(weight, (delta, x))
     assert once > 0
     torch.testing.assert_close(total(weight, (delta, x), (delta, x)), 2 * once)
-    cancelled = total(weight, (delta, x), (-delta, x))
-    torch.testing.assert_close(cancelled, torch.zeros(()), atol=1e-5, rtol=0)
+    canceled = total(weight, (delta, x), (-delta, x))
+    torch.testing.assert_close(canceled, torch.zeros(()), atol=1e-5, rtol=0)
     apart = weighted_magnitude(weight, [[(delta, x)], [], [(-delta, x)]])
     torch.testing.assert_close(apart, torch.stack([once, torch.zeros(()), once]))
 

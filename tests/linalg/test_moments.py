@@ -15,7 +15,7 @@ LENGTHS = (4, 1, 7, 3)
 
 
 def make_samples(seed: int = 0) -> list[torch.Tensor]:
-    """Samples whose means differ and are far from zero, so that the centring matters."""
+    """Samples whose means differ and are far from zero, so that the centering matters."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(length, DIM, generator=generator) + 3 * torch.randn(DIM, generator=generator)
@@ -23,11 +23,11 @@ def make_samples(seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def definition(samples: list[torch.Tensor], centre: bool = True) -> np.ndarray:
+def definition(samples: list[torch.Tensor], center: bool = True) -> np.ndarray:
     total = np.zeros((samples[0].shape[1],) * 2)
     for sample in samples:
         rows = sample.double().numpy()
-        mean = sum(rows) / len(rows) if centre and len(rows) else 0.0
+        mean = sum(rows) / len(rows) if center and len(rows) else 0.0
         for row in rows:
             total += np.outer(row - mean, row - mean)
     return total / len(samples)
@@ -67,7 +67,7 @@ def test_samples_one_at_a_time_give_the_definition() -> None:
     samples = make_samples()
     moment = one_at_a_time(samples)
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
     assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
 
 
@@ -78,7 +78,7 @@ def test_a_padded_batch_gives_the_definition(layout: str, fill: float) -> None:
     moment = SecondMoment(DIM)
     moment.update(*padded(samples, layout, fill))
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
     assert (moment.samples, moment.tokens) == (len(LENGTHS), sum(LENGTHS))
 
 
@@ -111,7 +111,7 @@ def test_an_all_true_mask_equals_no_mask() -> None:
 
 
 def test_each_sample_is_centered_on_its_own_mean() -> None:
-    # Constant samples at different places: global centring, or none, leaves a moment.
+    # Constant samples at different places: global centering, or none, leaves a moment.
     samples = [torch.full((3, DIM), value) for value in (1.0, -2.0, 5.0)]
     moment = one_at_a_time(samples)
     assert_close(moment.covariance(), np.zeros((DIM, DIM)))
@@ -150,7 +150,7 @@ def test_a_sample_without_tokens_counts_as_a_sample(fill: float) -> None:
     moment = SecondMoment(DIM)
     moment.update(*padded(samples, "right", fill))
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
     assert (moment.samples, moment.tokens) == (len(samples), sum(LENGTHS))
 
 
@@ -180,7 +180,7 @@ def test_float64_accumulates_in_float64() -> None:
     moment = one_at_a_time(samples, torch.float64)
     assert moment.covariance().dtype == torch.float64
     assert_close(moment.covariance(), definition(samples), 1e-13)
-    assert_close(moment.uncentered(), definition(samples, centre=False), 1e-13)
+    assert_close(moment.uncentered(), definition(samples, center=False), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,7 +189,7 @@ def test_half_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     moment = one_at_a_time(samples)
     assert moment.covariance().dtype == torch.float32
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
 
 
 def test_inputs_are_left_alone_and_out_of_the_graph() -> None:
@@ -213,7 +213,7 @@ def test_the_parts_rebuild_the_accumulator(wide: bool) -> None:
     rebuilt = SecondMoment.from_parts(moment.parts(), moment.samples, moment.tokens)
     rebuilt.update(samples[2][None])
     assert_close(rebuilt.covariance(), definition(samples[:3]))
-    assert_close(rebuilt.uncentered(), definition(samples[:3], centre=False))
+    assert_close(rebuilt.uncentered(), definition(samples[:3], center=False))
     assert (rebuilt.samples, rebuilt.tokens) == (3, sum(LENGTHS[:3]))
 
 
@@ -245,7 +245,7 @@ def test_c_is_not_formed_while_tokens_are_no_more_than_columns() -> None:
     assert moment.rows is not None  # nor is it by asking for W C or for C
     assert product.right is not None
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
     assert moment.rows is not None
     assert_close(product.dense(), weight.double().numpy() @ definition(samples))
 
@@ -259,7 +259,7 @@ def test_rows_turn_into_c_when_they_outgrow_it_and_nothing_is_lost() -> None:
         formed.append(moment.rows is None)
     assert formed == [sum(map(len, samples[: i + 1])) > WIDE for i in range(len(samples))]
     assert_close(moment.covariance(), definition(samples))
-    assert_close(moment.uncentered(), definition(samples, centre=False))
+    assert_close(moment.uncentered(), definition(samples, center=False))
     weight = torch.randn(7, WIDE)
     assert_close(moment.weighted(weight).dense(), weight.double().numpy() @ definition(samples))
 

@@ -128,7 +128,7 @@ def test_fix_signs_only_flips_rows() -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 280), (280, 300), (512, 256)])
-def test_randomised_is_near_the_optimum_on_a_decaying_spectrum(shape: tuple[int, int]) -> None:
+def test_randomized_is_near_the_optimum_on_a_decaying_spectrum(shape: tuple[int, int]) -> None:
     weight, rank = decaying(*shape).float(), 16
     moment = torch.eye(shape[1])
     found = task_subspace(weight, moment, rank, Solver(mode="randomized"))
@@ -267,7 +267,7 @@ def test_no_solver_asks_for_full_factors(
     assert "svd" in calls
 
 
-def test_random_basis_is_lora_s_uniform_initialisation() -> None:
+def test_random_basis_is_lora_s_uniform_initialization() -> None:
     state = torch.get_rng_state()
     basis = random_basis(64, 400, seed=3)
     assert torch.equal(torch.get_rng_state(), state)

@@ -26,8 +26,8 @@ def contrast(tab: Any, words: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def luminance(colour):
+def luminance(color):
     """Return the relative luminance of "rgb(r, g, b)" (WCAG 2)."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

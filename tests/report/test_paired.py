@@ -58,7 +58,7 @@ def test_for_right_and_wrong_the_test_is_mcnemars(up, down):
     assert found.p == pytest.approx(expected)
 
 
-def test_for_graded_scores_it_is_the_randomisation_test():
+def test_for_graded_scores_it_is_the_randomization_test():
     draw = np.random.default_rng(0)
     differences = draw.normal(0.25, 1, 60)
     other = stats.permutation_test(

@@ -118,14 +118,14 @@ def test_what_does_not_pass_is_an_error_at_once(server, tmp_path, answer, error,
 
 def test_an_endpoint_that_is_down_is_an_error(tmp_path, server):
     gone = dataclasses.replace(config(server), url="http://127.0.0.1:9/v1")
-    with pytest.raises(JudgeError, match=r"^0 of 200 judgements are made .*ConnectError"):
+    with pytest.raises(JudgeError, match=r"^0 of 200 judgments are made .*ConnectError"):
         judge(answered(100), gone, tmp_path)
 
 
 def test_what_was_judged_before_a_failure_is_kept(server, tmp_path):
     server.script = [says("[[7]]")] * 3 + [status(500, "out of order")] * 2
     some = config(server, retries=1)
-    with pytest.raises(JudgeError, match=r"^[34] of 6 judgements are made.*out of order"):
+    with pytest.raises(JudgeError, match=r"^[34] of 6 judgments are made.*out of order"):
         judge(answered(3), some, tmp_path)
     kept = len(list(tmp_path.glob("*.json")))
     server.script = []
@@ -150,12 +150,12 @@ def test_what_was_judged_before_a_failure_is_kept(server, tmp_path):
         (says("[[6]] and then some", finish_reason="length"), "rated"),
     ],
 )
-def test_a_judgement_without_a_grade_is_counted_and_not_asked_again(server, tmp_path, answer, what):
+def test_a_judgment_without_a_grade_is_counted_and_not_asked_again(server, tmp_path, answer, what):
     server.script = [answer]
     replies = judge(answered(), config(server), tmp_path)
     assert scores(replies) == [6.0 if what == "rated" else None, 7.0]
     assert replies[0].status == what
-    expected = {"judgements": 2, "tokens_in": 200, "tokens_out": 20}
+    expected = {"judgments": 2, "tokens_in": 200, "tokens_out": 20}
     unrated = {} if what == "rated" else {what: 1}
     for _ in range(2):
         assert counts(replies) == expected | {"unrated": unrated}
@@ -163,7 +163,7 @@ def test_a_judgement_without_a_grade_is_counted_and_not_asked_again(server, tmp_
     assert len(server.bodies) == 2
 
 
-def test_another_request_is_another_judgement(server, tmp_path):
+def test_another_request_is_another_judgment(server, tmp_path):
     plain = config(server)
     judge(answered(), plain, tmp_path)
     changes = ({"model": "other"}, {"temperature": 0.5}, {"request": {"seed": 1}})

@@ -1,6 +1,6 @@
 import pytest
 
-from tlora.scoring.latex import boxed, normalised, same_string
+from tlora.scoring.latex import boxed, normalized, same_string
 
 BOXES = [
     (r"so $\boxed{72}$.", "72"),
@@ -74,6 +74,6 @@ def test_different_answers_stay_different(one, other):
 
 
 def test_rows_of_a_matrix_are_kept_apart():
-    assert normalised(r"\begin{pmatrix} 0 \\ 1/11 \end{pmatrix}") == (
+    assert normalized(r"\begin{pmatrix} 0 \\ 1/11 \end{pmatrix}") == (
         r"\begin{pmatrix}0\\1/11\end{pmatrix}"
     )

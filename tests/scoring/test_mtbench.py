@@ -85,7 +85,7 @@ def test_our_prompts_ask_for_the_form_that_is_read():
 
 
 def test_messages_hold_the_turn_the_conversation_and_the_references():
-    plain, maths = answered()
+    plain, math = answered()
     first, second = (OURS.messages(*plain, turn) for turn in (1, 2))
     assert [m["role"] for m in first] == ["system", "user"]
     assert "answer {one}" in first[1]["content"]
@@ -93,7 +93,7 @@ def test_messages_hold_the_turn_the_conversation_and_the_references():
     said = ("Write.", "answer {one}", "Again, in {b", "answer two")
     places = [second[1]["content"].index(text) for text in said]
     assert places == sorted(places)
-    first, second = (OURS.messages(*maths, turn)[1]["content"] for turn in (1, 2))
+    first, second = (OURS.messages(*math, turn)[1]["content"] for turn in (1, 2))
     assert "two" in first.replace("answer two", "")
     assert "three" not in first
     assert "three" in second
@@ -120,9 +120,9 @@ def write(folder, rows):
 
 
 def test_prompts_of_a_file_are_used_as_they_are_and_named(tmp_path, monkeypatch):
-    plain, maths = answered()
+    plain, math = answered()
     read = read_prompts(write(tmp_path, prompt_rows()))
-    system, user = (message["content"] for message in read.messages(*maths, 2))
+    system, user = (message["content"] for message in read.messages(*math, 2))
     assert system == "system single-math-v1-multi-turn"
     assert user == "1 + 1? | answer {one} | Plus 1? | answer two | two | three"
     assert read.messages(*plain, 1)[1]["content"] == "Write. | answer {one}"

@@ -30,15 +30,15 @@ def chat_tokenizer(tiny_tokenizer):
     return tokenizer
 
 
-def learnt_text(tokenizer, encoded):
+def learned_text(tokenizer, encoded):
     return tokenizer.decode([label for label in encoded["labels"] if label != tokens.IGNORED])
 
 
-def test_only_the_response_and_its_end_are_learnt(tiny_tokenizer):
+def test_only_the_response_and_its_end_are_learned(tiny_tokenizer):
     row = {"prompt": "The answer", "response": " is: 72"}
     encoded = tokens.causal(tiny_tokenizer, row, DataConfig())
     assert tiny_tokenizer.decode(encoded["input_ids"]) == "The answer is: 72</s>"
-    assert learnt_text(tiny_tokenizer, encoded) == " is: 72</s>"
+    assert learned_text(tiny_tokenizer, encoded) == " is: 72</s>"
     prompt = tiny_tokenizer("The answer")["input_ids"]
     assert encoded["input_ids"][: len(prompt)] == prompt
     assert encoded["labels"][: len(prompt)] == [tokens.IGNORED] * len(prompt)
@@ -50,7 +50,7 @@ def test_loss_on_all_learns_the_prompt_too(tiny_tokenizer):
     assert encoded["labels"] == encoded["input_ids"]
 
 
-def test_plain_text_is_learnt_whole_and_ended_once(tiny_tokenizer):
+def test_plain_text_is_learned_whole_and_ended_once(tiny_tokenizer):
     encoded = tokens.causal(tiny_tokenizer, {"text": "a journey"}, DataConfig())
     assert encoded["labels"] == encoded["input_ids"]
     assert encoded["input_ids"].count(tiny_tokenizer.eos_token_id) == 1
@@ -65,14 +65,14 @@ def test_what_is_too_long_loses_its_end(tiny_tokenizer):
     assert len(whole["input_ids"]) > 7
 
 
-def test_every_assistant_turn_of_a_chat_is_learnt_and_nothing_else(chat_tokenizer):
+def test_every_assistant_turn_of_a_chat_is_learned_and_nothing_else(chat_tokenizer):
     encoded = tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig())
     text = chat_tokenizer.decode(encoded["input_ids"])
     assert text == "user:hiassistant:hello.user:byeassistant:so long."
-    assert learnt_text(chat_tokenizer, encoded) == "hello.so long."
+    assert learned_text(chat_tokenizer, encoded) == "hello.so long."
 
 
-def test_a_chat_may_be_learnt_whole_by_a_template_without_marks(chat_tokenizer):
+def test_a_chat_may_be_learned_whole_by_a_template_without_marks(chat_tokenizer):
     chat_tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace(
         "{% endgeneration %}", ""
     )
@@ -91,7 +91,7 @@ def test_seq2seq_has_source_and_target(tiny_tokenizer):
 
 def test_a_pair_is_tokenized_together_and_cut_to_length(tiny_tokenizer):
     row = {"text": "a journey", "text_pair": "the task", "label": 1}
-    encoded = tokens.labelled(tiny_tokenizer, row, DataConfig(max_length=6))
+    encoded = tokens.labeled(tiny_tokenizer, row, DataConfig(max_length=6))
     assert len(encoded["input_ids"]) == 6
     assert encoded["labels"] == 1
 

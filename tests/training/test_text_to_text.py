@@ -52,7 +52,7 @@ def t5(tiny_t5, tmp_path):
 
 @pytest.fixture
 def reviews(tmp_path):
-    """Rows to train on and rows to evaluate on; each film is good or bad, film30 is mislabelled."""
+    """Rows to train on and rows to evaluate on; each film is good or bad, film30 is mislabeled."""
     files = {"train_file": tmp_path / "train.tsv", "eval_file": tmp_path / "dev.tsv"}
     for file, films in zip(files.values(), (range(20), range(20, 32)), strict=True):
         lines = [

@@ -1,6 +1,6 @@
 """Exact match of a comparison's run: the model writes its answer, right to the letter or wrong.
 
-Works on tokenised rows, so on whatever a causal task makes of its rows and on any part of them.
+Works on tokenized rows, so on whatever a causal task makes of its rows and on any part of them.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def exact_match(
 
 
 def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row up to the first that is learnt, and those from there on.
+    """Return the token ids of a row up to the first that is learned, and those from there on.
 
     Raises:
-        DataError: there is no prompt, or something after the response that is not learnt.
+        DataError: there is no prompt, or something after the response that is not learned.
     """
-    ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
-    start = learnt.index(True)
-    if start == 0 or not all(learnt[start:]):
+    ids, learned = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    start = learned.index(True)
+    if start == 0 or not all(learned[start:]):
         raise DataError(
             "exact match needs rows of a prompt with one response, the prompt left out of the loss;"
             ' compare plain text and chats by `metric: loss`, and leave `data.loss_on` "response".'

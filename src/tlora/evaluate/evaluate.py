@@ -102,24 +102,24 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
     Raises:
         ConfigError, DataError: as `run`.
     """
-    if all(evaluated.head == "labelled" for evaluated in models):
-        from tlora.evaluate import labelled
+    if all(evaluated.head == "labeled" for evaluated in models):
+        from tlora.evaluate import labeled
 
-        return dict(labelled.make(config, models))
+        return dict(labeled.make(config, models))
     from tlora.evaluate import task_rows
     from tlora.evaluate.harness_task import HarnessTask
-    from tlora.evaluations import catalog as catalogue
+    from tlora.evaluations import catalog
 
     if task_rows.of_a_task(config):
         return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
-    settings = catalogue.Settings(
+    settings = catalog.Settings(
         allow_code_execution=config.allow_code_execution,
         protection=config.sandbox,
         samples=config.n_samples,
     )
     others = [name for name in config.tasks if name not in chats]
-    built = catalogue.build(others, config.data_dir, settings)
+    built = catalog.build(others, config.data_dir, settings)
     tasks: dict[str, EvaluationTask] = {
         name: HarnessTask(task, config) for name, task in built.items()
     }
@@ -172,8 +172,8 @@ def _evaluate(
 
 def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
     tokenizer = loading.load_tokenizer(evaluated, config)
-    if evaluated.head == "labelled":
-        from tlora.evaluate.labelled import Labeller, Labels
+    if evaluated.head == "labeled":
+        from tlora.evaluate.labeled import Labeller, Labels
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
         model = loading.load(evaluated, config, **head)

@@ -19,13 +19,13 @@ from tlora.files import read_json
 from tlora.training.runfolder import RunFolder
 
 Kind = Literal["base", "adapter", "merged"]
-Head = Literal["causal", "seq2seq", "labelled"]
+Head = Literal["causal", "seq2seq", "labeled"]
 
 _ADAPTER = "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LABELLED = "ForSequenceClassification"
+_LABELED = "ForSequenceClassification"
 _HEADS: dict[str, Head] = {
-    "SEQ_CLS": "labelled",
+    "SEQ_CLS": "labeled",
     "SEQ_2_SEQ_LM": "seq2seq",
     "CAUSAL_LM": "causal",
 }
@@ -77,10 +77,10 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
     if faults:
         raise ConfigError(faults, where="models")
     models = _named(_all_kinds(found, config))
-    labelling = [each.name for each in models if each.head == "labelled"]
-    if 0 < len(labelling) < len(models):
+    labeling = [each.name for each in models if each.head == "labeled"]
+    if 0 < len(labeling) < len(models):
         faults.append(
-            f"{', '.join(labelling)}: labels texts, and the other models write them; evaluate them"
+            f"{', '.join(labeling)}: labels texts, and the other models write them; evaluate them"
             " apart (the base of a classifier has no trained head, so leave --with_base out)."
         )
     counts = Counter(evaluated.name for evaluated in models)
@@ -171,7 +171,7 @@ def _model_config(model: str, config: EvalConfig, path: str) -> Any:
 
 def labels_texts(config: Any) -> bool:
     """Return whether a model of this configuration is saved with a head that labels texts."""
-    return any(_LABELLED in name for name in getattr(config, "architectures", None) or [])
+    return any(_LABELED in name for name in getattr(config, "architectures", None) or [])
 
 
 def _head_of_model(config: Any) -> Head:
@@ -180,7 +180,7 @@ def _head_of_model(config: Any) -> Head:
     )
 
     if labels_texts(config):
-        return "labelled"
+        return "labeled"
     return "seq2seq" if config.model_type in SEQ2SEQ else "causal"
 
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness' model of transformers, such that a batch cannot be seen in its replies.
 
 `HFLM` sorts prompts by length, pads them on the left and generates with a KV cache. What is
-changed here: each prompt is tokenised by itself and as in training (without a closing token); each
+changed here: each prompt is tokenized by itself and as in training (without a closing token); each
 row ends at its own stop sequence; the new tokens of an encoder-decoder are counted by themselves;
 a greedy reply is the model's own, whatever the checkpoint asks of generation; likelihoods are
 computed in float32; and nothing is called with labels, whose loss some adapters cannot compute
@@ -60,7 +60,7 @@ class TransformersLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Tokenise a text; an opening token is kept, a closing one is not."""
+        """Tokenize a text; an opening token is kept, a closing one is not."""
         ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
         if self._closes and add_special_tokens is not False and ids[-1:] == [self.eot_token_id]:
             ids = ids[:-1]
@@ -73,7 +73,7 @@ class TransformersLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Tokenise each prompt by itself and pad; return ids and mask, both (prompts, tokens)."""
+        """Tokenize each prompt by itself and pad; return ids and mask, both (prompts, tokens)."""
         rows = [self.tok_encode(string) for string in strings]
         if left_truncate_len:
             self.truncated += sum(len(row) > left_truncate_len for row in rows)

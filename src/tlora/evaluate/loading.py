@@ -36,7 +36,7 @@ def unheard(*names: str) -> Iterator[None]:
 _CLASSES: dict[Head, str] = {
     "causal": "transformers:AutoModelForCausalLM",
     "seq2seq": "transformers:AutoModelForSeq2SeqLM",
-    "labelled": "transformers:AutoModelForSequenceClassification",
+    "labeled": "transformers:AutoModelForSequenceClassification",
 }
 
 
@@ -75,7 +75,7 @@ def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
         for evaluated in models
         if evaluated.kind == "adapter"
     ]
-    if any(evaluated.head == "labelled" for evaluated in models):
+    if any(evaluated.head == "labeled" for evaluated in models):
         faults.append("vLLM writes texts, and these models label them; leave --backend out.")
     if config.quantization != "none" or config.parallelize:
         faults.append("`quantization` and `parallelize` never reach vLLM; leave them out.")
@@ -88,7 +88,7 @@ def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
 
     Args:
         evaluated: what to load.
-        config: device, precision and quantisation.
+        config: device, precision and quantization.
         **head: fields of the model's configuration, for a head that the base does not have.
 
     Raises:

@@ -33,7 +33,7 @@ class CenteredRows:
 
 
 def centered_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> CenteredRows:
-    """Centre each sample of a batch over its own real tokens.
+    """Center each sample of a batch over its own real tokens.
 
     Args:
         inputs: B x T x d, any floating dtype.

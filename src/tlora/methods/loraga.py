@@ -30,7 +30,7 @@ class LoraGa(ResidualLora):
     """G = dL/dW = U S V^T: A_0 = V_(1..r)^T, B_0 = c U_(r+1..2r) S_(r+1..2r).
 
     c = m^(1/4) / gamma^(1/2), and G is the mean of the batches' gradients at the start. A and B
-    train; the base keeps W - s B_0 A_0. PEFT's estimate and initialisation, by a randomised SVD of
+    train; the base keeps W - s B_0 A_0. PEFT's estimate and initialization, by a randomized SVD of
     G. PEFT estimates in training mode; here dropout is off, as in every calibration. The gradients
     of all targets are held at once.
 
@@ -75,7 +75,7 @@ class LoraGa(ResidualLora):
             ),
             **exact(model, targets),
         )
-        config.fan_in_fan_out = False  # what is initialised are plain copies
+        config.fan_in_fan_out = False  # what is initialized are plain copies
         gradients = gradients_by_peft(model, targets, config, batches)
 
         def part(target: Any) -> Any:

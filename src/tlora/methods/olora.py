@@ -12,7 +12,7 @@ from tlora.methods.residual import ResidualLora
 class Olora(ResidualLora):
     """W = Q R (QR): B_0 = the first r columns of Q, A_0 = the first r rows of R.
 
-    A and B train; the base keeps W - s B_0 A_0. PEFT's initialisation.
+    A and B train; the base keeps W - s B_0 A_0. PEFT's initialization.
 
     Source: Büyükakyüz, arXiv 2406.01775, section 3.
     """

@@ -17,13 +17,13 @@ class PissaOptions(LoraOptions):
     """LoRA's options, and how the components are found."""
 
     niter: Annotated[int, at_least(0)] | None = None
-    """Subspace iterations of a fast randomised SVD (PEFT: pissa_niter_N); None: the full SVD."""
+    """Subspace iterations of a fast randomized SVD (PEFT: pissa_niter_N); None: the full SVD."""
 
 
 class Pissa(ResidualLora):
     """W = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T, the leading r.
 
-    A and B train; the base keeps the minor components, W - s B_0 A_0. PEFT's initialisation.
+    A and B train; the base keeps the minor components, W - s B_0 A_0. PEFT's initialization.
 
     Source: Meng et al., arXiv 2404.02948, section 3.
     """

@@ -24,7 +24,7 @@ class RsLoraOptions(LoraOptions):
         return self.lora_alpha / math.sqrt(self.r)
 
 
-class RankStabilisedLora(Lora):
+class RankStabilizedLora(Lora):
     """y = W x + (lora_alpha / sqrt(r)) B A x: LoRA, but for the scale.
 
     Source: Kalajdzievski, arXiv 2312.03732, section 3.

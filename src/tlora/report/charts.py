@@ -101,7 +101,7 @@ def parameters(results: Results, width: int) -> str:
         height,
     )
     ticks = [(value, svg.short(value)) for value in frame.x.ticks(5 if width > 500 else 3)]
-    parts = frame.axes(ticks, frame.y.ticks(5)) + svg.labelled(frame, points)
+    parts = frame.axes(ticks, frame.y.ticks(5)) + svg.labeled(frame, points)
     parts += svg.caption(frame, "trainable parameters", f"test {results.comparison.metric}")
     said = "; ".join(f"{name} {x:,.0f}, {y:.4f}" for x, y, name in points)
     return svg.panel(frame, parts, f"Trainable parameters and test score: {said}")

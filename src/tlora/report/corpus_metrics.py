@@ -2,7 +2,7 @@
 
 As in `tlora.report.paired`, the items are drawn again, not the models. Interval: the percentile
 bootstrap (Efron 1979), an item drawn with its label and with what each model predicted. Test: the
-two models' predictions of an item exchanged at random (approximate randomisation, Noreen 1989).
+two models' predictions of an item exchanged at random (approximate randomization, Noreen 1989).
 
 Here a statistic is a function of predictions and labels of shape (..., items), classes or values,
 which gives scores of shape (...); an undefined one is 0, as in `tlora.tasks.metrics`.

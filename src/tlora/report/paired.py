@@ -9,7 +9,7 @@ goes wrong where few did: of equal models that differ on 8 % of 50 items they le
 of the cases, percentile limits in 5 % (benchmarks/quality/intervals.py). From some hundred items
 on the two agree.
 
-Test: signs of the differences flipped at random (Fisher's paired randomisation test), which for
+Test: signs of the differences flipped at random (Fisher's paired randomization test), which for
 right and wrong is McNemar's exact test.
 """
 

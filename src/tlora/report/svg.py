@@ -1,4 +1,4 @@
-"""Small charts as inline SVG. Colours and fonts come from the page's style sheet, by class.
+"""Small charts as inline SVG. Colors and fonts come from the page's style sheet, by class.
 
 Every chart has a title for screen readers. Panels are drawn at the size at which they are shown,
 so that their text keeps its size on a telephone.
@@ -62,7 +62,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Frame:
-    """The plot area of a chart: two scales and where the axes are labelled."""
+    """The plot area of a chart: two scales and where the axes are labeled."""
 
     x: Scale
     y: Scale
@@ -121,7 +121,7 @@ def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> st
 def lines(
     frame: Frame, own: Sequence[Point], others: Iterable[Sequence[Point]], extra: list[str]
 ) -> list[str]:
-    """Return one method's line in front of all others' in grey; ``extra`` goes in between."""
+    """Return one method's line in front of all others' in gray; ``extra`` goes in between."""
     parts = [*(_path(frame, line, "other") for line in others), *extra, _path(frame, own, "own")]
     # A line of one point would not be seen.
     return [*parts, *dots(frame, own, "seed")] if len(own) == 1 else parts
@@ -137,7 +137,7 @@ def dots(frame: Frame, points: Iterable[Point], kind: str, radius: float = 2.6) 
     return [_dot(frame.x(a), frame.y(b), radius, kind) for a, b in points]
 
 
-def labelled(frame: Frame, points: Sequence[tuple[float, float, str]]) -> list[str]:
+def labeled(frame: Frame, points: Sequence[tuple[float, float, str]]) -> list[str]:
     """Return dots with their names beside them, names pushed apart where they would overlap."""
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []

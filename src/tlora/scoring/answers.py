@@ -163,7 +163,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "math",
             "MetaMath (arXiv 2309.12284), eval_math.py, with the grader of MATH (arXiv 2103.03874)"
-            " and Minerva's normalisation (arXiv 2206.14858); see `tlora.scoring.latex`",
+            " and Minerva's normalization (arXiv 2206.14858); see `tlora.scoring.latex`",
             math_answer,
             same_string,
         ),

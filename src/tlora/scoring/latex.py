@@ -38,11 +38,11 @@ def boxed(text: str) -> str | None:
 
 
 def same_string(one: str, other: str) -> bool:
-    """Whether two answers are the same characters once both are normalised."""
-    return normalised(one) == normalised(other)
+    """Whether two answers are the same characters once both are normalized."""
+    return normalized(one) == normalized(other)
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """Return ``answer`` without what does not change its meaning, and with shorthand written out.
 
     Dropped are spaces, sizes of brackets, degrees, currency, per cent, thousands commas, a unit

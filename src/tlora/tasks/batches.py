@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _ENCODE: dict[str, tokens.Encode] = {
     "causal": tokens.causal,
     "seq2seq": tokens.seq2seq,
-    "classification": tokens.labelled,
-    "regression": tokens.labelled,
+    "classification": tokens.labeled,
+    "regression": tokens.labeled,
 }
 
 

@@ -46,8 +46,8 @@ class Jsonl(Task):
         self._make = {
             "causal": self._causal,
             "seq2seq": self._pair,
-            "classification": self._labelled,
-            "regression": self._labelled,
+            "classification": self._labeled,
+            "regression": self._labeled,
         }[self.kind]
 
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
@@ -148,7 +148,7 @@ class Jsonl(Task):
             prompt = f"{prompt}\n\n{text_of(raw, 'input', where)}"
         return {"prompt": prompt, "response": text_of(raw, str(data.response_column), where)}
 
-    def _labelled(self, raw: Mapping[str, Any], where: str) -> Row:
+    def _labeled(self, raw: Mapping[str, Any], where: str) -> Row:
         data = self.data
         pair = data.text_pair_column
         return {

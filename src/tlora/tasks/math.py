@@ -1,4 +1,4 @@
-"""The paper's maths group: trained on MetaMathQA (Yu et al., arXiv 2309.12284)."""
+"""The paper's math group: trained on MetaMathQA (Yu et al., arXiv 2309.12284)."""
 
 from __future__ import annotations
 

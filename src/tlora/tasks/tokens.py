@@ -25,7 +25,7 @@ IGNORED = -100
 """The label of a token that does not count in the loss."""
 
 CUT = "cut"
-"""Whether something that is to be learnt was cut off a row; `tokenized` counts it."""
+"""Whether something that is to be learned was cut off a row; `tokenized` counts it."""
 
 # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
 _QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
@@ -121,25 +121,25 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     """Return {"input_ids", "labels", "cut"} of a prompt with its response, a chat or a plain text.
 
     Prompt and response are tokenized apart and joined, so the prompt's tokens are those that
-    generation will start from. The end-of-sequence token closes the response and is learnt.
+    generation will start from. The end-of-sequence token closes the response and is learned.
     With `data.loss_on` "response" the labels of everything else are `IGNORED`. "cut" says whether
-    what lies beyond `data.max_length` was to be learnt.
+    what lies beyond `data.max_length` was to be learned.
     """
     if "messages" in row:
-        ids, learnt = _chat(tokenizer, row["messages"], masked=data.loss_on == "response")
+        ids, learned = _chat(tokenizer, row["messages"], masked=data.loss_on == "response")
     elif "text" in row:
         ids = [*tokenizer(row["text"])["input_ids"]]
         ids += _end(tokenizer, ids)
-        learnt = [True] * len(ids)
+        learned = [True] * len(ids)
     else:
         prompt = [*prompt_ids(tokenizer, row["prompt"])]
         response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"]]
         response += _end(tokenizer, response)
         ids = prompt + response
-        learnt = [False] * len(prompt) + [True] * len(response)
+        learned = [False] * len(prompt) + [True] * len(response)
     if data.loss_on == "all":
-        learnt = [True] * len(ids)
-    labels = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
+        learned = [True] * len(ids)
+    labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
     return {
         "input_ids": ids[: data.max_length],
         "labels": labels[: data.max_length],
@@ -165,7 +165,7 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
     }
 
 
-def labelled(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
+def labeled(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
     """Return the model's inputs of a text or a pair of texts, and its label as "labels"."""
     encoded = tokenizer(row["text"], row["text_pair"], truncation=True, max_length=data.max_length)
     return {**encoded, "labels": row["label"]}
@@ -185,7 +185,7 @@ def seq2seq_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mappin
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
-def labelled_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
+def labeled_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
     """Return transformers' collator that pads the inputs and stacks the labels."""
     from transformers import DataCollatorWithPadding
 
@@ -208,7 +208,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def _chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], masked: bool
 ) -> tuple[list[int], list[bool]]:
-    """Render a chat by the tokenizer's template; if ``masked``, only the assistant is learnt."""
+    """Render a chat by the tokenizer's template; if ``masked``, only the assistant is learned."""
     if tokenizer.chat_template is None:
         raise DataError(
             "the model's tokenizer has no chat template; use a chat model, or rows with a prompt"

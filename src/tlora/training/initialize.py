@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig) -> RunFolder:
-    """Initialise an adapter for any other trainer; return the folder it is in.
+    """Initialize an adapter for any other trainer; return the folder it is in.
 
     The adapter is a plain PEFT one that does not change the model's output yet.
 

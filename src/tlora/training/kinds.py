@@ -31,7 +31,7 @@ class KindSpec:
     """Fields of the training arguments that the stages set themselves."""
 
 
-# Rows are tokenised before the trainer sees them, so its own wishes about rows have no effect.
+# Rows are tokenized before the trainer sees them, so its own wishes about rows have no effect.
 _ROWS_OWNED = (
     "assistant_only_loss",
     "chat_template_path",
@@ -46,13 +46,13 @@ _ROWS_OWNED = (
     "truncation_mode",
 )
 
-_LABELLED: dict[str, Any] = {
+_LABELED: dict[str, Any] = {
     "task_type": "SEQ_CLS",
     "auto_model": "transformers:AutoModelForSequenceClassification",
     "trainer": "transformers:Trainer",
     "arguments": "transformers:TrainingArguments",
-    "encode": tokens.labelled,
-    "collator": tokens.labelled_collator,
+    "encode": tokens.labeled,
+    "collator": tokens.labeled_collator,
 }
 
 KINDS: dict[Kind, KindSpec] = {
@@ -73,8 +73,8 @@ KINDS: dict[Kind, KindSpec] = {
         encode=tokens.seq2seq,
         collator=tokens.seq2seq_collator,
     ),
-    "classification": KindSpec(**_LABELLED),
-    "regression": KindSpec(**_LABELLED),
+    "classification": KindSpec(**_LABELED),
+    "regression": KindSpec(**_LABELED),
 }
 
 _ELSEWHERE = {

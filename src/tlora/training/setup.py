@@ -90,7 +90,7 @@ class Setup:
 
         Raises:
             ConfigError: there is no such model, it has no head of that kind, or it cannot be
-                quantised as the run says.
+                quantized as the run says.
         """
         import transformers
 
@@ -242,9 +242,9 @@ def guarded(data: DataConfig) -> dict[str, PromptIndex]:
     """
     if not data.guard:
         return {}
-    from tlora.evaluations import catalog as catalogue
+    from tlora.evaluations import catalog
 
-    asked = catalogue.prompts(data.guard, data.guard_dir, where="data.guard")
+    asked = catalog.prompts(data.guard, data.guard_dir, where="data.guard")
     return {
         name: PromptIndex(prompt_of({"prompt": prompt}) for prompt in prompts)
         for name, prompts in asked.items()

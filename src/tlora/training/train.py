@@ -1,4 +1,4 @@
-"""`tlora train`: initialise, train, evaluate and save; or go on from the last good checkpoint."""
+"""`tlora train`: initialize, train, evaluate and save; or go on from the last good checkpoint."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def replace_bar(trainer: Any) -> None:
 def keep_dtypes(trainer: Any) -> None:
     """Let a trainer that resumes load its checkpoint into the adapter's dtypes, as they are.
 
-    On a quantised base TRL trains B in bfloat16, but PEFT widens what it loads to float32, and
+    On a quantized base TRL trains B in bfloat16, but PEFT widens what it loads to float32, and
     the run would go on in another precision than it began. No callback comes between that and the
     optimizer, hence the trainer's own method.
     """

@@ -35,7 +35,7 @@ class JudgeConfig(Section):
     temperature: Annotated[float, at_least(0)] = 0.0
     """Temperature of the judge."""
     max_tokens: Annotated[int, at_least(1)] = 2048
-    """Most tokens of a judgement."""
+    """Most tokens of a judgment."""
     request: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request; null leaves a field out (max_tokens: null)."""
     concurrency: Annotated[int, at_least(1)] = 8

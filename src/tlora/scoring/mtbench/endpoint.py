@@ -149,13 +149,13 @@ class Endpoint:
             reason = f"{type(cause).__name__}: {self._safe(str(cause))}"
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             reason = f"not a chat completion: {self._safe(response.text)}"
-        raise JudgeError(f"{url} gave no judgement ({_excerpt(reason)}).")
+        raise JudgeError(f"{url} gave no judgment ({_excerpt(reason)}).")
 
     def _refusal(self, status: int, text: str) -> ConfigError | JudgeError:
         """Return the error for a status: it may pass later, or the user has to change something."""
         url = completions_url(self.config)
         if status >= 500 or status in _PASSING:
-            return JudgeError(f"{url} gave no judgement (status {status}: {_excerpt(text)}).")
+            return JudgeError(f"{url} gave no judgment (status {status}: {_excerpt(text)}).")
         advice = "check `judge.url`, `judge.model` and `judge.request`"
         if status in (401, 403):
             name = self.config.key_variable

@@ -60,7 +60,7 @@ def answer_lines(question: Question, replies: Pair, prompts: Pair) -> list[Line]
 def graded(line: Mapping[str, Any], reply: Reply) -> Line:
     """Return a line with what the judge said of its answer."""
     scores = {} if reply.score is None else dict.fromkeys(_means_of(line), reply.score)
-    return {**line, "scores": scores, "judgement": reply.text, "status": reply.status}
+    return {**line, "scores": scores, "judgment": reply.text, "status": reply.status}
 
 
 def _means_of(line: Mapping[str, Any]) -> tuple[str, ...]:
@@ -84,11 +84,11 @@ def means(lines: Lines) -> dict[str, float]:
 
 
 def counts(replies: Iterable[Reply]) -> dict[str, Any]:
-    """Return what judging took, kept judgements included, as plain JSON values."""
+    """Return what judging took, kept judgments included, as plain JSON values."""
     replies = list(replies)
     statuses = Counter(reply.status for reply in replies)
     return {
-        "judgements": len(replies),
+        "judgments": len(replies),
         "unrated": {name: n for name, n in sorted(statuses.items()) if name != "rated"},
         "tokens_in": sum(reply.tokens_in for reply in replies),
         "tokens_out": sum(reply.tokens_out for reply in replies),
@@ -114,7 +114,7 @@ def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging")
     Args:
         lines: those of `answer_lines`, question by question.
         config: the judge; has a url.
-        kept: where judgements are kept.
+        kept: where judgments are kept.
         title: what the progress bar says.
 
     Raises:
@@ -136,7 +136,7 @@ def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging")
     except JudgeError as error:
         there = sum(file.is_file() for file in files)
         raise JudgeError(
-            f"{there} of {len(bodies)} judgements are made and kept in {kept}; the same command"
+            f"{there} of {len(bodies)} judgments are made and kept in {kept}; the same command"
             f" asks for the rest. The first failure: {error}"
         ) from error
     return [Reply(**read_json(file)["reply"]) for file in files]

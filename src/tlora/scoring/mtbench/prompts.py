@@ -103,9 +103,9 @@ _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)
 
 
 def rating(text: str) -> float | None:
-    """Return the number that a judgement gives: the first "[[n]]", else the first "[n]".
+    """Return the number that a judgment gives: the first "[[n]]", else the first "[n]".
 
-    Source: FastChat's reading of judgements, published with arXiv 2306.05685.
+    Source: FastChat's reading of judgments, published with arXiv 2306.05685.
     """
     for pattern in _RATINGS:
         if match := pattern.search(text):

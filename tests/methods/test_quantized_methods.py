@@ -1,8 +1,8 @@
-"""Every method on a quantised base: it trains there, or refuses in a sentence."""
+"""Every method on a quantized base: it trains there, or refuses in a sentence."""
 
 import pytest
 
-import quantised_bases
+import quantized_bases
 from tlora.errors import ConfigError
 from tlora.registry import METHODS
 
@@ -25,7 +25,7 @@ WITHOUT_HQQ = {"adalora", "eva"}
 def test_a_method_trains_on_few_bits_unless_it_changes_the_base(
     prepared_by, folder, batches, name, form
 ):
-    model = quantised_bases.load(folder, form)
+    model = quantized_bases.load(folder, form)
     if METHODS.load(name).traits.changes_base:
         with pytest.raises(ConfigError, match=r"unquantized"):
             prepared_by(name, model)
@@ -45,4 +45,4 @@ def test_a_method_trains_on_few_bits_unless_it_changes_the_base(
 @pytest.mark.parametrize("name", ["dora", "adalora"])
 def test_what_peft_cannot_do_on_8_bits_is_said(prepared_by, folder, name):
     with pytest.raises(ConfigError, match=r"q_proj is stored in 8 bits, and PEFT's .* nf4 or"):
-        prepared_by(name, quantised_bases.int8(folder))
+        prepared_by(name, quantized_bases.int8(folder))

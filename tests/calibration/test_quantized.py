@@ -1,4 +1,4 @@
-"""Statistics and subspaces of quantised bases, on the CPU, by the real libraries."""
+"""Statistics and subspaces of quantized bases, on the CPU, by the real libraries."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-import quantised_bases
+import quantized_bases
 import support
-from quantised_bases import FORMS, same_bits, stored
+from quantized_bases import FORMS, same_bits, stored
 from support import assert_agrees, one_at_a_time
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.calibration import weights
@@ -49,9 +49,9 @@ def form(request: Any) -> str:
     return request.param
 
 
-def dequantised(model: nn.Module, folder: str) -> nn.Module:
-    """A float model of the very weights that a quantised one stands for."""
-    plain = quantised_bases.full(folder)
+def dequantized(model: nn.Module, folder: str) -> nn.Module:
+    """A float model of the very weights that a quantized one stands for."""
+    plain = quantized_bases.full(folder)
     for target in find_targets(model, CONFIG):
         plain.get_submodule(target.name).weight.data = dense_weight(target)
     return plain
@@ -62,9 +62,9 @@ def batches(size: int) -> list[support.Sample]:
 
 
 def test_the_weight_that_is_read_is_the_one_that_multiplies(folder, form):
-    model = quantised_bases.load(folder, form).train()
+    model = quantized_bases.load(folder, form).train()
     before = stored(model)
-    full = {t.name: dense_weight(t) for t in find_targets(quantised_bases.full(folder), CONFIG)}
+    full = {t.name: dense_weight(t) for t in find_targets(quantized_bases.full(folder), CONFIG)}
     for target in find_targets(model, CONFIG):
         weight = dense_weight(target)
         assert weight.shape == (target.d_out, target.d_in)
@@ -78,13 +78,13 @@ def test_the_weight_that_is_read_is_the_one_that_multiplies(folder, form):
     assert same_bits(before, stored(model))
 
 
-def test_statistics_are_those_of_the_dequantised_model(folder, form):
-    model = quantised_bases.load(folder, form)
+def test_statistics_are_those_of_the_dequantized_model(folder, form):
+    model = quantized_bases.load(folder, form)
     before, modes = stored(model), [module.training for module in model.modules()]
 
     stats = calibrate(model, batches(5), CONFIG)
 
-    plain = dequantised(model, folder)
+    plain = dequantized(model, folder)
     assert_agrees(stats, one_at_a_time(plain, support.causal_samples(), stats.modules))
     assert same_bits(before, stored(model))
     assert [module.training for module in model.modules()] == modes
@@ -97,15 +97,15 @@ def demo() -> tuple[Any, list[support.Sample], Calibration]:
     """The demo's base in full precision, 16 of its samples, and their statistics."""
     from tlora.demo.run import BASE_MODEL
 
-    model = quantised_bases.full(BASE_MODEL).eval()
+    model = quantized_bases.full(BASE_MODEL).eval()
     inputs = support.in_batches(support.demo_samples(16), 8)
     return model, inputs, calibrate(model, inputs, CONFIG)
 
 
-def test_how_close_a_quantised_base_is_to_full_precision(demo, form):
+def test_how_close_a_quantized_base_is_to_full_precision(demo, form):
     full, inputs, expected = demo
     _, rank, change, energy = CLOSE[form]
-    model = quantised_bases.load(full.name_or_path, form)
+    model = quantized_bases.load(full.name_or_path, form)
 
     stats = calibrate(model, inputs, CONFIG)
 
@@ -125,7 +125,7 @@ def test_how_close_a_quantised_base_is_to_full_precision(demo, form):
     assert energy < min(ratios) <= max(ratios) < 1 + 1e-6
 
 
-def test_one_dequantised_weight_is_alive_at_a_time(folder, form, monkeypatch):
+def test_one_dequantized_weight_is_alive_at_a_time(folder, form, monkeypatch):
     alive: list[Any] = []
     most: list[int] = []
 
@@ -142,7 +142,7 @@ def test_one_dequantised_weight_is_alive_at_a_time(folder, form, monkeypatch):
     for row in rows:
         object.__setattr__(row, "read", counted(row.read))
     monkeypatch.setattr(weights, "_STORAGES", tuple(rows))
-    model = quantised_bases.load(folder, form)
+    model = quantized_bases.load(folder, form)
 
     stats = calibrate(model, batches(5), CONFIG)
     plan(model, stats, CONFIG)
@@ -165,7 +165,7 @@ def _rewrite(layer: Any) -> None:
 
 @pytest.mark.parametrize("form", ["nf4", "nf4-plain"])
 def test_weights_rewritten_for_inference_are_refused(folder, form):
-    model = quantised_bases.load(folder, form)
+    model = quantized_bases.load(folder, form)
     stats = calibrate(model, batches(5), CONFIG)
     first = find_targets(model, CONFIG)[0]
     _rewrite(first.module)
@@ -178,7 +178,7 @@ def test_weights_rewritten_for_inference_are_refused(folder, form):
 
 @pytest.mark.parametrize("form", ["nf4", "nf4-plain"])
 def test_the_switch_of_the_inference_kernel_is_as_it_was(folder, form):
-    model = quantised_bases.load(folder, form)
+    model = quantized_bases.load(folder, form)
     for layer, value in zip(_modules(model), [True, False] * 7, strict=True):
         layer.support_avx512bf16_for_cpu = value
     bad = batches(5)

@@ -126,7 +126,7 @@ def test_a_pooler_that_the_base_lacks_trains_and_is_saved(
 ADALORA = {"init_r": 4, "target_r": 2, "target_modules": "all-linear"}
 
 
-def test_an_adapter_of_adalora_is_labelled_by_its_logits(encoder, here):
+def test_an_adapter_of_adalora_is_labeled_by_its_logits(encoder, here):
     run, dev, metrics = trained("sst2", encoder, here, method="adalora", adapter=ADALORA)
     config = EvalConfig(models=[run], tasks=["sst2"], test_file=dev)
     (task,) = evaluate.run(config).read()["tasks"]
@@ -145,7 +145,7 @@ def test_a_classifier_without_its_head_is_refused(encoder, here):
         evaluate.run(EvalConfig(models=["headless"], tasks=["cola"], test_file=dev))
 
 
-def test_what_cannot_be_labelled_is_refused(saved, tiny_bert_classifier, here):
+def test_what_cannot_be_labeled_is_refused(saved, tiny_bert_classifier, here):
     classifier = saved(tiny_bert_classifier())
     columns, label = TASKS["sst2"]
     dev = rows(here / "dev.tsv", columns, label, 5)

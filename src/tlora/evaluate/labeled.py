@@ -17,7 +17,7 @@ from tlora.evaluate.task_rows import scored_rows
 from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.metrics import accuracy
-from tlora.tasks.tokens import labelled, labelled_collator
+from tlora.tasks.tokens import labeled, labeled_collator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ class Labels:
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
-        self.protocol = f"{summary}; labelled by the model's head"
+        self.protocol = f"{summary}; labeled by the model's head"
 
     @property
     def head(self) -> dict[str, Any]:
@@ -111,9 +111,9 @@ class Labels:
         import torch
 
         data = self.task.data
-        encoded = [labelled(lm.tokenizer, row, data) for row in self._rows]
+        encoded = [labeled(lm.tokenizer, row, data) for row in self._rows]
         order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
-        collate = labelled_collator(lm.tokenizer)
+        collate = labeled_collator(lm.tokenizer)
         logits: dict[int, Any] = {}
         for start in tqdm(range(0, self.items, self._batch), desc=self.name, disable=None):
             chosen = order[start : start + self._batch]

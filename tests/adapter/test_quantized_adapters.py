@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: attached, trained, saved, loaded by PEFT alone, merged."""
+"""Adapters on quantized bases: attached, trained, saved, loaded by PEFT alone, merged."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-import quantised_bases
+import quantized_bases
 import support
-from quantised_bases import FORMS, same_bits, stored
+from quantized_bases import FORMS, same_bits, stored
 from support import logits_of, train
 from tlora import TLoraConfig, attach, calibrate, get_tlora_model, load_adapter, plan
 from tlora.calibration.preserve import keep_gradients
@@ -47,12 +47,12 @@ def planned(model: Any, batch: support.Sample) -> Any:
 
 
 def full_base(folder: str) -> Any:
-    return quantised_bases.full(folder).eval()
+    return quantized_bases.full(folder).eval()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_output_stays_that_of_the_quantised_base_to_the_bit(folder, form, batch, training):
-    model = quantised_bases.load(folder, form)
+def test_the_output_stays_that_of_the_quantized_base_to_the_bit(folder, form, batch, training):
+    model = quantized_bases.load(folder, form)
     bits = stored(model)
     adapter = planned(model, batch)
     keep_gradients(model)
@@ -61,8 +61,8 @@ def test_the_output_stays_that_of_the_quantised_base_to_the_bit(folder, form, ba
     adapted = attach(model, adapter).train(training)
 
     assert torch.equal(logits_of(adapted, batch), before)
-    assert torch.equal(logits_of(quantised_bases.load(folder, form).train(), batch), before) or (
-        form == "int8" and not training  # whose inputs are quantised too in eval mode
+    assert torch.equal(logits_of(quantized_bases.load(folder, form).train(), batch), before) or (
+        form == "int8" and not training  # whose inputs are quantized too in eval mode
     )
     assert same_bits(bits, stored(adapted.unload()))
     assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} <= {torch.float32}
@@ -82,8 +82,8 @@ def with_b(adapted: Any) -> Any:
     return adapted
 
 
-def test_gradients_are_those_on_the_dequantised_weights(folder, form, batch):
-    model = quantised_bases.load(folder, form)
+def test_gradients_are_those_on_the_dequantized_weights(folder, form, batch):
+    model = quantized_bases.load(folder, form)
     adapter = planned(model, batch)
     plain = full_base(folder)
     for target in find_targets(model, CONFIG):
@@ -103,7 +103,7 @@ def test_gradients_are_those_on_the_dequantised_weights(folder, form, batch):
 
 
 def test_it_is_merged_onto_the_full_precision_base(folder, form, batch, tmp_path):
-    model = quantised_bases.load(folder, form)
+    model = quantized_bases.load(folder, form)
     adapted = with_b(get_tlora_model(model, CONFIG, [batch], progress=False))
     adapted.save_pretrained(tmp_path)
     expected = logits_of(PeftModel.from_pretrained(full_base(folder), tmp_path), batch)
@@ -116,16 +116,16 @@ def test_it_is_merged_onto_the_full_precision_base(folder, form, batch, tmp_path
     }
     assert support.distance(logits_of(merged, batch), expected) < 1e-5
     assert support.distance(logits_of(full_base(folder), batch), expected) > 0.1
-    # And on the quantised base the adapter says what it says in full precision, nearly.
+    # And on the quantized base the adapter says what it says in full precision, nearly.
     assert support.distance(logits_of(adapted.train(), batch), expected) < 0.5
 
 
 def test_training_goes_on_from_a_saved_adapter(folder, form, batch, tmp_path):
-    first = get_tlora_model(quantised_bases.load(folder, form), CONFIG, [batch], progress=False)
+    first = get_tlora_model(quantized_bases.load(folder, form), CONFIG, [batch], progress=False)
     train(first.train(), batch, steps=3)
     first.save_pretrained(tmp_path)
 
-    again = load_adapter(quantised_bases.load(folder, form), tmp_path, is_trainable=True).train()
+    again = load_adapter(quantized_bases.load(folder, form), tmp_path, is_trainable=True).train()
 
     assert torch.equal(logits_of(again, batch), logits_of(first, batch))
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
@@ -138,9 +138,9 @@ def test_training_goes_on_from_a_saved_adapter(folder, form, batch, tmp_path):
 def test_a_base_rewritten_for_inference_is_not_trained(folder, four_bit, batch, tmp_path):
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
-    model = quantised_bases.load(folder, four_bit)
+    model = quantized_bases.load(folder, four_bit)
     adapter = planned(model, batch)
-    attach(quantised_bases.load(folder, four_bit), adapter).save_pretrained(tmp_path)
+    attach(quantized_bases.load(folder, four_bit), adapter).save_pretrained(tmp_path)
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
 
@@ -155,7 +155,7 @@ def test_a_base_rewritten_for_inference_is_not_trained(folder, four_bit, batch, 
 
 def test_gpt2_projections_are_turned_the_right_way(saved, tiny_gpt2, batch):
     folder = saved(tiny_gpt2(n_embd=64, initializer_range=0.2))
-    model = quantised_bases.load(folder, "nf4")
+    model = quantized_bases.load(folder, "nf4")
     keep_gradients(model)
     before = logits_of(model, batch)
 

@@ -4,8 +4,8 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from scripted import Scripted, evaluated
 
-from tlora.evaluate import records as samples
-from tlora.evaluations import catalog as catalogue
+from tlora.evaluate import records
+from tlora.evaluations import catalog
 
 ROWS = [
     {"q": "2+2=", "options": ["four", "3"], "gold": 0},
@@ -27,7 +27,7 @@ def standard(rows=ROWS, **config):
 
 def run(task, reply=None):
     found = evaluated({"small": task}, Scripted(reply))
-    return samples.records(task, found["samples"]["small"]), samples.metrics(
+    return records.records(task, found["samples"]["small"]), records.metrics(
         found["results"]["small"]
     )
 
@@ -132,7 +132,7 @@ def test_the_protocol_of_a_standard_task_is_its_name_version_and_shots():
         metadata={"version": 3.0},
         metric_list=[{"metric": "acc"}],
     )
-    said = catalogue.protocol(task)
+    said = catalog.protocol(task)
     assert said.startswith("lm-evaluation-harness 0.")
     assert said.endswith("small (version 3.0), 0-shot, loglikelihood")
 
@@ -151,4 +151,4 @@ def test_requests_for_the_options_alone_are_no_options():
 
 def test_standard_errors_are_no_scores():
     results = {"alias": "small", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}
-    assert samples.metrics(results) == {"acc": 0.5}
+    assert records.metrics(results) == {"acc": 0.5}

@@ -1,4 +1,4 @@
-"""`--quantization`: a run on a base that is quantised while it is loaded."""
+"""`--quantization`: a run on a base that is quantized while it is loaded."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import quantised_bases
+import quantized_bases
 from support import distance
 from tlora import AdapterPlan
 from tlora.errors import ConfigError
@@ -31,7 +31,7 @@ def kinds(model):
     ("form", "dtype", "wanted"),
     [("nf4", "auto", torch.float32), ("int8", "bfloat16", torch.bfloat16)],
 )
-def test_the_model_is_loaded_quantised(config, folder, form, dtype, wanted):
+def test_the_model_is_loaded_quantized(config, folder, form, dtype, wanted):
     setup = settle(config(model=folder, quantization=form, dtype=dtype))
     model = setup.load_model(torch.device("cpu"))
     assert kinds(model) == {{"nf4": "Linear4bit", "int8": "Linear8bitLt"}[form]}
@@ -52,7 +52,7 @@ def test_auto_computes_in_the_checkpoints_precision(config, saved, tiny_llama):
 
 def test_none_loads_what_is_there(config, folder, tmp_path):
     assert kinds(settle(config(model=folder)).load_model("cpu")) == {"Linear"}
-    quantised_bases.nf4(folder).save_pretrained(tmp_path)
+    quantized_bases.nf4(folder).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert kinds(settle(config(model=str(tmp_path))).load_model("cpu")) == {"Linear4bit"}
     again = settle(config(model=str(tmp_path), quantization="int8"))
@@ -81,11 +81,11 @@ def test_a_run_trains_b_and_peft_loads_the_adapter(config, other_sums, folder, f
     weights = load_file(run.adapter / "adapter_model.safetensors")
     for name, module in plan.modules.items():
         a = weights[f"base_model.model.{name}.lora_A.weight"]
-        # TRL casts B to bfloat16 on a quantised base, and A goes with it.
+        # TRL casts B to bfloat16 on a quantized base, and A goes with it.
         assert torch.equal(a, module.lora_A.to(torch.bfloat16))
         assert weights[f"base_model.model.{name}.lora_B.weight"].any()
     ids = torch.tensor([[5, 6, 7, 8]])
-    base = quantised_bases.load(folder, form, dtype=dtype).train()
+    base = quantized_bases.load(folder, form, dtype=dtype).train()
     before = base(ids).logits
     after = peft.PeftModel.from_pretrained(base, run.adapter).train()(ids).logits
     assert distance(after, before) > 0.05

@@ -1,4 +1,4 @@
-"""Quantised forms of a saved model, one function a library; needs nothing of tlora."""
+"""Quantized forms of a saved model, one function a library; needs nothing of tlora."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def full(folder: str, **fields: Any) -> Any:
 
 
 def nf4(folder: str, *, double: bool = True, storage: Any = None, **fields: Any) -> Any:
-    """bitsandbytes 4-bit, scales quantised too (QLoRA)."""
-    quantisation = transformers.BitsAndBytesConfig(
+    """bitsandbytes 4-bit, scales quantized too (QLoRA)."""
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_quant_storage=storage,
     )
-    return full(folder, quantization_config=quantisation, **fields)
+    return full(folder, quantization_config=quantization, **fields)
 
 
 def nf4_plain(folder: str, **fields: Any) -> Any:
@@ -42,16 +42,16 @@ def nf4_in_floats(folder: str, **fields: Any) -> Any:
 
 def int8(folder: str, **fields: Any) -> Any:
     """bitsandbytes 8-bit."""
-    quantisation = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return full(folder, quantization_config=quantisation, **fields)
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return full(folder, quantization_config=quantization, **fields)
 
 
 def torchao(folder: str, **fields: Any) -> Any:
     """torchao int8, weights alone."""
     from torchao.quantization import Int8WeightOnlyConfig
 
-    quantisation = transformers.TorchAoConfig(quant_type=Int8WeightOnlyConfig())
-    return full(folder, quantization_config=quantisation, **fields)
+    quantization = transformers.TorchAoConfig(quant_type=Int8WeightOnlyConfig())
+    return full(folder, quantization_config=quantization, **fields)
 
 
 def hqq(folder: str, **fields: Any) -> Any:
@@ -80,7 +80,7 @@ FORMS = {
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every tensor that a model keeps, scales of quantised weights included."""
+    """Copy every tensor that a model keeps, scales of quantized weights included."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
