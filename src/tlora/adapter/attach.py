@@ -79,7 +79,7 @@ def made_plan(
     **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
     """Calibrate and plan, in blocks where ``config`` bounds the second moments."""
-    if config.plans_in_blocks:
+    if config.plans_in_blocks and reading.get("cache") is None:
         return plan_in_blocks(model, batches, config, **reading)
     stats = calibrate(model, batches, config, **reading)
     return plan(model, stats, config, progress=reading.get("progress", True))

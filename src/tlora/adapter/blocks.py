@@ -31,7 +31,6 @@ from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import Record, recording
 from tlora.calibration.placement import device_of
 from tlora.calibration.probe import (
-    KEEPS_ALL,
     CalibrateOptions,
     begin,
     first_pass,
@@ -43,7 +42,6 @@ from tlora.calibration.probe import (
 from tlora.calibration.streams import StreamAccumulator
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
-from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -68,15 +66,12 @@ def plan_in_blocks(
         model: as for `calibrate`.
         batches: as for `calibrate`; read once, so a generator will do.
         config: the adapter.
-        **reading: as for `calibrate`, but for a ``cache``: there is no calibration to keep.
+        **reading: as for `calibrate`, but for ``cache``: there is no calibration to keep.
 
     Raises:
         CalibrationError: as `calibrate`.
-        ConfigError: no module matches ``target_modules``, or a ``cache`` is given.
+        ConfigError: no module matches ``target_modules``.
     """
-    if reading.get("cache") is not None:
-        said = f"a `cache` {KEEPS_ALL}; leave `cache` or these fields out."
-        raise ConfigError(said, where="cache")
     progress = reading.get("progress", True)
     group, model, targets = begin(model, config)
     with probing(model), torch.no_grad():

@@ -44,11 +44,14 @@ from tlora.calibration.targets import (
 )
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
-from tlora.errors import CalibrationError, ConfigError
+from tlora.errors import CalibrationError
 
 T = TypeVar("T")
 
-KEEPS_ALL = 'keeps every second moment, which `memory_budget` and covariance="streamed" rule out'
+_KEEPS_ALL = (
+    'a calibration keeps every second moment: `memory_budget` and covariance="streamed" bound'
+    " only what `get_tlora_model` holds, where it is given no `cache`."
+)
 
 
 class CalibrateOptions(TypedDict, total=False):
@@ -85,7 +88,8 @@ def calibrate(
             so a generator will do. A batch of B padded samples gives what B batches of one give.
             Labels are needed where ranks or scales are allocated, or `basis` needs gradients; with
             the prompt masked as in training.
-        config: which modules, and which statistics.
+        config: which modules, and which statistics. A warning says that all second moments are
+            kept where it bounds them (`memory_budget`, streamed).
         progress: show a bar with samples and time left (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
@@ -96,12 +100,10 @@ def calibrate(
         CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
             good; no loss; a model on ``meta``; memory ran out; ``cache`` is another calibration.
         ArtifactError: ``cache`` is damaged, or something else.
-        ConfigError: no module matches ``target_modules``, or ``config`` bounds the second moments
-            (`memory_budget`, streamed), all of which a calibration keeps.
+        ConfigError: no module matches ``target_modules``.
     """
     if config.plans_in_blocks:
-        said = f"a calibration {KEEPS_ALL}; call `get_tlora_model`, which plans in blocks."
-        raise ConfigError(said, where="memory_budget")
+        warnings.warn(_KEEPS_ALL, stacklevel=2)
     group, model, targets = begin(model, config)
     run = _Run(group, model, targets, batches, config, progress, skip_bad_samples)
     stats = run.measured() if cache is None else run.cached(calibration_file(cache))
