@@ -1,4 +1,4 @@
-"""The picture on README's first screen: test score against trainable parameters.
+"""The picture on README's first screen: the test score of each method, seed by seed.
 
     python benchmarks/quality/figure.py benchmarks/quality/base-ledger-seeds docs/ledger.png
 

@@ -21,7 +21,6 @@ from tlora.training.runconfig import RunConfig
 from tlora.yamlfiles import read_value, read_yaml
 
 _NULL = ("null", "~")
-"""`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, takes it for text."""
 AnyRecord = TypeVar("AnyRecord", bound=Section)
 
 

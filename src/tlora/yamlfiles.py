@@ -12,6 +12,7 @@ from tlora.errors import ConfigError
 
 _FLOAT = "tag:yaml.org,2002:float"
 _SCIENTIFIC = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+"""`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, takes it for text."""
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

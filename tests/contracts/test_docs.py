@@ -1,7 +1,11 @@
-"""docs/methods.md is about the registered methods, and says of them what they say themselves."""
+"""What the docs say of methods, imports and links is true."""
 
+import importlib
+import importlib.util
 import re
 from pathlib import Path
+
+import pytest
 
 from tlora.registry import METHODS
 
@@ -35,3 +39,31 @@ def test_the_table_says_what_the_methods_declare():
         )
         if traits.leaves == "adapter":
             assert f"arxiv.org/abs/{traits.arxiv}" in paper, name
+
+
+ROOT = PAGE.parents[1]
+PAGES = [*sorted(PAGE.parent.glob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_imported_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for home, names in re.findall(r"^ *from (tlora[\w.]*) import ([\w, ]+)$", text, re.M):
+        module = importlib.import_module(home)
+        for name in names.split(", "):
+            assert hasattr(module, name) or importlib.util.find_spec(f"{home}.{name}"), (home, name)

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import peft
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +52,3 @@ def test_the_program_with_trl_trains_b(saved, tiny_llama, tmp_path, monkeypatch)
 
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if ".lora_B." in n)
     check(model, tiny_llama())
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()

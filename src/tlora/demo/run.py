@@ -1,8 +1,8 @@
 """`tlora demo`: the whole path on the embedded base model, without network or data.
 
 The base is adapted to word problems in a form it has not seen, once by LoRA and once by TLoRA,
-each at its best learning rate of benchmarks/quality/demo.yaml. Then the
-TLoRA adapter is loaded by PEFT alone, in a process that cannot import tlora.
+each at its best learning rate of benchmarks/quality/demo.yaml. Then PEFT alone loads the TLoRA
+adapter, in a process that cannot import tlora.
 """
 
 from __future__ import annotations

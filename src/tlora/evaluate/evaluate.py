@@ -173,11 +173,11 @@ def _evaluate(
 def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
     tokenizer = loading.load_tokenizer(evaluated, config)
     if evaluated.head == "labeled":
-        from tlora.evaluate.labeled import Labeller, Labels
+        from tlora.evaluate.labeled import Labeler, Labels
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
         model = loading.load(evaluated, config, **head)
-        return Labeller(evaluated.name, model, tokenizer)
+        return Labeler(evaluated.name, model, tokenizer)
     if config.backend == "vllm":
         from tlora.evaluate.vllm import MergedVLLM
 

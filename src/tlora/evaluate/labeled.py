@@ -27,7 +27,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Labeller:
+class Labeler:
     """A loaded model with a head."""
 
     name: str
@@ -105,7 +105,7 @@ class Labels:
         """Return which output of a model is each class of the task."""
         return order_of(self._outputs[model], self.task.label_names or [])
 
-    def evaluate(self, lm: Labeller) -> TaskResult:
+    def evaluate(self, lm: Labeler) -> TaskResult:
         """Label all rows, the longest first."""
         import numpy as np
         import torch

@@ -30,8 +30,8 @@ def show(dry: DryRun) -> None:
     how = dry.strategy.summary()
     assumed = (
         "Assumed: one device; full-length samples; a fused attention kernel where the model has"
-        " one; AdamW; what trains in float32; ranks as at equal sensitivities. Activations are by"
-        " formula, all else is exact."
+        " one; AdamW; what trains in float32; ranks as at equal sensitivities. Second moments"
+        " include each sample's mean. Activations are by formula, all else is exact."
     )
     for line in [f"{how[0].upper()}{how[1:]}.", *dry.notes, assumed]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -48,11 +48,11 @@ def _modules(dry: DryRun) -> Table:
         (name, f"{len(group)}", shape, f"{rank}", f"{_trained(dry, group):,}")
         for (name, shape, rank), group in groups.items()
     ]
-    return plain(("adapted", "modules", "m x d", "rank", "parameters"), rows)
+    return plain(("adapted", "modules", "m x d", "rank", "trainable"), rows)
 
 
 def _trained(dry: DryRun, group: list[Target]) -> int:
-    return adapter_parameters(group, dry.ranks, frozen_a=True)
+    return adapter_parameters(group, dry.ranks, dry.frozen_a)
 
 
 def _memory(dry: DryRun) -> Table:
@@ -71,7 +71,7 @@ def _memory(dry: DryRun) -> Table:
     for how, again in (("", False), (", checkpointed", True)):
         most = [way.peak(again) for way in ways]
         peaks += [(f"peak{how}", *map(bytes_text, most)), (f"fits in{how}", *map(fits_in, most))]
-    head = (f"{dry.batch} x {dry.length} tokens", *(way.name for way in ways))
+    head = (f"samples of {dry.length} tokens", *(way.name for way in ways))
     return plain(head, rows, peaks)
 
 

@@ -45,7 +45,7 @@ def same_string(one: str, other: str) -> bool:
 def normalized(answer: str) -> str:
     """Return ``answer`` without what does not change its meaning, and with shorthand written out.
 
-    Dropped are spaces, sizes of brackets, degrees, currency, per cent, thousands commas, a unit
+    Dropped are spaces, sizes of brackets, degrees, currency, percent, thousands commas, a unit
     at the end, a short left side ("x ="), and a full stop. ``\\frac12``, ``\\sqrt3``, 1/2, .5 and
     0.5 are written ``\\frac{1}{2}``, ``\\sqrt{3}``, ``\\frac{1}{2}``, twice. Not idempotent on
     nonsense; two answers are compared after one pass each.

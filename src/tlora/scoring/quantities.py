@@ -1,7 +1,7 @@
 """Numbers as people write them, read exactly.
 
 A value is a `fractions.Fraction`, so that 0.1 + 0.2 and 3/10 are the same and 0.3000001 is not.
-Currency, per cent and whatever else follows a number are units, and units are dropped: "50%" is
+Currency, percent and whatever else follows a number are units, and units are dropped: "50%" is
 50, since the references are written without.
 """
 

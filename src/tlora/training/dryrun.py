@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.config import TaskType, TLoraConfig
 from tlora.errors import ConfigError, first_line
 from tlora.models.pretrained import Pretrained, load_class
-from tlora.registry import TASKS
+from tlora.registry import METHODS, TASKS
 from tlora.training.activations import FLOAT, Activations, activations_of
 from tlora.training.kinds import KINDS, KindSpec, check_trainer_fields
 from tlora.training.runconfig import RunConfig
@@ -83,6 +83,7 @@ class DryRun:
     """Samples of a training batch."""
     length: int
     """Tokens of a sample."""
+    frozen_a: bool
     notes: list[str]
     """What is not counted or could not be seen, a sentence each."""
 
@@ -106,6 +107,11 @@ def run(config: RunConfig) -> DryRun:
     targets = find_targets(model, options)
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
+    if METHODS.load(config.method).options is not TLoraConfig:
+        notes.append(
+            f"The run's method is {config.method!r}; targets, ranks and calibration are shown as"
+            " those of task-aware LoRA."
+        )
     if left_out(model, options):
         notes.append(unadapted_experts(model, options))
     longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
@@ -134,6 +140,7 @@ def run(config: RunConfig) -> DryRun:
         ],
         batch=batch,
         length=length,
+        frozen_a=options.freeze_a,
         notes=notes,
     )
 

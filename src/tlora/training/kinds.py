@@ -28,7 +28,7 @@ class KindSpec:
     encode: tokens.Encode
     collator: Callable[[Any], Callable[..., Any]]
     owned: tuple[str, ...] = ()
-    """Fields of the training arguments that the stages set themselves."""
+    """Fields of the training arguments that `tlora train` sets itself."""
 
 
 # Rows are tokenized before the trainer sees them, so its own wishes about rows have no effect.

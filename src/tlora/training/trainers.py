@@ -1,4 +1,4 @@
-"""What the stages add to the trainers of transformers and TRL."""
+"""What `tlora train` adds to the trainers of transformers and TRL."""
 
 from __future__ import annotations
 
