@@ -144,6 +144,21 @@ def test_flags_come_before_files_and_each_other_at_any_depth(resolved, run_yaml)
     }
 
 
+def test_what_a_later_file_or_flag_gives_replaces_what_was_there(resolved, run_yaml):
+    first = run_yaml("trainer: {lr_scheduler_kwargs: {num_cycles: 2}, max_steps: 5}", "1.yaml")
+    second = run_yaml("trainer: {lr_scheduler_kwargs: {power: 2}}", "2.yaml")
+    files = ["--config", first, "--config", second]
+    assert resolved(*files)["trainer"] == {"lr_scheduler_kwargs": {"power": 2}, "max_steps": 5}
+    whole = [*files, "--trainer.lr_scheduler_kwargs"]
+    assert resolved(*whole, "{z: 1}")["trainer"]["lr_scheduler_kwargs"] == {"z": 1}
+    assert resolved(*whole, "null")["trainer"]["lr_scheduler_kwargs"] is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("off", False), ("false", False)])
+def test_a_switch_takes_a_word_of_its_own(resolved, text, value):
+    assert resolved("--trust_remote_code", text)["trust_remote_code"] is value
+
+
 @pytest.mark.parametrize(
     ("flag", "text", "value"),
     [
@@ -154,6 +169,10 @@ def test_flags_come_before_files_and_each_other_at_any_depth(resolved, run_yaml)
         ("--data.label_names", "[a, b]", ["a", "b"]),
         ("--trainer.run_name", "2024-01-31", "2024-01-31"),
         ("--trainer.run_name", "*broken", "*broken"),
+        ("--trainer.run_name", "probe #3", "probe #3"),
+        ("--trainer.run_name", "", ""),
+        ("--seed", "010", 10),
+        ("--adapter.memory_budget", "1e9", 1e9),
         ("--adapter.lora_alpha", "1e1", 10.0),
         ("--adapter.target_modules", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],

@@ -90,6 +90,20 @@ def test_the_task_types_are_pefts() -> None:
     assert set(get_args(TaskType)) == {kind.value for kind in peft.TaskType}
 
 
+def test_what_peft_users_write_is_taken() -> None:
+    config = TLoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        target_modules=("q_proj", "v_proj"),
+        exclude_modules={"b", "a"},
+        modules_to_save="head, score",
+    )
+    assert type(config.task_type) is str
+    assert config.target_modules == ["q_proj", "v_proj"]
+    assert config.exclude_modules == ["a", "b"]
+    assert config.modules_to_save == ["head", "score"]
+    assert TLoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_parameters_go_without_dropout() -> None:
     (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
     assert "`lora_dropout` does not go with `target_parameters`" in fault

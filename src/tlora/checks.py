@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import functools
 import math
 import types
@@ -74,11 +75,20 @@ def takes(kind: Any, value: Any) -> bool:
         return finite and not isinstance(value, bool)
     if origin is list:
         return isinstance(value, list) and all(takes(inside[0], item) for item in value)
-    plain = origin or kind
-    return not (plain in _PLAIN or is_section(plain)) or isinstance(value, plain)
+    bare = origin or kind
+    return not (bare in _PLAIN or is_section(bare)) or isinstance(value, bare)
 
 
 _PLAIN = (bool, str, dict, list, type(None))
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON has for a tuple, a set of names, or a member of an enumeration of texts."""
+    if isinstance(value, str) and isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)) and all(isinstance(item, str) for item in value):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def item_of(kind: Any) -> Any:
@@ -138,7 +148,8 @@ hints: Callable[[Any], dict[str, Any]] = functools.cache(_hints)
 class Section:
     """A base for dataclasses whose `faults` say what is wrong with their values.
 
-    A field that takes a list of names, and no string, takes a string as a list of one name.
+    A field that takes a list of names, and no string, takes "a, b" as the list of these names.
+    Tuples and sets are taken as lists (sets sorted), members of an enumeration as their values.
 
     Raises:
         ConfigError: a name is unknown; the sentence suggests the nearest one.
@@ -160,9 +171,11 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, kind in hints(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, str) and not takes(kind, value) and takes(kind, [value]):
-                setattr(self, name, [value])
+            value = plain(getattr(self, name))
+            if isinstance(value, str) and not takes(kind, value):
+                names = [word.strip() for word in value.split(",")]
+                value = names if takes(kind, names) else value
+            setattr(self, name, value)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

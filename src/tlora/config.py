@@ -80,16 +80,16 @@ REFUSED_OPTIONS: dict[str, str] = {
 }
 
 
-def parse_bytes(value: int | str) -> int:
-    """Return the bytes in ``value``: an int, or text like ``"2GiB"``, ``"512 MB"``, ``"1e9"``.
+def parse_bytes(value: int | float | str) -> int:
+    """Return the bytes in ``value``: a number, or text like ``"2GiB"``, ``"512 MB"``, ``"1e9"``.
 
     Raises:
         ValueError: the text is not a number with a known unit, or the size is not positive.
     """
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a size")
-    if isinstance(value, int):
-        size = value
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        size = int(value)
     else:
         match = re.fullmatch(
             r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([a-z]*)\s*", str(value), re.I | re.A
@@ -202,7 +202,7 @@ class TLoraConfig(Record):
     whose own moment exceeds the budget)."""
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
-    memory_budget: Annotated[int | str, _SIZE] | None = None
+    memory_budget: Annotated[int | float | str, _SIZE] | None = None
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
     or "2GiB"; None: no limit. The mean of each sample, d numbers a moment, comes on top."""
     seed: Annotated[int, at_least(0)] = 0

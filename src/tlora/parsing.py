@@ -7,6 +7,7 @@ whoever knows the names checks. What values a field takes is checked by the reco
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from tlora.training.runconfig import RunConfig
 from tlora.yamlfiles import read_value, read_yaml
 
 _NULL = ("null", "~")
+_SWITCH = ("true", "false", "yes", "no", "on", "off")
 AnyRecord = TypeVar("AnyRecord", bound=Section)
 
 
@@ -54,7 +56,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     print_config = len(words) < len(argv)
     if words and words[0].endswith((".yaml", ".yml")) and not words[0].startswith("-"):
         lists["config"].append(words.pop(0))
-    flags: dict[str, Any] = {}
+    flags: list[tuple[str, Any]] = []
     faults = list(_read_words(words, fields, lists, flags))
     presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
     files = [read_yaml(file) for file in lists["config"]]
@@ -62,8 +64,12 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         faults += [f"{name}: {fault}" for fault in _unknown_keys(record, values)]
     if faults:
         raise ConfigError(faults, where="command line")
-    given: dict[str, Any] = functools.reduce(_over, [*files, flags], {})
-    values = _over(_fitting(functools.reduce(_over, presets, {}), given), given)
+    given: dict[str, Any] = functools.reduce(_over, files, {})
+    chosen = dict(flags).get("method", given.get("method"))
+    values = _over(_fitting(functools.reduce(_over, presets, {}), chosen), given)
+    values = copy.deepcopy(values)
+    for name, value in flags:
+        _set(values, name, value)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
             what = f"{field.help[0].lower()}{field.help[1:]}"
@@ -75,18 +81,17 @@ def _read_words(
     words: list[str],
     fields: dict[str, Field],
     lists: dict[str, list[str]],
-    flags: dict[str, Any],
+    flags: list[tuple[str, Any]],
 ) -> Iterator[str]:
     """Put the values of flags into ``flags`` and ``lists``; yield what is wrong with the words."""
     alone = next((name for name, field in fields.items() if field.positional), None)
+    found: list[str] = []
     left = words[::-1]
     while left:
         word = left.pop()
-        if not word.startswith("--"):
-            if alone and fields[alone].item:
-                flags.setdefault(alone, []).append(word)
-            elif alone and alone not in flags:
-                flags[alone] = word
+        if not word.startswith("-") or word == "-":
+            if alone and (fields[alone].item or not found):
+                found.append(word)
             else:
                 yield f"there is no place for {word!r}; give flags as --name value."
             continue
@@ -94,7 +99,7 @@ def _read_words(
         name = flag[2:] if _takes(flag[2:], fields) else flag[2:].replace("-", "_")
         known = _takes(name, fields) or name in lists
         switch = name in fields and fields[name].kind is bool
-        if switch and not equals and left[-1:] not in (["true"], ["false"]):
+        if switch and not equals and (not left or left[-1].lower() not in _SWITCH):
             text = "true"
         elif not equals and left and not left[-1].startswith("--"):
             text = left.pop()
@@ -104,10 +109,12 @@ def _read_words(
         if name in lists:
             lists[name].append(text)
         elif known:
-            _set(flags, name, _read(fields, name, text))
+            flags.append((name, _read(fields, name, text)))
         else:
             names = [f"--{each}" for each in [*fields, *lists, "help", "print_config"]]
             yield f"there is no flag `{flag}`.{_hint(flag, names, fields)}"
+    if alone and found:
+        flags.append((alone, found if fields[alone].item else found[0]))
 
 
 def _takes(name: str, fields: dict[str, Field]) -> bool:
@@ -138,7 +145,7 @@ def _unknown_keys(record: type[Section], values: dict[str, Any]) -> list[str]:
 def _read(fields: dict[str, Field], name: str, text: str) -> Any:
     """Return the value that the text of a flag stands for."""
     if name not in fields:  # below an open field
-        return read_value(text)
+        return _fitted(Any, text)
     kind = fields[name].kind
     if fields[name].open:
         value = read_value(text)
@@ -166,23 +173,26 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
         inner = values.get(section)
         values[section] = values = inner if isinstance(inner, dict) else {}
     old = values.get(last)
-    values[last] = _over(old, value) if isinstance(old, dict) else value
+    both = not sections and isinstance(old, dict) and isinstance(value, dict)
+    values[last] = old | value if both else value
 
 
-def _over(below: Any, above: Any) -> Any:
-    """Lay one value over another: dicts name by name; an empty section takes nothing away."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return below if isinstance(below, dict) and above is None else above
-    return below | {name: _over(below.get(name), value) for name, value in above.items()}
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Lay values over others, sections name by name; an empty section takes nothing away."""
+    laid = below | above
+    for name, old in below.items():
+        if isinstance(old, dict) and isinstance(new := above.get(name), dict | None):
+            laid[name] = old | (new or {})
+    return laid
 
 
-def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _fitting(preset: dict[str, Any], chosen: str | None) -> dict[str, Any]:
     """Return the preset without those options that the method lacks, as in a comparison.
 
     So `--preset NAME --method OTHER` is one command. What the user gave is for the method to judge.
     """
     if "adapter" not in preset:
         return preset
-    method = given.get("method", preset.get("method", RunConfig.method))
+    method = chosen or preset.get("method", RunConfig.method)
     known = {field.name for field in dataclasses.fields(METHODS.load(method).options)}
     return preset | {"adapter": {k: v for k, v in preset["adapter"].items() if k in known}}

@@ -39,6 +39,8 @@ def read_value(text: str) -> Any:
     """Read one value as YAML; what is no YAML is text."""
     import yaml
 
+    if re.fullmatch(r"[-+]?[0-9]+", text):
+        return int(text)  # YAML 1.1 takes leading zeros for octal digits
     try:
         return yaml.load(text, _loader())
     except yaml.YAMLError:

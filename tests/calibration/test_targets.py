@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import support
 from families import FAMILIES
-from tlora import TLoraConfig, get_tlora_model
+from tlora import TLoraConfig, calibrate, get_tlora_model
 from tlora.calibration.probe import checked_targets
 from tlora.calibration.targets import find_targets, fused_parameters
 from tlora.errors import AdapterError, ConfigError
@@ -199,3 +199,17 @@ def test_a_name_that_nothing_bears_beside_others_is_said(tiny_llama):
 def test_what_is_no_configuration_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match=r"is a list; give a TLoraConfig"):
         find_targets(tiny_llama(), [{"input_ids": None}])
+    with pytest.raises(ConfigError, match=r"is a list; give a TLoraConfig"):
+        get_tlora_model(tiny_llama(), [{"input_ids": None}], TLoraConfig())
+    with pytest.raises(ConfigError, match=r"is a list; give a TLoraConfig"):
+        calibrate(tiny_llama(), TLoraConfig(), [{"input_ids": None}])
+
+
+def test_a_module_under_two_names_is_a_target_once_and_said_to_be(tiny_llama):
+    model = tiny_llama()
+    layers = model.model.layers
+    layers[1].mlp.up_proj = layers[0].mlp.up_proj
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.up_proj is also model\.layers\.1\.mlp"):
+        names = [t.name for t in checked_targets(model, TLoraConfig())]
+    assert "model.layers.0.mlp.up_proj" in names
+    assert "model.layers.1.mlp.up_proj" not in names

@@ -4,6 +4,8 @@ import os
 import subprocess
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tlora.errors import ArtifactError, ConfigError
 from tlora.training.runfolder import RunFolder, git_state, provenance
@@ -17,6 +19,8 @@ def folder(tmp_path):
 def write_checkpoint(folder, step):
     path = folder.checkpoints / f"checkpoint-{step}"
     path.mkdir(parents=True)
+    save_file({"a": torch.ones(4)}, path / "adapter_model.safetensors")
+    torch.save({"step": step}, path / "optimizer.pt")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
@@ -138,6 +142,18 @@ def test_a_checkpoint_whose_state_is_not_whole_or_anothers_is_passed_over(folder
     write_checkpoint(folder, 2)
     state = write_checkpoint(folder, 4) / "trainer_state.json"
     state.write_text(text) if text else state.unlink()
+    assert folder.last_checkpoint().name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("size", [None, 0.5])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_lacks_the_end_of_a_file_is_passed_over(folder, name, size):
+    write_checkpoint(folder, 2)
+    file = write_checkpoint(folder, 4) / name
+    if size is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: int(size * file.stat().st_size)])
     assert folder.last_checkpoint().name == "checkpoint-2"
 
 

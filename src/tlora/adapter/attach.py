@@ -31,7 +31,13 @@ from tlora.adapter.planning import plan
 from tlora.calibration.placement import device_of, loaded_by, refuse_wrapped
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.probe import CalibrateOptions, calibrate
-from tlora.calibration.targets import find_targets, heads_of, namesakes, taken_for_experts
+from tlora.calibration.targets import (
+    check_config,
+    find_targets,
+    heads_of,
+    namesakes,
+    taken_for_experts,
+)
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError
 
@@ -79,6 +85,7 @@ def made_plan(
     **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
     """Calibrate and plan, in blocks where ``config`` bounds the second moments."""
+    check_config(config)
     if config.plans_in_blocks and reading.get("cache") is None:
         return plan_in_blocks(model, batches, config, **reading)
     stats = calibrate(model, batches, config, **reading)

@@ -38,7 +38,9 @@ from tlora.calibration.statistics import (
     model_key,
 )
 from tlora.calibration.targets import (
+    check_config,
     find_targets,
+    warn_of_second_names,
     warn_of_unadapted_experts,
     warn_of_unmatched,
 )
@@ -90,7 +92,7 @@ def calibrate(
             the prompt masked as in training.
         config: which modules, and which statistics. A warning says that all second moments are
             kept where it bounds them (`memory_budget`, streamed).
-        progress: show a bar with samples and time left (on a terminal only).
+        progress: show a bar of samples (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
         cache: a file. If it holds the calibration of this model, these batches and modules, it is
@@ -102,6 +104,7 @@ def calibrate(
         ArtifactError: ``cache`` is damaged, or something else.
         ConfigError: no module matches ``target_modules``.
     """
+    check_config(config)
     if config.plans_in_blocks:
         warnings.warn(_KEEPS_ALL, stacklevel=2)
     group, model, targets = begin(model, config)
@@ -253,6 +256,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
                 " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
     warn_of_unmatched(model, config, stacklevel=2)
+    warn_of_second_names(model, targets, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
     return targets
 

@@ -32,6 +32,20 @@ _HEADS = {
 }
 
 
+def check_config(config: Any) -> None:
+    """Refuse arguments in the wrong order.
+
+    Raises:
+        ConfigError: ``config`` is no `TLoraConfig`.
+    """
+    if not isinstance(config, TLoraConfig):
+        raise ConfigError(
+            f"the configuration is a {type(config).__name__}; give a TLoraConfig, after the model"
+            " and the batches of `calibrate`, before the batches of `get_tlora_model`.",
+            where="config",
+        )
+
+
 def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     """Return what PEFT would adapt for ``config``: modules in the model's order, then experts.
 
@@ -42,12 +56,7 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
         ConfigError: nothing matches (the Linear names that exist are listed), a module matches
             that is no Linear and no Conv1D, or a parameter that is no adaptable one of experts.
     """
-    if not isinstance(config, TLoraConfig):
-        raise ConfigError(
-            f"the configuration is a {type(config).__name__}; give a TLoraConfig, after the model"
-            " and the batches of `calibrate`, before the batches of `get_tlora_model`.",
-            where="config",
-        )
+    check_config(config)
     names = _matching_names(model, config)
     experts = list(_expert_targets(model, config.target_parameters or ()))
     if not names and not experts:
@@ -156,6 +165,26 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     except ValueError as reason:
         return str(reason)
     return None
+
+
+def warn_of_second_names(model: nn.Module, targets: Iterable[Target], stacklevel: int) -> None:
+    """Warn of targets that the model has under a second name too, where PEFT leaves them bare."""
+    first = {name: id(module) for name, module in model.named_modules()}
+    # An expert's target is a part of its module, and has no module's name.
+    names = {id(t.module): t.name for t in targets if first.get(t.name) == id(t.module)}
+    again = [
+        f"{names[id(module)]} is also {name}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if names.get(id(module), name) != name
+    ]
+    if again:
+        more = f" and {len(again) - 3} more" if again[3:] else ""
+        warnings.warn(
+            f"{'; '.join(again[:3])}{more}: one module under several names is calibrated on all its"
+            " calls, but PEFT adapts those under the first name alone; `exclude_modules` leaves it"
+            " out.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def heads_of(config: TLoraConfig) -> list[str]:

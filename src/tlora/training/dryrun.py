@@ -95,7 +95,7 @@ def run(config: RunConfig) -> DryRun:
         ConfigError: a field is wrong, or there is no such model.
     """
     from tlora.adapter.strategy import choose
-    from tlora.calibration.targets import find_targets, left_out, unadapted_experts
+    from tlora.calibration.targets import find_targets
 
     if not config.model:
         raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
@@ -107,13 +107,7 @@ def run(config: RunConfig) -> DryRun:
     targets = find_targets(model, options)
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
-    if METHODS.load(config.method).options is not TLoraConfig:
-        notes.append(
-            f"The run's method is {config.method!r}; targets, ranks and calibration are shown as"
-            " those of task-aware LoRA."
-        )
-    if left_out(model, options):
-        notes.append(unadapted_experts(model, options))
+    notes += _not_shown(config, model, options)
     longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
     length = min(config.data.max_length, longest)
@@ -143,6 +137,19 @@ def run(config: RunConfig) -> DryRun:
         frozen_a=options.freeze_a,
         notes=notes,
     )
+
+
+def _not_shown(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:
+    """Return a sentence for each thing that the tables leave out."""
+    from tlora.calibration.targets import left_out, unadapted_experts
+
+    notes = [unadapted_experts(model, options)] if left_out(model, options) else []
+    if METHODS.load(config.method).options is not TLoraConfig:
+        notes.append(
+            f"The run's method is {config.method!r}; targets, ranks and calibration are shown as"
+            " those of task-aware LoRA."
+        )
+    return notes
 
 
 def adapter_parameters(targets: Sequence[Target], ranks: dict[str, int], frozen_a: bool) -> int:

@@ -28,6 +28,7 @@ import re
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,12 +233,35 @@ def _step(name: str) -> int | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete: the trainer writes its state last, of the step it is of."""
+    """Whether every file of a checkpoint is complete.
+
+    The trainer writes its state last, so a state that reads means that the files before it were
+    closed; their own ends are looked at as well, for a disk that was full.
+    """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(state, dict) and state.get("global_step") == _step(checkpoint.name)
+    if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint.name):
+        return False
+    weights = [*checkpoint.glob("*.safetensors")]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    # Sharded optimizers (DeepSpeed, FSDP) are kept in folders instead.
+    has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
+        path.is_dir() for path in checkpoint.iterdir()
+    )
+    readable = all(map(_is_safetensors, weights)) and all(map(zipfile.is_zipfile, archives))
+    return bool(weights) and has_optimizer and readable
+
+
+def _is_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:
