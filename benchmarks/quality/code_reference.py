@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.files import write_json
-from tlora.scoring.code import Check, humaneval_check, mbpp_check, run_checks
+from tlora.scoring.pass_at_k import Check, humaneval_check, mbpp_check, run_checks
 from tlora.scoring.sandbox import Limits, Sandbox
 
 

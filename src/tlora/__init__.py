@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tlora.calibration.statistics import Calibration, ModuleStatistics
     from tlora.config import TLoraConfig
     from tlora.errors import TLoraError
-    from tlora.tasks.batches import calibration_batches
+    from tlora.tasks.calibration_batches import calibration_batches
 
 _HOME = {
     "AdapterPlan": "tlora.adapter.plan",
@@ -30,7 +30,7 @@ _HOME = {
     "TLoraError": "tlora.errors",
     "attach": "tlora.adapter.attach",
     "calibrate": "tlora.calibration.probe",
-    "calibration_batches": "tlora.tasks.batches",
+    "calibration_batches": "tlora.tasks.calibration_batches",
     "get_tlora_model": "tlora.adapter.attach",
     "load_adapter": "tlora.adapter.load",
     "plan": "tlora.adapter.planning",

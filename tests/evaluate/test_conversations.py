@@ -17,7 +17,7 @@ from tlora.evaluate import evaluate, loading
 from tlora.evaluate.conversations import INSTRUCTION, TEMPLATE, MtBench
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
-from tlora.scoring.mtbench.config import JudgeConfig
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 KEY = "sk-test-0f343b0931126a20"

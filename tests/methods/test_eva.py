@@ -74,7 +74,7 @@ def test_more_directions_than_inputs_are_refused(prepared_by, tiny_llama):
 
 
 def test_directions_that_never_settle_end_it(prepared_by, tiny_llama, monkeypatch):
-    monkeypatch.setattr("tlora.adapter.eva._MOST_BATCHES", 3)
+    monkeypatch.setattr("tlora.adapter.principal_inputs._MOST_BATCHES", 3)
     with pytest.raises(CalibrationError, match="not settled after 3 batches"):
         prepared_by("eva", tiny_llama(), r=4, tau=1.0)
 

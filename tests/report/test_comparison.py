@@ -11,7 +11,7 @@ import synthetic
 from tlora import cli
 from tlora.errors import ArtifactError
 from tlora.report import comparison, numbers, page, plaintext, wording
-from tlora.report.statistics import difference
+from tlora.report.intervals import difference
 
 GAPS = {"lora": 0.05, "full": -0.05}
 

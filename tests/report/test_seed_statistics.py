@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from tlora.compare.trials import best_learning_rate, mean_scores
-from tlora.report.statistics import difference, holm, interval
+from tlora.report.intervals import difference, holm, interval
 
 
 def test_the_interval_is_students():

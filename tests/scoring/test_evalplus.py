@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tlora.scoring.code import run_checks
 from tlora.scoring.evalplus import inputs_check
 from tlora.scoring.evalplus_rules import evalplus_compare, evalplus_inputs
+from tlora.scoring.pass_at_k import run_checks
 from tlora.scoring.sandbox import Sandbox
 
 PUBLISHED = json.loads(Path(__file__).with_name("evalplus_verdicts.json").read_text())

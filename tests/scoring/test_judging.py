@@ -12,7 +12,7 @@ import judge_server
 from judge_server import cut, hang_up, raw, says, status
 from tlora.errors import ConfigError, JudgeError
 from tlora.scoring.mtbench import endpoint
-from tlora.scoring.mtbench.config import JudgeConfig, is_local
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig, is_local
 from tlora.scoring.mtbench.judging import answer_lines, counts, judge
 from tlora.scoring.mtbench.questions import Question
 

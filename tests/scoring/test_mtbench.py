@@ -6,8 +6,8 @@ import pytest
 
 from tlora.errors import DataError
 from tlora.scoring.mtbench import prompts as prompts_module
-from tlora.scoring.mtbench.config import JudgeConfig
 from tlora.scoring.mtbench.endpoint import Reply
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.scoring.mtbench.judging import answer_lines, graded, means, metric_names
 from tlora.scoring.mtbench.prompts import OURS, digest, rating, read_prompts
 from tlora.scoring.mtbench.questions import Question, read_questions

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from tlora.adapter.plan import AdapterPlan, ModulePlan
 from tlora.adapter.planning import Solve, plan_info, solve_each
-from tlora.adapter.solve import Job, allocate, joined, planned, solve
+from tlora.adapter.solve import ModuleJob, allocate, joined, planned, solve
 from tlora.adapter.strategy import Strategy, choose, stream_runs
 from tlora.calibration.accumulators import Accumulator, GradientAccumulator, MomentAccumulator
 from tlora.calibration.backward import Backward, backward_again, backward_for
 from tlora.calibration.batches import as_batch, batch_size, numbered, token_layout
 from tlora.calibration.collector import Collector, forward_options
 from tlora.calibration.group import Lockstep, ProcessGroup
-from tlora.calibration.hooks import Record, recording
+from tlora.calibration.hooks import ModuleRecord, recording
 from tlora.calibration.placement import device_of
 from tlora.calibration.probe import (
     CalibrateOptions,
@@ -197,15 +197,15 @@ class _Planner:
         target: Target,
         accumulator: MomentAccumulator | None = None,
         gradients: GradientAccumulator | None = None,
-    ) -> Job:
+    ) -> ModuleJob:
         moment = None if accumulator is None else accumulator.moment(target.name)
         measured = replace(self.statistics[target.name], moment=moment)
         if gradients is not None:
             gradients.give(target, measured)
-        return Job(target, measured, self.shares.of[target.name])
+        return ModuleJob(target, measured, self.shares.of[target.name])
 
-    def _solve(self, jobs: Sequence[Job], solve_one: Solve) -> None:
-        def within(job: Job, weight: Tensor | None) -> ModulePlan:
+    def _solve(self, jobs: Sequence[ModuleJob], solve_one: Solve) -> None:
+        def within(job: ModuleJob, weight: Tensor | None) -> ModulePlan:
             where = partial("solving {}".format, job.target.name)
             return within_memory(partial(solve_one, job, weight), where, 0, self.config)
 
@@ -240,7 +240,7 @@ def input_sources(
     The model is in eval mode, its parameters frozen (see `preserved`), the batch on its device.
     """
     # Experts in fused parameters share no rows.
-    records = {target.name: Record(target) for target in targets if target.part is None}
+    records = {target.name: ModuleRecord(target) for target in targets if target.part is None}
     layout = token_layout(batch, model)
     with recording(model, records.values(), layout, backward=False), torch.no_grad():
         model(**batch, **forward_options(model, batch))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.adapter.plan import AdapterPlan, ModulePlan
-from tlora.adapter.solve import Job, Shares, allocate, joined, solve
+from tlora.adapter.solve import ModuleJob, Shares, allocate, joined, solve
 from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.placement import class_name, reshard, resharded, unwrapped
 from tlora.calibration.preserve import refuse_repacked
@@ -58,7 +58,7 @@ def plan(
         shares = group.broadcast(shares, 0)
         each = zip(targets, measured, strict=True)
         solved = solve_each(
-            [Job(target, module, shares.of[target.name]) for target, module in each],
+            [ModuleJob(target, module, shares.of[target.name]) for target, module in each],
             lambda job, weight: solve(job, config, weight),
             group,
             "Planning" if progress else None,
@@ -100,12 +100,12 @@ def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
     return found
 
 
-Solve = Callable[[Job, Tensor | None], ModulePlan]
+Solve = Callable[[ModuleJob, Tensor | None], ModulePlan]
 """Plans one module; is given its weight where that is sharded and had to be gathered."""
 
 
 def solve_each(
-    jobs: Sequence[Job], solve: Solve, group: ProcessGroup, title: str | None
+    jobs: Sequence[ModuleJob], solve: Solve, group: ProcessGroup, title: str | None
 ) -> dict[str, ModulePlan]:
     """Plan every module, on every process the same to the bit.
 
@@ -140,7 +140,7 @@ def solve_each(
     return _exchanged(jobs, owners, done, group)
 
 
-def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:
+def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[dict[int, ModuleJob]]:
     """Deal the jobs out to processes; the first of a round is the last of the next, for balance."""
     # The product W C costs m d^2, and a sketch of it less, in the same order.
     order = sorted(jobs, key=lambda job: -job.target.d_out * job.target.d_in**2)
@@ -149,7 +149,7 @@ def _rounds(jobs: Sequence[Job], size: int) -> Iterator[dict[int, Job]]:
         yield {size - 1 - r: job for r, job in some.items()} if number % 2 else some
 
 
-def _gathered(some: dict[int, Job], group: ProcessGroup) -> Tensor | None:
+def _gathered(some: dict[int, ModuleJob], group: ProcessGroup) -> Tensor | None:
     """Return the weight of this process's job, if it is sharded; all take part."""
     split = {p: job for p, job in some.items() if not is_whole_weight(job.target.module)}
     if split:
@@ -162,7 +162,10 @@ def _gathered(some: dict[int, Job], group: ProcessGroup) -> Tensor | None:
 
 
 def _exchanged(
-    jobs: Sequence[Job], owner: dict[str, int], done: dict[str, ModulePlan], group: ProcessGroup
+    jobs: Sequence[ModuleJob],
+    owner: dict[str, int],
+    done: dict[str, ModulePlan],
+    group: ProcessGroup,
 ) -> dict[str, ModulePlan]:
     if group.size == 1:
         return {job.target.name: done[job.target.name] for job in jobs}

@@ -147,7 +147,7 @@ _WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
 
 
 @dataclass(frozen=True)
-class Job:
+class ModuleJob:
     """A module to plan: what is known of it, and what it gets of the budget."""
 
     target: Target
@@ -156,7 +156,7 @@ class Job:
 
 
 @full_precision
-def solve(job: Job, config: TLoraConfig, weight: Tensor | None = None) -> ModulePlan:
+def solve(job: ModuleJob, config: TLoraConfig, weight: Tensor | None = None) -> ModulePlan:
     """Find a module's A from its statistics.
 
     Args:
@@ -184,7 +184,7 @@ def solve(job: Job, config: TLoraConfig, weight: Tensor | None = None) -> Module
     return planned(job, config, found)
 
 
-def planned(job: Job, config: TLoraConfig, found: Subspace) -> ModulePlan:
+def planned(job: ModuleJob, config: TLoraConfig, found: Subspace) -> ModulePlan:
     """Return the plan of a module whose subspace is ``found``."""
     return ModulePlan(
         name=job.target.name,
@@ -200,7 +200,7 @@ def planned(job: Job, config: TLoraConfig, found: Subspace) -> ModulePlan:
     )
 
 
-def _random(job: Job, config: TLoraConfig, weight: Tensor | None) -> Subspace:
+def _random(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Subspace:
     """Draw A; its captured energy is of W C, where a second moment was measured."""
     # A seed of its own for each module: equal shapes must not get equal matrices.
     seed = config.seed * 1_000_003 + job.share.index

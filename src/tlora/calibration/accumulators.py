@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.group import ProcessGroup
-from tlora.calibration.hooks import Record
+from tlora.calibration.hooks import ModuleRecord
 from tlora.calibration.placement import device_of
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target
@@ -28,7 +28,7 @@ from tlora.linalg.moments import SecondMoment
 class Accumulator(Protocol):
     """Takes in what the hooks have recorded of a batch."""
 
-    def update(self, records: Mapping[str, Record], size: int) -> None:
+    def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples."""
         ...
 
@@ -60,7 +60,7 @@ class MomentAccumulator:
         """Return the second moment of a module, None if it is not kept (or was never seen)."""
         return self.moments.get(self.moment_ids.get(name, -1))
 
-    def update(self, records: Mapping[str, Record], size: int) -> None:
+    def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples that the hooks have recorded and split."""
         self._assign(records)
         done: set[int] = set()
@@ -100,7 +100,7 @@ class MomentAccumulator:
         self.moments = moments
         self.moment_ids = {name: list(first).index(key) for name, key in keys.items()}
 
-    def _assign(self, records: Mapping[str, Record]) -> None:
+    def _assign(self, records: Mapping[str, ModuleRecord]) -> None:
         """Put modules that read the same tensors into one group.
 
         Modules of a group that read different tensors in this batch part here, before it is
@@ -116,7 +116,7 @@ class MomentAccumulator:
                 seen[key] = self._new_id(record, old) if taken else old  # type: ignore[assignment]
             self.moment_ids[name] = seen[key]
 
-    def _new_id(self, record: Record, old: int | None) -> int:
+    def _new_id(self, record: ModuleRecord, old: int | None) -> int:
         moment_id = len(self.moments)
         common = None if old is None else self.moments[old]
         moment = None

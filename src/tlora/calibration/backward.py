@@ -19,7 +19,7 @@ from tlora.calibration.accumulators import GradientAccumulator
 from tlora.calibration.batches import BadSamples
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
-from tlora.calibration.hooks import Call, Record
+from tlora.calibration.hooks import Call, ModuleRecord
 from tlora.calibration.weights import Target, dense_weight, is_whole_weight
 from tlora.config import TLoraConfig
 from tlora.linalg.matrices import (
@@ -136,7 +136,7 @@ class SensitivityPass:
 
     def __init__(
         self,
-        records: Iterable[Record],
+        records: Iterable[ModuleRecord],
         weights: Tensor,
         asked: Backward,
         group: ProcessGroup = SINGLE_PROCESS,
@@ -148,7 +148,7 @@ class SensitivityPass:
         self.found: dict[str, Tensor] = {}
         self.group = group
         self.late = late
-        self._kept: list[tuple[Record, list[Call]]] = []
+        self._kept: list[tuple[ModuleRecord, list[Call]]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> SensitivityPass:
@@ -179,7 +179,7 @@ class SensitivityPass:
                     accumulator.update(target, samples, self.weights)
         self._kept = []
 
-    def _receive(self, record: Record, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
+    def _receive(self, record: ModuleRecord, call: Call, deltas: tuple[Tensor | None, ...]) -> None:
         if call.output is not None:
             call.delta = deltas[call.output.output_nr]
         complete = all(other.delta is not None for other in record.calls)
@@ -190,7 +190,7 @@ class SensitivityPass:
     def _reads_weight(self) -> bool:
         return self.asked.measure.reads_weight
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: ModuleRecord) -> None:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
         if not calls:
@@ -229,7 +229,9 @@ def check_gradients(found: Mapping[str, Tensor]) -> None:
     )
 
 
-def _pairs(record: Record, calls: list[Call], size: int) -> Iterator[tuple[Target, list[Pairs]]]:
+def _pairs(
+    record: ModuleRecord, calls: list[Call], size: int
+) -> Iterator[tuple[Target, list[Pairs]]]:
     """Yield each target of a record with the pairs (delta, x) of each of ``size`` samples.
 
     Parts of an expert that no sample reaches are left out.

@@ -37,7 +37,7 @@ from tlora.calibration.backward import Backward, SensitivityPass, check_gradient
 from tlora.calibration.batches import BadSamples, checked_weights, numbered
 from tlora.calibration.experts import by_target, records_of
 from tlora.calibration.group import SINGLE_PROCESS, Lockstep, ProcessGroup
-from tlora.calibration.hooks import AllSeen, Record, check_inputs, recording
+from tlora.calibration.hooks import AllSeen, ModuleRecord, check_inputs, recording
 from tlora.calibration.placement import class_name, reshard
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target
@@ -272,7 +272,7 @@ class Collector:
         if self.keep_micro_batches:
             self.micro_batches.append(micro_batch)
 
-    def _finish_uncounted(self, records: dict[str, Record], outputs: Any) -> None:
+    def _finish_uncounted(self, records: dict[str, ModuleRecord], outputs: Any) -> None:
         """Run the second half of a pass for the sake of the other processes of a sharded model."""
         if not self.lockstep.active:
             return
@@ -282,12 +282,14 @@ class Collector:
         if self.backward:
             self._run_back(records, torch.ones(0), outputs["loss"])
 
-    def _update(self, records: Mapping[str, Record], size: int) -> None:
+    def _update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         self.stage = "adding to the second moments"
         if self.accumulator is not None:
             self.accumulator.update(by_target(records), size)
 
-    def _add_gradients(self, records: dict[str, Record], factors: Tensor, loss: Tensor) -> None:
+    def _add_gradients(
+        self, records: dict[str, ModuleRecord], factors: Tensor, loss: Tensor
+    ) -> None:
         self.stage = "the backward pass"
         done = self._run_back(records, factors, loss)
         check_gradients(done.found)
@@ -297,7 +299,7 @@ class Collector:
                 self._add_to(name, values.sum())
 
     def _run_back(
-        self, records: dict[str, Record], factors: Tensor, loss: Tensor
+        self, records: dict[str, ModuleRecord], factors: Tensor, loss: Tensor
     ) -> SensitivityPass:
         if self.backward is None:
             raise ValueError("nothing is asked of a backward pass")
@@ -318,7 +320,7 @@ class Collector:
         self.sensitivities[name] = total if before is None else before + total
 
     def _forward(
-        self, micro_batch: MicroBatch, records: dict[str, Record], layout: reading.TokenLayout
+        self, micro_batch: MicroBatch, records: dict[str, ModuleRecord], layout: reading.TokenLayout
     ) -> Any:
         options = forward_options(self.model, micro_batch.batch)
         backward = self.backward is not None
@@ -367,7 +369,7 @@ class Collector:
             return [self.model(**sample)["loss"].item() for sample in samples]
 
 
-def _inputs_of(records: Mapping[str, Record]) -> dict[str, Record]:
+def _inputs_of(records: Mapping[str, ModuleRecord]) -> dict[str, ModuleRecord]:
     """Return records of the inputs alone, which outlast the backward pass."""
     return {
         name: replace(record, calls=[replace(c, output=None, delta=None) for c in record.calls])

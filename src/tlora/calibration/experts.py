@@ -24,20 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlora.calibration.hooks import Call, Record
+from tlora.calibration.hooks import Call, ModuleRecord
 from tlora.calibration.weights import DOWN, ExpertPart, Target, inward_name
 from tlora.linalg.matrices import Pairs, full_precision
 
 
-def records_of(targets: Iterable[Target]) -> dict[str, Record]:
+def records_of(targets: Iterable[Target]) -> dict[str, ModuleRecord]:
     """Return an empty record for each module that hooks have to watch, by its name.
 
     Targets that are experts of one module share its record.
     """
-    records: dict[str, Record] = {}
+    records: dict[str, ModuleRecord] = {}
     for target in targets:
         if target.part is None:
-            records[target.name] = Record(target)
+            records[target.name] = ModuleRecord(target)
             continue
         name = target.part.parameter.rpartition(".")[0]
         if name not in records:
@@ -48,9 +48,9 @@ def records_of(targets: Iterable[Target]) -> dict[str, Record]:
     return records
 
 
-def by_target(records: Mapping[str, Record]) -> dict[str, Record]:
+def by_target(records: Mapping[str, ModuleRecord]) -> dict[str, ModuleRecord]:
     """Return the record of each target by its name, experts one by one."""
-    found: dict[str, Record] = {}
+    found: dict[str, ModuleRecord] = {}
     for name, record in records.items():
         if isinstance(record, ExpertsRecord):
             found |= {part.name: PartRecord(part, of=record) for part in record.parts}
@@ -60,7 +60,7 @@ def by_target(records: Mapping[str, Record]) -> dict[str, Record]:
 
 
 @dataclass
-class ExpertsRecord(Record):
+class ExpertsRecord(ModuleRecord):
     """What the hooks saw of a module of fused experts.
 
     Attributes:
@@ -105,7 +105,7 @@ class ExpertsRecord(Record):
 
 
 @dataclass
-class PartRecord(Record):
+class PartRecord(ModuleRecord):
     """The rows that one expert's matrix read, as a record of a module of its own."""
 
     of: ExpertsRecord = field(kw_only=True)

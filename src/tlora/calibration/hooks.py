@@ -44,7 +44,7 @@ class Call:
 
 
 @dataclass
-class Record:
+class ModuleRecord:
     """What the hooks saw of one target in the current batch."""
 
     target: Target
@@ -82,7 +82,7 @@ class Record:
         return torch.cat([call.rows for call in self.calls], dim=1), torch.cat(masks, dim=1)
 
 
-def check_inputs(records: Mapping[str, Record]) -> None:
+def check_inputs(records: Mapping[str, ModuleRecord]) -> None:
     """Look at the inputs of all targets, once split.
 
     Raises:
@@ -122,7 +122,7 @@ class AllSeen(Exception):
 @contextlib.contextmanager
 def recording(
     model: nn.Module,
-    records: Iterable[Record],
+    records: Iterable[ModuleRecord],
     layout: TokenLayout,
     backward: bool,
     expected: Mapping[str, int] | None = None,
@@ -166,7 +166,7 @@ def recording(
 
 
 def _on_target(
-    record: Record,
+    record: ModuleRecord,
     backward: bool,
     countdown: Iterator[int] | None,
     _: nn.Module,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.group import ProcessGroup
-from tlora.calibration.hooks import Record
+from tlora.calibration.hooks import ModuleRecord
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.moments import centered_rows
@@ -42,7 +42,7 @@ class StreamAccumulator:
         """Whether all passes are made."""
         return all(space.finished for space in self.spaces.values())
 
-    def update(self, records: Mapping[str, Record], size: int) -> None:
+    def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples; inputs that modules share are centered once."""
         centered: dict[tuple[object, ...], Tensor] = {}
         for name, record in records.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from tlora.checks import FOLDER, Record, Rule, at_least, fault
-from tlora.scoring.mtbench.config import JudgeConfig
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.tasks.dataconfig import DataConfig, split_names
 from tlora.training.runconfig import Dtype, Quantization
 

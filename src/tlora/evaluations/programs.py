@@ -30,7 +30,8 @@ from lm_eval.api.task import ConfigurableTask
 from tlora.errors import DataError
 from tlora.evaluations.rows import Raw
 from tlora.evaluations.utils import STOPS, Doc, Reading, documents
-from tlora.scoring.code import (
+from tlora.scoring.evalplus import inputs_check
+from tlora.scoring.pass_at_k import (
     MBPP_STOPS,
     Check,
     humaneval_check,
@@ -39,7 +40,6 @@ from tlora.scoring.code import (
     run_checks,
     truncated,
 )
-from tlora.scoring.evalplus import inputs_check
 from tlora.scoring.sandbox import Limits, Protection, Sandbox
 from tlora.tasks.base import text_of
 from tlora.tasks.code import Code

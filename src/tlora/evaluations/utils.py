@@ -17,8 +17,8 @@ from tqdm import tqdm
 from tlora.errors import DataError
 from tlora.evaluations.rows import Raw, Source
 from tlora.scoring.answers import MARK, PROTOCOLS, after_mark, math_answer, math_verdicts
-from tlora.scoring.code import truncated
 from tlora.scoring.latex import boxed
+from tlora.scoring.pass_at_k import truncated
 from tlora.scoring.symbolic import MathVerify
 from tlora.tasks.base import text_of
 from tlora.tasks.commonsense import Commonsense

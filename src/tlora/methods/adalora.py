@@ -52,7 +52,8 @@ class AdaLora:
 
     Importance: |weight x gradient| of a triplet (a column of B, an entry of E, a row of A),
     smoothed, times its smoothed uncertainty. The ranks kept fall by a cubic schedule from init_r
-    to target_r a module. PEFT's implementation, driven by `tlora.adapter.adalora.AdaLoraCallback`.
+    to target_r a module. PEFT's implementation, driven by `AdaLoraCallback`
+    (`tlora.adapter.rank_pruning`).
     The saved folder is PEFT's AdaLoRA; pruned ranks are left out of it.
 
     Source: Zhang et al., arXiv 2303.10512, section 3.
@@ -75,7 +76,7 @@ class AdaLora:
         """Wrap ``model``. A and B are drawn from torch's global generator; no batch is read."""
         from peft import AdaLoraConfig
 
-        from tlora.adapter.adalora import AdaLoraCallback, save_pruned
+        from tlora.adapter.rank_pruning import AdaLoraCallback, save_pruned
         from tlora.adapter.stock import refuse_stored, targets_of, wrap
         from tlora.methods.lora import peft_fields
 

@@ -63,7 +63,7 @@ class Eva(Lora):
         """Find A, unless ``plan`` holds it, and wrap ``model``."""
         from peft import EvaConfig, LoraConfig
 
-        from tlora.adapter.eva import attach_eva, principal_inputs
+        from tlora.adapter.principal_inputs import attach_eva, principal_inputs
         from tlora.adapter.stock import refuse_stored, targets_of
 
         eva = EvaConfig(**peft_fields(options, EvaConfig))

@@ -53,7 +53,7 @@ class TriMatrix:
 
         from tlora.adapter.freeze import FrozenACallback
         from tlora.adapter.stock import targets_of, wrap_exactly
-        from tlora.adapter.trimatrix import make_trimatrix, save_written_out
+        from tlora.adapter.three_factors import make_trimatrix, save_written_out
         from tlora.methods.lora import peft_fields
 
         config = LoraConfig(**peft_fields(options, LoraConfig), lora_alpha=options.r)

@@ -14,14 +14,14 @@ from tlora.compare.compareconfig import CompareConfig, MethodEntry
 from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.trials import Comparison, Trial, mean_scores
 from tlora.errors import ArtifactError
-from tlora.report.statistics import Difference, Interval, difference, holm, interval
+from tlora.report.intervals import Difference, Interval, difference, holm, interval
 
 Record = dict[str, Any]
 Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Problem:
+class MissingRun:
     """A run that has no score, and why."""
 
     run: str
@@ -45,7 +45,7 @@ class MethodResult:
     """Finished final runs by seed."""
     scores: dict[int, float]
     """Test scores by seed."""
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[MissingRun] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -123,7 +123,7 @@ class Results:
         return all(method.learning_rate is not None for method in self.methods)
 
     @property
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[MissingRun]:
         """Every run without a score."""
         return [problem for method in self.methods for problem in method.problems]
 
@@ -237,7 +237,7 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
             if all(folder.record(trial.name) for trial in trials)
             else "not all tuning runs are here to choose the learning rate"
         )
-        problems.append(Problem(f"{entry.label}, all final runs", reason))
+        problems.append(MissingRun(f"{entry.label}, all final runs", reason))
     else:
         final = comparison.final(entry, learning_rate)
         problems += _problems(comparison, entry, final, folder)
@@ -253,7 +253,7 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
 
 def _problems(
     comparison: Comparison, entry: MethodEntry, trials: Sequence[Trial], folder: CompareFolder
-) -> list[Problem]:
+) -> list[MissingRun]:
     """Return why each of ``trials`` has no score; those that have not run yet together."""
     problems, missing = [], 0
     for trial in trials:
@@ -264,10 +264,10 @@ def _problems(
             missing += 1
         elif record["status"] != "finished":
             error = record["error"]
-            problems.append(Problem(run, f"failed, {error['cause']}", error["last_lines"]))
+            problems.append(MissingRun(run, f"failed, {error['cause']}", error["last_lines"]))
         elif comparison.score(record) is None:
-            problems.append(Problem(run, "its score is not a number: the training diverged"))
+            problems.append(MissingRun(run, "its score is not a number: the training diverged"))
     if missing:
         run = f"{entry.label}, {missing} of {len(trials)} {trials[0].phase} runs"
-        problems.append(Problem(run, "not run yet"))
+        problems.append(MissingRun(run, "not run yet"))
     return problems

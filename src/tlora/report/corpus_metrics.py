@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tlora.report.intervals import LEVEL, Difference, Interval
 from tlora.report.paired import BLOCK, RESAMPLES, SEED, judged
-from tlora.report.statistics import LEVEL, Difference, Interval
 
 if TYPE_CHECKING:
     import numpy as np

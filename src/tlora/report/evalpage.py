@@ -8,7 +8,7 @@ from typing import Any
 
 from tlora.report import evalwording as wording
 from tlora.report import html, paired, svg
-from tlora.report.outcomes import GAINED, LOST, OTHER, Results, Row
+from tlora.report.outcomes import GAINED, LOST, OTHER, EvaluationResults, Row
 from tlora.report.read_evaluation import TaskSamples
 
 _PREFIX = 60  # so many characters in common are worth folding away
@@ -22,12 +22,12 @@ _EXACT = {
 _GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, another reply"}
 
 
-def render(results: Results) -> str:
+def render(results: EvaluationResults) -> str:
     """Return the page."""
     return html.render("evaluation.html.j2", context(results))
 
 
-def context(results: Results) -> dict[str, Any]:
+def context(results: EvaluationResults) -> dict[str, Any]:
     """Return all that the template shows, as plain values and drawn charts."""
     import yaml
 
@@ -61,7 +61,7 @@ def panel(row: Row) -> str:
     return svg.intervals(scored, 336, f"{wording.name(row)}: {said}")
 
 
-def replies(results: Results) -> dict[str, Any]:
+def replies(results: EvaluationResults) -> dict[str, Any]:
     """Return what the page's list of changed items is made of.
 
     An item is there if any model changed it: texts once an item and model, and for each model the
@@ -73,7 +73,7 @@ def replies(results: Results) -> dict[str, Any]:
     }
 
 
-def _title(results: Results) -> str:
+def _title(results: EvaluationResults) -> str:
     evaluation = results.evaluation
     models, tasks = (
         ", ".join(each.name for each in many) for many in (evaluation.models, evaluation.tasks)
@@ -81,7 +81,7 @@ def _title(results: Results) -> str:
     return f"{models} on {tasks}"
 
 
-def _replies(results: Results, row: Row) -> dict[str, Any]:
+def _replies(results: EvaluationResults, row: Row) -> dict[str, Any]:
     task = row.task
     models = [model.name for model in results.evaluation.models]
     changed = sorted({i for cell in row.cells for kind in cell.changes.values() for i in kind})

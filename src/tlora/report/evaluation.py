@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tlora.files import replacing_file
 from tlora.report import evalpage, numbers, outcomes, read_evaluation
 from tlora.report import evalwording as wording
-from tlora.report.outcomes import Cell, Results, Row
+from tlora.report.outcomes import Cell, EvaluationResults, Row
 
 _VERDICTS = {1: "better", -1: "worse", 0: "tie"}
 
@@ -39,7 +39,7 @@ def write(folder: str | Path) -> Report:
     return Report(page, summary, text)
 
 
-def markdown(results: Results) -> str:
+def markdown(results: EvaluationResults) -> str:
     """Return the table and what belongs to it."""
     models = [model.name for model in results.evaluation.models]
     lines = [_line(["task", "metric", "items", *models]), "|---|---|---|" + "---|" * len(models)]
@@ -52,7 +52,7 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(results: Results, row: Row, cell: Cell) -> str:
+def _cell(results: EvaluationResults, row: Row, cell: Cell) -> str:
     if cell.score is None:
         return numbers.NONE if cell.model in row.task.samples else "not done"
     text = numbers.number(cell.score.mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tlora.report.numbers import count
-from tlora.report.outcomes import Cell, Results, Row
+from tlora.report.outcomes import Cell, EvaluationResults, Row
 from tlora.report.read_evaluation import TaskSamples
 
 
@@ -12,7 +12,7 @@ def name(row: Row) -> str:
     return row.task.name if len(row.task.metrics) == 1 else f"{row.task.name} ({row.metric})"
 
 
-def marks(results: Results, row: Row, cell: Cell) -> str:
+def marks(results: EvaluationResults, row: Row, cell: Cell) -> str:
     """Return the signs beside a difference: † holds alone, but not with all others; * prompts
     differ."""
     key = (row.task.name, cell.model)
@@ -21,7 +21,7 @@ def marks(results: Results, row: Row, cell: Cell) -> str:
     return "†" * bool(alone and key not in results.holding) + "*" * (key in results.other_prompts)
 
 
-def legend(results: Results) -> str:
+def legend(results: EvaluationResults) -> str:
     """Explain the `marks` that the table has, and say what looking at many comparisons does."""
     used = {
         mark for row in results.rows for cell in row.cells for mark in marks(results, row, cell)
@@ -39,7 +39,7 @@ def legend(results: Results) -> str:
     return " ".join(said)
 
 
-def summary(results: Results) -> str:
+def summary(results: EvaluationResults) -> str:
     """Say what the table shows, and what it does not."""
     if not results.others:
         return (
@@ -48,7 +48,7 @@ def summary(results: Results) -> str:
     return " ".join(_summary(results, model) for model in results.others)
 
 
-def _summary(results: Results, model: str) -> str:
+def _summary(results: EvaluationResults, model: str) -> str:
     named: dict[int, list[str]] = {1: [], -1: [], 0: []}
     rows = [row for row in results.rows if row.main]
     for row in rows:
@@ -72,7 +72,7 @@ def task(found: TaskSamples) -> str:
     return f"{found.name}{protocol}; {count(found.items)} items{shots}."
 
 
-def remarks(results: Results) -> list[str]:
+def remarks(results: EvaluationResults) -> list[str]:
     """Say what is not like for like."""
     said = [
         f"{task}: {model} was given other prompts than {results.first} on {count(unlike)} items."

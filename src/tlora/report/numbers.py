@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tlora.report.statistics import Interval
+from tlora.report.intervals import Interval
 
 NONE = "\N{EN DASH}"
 """What stands for a number that there is not."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tlora.report import corpus_metrics, paired
+from tlora.report.intervals import Difference, Interval, holm
 from tlora.report.read_evaluation import Evaluation, Sample, TaskSamples
-from tlora.report.statistics import Difference, Interval, holm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Results:
+class EvaluationResults:
     """A whole evaluation, compared."""
 
     evaluation: Evaluation
@@ -88,7 +88,7 @@ class Results:
         return [row for row in first.values() if any(cell.changes for cell in row.cells)][::-1]
 
 
-def gather(evaluation: Evaluation) -> Results:
+def gather(evaluation: Evaluation) -> EvaluationResults:
     """Compare the models of ``evaluation``, each with the first."""
     rows = [_row(evaluation, task, metric) for task in evaluation.tasks for metric in task.metrics]
     tested = {
@@ -98,7 +98,7 @@ def gather(evaluation: Evaluation) -> Results:
         if row.main and cell.difference is not None and cell.difference.p is not None
     }
     holding = {key for key, holds in zip(tested, holm([*tested.values()]), strict=True) if holds}
-    return Results(evaluation, rows, len(tested), holding, _other_prompts(evaluation))
+    return EvaluationResults(evaluation, rows, len(tested), holding, _other_prompts(evaluation))
 
 
 def _row(evaluation: Evaluation, task: TaskSamples, metric: str) -> Row:

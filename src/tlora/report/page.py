@@ -8,7 +8,7 @@ from typing import Any
 from tlora.report import charts, html, wording
 from tlora.report.comparison import Results
 from tlora.report.heatmap import heat_map
-from tlora.report.statistics import Difference
+from tlora.report.intervals import Difference
 from tlora.yamlfiles import to_yaml
 
 

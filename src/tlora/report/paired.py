@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tlora.report.statistics import LEVEL, Difference, Interval
+from tlora.report.intervals import LEVEL, Difference, Interval
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tlora.report.statistics import Interval
+from tlora.report.intervals import Interval
 
 Point = tuple[float, float]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tlora.report.comparison import MethodResult, Results
+from tlora.report.intervals import FEWEST, Difference
 from tlora.report.numbers import count, number, seconds, signed
-from tlora.report.statistics import FEWEST, Difference
 
 FIGURES: dict[str, Callable[[MethodResult], str]] = {
     "learning rate": lambda method: f"{method.learning_rate:g}",

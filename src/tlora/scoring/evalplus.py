@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tlora.errors import DataError
-from tlora.scoring.code import Check, columns
+from tlora.scoring.pass_at_k import Check, columns
 
 Part = Literal["base_input", "plus_input"]
 _RULES = Path(__file__).with_name("evalplus_rules.py")

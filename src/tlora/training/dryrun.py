@@ -267,9 +267,9 @@ def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
     import torch
 
     from tlora.calibration.batches import TokenLayout
-    from tlora.calibration.hooks import Record, recording
+    from tlora.calibration.hooks import ModuleRecord, recording
 
-    records = [Record(target) for target in targets if target.part is None]
+    records = [ModuleRecord(target) for target in targets if target.part is None]
     model.eval()
     try:
         with (

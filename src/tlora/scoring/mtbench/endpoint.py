@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, JudgeError
-from tlora.scoring.mtbench.config import JudgeConfig, is_local
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig, is_local
 from tlora.scoring.mtbench.prompts import rating
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from tlora.errors import ArtifactError, JudgeError
 from tlora.files import read_json, write_json
-from tlora.scoring.mtbench.config import JudgeConfig
 from tlora.scoring.mtbench.endpoint import Reply, completions_url, connected, request_body
+from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.scoring.mtbench.prompts import OURS, JudgePrompts, read_prompts
 from tlora.scoring.mtbench.questions import Pair, Question
 

@@ -14,7 +14,7 @@ from tlora.adapter.freeze import lora_layers
 from tlora.adapter.initial import InitialAdapter
 from tlora.adapter.stock import exact, refuse_taken, wrap_exactly
 from tlora.calibration.batches import TokenLayout, UnknownLayout, as_batch, token_layout
-from tlora.calibration.hooks import Record, recording
+from tlora.calibration.hooks import ModuleRecord, recording
 from tlora.calibration.placement import device_of
 from tlora.calibration.preserve import undo_after
 from tlora.calibration.weights import Target
@@ -121,7 +121,7 @@ class _Rows:
             self.counted = labels != _IGNORED_LABEL
 
     def forward(
-        self, model: nn.Module, batch: dict[str, Any], records: Iterable[Record] = ()
+        self, model: nn.Module, batch: dict[str, Any], records: Iterable[ModuleRecord] = ()
     ) -> None:
         self.left -= 1
         if self.left < 0:
@@ -157,7 +157,7 @@ def _readers(
     # Those that read tokens in every batch, `needed` or more; the others start as in LoRA.
     fewest: dict[str, int] = {}
     for batch in batches:
-        records = [Record(target) for target in targets]
+        records = [ModuleRecord(target) for target in targets]
         rows.start(batch)
         rows.forward(rows.model, batch, records)
         for record in records:

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from tlora.errors import ConfigError, DataError
-from tlora.scoring.code import (
+from tlora.scoring.pass_at_k import (
     HUMANEVAL_STOPS,
     Check,
     humaneval_check,
