@@ -272,6 +272,13 @@ VERBS = {
 }
 
 
+def _leave_process_group() -> None:
+    """End torch's process group; gloo's threads abort a process that exits within one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -280,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        code = _run(sys.argv[1:] if argv is None else argv)
+        _leave_process_group()
+        return code
     except SystemExit as stop:  # --help, after showing it
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:

@@ -31,7 +31,12 @@ def save(plan: AdapterPlan, path: Path) -> Path:
         for field, values in measured.items()
         if None not in values.values()
     ]
-    context = {"title": "Plan", "summary": plan.summary(), "maps": maps, "data": "null"}
+    context = {
+        "title": "Plan",
+        "summary": plan.summary().replace("\n", "; "),
+        "maps": maps,
+        "data": "null",
+    }
     with replacing_file(path) as part:
         part.write_text(html.render("plan.html.j2", context), encoding="utf-8")
     return path
