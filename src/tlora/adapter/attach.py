@@ -84,7 +84,7 @@ def made_plan(
     config: TLoraConfig,
     **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
-    """Calibrate and plan, in blocks where ``config`` bounds the second moments."""
+    """Calibrate and plan; in blocks where ``config`` bounds the moments and no cache keeps them."""
     check_config(config)
     if config.plans_in_blocks and reading.get("cache") is None:
         return plan_in_blocks(model, batches, config, **reading)

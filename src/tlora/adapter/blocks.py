@@ -110,7 +110,7 @@ def _settle(
         with group.raise_on_all():
             batches = list(batches)
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
-        # One batch for all processes, and what one of them sees in it.
+        # All processes run the same batch, and one of them reports what it sees.
         if (lent := group.broadcast_first(own)) is not None:
             with group.raise_on_all(), lockstep.group.inside_collectives():
                 batch = as_batch(lent, device_of(lockstep.model))

@@ -148,7 +148,7 @@ _WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
 
 @dataclass(frozen=True)
 class ModuleJob:
-    """A module to plan: what is known of it, and what it gets of the budget."""
+    """A module to plan: its statistics and its share of the budget."""
 
     target: Target
     statistics: ModuleStatistics
@@ -201,7 +201,7 @@ def planned(job: ModuleJob, config: TLoraConfig, found: Subspace) -> ModulePlan:
 
 
 def _random(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Subspace:
-    """Draw A; its captured energy is of W C, where a second moment was measured."""
+    """Draw A at random; it captures energy of W C, where a second moment was measured."""
     # A seed of its own for each module: equal shapes must not get equal matrices.
     seed = config.seed * 1_000_003 + job.share.index
     basis = random_basis(job.share.rank, job.target.d_in, seed)

@@ -1,4 +1,4 @@
-"""What a backward pass is run for, and what is measured of each output gradient as it arrives.
+"""Why a backward pass runs, and the statistics taken from each output gradient as it arrives.
 
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2): S = (1/n) sum_s mean_jk |W (dL_s/dW)|_jk,
 the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient. Other
