@@ -277,7 +277,7 @@ def test_a_file_that_is_no_mapping_is_named(tlora, run_yaml, text):
         (DataError("rows.jsonl, row 3: no text."), 2, "tlora: rows.jsonl, row 3: no text.\n"),
         (AdapterError("out does not fit."), 2, "tlora: out does not fit.\n"),
         (CalibrationError("the loss is NaN."), 1, "tlora: the loss is NaN.\n"),
-        (KeyboardInterrupt(), 130, "tlora: interrupted; --resume continues a training"),
+        (KeyboardInterrupt("stopped."), 130, "tlora: stopped.\n"),
         (RuntimeError("a bug"), 1, "Traceback (most recent call last)"),
     ],
 )
@@ -289,6 +289,32 @@ def test_exit_codes(tlora, monkeypatch, error, code, says):
     done, _, err = tlora("train", "--model", "m")
     assert done == code
     assert err.startswith(says)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_ctrl_c_says_what_the_same_command_does(tlora, monkeypatch, verb):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    again = {
+        "train": "; rerun the same command to resume from the last checkpoint",
+        "init": "; rerun the same command to start over",
+        "demo": "; rerun the same command to continue; finished methods are kept",
+        "eval": "; rerun the same command to continue; finished pairs of model and task are kept",
+        "compare": "; rerun the same command to continue; finished runs are kept",
+    }
+    assert tlora(verb) == (130, "", f"tlora: interrupted{again.get(verb, '')}.\n")
+
+
+@pytest.mark.parametrize("verb", ["demo", "eval", "compare", "inspect", "list"])
+def test_verbs_that_continue_by_themselves_say_so_where_resume_is_given(tlora, verb):
+    code, _, err = tlora(verb, "--resume")
+    assert code == 2
+    assert err == (
+        "tlora: command line: there is no flag `--resume`. Rerun the same command to continue: no"
+        " flag is needed.\n"
+    )
 
 
 def test_list_shows_a_line_for_each_registered_name(tlora):
@@ -328,3 +354,12 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     assert '"loss":' in out
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in out
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    for command in (
+        ["init", *common, "--output_dir", tmp_path / "init"],
+        [*training, "--data.overlap", "allow"],
+        ["train", "--resume", "--output_dir", tmp_path / "run"],
+    ):
+        code, out, err = tlora(*command)
+        assert code == 0, err
+        assert f"adapter: {command[command.index('--output_dir') + 1] / 'adapter'}" in out
+        assert ("init" in command) == ('"loss":' not in out)

@@ -33,7 +33,7 @@ from tlora.errors import (
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
 from tlora.training.runconfig import RunConfig
-from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig
+from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig, interrupted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -286,16 +286,15 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("tlora").setLevel(logging.INFO)
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        code = _run(argv)
         _leave_process_group()
         return code
     except SystemExit as stop:  # --help, after showing it
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
-        _complain(
-            str(stop) or "interrupted; --resume continues a training from its last checkpoint."
-        )
+        _complain(str(stop) or interrupted(*argv[:1]))
         return 130
     except BrokenPipeError:
         # The reader of our output has left (`tlora list | head -1`): nothing more to say.

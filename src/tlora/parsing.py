@@ -125,6 +125,8 @@ def _hint(name: str, known: Iterable[str], fields: dict[str, Field]) -> str:
     """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
     if name in ("--dry_run", "--dry-run"):
         return " `tlora init --dry_run` shows what a run of the same flags takes."
+    if name == "--resume":
+        return " Rerun the same command to continue: no flag is needed."
     dashes, words = "--" if name.startswith("--") else "", name.split(".")
     below = [
         ".".join([f"{dashes}{section}", *words[depth:]])

@@ -12,6 +12,20 @@ from typing import Annotated, ClassVar, Literal
 from tlora.checks import FOLDER, Record, at_least
 from tlora.training.runconfig import RunConfig
 
+_AGAIN = {
+    "demo": "continue; finished methods are kept",
+    "init": "start over",
+    "train": "resume from the last checkpoint",
+    "eval": "continue; finished pairs of model and task are kept",
+    "compare": "continue; finished runs are kept",
+}
+
+
+def interrupted(verb: str = "") -> str:
+    """Return what to say after Ctrl-C: what the same command does when it is run again."""
+    again = f"; rerun the same command to {_AGAIN[verb]}" if verb in _AGAIN else ""
+    return f"interrupted{again}."
+
 
 @dataclass(kw_only=True)
 class DemoConfig(Record):

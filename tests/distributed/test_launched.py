@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -30,21 +31,7 @@ def rows(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_path):
-    flags = {
-        "model": BASE,
-        "train_file": rows,
-        "output_dir": str(tmp_path / "run"),
-        "adapter.r": "2",
-        "calibration.samples": "5",
-        "calibration.batch_size": "2",
-        "trainer.max_steps": "2",
-        "trainer.per_device_train_batch_size": "2",
-        "trainer.disable_tqdm": "true",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "tlora.cli", "train"]
-    command += [word for name, value in flags.items() for word in (f"--{name}", value)]
+def launched(command: list[str]) -> Any:
     words = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if sys.platform != "linux":
         del words["GLOO_SOCKET_IFNAME"]
@@ -57,6 +44,26 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_path):
+    flags = {
+        "model": BASE,
+        "train_file": rows,
+        "output_dir": str(tmp_path / "run"),
+        "adapter.r": "2",
+        "calibration.samples": "5",
+        "calibration.batch_size": "2",
+        "trainer.max_steps": "2",
+        "trainer.save_steps": "1",
+        "trainer.per_device_train_batch_size": "2",
+        "trainer.disable_tqdm": "true",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "tlora.cli", "train"]
+    command += [word for name, value in flags.items() for word in (f"--{name}", value)]
+    done = launched(command)
     folder = RunFolder(tmp_path / "run")
     assert folder.finished
     assert (folder.adapter / "adapter_model.safetensors").is_file()
@@ -78,6 +85,15 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     found = AdapterPlan.load(folder.plan)
     assert found.info["samples"] == expected.info["samples"] == 5
     assert_same_plan(found, expected)
+    # All processes of the same command resume what was stopped, to the same weights.
+    weights = (folder.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder.adapter)
+    shutil.rmtree(folder.checkpoints / "checkpoint-2")
+    run = json.loads((folder.path / "run.json").read_text())
+    (folder.path / "run.json").write_text(json.dumps(run | {"status": "started"}))
+    said = launched(command).stderr
+    assert said.count(f"resuming the run in {folder.path} from step 1.") == 1
+    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_engines_whose_weights_a_run_cannot_save_are_refused_first(

@@ -75,7 +75,8 @@ def test_every_fault_is_named_at_once(adapters, here):
     edit(here / "nameless", base_model_name_or_path=None)
     (here / "empty").mkdir()
     (here / "unfinished").mkdir()
-    (here / "unfinished/run.json").write_text(json.dumps({"kind": "tlora run", "config": {}}))
+    run = {"kind": "tlora run", "verb": "init", "config": {}}
+    (here / "unfinished/run.json").write_text(json.dumps(run))
     words = [
         "one",
         "lost",
@@ -93,7 +94,7 @@ def test_every_fault_is_named_at_once(adapters, here):
     assert said[0].startswith("no model can be read at '/gone/base', the base of lost; give")
     assert said[1] == "nameless does not name its base model; give --model."
     assert said[2].startswith("empty holds no model (config.json), no adapter")
-    assert said[3].endswith("finish it: tlora train --output_dir unfinished --resume.")
+    assert said[3].endswith("finish it: tlora init --output_dir unfinished --resume.")
     assert said[4].startswith("there is no folder '/not/there'")
     assert said[5].startswith("there is no folder 'a b/c'")
     assert said[6].startswith("no model can be read at 'nobody/model'; give a folder or a name")

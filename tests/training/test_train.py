@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_folder_promises(config, other_sums):
 
 
 def test_the_adapter_loads_in_plain_peft_and_was_trained(config, llama_folder):
-    folder = train.run(config(resume=True))  # where there is no run, one is started
+    folder = train.run(config())
     base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base(ids).logits

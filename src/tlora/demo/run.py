@@ -18,12 +18,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tlora.errors import AdapterError
-from tlora.files import replacing_file, write_json
+from tlora.errors import AdapterError, ConfigError
+from tlora.files import read_json, replacing_file, write_json
 from tlora.training.runconfig import CalibrationConfig, RunConfig
 from tlora.training.runfolder import RunFolder
 
 BASE_MODEL = str(files("tlora.demo") / "base")
+_MARK = "demo.json"
+"""Says that a folder holds a demonstration, and in the end what that found."""
 _STEPS = 250
 _RATES = {"lora": 1e-2, "tlora": 3e-3}
 _BATCH = 100
@@ -78,30 +80,32 @@ def run(
     tell: Callable[[str], None] = lambda text: None,
     steps: int = _STEPS,
 ) -> DemoResult:
-    """Run the demonstration.
+    """Run the demonstration; a second call keeps the methods that are finished.
 
     Args:
-        output_dir: folder of the result; it must be free.
+        output_dir: folder of the result, which is free or holds this demonstration.
         seed: of the rows, the adapters and the order of training.
         tell: called with a line of text as each part begins.
         steps: optimizer steps of each training.
 
     Raises:
-        ConfigError: the folder is taken.
+        ConfigError: the folder holds something else, or a demonstration of another seed.
         AdapterError: PEFT's reload gives other logits.
     """
     folder = Path(output_dir)
-    RunFolder(folder).refuse_unless_free()
+    mine = _claim(folder, seed, rows_only=False)
     with _one_thread():
-        return _run(folder, seed, tell, steps)
+        result = _run(folder, seed, tell, steps)
+    write_json(folder / _MARK, mine | {"scores": [vars(score) for score in result.scores]})
+    return result
 
 
 def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
     """Write the rows of each task that the embedded base can be adapted to; train nothing.
 
     Args:
-        output_dir: folder of the result, which must be free: train.jsonl and test.jsonl in a
-            folder for each task.
+        output_dir: folder of the result, which is free or holds these rows: train.jsonl and
+            test.jsonl in a folder for each task. Files that are there stay as they are.
         seed: of the rows.
         test: test rows of a task.
 
@@ -109,17 +113,48 @@ def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Pat
         The folders, by name of the task.
 
     Raises:
-        ConfigError: the folder is taken.
+        ConfigError: the folder holds something else, or the rows of another seed.
     """
     from tlora.demo import corpus
 
     folder = Path(output_dir)
-    RunFolder(folder).refuse_unless_free()
+    _claim(folder, seed, rows_only=True)
     for form in corpus.SHIFTED:
         train_rows, test_rows = corpus.shifted_task(seed, test=test, form=form)
         _write_rows(folder / form / "train.jsonl", train_rows)
         _write_rows(folder / form / "test.jsonl", test_rows)
     return {form: folder / form for form in corpus.SHIFTED}
+
+
+def _claim(folder: Path, seed: int, rows_only: bool) -> dict[str, Any]:
+    """Mark ``folder`` as this demonstration's, which the same command may use again.
+
+    Returns:
+        What the mark says.
+
+    Raises:
+        ConfigError: the folder holds something else, or another demonstration.
+    """
+    file = folder / _MARK
+    mine = {"kind": "tlora demo", "seed": seed, "rows_only": rows_only}
+    if not file.is_file():
+        RunFolder(folder).refuse_unless_free()
+        write_json(file, mine)
+        return mine
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("kind") != mine["kind"]:
+        raise ConfigError(
+            f"{file} was not written by `tlora demo`; choose another --output_dir.", "output_dir"
+        )
+    faults = [
+        f"`{name}` is {value!r}, but {folder} was started with {found.get(name)!r}; give it as it"
+        " was, or choose another --output_dir."
+        for name, value in mine.items()
+        if found.get(name) != value
+    ]
+    if faults:
+        raise ConfigError(faults, where="demo")
+    return mine
 
 
 def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> DemoResult:
@@ -157,7 +192,7 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
         example["adapted"] = _answer(model, tokenizer, example["prompt"])
     tell("PEFT alone loads the adapter, in a process that cannot import tlora")
     prompts = [row["prompt"] for row in test_rows[:8]]
-    result = DemoResult(
+    return DemoResult(
         scores=tuple(scores),
         test_rows=len(test_rows),
         difference=_reload_alone(model, tokenizer, last, prompts),
@@ -165,8 +200,6 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
         example=example,
         seconds=time.perf_counter() - start,
     )
-    write_json(folder / "demo.json", {"seed": seed, "scores": [vars(score) for score in scores]})
-    return result
 
 
 @contextlib.contextmanager
@@ -232,8 +265,10 @@ def _load_base() -> tuple[Any, Any]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    with replacing_file(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Write rows to a file that is not there yet."""
+    if not path.is_file():
+        with replacing_file(path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

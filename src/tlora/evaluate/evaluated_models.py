@@ -119,8 +119,8 @@ def _places(path: str) -> tuple[str, str | None]:
         if run.exists and not (folder / _ADAPTER).is_file():
             if not run.adapter.is_dir():
                 raise ConfigError(
-                    f"{path} is a run without an adapter yet; finish it: tlora train --output_dir"
-                    f" {path} --resume."
+                    f"{path} is a run without an adapter yet; finish it: tlora {run.verb}"
+                    f" --output_dir {path} --resume."
                 )
             folder = run.adapter
         if (folder / _ADAPTER).is_file():

@@ -16,14 +16,16 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
     What is not a local file or folder (a name on the Hub, a file that is gone) is left out.
     """
-    found = {
-        name: file_digest(path)
-        for name, path in (("train_file", config.train_file), ("eval_file", config.eval_file))
-        if path and Path(path).is_file()
-    }
-    if config.model and Path(config.model).is_dir():
-        found["model"] = model_identity(config.model)
-    return found
+    names = ("train_file", "eval_file", "model")
+    found = {name: input_digest(getattr(config, name)) for name in names}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def input_digest(path: str | None) -> str | None:
+    """Return the digest of a file of rows, or of a model's folder; None where neither is there."""
+    if path and Path(path).is_dir():
+        return model_identity(path)
+    return file_digest(path) if path and Path(path).is_file() else None
 
 
 def file_digest(path: str | Path) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError
 from tlora.files import replacing_folder
 from tlora.training.arguments import training_arguments
 from tlora.training.precision import widen
+from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import Setup, settle
@@ -16,29 +17,40 @@ from tlora.training.setup import Setup, settle
 if TYPE_CHECKING:
     from tlora.methods.base import Plan, Prepared
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: RunConfig) -> RunFolder:
     """Initialize an adapter for any other trainer; return the folder it is in.
 
-    The adapter is a plain PEFT one that does not change the model's output yet.
+    The adapter is a plain PEFT one that does not change the model's output yet. An unfinished
+    initialization in the folder starts over; a finished one is left as it is.
 
     Raises:
-        ConfigError: a field is wrong, or the folder is taken, be it by a live process.
+        ConfigError: a field is wrong, the folder is taken, be it by a live process, or the
+            initialization in it was started with another configuration, other rows or another
+            base model.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
-    if config.resume:
-        raise ConfigError("`resume` continues a training; leave it out.", where="run")
     with folder.locked():
-        folder.refuse_unless_free()
-        setup = settle(config)
-        arguments = training_arguments(setup, folder.checkpoints)
-        prepared = adapt(setup, arguments.device)
-        if arguments.process_index == 0:
-            folder.start(setup.record(), "init", prepared.plan)
-            save_adapter(prepared, setup, folder.adapter)
-            folder.finish()
+        todo = continued(config, folder, "init")
+        if todo is not None:
+            _initialize(*todo, folder)
     return folder
+
+
+def _initialize(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
+    if folder.exists:
+        logger.info("the initialization in %s was not finished; it starts over.", folder.path)
+    setup = settle(config)
+    arguments = training_arguments(setup, folder.checkpoints)
+    prepared = adapt(setup, arguments.device)
+    if arguments.process_index == 0:
+        folder.clear()
+        folder.start(setup.record(), "init", prepared.plan, inputs)
+        save_adapter(prepared, setup, folder.adapter)
+        folder.finish()
 
 
 def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:

@@ -85,7 +85,7 @@ _ELSEWHERE = {
     "trust_remote_code": "give --trust_remote_code",
     "completion_only_loss": "give --data.loss_on",
     "assistant_only_loss": "give --data.loss_on",
-    "resume_from_checkpoint": "give --resume",
+    "resume_from_checkpoint": "rerun the same command to resume",
 }
 
 

@@ -91,7 +91,8 @@ class RunConfig(SharedConfig):
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
     resume: bool = False
-    """Continue the run in `output_dir` from its last good checkpoint."""
+    """Continue the run in `output_dir` with its own configuration, so that the other flags can be
+    left out. The same command again continues it too."""
 
     def options(self) -> Any:
         """Return the method's options record, made from `adapter`.

@@ -68,6 +68,15 @@ class RunFolder:
         """Whether the run here came to its end."""
         return self.exists and self._read().get("status") == "finished"
 
+    @property
+    def verb(self) -> str:
+        """What started the run here: "train" or "init"."""
+        return str(self._read().get("verb"))
+
+    def inputs(self) -> dict[str, str]:
+        """Return the digests of what the run was started with, by field."""
+        return self._read().get("inputs", {})
+
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration that the run was started with."""
         return self._read()["config"]
@@ -82,13 +91,8 @@ class RunFolder:
         """Check that a new run may start here, without writing anything.
 
         Raises:
-            ConfigError: the folder holds a run, or anything else.
+            ConfigError: the folder holds anything at all.
         """
-        if self.exists:
-            state = "a finished" if self.finished else "an unfinished"
-            advice = "choose" if self.finished else "add --resume to continue it, or choose"
-            fault = f"{self.path} holds {state} run; {advice} another --output_dir."
-            raise ConfigError(fault, where="output_dir")
         refuse_unusable(self.path)
         if any(path.is_file() and path != self._lock for path in self.path.rglob("*")):
             fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
@@ -129,8 +133,7 @@ class RunFolder:
         """Check that a run to be resumed reads what it was started with.
 
         Args:
-            inputs: digests as `digests.inputs_of` gives them now. A run that has saved none (an
-                older version's) is not checked.
+            inputs: digests as `digests.inputs_of` gives them now.
 
         Raises:
             ConfigError: rows or model have changed, or are gone; each is named.
@@ -139,11 +142,11 @@ class RunFolder:
         faults = [
             f"`{name}`, {config.get(name)}, has changed or is gone since the run was started; put"
             " it back as it was, or start a new run in another --output_dir."
-            for name, before in self._read().get("inputs", {}).items()
+            for name, before in self.inputs().items()
             if inputs.get(name) != before
         ]
         if faults:
-            raise ConfigError(faults, where="resume")
+            raise ConfigError(faults, where="run")
 
     def start(
         self,
@@ -169,6 +172,13 @@ class RunFolder:
         write_json(self._provenance, {"starts": starts})
         if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
             plan.save(self.path)
+
+    def clear(self) -> None:
+        """Remove what an unfinished run left, but for `run.json`, which `start` replaces."""
+        for file in (self.plan, self.initial, self.log, self.metrics, self._provenance):
+            file.unlink(missing_ok=True)
+        for path in (self.checkpoints, self.adapter):
+            shutil.rmtree(path, ignore_errors=True)
 
     def saved_plan(self) -> Plan | None:
         """Return what was decided when the run was started; None if nothing is saved of it."""

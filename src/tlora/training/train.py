@@ -1,9 +1,8 @@
-"""`tlora train`: initialize, train, evaluate and save; or go on from the last good checkpoint."""
+"""`tlora train`: initialize, train, evaluate and save; or resume from the last good checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -14,19 +13,16 @@ from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training.arguments import texts, training_arguments
-from tlora.training.digests import inputs_of
 from tlora.training.initialize import adapt, save_adapter
+from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import Setup, settle
 
 if TYPE_CHECKING:
-    from tlora.methods.base import Plan, Prepared
+    from tlora.methods.base import Prepared
 
 logger = logging.getLogger(__name__)
-
-# Trainer fields that cannot change the weights; a resumed run may set them anew.
-_HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
 
 _TIMINGS = ("runtime", "_per_second")
 
@@ -34,51 +30,40 @@ _TIMINGS = ("runtime", "_per_second")
 def run(config: RunConfig) -> RunFolder:
     """Train an adapter; return the folder of the run.
 
-    With `config.resume` and a run in the folder, its saved configuration is used and training
-    goes on from the last whole checkpoint (from the start, if there is none) to the same weights
-    as without the interruption, if the files of rows and the base model are still what they were. A
-    finished run is left as it is.
+    Where the folder holds this run, unfinished, training resumes from the last whole checkpoint
+    (from the start, if there is none) to the same weights as without the interruption. A finished
+    run is left as it is. With `config.resume` there has to be a run, and fields at their defaults
+    are taken from it.
 
     Raises:
-        ConfigError: a field is wrong, the folder is taken, be it by a live process, or what a
-            resumed run reads has changed.
+        ConfigError: a field is wrong, the folder is taken, be it by a live process, or the run in
+            it was started with another configuration, other rows or another base model.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
-    if config.resume and not folder.exists and not config.model:
-        raise ConfigError(
-            f"there is no run in {folder.path} to resume; name its folder by --output_dir.", "run"
-        )
     with folder.locked():
-        if config.resume and folder.finished:
-            logger.warning("%s holds a finished run; there is nothing to resume.", folder.path)
-        elif config.resume and folder.exists:
-            config = merge_saved(config, RunConfig.from_dict(folder.config()))
-            inputs = inputs_of(config)
-            folder.refuse_changed(inputs)
-            _train(config, folder, inputs, folder.saved_plan())
-        else:
-            folder.refuse_unless_free()
-            _train(config, folder, inputs_of(config))
+        todo = continued(config, folder, "train")
+        if todo is not None:
+            _train(*todo, folder)
     return folder
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, inputs: dict[str, str], plan: Plan | None = None
-) -> None:
+def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
+    started = folder.exists
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
     _check_evaluation(setup, arguments)
     _refuse_sharding(arguments)
+    _refuse_disagreement(started, folder)
     seconds: dict[str, float] = {}
     with timed(seconds, "initialise"):
-        prepared = adapt(setup, arguments.device, plan)
+        prepared = adapt(setup, arguments.device, folder.saved_plan() if started else None)
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     if trainer.is_world_process_zero():
         folder.start(setup.record(), "train", prepared.plan, inputs)
     with timed(seconds, "train"):
-        trainer.train(resume_from_checkpoint=_resume_point(folder, trainer))
+        trainer.train(resume_from_checkpoint=_resume_point(folder, trainer, started))
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -126,44 +111,6 @@ def _refuse_sharding(arguments: Any) -> None:
         )
 
 
-def merge_saved(config: RunConfig, saved: RunConfig) -> RunConfig:
-    """Return the configuration to resume with: the saved one, and what cannot change the weights.
-
-    A field of ``config`` that is at its default counts as not given.
-
-    Raises:
-        ConfigError: a field is given that differs from the saved run; all such fields at once.
-    """
-    given, before, default = (
-        _flat(record.to_dict()) for record in (config, saved, RunConfig(output_dir=""))
-    )
-    faults, kept = [], {}
-    for name, value in given.items():
-        if name in ("output_dir", "resume") or value in (default.get(name), before.get(name)):
-            continue
-        section, _, field = name.partition(".")
-        if section == "trainer" and field.startswith(_HARMLESS):
-            kept[field] = value
-        else:
-            faults.append(
-                f"`{name}` is {value!r}, but the run was started with {before.get(name)!r};"
-                " leave it out, or start a new run in another --output_dir."
-            )
-    if faults:
-        raise ConfigError(faults, where="resume")
-    return dataclasses.replace(
-        saved, resume=True, output_dir=config.output_dir, trainer=saved.trainer | kept
-    )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        nested = value if isinstance(value, dict) else None
-        flat.update({f"{name}.{k}": v for k, v in nested.items()} if nested else {name: value})
-    return flat
-
-
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model."""
     from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar
@@ -203,20 +150,36 @@ def _logits_alone(outputs: Any, labels: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _resume_point(folder: RunFolder, trainer: Any) -> str | None:
-    """Return the checkpoint to go on from; the first process clears away what lies beyond it."""
+def _refuse_disagreement(started: bool, folder: RunFolder) -> None:
+    """Check that all processes of a launch found a run, or none did: only the first writes it."""
     from tlora.calibration.group import process_group
 
-    point = _rewound(folder) if trainer.is_world_process_zero() else None
+    if len(set(process_group().all_gather(started))) > 1:
+        raise ConfigError(
+            f"{folder.path} holds a run on some machines of the launch and not on others; put"
+            " --output_dir on a file system that they share.",
+            where="output_dir",
+        )
+
+
+def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> str | None:
+    """Return the checkpoint to resume from; the first process clears away what lies beyond it."""
+    from tlora.calibration.group import process_group
+
+    point = _rewound(folder, started) if trainer.is_world_process_zero() else None
     return process_group().broadcast(point, 0)
 
 
-def _rewound(folder: RunFolder) -> str | None:
+def _rewound(folder: RunFolder, started: bool) -> str | None:
     checkpoint = folder.last_checkpoint()
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     for broken in folder.drop_checkpoints_after(step):
         logger.warning("%s was half-written when the run stopped; it is passed over.", broken)
     folder.rewind_log(step)
+    if checkpoint:
+        logger.info("resuming the run in %s from step %d.", folder.path, step)
+    elif started:
+        logger.info("the run in %s starts over: it has no whole checkpoint.", folder.path)
     return str(checkpoint) if checkpoint else None
 
 

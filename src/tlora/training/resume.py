@@ -1,0 +1,139 @@
+"""The same command again: it continues the run in its folder, or there is nothing left to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from typing import Any
+
+from tlora.errors import ConfigError
+from tlora.training.digests import input_digest, inputs_of
+from tlora.training.runconfig import RunConfig
+from tlora.training.runfolder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# Trainer fields that cannot change the weights; a resumed run may set them anew.
+_HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
+_ADVICE = "give it as it was, or choose another --output_dir."
+_MADE_BY = {"train": "run", "init": "initialization"}
+"""What each verb leaves in its folder."""
+
+
+def continued(
+    config: RunConfig, folder: RunFolder, verb: str
+) -> tuple[RunConfig, dict[str, str]] | None:
+    """Return the configuration to run with and the digests of what it reads; None: all is done.
+
+    Every process of a launch decides this from the files alone, before any of them writes.
+
+    Args:
+        config: what was asked for. With `resume`, a field at its default counts as not given and
+            is taken from the run in the folder.
+        folder: where the run is, or will be.
+        verb: "train" or "init".
+
+    Raises:
+        ConfigError: there is nothing to resume, the folder holds something else, or the run in it
+            was started with other values, rows or weights; each is named.
+    """
+    noun = _MADE_BY[verb]
+    if not folder.exists:
+        if config.resume:
+            raise ConfigError(
+                f"there is no {noun} in {folder.path} to resume; leave --resume out to start one,"
+                " or name its folder by --output_dir.",
+                where="run",
+            )
+        folder.refuse_unless_free()
+        return config, inputs_of(config)
+    if folder.verb != verb:
+        raise ConfigError(
+            f"{folder.path} holds the {_MADE_BY.get(folder.verb, 'result')} of `tlora"
+            f" {folder.verb}`, which `tlora {verb}` does not continue; choose another"
+            " --output_dir.",
+            where="output_dir",
+        )
+    if not (config.model or config.resume):
+        raise ConfigError(
+            "`model` is missing; give the whole command again, or add --resume to take it from the"
+            f" {noun} in {folder.path}.",
+            where="run",
+        )
+    saved = RunConfig.from_dict(folder.config())
+    merged = merge_saved(config, saved, _moved(config, saved, folder.inputs()))
+    inputs = inputs_of(merged)
+    folder.refuse_changed(inputs)
+    if folder.finished:
+        logger.info("%s holds this %s, finished; there is nothing to do.", folder.path, noun)
+        return None
+    return merged, inputs
+
+
+def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
+    """Return the given paths, by field, of what lies elsewhere now and is still the same."""
+    paths = {name: getattr(config, name) for name in digests}
+    return {
+        name: path
+        for name, path in paths.items()
+        if path not in (None, getattr(saved, name)) and input_digest(path) == digests[name]
+    }
+
+
+def merge_saved(
+    config: RunConfig, saved: RunConfig, moved: dict[str, str] | None = None
+) -> RunConfig:
+    """Return the configuration to continue with: the saved one, and what cannot change the weights.
+
+    Args:
+        config: what is asked for. With `resume`, a field at its default counts as not given.
+        saved: what the run was started with, with every default written out.
+        moved: new paths, by field, of files and folders that are the same elsewhere.
+
+    Raises:
+        ConfigError: a field differs from the saved run's; all such fields at once.
+    """
+    before = _flat(saved.resolved())  # with the options that a later version has, too
+    if config.resume:
+        default = _flat(RunConfig())
+        own = {name: value for name, value in _flat(config).items() if value != default.get(name)}
+        given = before | own
+    else:
+        given = _flat(config.resolved())
+        # The saved ones are those that the run has settled on.
+        given["data.label_names"] = given["data.label_names"] or before["data.label_names"]
+    same = {"output_dir", "resume", *(moved or {})}
+    if given["method"] != before["method"]:  # whose options are others
+        same |= {name for name in before if name.startswith("adapter.")} - given.keys()
+    faults = [
+        f"`{name}` {_words(given, name, 'is')}, but {config.output_dir} was started"
+        f" {_words(before, name, 'with')}; {_ADVICE}"
+        for name in dict.fromkeys([*given, *before])
+        if given.get(name) != before.get(name) and name not in same and not _is_harmless(name)
+    ]
+    if faults:
+        raise ConfigError(faults, where="run")
+    trainer = {n.removeprefix("trainer."): v for n, v in given.items() if n.startswith("trainer.")}
+    own_paths: dict[str, Any] = {**(moved or {}), "output_dir": config.output_dir}
+    return dataclasses.replace(saved, resume=config.resume, trainer=trainer, **own_paths)
+
+
+def _is_harmless(name: str) -> bool:
+    section, _, field = name.partition(".")
+    return section == "trainer" and field.startswith(_HARMLESS)
+
+
+def _words(values: dict[str, Any], name: str, verb: str) -> str:
+    if name in values:
+        return f"{verb} {values[name]!r}"
+    return "is not given" if verb == "is" else "without it"
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Return the fields as JSON holds them, those of sections and open fields by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config.to_dict())).items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return flat
