@@ -87,8 +87,8 @@ def test_the_same_command_again_keeps_what_is_finished_and_does_the_rest(result,
     shutil.copytree(result[0], folder)
     (folder / "plan.html").write_text("a page")
     (folder / "notes.txt").write_text("mine")
-    run = json.loads((folder / "tlora" / "run.json").read_text())
-    (folder / "tlora" / "run.json").write_text(json.dumps(run | {"status": "started"}))
+    second = demo.RunFolder(folder / "tlora")
+    second.start(second.config(), "train", None, second.inputs())
     (folder / "test.jsonl").unlink()
     kept = (folder / "lora" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     with shortened():

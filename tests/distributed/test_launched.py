@@ -89,8 +89,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     weights = (folder.adapter / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder.adapter)
     shutil.rmtree(folder.checkpoints / "checkpoint-2")
-    run = json.loads((folder.path / "run.json").read_text())
-    (folder.path / "run.json").write_text(json.dumps(run | {"status": "started"}))
+    folder.start(folder.config(), "train", None, folder.inputs())
     said = launched(command).stderr
     assert said.count(f"resuming the run in {folder.path} from step 1.") == 1
     assert (folder.adapter / "adapter_model.safetensors").read_bytes() == weights

@@ -139,9 +139,9 @@ def test_results_of_other_settings_are_not_mixed(config, demo_file):
     with pytest.raises(ConfigError) as error:
         evaluate.run(config(limit=5, gen_kwargs={"max_gen_toks": 3}))
     assert error.value.faults == (
-        "`limit` is 5, but out was made with 4; choose another --output_dir.",
-        "`gen_kwargs` is {'max_gen_toks': 3}, but out was made with {}; choose another"
-        " --output_dir.",
+        "`limit` is 5, but out was made with 4; give it as it was, or choose another --output_dir.",
+        "`gen_kwargs` is {'max_gen_toks': 3}, but out was made with {}; give it as it was, or"
+        " choose another --output_dir.",
     )
     with pytest.raises(ConfigError, match="out has another model called 'drawn'"):
         evaluate.run(config(limit=4, models=[f"drawn={BASE_MODEL}"], with_base=False))

@@ -251,8 +251,7 @@ def test_an_unfinished_initialization_starts_clean(finished, config, resume, cap
     folder = finished("init", same.output_dir)
     adapter = weights(folder)
     plan = folder.plan.read_bytes()
-    run = json.loads((folder.path / "run.json").read_text())
-    (folder.path / "run.json").write_text(json.dumps(run | {"status": "started"}))
+    folder.start(folder.config(), "init", None, folder.inputs())
     folder.plan.write_bytes(b"of the killed one")
     (folder.adapter / "stray").touch()
     with pytest.raises(ConfigError, match="`seed` is 4"):

@@ -219,7 +219,7 @@ class EvaluationRecord:
             if finished and before.get(name) != value:
                 faults.append(
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
-                    f" {before.get(name)!r}; choose another --output_dir."
+                    f" {before.get(name)!r}; give it as it was, or choose another --output_dir."
                 )
         for evaluated in self._evaluated:
             known = self._models.get(evaluated.name, {})
