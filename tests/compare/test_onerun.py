@@ -77,6 +77,28 @@ def test_a_comparison_runs_to_its_end(compared):
     assert sorted(p.name.split("-")[0] for p in folder.adapters.iterdir()) == ["lora", "tlora"]
 
 
+def test_the_same_command_again_does_what_is_missing(compared, shared, tmp_path, monkeypatch):
+    folder = CompareFolder(shutil.copytree(compared[1].path, tmp_path / "out"))
+    (tmp_path / "killed").mkdir()  # as a command leaves it that is killed before its first record
+    (tmp_path / "killed" / ".lock").touch()
+    first = next(name for name in folder.names() if name.startswith("lora") and "final" in name)
+    jobs = []
+    monkeypatch.setattr(Workers, "work", lambda self, ready, settled: jobs.append(ready()))
+
+    def again(path="out", **fields):
+        jobs.clear()
+        compare.run(CompareConfig(**shared | {"output_dir": str(tmp_path / path)} | fields))
+        return jobs[0] and jobs[0].name
+
+    assert again() is None
+    kept = {name: folder.record(name) for name in folder.names()}
+    assert again("killed").startswith("lora-lr0.01-seed0-tuning")
+    assert again(learning_rates=[1e-3]).startswith("lora-lr0.001-seed0-tuning")
+    assert {name: folder.record(name) for name in folder.names()} == kept
+    folder.record_file(first).unlink()
+    assert again() == first
+
+
 def test_the_page_is_made_from_the_files_alone(compared, tmp_path, capsys):
     _, folder, _ = compared
     copy = tmp_path / "elsewhere"

@@ -93,6 +93,8 @@ def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatc
             raise KeyboardInterrupt
         return ask(self, lm)
 
+    Path("out").mkdir()  # as a command leaves it that is killed before its first record
+    Path("out/.lock").touch()
     with monkeypatch.context() as patch:
         patch.setattr(HarnessTask, "evaluate", stopped)
         with pytest.raises(KeyboardInterrupt, match="the same command does the rest"):
@@ -105,6 +107,9 @@ def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatc
     assert loaded == ["drawn"]
     (task,) = EvalFolder("out").read()["tasks"]
     assert list(task["scores"]) == ["base", "drawn"]
+    loaded.clear()
+    evaluate.run(config())
+    assert loaded == []
 
 
 def test_models_can_be_added_to_a_table(config, loaded):
