@@ -74,6 +74,36 @@ class DemoResult:
     seconds: float
 
 
+def check(output_dir: str, seed: int = 0, rows_only: bool = False) -> dict[str, Any]:
+    """Check that a folder is free or holds this very demonstration, without writing anything.
+
+    Returns:
+        What `demo.json` says of it, now or when it is started.
+
+    Raises:
+        ConfigError: the folder holds something else, or another demonstration.
+    """
+    file = Path(output_dir) / _MARK
+    mine = {"kind": "tlora demo", "seed": seed, "rows_only": rows_only}
+    if not file.is_file():
+        RunFolder(output_dir).refuse_unless_free()
+        return mine
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("kind") != mine["kind"]:
+        raise ConfigError(
+            f"{file} was not written by `tlora demo`; choose another --output_dir.", "output_dir"
+        )
+    faults = [
+        f"`{name}` is {value!r}, but {output_dir} was started with {found.get(name)!r}; give it as"
+        " it was, or choose another --output_dir."
+        for name, value in mine.items()
+        if found.get(name) != value
+    ]
+    if faults:
+        raise ConfigError(faults, where="demo")
+    return mine | found
+
+
 def run(
     output_dir: str,
     seed: int = 0,
@@ -93,10 +123,11 @@ def run(
         AdapterError: PEFT's reload gives other logits.
     """
     folder = Path(output_dir)
-    mine = _claim(folder, seed, rows_only=False)
+    mark = check(output_dir, seed)
+    write_json(folder / _MARK, mark)
     with _one_thread():
         result = _run(folder, seed, tell, steps)
-    write_json(folder / _MARK, mine | {"scores": [vars(score) for score in result.scores]})
+    write_json(folder / _MARK, mark | {"scores": [vars(score) for score in result.scores]})
     return result
 
 
@@ -118,43 +149,12 @@ def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Pat
     from tlora.demo import corpus
 
     folder = Path(output_dir)
-    _claim(folder, seed, rows_only=True)
+    write_json(folder / _MARK, check(output_dir, seed, rows_only=True))
     for form in corpus.SHIFTED:
         train_rows, test_rows = corpus.shifted_task(seed, test=test, form=form)
         _write_rows(folder / form / "train.jsonl", train_rows)
         _write_rows(folder / form / "test.jsonl", test_rows)
     return {form: folder / form for form in corpus.SHIFTED}
-
-
-def _claim(folder: Path, seed: int, rows_only: bool) -> dict[str, Any]:
-    """Mark ``folder`` as this demonstration's, which the same command may use again.
-
-    Returns:
-        What the mark says.
-
-    Raises:
-        ConfigError: the folder holds something else, or another demonstration.
-    """
-    file = folder / _MARK
-    mine = {"kind": "tlora demo", "seed": seed, "rows_only": rows_only}
-    if not file.is_file():
-        RunFolder(folder).refuse_unless_free()
-        write_json(file, mine)
-        return mine
-    found = read_json(file)
-    if not isinstance(found, dict) or found.get("kind") != mine["kind"]:
-        raise ConfigError(
-            f"{file} was not written by `tlora demo`; choose another --output_dir.", "output_dir"
-        )
-    faults = [
-        f"`{name}` is {value!r}, but {folder} was started with {found.get(name)!r}; give it as it"
-        " was, or choose another --output_dir."
-        for name, value in mine.items()
-        if found.get(name) != value
-    ]
-    if faults:
-        raise ConfigError(faults, where="demo")
-    return mine
 
 
 def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> DemoResult:
