@@ -74,7 +74,7 @@ def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
 
 
 LAYERS = (
-    ("errors", "extras", "files", "presets", "registry"),
+    ("errors", "extras", "files", "integrity", "presets", "registry"),
     ("checks", "yamlfiles"),
     ("config",),
     ("linalg",),

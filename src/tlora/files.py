@@ -1,7 +1,7 @@
 """Writing so that a killed process leaves the last good state: to a temporary name, then rename.
 
-Tensors go to safetensors, everything else to JSON (in a safetensors file: in its header). No
-pickle is read or written.
+Tensors go to safetensors, everything else to JSON (in a safetensors file: in its header), each with
+a digest that is checked on reading. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora import integrity
 from tlora.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 _HEADER_KEY = "tlora"
+_STATE_KEY = "digest"
+_LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(part|old)")
 
 
 @contextlib.contextmanager
@@ -67,6 +71,37 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file or folder of this name is one that a killed process was writing."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what killed processes were writing directly in ``folder``, whose lock is held.
+
+    A folder that was set aside for a new one, which was then not put in place, gives way to it.
+
+    Args:
+        folder: where to look; it need not exist.
+        names: the files and folders that are written there; None: whatever the name.
+    """
+    found = {}
+    for path in folder.glob(".*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and (names is None or match[1] in names):
+            found[path] = folder / match[1]
+    for path, target in found.items():
+        if path.suffix == ".old" and not target.exists():
+            # The old folder is moved only once the new one is whole.
+            new = path.with_suffix(".part")
+            (new if new.exists() else path).replace(target)
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def refuse_unusable(folder: Path) -> None:
@@ -140,7 +175,7 @@ def _opened(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder may go with its lock file between these two lines.
         with contextlib.suppress(FileNotFoundError):
-            return os.open(path, os.O_CREAT | os.O_RDWR)
+            return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -176,16 +211,71 @@ def read_json(path: str | Path) -> Any:
         raise ArtifactError(f"{path}: not JSON ({error}); the file is damaged.") from error
 
 
+def write_state(path: str | Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as `write_json` does, with a digest that `read_state` checks."""
+    write_json(path, value | {_STATE_KEY: integrity.json_digest(value)})
+
+
+def read_state(path: str | Path, advice: str = "put it back as it was, or make it again") -> Any:
+    """Read what `write_state` wrote, without its digest.
+
+    Args:
+        path: the file.
+        advice: what to do about an edited or damaged file.
+
+    Raises:
+        ArtifactError: the file is missing, is not JSON, or does not match its digest.
+    """
+    try:
+        found = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{str(error).removesuffix('.')}; {advice}.") from error
+    if not isinstance(found, dict) or _STATE_KEY not in found:
+        raise ArtifactError(f"{path}: not written by `tlora`, or without its digest; {advice}.")
+    expected = found.pop(_STATE_KEY)
+    if expected != integrity.json_digest(found):
+        raise ArtifactError(
+            f"{path}: {integrity.MISMATCH}, so it was edited or is damaged; {advice}."
+        )
+    return found
+
+
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Any) -> None:
-    """Write tensors with a JSON ``header`` into one safetensors file, atomically."""
+    """Write tensors with a JSON ``header`` and a digest into one safetensors file, atomically."""
     from safetensors.torch import save_file
 
+    # Room for the digest, which is then written in place.
+    metadata = {_HEADER_KEY: json.dumps(header), integrity.DIGEST_KEY: "0" * 64}
     with replacing_file(path) as part:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             part,
-            metadata={_HEADER_KEY: json.dumps(header)},
+            metadata=metadata,
         )
+        seal_tensors(part)
+
+
+def seal_tensors(path: str | Path) -> None:
+    """Put the digest of a finished safetensors file, whoever wrote it, into its header.
+
+    A file with room for it is changed in place, another one is written anew and replaced.
+    """
+    path = Path(path)
+    with path.open("r+b") as file:
+        header = integrity.read_header(file)
+        start = file.tell()
+        digest = integrity.tensors_digest(header, file)
+        header.setdefault(integrity.METADATA, {})[integrity.DIGEST_KEY] = digest
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        if 8 + len(text) == start:
+            file.seek(8)
+            file.write(text)
+            return
+        file.seek(start)
+        with replacing_file(path) as part, part.open("wb") as sealed:
+            sealed.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, sealed, 2**20)
 
 
 def read_tensors(
@@ -199,19 +289,22 @@ def read_tensors(
         version: what the header's "format" should be; None: the kind has no formats.
 
     Raises:
-        ArtifactError: the file is missing, damaged, of another format, or holds another kind of
-            artifact.
+        ArtifactError: the file is missing, does not match its digest, is of another format, or
+            holds another kind of artifact.
     """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise ArtifactError(f"{path}: there is no such file.")
     try:
+        whole = integrity.has_digest(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path}: not a readable safetensors file ({error}).") from error
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable safetensors file: {error}; the file is damaged, make it again."
+        ) from error
     if header.get("kind") != kind:
         raise ArtifactError(
             f"{path}: this is {header.get('kind', 'no tlora file')!r}, not {kind!r}."
@@ -220,5 +313,9 @@ def read_tensors(
         raise ArtifactError(
             f"{path}: it has format {header.get('format')!r} and this version of tlora reads"
             f" {version}; make it again, or read it with the version that wrote it."
+        )
+    if not whole:
+        raise ArtifactError(
+            f"{path}: it has no digest, so whether it is whole is unknown; make it again."
         )
     return tensors, header

@@ -14,6 +14,7 @@ from tlora.adapter.freeze import freeze_a
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.errors import AdapterError, MisfitError
+from tlora.integrity import has_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,16 +73,17 @@ def check_saved(path: str | Path, model: nn.Module) -> None:
     Layers without `in_features` are left to PEFT, and so is an adapter on the Hub.
 
     Raises:
-        AdapterError: a file is cut off or damaged.
+        AdapterError: a file is cut off or damaged, or does not match the digest that it carries.
         MisfitError: a matrix has other sizes.
     """
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         return
     try:
+        has_digest(file)  # an adapter that others saved has none
         with safe_open(file, framework="pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise AdapterError(
             f"{file}: cut off or damaged ({error}); save or copy the adapter again."
         ) from error

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, refuse_unless_free, write_json
+from tlora.files import clear_leftovers, locked, read_state, refuse_unless_free, write_state
 
 _KIND = "tlora comparison"
+_FILES = ("compare.json", "report.html", "report.md", "report.csv")
 RUN_HEADER = {"kind": "tlora comparison run", "version": 1}
 
 
@@ -42,7 +43,7 @@ class CompareFolder:
 
     def start(self, comparison: dict[str, Any]) -> None:
         """Write down what is about to run."""
-        write_json(self._comparison, {"kind": _KIND, "version": 1} | comparison)
+        write_state(self._comparison, {"kind": _KIND, "version": 1} | comparison)
 
     def read(self) -> dict[str, Any]:
         """Return what `start` wrote.
@@ -52,7 +53,7 @@ class CompareFolder:
         """
         if not self.exists:
             raise ArtifactError(f"{self.path}: there is no compare.json; no comparison is here.")
-        found = read_json(self._comparison)
+        found = read_state(self._comparison)
         if not isinstance(found, dict) or found.get("kind") != _KIND:
             raise ArtifactError(f"{self._comparison}: not written by `tlora compare`.")
         return found
@@ -70,17 +71,14 @@ class CompareFolder:
         file = self.record_file(name)
         if not file.is_file():
             return None
-        try:
-            record = read_json(file)
-        except ArtifactError as fault:
-            raise ArtifactError(f"{fault} Remove it, and its run is done again.") from fault
+        record = read_state(file, "remove it, and its run is done again")
         if not isinstance(record, dict) or record.get("kind") != RUN_HEADER["kind"]:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
         return record
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run, atomically."""
-        write_json(self.record_file(name), RUN_HEADER | record)
+        write_state(self.record_file(name), RUN_HEADER | record)
 
     def names(self) -> list[str]:
         """Return the names of all records."""
@@ -101,4 +99,7 @@ class CompareFolder:
             where="output_dir",
         )
         with locked(self.path / ".lock", refusal):
+            clear_leftovers(self.path, _FILES)
+            for folder in (self.runs, self.adapters):
+                clear_leftovers(folder)
             yield

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.compare.compareconfig import EXACT_MATCH
 from tlora.errors import DataError
-from tlora.files import write_json
+from tlora.files import write_state
 from tlora.training.runconfig import RunConfig, SharedConfig
 from tlora.training.runfolder import RunFolder, provenance
 from tlora.training.setup import Setup, settle
@@ -49,7 +49,7 @@ def run(payload: dict[str, Any]) -> None:
         measured = _train(payload, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    write_json(payload["file"], payload["record"] | {"status": "finished"} | measured)
+    write_state(payload["file"], payload["record"] | {"status": "finished"} | measured)
 
 
 def portable(config: SharedConfig) -> dict[str, Any]:

@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, refuse_unless_free, replacing_file, write_json
+from tlora.files import (
+    clear_leftovers,
+    locked,
+    read_state,
+    refuse_unless_free,
+    replacing_file,
+    write_state,
+)
 
 _MADE_BY = ("tlora evaluation", 1)
+_FILES = ("eval.json", "report.html", "report.md", "report.csv")
 
 
 class EvalFolder:
@@ -31,6 +39,7 @@ class EvalFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.samples = self.path / "samples"
+        self.judgments = self.path / "judgments"
         self._file = self.path / "eval.json"
         self._lock = self.path / ".lock"
 
@@ -47,7 +56,7 @@ class EvalFolder:
         """
         if not self.exists:
             raise ArtifactError(f"{self.path}: there is no eval.json; no evaluation is here.")
-        found = read_json(self._file)
+        found = read_state(self._file)
         if not isinstance(found, dict) or (found.get("kind"), found.get("format")) != _MADE_BY:
             raise ArtifactError(f"{self._file}: not written by this version's `tlora eval`.")
         return found
@@ -73,12 +82,15 @@ class EvalFolder:
             where="output_dir",
         )
         with locked(self._lock, refusal):
+            clear_leftovers(self.path, _FILES)
+            for folder in (self.judgments, *self.samples.glob("*/")):
+                clear_leftovers(folder)
             yield
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""
         kind, form = _MADE_BY
-        write_json(self._file, {"kind": kind, "format": form} | evaluation)
+        write_state(self._file, {"kind": kind, "format": form} | evaluation)
 
     def samples_file(self, model: str, task: str) -> Path:
         """Return where the samples of a pair are, or will be."""

@@ -82,7 +82,7 @@ def _grade(
     scores = {}
     for model in entry["scores"]:
         lines = folder.read_samples(model, entry["name"])
-        replies = judge(lines, config.judge, folder.path / "judgments", f"{model}: judging")
+        replies = judge(lines, config.judge, folder.judgments, f"{model}: judging")
         lines = [graded(*each) for each in zip(lines, replies, strict=True)]
         took[model], scores[model] = counts(replies), means(lines)
         entry["metrics"] = metric_names(lines)

@@ -13,6 +13,7 @@ from lm_eval.models.vllm_causallms import VLLM
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.loading import load, load_tokenizer, release
+from tlora.models.pretrained import check_weights
 
 
 class MergedVLLM(VLLM):
@@ -26,6 +27,7 @@ class MergedVLLM(VLLM):
 
     def __init__(self, evaluated: EvaluatedModel, config: EvalConfig) -> None:
         place = evaluated.model
+        check_weights(place)
         if evaluated.kind == "merged":
             self._merged = tempfile.TemporaryDirectory(prefix="tlora-merged-")
             place = self._merged.name

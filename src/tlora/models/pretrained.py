@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from tlora import extras
 from tlora.errors import ConfigError, first_line
+from tlora.integrity import has_digest
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +92,10 @@ class Pretrained:
             The model, and the names of its parameters that the checkpoint lacks.
 
         Raises:
-            ConfigError: there is no such model, it has no such head, or it cannot be quantized as
-                asked.
+            ConfigError: there is no such model, its weights do not match the digest that they
+                carry, it has no such head, or it cannot be quantized as asked.
         """
+        check_weights(self.name)
         options = self._quantized(device) | dict(fields or {})
         if parallelize:
             options["device_map"] = "auto"
@@ -157,3 +159,18 @@ def check_model_folder(model: str | None) -> None:
         raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
         raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
+
+
+def check_weights(model: str) -> None:
+    """Check the weights in a model's folder against the digests that those of a run carry.
+
+    Raises:
+        ConfigError: a file does not match.
+    """
+    for file in sorted(Path(model).glob("*.safetensors")):
+        try:
+            has_digest(file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{file} is cut off or damaged ({error}); save or copy the model again.", "model"
+            ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from tlora.integrity import file_digest
 from tlora.training.runconfig import RunConfig
 
 _EDGE_BYTES = 2**20
@@ -26,15 +27,6 @@ def input_digest(path: str | None) -> str | None:
     if path and Path(path).is_dir():
         return model_identity(path)
     return file_digest(path) if path and Path(path).is_file() else None
-
-
-def file_digest(path: str | Path) -> str:
-    """Return a digest of a file's content."""
-    found = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def model_identity(model: str | None) -> str:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.files import replacing_folder
+from tlora.files import replacing_folder, seal_tensors
 from tlora.training.arguments import training_arguments
 from tlora.training.precision import widen
 from tlora.training.resume import continued
@@ -78,9 +78,11 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
 
 
 def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
-    """Write the adapter and the tokenizer, all of it or nothing."""
+    """Write the adapter, with digests in its tensors' headers, and the tokenizer, or nothing."""
     with replacing_folder(path) as part:
         prepared.save(part)
+        for file in part.glob("*.safetensors"):
+            seal_tensors(file)
         setup.tokenizer.save_pretrained(part)
         for file in part.iterdir():
             # safetensors makes files private; a server under another user reads adapters too.

@@ -3,18 +3,18 @@
 ::
 
     run.json           the resolved configuration, digests of the rows and of the base model,
-                       whether the run is finished, what it took
+                       whether the run is finished, what it took; with its own digest
     provenance.json    versions, seed, git commit and machine, one record for each start
     plan.safetensors   the plan of the adapter, if the method makes one; or
     initial.safetensors  A and B before training, if the method decides them
     log.jsonl          every line that the trainer logs
-    checkpoints/       the trainer's checkpoint-N folders
+    checkpoints/       the trainer's checkpoint-N folders, each with a manifest.json
     adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer
     metrics.json       the scores, where there are rows to evaluate on
     .lock              while a process is at the run
 
-Small files and the adapter are written aside and renamed. Checkpoints are written by the trainer
-file by file, its state last; `RunFolder.last_checkpoint` tells the whole ones from the rest.
+Small files and the adapter are written aside and renamed; the next command removes what a killed
+one had aside. Tensors carry a digest in their header. Checkpoints: `tlora.training.checkpoints`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,34 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ArtifactError, ConfigError
-from tlora.files import locked, read_json, refuse_unusable, replacing_file, write_json
+from tlora.files import (
+    clear_leftovers,
+    is_leftover,
+    locked,
+    read_json,
+    read_state,
+    refuse_unusable,
+    replacing_file,
+    write_json,
+    write_state,
+)
+from tlora.training.checkpoints import last_whole
 
 if TYPE_CHECKING:
     from tlora.methods.base import Plan
+
+logger = logging.getLogger(__name__)
 
 _KIND = "tlora run"
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -82,7 +94,9 @@ class RunFolder:
         return self._read()["config"]
 
     def _read(self) -> dict[str, Any]:
-        run = read_json(self._run)
+        run = read_state(
+            self._run, "put it back as it was, or start a new run in another --output_dir"
+        )
         if not isinstance(run, dict) or run.get("kind") != _KIND or "config" not in run:
             raise ArtifactError(f"{self._run}: not written by `tlora`; choose another folder.")
         return run
@@ -94,9 +108,13 @@ class RunFolder:
             ConfigError: the folder holds anything at all.
         """
         refuse_unusable(self.path)
-        if any(path.is_file() and path != self._lock for path in self.path.rglob("*")):
+        if any(path.is_file() and not self._passing(path) for path in self.path.rglob("*")):
             fault = f"{self.path} is not empty and holds no run; choose another --output_dir."
             raise ConfigError(fault, where="output_dir")
+
+    def _passing(self, path: Path) -> bool:
+        """Whether a file is of no run: the lock, or what a killed process was writing."""
+        return path == self._lock or any(map(is_leftover, path.relative_to(self.path).parts))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -120,6 +138,9 @@ class RunFolder:
             where="output_dir",
         )
         with locked(self._lock, refusal):
+            written = (self._run, self._provenance, self.plan, self.initial, self.log)
+            written += (self.adapter, self.metrics)
+            clear_leftovers(self.path, {path.name for path in written})
             try:
                 yield
             finally:
@@ -166,12 +187,21 @@ class RunFolder:
             inputs: digests of what is read, which a resumed run is held to.
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
-        write_json(self._run, run | {"inputs": inputs or {}})
-        starts = read_json(self._provenance)["starts"] if self._provenance.is_file() else []
-        starts.append(provenance(seed=config.get("seed"), output=self.path))
-        write_json(self._provenance, {"starts": starts})
+        write_state(self._run, run | {"inputs": inputs or {}})
+        start = provenance(seed=config.get("seed"), output=self.path)
+        write_json(self._provenance, {"starts": [*self._starts(), start]})
         if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
             plan.save(self.path)
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """Return the provenance of earlier starts, as far as it can be read."""
+        if not self._provenance.is_file():
+            return []
+        try:
+            return list(read_json(self._provenance)["starts"])
+        except (ArtifactError, KeyError, TypeError):
+            logger.warning("%s is damaged; it begins anew with this start.", self._provenance)
+            return []
 
     def clear(self) -> None:
         """Remove what an unfinished run left, but for `run.json`, which `start` replaces."""
@@ -191,31 +221,15 @@ class RunFolder:
 
     def finish(self, measured: dict[str, Any] | None = None) -> None:
         """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
-        write_json(self._run, self._read() | {"status": "finished", "measured": measured or {}})
+        write_state(self._run, self._read() | {"status": "finished", "measured": measured or {}})
 
     def measured(self) -> dict[str, Any]:
         """Return what a finished run measured: trainable parameters, seconds of each stage."""
         return self._read().get("measured", {})
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint; one that a kill left half-written is passed over."""
-        good = [path for path in self._checkpoint_folders() if _is_whole(path)]
-        return good[-1] if good else None
-
-    def drop_checkpoints_after(self, step: int) -> list[Path]:
-        """Remove, and return, what a killed run left beyond ``step``, where it goes on.
-
-        The trainer would write into those half-written folders, and count them as good when it
-        deletes old ones.
-        """
-        beyond = [path for path in self._checkpoint_folders() if (_step(path.name) or 0) > step]
-        for path in beyond:
-            shutil.rmtree(path)
-        return beyond
-
-    def _checkpoint_folders(self) -> list[Path]:
-        found = (path for path in self.checkpoints.glob("checkpoint-*") if _step(path.name))
-        return sorted(found, key=lambda path: _step(path.name) or 0)
+        """Return the newest whole checkpoint; a half-written or damaged one is passed over."""
+        return last_whole(self.checkpoints)
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Add one line to the log."""
@@ -226,52 +240,17 @@ class RunFolder:
         """Drop the lines after ``step``, which a run resumed from there will write again."""
         if not self.log.is_file():
             return
-        kept = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        kept, damaged = [], []
+        for number, line in enumerate(self.log.read_bytes().splitlines(), 1):
             try:
                 if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # the last line of a killed process
+                    kept.append(line + b"\n")
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                damaged.append(number)
+        if damaged:
+            logger.warning("%s: lines %s are damaged and left out.", self.log, damaged)
         with replacing_file(self.log) as part:
-            part.write_text("".join(kept), encoding="utf-8")
-
-
-def _step(name: str) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", name)
-    return int(match[1]) if match else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is complete.
-
-    The trainer writes its state last, so a state that reads means that the files before it were
-    closed; their own ends are looked at as well, for a disk that was full.
-    """
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint.name):
-        return False
-    weights = [*checkpoint.glob("*.safetensors")]
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    # Sharded optimizers (DeepSpeed, FSDP) are kept in folders instead.
-    has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
-        path.is_dir() for path in checkpoint.iterdir()
-    )
-    readable = all(map(_is_safetensors, weights)) and all(map(zipfile.is_zipfile, archives))
-    return bool(weights) and has_optimizer and readable
-
-
-def _is_safetensors(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+            part.write_bytes(b"".join(kept))
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training.arguments import texts, training_arguments
+from tlora.training.checkpoints import guard_checkpoints, rewind
 from tlora.training.initialize import adapt, save_adapter
 from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
@@ -142,6 +143,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     )
     replace_bar(trainer)
     keep_dtypes(trainer)
+    guard_checkpoints(trainer)
     return trainer
 
 
@@ -171,10 +173,8 @@ def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> str | None:
 
 
 def _rewound(folder: RunFolder, started: bool) -> str | None:
-    checkpoint = folder.last_checkpoint()
+    checkpoint = rewind(folder.checkpoints)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    for broken in folder.drop_checkpoints_after(step):
-        logger.warning("%s was half-written when the run stopped; it is passed over.", broken)
     folder.rewind_log(step)
     if checkpoint:
         logger.info("resuming the run in %s from step %d.", folder.path, step)

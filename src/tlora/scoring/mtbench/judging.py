@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tlora.errors import ArtifactError, JudgeError
-from tlora.files import read_json, write_json
+from tlora.files import read_state, write_state
 from tlora.scoring.mtbench.endpoint import Reply, completions_url, connected, request_body
 from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.scoring.mtbench.prompts import OURS, JudgePrompts, read_prompts
@@ -139,7 +139,7 @@ def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging")
             f"{there} of {len(bodies)} judgments are made and kept in {kept}; the same command"
             f" asks for the rest. The first failure: {error}"
         ) from error
-    return [Reply(**read_json(file)["reply"]) for file in files]
+    return [Reply(**read_state(file)["reply"]) for file in files]
 
 
 def _ask(missing: list[tuple[dict[str, Any], Path]], config: JudgeConfig, title: str) -> None:
@@ -148,7 +148,7 @@ def _ask(missing: list[tuple[dict[str, Any], Path]], config: JudgeConfig, title:
 
         def ask(body: dict[str, Any], file: Path) -> None:
             reply = dataclasses.asdict(endpoint.request(body))
-            write_json(file, {"url": completions_url(config), "request": body, "reply": reply})
+            write_state(file, {"url": completions_url(config), "request": body, "reply": reply})
 
         running = [pool.submit(ask, *each) for each in missing]
         try:
@@ -166,6 +166,6 @@ def _digest(value: dict[str, Any]) -> str:
 def _reply_in(file: Path) -> Reply | None:
     """Return a kept reply, or None if it has to be asked; so where its file is damaged."""
     try:
-        return Reply(**read_json(file)["reply"])
+        return Reply(**read_state(file)["reply"])
     except (ArtifactError, KeyError, TypeError):
         return None
