@@ -22,8 +22,16 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 # Weights, optimizer, scheduler, scaler, random states; sharded engines keep theirs in folders.
-_STATE = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "trainer_state.json", "latest")
-_STATE += ("*/**/*",)
+_STATE = (
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "trainer_state.json",
+    "latest",
+    "*/**/*",
+)
 
 
 def guard_checkpoints(trainer: Any) -> None:

@@ -138,8 +138,8 @@ class RunFolder:
             where="output_dir",
         )
         with locked(self._lock, refusal):
-            written = (self._run, self._provenance, self.plan, self.initial, self.log)
-            written += (self.adapter, self.metrics)
+            plans, logs = (self.plan, self.initial), (self.log, self._provenance)
+            written = (self._run, *plans, *logs, self.adapter, self.metrics)
             clear_leftovers(self.path, {path.name for path in written})
             try:
                 yield
