@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tlora.files import write_json
+from tlora.files import write_state
 
 FOREVER = 600
 
@@ -43,7 +43,7 @@ def run(payload: dict[str, Any]) -> None:
     mine.unlink()
     rows = "test" if record["phase"] == "final" else "validation"
     value = score(record["method"], record["learning_rate"], record["seed"])
-    write_json(
+    write_state(
         payload["file"], record | {"status": "finished", "scores": {rows: {"accuracy": value}}}
     )
     if record["name"].startswith(_word(home / "late")):

@@ -13,6 +13,7 @@ from tlora.errors import AdapterError, ConfigError
 from tlora.evaluate import loading
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import resolve
+from tlora.files import write_state
 
 
 def found(*models, **fields):
@@ -25,7 +26,7 @@ def adapters(here, demo_adapter):
     """Two adapters of one base: a folder of its own, and the run of a training."""
     shutil.copytree(demo_adapter, "one")
     shutil.copytree(demo_adapter, "runs/two/adapter")
-    (here / "runs/two/run.json").write_text(json.dumps({"kind": "tlora run", "config": {}}))
+    write_state(here / "runs/two/run.json", {"kind": "tlora run", "config": {}})
     return "one", "runs/two"
 
 
@@ -76,7 +77,7 @@ def test_every_fault_is_named_at_once(adapters, here):
     (here / "empty").mkdir()
     (here / "unfinished").mkdir()
     run = {"kind": "tlora run", "verb": "init", "config": {}}
-    (here / "unfinished/run.json").write_text(json.dumps(run))
+    write_state(here / "unfinished/run.json", run)
     words = [
         "one",
         "lost",

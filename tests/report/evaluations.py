@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.evaluate.evalfolder import EvalFolder
-from tlora.files import read_json, write_json
+from tlora.files import read_state, write_state
 
 PROVENANCE = {
     "python": "3.11.7",
@@ -82,4 +82,4 @@ def write(folder: Path, tasks: Mapping[str, Mapping[str, list[Line]]], **fields:
 def change(folder: Path, **fields: Any) -> None:
     """Lay ``fields`` over eval.json."""
     file = folder / "eval.json"
-    write_json(file, read_json(file) | fields)
+    write_state(file, read_state(file) | fields)

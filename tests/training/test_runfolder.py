@@ -4,8 +4,6 @@ import os
 import subprocess
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tlora.errors import ArtifactError, ConfigError
 from tlora.training.runfolder import RunFolder, git_state, provenance
@@ -14,15 +12,6 @@ from tlora.training.runfolder import RunFolder, git_state, provenance
 @pytest.fixture
 def folder(tmp_path):
     return RunFolder(tmp_path / "run")
-
-
-def write_checkpoint(folder, step):
-    path = folder.checkpoints / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    save_file({"a": torch.ones(4)}, path / "adapter_model.safetensors")
-    torch.save({"step": step}, path / "optimizer.pt")
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
 
 
 def test_a_new_path_and_an_empty_folder_are_free(folder):
@@ -128,42 +117,6 @@ def test_git_state_is_the_commit_and_whether_other_files_changed(tmp_path):
         assert git_state(folder, tmp_path)["dirty"] is True
     (tmp_path / "results" / "a [b] beside").write_text("4")
     assert git_state(tmp_path, str(results)) == clean | {"dirty": True}
-
-
-def test_the_last_checkpoint_is_the_one_of_the_highest_step(folder):
-    assert folder.last_checkpoint() is None
-    for step in (2, 10, 9):
-        write_checkpoint(folder, step)
-    assert folder.last_checkpoint().name == "checkpoint-10"
-
-
-@pytest.mark.parametrize("text", [None, '{"global', '{"global_step": 3}'])
-def test_a_checkpoint_whose_state_is_not_whole_or_anothers_is_passed_over(folder, text):
-    write_checkpoint(folder, 2)
-    state = write_checkpoint(folder, 4) / "trainer_state.json"
-    state.write_text(text) if text else state.unlink()
-    assert folder.last_checkpoint().name == "checkpoint-2"
-
-
-@pytest.mark.parametrize("size", [None, 0.5])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
-def test_a_checkpoint_that_lacks_the_end_of_a_file_is_passed_over(folder, name, size):
-    write_checkpoint(folder, 2)
-    file = write_checkpoint(folder, 4) / name
-    if size is None:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: int(size * file.stat().st_size)])
-    assert folder.last_checkpoint().name == "checkpoint-2"
-
-
-def test_only_what_lies_beyond_the_resume_point_is_dropped(folder):
-    for step in (2, 4, 6):
-        write_checkpoint(folder, step)
-    (folder.checkpoints / "checkpoint-best").mkdir()
-    assert [path.name for path in folder.drop_checkpoints_after(4)] == ["checkpoint-6"]
-    left = sorted(path.name for path in folder.checkpoints.iterdir())
-    assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-best"]
 
 
 def test_rewinding_the_log_drops_later_lines_and_a_broken_last_one(folder):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,11 @@ _STATE = (
 def guard_checkpoints(trainer: Any) -> None:
     """Let a trainer seal its checkpoints, and leave its pickled arguments out of them.
 
-    ``training_args.bin`` may hold a token of the Hub, and nothing reads it. The manifest is written
-    before old checkpoints are deleted, so that one whole checkpoint is there at any moment; a
-    callback would come after that, hence the trainer's own methods.
+    The manifest is written before old checkpoints are deleted, so that a whole one is there at any
+    moment; a callback would come after that, hence the trainer's own methods.
     """
     save_checkpoint, load_best = trainer._save_checkpoint, trainer._load_best_model
     arguments = trainer.args
-
-    def save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if arguments.should_save:
-            folder = output_dir or arguments.output_dir
-            trainer.model.save_pretrained(folder, state_dict=state_dict)
-            trainer.processing_class.save_pretrained(folder)
 
     def save_whole(model: Any, trial: Any) -> None:
         limit, arguments.save_total_limit = arguments.save_total_limit, None
@@ -72,7 +66,34 @@ def guard_checkpoints(trainer: Any) -> None:
             )
         load_best()
 
-    trainer._save, trainer._save_checkpoint, trainer._load_best_model = save, save_whole, load_whole
+    trainer._save_checkpoint, trainer._load_best_model = save_whole, load_whole
+    trainer._save = _leaves_arguments_out(trainer._save)
+    trainer._push_from_checkpoint = _leaves_arguments_out(trainer._push_from_checkpoint)
+
+
+def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a trainer's method write no ``training_args.bin``.
+
+    The trainer pickles its arguments beside the weights, a token of the Hub among them, and nothing
+    reads the file.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        save = torch.save
+
+        def others(value: Any, *rest: Any, **options: Any) -> None:
+            if not isinstance(value, TrainingArguments):
+                save(value, *rest, **options)
+
+        torch.save = others
+        try:
+            method(*args, **kwargs)
+        finally:
+            torch.save = save
+
+    return wrapped
 
 
 def seal(checkpoint: Path) -> None:
