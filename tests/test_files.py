@@ -12,6 +12,7 @@ import torch
 
 from tlora.errors import ArtifactError, ConfigError
 from tlora.files import (
+    clear_leftovers,
     locked,
     read_json,
     read_tensors,
@@ -191,3 +192,81 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_l
     with locked(path, refusal):
         assert len(opened) == 2
         assert os.path.samestat(os.fstat(opened[1]), path.stat())
+
+
+def test_a_lock_file_has_the_rights_of_an_ordinary_file(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        with locked(tmp_path / ".lock", ConfigError("taken", where="here")):
+            assert stat.S_IMODE((tmp_path / ".lock").stat().st_mode) == 0o644
+    finally:
+        os.umask(old)
+
+
+def killed(write: Callable) -> None:
+    """Call ``write`` and leave what a kill leaves: no clean-up runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(StopHere):
+            write()
+
+
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    def half_file() -> None:
+        with replacing_file(tmp_path / "run.json"):
+            raise StopHere
+
+    def half_folder() -> None:
+        with replacing_folder(tmp_path / "adapter") as part:
+            (part / "half").touch()
+            raise StopHere
+
+    mine = [".hidden", ".a.part", "b.12345678.part", ".other.json.abcdefgh.part"]
+    for name in mine:
+        (tmp_path / name).touch()
+    killed(half_file)
+    killed(half_folder)
+    assert len(names(tmp_path)) == len(mine) + 2
+    clear_leftovers(tmp_path, {"run.json", "adapter"})
+    assert names(tmp_path) == sorted(mine)
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(mine[:-1])
+    clear_leftovers(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_folder_that_was_being_replaced_when_a_kill_came_is_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """The kill comes when the old one is set aside, or when the new one stands beside it."""
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "old").touch()
+    real, done = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if len(done) == moves:
+            raise StopHere
+        done.append(target)
+        return real(self, target)
+
+    def write() -> None:
+        with replacing_folder(path) as part:
+            (part / "new").touch()
+        raise StopHere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        killed(write)
+    assert path.exists() is (moves == 2)
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["adapter"]
+    assert names(path) == ["new"]
+
+
+def test_a_folder_that_alone_was_set_aside_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".adapter.abcdefgh.old").mkdir()
+    (tmp_path / ".adapter.abcdefgh.old" / "old").touch()
+    clear_leftovers(tmp_path)
+    assert names(tmp_path / "adapter") == ["old"]

@@ -184,9 +184,10 @@ def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path):
     trainer = Trainer(tmp_path)
     guard_checkpoints(trainer)
     best = write_checkpoint(tmp_path, 2)
-    trainer.state.best_model_checkpoint = str(best)
+    trainer.state.best_model_checkpoint = "where/the/run/was/checkpoint-2"
     trainer._load_best_model()
     assert trainer.loaded
+    assert trainer.state.best_model_checkpoint == str(best)
     trainer.loaded = False
     flip(best / "adapter_model.safetensors", 0.9)
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors: its content does not"):

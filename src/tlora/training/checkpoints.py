@@ -58,8 +58,10 @@ def guard_checkpoints(trainer: Any) -> None:
             delete_old(folder, limit, Path(best) if best else None)
 
     def load_whole() -> None:
-        best = trainer.state.best_model_checkpoint
-        if found := damage(Path(best)):
+        # A resumed run may lie in another place than the one that its state names.
+        best = Path(arguments.output_dir) / Path(trainer.state.best_model_checkpoint).name
+        trainer.state.best_model_checkpoint = str(best)
+        if found := damage(best):
             raise ArtifactError(
                 f"{found}; delete this checkpoint, which is the best, and all later ones, and"
                 " resume the run."
