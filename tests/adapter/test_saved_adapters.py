@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tlora import load_adapter
 from tlora.errors import AdapterError, MisfitError
+from tlora.files import seal_tensors
 
 
 def model(d_in: int = 6, d_out: int = 5) -> nn.Module:
@@ -44,6 +48,32 @@ def test_another_size_is_named_and_the_model_stays(folder, sizes, says):
 def test_weights_that_are_cut_off_are_named_and_the_model_stays(folder, kept):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
+    base = model()
+    before = parts(base)
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: cut off or damaged"):
+        load_adapter(base, folder)
+    assert parts(base) == before
+
+
+def test_a_sealed_adapter_loads_with_an_edited_configuration_as_one_without_a_digest_does(folder):
+    unsealed = load_adapter(model(), folder).state_dict()
+    seal_tensors(folder / "adapter_model.safetensors")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "mine"}))
+    (folder / "README.md").write_text("mine")
+    sealed = load_adapter(model(), folder).state_dict()
+    lora = [name for name in sealed if "lora_" in name]
+    assert len(lora) == 4
+    assert all(torch.equal(sealed[name], unsealed[name]) for name in lora)
+
+
+@pytest.mark.parametrize("place", [0, 0.1, 0.5, 0.9, 1])
+def test_a_flipped_bit_of_a_sealed_adapter_is_named_and_the_model_stays(folder, place):
+    file = folder / "adapter_model.safetensors"
+    seal_tensors(file)
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
     base = model()
     before = parts(base)
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: cut off or damaged"):

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import support
 from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.errors import ArtifactError, CalibrationError
+from tlora.files import seal_tensors
 
 
 @pytest.fixture
@@ -98,5 +99,8 @@ def test_other_and_damaged_files_are_named(stats, model, tmp_path):
     # In the header, whose length stays: a format of the same number of digits.
     assert whole.count(rb"\"format\": 5") == 1
     path.write_bytes(whole.replace(rb"\"format\": 5", rb"\"format\": 9"))
+    with pytest.raises(ArtifactError, match="its content does not match its digest"):
+        Calibration.load(path)
+    seal_tensors(path)
     with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 5"):
         Calibration.load(path)

@@ -16,6 +16,7 @@ from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.harness_task import HarnessTask
 from tlora.evaluations import catalog
+from tlora.files import seal_tensors
 
 
 @pytest.fixture
@@ -289,6 +290,17 @@ def test_a_cut_off_base_or_adapter_is_named(config, demo_adapter, saved, tiny_ll
     base = saved(tiny_llama())
     cut_off(Path(base) / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model: .* cannot be loaded: "):
+        evaluate.run(config(models=[base], with_base=False))
+
+
+def test_a_flipped_bit_of_a_model_that_a_run_saved_is_named(config, saved, tiny_llama):
+    base = saved(tiny_llama())
+    file = Path(base) / "model.safetensors"
+    seal_tensors(file)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: its content does not match its d"):
         evaluate.run(config(models=[base], with_base=False))
 
 

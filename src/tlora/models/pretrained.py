@@ -172,5 +172,5 @@ def check_weights(model: str) -> None:
             has_digest(file)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{file} is cut off or damaged ({error}); save or copy the model again.", "model"
+                f"{model!r} cannot be loaded: {file.name}: {error}; save or copy it again.", "model"
             ) from error
