@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,37 @@ def whole(config_in, tmp_path_factory) -> Callable[[str], bytes]:
         return (folder.adapter / "adapter_model.safetensors").read_bytes()
 
     return weights
+
+
+@pytest.fixture(scope="session")
+def stopped(config_in, tmp_path_factory):
+    """Return the folder of a run that Ctrl-C stopped after a step; made once."""
+
+    from tlora.training import train
+    from tlora.training.trainers import LogCallback
+
+    @functools.cache
+    def run(method, step):
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        path = tmp_path_factory.mktemp("stopped") / method
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(LogCallback, "on_step_end", stop)
+            train.run(config_in(path, method=method))
+        return path
+
+    return run
+
+
+@pytest.fixture
+def cut(stopped, tmp_path):
+    """A copy of such a folder, for a test of its own: two steps are in a checkpoint."""
+
+    from tlora.training.runfolder import RunFolder
+
+    def copy(method="tlora", step=3):
+        return RunFolder(shutil.copytree(stopped(method, step), tmp_path / "run"))
+
+    return copy

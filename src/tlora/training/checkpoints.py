@@ -89,7 +89,7 @@ def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
             if not isinstance(value, TrainingArguments):
                 save(value, *rest, **options)
 
-        torch.save = others
+        torch.save = others  # type: ignore[assignment]
         try:
             method(*args, **kwargs)
         finally:
