@@ -96,3 +96,10 @@ def test_the_digest_is_of_the_values_not_of_the_text(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "a.json").read_text())
     (tmp_path / "a.json").write_text(json.dumps(dict(reversed(found.items()))))
     assert read_state(tmp_path / "a.json") == {"b": [1, 2], "a": {"1": 0.5}}
+
+
+def test_the_same_tensors_and_header_give_the_same_bytes(tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(8)]
+    for file in files:
+        write_tensors(file, TENSORS, {"kind": "plan"})
+    assert len({file.read_bytes() for file in files}) == 1

@@ -265,7 +265,9 @@ def seal_tensors(path: str | Path) -> None:
         header = integrity.read_header(file)
         start = file.tell()
         digest = integrity.tensors_digest(header, file)
-        header.setdefault(integrity.METADATA, {})[integrity.DIGEST_KEY] = digest
+        metadata = header.get(integrity.METADATA, {}) | {integrity.DIGEST_KEY: digest}
+        # safetensors writes the keys in an order that changes from file to file.
+        header[integrity.METADATA] = dict(sorted(metadata.items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         if 8 + len(text) == start:

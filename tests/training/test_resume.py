@@ -9,17 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tlora.errors import ArtifactError, ConfigError
+from tlora.errors import ConfigError
 from tlora.files import write_state
-from tlora.integrity import has_digest
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import initialize, train
-from tlora.training.checkpoints import damage
 from tlora.training.resume import merge_saved
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import settle
-from tlora.training.trainers import LogCallback
 
 STAGES = {"train": train, "init": initialize}
 
