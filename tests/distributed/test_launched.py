@@ -68,6 +68,9 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     assert folder.finished
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sums.jsonl"]
+    # The manifest waits for the random state of every process.
+    manifest = json.loads((folder.last_checkpoint() / "manifest.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(manifest["files"])
     # The processes train together: two rows each of 24 a step, and one of them writes the log.
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [line["epoch"] for line in log] == [pytest.approx(2 * 4 / 24)]
