@@ -24,9 +24,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tables
-from models import Shape
 from subjects import SUBJECTS, Setting
 
+from models import Shape
 from tlora.files import read_json, write_json
 
 

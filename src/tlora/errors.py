@@ -48,6 +48,14 @@ class MisfitError(AdapterError):
         super().__init__(f"{path} does not fit {model}: {misfit}; {advice}")
 
 
+class DivergenceError(TLoraError, FloatingPointError):
+    """A training diverged; ``step`` is the first one whose loss or gradients are not finite."""
+
+    def __init__(self, message: str, step: int) -> None:
+        self.step = step
+        super().__init__(message)
+
+
 class DataError(TLoraError, ValueError):
     """A data file or a row of it is not what the task expects."""
 
@@ -67,6 +75,12 @@ class SandboxError(TLoraError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; other libraries' messages can fill pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many there are besides: "a, b, c and 4 more"."""
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return ", ".join(names[:most]) + more
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tlora import load_adapter
@@ -77,5 +79,20 @@ def test_a_flipped_bit_of_a_sealed_adapter_is_named_and_the_model_stays(folder, 
     base = model()
     before = parts(base)
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: cut off or damaged"):
+        load_adapter(base, folder)
+    assert parts(base) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named_and_the_model_stays(folder, value):
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    weights[name][0, 0] = value
+    save_file(weights, file, {"format": "pt"})
+    base = model()
+    before = parts(base)
+    said = rf"1 of {len(weights)} tensors are not finite \({name}\); train again"
+    with pytest.raises(AdapterError, match=said):
         load_adapter(base, folder)
     assert parts(base) == before

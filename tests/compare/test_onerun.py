@@ -16,6 +16,7 @@ from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.experiment import experiment
 from tlora.compare.queue import Workers
 from tlora.errors import ConfigError, DataError
+from tlora.report import comparison
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training.digests import file_digest, model_identity
 from tlora.training.runconfig import CalibrationConfig, RunConfig
@@ -129,6 +130,26 @@ def test_records_are_of_like_runs_that_are_scored_on_their_own_rows(records):
         assert record["scores"].keys() == {"test" if phase == "final" else "validation"}
         memory = record["memory"]
         assert 0 < memory["bytes"] == max(memory["stages"].values()) < 2**30
+
+
+def test_a_run_that_diverges_is_an_outcome_without_a_score(shared, tmp_path):
+    wild = {"methods": ["lora"], "learning_rates": [1e-2, 1e30]}
+    lines = []
+    config = CompareConfig(**shared | wild, output_dir=str(tmp_path / "out"))
+    progress = compare.run(config, tell=lines.append)
+    assert (progress.finished, progress.total, progress.failed) == (3, 3, [])
+    assert any(": diverged at step 2 (" in line for line in lines)
+    folder = CompareFolder(tmp_path / "out")
+    found = {(r["phase"], r["learning_rate"]): r for r in map(folder.record, folder.names())}
+    assert found.keys() == {("tuning", 1e-2), ("tuning", 1e30), ("final", 1e-2)}
+    stopped, trained = found["tuning", 1e30], found["tuning", 1e-2]
+    assert (stopped["diverged"], stopped["scores"]) == (2, {})
+    assert (trained["diverged"], trained["steps"]) == (None, 3)
+    assert stopped["config"] != trained["config"]
+    assert stopped["rows"] == trained["rows"]
+    [problem] = comparison.read(folder).problems
+    assert problem.run == "lora, tuning run, learning rate 1e+30, seed 0"
+    assert problem.cause == "the training diverged at step 2"
 
 
 def test_a_record_says_where_it_comes_from(records):

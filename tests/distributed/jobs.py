@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from transformers import TrainerControl
 
 from support import causal_samples, padded
 from tlora import AdapterPlan, TLoraConfig, attach, calibrate, get_tlora_model, plan
@@ -17,7 +19,8 @@ from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import FrozenACallback, lora_layers
 from tlora.adapter.solve import solve
 from tlora.calibration.weights import dense_weight
-from tlora.errors import TLoraError
+from tlora.errors import DivergenceError, TLoraError
+from tlora.training.divergence import DivergenceCallback
 
 Dealt = list[list[list[int]]]
 """By process: its batches, each the numbers of its samples."""
@@ -266,3 +269,32 @@ def zero3(folder: str, dealt: Dealt, out: str) -> list[int]:
     stats.save(Path(out) / f"stats-{dist.get_rank()}.safetensors")
     found.save(Path(out) / f"plan-{dist.get_rank()}.safetensors")
     return zero.GATHERED
+
+
+def divergence(bad: dict[int, list[float]]) -> tuple[int, int, str]:
+    """Return the step at which this process stops, the step that it names, and its error.
+
+    Args:
+        bad: losses of each process; all gradient norms are finite.
+    """
+    own = bad[dist.get_rank()]
+    trainer = SimpleNamespace(
+        add_callback=lambda _: None,
+        training_step=lambda step: torch.tensor(own[step]),
+        accelerator=SimpleNamespace(clip_grad_norm_=lambda: torch.tensor(1.0)),
+    )
+    callback = DivergenceCallback()
+    callback.watch(trainer)
+    arguments = SimpleNamespace(learning_rate=1.0)
+    step, model = 0, nn.Linear(2, 2)
+    control = TrainerControl(should_log=True)
+    try:
+        for step in range(len(own)):
+            trainer.training_step(step)
+            trainer.accelerator.clip_grad_norm_()
+            state = SimpleNamespace(global_step=step + 1)
+            callback.on_step_end(arguments, state, control, model)
+        callback.on_train_end(arguments, state, control, model)
+    except DivergenceError as error:
+        return step + 1, error.step, str(error)
+    return 0, 0, ""

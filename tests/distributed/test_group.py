@@ -14,6 +14,7 @@ from processes import Processes
 from support import causal_samples, distance, padded
 from tlora import AdapterPlan, Calibration, TLoraConfig, calibrate, plan
 from tlora.adapter.blocks import plan_in_blocks
+from tlora.training.divergence import RECOVERY_STEPS
 
 EVEN = [[[0, 1], [2]], [[3, 4]]]
 UNEVEN = [[[0], [1], [2, 3], [4]], []]
@@ -179,6 +180,17 @@ def test_one_cache_serves_all_processes(processes, folder, tmp_path):
     assert other == (key, again)
     assert again
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_one_step(processes):
+    fine, nan = 1.0, float("nan")
+    recovers = {0: [fine, nan, fine, fine], 1: [fine] * 4}
+    assert processes.run(jobs.divergence, recovers) == [(0, 0, "")] * 2
+    stays = {0: [fine] * 30, 1: [fine, nan, fine] + [nan] * 27}
+    first, second = processes.run(jobs.divergence, stays)
+    assert first == second
+    assert first[:2] == (3 + RECOVERY_STEPS, 4)
+    assert "step 4: the loss is not finite" in first[2]
 
 
 def test_attaching_to_a_wrapped_model_is_refused_before_anything_runs(processes, folder, alone):

@@ -147,11 +147,15 @@ def test_what_is_not_there_is_named_with_its_cause(made):
     record = folder.record(diverged)
     record["scores"]["test"]["accuracy"] = None
     folder.write_record(diverged, record)
+    stopped = next(n for n in names if n.startswith("tlora-lr0.003-seed0"))
+    record = folder.record(stopped)
+    folder.write_record(stopped, record | {"diverged": 17, "scores": {}, "data_order": None})
     results = comparison.gather(made, folder)
     said = {problem.run: problem.cause for problem in results.problems}
     assert said == {
         "dora, 1 of 5 final runs": "not run yet",
         "tlora, tuning run, learning rate 0.003, seed 1": "failed, ended by SIGKILL",
+        "tlora, tuning run, learning rate 0.003, seed 0": "the training diverged at step 17",
         "lora, final run, learning rate 0.001, seed 2": (
             "its score is not a number: the training diverged"
         ),

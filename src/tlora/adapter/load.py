@@ -13,8 +13,9 @@ from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import freeze_a
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
-from tlora.errors import AdapterError, MisfitError
+from tlora.errors import AdapterError, MisfitError, listed
 from tlora.integrity import has_digest
+from tlora.linalg.matrices import not_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,9 +46,9 @@ def load_adapter(
         freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
 
     Raises:
-        AdapterError: the folder holds no adapter, its weights are damaged or not of the model's
-            sizes, or it is to train on and no gradient passes the model's 4-bit weights any more;
-            the model is as it was.
+        AdapterError: the folder holds no adapter, its weights are damaged, not finite or not of
+            the model's sizes, or it is to train on and no gradient passes the model's 4-bit weights
+            any more; the model is as it was.
     """
     from peft import PeftModel
 
@@ -68,12 +69,13 @@ def load_adapter(
 
 
 def check_saved(path: str | Path, model: nn.Module) -> None:
-    """Check that a folder's weights are whole and of the sizes of the model's layers.
+    """Check that a folder's weights are whole, finite and of the sizes of the model's layers.
 
     Layers without `in_features` are left to PEFT, and so is an adapter on the Hub.
 
     Raises:
-        AdapterError: a file is cut off or damaged, or does not match the digest that it carries.
+        AdapterError: a file is cut off or damaged, or does not match the digest that it carries,
+            or a weight is not finite.
         MisfitError: a matrix has other sizes.
     """
     file = Path(path) / "adapter_model.safetensors"
@@ -87,9 +89,30 @@ def check_saved(path: str | Path, model: nn.Module) -> None:
         raise AdapterError(
             f"{file}: cut off or damaged ({error}); save or copy the adapter again."
         ) from error
+    check_finite(file, str(path))
     if misfit := next(_misfits(shapes, dict(model.named_modules())), None):
         advice = "load it onto the base that it was trained on."
         raise MisfitError(path, f"this {type(model).__name__}", misfit, advice)
+
+
+def check_finite(file: Path, name: str) -> None:
+    """Check that every tensor of a safetensors file is finite.
+
+    Args:
+        file: the file.
+        name: what the error calls it.
+
+    Raises:
+        AdapterError: one is not.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        keys = list(tensors.keys())
+        bad = [key for key in keys if not_finite({key: tensors.get_tensor(key)})]
+    if bad:
+        raise AdapterError(
+            f"{name}: {len(bad)} of {len(keys)} tensors are not finite ({listed(bad)}); train"
+            " again, with a lower learning rate or in float32."
+        )
 
 
 def _misfits(shapes: dict[str, list[int]], layers: dict[str, nn.Module]) -> Iterator[str]:

@@ -256,7 +256,9 @@ def _line(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     record = schedule.folder.record(trial.name)
     score = comparison.score(record)
     said = "no score"
-    if score is not None:
+    if record is not None and record.get("diverged") is not None:
+        said = f"diverged at step {record['diverged']}"
+    elif score is not None:
         said = f"{SCORED[trial.phase]} {comparison.metric} {score:.4f}"
     if record is None or record["status"] != "finished":
         said = f"failed, {outcome.cause}"

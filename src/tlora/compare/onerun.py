@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.compare.compareconfig import EXACT_MATCH
-from tlora.errors import DataError
+from tlora.errors import DataError, DivergenceError
 from tlora.files import write_state
 from tlora.training.runconfig import RunConfig, SharedConfig
 from tlora.training.runfolder import RunFolder, provenance
@@ -27,7 +27,7 @@ def run(payload: dict[str, Any]) -> None:
     """Do the run that ``payload`` describes, and write its record to `payload["file"]`.
 
     A tuning run is scored on the validation rows and a final run on the test rows, each on those
-    alone.
+    alone. A run that diverges is finished too: its record says at which step, and has no scores.
 
     Args:
         payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
@@ -139,24 +139,23 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
     memory.stage("initialise")
     parameters = count_parameters(prepared.model, base)
     trainer = make_trainer(setup, prepared, arguments, folder)
-    order.on = True
     with timed(seconds, "train"):
-        trainer.train()
-    order.on = False
+        diverged = _diverged_at(trainer, order)
     memory.stage("train")
     losses = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
     with timed(seconds, "evaluate"):
-        written = payload["exact_match"]
-        found = {name: _scores(trainer, rows, setup, written) for name, rows in scored.items()}
-    if payload["adapter"]:
+        written, rated = payload["exact_match"], scored if diverged is None else {}
+        found = {name: _scores(trainer, rows, setup, written) for name, rows in rated.items()}
+    if payload["adapter"] and diverged is None:
         save_adapter(prepared, setup, Path(payload["adapter"]))
     modules = prepared.plan.modules if isinstance(prepared.plan, AdapterPlan) else {}
     return {
         "scores": _finite(found),
         "rows": {"train": len(setup.train)} | {name: len(rows) for name, rows in scored.items()},
-        "steps": trainer.state.global_step,
+        "steps": trainer.state.max_steps,
+        "diverged": diverged,
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps,
-        "data_order": order.value(),
+        "data_order": order.value() if diverged is None else None,
         "autocast": next((name for name in ("bf16", "fp16") if getattr(arguments, name)), None),
         "curves": _finite({"loss": losses}),
         "parameters": parameters,
@@ -167,6 +166,18 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "provenance": provenance(config.seed, output=Path(payload["file"]).parent.parent),
         "threads": payload["threads"],
     }
+
+
+def _diverged_at(trainer: Any, order: OrderDigest) -> int | None:
+    """Train; return the step at which the training diverged, if it did."""
+    order.on = True
+    try:
+        trainer.train()
+    except DivergenceError as stop:
+        return stop.step
+    finally:
+        order.on = False
+    return None
 
 
 def _scores(trainer: Any, rows: Dataset, setup: Setup, written: bool) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def release() -> None:
 def _load_base(
     evaluated: EvaluatedModel, config: EvalConfig, device: torch.device, head: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """Return the model, and of one with a head the parameters that its files do not have."""
+    """Return the model, and the parameters of its head that its files do not have."""
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
@@ -151,10 +151,9 @@ def _load_base(
     )
     # transformers would report a head as missing that the adapter is about to bring.
     with unheard(*(["transformers"] if head else [])):
-        model, missing = checkpoint.model(
-            _CLASSES[evaluated.head], device, parallelize=config.parallelize, fields=head
+        return checkpoint.model(
+            _CLASSES[evaluated.head], device, parallelize=config.parallelize, head=head
         )
-    return model, missing if head else []
 
 
 def _check_head(model: Any, drawn: list[str], evaluated: EvaluatedModel) -> None:

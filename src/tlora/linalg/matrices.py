@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -42,6 +42,27 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold an infinity or a NaN; each device is read once.
+
+    Args:
+        tensors: of any shape, dtype and device; integers and 8-bit floats count as finite.
+    """
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+            # A NaN is both the least and the greatest value.
+            least, greatest = tensor.detach().aminmax()
+            finite = least.isfinite() & greatest.isfinite()
+            flags.setdefault(tensor.device, {})[name] = ~finite
+    return [
+        name
+        for found in flags.values()
+        for name, bad in zip(found, torch.stack([*found.values()]).tolist(), strict=True)
+        if bad
+    ]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tlora import extras
 from tlora.errors import ConfigError, first_line
 from tlora.integrity import has_digest
+from tlora.models.missing import drawn_weights
 
 if TYPE_CHECKING:
     import torch
@@ -78,25 +79,29 @@ class Pretrained:
         device: torch.device,
         *,
         parallelize: bool = False,
-        fields: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
     ) -> tuple[Any, list[str]]:
-        """Load the model.
+        """Load the model, whole but for a new head.
+
+        Layers that the files have and the model does not are named in a warning.
 
         Args:
             auto_class: the class that gives it the right head, as "module:name".
             device: where to put it; quantized weights are made there.
             parallelize: split it over all devices (accelerate's `device_map="auto"`) instead.
-            fields: fields of the model's configuration to override.
+            head: fields of the model's configuration that describe a new head. The files may then
+                lack the head and poolers, or have a head of other sizes; these are drawn at random.
 
         Returns:
-            The model, and the names of its parameters that the checkpoint lacks.
+            The model, and the names of the parameters of the head that were drawn.
 
         Raises:
             ConfigError: there is no such model, its weights do not match the digest that they
-                carry, it has no such head, or it cannot be quantized as asked.
+                carry, it lacks others than those of a new head, it has no such head, or it cannot
+                be quantized as asked.
         """
         check_weights(self.name)
-        options = self._quantized(device) | dict(fields or {})
+        options = self._quantized(device) | dict(head or {})
         if parallelize:
             options["device_map"] = "auto"
         try:
@@ -105,15 +110,17 @@ class Pretrained:
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused by name
                 **options,
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"{self.name!r} cannot be loaded: {first_line(error)}", "model"
             ) from error
+        drawn = drawn_weights(self.name, model, found, new_head=bool(head))
         # Quantized weights, and models split over devices, are already where they belong.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        return model if placed else model.to(device), sorted(found["missing_keys"])
+        return model if placed else model.to(device), drawn
 
     def _quantized(self, device: torch.device) -> dict[str, Any]:
         """Return the keyword arguments of `from_pretrained` that quantize the model."""

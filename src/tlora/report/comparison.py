@@ -265,6 +265,8 @@ def _problems(
         elif record["status"] != "finished":
             error = record["error"]
             problems.append(MissingRun(run, f"failed, {error['cause']}", error["last_lines"]))
+        elif record.get("diverged") is not None:
+            problems.append(MissingRun(run, f"the training diverged at step {record['diverged']}"))
         elif comparison.score(record) is None:
             problems.append(MissingRun(run, "its score is not a number: the training diverged"))
     if missing:

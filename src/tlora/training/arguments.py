@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 def training_arguments(setup: Setup, output_dir: Path) -> Any:
     """Make the training arguments: the user's fields over our defaults over the library's.
 
-    Ours: nothing is reported to a service; half precision and gradient checkpointing, which TRL
-    turns on, stay off on a machine without an accelerator, where they only cost; the ranks of a
-    launch talk by gloo there. A task that reads replies is evaluated by generating them.
+    Ours: nothing is reported to a service; losses are logged as they are; half precision and
+    gradient checkpointing, which TRL turns on, stay off on a machine without an accelerator, where
+    they only cost; the ranks of a launch talk by gloo there. A task that reads replies is evaluated
+    by generating them.
 
     Raises:
         ConfigError: transformers or TRL refuse a value; their sentence says why.
@@ -73,6 +74,8 @@ def _chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils import is_torch_bf16_gpu_available
 
     chosen: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
+    # The filter waits for the device at every batch, and hides that a training diverges.
+    chosen["logging_nan_inf_filter"] = False
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         chosen["bf16"] = False
     if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -78,10 +78,17 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
 
 
 def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
-    """Write the adapter, with digests in its tensors' headers, and the tokenizer, or nothing."""
+    """Write the adapter, with digests in its tensors' headers, and the tokenizer, or nothing.
+
+    Raises:
+        AdapterError: a weight is not finite.
+    """
+    from tlora.adapter.load import check_finite
+
     with replacing_folder(path) as part:
         prepared.save(part)
         for file in part.glob("*.safetensors"):
+            check_finite(file, f"the adapter for {path}")
             seal_tensors(file)
         setup.tokenizer.save_pretrained(part)
         for file in part.iterdir():

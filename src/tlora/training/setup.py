@@ -98,7 +98,7 @@ class Setup:
 
         transformers.set_seed(self.config.seed)
         head = self._head()
-        model, missing = pretrained(self.config).model(self.kind.auto_model, device, fields=head)
+        model, missing = pretrained(self.config).model(self.kind.auto_model, device, head=head)
         if model.config.pad_token_id is None:
             # Decoders that classify find the last real token by it.
             model.config.pad_token_id = self.tokenizer.pad_token_id

@@ -40,6 +40,7 @@ def run(config: RunConfig) -> RunFolder:
         ConfigError: a field is wrong, the folder is taken, be it by a live process, or the run in
             it was started with another configuration, other rows or another base model.
         DataError: rows are missing or not what the task expects.
+        DivergenceError: the training diverged; the run is not finished and has no adapter.
     """
     folder = RunFolder(config.output_dir)
     with folder.locked():
@@ -114,6 +115,7 @@ def _refuse_sharding(arguments: Any) -> None:
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model."""
+    from tlora.training.divergence import DivergenceCallback
     from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
@@ -144,6 +146,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     replace_bar(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer)
+    DivergenceCallback().watch(trainer)
     return trainer
 
 
