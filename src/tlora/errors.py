@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 
 class TLoraError(Exception):
@@ -70,6 +71,55 @@ class JudgeError(TLoraError, RuntimeError):
 
 class SandboxError(TLoraError, RuntimeError):
     """Programs cannot be run here as safely as was asked for."""
+
+
+class Faults:
+    """Collects what checks refuse, so that everything is reported at once.
+
+    Example:
+        >>> faults = Faults("run")
+        >>> with faults:
+        ...     raise ConfigError("`model` is missing.", "model")
+        >>> with faults:
+        ...     raise DataError("rows.jsonl: there is no such file.")
+        >>> faults.raise_found()
+        Traceback (most recent call last):
+        tlora.errors.ConfigError: run: 2 faults:
+          - model: `model` is missing.
+          - rows.jsonl: there is no such file.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._found: list[ConfigError | DataError | ArtifactError] = []
+
+    def __enter__(self) -> None:
+        """Start a check."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Keep what the check refuses; any other exception passes."""
+        if isinstance(error, (ConfigError, DataError, ArtifactError)):
+            self._found.append(error)
+            return True
+        return False
+
+    def raise_found(self) -> None:
+        """Raise the one error that was collected, or a ConfigError of all of them."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        sentences: dict[str, None] = {}
+        for error in self._found:
+            if isinstance(error, ConfigError):
+                sentences |= dict.fromkeys(f"{error.where}: {each}" for each in error.faults)
+            else:
+                sentences[str(error)] = None
+        if sentences:
+            raise ConfigError(list(sentences), self._where)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,13 +9,16 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.files import read_json
+from tlora.models.pretrained import check_model_folder
 from tlora.training.runfolder import RunFolder
 
 Kind = Literal["base", "adapter", "merged"]
@@ -67,15 +70,44 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
         ConfigError: a folder is missing or holds no model, a base cannot be found, two models
             have one name, or they have different heads.
     """
+    return _together([each for each in _each(config, _loaded_head) if each], config)
+
+
+def sketch(config: EvalConfig) -> list[EvaluatedModel] | None:
+    """Return the models as their JSON files show them, so that nothing slow is imported.
+
+    A model that only reads texts or only writes them counts as "causal". None if some model is on
+    the Hub: then what follows from all of them is not checked.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    found = _each(config, _head_on_disk)
+    models = [each for each in found if each]
+    return _together(models, config) if len(models) == len(found) else None
+
+
+FindHead = Callable[[str, EvalConfig], Head | None]
+"""Returns the head of the model of this name, None if that needs the Hub; raises if there is no
+model."""
+
+
+def _each(config: EvalConfig, find_head: FindHead) -> list[EvaluatedModel | None]:
     faults: list[str] = []
-    found: list[EvaluatedModel] = []
+    found: list[EvaluatedModel | None] = []
     for entry in config.entries():
         try:
-            found.append(_evaluated_model(entry, config))
+            found.append(_evaluated_model(entry, config, find_head))
         except ConfigError as error:
             faults += error.faults
     if faults:
         raise ConfigError(faults, where="models")
+    return found
+
+
+def _together(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
+    """Return the models with merged ones, bases and names, which must go together."""
+    faults: list[str] = []
     models = _named(_all_kinds(found, config))
     labeling = [each.name for each in models if each.head == "labeled"]
     if 0 < len(labeling) < len(models):
@@ -92,27 +124,36 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
     return models
 
 
-def _evaluated_model(entry: str, config: EvalConfig) -> EvaluatedModel:
+def _evaluated_model(
+    entry: str, config: EvalConfig, find_head: FindHead
+) -> EvaluatedModel | None:
     name, equals, path = entry.partition("=")
     if not equals or Path(entry).exists():
         name, path = "", entry
     if name and not re.fullmatch(r"[\w.+-]+", name):
         raise ConfigError(f"{name!r} cannot be a name; use letters, digits, `.`, `-` and `_`.")
-    model, adapter = _places(path)
-    if adapter is None:
-        head = _head_of_model(_model_config(model, config, path))
-        return EvaluatedModel(name, "base", model, None, head)
-    fields = _adapter_fields(adapter)
-    base = config.model or fields.get("base_model_name_or_path")
+    places = _places(path)
+    if places is None and find_head is _head_on_disk:
+        return None
+    model, adapter = places or (("", path) if _hub_adapter(path) else (path, None))
+    fields = {} if adapter is None else _adapter_fields(adapter)
+    base = model or config.model or fields.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{path} does not name its base model; give --model.")
-    kind = str(fields.get("task_type"))
-    found = _head_of_model(_model_config(base, config, path))
-    return EvaluatedModel(name, "adapter", base, adapter, _HEADS.get(kind, found))
+    try:
+        found = find_head(base, config)
+    except (OSError, ValueError) as error:
+        what, flag = ("", "") if base == path else (f", the base of {path}", " by --model")
+        raise ConfigError(
+            f"no model can be read at {base!r}{what}; give a folder or a name on the Hub{flag}."
+        ) from error
+    head = _HEADS.get(str(fields.get("task_type")), found)
+    kind: Kind = "base" if adapter is None else "adapter"
+    return EvaluatedModel(name, kind, base, adapter, head) if head else None
 
 
-def _places(path: str) -> tuple[str, str | None]:
-    """Return the (model, None) or ("", adapter) that is at ``path``."""
+def _places(path: str) -> tuple[str, str | None] | None:
+    """Return the (model, None) or ("", adapter) that is at ``path``; None: it is on the Hub."""
     folder = Path(path)
     if folder.is_dir():
         run = RunFolder(folder)
@@ -135,7 +176,7 @@ def _places(path: str) -> tuple[str, str | None]:
         raise ConfigError(f"{path} is a file; give the folder of a model or an adapter.")
     if not _HUB_NAME.fullmatch(path):
         raise ConfigError(f"there is no folder {path!r}; give the one of a model or an adapter.")
-    return ("", path) if _hub_adapter(path) else (path, None)
+    return None
 
 
 def _hub_adapter(name: str) -> str | None:
@@ -155,18 +196,33 @@ def _adapter_fields(adapter: str) -> dict[str, Any]:
     return fields
 
 
-def _model_config(model: str, config: EvalConfig, path: str) -> Any:
+def _loaded_head(model: str, config: EvalConfig) -> Head | None:
+    """Return the head of a model by its configuration, as transformers reads it.
+
+    Raises:
+        OSError, ValueError: there is none that transformers can read.
+    """
     import transformers
 
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            model, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        what, flag = ("", "") if model == path else (f", the base of {path}", " by --model")
-        raise ConfigError(
-            f"no model can be read at {model!r}{what}; give a folder or a name on the Hub{flag}."
-        ) from error
+    return _head_of_model(
+        transformers.AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    )
+
+
+def _head_on_disk(model: str, config: EvalConfig) -> Head | None:
+    """Return the head of a model by its config.json; None for a name on the Hub.
+
+    Raises:
+        OSError, ValueError: there is no such folder, or no config.json in it that can be read.
+    """
+    check_model_folder(model)
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return None
+    fields = read_json(file)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds no fields")
+    return "labeled" if labels_texts(SimpleNamespace(**fields)) else "causal"
 
 
 def labels_texts(config: Any) -> bool:

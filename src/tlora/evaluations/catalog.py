@@ -8,12 +8,10 @@ import importlib.metadata
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora import extras
-from tlora.errors import ConfigError, DataError, TLoraError, did_you_mean
-from tlora.registry import EVALUATIONS, TASKS
+from tlora.errors import ConfigError, DataError, TLoraError
+from tlora.evaluations.names import check_guard, check_tasks, expanded, folders, unsandboxed
 from tlora.scoring.answers import PROTOCOLS
 from tlora.scoring.sandbox import Protection
 
@@ -59,25 +57,13 @@ def build(
         DataError: the rows of a task cannot be had.
         SandboxError: the sandbox for programs does not work on this machine.
     """
-    extras.require("eval", _WHERE)
     settings = settings or Settings()
-    given = dataclasses.asdict(settings) | {"data_dir": data_dir}
-    index, wanted = _index(names, given)
+    names = list(names)
+    index = _index(names, dataclasses.asdict(settings) | {"data_dir": data_dir})
+    wanted = expanded(names)
     others = [name for name in wanted if name not in index.task_index]
-    theirs: Any = _theirs() if others else None
-    faults = [
-        f"there is no task {name!r}.{_hint(name, theirs.all_tasks)}"
-        for name in others
-        if name not in theirs.task_index and not Path(name).is_file()
-    ]
-    if not settings.allow_code_execution:
-        faults += [
-            f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
-            " allow_code_execution, or leave it out."
-            for name in _of_code(index, wanted)
-        ]
-    if faults:
-        raise ConfigError(faults, where=_WHERE)
+    theirs: Any = _theirs() if others else index
+    check_tasks(names, settings.allow_code_execution, theirs.task_index)
     tasks: dict[str, Task] = {}
     for name in wanted:
         tasks |= _load(theirs if name in others else index, name, settings)
@@ -98,22 +84,9 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
             lm-evaluation-harness is not installed.
         DataError: the rows cannot be had.
     """
-    extras.require("eval", where)
-    index, wanted = _index(names, {"data_dir": data_dir})
-    known = EVALUATIONS.names()
-    faults = [
-        f"there is no evaluation of ours {name!r}."
-        f"{did_you_mean(name, known) or ' Run `tlora list evaluations`.'}"
-        for name in wanted
-        if name not in index.task_index
-    ]
-    faults += [
-        f"{name!r} asks for programs in words of its own, which training rows do not repeat; leave"
-        " it out."
-        for name in _of_code(index, wanted)
-    ]
-    if faults:
-        raise ConfigError(faults, where=where)
+    names = list(names)
+    check_guard(names, where)
+    index, wanted = _index(names, {"data_dir": data_dir}), expanded(names)
     made = {name: _load(index, name, Settings())[name] for name in wanted}
     return {
         name: [task.doc_to_text(doc) for doc in task.test_docs()] for name, task in made.items()
@@ -139,8 +112,8 @@ def protocol(task: Task) -> str:
     )
 
 
-def _index(names: Iterable[str], given: dict[str, Any]) -> tuple[TaskManager, list[str]]:
-    """Index our YAML files; return the names with our groups' members in their place, each once.
+def _index(names: Iterable[str], given: dict[str, Any]) -> TaskManager:
+    """Index the YAML files of those of our evaluations that are among ``names``.
 
     Args:
         names: ours and others.
@@ -148,20 +121,8 @@ def _index(names: Iterable[str], given: dict[str, Any]) -> tuple[TaskManager, li
     """
     from lm_eval.tasks import TaskManager
 
-    names, known = list(names), EVALUATIONS.names()
-    folders = {str(Path(EVALUATIONS.load(name)).parent) for name in names if name in known}
     given = {name: value for name, value in given.items() if value is not None}
-    manager = TaskManager(include_path=sorted(folders), include_defaults=False, metadata=given)
-    found: list[str] = []
-    for name in names:
-        config = manager.task_index[name].cfg if name in manager.task_index else {}
-        found += config["task"] if "group" in config else [name]
-    return manager, list(dict.fromkeys(found))
-
-
-def _of_code(manager: TaskManager, names: list[str]) -> list[str]:
-    index = manager.task_index
-    return [name for name in names if name in index and index[name].cfg.get("unsafe_code")]
+    return TaskManager(include_path=folders(names), include_defaults=False, metadata=given)
 
 
 @functools.cache
@@ -197,21 +158,5 @@ def _load(manager: TaskManager, name: str, settings: Settings) -> dict[str, Task
         log.setLevel(level)
     unsafe = [task for task, made in found.items() if getattr(made, "UNSAFE_CODE", False)]
     if unsafe and not settings.allow_code_execution:
-        raise ConfigError(
-            f"{name!r} of lm-evaluation-harness runs programs, and without a sandbox; pass"
-            " allow_code_execution if that is meant, or use one of ours.",
-            where=_WHERE,
-        )
+        raise ConfigError(unsandboxed(name), where=_WHERE)
     return found
-
-
-def _hint(name: str, theirs: Iterable[str]) -> str:
-    ours = [known for known in EVALUATIONS.names() if known.startswith(f"{name}-")]
-    if ours:  # a data set without the protocol that is to read it
-        return f" Did you mean {' or '.join(map(repr, ours))}?"
-    if name in TASKS.names():
-        return f" {name!r} is one to train on; give --test_file with the rows to score."
-    return did_you_mean(name, [*EVALUATIONS.names(), *theirs]) or (
-        " Run `tlora list evaluations` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
-        " tasks`."
-    )

@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError
+from tlora.errors import ConfigError, DataError, Faults
 from tlora.tasks import source
 from tlora.tasks.dataconfig import DataConfig, Kind
 
@@ -120,33 +120,72 @@ class Task(ABC):
         """Read a local file into raw rows."""
         return source.read_file(path)
 
+    def check_file(self, path: str) -> None:
+        """Check that `read_file` may read a local file; no row is read.
+
+        Raises:
+            DataError: it is missing, of an unknown kind or empty.
+        """
+        source.reader_of(path)
+
+    def check_columns(self, have: list[str]) -> None:
+        """Check the columns of the rows, for a task whose columns the user names.
+
+        Raises:
+            ConfigError: one is missing.
+        """
+        return
+
+    def check_sources(self, train_file: str | None, eval_file: str | None) -> None:
+        """Check where rows come from, and the files that they come from; no row is read.
+
+        Raises:
+            ConfigError: no source of training rows is given, or a file lacks a column.
+            DataError: a file is missing, of an unknown kind or empty.
+        """
+        faults = Faults("data")
+        with faults:
+            if not (train_file or self._dataset()[0]):
+                raise ConfigError(
+                    "no training rows; give --train_file or --data.dataset.", where="data"
+                )
+        with faults:
+            if self.data.eval_split and not self.evaluates(train_file, eval_file):
+                raise ConfigError(
+                    "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
+                    where="data",
+                )
+        for file in filter(None, (train_file, eval_file)):
+            with faults:
+                self.check_file(file)
+                if file == train_file and (have := source.columns_of(file)):
+                    self.check_columns(have)
+        faults.raise_found()
+
+    def evaluates(self, train_file: str | None, eval_file: str | None) -> bool:
+        """Return whether `load` gives evaluation rows."""
+        name, _, eval_split = self._dataset()
+        return bool(eval_file or (eval_split and name and not train_file))
+
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
         """Read the raw training rows and, where there are any, the raw evaluation rows.
 
         Raises:
-            ConfigError: no source of training rows is given.
+            ConfigError: no source of training rows is given, or a file lacks a column.
             DataError: a file or dataset is missing, unreadable or empty.
         """
+        self.check_sources(train_file, eval_file)
         data = self.data
         name, subset, eval_split = self._dataset()
         if train_file:
             train = self.read_file(train_file)
-        elif name:
-            train = source.read_hub(name, subset, data.train_split)
         else:
-            raise ConfigError(
-                "no training rows; give --train_file or --data.dataset.", where="data"
-            )
+            train = source.read_hub(name, subset, data.train_split)
         held_out = None
         if eval_file:
             held_out = self.read_file(eval_file)
-        elif eval_split and name and not train_file:
+        elif eval_split and self.evaluates(train_file, eval_file):
             held_out = source.read_hub(name, subset, eval_split)
-        elif data.eval_split:
-            raise ConfigError(
-                "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
-                where="data",
-            )
         seed = data.subset_seed
         return _some(train, data.max_train_rows, seed), _some(held_out, data.max_eval_rows, seed)
 
@@ -163,6 +202,22 @@ class Task(ABC):
             ConfigError: no rows are named, or two places of them.
             DataError: a file or dataset is missing, unreadable or empty.
         """
+        self.check_held_out(file)
+        data = self.data
+        name, subset, split = self._dataset()
+        if file:
+            rows, where = self.read_file(file), file
+        else:
+            rows, where = source.read_hub(name, subset, str(split)), f"{name}, {split}"
+        return _some(rows, data.max_eval_rows, data.subset_seed), where
+
+    def check_held_out(self, file: str | None) -> None:
+        """Check where the rows that `held_out` reads come from; no row is read.
+
+        Raises:
+            ConfigError: no rows are named, or two places of them, or the file lacks a column.
+            DataError: the file is missing, of an unknown kind or empty.
+        """
         data = self.data
         given = [n for n in ("dataset", "dataset_config", "eval_split") if getattr(data, n)]
         if file and given:
@@ -171,23 +226,22 @@ class Task(ABC):
             )
         if data.dataset_config and not data.dataset:
             raise ConfigError("`data.dataset_config` needs `data.dataset`; give it too.", "data")
-        name, subset, split = self._dataset()
+        name, _, split = self._dataset()
         if file:
-            rows, where = self.read_file(file), file
-        elif name and split:
-            rows, where = source.read_hub(name, subset, split), f"{name}, {split}"
-        elif name:
+            self.check_file(file)
+            if have := source.columns_of(file):
+                self.check_columns(have)
+        elif name and not split:
             raise ConfigError(
                 f"which rows of {name!r} are to be scored is not said; give --data.eval_split.",
                 where="data",
             )
-        else:
+        elif not name:
             raise ConfigError(
                 "the task has no rows of its own; give --test_file, or --data.dataset and"
                 " --data.eval_split.",
                 where="test_file",
             )
-        return _some(rows, data.max_eval_rows, data.subset_seed), where
 
     @property
     def head(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ _RENAMED = {
     "#2 String": "sentence2",
 }
 """Header names of published files that differ from the Hub's."""
+_PUBLISHED = (".tsv", ".txt", ".csv")
+"""Endings of the files that are read line by line."""
 _STS: Layout = (None, None, None, None, "label", "sentence1", "sentence2")
 
 
@@ -61,11 +63,22 @@ class Glue(Task):
         super().__init__(data)
         self.reads_replies = self.kind == "seq2seq"
 
+    def check_file(self, path: str) -> None:
+        """Check that `read_file` may read a local file; no row is read.
+
+        Raises:
+            DataError: it is missing, or of an unknown kind.
+        """
+        if path.endswith(_PUBLISHED):
+            existing_file(path)
+        else:
+            super().check_file(path)
+
     def read_file(self, path: str) -> Dataset:
         """Read a .tsv, .txt or .csv of the task's published layout, or any file with a header."""
         from datasets import Dataset
 
-        if not path.endswith((".tsv", ".txt", ".csv")):
+        if not path.endswith(_PUBLISHED):
             return read_file(path)
         # Split at newlines alone: str.splitlines also breaks at characters found in sentences.
         text = existing_file(path).read_text(encoding="utf-8-sig")

@@ -67,6 +67,14 @@ class Jsonl(Task):
         self.settle_columns(rows.column_names)
         return rows, where
 
+    def check_columns(self, have: list[str]) -> None:
+        """Check, without settling anything, that the rows have the columns that are meant.
+
+        Raises:
+            ConfigError: as `settle_columns`.
+        """
+        type(self)(self.data).settle_columns(have)
+
     def settle_columns(self, have: list[str]) -> None:
         """Settle which of the columns that the rows ``have`` are meant.
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _CSV = {"keep_default_na": False, "na_values": [""]}
 _TSV = _CSV | {"sep": "\t", "quoting": 3}
 
+_SMALL = 2**22
+"""Bytes that `columns_of` reads at most."""
+
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -41,16 +44,45 @@ def read_file(path: str) -> Dataset:
     Raises:
         DataError: the file is missing, of an unknown kind, damaged or without rows.
     """
+    builder, options = reader_of(path)
+    rows = _load(path, builder, data_files=path, split="train", **options)
+    if len(rows) == 0:
+        raise _no_rows(path)
+    return rows
+
+
+def reader_of(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the builder of `datasets` that reads a file, and its options; nothing is imported.
+
+    Raises:
+        DataError: the file is missing, of an unknown kind or empty.
+    """
     file = existing_file(path)
     suffix = next((part for part in reversed(file.suffixes) if part != ".gz"), "")
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"{path}: files of kind {suffix or file.name!r} are not read; use {known}.")
-    builder, options = READERS[suffix]
-    rows = _load(path, builder, data_files=str(file), split="train", **options)
-    if len(rows) == 0:
-        raise DataError(f"{path}: there are no rows.")
-    return rows
+    if file.stat().st_size == 0:
+        raise _no_rows(path)
+    return READERS[suffix]
+
+
+def columns_of(path: str) -> list[str] | None:
+    """Return the columns of a small JSONL file; None where only reading the rows shows them."""
+    file = Path(path)
+    if file.suffix != ".jsonl" or file.stat().st_size > _SMALL:
+        return None
+    columns: dict[str, None] = {}
+    try:
+        for line in filter(str.strip, file.read_text(encoding="utf-8").split("\n")):
+            columns |= dict.fromkeys(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError):
+        return None  # reading the rows says what is wrong
+    return list(columns) or None
+
+
+def _no_rows(path: str) -> DataError:
+    return DataError(f"{path}: there are no rows.")
 
 
 def read_hub(name: str, config: str | None, split: str) -> Dataset:
@@ -72,7 +104,7 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         # StopIteration: what the reader of JSON makes of an empty file.
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise DataError(f"{where}: there are no rows.") from error
+            raise _no_rows(where) from error
         cause = _first_bad_line(where) or _innermost(error)
         raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
     finally:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tlora.config import TaskType, TLoraConfig
 from tlora.errors import ConfigError, first_line
 from tlora.models.pretrained import Pretrained, load_class
-from tlora.registry import METHODS, TASKS
+from tlora.registry import METHODS
+from tlora.training import preflight
 from tlora.training.activations import FLOAT, Activations, activations_of
-from tlora.training.kinds import KINDS, KindSpec, check_trainer_fields
+from tlora.training.kinds import KINDS, KindSpec
 from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
@@ -97,11 +98,9 @@ def run(config: RunConfig) -> DryRun:
     from tlora.adapter.strategy import choose
     from tlora.calibration.targets import find_targets
 
-    if not config.model:
-        raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
-    task = TASKS.load(config.task)(config.data)
+    preflight.check_without_rows(config)
+    task = preflight.task_of(config)
     kind = KINDS[task.kind]
-    check_trainer_fields(kind, config.trainer)
     model, notes = _on_meta(config, kind, task.label_names)
     options = _shared_options(config, kind.task_type)
     targets = find_targets(model, options)

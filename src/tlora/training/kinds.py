@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from tlora.checks import fault
 from tlora.config import TaskType
 from tlora.errors import ConfigError, did_you_mean
-from tlora.models.pretrained import load_class
 from tlora.tasks import tokens
 from tlora.tasks.dataconfig import Kind
+from tlora.training.argumentfields import declared_fields
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
         ConfigError: a name is unknown (with a suggestion) or set elsewhere (with the place), or a
             value is not of the field's type; all faults at once.
     """
-    arguments = load_class(kind.arguments)
-    declared = {field.name: field.type for field in dataclasses.fields(arguments) if field.init}
+    declared = declared_fields(kind.arguments)
     owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
     faults = []
     for name, value in fields.items():

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora import extras
 from tlora.errors import ConfigError, DataError, first_line
-from tlora.models.pretrained import Pretrained, check_model_folder
-from tlora.registry import METHODS, TASKS
+from tlora.models.pretrained import Pretrained
+from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.tokens import tokenized
-from tlora.training.kinds import KINDS, KindSpec, check_trainer_fields
+from tlora.training import preflight
+from tlora.training.kinds import KINDS, KindSpec
 from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
@@ -153,16 +153,12 @@ def settle(
         DataError: rows are missing or not what the task expects, or training rows repeat prompts of
             evaluation rows, or validation rows those of rows that are reported on.
     """
-    if not config.model:
-        raise ConfigError("`model` is missing; give --model, a folder or a name on the Hub.", "run")
+    preflight.check(config, validation)
     options = config.options()
-    task = TASKS.load(config.task)(config.data)
+    task = preflight.task_of(config)
     kind = KINDS[task.kind]
     if options.task_type is None:
         options = dataclasses.replace(options, task_type=kind.task_type)
-    check_trainer_fields(kind, config.trainer)
-    if kind.task_type == "SEQ_CLS" or task.reads_replies:
-        extras.require("compare", where="task")  # its metrics are of scipy and scikit-learn
     tokenizer = load_tokenizer(config)
     train, held_out, choosing = _read(config, task, validation)
     if left_out is None:
@@ -268,7 +264,6 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ConfigError: there is no such model or no tokenizer with it.
         DataError: there is no token to pad with.
     """
-    check_model_folder(config.model)
     try:
         tokenizer = pretrained(config).tokenizer()
     except (OSError, ValueError) as error:

@@ -1,0 +1,106 @@
+"""What flags and files tell of a run, checked before anything that is slow to import.
+
+All faults come in one error. What needs the tokenizer, the rows or the model is checked later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlora import extras
+from tlora.errors import ConfigError, Faults
+from tlora.evaluations import names
+from tlora.files import refuse_unusable
+from tlora.models.pretrained import check_model_folder
+from tlora.registry import TASKS
+from tlora.tasks.base import Task
+from tlora.training.kinds import KINDS, check_trainer_fields
+from tlora.training.runconfig import RunConfig
+
+
+def check(config: RunConfig, validation: str | None = None) -> None:
+    """Check a run: the model's folder, the method, the task, the trainer's fields, the files.
+
+    Args:
+        config: the run.
+        validation: a further file of evaluation rows.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range, or several things are wrong.
+        DataError: a file of rows is missing, of an unknown kind or empty.
+    """
+    faults = Faults("run")
+    with faults:
+        check_without_rows(config)
+    with faults:
+        task = task_of(config)
+        with faults:
+            if task.reads_replies or KINDS[task.kind].task_type == "SEQ_CLS":
+                extras.require("compare", where="task")  # its metrics are of scipy and scikit-learn
+        with faults:
+            task.check_sources(config.train_file, config.eval_file)
+        with faults:
+            if validation is not None:
+                task.check_file(validation)
+    with faults:
+        if config.data.guard:
+            names.check_guard(config.data.guard, where="data.guard")
+    with faults:
+        _check_cache(config.calibration.cache)
+    faults.raise_found()
+
+
+def check_without_rows(config: RunConfig) -> None:
+    """Check what `check` does but for rows, which a dry run does not need.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range, or several things are wrong.
+    """
+    faults = Faults("run")
+    with faults:
+        if not config.model:
+            advice = "give --model, a folder or a name on the Hub"
+            raise ConfigError(f"`model` is missing; {advice}.", "run")
+        check_model_folder(config.model)
+    with faults:
+        if config.quantization != "none":
+            extras.require("quantized", where="quantization")
+    with faults:
+        config.options()
+    with faults:
+        check_trainer_fields(KINDS[task_of(config).kind], config.trainer)
+    faults.raise_found()
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Check that a run which evaluates while it trains has rows for it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    strategy = config.trainer.get("eval_strategy")
+    asked = strategy not in (None, False, "no")
+    if asked and not task_of(config).evaluates(config.train_file, config.eval_file):
+        raise ConfigError(
+            f"`eval_strategy` is {strategy!r}, but there are no evaluation rows; give --eval_file.",
+            where="trainer",
+        )
+
+
+def task_of(config: RunConfig) -> Task:
+    """Return the task of a run.
+
+    Raises:
+        ConfigError: there is none of that name, or `data` does not fit it.
+    """
+    return TASKS.load(config.task)(config.data)
+
+
+def _check_cache(path: str | None) -> None:
+    if path is not None:
+        try:
+            refuse_unusable(Path(path).parent)
+        except ConfigError:
+            raise ConfigError(
+                f"{path} cannot be written; give another file.", where="calibration.cache"
+            ) from None
