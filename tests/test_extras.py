@@ -37,7 +37,7 @@ def without(monkeypatch):
 
 RUN = ["--model", "nowhere"]
 COMPARE = ["--methods", "lora", "--learning_rates", "1e-3"]
-EVAL = ["m", "--tasks", "gsm8k-paper"]
+EVAL = ["./m", "--tasks", "gsm8k-paper"]
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,9 @@ EVAL = ["m", "--tasks", "gsm8k-paper"]
         (["init", *RUN, "--dry_run"], "rich", "train"),
         (["train", *RUN], "trl", "train"),
         (["train", *RUN], "yaml", "train"),
-        (["train", *RUN, "--quantization", "nf4"], "bitsandbytes", "quantized"),
         (["compare", *COMPARE], "scipy", "compare"),
-        (["compare", *COMPARE, "--quantization", "int8"], "bitsandbytes", "quantized"),
         (["inspect", "nowhere"], "jinja2", "compare"),
         (["eval", *EVAL], "lm_eval", "eval"),
-        (["eval", *EVAL, "--judge.url", "http://h/v1", "--judge.model", "j"], "openai", "judge"),
     ],
 )
 def test_one_sentence_says_what_to_install(argv, module, extra, without, capsys, monkeypatch):
@@ -68,6 +65,27 @@ def test_one_sentence_says_what_to_install(argv, module, extra, without, capsys,
     assert said.out == ""
     assert said.err.endswith(f': {module} is not installed; run `pip install "tlora[{extra}]"`.\n')
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "extra"),
+    [
+        (["train", *RUN, "--quantization", "nf4"], "bitsandbytes", "quantized"),
+        (["init", *RUN, "--quantization", "nf4", "--dry_run"], "bitsandbytes", "quantized"),
+        (["compare", *COMPARE, "--quantization", "int8"], "bitsandbytes", "quantized"),
+        (["eval", *EVAL, "--quantization", "int8"], "bitsandbytes", "quantized"),
+        (["eval", *EVAL, "--judge.url", "http://h/v1", "--judge.model", "j"], "openai", "judge"),
+    ],
+)
+def test_what_a_field_asks_for_is_said_with_the_other_faults(
+    argv, module, extra, without, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    without(module)
+    assert cli.main([*argv, "--output_dir", "new", "--model", "./nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert f'{module} is not installed; run `pip install "tlora[{extra}]"`.\n' in said
+    assert "there is no folder './" in said
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["train", "--help"], ["list"], ["list", "tasks"]])

@@ -31,6 +31,7 @@ from tlora.errors import (
     did_you_mean,
 )
 from tlora.evaluate.evalconfig import EvalConfig
+from tlora.files import refuse_missing
 from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
 from tlora.training.runconfig import RunConfig
 from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig, interrupted
@@ -53,17 +54,18 @@ _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
 
 def demo(config: DemoConfig) -> None:
     """Run the demonstration."""
-    from datasets import disable_progress_bars
-    from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
+    from tlora.demo.run import BASE_MODEL, check, run, write_rows
 
-    from tlora.demo.run import BASE_MODEL, run, write_rows
-
+    check(config.output_dir)
     if config.rows_only:
         for name, folder in write_rows(config.output_dir, config.seed).items():
             _say(f"{name}: {folder}/train.jsonl and test.jsonl")
         _say(f"model: {BASE_MODEL}")
         return
+    from datasets import disable_progress_bars
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
     # The bars of training stay; loading and tokenizing take no time here.
     disable_progress_bar()
     disable_progress_bars()
@@ -133,10 +135,11 @@ def train(config: RunConfig) -> None:
 
 def compare(config: CompareConfig) -> None:
     """Run what is missing of a comparison; write its page and its tables."""
-    from datasets import disable_progress_bars
-
-    from tlora.compare.compare import run
+    from tlora.compare.compare import preflight, run
     from tlora.compare.comparefolder import CompareFolder
+
+    preflight(config)
+    from datasets import disable_progress_bars
 
     disable_progress_bars()
     progress = run(config, tell=_say)
@@ -187,10 +190,6 @@ def inspect(config: InspectConfig) -> None:
     if EvalFolder(config.path).exists:
         _show_evaluation(EvalFolder(config.path))
         return
-    from tlora import AdapterPlan
-    from tlora.report.heatmap import save
-    from tlora.report.tables import show
-
     path = Path(config.path)
     file = path / "plan.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -198,6 +197,11 @@ def inspect(config: InspectConfig) -> None:
             f"{path}: there is no plan.safetensors; give a run's folder (an adapter's plan is one"
             " folder up), of a method that plans."
         )
+    refuse_missing(file)
+    from tlora import AdapterPlan
+    from tlora.report.heatmap import save
+    from tlora.report.tables import show
+
     plan = AdapterPlan.load(file)
     show(plan, by=config.by)
     page = save(plan, file.with_name("plan.html"))
@@ -336,10 +340,6 @@ def _run(argv: list[str]) -> int:
         resolves = isinstance(record, (RunConfig, CompareConfig))
         _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:
-        if getattr(record, "quantization", "none") != "none":
-            extras.require("quantized", where="quantization")
-        if isinstance(record, EvalConfig) and record.judge.url:
-            extras.require("judge", where="judge")
         verb.run(record)
     return 0
 

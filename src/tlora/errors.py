@@ -110,16 +110,23 @@ class Faults:
 
     def raise_found(self) -> None:
         """Raise the one error that was collected, or a ConfigError of all of them."""
-        if len(self._found) == 1:
+        sentences = dict.fromkeys(each for error in self._found for each in _placed(error))
+        if len(sentences) == 1 or len(self._found) == 1:
             raise self._found[0]
-        sentences: dict[str, None] = {}
-        for error in self._found:
-            if isinstance(error, ConfigError):
-                sentences |= dict.fromkeys(f"{error.where}: {each}" for each in error.faults)
-            else:
-                sentences[str(error)] = None
         if sentences:
-            raise ConfigError(list(sentences), self._where)
+            raise _CollectedError(list(sentences), self._where)
+
+
+class _CollectedError(ConfigError):
+    """Several errors as one: each fault says already where it is."""
+
+
+def _placed(error: ConfigError | DataError | ArtifactError) -> list[str]:
+    if isinstance(error, _CollectedError):
+        return list(error.faults)
+    if isinstance(error, ConfigError):
+        return [f"{error.where}: {fault}" for fault in error.faults]
+    return [str(error)]
 
 
 def first_line(error: BaseException) -> str:

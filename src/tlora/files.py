@@ -104,6 +104,16 @@ def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
+def refuse_missing(path: str | Path) -> None:
+    """Check that a file is there.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    if not Path(path).is_file():
+        raise ArtifactError(f"{path}: there is no such file.")
+
+
 def refuse_unusable(folder: Path) -> None:
     """Check that ``folder``, an `output_dir`, is or could be made a folder that can be written to.
 
@@ -296,8 +306,7 @@ def read_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path}: there is no such file.")
+    refuse_missing(path)
     try:
         whole = integrity.has_digest(path)
         with safe_open(path, framework="pt") as file:

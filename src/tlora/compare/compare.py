@@ -21,7 +21,9 @@ from tlora.compare.experiment import experiment
 from tlora.compare.onerun import portable
 from tlora.compare.queue import Job, Outcome, Workers, cores, termination_interrupts
 from tlora.compare.trials import SCORED, Comparison, Schedule, Trial, digest
-from tlora.errors import ConfigError, did_you_mean
+from tlora.errors import ConfigError, Faults, did_you_mean
+from tlora.training import preflight as training_preflight
+from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import provenance
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ PRELOAD: tuple[str, ...] = (
 )
 PRELOAD += ("tlora.adapter.attach", "tlora.compare.onerun", "tlora.training.train")
 """What the fork server imports once for all runs; importing these starts no thread."""
+_CAUSAL_SCORES = ("loss", EXACT_MATCH)
 _LOWER = ("loss", "mse")
 
 
@@ -86,6 +89,29 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
         return work(Schedule(comparison, folder), workers(config), tell, setup.left_out)
 
 
+def preflight(config: CompareConfig) -> None:
+    """Check what flags and files tell, before anything that is slow to import.
+
+    Raises:
+        ConfigError, DataError: as in `run`.
+    """
+    faults = Faults("compare")
+    with faults:
+        CompareFolder(config.output_dir).refuse_unless_free()
+    run_config = _first_run(config)
+    with faults:
+        training_preflight.check(run_config, _validation_file(config))
+    with faults:
+        task = training_preflight.task_of(run_config)
+        with faults:
+            if not task.evaluates(run_config.train_file, run_config.eval_file):
+                raise ConfigError("there are no test rows; give --test_file.", where="test_file")
+        with faults:
+            if task.kind == "causal" and not task.reads_replies:
+                _metric(config, _CAUSAL_SCORES)
+    faults.raise_found()
+
+
 def check(config: CompareConfig) -> Setup:
     """Settle what can be settled before the first run; return the setup of the first method.
 
@@ -96,11 +122,8 @@ def check(config: CompareConfig) -> Setup:
     from tlora.training.arguments import training_arguments
     from tlora.training.setup import settle
 
-    entry = config.entries()[0]
-    run_config = config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
-    setup = settle(run_config, config.validation if isinstance(config.validation, str) else None)
-    if setup.held_out is None:
-        raise ConfigError("there are no test rows; give --test_file.", where="test_file")
+    preflight(config)
+    setup = settle(_first_run(config), _validation_file(config))
     training_arguments(setup, CompareFolder(config.output_dir).work)
     _, held = split(setup, config.validation, config.validation_seed)
     if setup.task.kind == "causal" and config.writes_answers:
@@ -110,13 +133,28 @@ def check(config: CompareConfig) -> Setup:
     return setup
 
 
+def _first_run(config: CompareConfig) -> RunConfig:
+    entry = config.entries()[0]
+    return config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
+
+
+def _validation_file(config: CompareConfig) -> str | None:
+    return config.validation if isinstance(config.validation, str) else None
+
+
 def identify(config: CompareConfig, setup: Setup) -> Comparison:
     """Return the comparison with its metric and the digest of what its runs share.
 
     Raises:
         ConfigError: `metric` is no score of the task.
     """
-    known = score_names(setup)
+    metric = _metric(config, score_names(setup))
+    better = config.better or ("lower" if metric in _LOWER else "higher")
+    return Comparison(config, metric, better, digest(experiment(config)))
+
+
+def _metric(config: CompareConfig, known: Sequence[str]) -> str:
+    """Return the score to compare by, one of the ``known`` ones."""
     metric = (config.metric or known[0]).removeprefix("eval_")
     if metric not in known:
         names = ", ".join(map(repr, known))
@@ -125,8 +163,7 @@ def identify(config: CompareConfig, setup: Setup) -> Comparison:
             f"{did_you_mean(metric, known)}",
             where="compare",
         )
-    better = config.better or ("lower" if metric in _LOWER else "higher")
-    return Comparison(config, metric, better, digest(experiment(config)))
+    return metric
 
 
 def score_names(setup: Setup) -> list[str]:
@@ -144,7 +181,7 @@ def score_names(setup: Setup) -> list[str]:
     elif task.reads_replies:
         own = list(reply_scores(setup))
     elif task.kind == "causal":
-        return ["loss", EXACT_MATCH]
+        return [*_CAUSAL_SCORES]
     return [*own, "loss"]
 
 

@@ -84,6 +84,14 @@ class CompareFolder:
         """Return the names of all records."""
         return sorted(file.stem for file in self.runs.glob("*.json"))
 
+    def refuse_unless_free(self) -> None:
+        """Check that a comparison may be written here, without writing anything.
+
+        Raises:
+            ConfigError: the folder is a file, cannot be written to, or holds something else.
+        """
+        refuse_unless_free(self.path, own=self.exists)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process from working here, for as long as this one lives.
@@ -92,7 +100,7 @@ class CompareFolder:
             ConfigError: one is at it; or the folder holds something else or cannot be written to,
                 of which nothing is changed.
         """
-        refuse_unless_free(self.path, own=self.exists)
+        self.refuse_unless_free()
         refusal = ConfigError(
             f"{self.path}: another process is working on this comparison; wait for it, or choose"
             " another --output_dir.",

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tlora.errors import ConfigError
-from tlora.evaluate import evaluated_models, loading
+from tlora.evaluate import evaluated_models, loading, preflight
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.evaluate.grade import check_judge, grade
+from tlora.evaluate.grade import grade
 from tlora.models.pretrained import Pretrained
 from tlora.registry import CONVERSATIONS
 from tlora.training.runfolder import provenance
@@ -67,16 +67,16 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         KeyboardInterrupt: stopped; finished pairs are kept.
     """
     folder = EvalFolder(config.output_dir)
-    folder.refuse_unless_free()
-    check_judge(config)
+    sketched = preflight.check(config)
     if config.only_grades:
         folder.read()  # the lock would make a folder that is not there
         with folder.locked():
             grade(folder, config, {}, tell)
         return folder
+    EvaluationRecord(folder, config, sketched)  # refuses other settings
     models = evaluated_models.resolve(config)
     loading.check_backend(config, models)
-    EvaluationRecord(folder, config, models)  # refuses other settings before rows are read
+    EvaluationRecord(folder, config, models)
     tasks = make_tasks(config, models)
     check(tasks, config, models)
     with folder.locked():
@@ -110,7 +110,7 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
     from tlora.evaluate.harness_task import HarnessTask
     from tlora.evaluations import catalog
 
-    if task_rows.of_a_task(config):
+    if preflight.of_a_task(config):
         return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = catalog.Settings(

@@ -25,7 +25,7 @@ Kind = Literal["base", "adapter", "merged"]
 Head = Literal["causal", "seq2seq", "labeled"]
 
 _ADAPTER = "adapter_config.json"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LABELED = "ForSequenceClassification"
 _HEADS: dict[str, Head] = {
     "SEQ_CLS": "labeled",
@@ -124,9 +124,7 @@ def _together(found: list[EvaluatedModel], config: EvalConfig) -> list[Evaluated
     return models
 
 
-def _evaluated_model(
-    entry: str, config: EvalConfig, find_head: FindHead
-) -> EvaluatedModel | None:
+def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> EvaluatedModel | None:
     name, equals, path = entry.partition("=")
     if not equals or Path(entry).exists():
         name, path = "", entry

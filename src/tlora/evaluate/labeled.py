@@ -13,9 +13,9 @@ from tlora.evaluate.class_order import class_names, order_of
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import TaskResult
+from tlora.evaluate.preflight import check_labeled_rows, labeled_task
 from tlora.evaluate.task_rows import scored_rows
-from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
-from tlora.tasks.base import Task
+from tlora.registry import TASKS
 from tlora.tasks.metrics import accuracy
 from tlora.tasks.tokens import labeled, labeled_collator
 
@@ -57,13 +57,7 @@ class Labels:
     def __init__(self, name: str, config: EvalConfig, models: Sequence[EvaluatedModel]) -> None:
         self.name = name
         self._batch = config.batch_size if isinstance(config.batch_size, int) else _BATCH
-        asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
-        task = None if asks else TASKS.load(name)(config.data)
-        if task is None or task.kind not in ("classification", "regression"):
-            raise ConfigError(
-                f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
-            )
-        self.task: Task = task
+        self.task = task = labeled_task(name, config)
         self._outputs: dict[str, list[str]] = {}
         if task.kind == "classification":
             found = {evaluated.name: class_names(evaluated, config) for evaluated in models}
@@ -164,9 +158,7 @@ def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labe
         ConfigError: a name is no such task, or the tasks have different heads.
         DataError: as `Labels`.
     """
-    if (config.test_file or config.data.dataset) and len(config.tasks) > 1:
-        flag = "--test_file" if config.test_file else "--data.dataset"
-        raise ConfigError(f"{flag} is of one task; give one.", where="tasks")
+    check_labeled_rows(config)
     tasks = {name: Labels(name, config, models) for name in config.tasks}
     if len({str(task.head) for task in tasks.values()}) > 1:
         raise ConfigError(

@@ -9,10 +9,10 @@ from datasets import Dataset
 from lm_eval.api.filter import Filter
 from lm_eval.api.task import ConfigurableTask
 
-from tlora.errors import ConfigError, DataError
+from tlora.errors import DataError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.loading import unheard
-from tlora.registry import TASKS
+from tlora.evaluate.preflight import replied_task
 from tlora.tasks.base import Row, Task
 
 if TYPE_CHECKING:
@@ -96,23 +96,6 @@ def _of_all(task: Task, metric: str) -> Callable[[list[Any]], float]:
     return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
 
-def of_a_task(config: EvalConfig) -> bool:
-    """Return whether the rows of a registered task are asked for, and not an evaluation's.
-
-    Raises:
-        ConfigError: they are not, and fields say how they are read.
-    """
-    if config.test_file or config.data.kind or config.data.dataset:
-        return True
-    if given := config.data.given():
-        raise ConfigError(
-            f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
-            " give --test_file or --data.dataset too, or leave it out.",
-            where="data",
-        )
-    return False
-
-
 def of_task(config: EvalConfig) -> ConfigurableTask:
     """Make an evaluation of the prompts and responses of a registered task.
 
@@ -121,24 +104,7 @@ def of_task(config: EvalConfig) -> ConfigurableTask:
             their responses, or there are none.
         DataError: a row is not what the task expects.
     """
-    if len(config.tasks) > 1:
-        raise ConfigError(
-            "--test_file, --data.dataset and --data.kind are of one task; give one.", where="tasks"
-        )
-    name = config.tasks[0]
-    task = TASKS.load(name)(config.data)
-    if task.kind in ("classification", "regression"):
-        raise ConfigError(
-            f"{name!r} has labels, and the models write texts; give models with a trained head,"
-            " or --data.kind seq2seq where the task can be put as text to text.",
-            where="tasks",
-        )
-    if not (task.exact or task.reads_replies):
-        raise ConfigError(
-            f"the rows of {name!r} are not scored by their responses; leave --test_file out for"
-            " the evaluations that have a --data_dir.",
-            where="test_file",
-        )
+    task, name = replied_task(config), config.tasks[0]
     docs = []
     for number, row in enumerate(scored_rows(task, config)):
         if "prompt" not in row:

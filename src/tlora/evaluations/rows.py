@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ class Source:
     split: str = "test"
     """Split of `hub`."""
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Source:
+        """Return what the `dataset_kwargs` of an evaluation's YAML say."""
+        configs = given.get("configs", (None,))
+        return cls(tuple(given["files"]), given["origin"], given.get("hub"), configs)
+
     def rows(self, name: str, data_dir: str | None) -> tuple[str, list[Raw]]:
         """Return where the rows are and all of them.
 
@@ -42,25 +49,38 @@ class Source:
         Raises:
             DataError: there are none, or they cannot be read.
         """
-        if data_dir is not None:
-            return self._local(name, Path(data_dir))
-        if self.hub is None:
-            raise DataError(
-                f"{name}: its rows are not on the Hub; give the folder that holds {self.files[0]}"
-                f" ({self.origin}) as data_dir."
-            )
-        parts = [source.read_hub(self.hub, config, self.split) for config in self.configs]
-        return f"{self.hub}, {self.split}", [row for part in parts for row in part]
+        file = self.check(name, data_dir)
+        if file is not None:
+            return str(file), read_json(file)
+        hub = str(self.hub)
+        parts = [source.read_hub(hub, config, self.split) for config in self.configs]
+        return f"{hub}, {self.split}", [row for part in parts for row in part]
 
-    def _local(self, name: str, folder: Path) -> tuple[str, list[Raw]]:
-        tried = [folder / f"{path}{packed}" for path in self.files for packed in ("", ".gz")]
+    def check(self, name: str, data_dir: str | None) -> Path | None:
+        """Return the file that `rows` reads, None for the Hub; nothing is read.
+
+        Args:
+            name: the evaluation's, for the message of an error.
+            data_dir: the user's folder.
+
+        Raises:
+            DataError: the folder has none of the files, or the rows are not on the Hub.
+        """
+        if data_dir is None:
+            if self.hub is None:
+                raise DataError(
+                    f"{name}: its rows are not on the Hub; give the folder that holds"
+                    f" {self.files[0]} ({self.origin}) as data_dir."
+                )
+            return None
+        tried = [Path(data_dir, f"{path}{packed}") for path in self.files for packed in ("", ".gz")]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
             raise DataError(
-                f"{name}: {folder} has none of {', '.join(self.files)} (nor one of them with .gz);"
-                f" put the file there ({self.origin})."
+                f"{name}: {data_dir} has none of {', '.join(self.files)} (nor one of them with"
+                f" .gz); put the file there ({self.origin})."
             )
-        return str(found), read_json(found)
+        return found
 
 
 def read_json(path: Path) -> list[Raw]:

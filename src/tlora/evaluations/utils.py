@@ -51,11 +51,8 @@ def documents(
     Raises:
         DataError: there are no rows, or one of them is not what it should be.
     """
-    source = Source(
-        tuple(given["files"]), given["origin"], given.get("hub"), given.get("configs", (None,))
-    )
     name = Path(given.get("config_source", "the evaluation")).stem
-    place, rows = source.rows(name, given.get("data_dir"))
+    place, rows = Source.of(given).rows(name, given.get("data_dir"))
     raws = [(i, raw) for i, raw in enumerate(rows) if keep is None or keep(raw)]
     if not raws:
         raise DataError(f"{place}: none of its rows belongs to {name}; see its source.")

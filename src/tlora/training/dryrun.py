@@ -95,10 +95,10 @@ def run(config: RunConfig) -> DryRun:
     Raises:
         ConfigError: a field is wrong, or there is no such model.
     """
+    preflight.check_without_rows(config)
     from tlora.adapter.strategy import choose
     from tlora.calibration.targets import find_targets
 
-    preflight.check_without_rows(config)
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
     model, notes = _on_meta(config, kind, task.label_names)

@@ -45,6 +45,7 @@ def check(config: RunConfig, validation: str | None = None) -> None:
     with faults:
         if config.data.guard:
             names.check_guard(config.data.guard, where="data.guard")
+            names.check_files(config.data.guard, config.data.guard_dir)
     with faults:
         _check_cache(config.calibration.cache)
     faults.raise_found()

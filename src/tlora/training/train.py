@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.errors import ConfigError
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
+from tlora.training import preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind
 from tlora.training.initialize import adapt, save_adapter
@@ -52,9 +53,9 @@ def run(config: RunConfig) -> RunFolder:
 
 def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
     started = folder.exists
+    preflight.check_evaluation(config)
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
-    _check_evaluation(setup, arguments)
     _refuse_sharding(arguments)
     _refuse_disagreement(started, folder)
     seconds: dict[str, float] = {}
@@ -84,15 +85,6 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _check_evaluation(setup: Setup, arguments: Any) -> None:
-    if arguments.eval_strategy != "no" and setup.held_out is None:
-        raise ConfigError(
-            f"`eval_strategy` is {str(arguments.eval_strategy.value)!r}, but there are no"
-            " evaluation rows; give --eval_file.",
-            where="trainer",
-        )
 
 
 def _refuse_sharding(arguments: Any) -> None:
