@@ -78,11 +78,10 @@ def test_one_sentence_says_what_to_install(argv, module, extra, without, capsys,
     ],
 )
 def test_what_a_field_asks_for_is_said_with_the_other_faults(
-    argv, module, extra, without, capsys, monkeypatch, tmp_path
+    argv, module, extra, without, capsys, tmp_path
 ):
-    monkeypatch.chdir(tmp_path)
     without(module)
-    assert cli.main([*argv, "--output_dir", "new", "--model", "./nowhere"]) == 2
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "new"), "--model", "./nowhere"]) == 2
     said = capsys.readouterr().err
     assert f'{module} is not installed; run `pip install "tlora[{extra}]"`.\n' in said
     assert "there is no folder './" in said

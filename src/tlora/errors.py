@@ -18,7 +18,11 @@ class TLoraError(Exception):
 class ConfigError(TLoraError, ValueError):
     """One or more fields of a configuration are wrong; all faults are listed at once."""
 
-    def __init__(self, faults: str | Sequence[str], where: str = "configuration") -> None:
+    def __init__(
+        self, faults: str | Sequence[str], where: str = "configuration", placed: bool = False
+    ) -> None:
+        self.placed = placed
+        """Whether each fault says itself where it is."""
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         self.where = where
         if len(self.faults) == 1:
@@ -114,19 +118,14 @@ class Faults:
         if len(sentences) == 1 or len(self._found) == 1:
             raise self._found[0]
         if sentences:
-            raise _CollectedError(list(sentences), self._where)
-
-
-class _CollectedError(ConfigError):
-    """Several errors as one: each fault says already where it is."""
+            raise ConfigError(list(sentences), self._where, placed=True)
 
 
 def _placed(error: ConfigError | DataError | ArtifactError) -> list[str]:
-    if isinstance(error, _CollectedError):
-        return list(error.faults)
-    if isinstance(error, ConfigError):
-        return [f"{error.where}: {fault}" for fault in error.faults]
-    return [str(error)]
+    if not isinstance(error, ConfigError):
+        return [str(error)]
+    place = "" if error.placed else f"{error.where}: "
+    return [f"{place}{fault}" for fault in error.faults]
 
 
 def first_line(error: BaseException) -> str:

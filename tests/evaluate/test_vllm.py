@@ -56,7 +56,10 @@ def test_an_adapter_is_merged_into_a_folder_that_goes_with_the_model(engine, dem
 
 
 def test_what_vllm_cannot_do_is_refused_at_once(here, demo_adapter, demo_file, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
     config = EvalConfig(
         models=[f"drawn={demo_adapter}"],
         tasks=["jsonl"],

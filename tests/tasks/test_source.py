@@ -1,0 +1,91 @@
+"""What is known of a file before its rows are read is what reading them gives."""
+
+import json
+
+import pytest
+
+from tlora.errors import ConfigError, DataError
+from tlora.tasks import source
+from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.glue import Sst2
+from tlora.tasks.jsonl import Jsonl
+
+ROWS = (
+    [{"prompt": "1+1=", "response": "2"}],
+    [{"a": 1}, {"a": None, "b": [1]}, {"c": {"d": 1}}],
+    [{"text": "a\u2028b"}, {"text": "c", "more": None}],
+)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_columns_are_those_that_datasets_reads(rows, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    assert source.columns_of(str(file)) == source.read_file(str(file)).column_names
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", b"a,b\n1,2\n"),
+        ("rows.json", b'[{"a": 1}]'),
+        ("rows.jsonl", b'{"a": 1}\n{"a": '),
+        ("rows.jsonl", b"[1]\n"),
+        ("rows.jsonl", b'{"a": "\xe9"}\n'),
+        ("rows.jsonl", b"\n"),
+        ("rows.jsonl", b'{"a": 1}\n' + b" " * 2**22),
+    ],
+)
+def test_columns_that_only_the_reader_tells_are_left_to_it(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert source.columns_of(str(tmp_path / name)) is None
+
+
+def test_checking_columns_settles_nothing(tmp_path):
+    task = Jsonl(DataConfig())
+    task.check_columns(["question", "answer"])
+    assert task.data == DataConfig()
+    with pytest.raises(ConfigError, match="the rows have the columns a; name the ones"):
+        task.check_columns(["a"])
+
+
+def test_sources_are_checked_together(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    task = Jsonl(DataConfig(prompt_column="q"))
+    with pytest.raises(ConfigError) as error:
+        task.check_sources(str(tmp_path / "rows.jsonl"), str(tmp_path / "no.csv"))
+    missing_column, no_template, gone = error.value.faults
+    assert "`data.prompt_column` is 'q'" in missing_column
+    assert "`data.response_column` is missing" in no_template
+    assert "no.csv: there is no such file" in gone
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "there"),
+    [
+        (("t", None), {}, False),
+        (("t", "e"), {}, True),
+        ((None, None), {}, True),
+        ((None, None), {"dataset": "d"}, False),
+        ((None, None), {"dataset": "d", "eval_split": "s"}, True),
+        (("t", None), {"eval_split": "s"}, False),
+    ],
+)
+def test_whether_there_are_evaluation_rows_is_known_before_they_are_read(
+    files, data, there, monkeypatch
+):
+    task = Sst2(DataConfig(**data))
+    assert task.evaluates(*files) == there
+    monkeypatch.setattr(Sst2, "check_sources", lambda *_: None)
+    monkeypatch.setattr(Sst2, "read_file", lambda _, path: path)
+    monkeypatch.setattr(source, "read_hub", lambda *names: names)
+    assert (task.load(*files)[1] is not None) == there
+
+
+def test_published_files_of_glue_may_end_in_txt(tmp_path):
+    (tmp_path / "rows.txt").write_text("sentence\tlabel\n")
+    Sst2(DataConfig()).check_file(str(tmp_path / "rows.txt"))
+    with pytest.raises(DataError, match=r"files of kind '\.txt' are not read"):
+        Jsonl(DataConfig()).check_file(str(tmp_path / "rows.txt"))
+    with pytest.raises(DataError, match=r"no\.tsv: there is no such file"):
+        Sst2(DataConfig()).check_file(str(tmp_path / "no.tsv"))
