@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> None:
     """Run the demonstration."""
     from tlora.demo.run import BASE_MODEL, check, run, write_rows
 
-    check(config.output_dir)
+    check(config.output_dir, config.seed, config.rows_only)
     if config.rows_only:
         for name, folder in write_rows(config.output_dir, config.seed).items():
             _say(f"{name}: {folder}/train.jsonl and test.jsonl")
