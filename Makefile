@@ -2,6 +2,9 @@
 #   make demo    adapt the shipped base model to a task it cannot do (about 2 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
+#   make audit   look the locked packages up in a public database of vulnerabilities
+#   make lock    resolve the locked versions again;  make licenses: the licenses of the packages
+# Packages come from requirements/*.txt, whose hashes pip checks, and torch from constraints.txt.
 # The pages of `tlora compare` and `tlora eval` are tested in Chromium (apt-get install chromium).
 # Without one those tests are left out, and the last lines say so; TLORA_REQUIRE_BROWSER=1 makes
 # that an error.
@@ -11,9 +14,13 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt
+TOOLS := $(VENV)-tools
+LOCK_ARGS ?=
+PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
+INSTALL = $(BIN)/python $(PIP_INSTALL)
+LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test check clean
+.PHONY: demo test check lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -28,18 +35,34 @@ check: $(VENV)/ready-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
+lock: $(TOOLS)/ready
+	$(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)
+
+audit: $(TOOLS)/ready
+	$(TOOLS)/bin/python scripts/audit.py
+
+licenses: $(VENV)/ready-dev
+	$(BIN)/python scripts/licenses.py
+
 # The mark is written last, so an install that was cut off is started over.
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt requirements/compare.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "tlora needs Python 3.10 or later; name one: make PYTHON=python3.10 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable ".[compare]"
+	$(INSTALL) $(LOCKED) requirements/compare.txt
+	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # What the tests need besides: the other extras, linters, a browser's driver, quantizing libraries.
-$(VENV)/ready-dev: $(VENV)/ready
-	$(INSTALL) --editable ".[dev]"
+$(VENV)/ready-dev: $(VENV)/ready requirements/dev.txt
+	$(INSTALL) $(LOCKED) requirements/dev.txt
+	touch $@
+
+$(TOOLS)/ready: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python $(PIP_INSTALL) $(LOCKED) requirements/tools.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) build dist .pytest_cache .mypy_cache .ruff_cache
