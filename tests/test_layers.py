@@ -74,6 +74,7 @@ def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
 
 
 LAYERS = (
+    ("credentials",),
     ("errors", "extras", "files", "integrity", "presets", "registry"),
     ("checks", "yamlfiles"),
     ("config",),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
+from tlora import credentials
 from tlora.errors import ConfigError, did_you_mean, unknown_names
 
 AnySection = TypeVar("AnySection", bound="Section")
@@ -197,13 +198,18 @@ class Section:
             kind, value = hints(type(self))[field.name], getattr(self, field.name)
             if is_section(kind) and isinstance(value, kind):
                 found += value.faults()
-            elif wrong := fault(f"{self.prefix}{field.name}", kind, value):
+            elif wrong := self._wrong(field.name, kind, value):
                 found += wrong
                 named += (f"`{self.prefix}{field.name}` ",)
                 vars(sound)[field.name] = default_of(field)
         # Relations see the default in place of each wrong value, so that they never meet a wrong
         # type; what they say about such a default is left out.
         return found + [each for each in sound.relations() if not each.startswith(named)]
+
+    def _wrong(self, name: str, kind: Any, value: Any) -> list[str]:
+        """Say what is wrong with one value; a credential is refused before anything quotes it."""
+        name = f"{self.prefix}{name}"
+        return [*credentials.faults(name, value)] or fault(name, kind, value)
 
     def relations(self) -> Iterator[str]:
         """Yield a sentence for each thing that is wrong between fields; their types are right."""

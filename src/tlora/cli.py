@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora import __version__, extras, presets
 from tlora.compare.compareconfig import CompareConfig
+from tlora.credentials import RedactingFormatter, redacted
 from tlora.errors import (
     AdapterError,
     ArtifactError,
@@ -285,7 +286,9 @@ def _leave_process_group() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("tlora").setLevel(logging.INFO)
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
@@ -308,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(str(error))
         return 2 if isinstance(error, _BAD_INPUT) else 1
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(redacted(traceback.format_exc()))
         return 1
 
 

@@ -10,9 +10,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from tlora.credentials import redacted
+
 
 class TLoraError(Exception):
-    """Base of everything that tlora raises on purpose."""
+    """Base of everything that tlora raises on purpose; its message shows no credential."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(TLoraError, ValueError):

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tlora.credentials import redacted
 
 _GRACE = 5.0  # seconds that a job gets to end before it is killed
 _LINES_KEPT = 20
@@ -193,7 +196,10 @@ def _run(function: str, payload: dict[str, Any], log: str, environment: dict[str
     faulthandler.enable(file=2)
     os.environ.update(environment)
     module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)(payload)
+    try:
+        getattr(importlib.import_module(module), name)(payload)
+    except Exception:
+        sys.exit(redacted(traceback.format_exc()))
 
 
 def _die_with_parent() -> None:

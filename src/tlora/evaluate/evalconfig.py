@@ -109,7 +109,7 @@ class EvalConfig(Record):
     """Rows of a task of `tlora list tasks` to score: a JSON, JSONL, CSV, TSV or Parquet file."""
     allow_code_execution: bool = False
     """Run the programs that models write, where a task asks for it; docs/evaluation.md says in
-    what sandbox."""
+    what sandbox. Python code that comes with a task's YAML runs too, in none."""
     sandbox: Sandbox = "namespaces"
     """How programs are kept apart; "landlock" is weaker, for machines that forbid the first."""
     n_samples: Annotated[int, at_least(1)] = 1
@@ -127,7 +127,7 @@ class EvalConfig(Record):
     tokenizer: str | None = None
     """Tokenizer for all models, in place of each base model's own."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run Python code that comes with the model or with a task's YAML."""
     seed: Annotated[int, at_least(0)] = 1234
     """Seed of the choice of examples and of sampling."""
     chat_prompt: ChatPrompt = "auto"

@@ -117,6 +117,7 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
         allow_code_execution=config.allow_code_execution,
         protection=config.sandbox,
         samples=config.n_samples,
+        trust_remote_code=config.trust_remote_code,
     )
     others = [name for name in config.tasks if name not in chats]
     built = catalog.build(others, config.data_dir, settings)

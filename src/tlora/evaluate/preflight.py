@@ -64,7 +64,7 @@ def _check_tasks(config: EvalConfig, models: list[EvaluatedModel] | None) -> Non
         replied_task(config).check_held_out(config.test_file)
     else:
         asked = [name for name in config.tasks if name not in CONVERSATIONS.names()]
-        names.check_tasks(asked, config.allow_code_execution)
+        names.check_tasks(asked, config.allow_code_execution, config.trust_remote_code)
         names.check_files(asked, config.data_dir)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError, TLoraError
+from tlora.evaluations import consent
 from tlora.evaluations.names import check_guard, check_tasks, expanded, folders, unsandboxed
 from tlora.scoring.answers import PROTOCOLS
 from tlora.scoring.sandbox import Protection
@@ -34,6 +35,8 @@ class Settings:
     """Programs for each problem: 1 is greedy, more are drawn at `temperature`."""
     temperature: float = 0.8
     """Of drawn programs."""
+    trust_remote_code: bool = False
+    """Run the code that an evaluation's YAML brings; `allow_code_execution` allows that too."""
 
 
 def build(
@@ -52,18 +55,22 @@ def build(
         Tasks by name in the order of ``names``, for ``lm_eval.evaluate(task_dict=...)``.
 
     Raises:
-        ConfigError: a name is unknown (with a suggestion), or runs programs unallowed; all such
-            faults at once, before a row is read. Or lm-evaluation-harness is not installed.
+        ConfigError: a name is unknown (with a suggestion), runs programs unallowed, or is a YAML
+            that brings code untrusted; all such faults at once, before a row is read or a function
+            imported. Or lm-evaluation-harness is not installed.
         DataError: the rows of a task cannot be had.
         SandboxError: the sandbox for programs does not work on this machine.
     """
     settings = settings or Settings()
     names = list(names)
-    index = _index(names, dataclasses.asdict(settings) | {"data_dir": data_dir})
+    given = dataclasses.asdict(settings) | {"data_dir": data_dir}
+    trusted = given.pop("trust_remote_code")
+    index = _index(names, given)
     wanted = expanded(names)
     others = [name for name in wanted if name not in index.task_index]
     theirs: Any = _theirs() if others else index
-    check_tasks(names, settings.allow_code_execution, theirs.task_index)
+    consent.sandbox_templates()
+    check_tasks(names, settings.allow_code_execution, trusted, theirs=theirs.task_index)
     tasks: dict[str, Task] = {}
     for name in wanted:
         tasks |= _load(theirs if name in others else index, name, settings)

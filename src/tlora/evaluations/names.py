@@ -16,6 +16,7 @@ from typing import Any
 
 from tlora import extras
 from tlora.errors import ConfigError, Faults, did_you_mean
+from tlora.evaluations import consent
 from tlora.evaluations.rows import Source
 from tlora.registry import EVALUATIONS, TASKS
 
@@ -25,6 +26,8 @@ _NAMED = re.compile(rb"^(?:task|group)[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTI
 def check_tasks(
     names: Iterable[str],
     allow_code_execution: bool,
+    trust_remote_code: bool = False,
+    *,
     theirs: Collection[str] | None = None,
     where: str = "tasks",
 ) -> None:
@@ -33,12 +36,15 @@ def check_tasks(
     Args:
         names: of our evaluations and groups, of lm-evaluation-harness, or paths of YAML files.
         allow_code_execution: whether programs that the model writes may run.
+        trust_remote_code: whether code that a YAML brings may run; `allow_code_execution` lets it
+            run too.
         theirs: names of lm-evaluation-harness; None: whatever its files mention may be one.
         where: what error messages call the field.
 
     Raises:
-        ConfigError: a name is unknown (with a suggestion), or runs programs unallowed; all such
-            faults at once. Or lm-evaluation-harness is not installed.
+        ConfigError: a name is unknown (with a suggestion), or runs programs unallowed, or is a YAML
+            that brings code untrusted; all such faults at once. Or lm-evaluation-harness is not
+            installed.
     """
     extras.require("eval", where)
     own, wanted = _ours(names)
@@ -54,6 +60,8 @@ def check_tasks(
         ]
         if theirs is None:
             unsafe = [name for name in others if _HarnessFiles.read().runs_programs(name)]
+        if not (trust_remote_code or allow_code_execution):
+            faults += _bringing_code(name for name in others if name not in known)
     if not allow_code_execution:
         faults += [
             f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
@@ -63,6 +71,16 @@ def check_tasks(
         faults += [unsandboxed(name) for name in unsafe]
     if faults:
         raise ConfigError(faults, where=where)
+
+
+def _bringing_code(names: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each YAML of these that would run code of its author's."""
+    for name in names:
+        if Path(name).is_file() and (found := consent.code_in(name)):
+            yield (
+                f"{name!r} runs Python code outside of the sandbox: {', '.join(found)}; read it,"
+                " then pass trust_remote_code or allow_code_execution, or leave it out."
+            )
 
 
 def check_guard(names: Iterable[str], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tlora.files import replacing_file
 from tlora.report import evalpage, numbers, outcomes, read_evaluation
 from tlora.report import evalwording as wording
+from tlora.report import markdown as tables
 from tlora.report.outcomes import Cell, EvaluationResults, Row
 
 _VERDICTS = {1: "better", -1: "worse", 0: "tie"}
@@ -42,14 +43,15 @@ def write(folder: str | Path) -> Report:
 def markdown(results: EvaluationResults) -> str:
     """Return the table and what belongs to it."""
     models = [model.name for model in results.evaluation.models]
-    lines = [_line(["task", "metric", "items", *models]), "|---|---|---|" + "---|" * len(models)]
+    made = []
     for row in results.rows:
         cells = [_cell(results, row, cell) for cell in row.cells]
-        lines.append(_line([row.task.name, row.metric, numbers.count(row.items), *cells]))
+        made.append([row.task.name, row.metric, numbers.count(row.items), *cells])
+    lines = tables.table(["task", "metric", "items", *models], made)
     lines += ["", " ".join(filter(None, (wording.summary(results), wording.legend(results)))), ""]
     lines += [f"- {sentence}" for sentence in wording.remarks(results)]
     lines += [f"- {wording.task(task)}" for task in results.evaluation.tasks]
-    return "\n".join(lines) + "\n"
+    return tables.document(lines)
 
 
 def _cell(results: EvaluationResults, row: Row, cell: Cell) -> str:
@@ -62,8 +64,3 @@ def _cell(results: EvaluationResults, row: Row, cell: Cell) -> str:
     known = cell.difference.interval
     mean, low, high = (numbers.signed(v or 0.0) for v in (known.mean, known.low, known.high))
     return f"{text} ({mean}, {low} to {high}: {verdict})"
-
-
-def _line(cells: list[str]) -> str:
-    # A "|" or a line's end in a name would end the cell.
-    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"

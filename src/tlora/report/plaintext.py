@@ -10,6 +10,7 @@ from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.files import replacing_file
+from tlora.report import markdown as tables
 from tlora.report import numbers, page, wording
 from tlora.report.comparison import Record, Results
 
@@ -53,7 +54,7 @@ def markdown(results: Results) -> str:
     lines += [f"- {sentence}" for sentence in wording.edges(results)]
     lines += [f"- {sentence}" for sentence in wording.protocol(results)]
     lines += [f"- Missing: {p.run}: {p.cause}." for p in results.problems]
-    return "\n".join(lines) + "\n"
+    return tables.document(lines)
 
 
 def against(results: Results, label: str) -> str:
@@ -80,7 +81,7 @@ def against(results: Results, label: str) -> str:
                 f"{word}, of all pairs too" if results.holds(label, m.label) else word,
             ]
         rows.append([m.label, numbers.count(m.mean("parameters", "adapter")), score, *told])
-    return "\n".join([*_table(results, head, rows), wording.caveat(results)])
+    return tables.document([*_table(results, head, rows), wording.caveat(results)]).rstrip("\n")
 
 
 def table(results: Results) -> str:
@@ -94,12 +95,8 @@ def table(results: Results) -> str:
 
 
 def _table(results: Results, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return a heading, a table and an empty line; bars in labels do not divide cells."""
+    """Return a heading, a table and an empty line."""
     made = results.comparison
-    lines = [
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        for row in (head, *rows)
-    ]
     title = results.config.title or results.config.task
     heading = f"**{title}** (test {made.metric}, {made.better} is better)"
-    return [heading, "", lines[0], f"|{'---|' * len(head)}", *lines[1:], ""]
+    return [heading, "", *tables.table(head, rows), ""]

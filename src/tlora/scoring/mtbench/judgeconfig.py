@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from tlora.checks import POSITIVE, Section, at_least
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OWNED = ("messages", "model", "stream", "n")
 """Fields of a request that cannot be set by `JudgeConfig.request`."""
 
@@ -52,6 +54,11 @@ class JudgeConfig(Section):
             yield f"`judge.{missing}` is missing; a judge has a url and a model."
         if self.url is not None:
             yield from _url_faults(self.url)
+        if self.key_variable and not _VARIABLE.fullmatch(self.key_variable):
+            yield (
+                "`judge.key_variable` is no name of a variable (not shown here, as it may be the"
+                " key); name the environment variable that holds the key."
+            )
         for name in _OWNED:
             if name in self.request:
                 yield f"`judge.request.{name}` is set by the evaluation itself; leave it out."

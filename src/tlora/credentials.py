@@ -1,0 +1,108 @@
+"""What is a credential, told by the name it is given under and by its form: none is kept or shown.
+
+A configuration that holds one is refused (`faults`), so that none reaches a file; what is shown or
+logged has them replaced (`redacted`), as other libraries' messages may quote one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_NAME = (
+    r"(?:[\w.-]*[_.-])?(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)"
+    r"(?:token|secret|password|passwd|passphrase|credentials?|authorization|api[_-]?key"
+    r"|(?:access|secret|private|account|signing|ssh|encryption)[_-]key(?:[_-]id)?)"
+)
+_NAMED = re.compile(_NAME, re.IGNORECASE)
+_FORM = re.compile(
+    r"\b(?:hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic
+    r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}"  # AWS, Google, Slack
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"  # JSON web tokens
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_QUERY = re.compile(
+    rf"(?<=[?&])(?P<name>{_NAME}|sig|signature|X-Amz-\w+|key)=[^&#\s'\"]+", re.IGNORECASE
+)
+_GIVEN = re.compile(
+    rf"\b(?P<head>{_NAME}[`'\"]?\s*(?:[:=]\s*['\"]?(?:Bearer\s+|Basic\s+)?|is\s+['\"]))"
+    r"(?!Bearer\s|Basic\s)[^\s'\",;(){}\[\]]{6,}",
+    re.IGNORECASE,
+)
+_SHORTEST = 12
+"""Characters of a value of the environment that is looked for; a shorter one may be a word."""
+HIDDEN = "[credential]"
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a field or variable of this name holds a credential, such as `hub_token`.
+
+    `pad_token` and the like, and numbers of tokens, are none.
+    """
+    return _NAMED.fullmatch(name) is not None
+
+
+def holds(text: str) -> bool:
+    """Return whether a text holds what has the form of a credential, or one of the environment."""
+    if any(pattern.search(text) for pattern in (_FORM, _USER_INFO, _QUERY)):
+        return True
+    return any(value in text for value in _of_environment())
+
+
+def faults(name: str, value: Any) -> Iterator[str]:
+    """Yield a sentence for each credential in the field ``name``, never with the value.
+
+    Args:
+        name: what sentences call the field, dotted.
+        value: what it holds; lists and mappings are searched.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from faults(f"{name}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from faults(name, inner)
+    elif isinstance(value, str) and value and (is_secret_name(name) or holds(value)):
+        yield (
+            f"`{redacted(name)}` holds a credential (not shown here), and a configuration is"
+            f" written to disk; leave it out, and {_advice(name)}."
+        )
+
+
+def redacted(text: str) -> str:
+    """Return a text with every credential that is told by its form, name or place replaced."""
+    for value in _of_environment():
+        text = text.replace(value, HIDDEN)
+    text = _USER_INFO.sub(HIDDEN, _FORM.sub(HIDDEN, text))
+    text = _QUERY.sub(rf"\g<name>={HIDDEN}", text)
+    return _GIVEN.sub(rf"\g<head>{HIDDEN}", text)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats the lines of a log so that they show no credential, whichever library logs one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return redacted(super().format(record))
+
+
+def _advice(name: str) -> str:
+    if name.startswith("judge."):
+        return "set the environment variable that `judge.key_variable` names"
+    return "set HF_TOKEN or run `hf auth login`"
+
+
+def _of_environment() -> list[str]:
+    """Return the credentials that the environment holds, the longest first."""
+    found = {
+        value.strip()
+        for name, value in os.environ.items()
+        if is_secret_name(name) and len(value.strip()) >= _SHORTEST
+    }
+    return sorted(found, key=len, reverse=True)

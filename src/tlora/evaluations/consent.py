@@ -1,0 +1,104 @@
+"""What of an evaluation's YAML would run code, found before lm-evaluation-harness reads it.
+
+Its loader imports the Python file that a `!function` names while it reads the YAML, and Hugging
+Face's `evaluate` downloads and runs a metric that the harness does not know. Templates are
+rendered in Jinja's sandbox, where they reach no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tlora.errors import DataError
+
+
+class _Code(str):
+    """What stands behind a `!function`."""
+
+    __slots__ = ()
+
+
+def code_in(path: str | Path) -> list[str]:
+    """Return in words what would run code in a YAML, and in the files that it includes.
+
+    Args:
+        path: of a task's or group's YAML.
+
+    Raises:
+        DataError: one of the files cannot be read, is no YAML, or has tags that are not the
+            harness'.
+    """
+    found: list[str] = []
+    waiting, seen = [Path(path)], set()
+    while waiting:
+        file = waiting.pop().expanduser().resolve()
+        if file in seen:
+            continue
+        seen.add(file)
+        values, functions = _read(file)
+        found += [f"`!function {name}` in {file}" for name in functions]
+        found += [f"the metric {name!r} in {file}" for name in _foreign_metrics(values)]
+        included = values.get("include", []) if isinstance(values, dict) else []
+        names = included if isinstance(included, list) else [included]
+        waiting += [file.parent / str(name) for name in names]
+    return list(dict.fromkeys(found))
+
+
+def sandbox_templates() -> None:
+    """Have lm-evaluation-harness render templates in Jinja's sandbox.
+
+    In a plain environment, `{{ x.__init__.__globals__ }}` leads to every module.
+    """
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if isinstance(utils.env, SandboxedEnvironment):
+        return
+    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(utils.env.filters)
+    utils.env = sandbox
+
+
+def _read(file: Path) -> tuple[Any, list[str]]:
+    """Return what a YAML says and the names of its functions, without importing any."""
+    import yaml
+
+    functions: list[str] = []
+
+    class Loader(yaml.SafeLoader):
+        """Notes functions; those of keys that are given twice too."""
+
+    def note(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Code:
+        functions.append(str(loader.construct_scalar(node)))
+        return _Code(functions[-1])
+
+    Loader.add_constructor("!function", note)
+    try:
+        return yaml.load(file.read_bytes(), Loader), functions
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise DataError(f"{file}: this is no YAML of an evaluation ({cause}).") from error
+
+
+def _foreign_metrics(values: Any) -> Iterator[str]:
+    """Yield the metrics, at any depth, that the harness would look for in `evaluate`."""
+    from lm_eval.api import metrics  # noqa: F401  (registers them)
+    from lm_eval.api.registry import metric_registry
+
+    waiting, seen = [values], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:  # YAML's aliases may go round
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            metric = value.get("metric")
+            known = isinstance(metric, _Code) or metric in metric_registry
+            if isinstance(metric, str) and (not known or value.get("hf_evaluate")):
+                yield metric
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
