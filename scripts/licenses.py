@@ -1,0 +1,75 @@
+"""Write docs/licenses.md: the license of every locked package, as its own metadata names it.
+
+make licenses
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = Path(__file__).parents[1]
+REPORT = PROJECT / "docs/licenses.md"
+HEAD = """\
+# Licenses of the packages
+
+tlora is under the Apache License 2.0. This is what `make` installs beside it, by
+`requirements/dev.txt` and `constraints.txt`; written by `make licenses` from the metadata of the
+installed packages. Wheels may bundle libraries of further licenses, as those of torch and numpy do,
+and a CUDA build of torch installs NVIDIA's libraries, which are proprietary.
+
+| package | version | license |
+|---|---|---|
+"""
+ELSEWHERE = "not installed on the platform that wrote this: "
+
+
+def locked() -> dict[str, list[Requirement]]:
+    """Return the locked packages, and torch, by name; several where versions differ."""
+    found: dict[str, list[Requirement]] = {}
+    for name in ("requirements/dev.txt", "constraints.txt"):
+        for line in (PROJECT / name).read_text("utf-8").splitlines():
+            if re.match(r"[a-z0-9]", line) and (name != "constraints.txt" or "torch==" in line):
+                requirement = Requirement(line.removesuffix("\\").strip())
+                found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+def license_of(distribution: metadata.Distribution) -> str:
+    """Return the license that a package's metadata names: expression, classifiers, or text."""
+    about = distribution.metadata
+    if expression := about.get("License-Expression"):
+        return expression
+    classified = [
+        each.rpartition("::")[2].strip()
+        for each in about.get_all("Classifier", [])
+        if each.startswith("License ::") and each != "License :: OSI Approved"
+    ]
+    if classified:
+        return "; ".join(classified)
+    return (about.get("License") or "not named; see its license file").strip().splitlines()[0]
+
+
+def row(name: str, requirements: list[Requirement]) -> str:
+    """Return a package's line of the table."""
+    here = [each for each in requirements if each.marker is None or each.marker.evaluate()]
+    if not here:
+        version = ", ".join(str(each.specifier).removeprefix("==") for each in requirements)
+        return f"| {name} | {version} | {ELSEWHERE}`{requirements[0].marker}` |"
+    distribution = metadata.distribution(name)
+    version = distribution.version.partition("+")[0]
+    return f"| {name} | {version} | {license_of(distribution).replace('|', '/')} |"
+
+
+def report() -> str:
+    """Return the text of the file."""
+    return HEAD + "".join(f"{row(*each)}\n" for each in sorted(locked().items()))
+
+
+if __name__ == "__main__":
+    REPORT.write_text(report(), encoding="utf-8")
+    print(f"{REPORT.relative_to(PROJECT)}: {len(locked())} packages")
