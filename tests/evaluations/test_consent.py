@@ -106,6 +106,11 @@ def test_metrics_that_evaluate_would_download_and_run_are_refused(metric, folder
         catalog.build([str(path)])
 
 
+def test_a_pickled_data_set_is_refused(folder):
+    with pytest.raises(ConfigError, match="the pickled data set"):
+        catalog.build([str(task(folder, dataset_path="pandas"))])
+
+
 def test_templates_reach_no_code(folder):
     mark = folder / "written"
     reach = f"cycler.__init__.__globals__.os.open('{mark}', 64)"

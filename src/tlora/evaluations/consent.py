@@ -1,7 +1,8 @@
 """What of an evaluation's YAML would run code, found before lm-evaluation-harness reads it.
 
 Its loader imports the Python file that a `!function` names while it reads the YAML, and Hugging
-Face's `evaluate` downloads and runs a metric that the harness does not know. Templates are
+Face's `evaluate` downloads and runs a metric that the harness does not know. `datasets` before 5
+reads pickles. Templates are
 rendered in Jinja's sandbox, where they reach no code.
 """
 
@@ -39,7 +40,7 @@ def code_in(path: str | Path) -> list[str]:
         seen.add(file)
         values, functions = _read(file)
         found += [f"`!function {name}` in {file}" for name in functions]
-        found += [f"the metric {name!r} in {file}" for name in _foreign_metrics(values)]
+        found += [f"{what} in {file}" for what in _foreign(values)]
         included = values.get("include", []) if isinstance(values, dict) else []
         names = included if isinstance(included, list) else [included]
         waiting += [file.parent / str(name) for name in names]
@@ -83,8 +84,8 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         raise DataError(f"{file}: this is no YAML of an evaluation ({cause}).") from error
 
 
-def _foreign_metrics(values: Any) -> Iterator[str]:
-    """Yield the metrics, at any depth, that the harness would look for in `evaluate`."""
+def _foreign(values: Any) -> Iterator[str]:
+    """Yield, at any depth, metrics that come from `evaluate` and data sets that are pickles."""
     from lm_eval.api import metrics  # noqa: F401  (registers them)
     from lm_eval.api.registry import metric_registry
 
@@ -98,7 +99,9 @@ def _foreign_metrics(values: Any) -> Iterator[str]:
             metric = value.get("metric")
             known = isinstance(metric, _Code) or metric in metric_registry
             if isinstance(metric, str) and (not known or value.get("hf_evaluate")):
-                yield metric
+                yield f"the metric {metric!r}"
+            if value.get("dataset_path") == "pandas":
+                yield "the pickled data set"
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
