@@ -55,8 +55,9 @@ $(VENV)/ready: pyproject.toml constraints.txt requirements/compare.txt
 	touch $@
 
 # What the tests need besides: the other extras, linters, a browser's driver, quantizing libraries.
+# Packages that have no wheel are built by the locked setuptools.
 $(VENV)/ready-dev: $(VENV)/ready requirements/dev.txt
-	$(INSTALL) $(LOCKED) requirements/dev.txt
+	$(INSTALL) --no-build-isolation $(LOCKED) requirements/dev.txt
 	touch $@
 
 $(TOOLS)/ready: requirements/tools.txt

@@ -81,6 +81,7 @@ def test_what_the_environment_holds_is_shown_nowhere(monkeypatch, caplog):
 
 RECORDS = {
     "trainer": lambda text: RunConfig(trainer={"hub_token": text}),
+    "a mapping": lambda text: RunConfig(trainer={"credentials": {"user": text}}),
     "nested": lambda text: RunConfig(trainer={"fsdp_config": {"inner": [{"api_key": text}]}}),
     "adapter": lambda text: RunConfig(adapter={"secret": text}),
     "compare": lambda text: CompareConfig(trainer_defaults={"hub_token": text}),
@@ -103,6 +104,13 @@ def test_a_configuration_with_one_is_refused_without_showing_it(place):
         RECORDS[place](PLAIN)
     assert PLAIN not in str(error.value)
     assert any("(not shown here" in fault for fault in error.value.faults)
+
+
+def test_a_number_is_one_and_a_name_that_looks_alike_is_none():
+    with pytest.raises(ConfigError, match="`trainer.password` holds a credential"):
+        RunConfig(trainer={"password": 12345678})
+    RunConfig(model="sk-learn-for-transformers", output_dir="hf_transformersmodels")
+    RunConfig(trainer={"hub_token": None, "eos_token": "<|end_of_text|>"}, model="hf://a/b@main")
 
 
 def test_the_sentence_says_where_credentials_belong():

@@ -19,8 +19,8 @@ _NAME = (
 )
 _NAMED = re.compile(_NAME, re.IGNORECASE)
 _FORM = re.compile(
-    r"\b(?:hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic
+    r"\b(?:hf_(?:oauth_|jwt_)?(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic
     r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}"  # AWS, Google, Slack
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"  # JSON web tokens
@@ -62,17 +62,18 @@ def faults(name: str, value: Any) -> Iterator[str]:
         name: what sentences call the field, dotted.
         value: what it holds; lists and mappings are searched.
     """
-    if isinstance(value, dict):
+    named = is_secret_name(name) and value and not isinstance(value, bool)
+    if named or (isinstance(value, str) and holds(value)):
+        yield (
+            f"`{redacted(name)}` holds a credential (not shown here), and a configuration is"
+            f" written to disk; leave it out, and {_advice(name)}."
+        )
+    elif isinstance(value, dict):
         for key, inner in value.items():
             yield from faults(f"{name}.{key}", inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from faults(name, inner)
-    elif isinstance(value, str) and value and (is_secret_name(name) or holds(value)):
-        yield (
-            f"`{redacted(name)}` holds a credential (not shown here), and a configuration is"
-            f" written to disk; leave it out, and {_advice(name)}."
-        )
 
 
 def redacted(text: str) -> str:
