@@ -113,6 +113,12 @@ def test_a_number_is_one_and_a_name_that_looks_alike_is_none():
     RunConfig(trainer={"hub_token": None, "eos_token": "<|end_of_text|>"}, model="hf://a/b@main")
 
 
+def test_a_mapping_that_holds_itself_is_searched_once():
+    value = {"token": PLAIN}
+    value["again"] = [value]
+    assert len([*faults("trainer", value)]) == 1
+
+
 def test_the_sentence_says_where_credentials_belong():
     with pytest.raises(ConfigError, match=r"`trainer.hub_token` holds .* run `hf auth login`"):
         RunConfig(trainer={"hub_token": PLAIN})

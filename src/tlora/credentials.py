@@ -37,7 +37,7 @@ _GIVEN = re.compile(
 )
 _SHORTEST = 12
 """Characters of a value of the environment that is looked for; a shorter one may be a word."""
-HIDDEN = "[credential]"
+HIDDEN = "[hidden]"
 
 
 def is_secret_name(name: str) -> bool:
@@ -55,13 +55,17 @@ def holds(text: str) -> bool:
     return any(value in text for value in _of_environment())
 
 
-def faults(name: str, value: Any) -> Iterator[str]:
+def faults(name: str, value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
     """Yield a sentence for each credential in the field ``name``, never with the value.
 
     Args:
         name: what sentences call the field, dotted.
         value: what it holds; lists and mappings are searched.
+        within: what it stands in, by `id`: YAML's aliases may go round.
     """
+    if id(value) in within:
+        return
+    within = (*within, id(value))
     named = is_secret_name(name) and value and not isinstance(value, bool)
     if named or (isinstance(value, str) and holds(value)):
         yield (
@@ -70,10 +74,10 @@ def faults(name: str, value: Any) -> Iterator[str]:
         )
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from faults(f"{name}.{key}", inner)
+            yield from faults(f"{name}.{key}", inner, within)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from faults(name, inner)
+            yield from faults(name, inner, within)
 
 
 def redacted(text: str) -> str:
