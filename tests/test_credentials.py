@@ -107,7 +107,7 @@ def test_a_configuration_with_one_is_refused_without_showing_it(place):
 
 
 def test_a_number_is_one_and_a_name_that_looks_alike_is_none():
-    with pytest.raises(ConfigError, match="`trainer.password` holds a credential"):
+    with pytest.raises(ConfigError, match=r"`trainer.password` holds a credential"):
         RunConfig(trainer={"password": 12345678})
     RunConfig(model="sk-learn-for-transformers", output_dir="hf_transformersmodels")
     RunConfig(trainer={"hub_token": None, "eos_token": "<|end_of_text|>"}, model="hf://a/b@main")
