@@ -83,3 +83,7 @@ def tell(payload: dict[str, Any]) -> None:
     seen = {name: os.environ.get(name) for name in names}
     ids = {"pid": os.getpid(), "parent": os.getppid()}
     Path(payload["file"]).write_text(json.dumps(seen | ids))
+
+
+def refuse(payload: dict[str, Any]) -> None:
+    raise ValueError(payload["message"])

@@ -42,6 +42,13 @@ def test_a_crash_takes_one_job_with_it(do):
     assert outcomes["fine"].last_lines == []
 
 
+def test_the_log_of_a_crash_shows_no_credential(do, tmp_path):
+    planted = "planted-in-a-message"
+    outcome = do("refuse", {"one": {"message": f"hub_token='{planted}'"}})["one"]
+    assert outcome.last_lines[-1] == "ValueError: hub_token='[hidden]'"
+    assert planted not in (tmp_path / "logs" / "one.log").read_text()
+
+
 def test_every_job_is_a_process_of_its_own_with_its_threads_and_gpu(do, tmp_path):
     files = {str(n): {"file": str(tmp_path / f"{n}.json")} for n in range(3)}
     do("tell", files, threads=3, gpus=("5",))
