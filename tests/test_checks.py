@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
-from tlora.checks import POSITIVE, PROBABILITY, Record, Section, at_least, fault, takes
+from tlora.checks import POSITIVE, PROBABILITY, Record, Section, at_least, fault, fitted, takes
 from tlora.errors import ConfigError
 
 Color = Enum("Color", "red")
@@ -137,3 +137,11 @@ def test_plain_values_make_a_record_and_back():
 
 def test_a_name_alone_is_a_list_of_one():
     assert Inner(names="a").names == ["a"]
+    assert Inner(names="lm_head, score").names == ["lm_head", "score"]
+
+
+def test_text_is_a_list_of_names_only_where_a_field_takes_no_text():
+    assert fitted(list[str] | None, "lm_head") == ["lm_head"]
+    assert fitted(str | list[str], "lm_head") == "lm_head"
+    assert fitted(list[int], "1") == "1"
+    assert [fitted(list[str], empty) for empty in ("", "a,", " ")] == ["", "a,", " "]

@@ -215,7 +215,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             ["eval", "--judge.reqest.seed", "3"],
             "there is no flag `--judge.reqest.seed`. Did you mean '--judge.request.seed'?",
         ),
-        (["train", "--seed", "x"], "`seed` is 'x'; give a whole number, 0 or more."),
+        (["train", "--seed", "x"], "`seed` is 'x'; give a whole number from 0 to 2**32 - 1."),
         (["train", "--seed"], "--seed needs a value."),
         (
             ["list", "method"],

@@ -11,6 +11,7 @@ import pytest
 from tlora import errors
 from tlora.config import REFUSED_OPTIONS, TaskType, TLoraConfig, parse_bytes
 from tlora.errors import ConfigError, TLoraError, did_you_mean
+from tlora.registry import METHODS
 
 NOT_DEFAULT: dict[str, Any] = {
     "r": 16,
@@ -42,7 +43,11 @@ NOT_DEFAULT: dict[str, Any] = {
 
 BAD_VALUES: list[tuple[str, Any]] = [
     *[(name, 0) for name in ("r", "rank_max", "lora_alpha", "target_modules", "target_parameters")],
-    *[(name, -1) for name in ("rank_min", "seed", "lora_dropout")],
+    *[(name, -1) for name in ("rank_min", "seed", "lora_dropout", "layers_to_transform")],
+    *[(name, True) for name in ("r", "lora_alpha", "rank_min", "rank_max", "seed", "lora_dropout")],
+    *[("layers_to_transform", bad) for bad in ([], [0, -1], [True], True)],
+    ("seed", 2**32),
+    *[("modules_to_save", bad) for bad in ("", "a,", [1])],
     *[(name, "never") for name in ("basis", "budget", "scale_rule", "covariance", "subspace")],
     *[(name, "some") for name in ("bias", "task_type", "sensitivity_rule", "layers_to_transform")],
     *[(name, "yes") for name in ("whiten", "allocate_rank", "allocate_scale", "freeze_a")],
@@ -108,6 +113,61 @@ def test_parameters_go_without_dropout() -> None:
     (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
     assert "`lora_dropout` does not go with `target_parameters`" in fault
     assert not TLoraConfig(target_parameters=[], lora_dropout=0.1).target_parameters
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"layers_to_transform": 0}, "`layers_to_transform` needs `target_modules` as a list"),
+        (
+            {"layers_to_transform": [0], "target_modules": "all-linear"},
+            "not 'all-linear'; give a list, or None for PEFT's default.",
+        ),
+        ({"layers_pattern": "h"}, "`layers_pattern` needs `target_modules` as a list of names"),
+        (
+            {"layers_pattern": "h", "target_modules": ["q_proj"]},
+            "`layers_pattern` needs `layers_to_transform`; give it too, or leave it out.",
+        ),
+        ({"target_modules": []}, "`target_modules` is []; name a module to adapt."),
+        (
+            {"target_modules": ["q_proj", "lm_head"], "modules_to_save": "lm_head"},
+            "`target_modules` and `modules_to_save` both name 'lm_head'",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_together_are_one_fault(
+    fields: dict[str, Any], sentence: str
+) -> None:
+    methods = [METHODS.load(entry.name) for entry in METHODS.entries()]
+    records = [m.options for m in methods if set(fields) <= set(m.options.field_names())]
+    assert TLoraConfig in records
+    for record in records:
+        with pytest.raises(ConfigError) as caught:
+            record(**fields)
+        (fault,) = caught.value.faults
+        assert sentence in fault
+
+
+def test_a_name_alone_is_a_list_of_one_in_every_method() -> None:
+    names = "modules_to_save", "target_parameters", "query_modules", "value_modules"
+    checked = 0
+    for entry in METHODS.entries():
+        record = METHODS.load(entry.name).options
+        for name in set(names) & set(record.field_names()):
+            assert getattr(record(**{name: "lm_head"}), name) == ["lm_head"]
+            checked += 1
+        if "target_modules" in record.field_names():
+            assert record(target_modules="q_proj").target_modules == "q_proj"
+    assert checked > len(METHODS.entries())
+
+
+def test_no_method_takes_a_negative_scale() -> None:
+    for entry in METHODS.entries():
+        record = METHODS.load(entry.name).options
+        if "lora_alpha" in record.field_names():
+            with pytest.raises(ConfigError, match="`lora_alpha` is -1; give a positive number"):
+                record(lora_alpha=-1)
 
 
 def test_rank_max_may_not_be_below_rank_min() -> None:

@@ -40,6 +40,8 @@ def at_least(low: int) -> Rule:
 
 
 POSITIVE = Rule("a positive number", lambda value: value > 0)
+SEED = Rule("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+"""The seeds that NumPy takes."""
 PROBABILITY = Rule("a probability in [0, 1)", lambda value: 0 <= value < 1)
 FOLDER = Rule("the name of a folder", bool)
 
@@ -90,6 +92,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)) and all(isinstance(item, str) for item in value):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def fitted(kind: Any, value: Any) -> Any:
+    """Return ``value`` as a field of type ``kind`` stores it.
+
+    Where the field takes a list of names and no string, "a, b" becomes the list of these names.
+    """
+    value = plain(value)
+    if isinstance(value, str) and not takes(kind, value):
+        names = [word.strip() for word in value.split(",")]
+        return names if all(names) and takes(kind, names) else value
+    return value
 
 
 def item_of(kind: Any) -> Any:
@@ -172,11 +186,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, kind in hints(type(self)).items():
-            value = plain(getattr(self, name))
-            if isinstance(value, str) and not takes(kind, value):
-                names = [word.strip() for word in value.split(",")]
-                value = names if takes(kind, names) else value
-            setattr(self, name, value)
+            setattr(self, name, fitted(kind, getattr(self, name)))
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from tlora.checks import POSITIVE, PROBABILITY, Record, Rule, at_least
+from tlora.checks import POSITIVE, PROBABILITY, SEED, Record, Rule, at_least
 
 # The paper's two come first; the others have to hold what they are made of.
 Basis = Literal[
@@ -114,6 +114,20 @@ def bytes_text(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def target_faults(options: Any) -> Iterator[str]:
+    """Yield what is wrong between the fields of any method's options that choose modules."""
+    targets = options.target_modules
+    if targets == [] and not getattr(options, "target_parameters", None):
+        yield "`target_modules` is []; name a module to adapt."
+    if isinstance(targets, list) and (
+        both := sorted({*targets} & {*(options.modules_to_save or ())})
+    ):
+        yield (
+            f"`target_modules` and `modules_to_save` both name {', '.join(map(repr, both))}; a"
+            " module is adapted or trained in full: leave it out of one."
+        )
+
+
 def _is_size(value: int | str) -> bool:
     try:
         return parse_bytes(value) > 0
@@ -121,6 +135,7 @@ def _is_size(value: int | str) -> bool:
         return False
 
 
+_INDEXES = Rule("a list of whole numbers, 0 or more", lambda values: values and min(values) >= 0)
 _SIZE = Rule("a size like 2GiB, 512MB or a number of bytes", _is_size)
 
 
@@ -153,7 +168,7 @@ class TLoraConfig(Record):
     """Fused parameters of experts to adapt: a list of names or suffixes, as in PEFT
     (["experts.gate_up_proj", "experts.down_proj"]); None: none. All experts of a parameter get
     one rank and one scale."""
-    layers_to_transform: int | list[int] | None = None
+    layers_to_transform: Annotated[int, at_least(0)] | Annotated[list[int], _INDEXES] | None = None
     """Layer indexes to adapt (all, if None), as in PEFT."""
     layers_pattern: str | list[str] | None = None
     """Name of the layer list that `layers_to_transform` indexes, as in PEFT."""
@@ -205,7 +220,7 @@ class TLoraConfig(Record):
     memory_budget: Annotated[int | float | str, _SIZE] | None = None
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
     or "2GiB"; None: no limit. The mean of each sample, d numbers a moment, comes on top."""
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
     @classmethod
@@ -223,6 +238,8 @@ class TLoraConfig(Record):
                 f"`rank_max` is {self.rank_max!r}; give a whole number not below `rank_min`"
                 f" ({self.rank_min!r}), or None."
             )
+        yield from target_faults(self)
+        yield from self._layer_faults()
         if self.target_parameters and self.lora_dropout:
             yield (
                 "`lora_dropout` does not go with `target_parameters`: PEFT adapts a parameter by"
@@ -236,6 +253,21 @@ class TLoraConfig(Record):
                 ' "streamed" avoids; set `covariance` to "exact", or `basis` to'
                 ' "weight-covariance".'
             )
+
+    def _layer_faults(self) -> Iterator[str]:
+        """Yield what PEFT refuses of the layers to adapt."""
+        given = [
+            name
+            for name in ("layers_to_transform", "layers_pattern")
+            if getattr(self, name) is not None
+        ]
+        if given and isinstance(self.target_modules, str):
+            yield (
+                f"`{given[0]}` needs `target_modules` as a list of names, not"
+                f" {self.target_modules!r}; give a list, or None for PEFT's default."
+            )
+        elif given == ["layers_pattern"]:
+            yield "`layers_pattern` needs `layers_to_transform`; give it too, or leave it out."
 
     @property
     def plans_in_blocks(self) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from tlora.checks import FOLDER, Record, at_least
+from tlora.checks import FOLDER, SEED, Record
 from tlora.training.runconfig import RunConfig
 
 _AGAIN = {
@@ -35,7 +35,7 @@ class DemoConfig(Record):
 
     output_dir: Annotated[str, FOLDER] = "demo-run"
     """Folder of the result."""
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the demonstration."""
     rows_only: bool = False
     """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -183,17 +182,6 @@ def test_a_head_tied_to_the_embedding_is_adapted_alone_and_peft_warns(tiny_gpt2,
     adapted.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.equal(support.logits_of(again, batch), support.logits_of(adapted, batch))
-
-
-def test_a_name_that_nothing_bears_beside_others_is_said(tiny_llama):
-    config = TLoraConfig(target_modules=["q_proj", "v_prj", "v_proj"])
-    with pytest.warns(UserWarning, match=r"names 'v_prj', which no module .* mean 'v_proj'"):
-        targets = checked_targets(tiny_llama(), config)
-    assert {target.name.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        there = ["q_proj", "model.layers.0.mlp.up_proj", "v_proj"]
-        checked_targets(tiny_llama(), TLoraConfig(target_modules=there, exclude_modules=["v_proj"]))
 
 
 def test_what_is_no_configuration_is_refused(tiny_llama):

@@ -84,6 +84,8 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"adapter": {"rang": 3}}, "`adapter`: there is no option `rang`"),
         ({"learning_rates": []}, "`learning_rates` is []; give positive numbers"),
         ({"learning_rates": [1e-3, 0.001]}, "each once"),
+        *[({"learning_rates": [bad]}, "positive numbers") for bad in (0, -1, float("nan"), True)],
+        ({"final_seeds": [2**32]}, "give whole numbers from 0 to 2**32 - 1, each once."),
         (
             {"methods": ["tlora", {"name": "lora", "learning_rates": [1.0, 2.0]}]},
             "the methods have 1 and 2 of them; give every method the same number",

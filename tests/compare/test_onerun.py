@@ -318,6 +318,23 @@ TEST_ROWS = object()
             ConfigError,
             "no field `max_step`. Did you mean 'max_steps'",
         ),
+        (
+            {"trainer": {"per_device_train_batch_size": 0}},
+            ConfigError,
+            "`per_device_train_batch_size` is 0; give a whole number, 1 or more.",
+        ),
+        ({"trainer": {"report_to": "nosuch"}}, ConfigError, "`report_to` names 'nosuch'"),
+        (
+            {"methods": ["lora", {"name": "tlora", "adapter": {"modules_to_save": "haed"}}]},
+            ConfigError,
+            "tlora: `modules_to_save` names 'haed', but no module",
+        ),
+        (
+            {"methods": ["lora", {"name": "dora", "adapter": {"task_type": "SEQ_CLS"}}]},
+            ConfigError,
+            "dora: `task_type` is 'SEQ_CLS', but this task is 'CAUSAL_LM'",
+        ),
+        ({"adapter": {"target_modules": ["lm_head"]}}, ConfigError, "tlora: `target_modules` cho"),
     ],
 )
 def test_a_fault_comes_before_anything_is_written(shared, tmp_path, fields, error, message):

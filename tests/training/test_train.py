@@ -125,7 +125,7 @@ def test_init_and_train_plan_the_same(config):
         (
             {"trainer": {"learning_rate": "fast"}},
             ConfigError,
-            "`learning_rate` is 'fast'; give a number.",
+            "`learning_rate` is 'fast'; give a positive number",
         ),
         ({"trainer": {"max_length": 9}}, ConfigError, "no effect here; give --data.max_length"),
         ({"trainer": {"seed": 9}}, ConfigError, "`seed` has no effect here; give --seed"),

@@ -37,6 +37,8 @@ def targets_of(model: nn.Module, options: Any) -> list[Target]:
         ConfigError: nothing matches, or something that is no Linear and no Conv1D.
         AdapterError: the model carries adapters already.
     """
+    if isinstance(options, TLoraConfig):
+        return find_targets(model, options)
     chosen = {name: getattr(options, name) for name in _CHOOSING}
     return find_targets(model, TLoraConfig(**chosen))
 

@@ -42,7 +42,6 @@ from tlora.calibration.targets import (
     find_targets,
     warn_of_second_names,
     warn_of_unadapted_experts,
-    warn_of_unmatched,
 )
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
@@ -255,7 +254,6 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
                 f"{target.name}: its weight is loaded with those of an outer module"
                 " (`preload_module_classes`) and cannot be read alone; offload without that option."
             )
-    warn_of_unmatched(model, config, stacklevel=2)
     warn_of_second_names(model, targets, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
     return targets

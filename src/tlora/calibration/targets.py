@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.names import linear_names, name_faults
 from tlora.calibration.placement import is_dtensor, is_zero3, loaded_by
 from tlora.calibration.weights import (
     DOWN,
@@ -33,10 +34,10 @@ _HEADS = {
 
 
 def check_config(config: Any) -> None:
-    """Refuse arguments in the wrong order.
+    """Refuse arguments in the wrong order, and fields that were set to a wrong value later.
 
     Raises:
-        ConfigError: ``config`` is no `TLoraConfig`.
+        ConfigError: ``config`` is no `TLoraConfig`, or has faults.
     """
     if not isinstance(config, TLoraConfig):
         raise ConfigError(
@@ -44,6 +45,8 @@ def check_config(config: Any) -> None:
             " and the batches of `calibrate`, before the batches of `get_tlora_model`.",
             where="config",
         )
+    if faults := config.faults():
+        raise ConfigError(faults, where=config.where)
 
 
 def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
@@ -53,14 +56,18 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
 
     Raises:
         AdapterError: the model already carries adapters.
-        ConfigError: nothing matches (the Linear names that exist are listed), a module matches
-            that is no Linear and no Conv1D, or a parameter that is no adaptable one of experts.
+        ConfigError: nothing matches (the Linear names that exist are listed), a name or a layer
+            index is not in the model, a module matches that is no Linear and no Conv1D, or a
+            parameter that is no adaptable one of experts.
     """
     check_config(config)
     names = _matching_names(model, config)
     experts = list(_expert_targets(model, config.target_parameters or ()))
-    if not names and not experts:
-        raise ConfigError(_nothing_matches(model, config), where="target_modules")
+    faults = name_faults(model, config)
+    if not names and not experts and not faults:
+        faults = [_nothing_matches(model, config)]
+    if faults:
+        raise ConfigError(faults, where="adapter")
     targets, wrong = [], []
     for name in names:
         module = model.get_submodule(name)
@@ -86,23 +93,6 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     if fault := _without_module_adapter(model, targets, config):
         raise ConfigError(fault, where="target_modules")
     return targets + experts
-
-
-def warn_of_unmatched(model: nn.Module, config: TLoraConfig, stacklevel: int) -> None:
-    """Warn of names in a list that no module bears: PEFT adapts the others without a word."""
-    wanted = config.target_modules
-    if not isinstance(wanted, list):
-        return
-    names = [f".{name}" for name, _ in model.named_modules()]
-    unmatched = [each for each in wanted if not any(name.endswith(f".{each}") for name in names)]
-    if unmatched and len(unmatched) < len(wanted):
-        leaves = {name.rpartition(".")[2] for name in names}
-        hints = "".join(did_you_mean(each, leaves) for each in unmatched)
-        warnings.warn(
-            f"`target_modules` names {', '.join(map(repr, unmatched))}, which no module of the"
-            f" model is called; the others are adapted.{hints}",
-            stacklevel=stacklevel + 1,
-        )
 
 
 def taken_for_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -255,15 +245,13 @@ def _hqq_names(model: nn.Module) -> list[str]:
 
 
 def _nothing_matches(model: nn.Module, config: TLoraConfig) -> str:
-    linear = [n for n, m in model.named_modules() if _sizes(m)]
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    wanted = config.target_modules
-    asked: Iterable[str] = wanted if isinstance(wanted, list) else [str(wanted)]
-    hint = "".join(did_you_mean(name, suffixes) for name in asked)
+    wanted, hint = config.target_modules, ""
+    if isinstance(wanted, str) and wanted != "all-linear":
+        hint = f" A string is a regex of full names; names go in a list: [{wanted}]."
+    without = f" without {config.exclude_modules!r}" if config.exclude_modules else ""
     return (
-        f"no module of {type(model).__name__} matches {wanted!r}"
-        f"{f' without {config.exclude_modules!r}' if config.exclude_modules else ''}; its Linear"
-        f" and Conv1D modules are named {', '.join(suffixes) or '(none)'}.{hint}"
+        f"no module of {type(model).__name__} matches {wanted!r}{without};"
+        f" {linear_names(model)}.{hint}"
     )
 
 

@@ -125,6 +125,7 @@ def check(config: CompareConfig) -> Setup:
     preflight(config)
     setup = settle(_first_run(config), _validation_file(config))
     training_arguments(setup, CompareFolder(config.output_dir).work)
+    _check_entries(config, setup)
     _, held = split(setup, config.validation, config.validation_seed)
     if setup.task.kind == "causal" and config.writes_answers:
         longest = setup.task.data.max_length
@@ -140,6 +141,28 @@ def _first_run(config: CompareConfig) -> RunConfig:
 
 def _validation_file(config: CompareConfig) -> str | None:
     return config.validation if isinstance(config.validation, str) else None
+
+
+def _check_entries(config: CompareConfig, setup: Setup) -> None:
+    """Check every method's options against the task and the model, of which no weight is read.
+
+    Raises:
+        ConfigError: a task type is another task's, or names match nothing; all faults at once.
+    """
+    from tlora.training.dryrun import on_meta
+    from tlora.training.initialize import check_targets
+    from tlora.training.kinds import with_task_type
+
+    model, _ = on_meta(setup.config, setup.kind, setup.task.label_names)
+    faults = []
+    for entry in config.entries():
+        try:
+            options = with_task_type(setup.kind, entry.options())
+            check_targets(setup.kind, options, model)
+        except ConfigError as error:
+            faults += [f"{entry.label}: {wrong}" for wrong in error.faults]
+    if faults:
+        raise ConfigError(faults, where="methods")
 
 
 def identify(config: CompareConfig, setup: Setup) -> Comparison:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tlora.checks import FOLDER, Rule, Section, at_least, default_of
+from tlora.checks import FOLDER, SEED, Rule, Section, at_least, default_of
 from tlora.compare import defaults as comparedefaults
 from tlora.errors import ConfigError, unknown_names
 from tlora.registry import METHODS
@@ -25,8 +25,8 @@ Rates = Annotated[
 Seeds = Annotated[
     list[int],
     Rule(
-        "whole numbers, 0 or more, each once",
-        lambda v: v and all(seed >= 0 for seed in v) and _distinct(v),
+        "whole numbers from 0 to 2**32 - 1, each once",
+        lambda v: v and all(map(SEED.holds, v)) and _distinct(v),
     ),
 ]
 Validation = Annotated[
@@ -143,7 +143,7 @@ class CompareConfig(SharedConfig):
     validation: Validation = 0.1
     """Rows that choose the learning rate: a file, or what is held out of the training rows: a
     share of them (0.1) or a number of rows (500)."""
-    validation_seed: Annotated[int, at_least(0)] = 0
+    validation_seed: Annotated[int, SEED] = 0
     """Seed of which training rows are held out; the same rows for every run."""
     test_file: str | None = None
     """Rows that the table reports on; by default the dataset's own evaluation split."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import FOLDER, Record, Rule, at_least, fault
+from tlora.checks import FOLDER, SEED, Record, Rule, at_least, fault
 from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.tasks.dataconfig import DataConfig, split_names
 from tlora.training.runconfig import Dtype, Quantization
@@ -128,7 +128,7 @@ class EvalConfig(Record):
     """Tokenizer for all models, in place of each base model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model or with a task's YAML."""
-    seed: Annotated[int, at_least(0)] = 1234
+    seed: Annotated[int, SEED] = 1234
     """Seed of the choice of examples and of sampling."""
     chat_prompt: ChatPrompt = "auto"
     """Prompts of conversations: the model's chat "template", the paper's "instruction" prompt,

@@ -56,13 +56,20 @@ class Ailora(ResidualLora):
 
     def _groups(self, model: Any, options: AiloraOptions) -> tuple[list[Any], list[Any]]:
         from tlora.adapter.stock import targets_named
+        from tlora.calibration.names import unmatched
         from tlora.errors import ConfigError
 
-        groups, faults = [], []
+        groups: list[list[Any]] = []
+        faults: list[str] = []
         for field, usual in (("query_modules", _QUERIES), ("value_modules", _VALUES)):
-            wanted = getattr(options, field) or usual
+            given = getattr(options, field)
+            wanted = given or usual
             groups.append(targets_named(model, wanted, options))
-            if not groups[-1]:
+            if groups[-1]:
+                found = [target.name for target in groups[-1]]
+                kind = f"{type(model).__name__} has this name"
+                faults += unmatched(field, given or [], found, kind)
+            else:
                 faults.append(
                     f"no Linear of {type(model).__name__} is named {' or '.join(wanted)}; name its"
                     f" projections by `{field}` (a matrix of q, k and v together will not do)."

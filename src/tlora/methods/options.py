@@ -5,11 +5,12 @@ Field names and meanings are PEFT's where PEFT has one. Nothing here imports tor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from tlora.checks import POSITIVE, PROBABILITY, Record, at_least
-from tlora.config import Bias, TaskType
+from tlora.config import Bias, TaskType, target_faults
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,11 @@ class Targeted(AdapterOptions):
     default of the architecture."""
     exclude_modules: str | list[str] | None = None
     """Modules to leave out."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        yield from super().relations()
+        yield from target_faults(self)
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from tlora.checks import POSITIVE
 from tlora.methods.base import Traits
 from tlora.methods.lora import Lora
 from tlora.methods.options import LoraOptions
@@ -15,7 +16,7 @@ from tlora.methods.options import LoraOptions
 class RsLoraOptions(LoraOptions):
     """LoRA's options; the scale is another."""
 
-    lora_alpha: float = 8
+    lora_alpha: Annotated[float, POSITIVE] = 8
     """The adapter's output is multiplied by lora_alpha / sqrt(r)."""
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import Section, at_least
+from tlora.checks import SEED, Section, at_least
 
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
 LossOn = Literal["response", "all"]
@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Use only the first training rows: this number of them."""
     max_eval_rows: Annotated[int, at_least(1)] | None = None
     """Use only the first evaluation rows: this number of them."""
-    subset_seed: int | None = None
+    subset_seed: Annotated[int, SEED] | None = None
     """Draw the rows with this seed instead of taking the first: files are often sorted."""
     overlap: Overlap = "refuse"
     """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those

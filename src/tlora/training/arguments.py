@@ -10,9 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.checks import fitted
 from tlora.errors import ConfigError, first_line
 from tlora.models.pretrained import load_class
 from tlora.tasks.tokens import IGNORED
+from tlora.training.availability import check_arguments
 from tlora.training.kinds import KindSpec
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     by generating them.
 
     Raises:
-        ConfigError: transformers or TRL refuse a value; their sentence says why.
+        ConfigError: transformers or TRL refuse a value (their sentence says why), or what it asks
+            for is not installed.
         DataError: replies are to be read, and the tokenizer does not give the responses back.
     """
     arguments = load_class(setup.kind.arguments)
@@ -41,6 +44,7 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         name: "no" if name.endswith("_strategy") and value is False else value
         for name, value in setup.config.trainer.items()
     }
+    given |= {name: fitted(known[name].type, value) for name, value in given.items()}
     ours = _chosen(known, given)
     ours |= _generation_fields(setup)
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
@@ -50,9 +54,11 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
         # The rows are tokens of the right length already.
         fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}
     try:
-        return arguments(**{**ours, **given, **fixed})
-    except (ValueError, TypeError, ImportError) as error:
+        made = arguments(**{**ours, **given, **fixed})
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(first_line(error), where="trainer") from error
+    check_arguments(made)
+    return made
 
 
 def defaults(kind: KindSpec) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora.config import TaskType, TLoraConfig
+from tlora.config import TLoraConfig
 from tlora.errors import ConfigError, first_line
 from tlora.models.pretrained import Pretrained, load_class
 from tlora.registry import METHODS
 from tlora.training import preflight
 from tlora.training.activations import FLOAT, Activations, activations_of
-from tlora.training.kinds import KINDS, KindSpec
+from tlora.training.kinds import KINDS, KindSpec, with_task_type
 from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def run(config: RunConfig) -> DryRun:
 
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
-    model, notes = _on_meta(config, kind, task.label_names)
-    options = _shared_options(config, kind.task_type)
+    model, notes = on_meta(config, kind, task.label_names)
+    options = _shared_options(config, kind)
     targets = find_targets(model, options)
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
@@ -229,7 +229,7 @@ class _Counted:
         return sum({self.sources.get(t.name, t.name): t.d_in for t in targets}.values())
 
 
-def _on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> tuple[Any, list]:
+def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> tuple[Any, list]:
     """Return the model of a run without weights, and notes of what is not counted."""
     import torch
 
@@ -293,13 +293,13 @@ def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
     return sources
 
 
-def _shared_options(config: RunConfig, task_type: TaskType) -> TLoraConfig:
+def _shared_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
     """Return the method's options, of another method those it shares with `TLoraConfig`."""
-    options = config.options()
+    options = with_task_type(kind, config.options())
     if not isinstance(options, TLoraConfig):
         names = [name for name in TLoraConfig.field_names() if hasattr(options, name)]
         options = TLoraConfig(**{name: getattr(options, name) for name in names})
-    return dataclasses.replace(options, task_type=options.task_type or task_type)
+    return options
 
 
 def _ranks(targets: Sequence[Target], options: TLoraConfig) -> dict[str, int]:

@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.errors import ConfigError
 from tlora.files import replacing_folder, seal_tensors
 from tlora.training.arguments import training_arguments
+from tlora.training.kinds import KindSpec
 from tlora.training.precision import widen
 from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
@@ -45,7 +47,7 @@ def _initialize(config: RunConfig, inputs: dict[str, str], folder: RunFolder) ->
         logger.info("the initialization in %s was not finished; it starts over.", folder.path)
     setup = settle(config)
     arguments = training_arguments(setup, folder.checkpoints)
-    prepared = adapt(setup, arguments.device)
+    prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
         folder.clear()
         folder.start(setup.record(), "init", prepared.plan, inputs)
@@ -54,11 +56,39 @@ def _initialize(config: RunConfig, inputs: dict[str, str], folder: RunFolder) ->
 
 
 def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
-    """Load the model onto ``device`` and prepare it by the run's method; nothing is written.
+    """Load the model onto ``device`` and prepare it to train here; nothing is written.
 
     With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
+
+    Raises:
+        ConfigError: as `check_targets`.
     """
-    return prepare(setup, setup.load_model(device), plan)
+    model = setup.load_model(device)
+    check_targets(setup.kind, setup.options, model)
+    return prepare(setup, model, plan)
+
+
+def check_targets(kind: KindSpec, options: Any, model: Any) -> None:
+    """Check the modules that ``options`` choose in ``model``, which may be on `meta`.
+
+    Raises:
+        ConfigError: a name matches nothing, or the output layer is chosen and the trainer of this
+            kind bypasses it.
+    """
+    from tlora.adapter.stock import targets_of
+
+    if not hasattr(options, "target_modules"):
+        return
+    targets = targets_of(model, options)
+    head = None if kind.adapts_head else model.get_output_embeddings()
+    for target in targets if head is not None else ():
+        if target.module is head:
+            raise ConfigError(
+                f"`target_modules` chooses {target.name!r}, the output layer, but the trainer"
+                " bypasses the module, so an adapter on it would never train; leave it out, or"
+                " train it in full by `modules_to_save`.",
+                where="adapter",
+            )
 
 
 def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tlora.checks import fault
+from tlora.checks import fault, fitted
 from tlora.config import TaskType
 from tlora.errors import ConfigError, did_you_mean
 from tlora.tasks import tokens
 from tlora.tasks.dataconfig import Kind
+from tlora.training import fieldrules
 from tlora.training.argumentfields import declared_fields
 
 
@@ -26,6 +28,9 @@ class KindSpec:
     arguments: str
     encode: tokens.Encode
     collator: Callable[[Any], Callable[..., Any]]
+    adapts_head: bool = True
+    """Whether the trainer's loss runs the output layer as a module, so that an adapter on it
+    trains."""
     owned: tuple[str, ...] = ()
     """Fields of the training arguments that `tlora train` sets itself."""
 
@@ -62,6 +67,7 @@ KINDS: dict[Kind, KindSpec] = {
         arguments="trl:SFTConfig",
         encode=tokens.causal,
         collator=tokens.causal_collator,
+        adapts_head=False,  # TRL multiplies by the weight of the output layer itself
         owned=_ROWS_OWNED,
     ),
     "seq2seq": KindSpec(
@@ -88,12 +94,27 @@ _ELSEWHERE = {
 }
 
 
+def with_task_type(kind: KindSpec, options: Any) -> Any:
+    """Return a method's options with the task type of this kind.
+
+    Raises:
+        ConfigError: they name the task type of another task.
+    """
+    if options.task_type not in (None, kind.task_type):
+        raise ConfigError(
+            f"`task_type` is {options.task_type!r}, but this task is {kind.task_type!r}; leave it"
+            " out.",
+            where="adapter",
+        )
+    return dataclasses.replace(options, task_type=kind.task_type)
+
+
 def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
     """Check what is under `trainer.*` against the training arguments of this kind.
 
     Raises:
         ConfigError: a name is unknown (with a suggestion) or set elsewhere (with the place), or a
-            value is not of the field's type; all faults at once.
+            value is not of the field's type or out of range; all faults at once.
     """
     declared = declared_fields(kind.arguments)
     owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
@@ -106,6 +127,8 @@ def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
             faults.append(f"`{name}` has no effect here; {advice}.")
         else:
             # transformers does not look: a word for a rate would fail only when training starts.
-            faults += fault(name, declared[name], value)
+            field_type = fieldrules.RULES.get(name, declared[name])
+            faults += fault(name, field_type, fitted(declared[name], value))
+    faults += fieldrules.relations(fields)
     if faults:
         raise ConfigError(faults, where="trainer")

@@ -14,7 +14,7 @@ from tlora.files import refuse_unusable
 from tlora.models.pretrained import check_model_folder
 from tlora.registry import TASKS
 from tlora.tasks.base import Task
-from tlora.training.kinds import KINDS, check_trainer_fields
+from tlora.training.kinds import KINDS, check_trainer_fields, with_task_type
 from tlora.training.runconfig import RunConfig
 
 
@@ -69,7 +69,11 @@ def check_without_rows(config: RunConfig) -> None:
     with faults:
         config.options()
     with faults:
-        check_trainer_fields(KINDS[task_of(config).kind], config.trainer)
+        kind = KINDS[task_of(config).kind]
+        with faults:
+            check_trainer_fields(kind, config.trainer)
+        with faults:
+            with_task_type(kind, config.options())
     faults.raise_found()
 
 
@@ -79,13 +83,14 @@ def check_evaluation(config: RunConfig) -> None:
     Raises:
         ConfigError: it has none.
     """
-    strategy = config.trainer.get("eval_strategy")
-    asked = strategy not in (None, False, "no")
-    if asked and not task_of(config).evaluates(config.train_file, config.eval_file):
-        raise ConfigError(
-            f"`eval_strategy` is {strategy!r}, but there are no evaluation rows; give --eval_file.",
-            where="trainer",
-        )
+    given = {name: config.trainer.get(name) for name in ("eval_strategy", "eval_on_start")}
+    faults = [
+        f"`{name}` is {value!r}, but there are no evaluation rows; give --eval_file."
+        for name, value in given.items()
+        if value not in (None, False, "no")
+    ]
+    if faults and not task_of(config).evaluates(config.train_file, config.eval_file):
+        raise ConfigError(faults, where="trainer")
 
 
 def task_of(config: RunConfig) -> Task:

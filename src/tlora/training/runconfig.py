@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import Record, Section, at_least
+from tlora.checks import SEED, Record, Section, at_least
 from tlora.registry import METHODS
 from tlora.tasks.dataconfig import DataConfig
 
@@ -88,7 +88,7 @@ class RunConfig(SharedConfig):
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
     resume: bool = False
     """Continue the run in `output_dir` with its own configuration, so that the other flags can be

@@ -28,7 +28,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,22 @@ class RunFolder:
                 for folder in (self.checkpoints, *new):
                     with contextlib.suppress(OSError):  # not empty, or not there
                         folder.rmdir()
+
+    @contextlib.contextmanager
+    def undone_unless(self, underway: Callable[[], bool]) -> Iterator[None]:
+        """Remove what a new run wrote here, if the body raises before the run is ``underway``.
+
+        So a start that fails leaves a folder that takes the corrected command. What a kill or an
+        interrupt leaves stays, and can be resumed.
+        """
+        new = os.environ.get("RANK", "0") == "0" and not self.exists
+        try:
+            yield
+        except Exception:
+            if new and not underway():
+                self.clear()
+                self._run.unlink(missing_ok=True)
+            raise
 
     def refuse_changed(self, inputs: dict[str, str]) -> None:
         """Check that a run to be resumed reads what it was started with.

@@ -16,7 +16,7 @@ from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, 
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.tokens import tokenized
 from tlora.training import preflight
-from tlora.training.kinds import KINDS, KindSpec
+from tlora.training.kinds import KINDS, KindSpec, with_task_type
 from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
@@ -154,17 +154,17 @@ def settle(
             evaluation rows, or validation rows those of rows that are reported on.
     """
     preflight.check(config, validation)
-    options = config.options()
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
-    if options.task_type is None:
-        options = dataclasses.replace(options, task_type=kind.task_type)
+    options = with_task_type(kind, config.options())
     tokenizer = load_tokenizer(config)
     train, held_out, choosing = _read(config, task, validation)
     if left_out is None:
         left_out = _overlap(task, train, held_out, choosing)
     if left_out:
         train = train.without(left_out)
+    if task.kind == "classification":
+        _refuse_one_class(train, task)
 
     def encoded(part: _Part) -> Dataset:
         return tokenized(part.raw, part.rows, task, kind.encode, tokenizer, part.name)
@@ -211,6 +211,16 @@ def _read(
         _, raw = task.load(config.train_file, validation)
         parts[1] = raw and _Part(validation, raw, task.rows(raw, validation))
     return _Part(name, train, task.rows(train, name)), parts[0], parts[1]
+
+
+def _refuse_one_class(train: _Part, task: Task) -> None:
+    found = {row["label"] for row in train.rows}
+    if len(found) == 1:
+        name = (task.label_names or [])[found.pop()]
+        raise DataError(
+            f"{train.name}: all {len(train.rows)} training rows have the label {name!r}; give rows"
+            " of two classes or more."
+        )
 
 
 def _overlap(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, TLoraError, first_line
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training import preflight
@@ -63,10 +63,11 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
         prepared = adapt(setup, arguments.device, folder.saved_plan() if started else None)
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
-    if trainer.is_world_process_zero():
-        folder.start(setup.record(), "train", prepared.plan, inputs)
-    with timed(seconds, "train"):
-        trainer.train(resume_from_checkpoint=_resume_point(folder, trainer, started))
+    with folder.undone_unless(lambda: trainer.state.global_step > 0):
+        if trainer.is_world_process_zero():
+            folder.start(setup.record(), "train", prepared.plan, inputs)
+        with timed(seconds, "train"):
+            trainer.train(resume_from_checkpoint=_resume_point(folder, trainer, started))
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -106,7 +107,11 @@ def _refuse_sharding(arguments: Any) -> None:
 
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
-    """Make the trainer of the task's kind around the prepared model."""
+    """Make the trainer of the task's kind around the prepared model.
+
+    Raises:
+        ConfigError: the trainer refuses its arguments for this model; its sentence says why.
+    """
     from tlora.training.divergence import DivergenceCallback
     from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar
 
@@ -126,15 +131,20 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     # Packed rows need TRL's own collator, which lays them end to end.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
         extra["data_collator"] = setup.collator
-    trainer = load_class(setup.kind.trainer)(
-        model=prepared.model,
-        args=arguments,
-        train_dataset=setup.train,
-        eval_dataset=setup.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=[LogCallback(folder), *prepared.callbacks],
-        **extra,
-    )
+    try:
+        trainer = load_class(setup.kind.trainer)(
+            model=prepared.model,
+            args=arguments,
+            train_dataset=setup.train,
+            eval_dataset=setup.held_out,
+            processing_class=setup.tokenizer,
+            callbacks=[LogCallback(folder), *prepared.callbacks],
+            **extra,
+        )
+    except (ValueError, ImportError) as error:
+        if isinstance(error, TLoraError):
+            raise
+        raise ConfigError(first_line(error), where="trainer") from error
     replace_bar(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer)
