@@ -10,7 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 
 from tlora.checks import POSITIVE, PROBABILITY, Record, Section, at_least, fault, fitted, takes
+from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
+from tlora.methods.options import LoraOptions
+from tlora.training.runconfig import RunConfig
 
 Color = Enum("Color", "red")
 Mode = Literal["auto", "exact"]
@@ -145,3 +148,28 @@ def test_text_is_a_list_of_names_only_where_a_field_takes_no_text():
     assert fitted(str | list[str], "lm_head") == "lm_head"
     assert fitted(list[int], "1") == "1"
     assert [fitted(list[str], empty) for empty in ("", "a,", " ")] == ["", "a,", " "]
+
+
+@pytest.mark.parametrize("text", ["((", "*a", "[z", "(?P<x", "a{99999999999}", "(?<=a*)b"])
+@pytest.mark.parametrize("options", [TLoraConfig, LoraOptions])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_regular_expression_that_does_not_compile_is_a_fault(options, name, text):
+    with pytest.raises(ConfigError, match="give a regular expression that compiles or a list"):
+        options(**{name: text})
+
+
+@pytest.mark.parametrize("field", ["adapter", "trainer"])
+def test_names_are_texts(field):
+    with pytest.raises(ConfigError, match=rf"`{field}` is \{{1: 2\}}; give `name: value` pairs"):
+        RunConfig(**{field: {1: 2}})
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udce9"])
+def test_a_text_that_no_file_can_hold_is_none(text):
+    with pytest.raises(ConfigError, match=r"`model` is .*; give text"):
+        RunConfig(model=text)
+
+
+def test_a_name_that_is_no_text_is_unknown():
+    with pytest.raises(ConfigError, match="there is no field `1`"):
+        RunConfig.from_dict({1: 2})

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -6,7 +7,13 @@ import pytest
 import yaml
 
 from tlora import cli
-from tlora.errors import AdapterError, CalibrationError, DataError
+from tlora.errors import (
+    AdapterError,
+    CalibrationError,
+    DataError,
+    OutOfMemoryError,
+    SandboxError,
+)
 
 
 @pytest.fixture
@@ -276,7 +283,13 @@ def test_a_file_that_is_no_mapping_is_named(tlora, run_yaml, text):
     [
         (DataError("rows.jsonl, row 3: no text."), 2, "tlora: rows.jsonl, row 3: no text.\n"),
         (AdapterError("out does not fit."), 2, "tlora: out does not fit.\n"),
-        (CalibrationError("the loss is NaN."), 1, "tlora: the loss is NaN.\n"),
+        (CalibrationError("the loss is NaN."), 2, "tlora: the loss is NaN.\n"),
+        (OutOfMemoryError("out of memory."), 1, "tlora: out of memory.\n"),
+        (SandboxError("no sandbox."), 1, "tlora: no sandbox.\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "tlora: no space left on the disk; "),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "tlora: no space"),
+        (OSError(errno.EROFS, "Read-only", "/x"), 2, "tlora: /x: Read-only; check the path"),
+        (OSError("without a number: a bug"), 1, "Traceback (most recent call last)"),
         (KeyboardInterrupt("stopped."), 130, "tlora: stopped.\n"),
         (RuntimeError("a bug"), 1, "Traceback (most recent call last)"),
     ],
@@ -363,3 +376,22 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
         assert code == 0, err
         assert f"adapter: {command[command.index('--output_dir') + 1] / 'adapter'}" in out
         assert ("init" in command) == ('"loss":' not in out)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "1.5", "nan", "1e999"])
+def test_a_number_of_validation_rows_is_no_file(tlora, value):
+    code, _, err = tlora("compare", f"--validation={value}", "--print_config")
+    assert code == 2
+    assert "`validation` is " in err
+    assert "; give a file, a share below 1 or a number of rows." in err
+
+
+@pytest.mark.parametrize("verb", ["init", "train"])
+@pytest.mark.parametrize("place", ["/proc/nothing", "/dev/null/run", "a" * 300])
+def test_a_folder_that_cannot_be_made_is_named(tlora, verb, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = tlora(verb, "--model", "m", "--output_dir", place)
+    assert code == 2
+    assert err.startswith("tlora: ")
+    assert place[:80] in err
+    assert len(err.splitlines()) == 1

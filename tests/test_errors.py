@@ -1,11 +1,22 @@
 """Errors that are collected are raised as one."""
 
 import doctest
+import errno
+import json
 
 import pytest
 
 from tlora import errors
-from tlora.errors import AdapterError, ConfigError, DataError, Faults
+from tlora.errors import (
+    AdapterError,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Faults,
+    damaged,
+    did_you_mean,
+    system_fault,
+)
 
 
 def collected(where, *found):
@@ -58,3 +69,67 @@ def test_what_two_checks_say_alike_is_said_once():
 def test_other_errors_pass():
     with pytest.raises(AdapterError):
         collected("run", AdapterError("does not fit"))
+
+
+FLAGS = ["--model", "--seed", "--train_file", "--output_dir", "--data.kind", "--resume"]
+FIELDS = ["learning_rate", "max_steps", "num_train_epochs", "weight_decay", "warmup_steps"]
+OPTIONS = ["r", "lora_alpha", "target_modules", "rank_min", "rank_max", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("learning_rte", FIELDS, "learning_rate"),
+        ("lr", FIELDS, "learning_rate"),
+        ("epochs", FIELDS, "num_train_epochs"),
+        ("rank", OPTIONS, "r"),
+        ("alpha", OPTIONS, "lora_alpha"),
+        ("rank_mn", OPTIONS, "rank_min"),
+        ("Target_modules", OPTIONS, "target_modules"),
+        ("--trian_file", FLAGS, "--train_file"),
+        ("--modle", FLAGS, "--model"),
+        ("--kind", FLAGS, "--data.kind"),
+        ("--data.knd", FLAGS, "--data.kind"),
+        ("--nonsense", FLAGS, None),
+        ("--x", FLAGS, None),
+        ("nonsense", FIELDS, None),
+        ("data.2", ["data.kind", "data.overlap"], None),
+        ("trainer.nothing", ["trainer.max_steps", "trainer.seed"], None),
+        ("anything", [], None),
+    ],
+)
+def test_a_suggestion_means_something(name, known, meant):
+    assert did_you_mean(name, known) == (f" Did you mean {meant!r}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: {}["modules"],
+        lambda: setattr(None, "keys", 1),
+        lambda: 1 + "a",
+        lambda: json.loads("["),
+        lambda: (_ for _ in ()).throw(RecursionError),
+        lambda: (_ for _ in ()).throw(ConfigError("`r` is 0.", "TLoraConfig")),
+    ],
+)
+def test_whatever_a_damaged_file_does_to_its_reader_names_the_file(read):
+    says = r"^a/plan: damaged \(.+\); make it again\.$"
+    with pytest.raises(ArtifactError, match=says), damaged("a/plan"):
+        read()
+
+
+def test_memory_that_runs_out_is_no_damage():
+    with pytest.raises(MemoryError), damaged("a/plan"):
+        raise MemoryError
+
+
+def test_only_what_the_system_refuses_is_a_system_fault():
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        assert system_fault(OSError(number, "x")).exit_code == 1
+    for number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
+        fault = system_fault(OSError(number, "why", "folder/file"))
+        assert fault.exit_code == 2
+        assert str(fault).startswith("folder/file: why; ")
+    assert system_fault(OSError("no number")) is None
+    assert system_fault(RuntimeError("a bug")) is None

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from tlora import credentials
 from tlora.errors import ConfigError, did_you_mean, unknown_names
 
 AnySection = TypeVar("AnySection", bound="Section")
+AnyRow = TypeVar("AnyRow")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ SEED = Rule("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**
 """The seeds that NumPy takes."""
 PROBABILITY = Rule("a probability in [0, 1)", lambda value: 0 <= value < 1)
 FOLDER = Rule("the name of a folder", bool)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+Pattern = Annotated[str, Rule("a regular expression that compiles", _compiles)]
+"""What PEFT matches names by."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers", str: "names"}
@@ -76,13 +90,17 @@ def takes(kind: Any, value: Any) -> bool:
         number = int if kind is int else (int, float)
         finite = isinstance(value, number) and -math.inf < value < math.inf
         return finite and not isinstance(value, bool)
-    if origin is list:
-        return isinstance(value, list) and all(takes(inside[0], item) for item in value)
     bare = origin or kind
-    return not (bare in _PLAIN or is_section(bare)) or isinstance(value, bare)
+    known = bare in _PLAIN or is_section(bare)
+    if (known and not isinstance(value, bare)) or (bare is str and _UNWRITABLE.search(value)):
+        return False
+    rows = value.items() if origin is dict else zip(value) if origin is list else ()
+    return all(all(map(takes, inside, row)) for row in rows)
 
 
 _PLAIN = (bool, str, dict, list, type(None))
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What no file's name can hold, and what is left of bytes that are not UTF-8."""
 
 
 def plain(value: Any) -> Any:
@@ -100,7 +118,7 @@ def fitted(kind: Any, value: Any) -> Any:
     Where the field takes a list of names and no string, "a, b" becomes the list of these names.
     """
     value = plain(value)
-    if isinstance(value, str) and not takes(kind, value):
+    if isinstance(value, str) and not takes(kind, value) and Pattern not in _parts(kind):
         names = [word.strip() for word in value.split(",")]
         return names if all(names) and takes(kind, names) else value
     return value
@@ -123,7 +141,8 @@ def words(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, inside))
     if origin is list:
-        return f"a list of {_MANY[inside[0]]}" if inside[0] in _MANY else "a list like [a, b]"
+        item = typing.get_args(inside[0])[0] if inside[0] == Pattern else inside[0]
+        return f"a list of {_MANY[item]}" if item in _MANY else "a list like [a, b]"
     if dict in (origin, kind) or is_section(kind):
         return "`name: value` pairs"
     if origin in (Union, types.UnionType):
@@ -238,7 +257,7 @@ class Section:
                 are collected into one error.
         """
         faults: list[str] = []
-        given = dict(values)
+        given = {str(name): value for name, value in values.items()}
         for name, kind in hints(cls).items():
             if name not in given:
                 continue
@@ -273,6 +292,31 @@ def default_of(field: Any) -> Any:
     """Return the default of a dataclass field; MISSING, if it has none."""
     made = field.default_factory is not dataclasses.MISSING
     return field.default_factory() if made else field.default
+
+
+def from_row(record: type[AnyRow], row: Any, **given: Any) -> AnyRow:
+    """Make a dataclass of a row that a file holds, if each value is of its field's type.
+
+    Args:
+        record: a dataclass that does not check itself.
+        row: what should be a mapping of its fields.
+        **given: further fields, which are not checked.
+
+    Raises:
+        ConfigError: it is no mapping, a field is missing, unknown or of another type.
+    """
+    if not isinstance(row, dict):
+        raise ConfigError(f"{row!r} stands where `name: value` pairs belong.", record.__name__)
+    known = hints(record)
+    fields: tuple[Any, ...] = dataclasses.fields(record)  # type: ignore[arg-type]
+    needed = [field.name for field in fields if default_of(field) is dataclasses.MISSING]
+    faults = unknown_names(map(str, row), [*known], "field")
+    faults += [f"`{name}` is missing." for name in needed if name not in {**row, **given}]
+    for name in row.keys() & known.keys():
+        faults += fault(name, known[name], row[name])
+    if faults:
+        raise ConfigError(faults, record.__name__)
+    return record(**row, **given)
 
 
 def _faults_of(record: type[Section], values: dict[str, Any]) -> list[str]:

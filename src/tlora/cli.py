@@ -23,13 +23,12 @@ from tlora import __version__, extras, presets
 from tlora.compare.compareconfig import CompareConfig
 from tlora.credentials import RedactingFormatter, redacted
 from tlora.errors import (
-    AdapterError,
     ArtifactError,
     ConfigError,
-    DataError,
-    PlanError,
+    RunsFailedError,
     TLoraError,
     did_you_mean,
+    system_fault,
 )
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.files import refuse_missing
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from tlora.demo.run import Score
     from tlora.evaluate.evalfolder import EvalFolder
 
-_BAD_INPUT = (AdapterError, ArtifactError, ConfigError, DataError, PlanError)
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
@@ -147,7 +145,7 @@ def compare(config: CompareConfig) -> None:
     _say(f"{progress.finished} of {progress.total} runs are finished")
     _show_comparison(CompareFolder(config.output_dir))
     if progress.failed:
-        raise TLoraError(
+        raise RunsFailedError(
             "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
             + "\nRerun the same command to try them again."
         )
@@ -307,12 +305,13 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has left (`tlora list | head -1`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except TLoraError as error:
-        _complain(str(error))
-        return 2 if isinstance(error, _BAD_INPUT) else 1
-    except Exception:
-        sys.stderr.write(redacted(traceback.format_exc()))
-        return 1
+    except Exception as error:
+        fault = error if isinstance(error, TLoraError) else system_fault(error)
+        if fault is None:
+            sys.stderr.write(redacted(traceback.format_exc()))
+            return 1
+        _complain(str(fault))
+        return fault.exit_code
 
 
 def _run(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from tlora.checks import POSITIVE, PROBABILITY, SEED, Record, Rule, at_least
+from tlora.checks import POSITIVE, PROBABILITY, SEED, Pattern, Record, Rule, at_least
 
 # The paper's two come first; the others have to hold what they are made of.
 Basis = Literal[
@@ -159,10 +159,10 @@ class TLoraConfig(Record):
     """Base rank r: the N targeted modules share N r ranks (PEFT: `r`)."""
     lora_alpha: Annotated[float, POSITIVE] = 8
     """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
-    target_modules: str | list[str] | None = "all-linear"
+    target_modules: Pattern | list[str] | None = "all-linear"
     """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear"
     (every Linear and Conv1D but the head), or None for PEFT's default of the architecture."""
-    exclude_modules: str | list[str] | None = None
+    exclude_modules: Pattern | list[str] | None = None
     """Modules to leave out, by PEFT's rules."""
     target_parameters: list[str] | None = None
     """Fused parameters of experts to adapt: a list of names or suffixes, as in PEFT
@@ -170,11 +170,11 @@ class TLoraConfig(Record):
     one rank and one scale."""
     layers_to_transform: Annotated[int, at_least(0)] | Annotated[list[int], _INDEXES] | None = None
     """Layer indexes to adapt (all, if None), as in PEFT."""
-    layers_pattern: str | list[str] | None = None
+    layers_pattern: Pattern | list[Pattern] | None = None
     """Name of the layer list that `layers_to_transform` indexes, as in PEFT."""
     lora_dropout: Annotated[float, PROBABILITY] = 0.0
     """Dropout on the adapter's input while training."""
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[Pattern] | None = None
     """Modules trained in full and saved with the adapter (a new classifier head)."""
     bias: Bias = "none"
     """Which biases train, as in PEFT."""

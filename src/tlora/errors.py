@@ -6,9 +6,12 @@ The second base of a class is the builtin that a caller without ``tlora`` in min
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import ClassVar
 
 from tlora.credentials import redacted
 
@@ -18,6 +21,9 @@ class TLoraError(Exception):
 
     def __str__(self) -> str:
         return redacted(super().__str__())
+
+    exit_code: ClassVar[int] = 2
+    """What the command line exits with: 2 where the input is at fault, 1 where it is not."""
 
 
 class ConfigError(TLoraError, ValueError):
@@ -40,6 +46,24 @@ class ConfigError(TLoraError, ValueError):
 
 class CalibrationError(TLoraError, RuntimeError):
     """The calibration pass cannot give statistics for this model and these samples."""
+
+
+class OutOfMemoryError(CalibrationError, MemoryError):
+    """The calibration pass needs more memory than there is."""
+
+    exit_code = 1
+
+
+class ProcessError(CalibrationError):
+    """Another process of the group failed with an error that is not of this tree."""
+
+    exit_code = 1
+
+
+class RunsFailedError(TLoraError, RuntimeError):
+    """Runs of a comparison failed; the others are kept."""
+
+    exit_code = 1
 
 
 class PlanError(TLoraError, ValueError):
@@ -77,9 +101,50 @@ class ArtifactError(TLoraError, OSError):
 class JudgeError(TLoraError, RuntimeError):
     """A judge of answers did not answer, though it was asked again."""
 
+    exit_code = 1
+
 
 class SandboxError(TLoraError, RuntimeError):
     """Programs cannot be run here as safely as was asked for."""
+
+    exit_code = 1
+
+
+class DiskFullError(TLoraError, OSError):
+    """There is no space left for what is written."""
+
+    exit_code = 1
+
+
+class FileError(TLoraError, OSError):
+    """The system refuses to read or write a file that was asked for."""
+
+
+_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
+"""How a full disk reads in the messages of safetensors and torch, which have no error number."""
+
+
+def system_fault(error: BaseException) -> TLoraError | None:
+    """Return the error of this tree for what the system refuses; None for any other error.
+
+    Args:
+        error: what a library or Python itself raised while a file was read or written.
+    """
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in _FULL):
+        return DiskFullError(
+            f"no space left on the disk{f' for {file}' if file else ''}; make room and rerun the"
+            " same command: what was finished is kept."
+        )
+    if isinstance(error, OSError) and number is not None and file is not None:
+        short = str(file) if len(str(file)) < 200 else f"{str(file)[:80]}..."
+        return FileError(f"{short}: {error.strerror}; check the path and its permissions.")
+    return None
 
 
 class Faults:
@@ -134,8 +199,52 @@ def _placed(error: ConfigError | DataError | ArtifactError) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; other libraries' messages can fill pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message; other libraries' messages can fill pages.
+
+    The type is named where the message alone says little: a KeyError's is the key.
+    """
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines or isinstance(error, LookupError):
+        return ": ".join([kind, *lines[:1]])
+    # A line that ends in a colon announces the next one.
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+
+
+@contextlib.contextmanager
+def damaged(path: object, advice: str = "make it again") -> Iterator[None]:
+    """Turn whatever the content of a file makes its reader raise into a sentence with its name.
+
+    For files that may have been cut off or edited: their content can fail in any way.
+
+    Args:
+        path: the file.
+        advice: what to do.
+
+    Raises:
+        ArtifactError: the content is not what the reader expects.
+    """
+    try:
+        yield
+    except (ArtifactError, MemoryError):
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split()) if isinstance(error, TLoraError) else first_line(error)
+        raise ArtifactError(f"{path}: damaged ({cause.rstrip('.')}); {advice}.") from error
+
+
+_MEANT = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "steps": "max_steps",
+    "warmup": "warmup_steps",
+    "output": "output_dir",
+}
+"""What is often called otherwise, and our name of it (PEFT's and transformers')."""
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -145,9 +254,24 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``.
+
+    Dotted names of one section are compared without it, and so are flags without their dashes: what
+    all of them share says nothing. The first letters have to agree, unless little else differs.
+    """
+
+    def likeness(other: str) -> float:
+        (section, _, last), (others, _, end) = (
+            n.lstrip("-").rpartition(".") for n in (name, other)
+        )
+        if end == _MEANT.get(last, last) and section in ("", others):
+            return 2.0
+        left, right = (last, end) if section == others else (name.lstrip("-"), other.lstrip("-"))
+        ratio = difflib.SequenceMatcher(None, left.lower(), right.lower()).ratio()
+        return ratio if left[:1].lower() == right[:1].lower() or ratio >= 0.8 else 0.0
+
+    best = max(known, key=likeness, default="")
+    return f" Did you mean {best!r}?" if best and likeness(best) >= 0.65 else ""
 
 
 def unknown_names(names: Iterable[str], known: Sequence[str], kind: str) -> list[str]:

@@ -217,8 +217,22 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not JSON ({error}); the file is damaged.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def adapter_fields(path: str | Path) -> dict[str, Any]:
+    """Return the fields of an adapter_config.json, which anyone may have written.
+
+    Raises:
+        ArtifactError: the file is missing, or not the configuration of an adapter.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type", ""), str):
+        raise ArtifactError(f"{path}: not the configuration of an adapter of PEFT.")
+    return fields
 
 
 def write_state(path: str | Path, value: dict[str, Any]) -> None:
@@ -312,10 +326,12 @@ def read_tensors(
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise ArtifactError(
             f"{path}: not a readable safetensors file: {error}; the file is damaged, make it again."
         ) from error
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path}: its header is {header!r}, not one that tlora wrote.")
     if header.get("kind") != kind:
         raise ArtifactError(
             f"{path}: this is {header.get('kind', 'no tlora file')!r}, not {kind!r}."

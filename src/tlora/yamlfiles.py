@@ -21,15 +21,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or is no YAML, or no mapping.
     """
-    import yaml
-
     try:
-        values = yaml.load(Path(file).read_text(encoding="utf-8"), _loader())
+        values = _loaded(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}).", "command line") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise ConfigError(f"{file}: not YAML ({cause}).", where="command line") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: not YAML ({error}).", where="command line") from error
     if not isinstance(values, dict | None):
         raise ConfigError(f"{file}: give `field: value` lines.", where="command line")
     return values or {}
@@ -37,14 +34,27 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 def read_value(text: str) -> Any:
     """Read one value as YAML; what is no YAML is text."""
+    try:
+        if re.fullmatch(r"[-+]?[0-9]+", text):
+            return int(text)  # YAML 1.1 takes leading zeros for octal digits
+        return _loaded(text)
+    except ValueError:
+        return text
+
+
+def _loaded(text: str) -> Any:
+    """Return what YAML makes of a text.
+
+    Raises:
+        ValueError: it is no YAML; the message is one line.
+    """
     import yaml
 
-    if re.fullmatch(r"[-+]?[0-9]+", text):
-        return int(text)  # YAML 1.1 takes leading zeros for octal digits
     try:
         return yaml.load(text, _loader())
-    except yaml.YAMLError:
-        return text
+    # A value that its tag does not fit (`!!int x`) meets Python's own errors.
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def to_yaml(record: Any) -> str:
@@ -64,9 +74,19 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Takes `1e-4` for a number and a date for text."""
+        """Takes `1e-4` for a number and a date for text; an alias may not stand in its own value.
+
+        Sets, pairs and bytes are refused: no field holds them, and JSON cannot.
+        """
+
+        def construct_document(self, node: Any) -> Any:
+            self.deep_construct = True
+            return super().construct_document(node)
 
     Loader.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
     as_text: Any = Loader.construct_yaml_str
     Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
+    refuse: Any = Loader.construct_undefined
+    for kind in ("binary", "omap", "pairs", "set"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", refuse)
     return Loader

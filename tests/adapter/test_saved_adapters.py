@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tlora import load_adapter
-from tlora.errors import AdapterError, MisfitError
+from tlora.errors import AdapterError, ArtifactError, MisfitError
 from tlora.files import seal_tensors
 
 
@@ -96,3 +96,26 @@ def test_weights_that_are_not_finite_are_named_and_the_model_stays(folder, value
     with pytest.raises(AdapterError, match=said):
         load_adapter(base, folder)
     assert parts(base) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{}", b"\xe9", b"[" * 100_000, b'{"peft_type": "NOPE"}', b'{"peft_type": 5}'],
+)
+def test_a_damaged_configuration_is_named_and_the_model_stays(folder, text):
+    (folder / "adapter_config.json").write_bytes(text)
+    base = model()
+    before = parts(base)
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json: "):
+        load_adapter(base, folder)
+    assert parts(base) == before
+
+
+@pytest.mark.parametrize(
+    "field", [{"r": "x"}, {"r": -1}, {"target_modules": "(("}, {"lora_alpha": []}, {"bias": 7}]
+)
+def test_a_configuration_that_peft_cannot_use_is_refused_with_its_folder(folder, field):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | field))
+    with pytest.raises((ArtifactError, MisfitError), match=str(folder)):
+        load_adapter(model(), folder)

@@ -88,7 +88,7 @@ def test_a_row_that_cannot_be_scored_is_found_before_anything_is_generated(
         (b"", "there are no rows"),
         (b"[1, 2]\n", "there are no rows with named columns"),
         (b'{"question": 1}\n{"question"\n', "not JSON after row 1"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "line 1 is not UTF-8"),
     ],
 )
 def test_a_damaged_file_is_named(data, says, tmp_path):

@@ -184,3 +184,21 @@ def test_a_kind_that_the_task_is_not_is_refused():
         Gsm8k(DataConfig(kind="regression"))
     with pytest.raises(ConfigError, match=r"`data\.kind` is 'poetry'; choose one of 'causal'"):
         Jsonl(DataConfig(kind="poetry"))
+
+
+@pytest.mark.parametrize("response", ["response", "completion", "output", "answer"])
+def test_where_only_the_prompt_is_named_the_usual_response_is_taken(first_row, response):
+    row = {"asked": "a", "id": 3, response: "b"}
+    assert first_row(row, prompt_column="asked") == {"prompt": "a", "response": "b"}
+    assert first_row(row, prompt_template="<{asked}>") == {"prompt": "<a>", "response": "b"}
+    with pytest.raises(ConfigError) as caught:
+        first_row(row, prompt_column="aksed")
+    assert len(caught.value.faults) == 1
+    with pytest.raises(ConfigError, match=r"`data\.response_column` is missing"):
+        first_row({"asked": "a", "told": "b"}, prompt_column="asked")
+
+
+@pytest.mark.parametrize("template", ["{prompt!z}", "{prompt:d}", "{prompt:>99999999999}"])
+def test_a_template_formats_nothing(first_row, template):
+    with pytest.raises(ConfigError, match="give nothing but names of columns in braces"):
+        first_row({"prompt": "a", "response": "b"}, prompt_template=template)

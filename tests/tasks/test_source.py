@@ -1,6 +1,8 @@
 """What is known of a file before its rows are read is what reading them gives."""
 
+import gzip
 import json
+import logging
 
 import pytest
 
@@ -9,6 +11,7 @@ from tlora.tasks import source
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.glue import Sst2
 from tlora.tasks.jsonl import Jsonl
+from tlora.tasks.source import read_file
 
 ROWS = (
     [{"prompt": "1+1=", "response": "2"}],
@@ -89,3 +92,48 @@ def test_published_files_of_glue_may_end_in_txt(tmp_path):
         Jsonl(DataConfig()).check_file(str(tmp_path / "rows.txt"))
     with pytest.raises(DataError, match=r"no\.tsv: there is no such file"):
         Sst2(DataConfig()).check_file(str(tmp_path / "no.tsv"))
+
+
+LATIN = {
+    "rows.jsonl": '{"prompt": "a"}\n{"prompt": "é"}\n',
+    "rows.json": '[{"prompt": "a"},\n{"prompt": "é"}]',
+    "rows.csv": "prompt\né\n",
+    "rows.tsv": "prompt\né\n",
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LATIN)
+def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, name, packed):
+    raw = LATIN[name].encode("latin-1")
+    file = tmp_path / (f"{name}.gz" if packed else name)
+    file.write_bytes(gzip.compress(raw) if packed else raw)
+    with pytest.raises(DataError, match=r"rows.*: line 2 is not UTF-8 \(byte 0xe9\)"):
+        read_file(str(file))
+
+
+def test_a_letter_on_the_border_of_two_pieces_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    start = '{"text": "'
+    text = "a" * ((1 << 20) - len(start) - 1) + "é"
+    file.write_text(f'{start}{text}"}}\n', encoding="utf-8")
+    assert read_file(str(file))[0]["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("rows.jsonl", "null\n", "row 1 is null"),
+        ("rows.json", "[null, 1]", "row 1 is null"),
+        ("rows.jsonl", '{"a": ' + "[" * 3000 + "]" * 3000 + "}", "cannot be read as rows"),
+        ("rows.jsonl", '{"a": 1}\n{"a":\n', "line 2: Expecting value at character 7"),
+        ("rows.jsonl.gz", "text", "cannot be read"),
+    ],
+)
+def test_rows_that_are_none_are_one_sentence(tmp_path, capsys, caplog, name, text, says):
+    file = tmp_path / name
+    file.write_text(text)
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match=says):
+        read_file(str(file))
+    assert not caplog.records
+    assert capsys.readouterr().err == ""

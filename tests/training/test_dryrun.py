@@ -313,7 +313,7 @@ def test_named_experts_are_counted_as_the_attached_model_has_them(folder, dtype,
 
 
 def test_a_model_without_a_head_for_the_task_is_refused(tiny_t5, folder):
-    with pytest.raises(ConfigError, match="cannot be built: Unrecognized configuration"):
+    with pytest.raises(ConfigError, match="cannot be loaded: Unrecognized configuration"):
         predict(ready(tiny_t5(), folder))
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.stock import refuse_taken, wrap_exactly
 from tlora.calibration.weights import Target, dense_weight, holds_floats
-from tlora.errors import AdapterError, ConfigError
+from tlora.errors import AdapterError, ConfigError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.matrices import full_precision
 
@@ -60,8 +60,10 @@ class InitialAdapter:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(file_at(path, _FILE), _KIND)
-        return cls({n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in header["modules"]})
+        path = file_at(path, _FILE)
+        tensors, header = read_tensors(path, _KIND)
+        with damaged(path):
+            return cls({n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in header["modules"]})
 
 
 def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -13,7 +15,8 @@ from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import freeze_a
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
-from tlora.errors import AdapterError, MisfitError, listed
+from tlora.errors import AdapterError, MisfitError, TLoraError, damaged, listed
+from tlora.files import adapter_fields
 from tlora.integrity import has_digest
 from tlora.linalg.matrices import not_finite
 
@@ -48,24 +51,49 @@ def load_adapter(
     Raises:
         AdapterError: the folder holds no adapter, its weights are damaged, not finite or not of
             the model's sizes, or it is to train on and no gradient passes the model's 4-bit weights
-            any more; the model is as it was.
+            any more; the model is as it was. Or PEFT does not load it; the model may be half
+            adapted then.
+        ArtifactError: its adapter_config.json is damaged.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     local = Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")
-    if local and not (Path(path) / "adapter_config.json").is_file():
+    settings = Path(path) / "adapter_config.json"
+    if local and not settings.is_file():
         raise AdapterError(
             f"{path} holds no adapter_config.json; give the folder that `save_pretrained` wrote."
         )
+    if local:
+        fields = adapter_fields(settings)
+        with damaged(settings, "save or copy the adapter again"):
+            _ = fields["peft_type"]
+            PeftConfig.from_pretrained(str(path))
     check_saved(path, model)
     if is_trainable:
         keep_gradients(model)
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
-    with misleading_warnings_ignored():
+    with _fitting(model, path), misleading_warnings_ignored():
         adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
     if freeze:
         freeze_a(adapted, adapter_name)
     return adapted
+
+
+@contextlib.contextmanager
+def _fitting(model: nn.Module, path: str | Path) -> Iterator[None]:
+    """Turn what PEFT raises over a configuration that it cannot make layers of into a sentence.
+
+    Raises:
+        MisfitError: PEFT cannot.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TLoraError | MemoryError | torch.OutOfMemoryError):
+            raise
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        advice = "load it onto the base that it was trained on, or save or copy it again."
+        raise MisfitError(path, f"this {type(model).__name__}", said, advice) from error
 
 
 def check_saved(path: str | Path, model: nn.Module) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tlora.checks import from_row
 from tlora.config import TLoraConfig
+from tlora.errors import ArtifactError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
 
 _KIND = "plan"
@@ -124,8 +126,16 @@ class AdapterPlan:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(file_at(path, _FILE), _KIND, _FORMAT)
-        modules = {
-            row["name"]: ModulePlan(**row, lora_A=tensors[row["name"]]) for row in header["modules"]
-        }
-        return cls(modules, TLoraConfig.from_dict(header["config"]), header["info"])
+        path = file_at(path, _FILE)
+        tensors, header = read_tensors(path, _KIND, _FORMAT)
+        with damaged(path):
+            rows = [(row["name"], row) for row in header["modules"]]
+            modules = {name: from_row(ModulePlan, row, lora_A=tensors[name]) for name, row in rows}
+            config, info = TLoraConfig.from_dict(header["config"]), dict(header["info"])
+        for name, module in modules.items():
+            if module.lora_A.shape != (module.experts * module.rank, module.d_in):
+                shape = " x ".join(map(str, module.lora_A.shape))
+                raise ArtifactError(f"{path}: damaged (A of {name} is {shape}); make it again.")
+        if not modules:
+            raise ArtifactError(f"{path}: damaged (it plans no module); make it again.")
+        return cls(modules, config, info)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlora import errors
 from tlora.calibration import batches as reading
 from tlora.calibration.placement import device_of, is_sharded
-from tlora.errors import CalibrationError, ConfigError, TLoraError
+from tlora.errors import ConfigError, ProcessError, TLoraError
 
 _IDLE, _BUSY, _FAILED = range(3)
 
@@ -156,7 +156,7 @@ class ProcessGroup:
             return ConfigError(message, where=f"process {number}")
         if isinstance(kind, type) and issubclass(kind, TLoraError):
             return kind(f"process {number}: {message}")
-        return CalibrationError(f"process {number} failed with {name}: {message}")
+        return ProcessError(f"process {number} failed with {name}: {message}")
 
 
 class PeerFailed(Exception):

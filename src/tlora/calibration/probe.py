@@ -45,7 +45,7 @@ from tlora.calibration.targets import (
 )
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
-from tlora.errors import CalibrationError
+from tlora.errors import CalibrationError, OutOfMemoryError
 
 T = TypeVar("T")
 
@@ -331,7 +331,7 @@ def within_memory(
         config: what was asked for.
 
     Raises:
-        CalibrationError: memory ran out.
+        OutOfMemoryError: memory ran out.
         RuntimeError: what else ``action`` raises.
     """
     try:
@@ -351,7 +351,7 @@ def within_memory(
         smaller = " shorten the samples (`data.max_length` on the command line), or"
     now = "no limit" if config.memory_budget is None else repr(config.memory_budget)
     # Not inside `except`: the first error holds on to every tensor of what has failed.
-    raise CalibrationError(
+    raise OutOfMemoryError(
         f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{smaller} lower"
         f" `memory_budget`, what second moments may take (now {now})."
     )

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from tlora.calibration.batches import Batch, as_batch
 from tlora.calibration.placement import is_zero3, loaded_by
+from tlora.checks import from_row
 from tlora.config import SensitivityRule, TLoraConfig
-from tlora.errors import CalibrationError
+from tlora.errors import CalibrationError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
 from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.moments import SecondMoment
@@ -198,22 +199,25 @@ class Calibration:
         Raises:
             ArtifactError: the file is missing, damaged or something else.
         """
-        tensors, header = read_tensors(calibration_file(path), _KIND, _FORMAT)
-        moments = {
-            name: SecondMoment.from_parts(_below(tensors, f"{name}/"), **counts)
-            for name, counts in header["moments"].items()
-        }
-        modules = {
-            row["name"]: ModuleStatistics(
-                **row,
-                moment=moments.get(f"moment/{row['moment_id']}"),
-                gradient=tensors.get(f"gradient/{row['name']}"),
-                gradient_moment=moments.get(f"gradient-moment/{row['name']}"),
-            )
-            for row in header["modules"]
-        }
-        key = header.get("key")
-        return cls(modules, header["samples"], header["info"], key and Key(**key))
+        path = calibration_file(path)
+        tensors, header = read_tensors(path, _KIND, _FORMAT)
+        with damaged(path):
+            moments = {
+                name: SecondMoment.from_parts(_below(tensors, f"{name}/"), **counts)
+                for name, counts in header["moments"].items()
+            }
+            modules = {
+                row["name"]: from_row(
+                    ModuleStatistics,
+                    row,
+                    moment=moments.get(f"moment/{row['moment_id']}"),
+                    gradient=tensors.get(f"gradient/{row['name']}"),
+                    gradient_moment=moments.get(f"gradient-moment/{row['name']}"),
+                )
+                for row in header["modules"]
+            }
+            key = header.get("key")
+            return cls(modules, header["samples"], dict(header["info"]), key and from_row(Key, key))
 
     def _moments(self) -> dict[str, SecondMoment]:
         """Return every second moment once, by the name it has in a file."""

@@ -33,9 +33,18 @@ Validation = Annotated[
     float | str,
     Rule(
         "a file, a share below 1 or a number of rows",
-        lambda v: isinstance(v, str) or 0 < v < 1 or (v >= 1 and float(v).is_integer()),
+        lambda v: _names_a_file(v) if isinstance(v, str) else 0 < v < 1 or (v >= 1 and v % 1 == 0),
     ),
 ]
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a text is no number: `-1` and `nan` are mistyped ones, not files."""
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _distinct(values: list[Any]) -> bool:
@@ -168,7 +177,7 @@ class CompareConfig(SharedConfig):
     was given there are none."""
 
     def __post_init__(self) -> None:
-        if type(self.validation) is int:
+        if type(self.validation) is int and self.validation < 2**53:
             self.validation = float(self.validation)  # as a file's 500 is read
         super().__post_init__()
         for entry in self.entries():

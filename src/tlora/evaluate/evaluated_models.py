@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
-from tlora.files import read_json
-from tlora.models.pretrained import check_model_folder
+from tlora.files import adapter_fields, read_json
+from tlora.models.pretrained import Pretrained, check_hub, check_model_folder
 from tlora.training.runfolder import RunFolder
 
 Kind = Literal["base", "adapter", "merged"]
@@ -143,7 +143,8 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
     except (OSError, ValueError) as error:
         what, flag = ("", "") if base == path else (f", the base of {path}", " by --model")
         raise ConfigError(
-            f"no model can be read at {base!r}{what}; give a folder or a name on the Hub{flag}."
+            f"no model can be read at {base!r}{what}; give a folder or a name on the Hub{flag}"
+            f" ({str(error).removeprefix('model: ').rstrip('.')})."
         ) from error
     head = _HEADS.get(str(fields.get("task_type")), found)
     kind: Kind = "base" if adapter is None else "adapter"
@@ -180,6 +181,7 @@ def _places(path: str) -> tuple[str, str | None] | None:
 def _hub_adapter(name: str) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    check_hub(name, _ADAPTER, "config.json")
     try:
         return find_adapter_config_file(name)
     except (OSError, ValueError):
@@ -188,23 +190,17 @@ def _hub_adapter(name: str) -> str | None:
 
 def _adapter_fields(adapter: str) -> dict[str, Any]:
     file = Path(adapter) / _ADAPTER
-    fields = read_json(file if file.is_file() else str(_hub_adapter(adapter)))
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{file}: not the configuration of an adapter.")
-    return fields
+    return adapter_fields(file if file.is_file() else str(_hub_adapter(adapter)))
 
 
 def _loaded_head(model: str, config: EvalConfig) -> Head | None:
     """Return the head of a model by its configuration, as transformers reads it.
 
     Raises:
-        OSError, ValueError: there is none that transformers can read.
+        ConfigError: there is none that transformers can read.
     """
-    import transformers
-
-    return _head_of_model(
-        transformers.AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    )
+    checkpoint = Pretrained(name=model, trust_remote_code=config.trust_remote_code)
+    return _head_of_model(checkpoint.config())
 
 
 def _head_on_disk(model: str, config: EvalConfig) -> Head | None:
@@ -225,7 +221,7 @@ def _head_on_disk(model: str, config: EvalConfig) -> Head | None:
 
 def labels_texts(config: Any) -> bool:
     """Return whether a model of this configuration is saved with a head that labels texts."""
-    return any(_LABELED in name for name in getattr(config, "architectures", None) or [])
+    return _LABELED in str(getattr(config, "architectures", None))
 
 
 def _head_of_model(config: Any) -> Head:

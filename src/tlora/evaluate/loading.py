@@ -120,9 +120,10 @@ def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedT
     place = config.tokenizer or evaluated.model
     try:
         return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
-    except (OSError, ValueError) as error:
+    except ConfigError as error:
         raise ConfigError(
-            f"no tokenizer can be loaded from {place!r} ({first_line(error)}); give --tokenizer.",
+            f"no tokenizer can be loaded from {place!r} ({error.faults[0].rstrip('.')}); give"
+            " --tokenizer.",
             where="tokenizer",
         ) from error
 
@@ -177,11 +178,6 @@ def _adapted(model: Any, evaluated: EvaluatedModel) -> Any:
         return load_adapter(model, path, freeze=False)
     except MisfitError as error:
         raise MisfitError(path, evaluated.model, error.misfit, advice) from error
-    except AdapterError:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise MisfitError(path, evaluated.model, said, advice) from error
 
 
 def _merged(model: Any, evaluated: EvaluatedModel) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,16 +91,13 @@ def read_json(path: Path) -> list[Raw]:
         DataError: it cannot be read, is not that, or is empty.
     """
     rows: list[Any] = []
+    text = "".join(source.decoded(path))
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         # Not splitlines(): a string may hold other line breaks than "\n".
         for line in text.split("\n") if ".jsonl" in path.suffixes else [text]:
             rows += [json.loads(line)] if line.strip() else []
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON after row {len(rows)} ({error}).") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); get the file anew.") from error
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = rows[0]
     if not rows or not all(isinstance(row, dict) for row in rows):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from tlora.checks import POSITIVE, PROBABILITY, Record, at_least
+from tlora.checks import POSITIVE, PROBABILITY, Pattern, Record, at_least
 from tlora.config import Bias, TaskType, target_faults
 
 
@@ -36,7 +36,7 @@ class AdapterOptions(MethodOptions):
     """Dropout on the adapter's input while training."""
     bias: Bias = "none"
     """Which biases train: "none", "all" or "lora_only"."""
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[Pattern] | None = None
     """Modules trained in full and saved with the adapter (a new classifier head)."""
 
 
@@ -44,10 +44,10 @@ class AdapterOptions(MethodOptions):
 class Targeted(AdapterOptions):
     """An adapter on modules that the user chooses; the choice starts as in `TLoraConfig`."""
 
-    target_modules: str | list[str] | None = "all-linear"
+    target_modules: Pattern | list[str] | None = "all-linear"
     """Modules to adapt: a list of names or suffixes, a regex, "all-linear", or None for PEFT's
     default of the architecture."""
-    exclude_modules: str | list[str] | None = None
+    exclude_modules: Pattern | list[str] | None = None
     """Modules to leave out."""
 
     def relations(self) -> Iterator[str]:

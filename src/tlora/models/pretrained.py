@@ -9,16 +9,16 @@ would also copy norms, embeddings and head to float32; load with `dtype` "float3
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from tlora import extras
-from tlora.errors import ConfigError, first_line
+from tlora.errors import ConfigError, TLoraError, first_line
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
 
@@ -51,27 +51,23 @@ class Pretrained:
         """
         import transformers
 
-        check_model_folder(self.name)
-        try:
+        with readable(self.name, "config"):
             return transformers.AutoConfig.from_pretrained(
                 self.name, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the config of {self.name!r} cannot be loaded: {first_line(error)}", "model"
-            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
 
         Raises:
-            OSError | ValueError: transformers finds none; its first line says why.
+            ConfigError: there is none that transformers can read.
         """
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(
-            self.name, trust_remote_code=self.trust_remote_code
-        )
+        with readable(self.name, "tokenizer"):
+            return transformers.AutoTokenizer.from_pretrained(
+                self.name, trust_remote_code=self.trust_remote_code
+            )
 
     def model(
         self,
@@ -96,15 +92,14 @@ class Pretrained:
             The model, and the names of the parameters of the head that were drawn.
 
         Raises:
-            ConfigError: there is no such model, its weights do not match the digest that they
-                carry, it lacks others than those of a new head, it has no such head, or it cannot
-                be quantized as asked.
+            ConfigError: there is no such model, its files are damaged or lack others than the
+                weights of a new head, it has no such head, or it cannot be quantized as asked.
         """
         check_weights(self.name)
         options = self._quantized(device) | dict(head or {})
         if parallelize:
             options["device_map"] = "auto"
-        try:
+        with readable(self.name, "model"):
             model, found = load_class(auto_class).from_pretrained(
                 self.name,
                 dtype=self.dtype,
@@ -113,10 +108,6 @@ class Pretrained:
                 ignore_mismatched_sizes=True,  # they are refused by name
                 **options,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(
-                f"{self.name!r} cannot be loaded: {first_line(error)}", "model"
-            ) from error
         drawn = drawn_weights(self.name, model, found, new_head=bool(head))
         # Quantized weights, and models split over devices, are already where they belong.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
@@ -155,6 +146,39 @@ def load_class(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+@contextlib.contextmanager
+def readable(name: str, part: str) -> Iterator[None]:
+    """Turn what transformers raises over files that it cannot read into one sentence.
+
+    They are whatever a folder or the Hub holds, and can fail it in any way. Where memory runs out
+    they are not at fault.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        part: what is read: "config", "tokenizer", "model".
+
+    Raises:
+        ConfigError: there is no such model, it cannot be reached, or its files cannot be read.
+    """
+    import torch
+
+    if part != "tokenizer" or not Path(name).is_dir():  # a tokenizer's folder needs no config
+        check_model_folder(name)
+    if not Path(name).exists():
+        check_hub(name, "config.json")
+    try:
+        yield
+    except (TLoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = repr(name) if part == "model" else f"the {part} of {name!r}"
+        raise ConfigError(
+            f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another folder or"
+            " name, or get it anew.",
+            where="model",
+        ) from error
+
+
 def check_model_folder(model: str | None) -> None:
     """Refuse a name that looks like a folder but is not a model's; a name on the Hub passes.
 
@@ -181,3 +205,32 @@ def check_weights(model: str) -> None:
             raise ConfigError(
                 f"{model!r} cannot be loaded: {file.name}: {error}; save or copy it again.", "model"
             ) from error
+
+
+@functools.cache
+def check_hub(name: str, *files: str) -> None:
+    """Ask the Hub once for a file of ``name``: its own client asks six times, for 40 s.
+
+    Where one of ``files`` is cached, or known to be missing, and offline, nothing is asked. Whether
+    the first of them exists is for whoever reads it.
+
+    Raises:
+        ConfigError: the Hub cannot be reached, has no such name, or does not give it to this user.
+    """
+    import huggingface_hub as hub
+
+    try:
+        if any(hub.try_to_load_from_cache(name, file) is not None for file in files):
+            return
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0]))
+    except hub.errors.GatedRepoError:
+        fault = f"the Hub gives {name!r} to those alone who may read it; accept its terms, log in."
+    except hub.errors.RepositoryNotFoundError:
+        fault = f"there is no folder {name!r}, and no model of this name on the Hub."
+    except (hub.errors.EntryNotFoundError, hub.errors.OfflineModeIsEnabled, ValueError):
+        return
+    except Exception as error:  # the client's HTTP library depends on its version
+        fault = f"there is no folder {name!r}, and the Hub cannot be asked ({first_line(error)})."
+    else:
+        return
+    raise ConfigError(fault, where="model")

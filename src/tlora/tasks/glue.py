@@ -21,7 +21,7 @@ from tlora.errors import DataError
 from tlora.tasks import metrics
 from tlora.tasks.base import Row, Task, text_of
 from tlora.tasks.dataconfig import DataConfig, Kind
-from tlora.tasks.source import existing_file, read_file
+from tlora.tasks.source import decoded, existing_file, read_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ class Glue(Task):
         if not path.endswith(_PUBLISHED):
             return read_file(path)
         # Split at newlines alone: str.splitlines also breaks at characters found in sentences.
-        text = existing_file(path).read_text(encoding="utf-8-sig")
+        text = "".join(decoded(existing_file(path)))
         lines = [line.split("\t") for line in text.split("\n") if line.strip()]
         if not lines:
             raise DataError(f"{path}: the file has no rows.")

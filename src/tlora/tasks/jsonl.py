@@ -3,7 +3,8 @@
 Columns are named under `data.*`. Where none is named, the first of these that the rows have is
 taken: `messages`; `prompt` with `response` or `completion`; `instruction` with `output` or
 `response`; `question` with `answer`; `text`. An `input` beside `instruction`, as Alpaca's rows
-have it, follows the instruction after a blank line.
+have it, follows the instruction after a blank line. Where only the prompt is named, the response is
+the first of `response`, `completion`, `output`, `answer` that the rows have.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ class Jsonl(Task):
         elif not named.keys() - {"response_column"} and not data.prompt_template:
             faults += self._guess_columns(have)
         elif (data.prompt_column or data.prompt_template) and not data.response_column:
-            faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
+            usual = (response for _, response in _PAIRS if response in have)
+            data.response_column = next(usual, None)
+            if data.response_column is None:
+                faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
         if faults:
             raise ConfigError(faults, where="data")
 
@@ -195,15 +199,21 @@ class Jsonl(Task):
 
 def _placeholders(template: str | None) -> list[str]:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template or "")]
+        parts = [part[1:] for part in string.Formatter().parse(template or "")]
     except ValueError as error:
         raise ConfigError(
             f"`data.prompt_template`: {error}; write a literal brace twice.", where="data"
         ) from None
+    names = [name for name, _, _ in parts]
     if "" in names:
         raise ConfigError(
             "`data.prompt_template` has {}, which names no column; name one in the braces, or write"
             " a literal brace twice.",
+            where="data",
+        )
+    if any(form or conversion for _, form, conversion in parts):
+        raise ConfigError(
+            f"`data.prompt_template` is {template!r}; give nothing but names of columns in braces.",
             where="data",
         )
     return [name for name in names if name is not None]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +24,7 @@ _TSV = _CSV | {"sep": "\t", "quoting": 3}
 
 _SMALL = 2**22
 """Bytes that `columns_of` reads at most."""
+_NULL_FIRST = re.compile(r"\s*(\[\s*)?null\b")
 
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
@@ -38,6 +46,31 @@ def existing_file(path: str) -> Path:
     return Path(path)
 
 
+def decoded(path: Path) -> Iterator[str]:
+    """Yield the text of a file, be it packed by gzip, in pieces; every line ends in a newline.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    line = 1
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                yield decoder.decode(piece)
+                line += piece.count(b"\n")
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}: line {line} is not UTF-8 (byte {error.object[error.start]:#x}); save the"
+            " file as UTF-8."
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); get the file anew.") from error
+
+
 def read_file(path: str) -> Dataset:
     """Read a file of rows by its suffix (a further `.gz` is unpacked).
 
@@ -45,6 +78,11 @@ def read_file(path: str) -> Dataset:
         DataError: the file is missing, of an unknown kind, damaged or without rows.
     """
     builder, options = reader_of(path)
+    if builder != "parquet":
+        # The reader of JSON lines takes other bytes, whose rows fail later.
+        begins, *_ = [piece[:64] for piece in decoded(Path(path))] or [""]
+        if builder == "json" and _NULL_FIRST.match(begins):  # pyarrow crashes the process
+            raise DataError(f"{path}: row 1 is null; give named columns, or drop the row.")
     rows = _load(path, builder, data_files=path, split="train", **options)
     if len(rows) == 0:
         raise _no_rows(path)
@@ -76,7 +114,7 @@ def columns_of(path: str) -> list[str] | None:
     try:
         for line in filter(str.strip, file.read_text(encoding="utf-8").split("\n")):
             columns |= dict.fromkeys(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None  # reading the rows says what is wrong
     return list(columns) or None
 
@@ -97,17 +135,22 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset:
 def _load(where: str, builder: str, **options: Any) -> Dataset:
     import datasets
 
+    unreadable = (OSError, ValueError, StopIteration, RecursionError)
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what it says of a broken file, our sentence says
     try:
         return datasets.load_dataset(builder, **options)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (*unreadable, datasets.exceptions.DatasetsError) as error:
         # StopIteration: what the reader of JSON makes of an empty file.
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             raise _no_rows(where) from error
         cause = _first_bad_line(where) or _innermost(error)
         raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
     finally:
+        log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 
@@ -129,4 +172,6 @@ def _first_bad_line(path: str) -> str | None:
                     json.loads(line)
             except json.JSONDecodeError as error:
                 return f"line {number}: {error.msg} at character {error.pos + 1}"
+            except RecursionError:
+                return f"line {number}: nested too deeply"
     return None

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.config import TLoraConfig
-from tlora.errors import ConfigError, first_line
-from tlora.models.pretrained import Pretrained, load_class
+from tlora.models.pretrained import Pretrained, load_class, readable
 from tlora.registry import METHODS
 from tlora.training import preflight
 from tlora.training.activations import FLOAT, Activations, activations_of
@@ -247,14 +246,9 @@ def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> 
     dtype = config.dtype if config.dtype != "auto" else getattr(found, "dtype", None) or "float32"
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    try:
-        with torch.device("meta"):
-            auto = load_class(kind.auto_model)
-            return auto.from_config(found, trust_remote_code=code, dtype=dtype), notes
-    except ValueError as error:
-        raise ConfigError(
-            f"{config.model!r} cannot be built: {first_line(error)}", "model"
-        ) from error
+    with readable(str(config.model), "model"), torch.device("meta"):
+        auto = load_class(kind.auto_model)
+        return auto.from_config(found, trust_remote_code=code, dtype=dtype), notes
 
 
 def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError, first_line
-from tlora.models.pretrained import Pretrained
+from tlora.errors import DataError
+from tlora.models.pretrained import Pretrained, check_model_folder
 from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
@@ -274,14 +274,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ConfigError: there is no such model or no tokenizer with it.
         DataError: there is no token to pad with.
     """
-    try:
-        tokenizer = pretrained(config).tokenizer()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer of {config.model!r} cannot be loaded"
-            f" ({first_line(error).rstrip('.')}); give a model's folder, or a name on the Hub.",
-            "model",
-        ) from error
+    check_model_folder(config.model)
+    tokenizer = pretrained(config).tokenizer()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
