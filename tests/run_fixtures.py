@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tlora.tasks.dataconfig import DataConfig
 from tlora.training.runconfig import CalibrationConfig, RunConfig
 
 
@@ -66,6 +67,7 @@ def config_in(llama_folder, sums) -> Callable[..., RunConfig]:
             "output_dir": str(output_dir),
             "adapter": {"r": 4, "lora_dropout": 0.1},
             "calibration": CalibrationConfig(samples=4, batch_size=2),
+            "data": DataConfig(format="raw"),
             **fields,
         }
         return RunConfig(**fields | {"trainer": trainer | fields.get("trainer", {})})

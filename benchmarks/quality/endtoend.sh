@@ -26,7 +26,7 @@ ledger() {
     tlora demo --rows_only --output_dir rows
     ln -sfn "$project/src/tlora/demo/base" base
     tlora train --model base --task jsonl --train_file rows/ledger/train.jsonl \
-        --adapter.r 8 --adapter.lora_alpha 8 --calibration.batch_size 32 \
+        --data.format raw --data.max_length 512 --adapter.r 8 --adapter.lora_alpha 8 --calibration.batch_size 32 \
         --trainer.max_steps 250 --trainer.per_device_train_batch_size 32 \
         --trainer.learning_rate 3e-3 --trainer.lr_scheduler_type cosine --trainer.warmup_steps 10 \
         --trainer.save_strategy no --output_dir ledger-run

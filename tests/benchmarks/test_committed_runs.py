@@ -57,7 +57,7 @@ def comparison_of(monkeypatch):
         saved = saved_in(folder)
         # Rows and weights are not here; what they were is.
         files, model = saved["shared"]["files"], saved["shared"]["model"]
-        monkeypatch.setattr(experiment, "file_digest", lambda name: files[name])
+        monkeypatch.setattr(experiment, "input_digest", lambda name: files[name])
         monkeypatch.setattr(experiment, "model_identity", lambda name: model)
         shared = comparetrials.digest(experiment.experiment(config))
         return comparetrials.Comparison(config, saved["metric"], saved["better"], shared)
@@ -113,7 +113,7 @@ def change_default(monkeypatch, record, name, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ((DataConfig, "data", "max_length"), 1024),
+        ((DataConfig, "data", "loss_on"), "all"),
         ((CalibrationConfig, "calibration", "skip_bad_samples"), True),
         ((SFTConfig, "trainer_defaults", "max_grad_norm"), 0.5),
         ((METHODS.load("tlora").options, "adapter_defaults", "scale_rule"), "constant"),

@@ -113,10 +113,10 @@ def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
     file.write_text(json.dumps({"prompt": "short?", "response": "so"}) + "\n")
     sides = {"validation": str(file), "test_file": str(file)}
     sides[{"validation": "validation", "test": "test_file"}[part]] = str(long)
-    cut = dataclasses.replace(config, data=DataConfig(max_length=40), **sides)
+    cut = dataclasses.replace(config, data=DataConfig(format="raw", max_length=40), **sides)
     with pytest.raises(DataError, match=f"1 of 1 {part} rows end at `data.max_length`, 40 tokens"):
         compare.run(cut)
     assert not compare.CompareFolder(config.output_dir).path.exists()
     by_loss = dataclasses.replace(cut, metric="loss")
     assert compare.check(by_loss)
-    compare.check(dataclasses.replace(cut, data=DataConfig(max_length=256)))
+    compare.check(dataclasses.replace(cut, data=DataConfig(format="raw", max_length=256)))

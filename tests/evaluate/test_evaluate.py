@@ -17,6 +17,7 @@ from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.harness_task import HarnessTask
 from tlora.evaluations import catalog
 from tlora.files import seal_tensors
+from tlora.tasks.dataconfig import DataConfig
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def config(here, demo_adapter, demo_file):
             "tasks": ["jsonl"],
             "test_file": demo_file,
             "output_dir": "out",
+            "data": DataConfig(format="raw"),
             "limit": 3,
         }
         return EvalConfig(**given | fields)

@@ -1,5 +1,7 @@
 """Rows of a task as an evaluation: equal to the letter, or read back by the task."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from lm_eval import evaluate
@@ -44,7 +46,7 @@ def scored(name, lines, replies, tmp_path, **data):
     config = EvalConfig(
         models=["m"], tasks=[name], test_file=str(file), data=DataConfig(**data), limit=2
     )
-    task = task_rows.of_task(config)
+    task = task_rows.of_task(config, SimpleNamespace(chat_template=None))
     found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
     lines = records(task, found["samples"][name])
     return metrics(found["results"][name]), [line["scores"] for line in lines]

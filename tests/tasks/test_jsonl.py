@@ -15,7 +15,7 @@ def first_row(tmp_path):
     def make(raw, **data):
         file = tmp_path / "train.jsonl"
         file.write_text(json.dumps(raw) + "\n")
-        task = Jsonl(DataConfig(**data))
+        task = Jsonl(DataConfig(**{"format": "raw", **data}))
         train, _ = task.load(str(file), None)
         return task.row(train[0], "train.jsonl, row 1")
 
@@ -71,7 +71,7 @@ def test_evaluation_rows_may_lack_the_input_that_training_rows_have(tmp_path):
     row = {"instruction": "a", "output": "b"}
     for file, raw in zip(files, (row | {"input": "c"}, row), strict=True):
         file.write_text(json.dumps(raw) + "\n")
-    task = Jsonl(DataConfig())
+    task = Jsonl(DataConfig(format="raw"))
     train, held_out = task.load(*map(str, files))
     assert task.row(train[0], "row 1")["prompt"] == "a\n\nc"
     assert task.row(held_out[0], "row 1")["prompt"] == "a"
@@ -132,7 +132,7 @@ def test_unreadable_files_are_named(tmp_path, name, text, message):
 def test_words_that_look_like_missing_values_stay_words(tmp_path, suffix, text):
     file = tmp_path / f"train.{suffix}"
     file.write_text(text)
-    task = Jsonl(DataConfig())
+    task = Jsonl(DataConfig(format="raw"))
     train, _ = task.load(str(file), None)
     assert task.row(train[0], "row 1") == {"prompt": "NA, said he", "response": "null"}
 
@@ -202,3 +202,16 @@ def test_where_only_the_prompt_is_named_the_usual_response_is_taken(first_row, r
 def test_a_template_formats_nothing(first_row, template):
     with pytest.raises(ConfigError, match="give nothing but names of columns in braces"):
         first_row({"prompt": "a", "response": "b"}, prompt_template=template)
+
+
+def test_whole_numbers_written_as_floats_are_the_same_classes(classification):
+    task, train = classification(["0", "1.0", "0.0", "1", "1.5"])
+    assert task.label_names == ["0", "1", "1.5"]
+    assert [task.row(raw, "row")["label"] for raw in train] == [0, 1, 0, 1, 2]
+    task, _ = classification([0.0, 1.0], label_names=["0.0", "1.0"])
+    assert task.row({"review": "x", "stars": 1}, "row")["label"] == 1
+
+
+def test_lists_of_labels_are_one_sentence(classification):
+    with pytest.raises(DataError, match=r"row 1: column 'stars' is \[1, 2\]; a row has one class"):
+        classification([[1, 2], [3, 4]])

@@ -22,6 +22,7 @@ from tlora.compare.onerun import portable
 from tlora.compare.queue import Job, Outcome, Workers, cores, termination_interrupts
 from tlora.compare.trials import SCORED, Comparison, Schedule, Trial, digest
 from tlora.errors import ConfigError, Faults, did_you_mean
+from tlora.tasks.base import LONGEST
 from tlora.training import preflight as training_preflight
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import provenance
@@ -128,7 +129,7 @@ def check(config: CompareConfig) -> Setup:
     _check_entries(config, setup)
     _, held = split(setup, config.validation, config.validation_seed)
     if setup.task.kind == "causal" and config.writes_answers:
-        longest = setup.task.data.max_length
+        longest = setup.task.data.max_length or LONGEST
         for name, rows in (("validation", held), ("test", setup.held_out)):
             check_rows(rows, name, setup.tokenizer, longest)
     return setup

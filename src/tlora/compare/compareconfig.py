@@ -186,6 +186,8 @@ class CompareConfig(SharedConfig):
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields, and in the methods' own."""
         yield from super().relations()
+        if self.data.val_size is not None:
+            yield "`data.val_size` has no place in a comparison; `validation` holds rows out."
         yield from self._entry_faults()
         yield from self._rate_faults()
         if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):

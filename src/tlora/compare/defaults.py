@@ -22,7 +22,8 @@ SHARED: dict[str, Any] = {
         "messages_column": None, "text_column": None, "text_pair_column": None,
         "label_column": None, "label_names": None, "prompt_template": None,
         "loss_on": "response", "max_length": 512, "max_train_rows": None, "max_eval_rows": None,
-        "subset_seed": None, "overlap": "refuse", "guard": [],
+        "subset_seed": None, "overlap": "refuse", "guard": [], "format": "raw", "system": None,
+        "chat_template": None, "val_size": None,
     },
     "calibration": {"samples": 32, "batch_size": 4, "skip_bad_samples": False, "cache": None},
 }

@@ -9,7 +9,7 @@ from tlora.compare import defaults as comparedefaults
 from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.registry import TASKS
 from tlora.training import arguments
-from tlora.training.digests import file_digest, model_identity
+from tlora.training.digests import input_digest, model_identity
 from tlora.training.kinds import KINDS
 from tlora.training.runconfig import SharedConfig
 
@@ -21,7 +21,7 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
     `tlora.compare.defaults`.
     """
     files = {
-        name: file_digest(path)
+        name: input_digest(path)
         for name, path in (
             ("train_file", config.train_file),
             ("test_file", config.test_file),

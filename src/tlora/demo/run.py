@@ -8,6 +8,7 @@ adapter, in a process that cannot import tlora.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 from tlora.errors import AdapterError, ConfigError
 from tlora.files import read_json, replacing_file, write_json
+from tlora.tasks.dataconfig import DataConfig
 from tlora.training.runconfig import CalibrationConfig, RunConfig
 from tlora.training.runfolder import RunFolder
 
@@ -29,6 +31,7 @@ _MARK = "demo.json"
 _STEPS = 250
 _RATES = {"lora": 1e-2, "tlora": 3e-3}
 _BATCH = 100
+_DATA = DataConfig(format="raw", max_length=512)
 _TOLERANCE = 1e-5
 _ALONE = """
 import sys
@@ -218,10 +221,9 @@ def _one_thread() -> Iterator[None]:
 def _tokens(tokenizer: Any, rows: Sequence[dict[str, str]]) -> Any:
     from datasets import Dataset
 
-    from tlora.tasks.dataconfig import DataConfig
     from tlora.tasks.tokens import causal
 
-    return Dataset.from_list([causal(tokenizer, row, DataConfig()) for row in rows])
+    return Dataset.from_list([causal(tokenizer, row, _DATA) for row in rows])
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
@@ -241,6 +243,7 @@ def _train(method: str, folder: Path, train_file: Path, seed: int, steps: int) -
             output_dir=str(folder),
             method=method,
             seed=seed,
+            data=dataclasses.replace(_DATA),
             adapter={"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
             calibration=CalibrationConfig(samples=32, batch_size=32),
             trainer={

@@ -23,7 +23,7 @@ def class_names(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | No
     Raises:
         ConfigError: the user's order is not that of training.
     """
-    run, given = _run_of(evaluated), config.data.label_names
+    run, given = run_of(evaluated), config.data.label_names
     recorded = _recorded(run) if run else None
     if recorded and given and order_of(recorded, given) not in (None, [*range(len(given))]):
         raise ConfigError(
@@ -49,7 +49,7 @@ def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     return None
 
 
-def _run_of(evaluated: EvaluatedModel) -> RunFolder | None:
+def run_of(evaluated: EvaluatedModel) -> RunFolder | None:
     """Return the run that a model or an adapter is in, at its end or as a checkpoint."""
     folder = Path(evaluated.path)
     for run in (RunFolder(folder.parent), RunFolder(folder.parent.parent)):

@@ -40,7 +40,15 @@ SETTINGS = (
     "data",
 )
 """Fields that can change a score; all results of a folder have them in common."""
-_OF_TRAINING = ("train_split", "loss_on", "max_train_rows", "overlap", "guard", "guard_dir")
+_OF_TRAINING = (
+    "train_split",
+    "loss_on",
+    "max_train_rows",
+    "val_size",
+    "overlap",
+    "guard",
+    "guard_dir",
+)
 """Fields of `data` that have no meaning where nothing is trained."""
 REPLY_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What `gen_kwargs` may call the most tokens of a reply; the first is the harness' own name."""
@@ -106,7 +114,7 @@ class EvalConfig(Record):
     data_dir: str | None = None
     """Folder with the tasks' files, in place of the Hub."""
     test_file: str | None = None
-    """Rows of a task of `tlora list tasks` to score: a JSON, JSONL, CSV, TSV or Parquet file."""
+    """Rows of a task of `tlora list tasks` to score, in files as `tlora train` takes them."""
     allow_code_execution: bool = False
     """Run the programs that models write, where a task asks for it; docs/evaluation.md says in
     what sandbox. Python code that comes with a task's YAML runs too, in none."""
@@ -169,6 +177,7 @@ class EvalConfig(Record):
         for name in self.data.given():
             if name in _OF_TRAINING:
                 yield f"`data.{name}` is for training only; leave it out."
+        yield from self.data.undrawn()
         for name, kind in _GENERATION.items():
             if name in self.gen_kwargs:
                 yield from fault(f"gen_kwargs.{name}", kind, self.gen_kwargs[name])

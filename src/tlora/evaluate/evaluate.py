@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tlora.errors import ConfigError
-from tlora.evaluate import evaluated_models, loading, preflight
+from tlora.evaluate import evaluated_models, loading, preflight, run_format
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.evaluated_models import EvaluatedModel
@@ -73,8 +73,11 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
         with folder.locked():
             grade(folder, config, {}, tell)
         return folder
-    EvaluationRecord(folder, config, sketched)  # refuses other settings
+    if sketched:
+        config = run_format.settled(config, sketched)
+        EvaluationRecord(folder, config, sketched)  # refuses other settings
     models = evaluated_models.resolve(config)
+    config = run_format.settled(config, models)
     loading.check_backend(config, models)
     EvaluationRecord(folder, config, models)
     tasks = make_tasks(config, models)
@@ -111,7 +114,8 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
     from tlora.evaluations import catalog
 
     if preflight.of_a_task(config):
-        return {config.tasks[0]: HarnessTask(task_rows.of_task(config), config)}
+        tokenizer = run_format.template_tokenizer(models[0], config)
+        return {config.tasks[0]: HarnessTask(task_rows.of_task(config, tokenizer), config)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = catalog.Settings(
         allow_code_execution=config.allow_code_execution,

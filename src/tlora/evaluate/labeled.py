@@ -16,6 +16,7 @@ from tlora.evaluate.harness_task import TaskResult
 from tlora.evaluate.preflight import check_labeled_rows, labeled_task
 from tlora.evaluate.task_rows import scored_rows
 from tlora.registry import TASKS
+from tlora.tasks.base import LONGEST
 from tlora.tasks.metrics import accuracy
 from tlora.tasks.tokens import labeled, labeled_collator
 
@@ -58,6 +59,7 @@ class Labels:
         self.name = name
         self._batch = config.batch_size if isinstance(config.batch_size, int) else _BATCH
         self.task = task = labeled_task(name, config)
+        self._asked_length = config.data.max_length
         self._outputs: dict[str, list[str]] = {}
         if task.kind == "classification":
             found = {evaluated.name: class_names(evaluated, config) for evaluated in models}
@@ -94,6 +96,9 @@ class Labels:
                 " order of its outputs.",
                 where="models",
             )
+        if not self._asked_length:
+            data = self.task.data
+            data.max_length = min(data.max_length or LONGEST, longest)
 
     def _order(self, model: str) -> list[int] | None:
         """Return which output of a model is each class of the task."""

@@ -87,7 +87,7 @@ def of_a_task(config: EvalConfig) -> bool:
     """
     if config.test_file or config.data.kind or config.data.dataset:
         return True
-    if given := config.data.given():
+    if given := [name for name in config.data.given() if name != "format"]:
         raise ConfigError(
             f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
             " give --test_file or --data.dataset too, or leave it out.",

@@ -13,9 +13,12 @@ from tlora.errors import DataError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.loading import unheard
 from tlora.evaluate.preflight import replied_task
+from tlora.evaluate.run_format import as_prompt
 from tlora.tasks.base import Row, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tlora.evaluations.utils import Doc, Reading
 
 _SPACE = 8  # tokens of white space and of the end
@@ -96,8 +99,12 @@ def _of_all(task: Task, metric: str) -> Callable[[list[Any]], float]:
     return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
 
-def of_task(config: EvalConfig) -> ConfigurableTask:
+def of_task(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> ConfigurableTask:
     """Make an evaluation of the prompts and responses of a registered task.
+
+    Args:
+        config: the evaluation.
+        tokenizer: its chat template writes the prompts, where one does.
 
     Raises:
         ConfigError: there are several tasks, the name is not registered, its rows are not scored by
@@ -105,8 +112,10 @@ def of_task(config: EvalConfig) -> ConfigurableTask:
         DataError: a row is not what the task expects.
     """
     task, name = replied_task(config), config.tasks[0]
+    task.settle(tokenizer.chat_template is not None, None)
     docs = []
-    for number, row in enumerate(scored_rows(task, config)):
+    for number, scored in enumerate(scored_rows(task, config)):
+        row = as_prompt(scored, tokenizer)
         if "prompt" not in row:
             raise DataError(
                 f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
@@ -125,7 +134,7 @@ def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[R
     raw, where = task.held_out(config.test_file)
     if limited:
         raw = raw.select(range(config.limited(len(raw))))
-    rows = [task.row(row, f"{where}, row {number + 1}") for number, row in enumerate(raw)]
+    rows = task.rows(raw, where)
     if not rows:
         raise DataError(f"{where}: there are no rows.")
     return rows

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tlora.compare import defaults
 from tlora.compare.compareconfig import CompareConfig, MethodEntry
 from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.trials import Comparison, Trial, mean_scores
@@ -191,7 +192,9 @@ def read(folder: CompareFolder) -> Results:
         ArtifactError: there is none, a file is damaged, or two runs were not trained alike.
     """
     start = folder.read()
-    config = CompareConfig.from_dict(start["config"])
+    # Fields that did not exist yet have the value that means "as before".
+    data = defaults.SHARED["data"] | start["config"].get("data", {})
+    config = CompareConfig.from_dict(start["config"] | {"data": data})
     comparison = Comparison(config, start["metric"], start["better"], start["experiment"])
     return gather(comparison, folder)
 

@@ -3,6 +3,7 @@
 The call order, in `tlora.training`::
 
     task = Task(data)                        # data: a DataConfig
+    task.settle(has_template, positions)     # what `data` leaves to the model
     train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
     rows = task.rows(train, name)            # raw rows -> the shapes below, by task.row
     scores = task.metrics(predictions, labels)           # of a model with a head, or
@@ -10,7 +11,7 @@ The call order, in `tlora.training`::
 
 Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
 
-- "causal": {"prompt", "response"}, or {"messages"}, or {"text"};
+- "causal": {"prompt", "response"}, or {"messages"} and maybe {"tools", "first"}, or {"text"};
 - "seq2seq": {"prompt", "response"};
 - "classification": {"text", "text_pair" (maybe None), "label": int};
 - "regression": the same with "label": float.
@@ -24,9 +25,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError, Faults
-from tlora.tasks import source
-from tlora.tasks.dataconfig import DataConfig, Kind
+from tlora.errors import ConfigError, DataError, Faults, shortened
+from tlora.tasks import mixture, source
+from tlora.tasks.dataconfig import DataConfig, Format, Kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,8 @@ INSTRUCTION_PROMPT = (
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 """The paper's zero-shot prompt (arXiv 2604.18124, appendix), in training and test."""
+LONGEST = 2048
+"""Tokens kept of a row where neither the user nor the model says less."""
 
 
 class Task(ABC):
@@ -56,6 +59,8 @@ class Task(ABC):
     """Names of the classes by id, for a classification."""
     exact: bool = False
     """Whether a reply is right just if it is the row's response, word for word."""
+    formats: tuple[Format, ...] = ("raw",)
+    """Values of `data.format` that the task takes, besides "auto"; the first is what it writes."""
     hub: tuple[str, str | None] | None = None
     """Dataset on the Hub, (name, configuration), used when no file is given."""
     hub_eval_split: str | None = None
@@ -71,6 +76,24 @@ class Task(ABC):
                 where="data",
             )
         self.kind = data.kind or self.kind
+        if data.format not in ("auto", *self.formats):
+            raise ConfigError(
+                f"`data.format` is {data.format!r}, but this task has prompts of its own"
+                f" ({' or '.join(map(repr, self.formats))}); leave it out, or use --task jsonl.",
+                where="data",
+            )
+
+    def settle(self, has_template: bool, positions: int | None) -> None:
+        """Settle the fields of `data` that are left to the model.
+
+        Args:
+            has_template: whether the model's tokenizer has a chat template.
+            positions: tokens that the model holds; None: nobody says.
+        """
+        data = self.data
+        data.max_length = data.max_length or min(LONGEST, positions or LONGEST)
+        if data.format == "auto":
+            data.format = self.formats[0]
 
     @abstractmethod
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
@@ -90,12 +113,7 @@ class Task(ABC):
         Raises:
             DataError: as `row`.
         """
-        rows: list[Row] = []
-        for batch in raw.iter(batch_size=1000):  # single rows are slow to read
-            for values in zip(*batch.values(), strict=True):
-                columns = dict(zip(batch, values, strict=True))
-                rows.append(self.row(columns, f"{name}, row {len(rows) + 1}"))
-        return rows
+        return [self.row(row, where) for where, row in mixture.placed(raw, name)]
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score the model's ``predictions`` (rows, or rows x classes) against ``labels`` (rows).
@@ -136,6 +154,22 @@ class Task(ABC):
         """
         return
 
+    def check_files(self, files: str, columns: bool) -> None:
+        """Check one file, or several as `tlora.tasks.mixture` names them; no row is read.
+
+        Args:
+            files: the files.
+            columns: whether to check the columns of those that show them at a look.
+
+        Raises:
+            ConfigError: a file lacks a column.
+            DataError: one is missing, of an unknown kind or empty.
+        """
+        for part in mixture.parts(files):
+            self.check_file(part.path)
+            if columns and (have := source.columns_of(part.path)):
+                self.check_columns(have)
+
     def check_sources(self, train_file: str | None, eval_file: str | None) -> None:
         """Check where rows come from, and the files that they come from; no row is read.
 
@@ -155,17 +189,20 @@ class Task(ABC):
                     "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
                     where="data",
                 )
-        for file in filter(None, (train_file, eval_file)):
+        for files in filter(None, (train_file, eval_file)):
             with faults:
-                self.check_file(file)
-                if file == train_file and (have := source.columns_of(file)):
-                    self.check_columns(have)
+                self.check_files(files, columns=files == train_file)
         faults.raise_found()
 
     def evaluates(self, train_file: str | None, eval_file: str | None) -> bool:
         """Return whether `load` gives evaluation rows."""
         name, _, eval_split = self._dataset()
-        return bool(eval_file or (eval_split and name and not train_file))
+        of_hub = eval_split and name and not train_file
+        return bool(eval_file or self.data.val_size or of_hub)
+
+    def read_files(self, files: str) -> Dataset:
+        """Read one file, or several as `tlora.tasks.mixture` names them."""
+        return mixture.read(files, self.read_file, self.data.subset_seed)
 
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
         """Read the raw training rows and, where there are any, the raw evaluation rows.
@@ -178,13 +215,13 @@ class Task(ABC):
         data = self.data
         name, subset, eval_split = self._dataset()
         if train_file:
-            train = self.read_file(train_file)
+            train = self.read_files(train_file)
         else:
             train = source.read_hub(name, subset, data.train_split)
         held_out = None
         if eval_file:
-            held_out = self.read_file(eval_file)
-        elif eval_split and self.evaluates(train_file, eval_file):
+            held_out = self.read_files(eval_file)
+        elif eval_split and name and not train_file:
             held_out = source.read_hub(name, subset, eval_split)
         seed = data.subset_seed
         return _some(train, data.max_train_rows, seed), _some(held_out, data.max_eval_rows, seed)
@@ -228,9 +265,7 @@ class Task(ABC):
             raise ConfigError("`data.dataset_config` needs `data.dataset`; give it too.", "data")
         name, _, split = self._dataset()
         if file:
-            self.check_file(file)
-            if have := source.columns_of(file):
-                self.check_columns(have)
+            self.check_files(file, columns=True)
         elif name and not split:
             raise ConfigError(
                 f"which rows of {name!r} are to be scored is not said; give --data.eval_split.",
@@ -284,5 +319,7 @@ def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
         raise DataError(f"{where}: there is no column {column!r}; the columns are {have}.")
     value = raw[column]
     if value is None or isinstance(value, (list, dict)):
-        raise DataError(f"{where}: column {column!r} is {value!r}, not text; mend or drop the row.")
+        raise DataError(
+            f"{where}: column {column!r} is {shortened(value)}, not text; mend or drop the row."
+        )
     return str(value)

@@ -18,6 +18,7 @@ from tlora.tasks.jsonl import Jsonl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LONGEST = 512
 _ENCODE: dict[str, tokens.Encode] = {
     "causal": tokens.causal,
     "seq2seq": tokens.seq2seq,
@@ -48,13 +49,13 @@ def calibration_batches(
         tokenizer: the model's; without a padding token its end-of-sequence token pads.
         rows: a sequence of dicts (a list, a `datasets.Dataset`), of which ``n`` are drawn, or any
             other iterable, whose first ``n`` are taken. Columns are found by name, as in a file
-            given to `tlora train`: `messages`; `prompt` and `response` or `completion`;
-            `instruction` and `output`; `question` and `answer`; `text`.
+            given to `tlora train` (docs/data.md).
         n: how many rows, at most.
         batch_size: rows a batch; the statistics do not depend on it.
         seed: of the draw.
-        **data: fields of `--data.*`: ``max_length`` (512 tokens), ``loss_on``, ``prompt_template``,
-            column names, and ``kind`` for other models than causal ones.
+        **data: fields of `--data.*`: ``max_length`` (here 512 tokens, if not given), ``format``,
+            ``loss_on``, ``prompt_template``, column names, and ``kind`` for other models than
+            causal ones.
 
     Returns:
         Dicts of tensors, rows x tokens: "input_ids", "attention_mask", "labels" (int64; -100 where
@@ -71,7 +72,7 @@ def calibration_batches(
     unknown = unknown_names(data, DataConfig.field_names(), "field")
     if faults := unknown or DataConfig(**data).faults():
         raise ConfigError(faults, where="calibration_batches")
-    kept = _encoded(tokenizer, chosen, DataConfig(**data))
+    kept = _encoded(tokenizer, chosen, DataConfig(**{"max_length": _LONGEST, **data}))
     return [_padded(tokenizer, kept[i : i + batch_size]) for i in range(0, len(kept), batch_size)]
 
 
@@ -90,17 +91,26 @@ def _encoded(
 ) -> list[dict[str, Any]]:
     """Return the token ids and labels of the rows that have something to learn."""
     task = Jsonl(config)
+    task.settle(tokenizer.chat_template is not None, None)
     task.settle_columns(list(rows[0]))
     encode = _ENCODE[task.kind]
-    encoded = [
-        encode(tokenizer, task.row(row, f"calibration row {index + 1}"), task.data)
-        for index, row in enumerate(rows)
-    ]
+    encoded = []
+    for index, raw in enumerate(rows):
+        where = f"calibration row {index + 1}"
+        row = task.row(raw, where)
+        try:
+            encoded += tokens.encodings(encode, tokenizer, row, task.data)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
     kept = [row for row in encoded if tokens.has_labels(row["labels"])]
     if not kept:
+        cut = any(row.get(tokens.CUT) for row in encoded)
         raise DataError(
             f"none of {len(rows)} calibration rows has a token to learn from within"
             f" {task.data.max_length} tokens; raise max_length."
+            if cut
+            else f"none of {len(rows)} calibration rows has anything to learn: the responses are"
+            " empty, or no assistant answers anybody."
         )
     return kept
 

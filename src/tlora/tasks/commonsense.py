@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from tlora.errors import DataError
+from tlora.errors import DataError, shortened
 from tlora.tasks.instruct import Instruct
 
 _ANSWER = re.compile(r"the correct answer is \w+\.?$")
@@ -25,7 +25,7 @@ class Commonsense(Instruct):
         text = text.strip()
         if not _ANSWER.search(text):
             raise DataError(
-                f"{where}: column 'output' is {text!r}, which does not end in 'the correct answer"
-                " is ...'; mend or drop the row."
+                f"{where}: column 'output' is {shortened(text)!r}, which does not end in"
+                " 'the correct answer is ...'; mend or drop the row."
             )
         return text

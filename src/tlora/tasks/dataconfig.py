@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import SEED, Section, at_least
+from tlora.checks import SEED, Rule, Section, at_least
 
 Kind = Literal["causal", "seq2seq", "classification", "regression"]
 LossOn = Literal["response", "all"]
 Overlap = Literal["refuse", "drop", "allow"]
+Format = Literal["auto", "chat", "alpaca", "raw"]
+HeldOut = Annotated[
+    float,
+    Rule(
+        "a share below 1 or a number of rows",
+        lambda size: 0 < size < 1 or (size >= 1 and float(size).is_integer()),
+    ),
+]
 
 
 @dataclass(kw_only=True)
@@ -39,7 +47,7 @@ class DataConfig(Section):
     response_column: str | None = None
     """Column of the response (the target text of seq2seq)."""
     messages_column: str | None = None
-    """Column of a chat: a list of {role, content}."""
+    """Column of a chat: a list of {role, content} or of {from, value}."""
     text_column: str | None = None
     """Column of plain text (causal), or of the text to classify."""
     text_pair_column: str | None = None
@@ -51,10 +59,23 @@ class DataConfig(Section):
     an evaluation: of the model's outputs, by default as its run or checkpoint names them."""
     prompt_template: str | None = None
     """Prompt with columns in braces: "Question: {question}\\nAnswer:"."""
+    format: Format = "auto"
+    """How rows become text: "chat" (the model's chat template), "alpaca" (the paper's instruction
+    prompt), "raw" (as they are), or "auto": the chat template where the model has one, else the
+    Alpaca prompt; plain text, prompts with completions and your own templates stay as they are."""
+    system: str | None = None
+    """System message of rows that have none."""
+    chat_template: str | None = None
+    """Chat template in place of the model's, saved with the adapter: a file, or one of "alpaca",
+    "chatml", "gemma", "llama3", "mistral", "phi3", "qwen", "zephyr"."""
     loss_on: LossOn = "response"
-    """Which tokens count: "response" (the prompt is masked) or "all"."""
-    max_length: Annotated[int, at_least(1)] = 512
-    """Tokens kept of a row; what is longer loses its end, and a warning counts such rows."""
+    """Which tokens count: "response" (in a chat the assistant's turns) or "all"."""
+    max_length: Annotated[int, at_least(1)] | None = None
+    """Tokens kept of a row, by default what the model holds, 2048 at most; longer rows lose their
+    end, and a warning counts them."""
+    val_size: HeldOut | None = None
+    """Rows to hold out of the training rows and evaluate on: a share (0.1) or a number (500). Rows
+    that ask the same stay on one side."""
     max_train_rows: Annotated[int, at_least(1)] | None = None
     """Use only the first training rows: this number of them."""
     max_eval_rows: Annotated[int, at_least(1)] | None = None
@@ -81,13 +102,19 @@ class DataConfig(Section):
             name for name in self.field_names() if getattr(self, name) != getattr(default, name)
         ]
 
-    def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
-        if self.subset_seed is not None and self.max_train_rows is self.max_eval_rows is None:
+    def undrawn(self) -> Iterator[str]:
+        """Yield what is wrong with `subset_seed` where no file has a weight."""
+        drawn = (self.max_train_rows, self.max_eval_rows, self.val_size)
+        if self.subset_seed is not None and not any(drawn):
             yield (
                 "`data.subset_seed` says how rows are drawn, not how many; give"
                 " `data.max_train_rows` or `data.max_eval_rows` too."
             )
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.val_size is not None and self.eval_split:
+            yield "`data.val_size` and `data.eval_split` are both given; give one of them."
 
 
 def split_names(names: Any) -> Any:

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import DataError
+from tlora.errors import DataError, shortened
 from tlora.tasks import metrics
 from tlora.tasks.base import Row, Task, text_of
 from tlora.tasks.dataconfig import DataConfig, Kind
@@ -121,7 +121,9 @@ class Glue(Task):
             return names.index(text)
         if text.isdigit() and int(text) < len(names):
             return int(text)
-        raise DataError(f"{where}: label {text!r} is not one of the classes 0 to {len(names) - 1}.")
+        raise DataError(
+            f"{where}: label {shortened(text)!r} is not one of the classes 0 to {len(names) - 1}."
+        )
 
     def word(self, label: float) -> str:
         """Return a label as text."""
@@ -220,7 +222,7 @@ class Stsb(Glue):
     def label(self, text: str, where: str) -> float:
         """Return the similarity."""
         if self.read(text) < 0:
-            raise DataError(f"{where}: label {text!r} is not a number from 0 to 5.")
+            raise DataError(f"{where}: label {shortened(text)!r} is not a number from 0 to 5.")
         return float(text)
 
     def word(self, label: float) -> str:

@@ -32,6 +32,7 @@ def worked_answer(answer: str) -> str:
 class Gsm8k(Task):
     """Columns question and answer; prompt and scoring string as in the paper."""
 
+    formats = ("alpaca", "raw")
     hub = ("openai/gsm8k", "main")
     hub_eval_split = "test"
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tlora.errors import DataError
 from tlora.tasks.base import INSTRUCTION_PROMPT, Row, Task, text_of
-from tlora.tasks.dataconfig import Kind
+from tlora.tasks.dataconfig import Format, Kind
 
 
 class Layout(NamedTuple):
@@ -29,6 +29,7 @@ class Instruct(Task):
     """
 
     kind: Kind = "causal"
+    formats: tuple[Format, ...] = ("alpaca", "raw")
     layouts: tuple[Layout, ...] = (Layout("instruction", "output", "input"),)
 
     def row(self, raw: Mapping[str, Any], where: str) -> Row:

@@ -1,40 +1,35 @@
-"""Your own rows: any JSON, JSONL, CSV, TSV or Parquet file, or a dataset on the Hub.
+"""Your own rows: JSON, JSONL, CSV, TSV, Parquet or text files, or a dataset on the Hub.
 
-Columns are named under `data.*`. Where none is named, the first of these that the rows have is
-taken: `messages`; `prompt` with `response` or `completion`; `instruction` with `output` or
-`response`; `question` with `answer`; `text`. An `input` beside `instruction`, as Alpaca's rows
-have it, follows the instruction after a blank line. Where only the prompt is named, the response is
-the first of `response`, `completion`, `output`, `answer` that the rows have.
+Columns are named under `data.*`. Where none is named, `tlora.tasks.shapes` knows the shape of each
+file's rows by its columns, and `tlora.tasks.formats` writes them as `data.format` says. Where only
+the prompt is named, the response is the first of `response`, `completion`, `output`, `answer`.
 """
 
 from __future__ import annotations
 
+import logging
 import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from tlora.errors import ConfigError, DataError, did_you_mean
-from tlora.tasks import metrics
+from tlora.errors import ConfigError, DataError, did_you_mean, shortened
+from tlora.tasks import formats, labels, metrics, mixture
 from tlora.tasks.base import Row, Task, text_of
-from tlora.tasks.dataconfig import DataConfig, Kind
+from tlora.tasks.dataconfig import DataConfig, Format, Kind
+from tlora.tasks.shapes import Shape, known_shape, preference
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-_PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-)
+logger = logging.getLogger(__name__)
 
 
 class Jsonl(Task):
     """Rows with columns of your own naming."""
 
     exact = True
+    formats: tuple[Format, ...] = ("raw", "alpaca", "chat")
 
     def __init__(self, data: DataConfig) -> None:
         if data.kind is not None and data.kind not in get_args(Kind):
@@ -42,30 +37,37 @@ class Jsonl(Task):
             raise ConfigError(f"`data.kind` is {data.kind!r}; choose one of {kinds}.", where="data")
         self.kind = data.kind or "causal"
         super().__init__(data)
+        if self.kind != "causal" and data.format == "chat":
+            raise ConfigError(
+                f'`data.format` "chat" is for causal tasks, not {self.kind!r}; leave it out.',
+                "data",
+            )
         self.label_names = data.label_names
-        self._input = False
-        self._make = {
-            "causal": self._causal,
-            "seq2seq": self._pair,
-            "classification": self._labeled,
-            "regression": self._labeled,
-        }[self.kind]
+        self._labeled_kind = self.kind in ("classification", "regression")
+        self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._has_template = False
+
+    def settle(self, has_template: bool, positions: int | None) -> None:
+        """As `Task.settle`; "auto" waits for the shapes of the rows."""
+        asked = self.data.format
+        super().settle(has_template, positions)
+        self.data.format, self._has_template = asked, has_template
 
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
-        """Read the rows, settle which columns are meant, and learn the classes."""
+        """Read the rows, settle which columns are meant and how rows are written; learn classes."""
         train, held_out = super().load(train_file, eval_file)
-        self.settle_columns(train.column_names)
+        self._meet(train, train_file or self.data.dataset or "training rows")
+        if held_out is not None:
+            self._meet(held_out, eval_file or "evaluation rows")
         if self.kind == "classification" and self.label_names is None:
-            values = train.unique(str(self.data.label_column))
-            # Integer classes sort as numbers: "10" comes after "9".
-            values.sort(key=lambda value: (isinstance(value, str), value))
-            self.label_names = [str(value) for value in values]
+            column = str(self.data.label_column)
+            self.label_names = labels.classes(mixture.placed(train, "training rows"), column)
         return train, held_out
 
     def held_out(self, file: str | None) -> tuple[Dataset, str]:
         """Read the rows and settle which columns are meant; the classes are those of training."""
         rows, where = super().held_out(file)
-        self.settle_columns(rows.column_names)
+        self._meet(rows, where)
         return rows, where
 
     def check_columns(self, have: list[str]) -> None:
@@ -82,83 +84,138 @@ class Jsonl(Task):
         Raises:
             ConfigError: a named column is missing, or none is named and none is known.
         """
+        if not self._labeled_kind:
+            self._settle_format([self._shape(have)])
+        elif faults := [*self._missing(have), *self._unnamed(have)]:
+            raise ConfigError(faults, where="data")
+
+    def _meet(self, raw: Dataset, name: str) -> None:
+        """Settle the shape of each file and the format of all; say both."""
+        found = mixture.heads(raw, name)
+        if self._labeled_kind:
+            for first, _ in found.values():
+                self.settle_columns([*first])
+            return
+        shapes = {}
+        for file, (first, _) in found.items():
+            try:
+                shapes[file] = self._shape([*first])
+            except DataError as error:
+                raise DataError(f"{file}: {error}") from None
+            except ConfigError as error:
+                raise ConfigError(error.faults, "data" if len(found) == 1 else file) from None
+        self._settle_format([*shapes.values()])
+        for file, (first, count) in found.items():
+            shape, style = shapes[file], self.data.format
+            chat = shape.form == "chat" or any(
+                isinstance(first.get(c), list) for c in shape.columns
+            )
+            style = "raw" if shape.form == "text" else "chat" if chat else style
+            logger.info("%s: %d rows read as %s, %s.", file, count, shape.name, formats.SAYS[style])
+            read = {*shape.columns, *shape.optional, *_placeholders(self.data.prompt_template)}
+            if unread := [column for column in first if column not in read]:
+                logger.warning("%s: not read: %s.", file, ", ".join(map(repr, unread)))
+
+    def _settle_format(self, shapes: list[Shape]) -> None:
+        data = self.data
+        if data.format != "auto":
+            return
+        stay = {"pair", "text"} | ({"instruction"} if data.prompt_template else set())
+        if self.kind != "causal" or all(shape.form in stay for shape in shapes):
+            data.format = "raw"
+        else:
+            chat = self._has_template or any(shape.form == "chat" for shape in shapes)
+            data.format = "chat" if chat else "alpaca"
+
+    def _shape(self, have: list[str]) -> Shape:
+        """Return the shape of rows with the columns ``have``.
+
+        Raises:
+            ConfigError: as `settle_columns`.
+            DataError: they are pairs of preferences.
+        """
+        key = tuple(have)
+        if key not in self._shapes:
+            self._shapes[key] = self._named_shape(have)
+        return self._shapes[key]
+
+    def _named_shape(self, have: list[str]) -> Shape:
+        data = self.data
+        response = data.response_column
+        asks = data.prompt_column or data.prompt_template
+        if faults := self._missing(have):
+            raise ConfigError(faults, where="data")
+        if data.messages_column:
+            return Shape("chats", "chat", (data.messages_column,), ("system", "tools"))
+        if data.text_column:
+            return Shape("plain text", "text", (data.text_column,))
+        if asks and response:
+            name = f"{data.prompt_column or 'prompts of a template'} and {response}"
+            return Shape(name, "instruction", (data.prompt_column or "", response))
+        if asks:
+            raise ConfigError(
+                f"`data.response_column` is missing; name it ({', '.join(have)}).", where="data"
+            )
+        if not response and preference(have):
+            raise DataError(
+                "the rows have the columns 'chosen' and 'rejected': preference training is not"
+                " supported. To train on the chosen answers alone, make rows of a prompt and a"
+                " response, or of `messages`, from them."
+            )
+        if shape := known_shape(have, self.kind, response):
+            return shape
+        raise ConfigError(
+            f"the rows have the columns {', '.join(have)}; name the ones to learn from by"
+            " `data.prompt_column` and `data.response_column`, `data.messages_column` or"
+            f" `data.text_column`.{self._other_kind(have)}",
+            where="data",
+        )
+
+    def _other_kind(self, have: list[str]) -> str:
+        """Return a hint where the rows are those of another kind."""
+        if self.kind == "causal" and {"label"} & {*have}:
+            return " Rows with labels are of --data.kind classification."
+        if self.kind == "seq2seq" and (shape := known_shape(have, "causal")):
+            return (
+                f" {shape.name} are for causal models; text to text takes a prompt and a response."
+            )
+        return ""
+
+    def _missing(self, have: list[str]) -> list[str]:
+        """Return a sentence for each column that is named and not there."""
         data = self.data
         named = {
-            name: value
+            f"`data.{name}` is {value!r}": value
             for name, value in vars(data).items()
             if name.endswith("_column") and value is not None
         }
-        faults = [
-            f"`data.{name}` is {value!r}, which is no column of the rows"
-            f" ({', '.join(have)}).{did_you_mean(value, have)}"
-            for name, value in named.items()
-            if value not in have
-        ]
-        faults += [
-            f"`data.prompt_template` has {{{name}}}, which is no column of the rows"
-            f" ({', '.join(have)}).{did_you_mean(name, have)}"
+        named |= {
+            f"`data.prompt_template` has {{{name}}}": name
             for name in _placeholders(data.prompt_template)
+        }
+        return [
+            f"{said}, which is no column of the rows ({', '.join(have)}).{did_you_mean(name, have)}"
+            for said, name in named.items()
             if name not in have
         ]
-        if self.kind in ("classification", "regression"):
-            faults += [
-                f"`data.{name}` is missing; name the column ({', '.join(have)})."
-                for name in ("text_column", "label_column")
-                if getattr(data, name) is None
-            ]
-        elif not named.keys() - {"response_column"} and not data.prompt_template:
-            faults += self._guess_columns(have)
-        elif (data.prompt_column or data.prompt_template) and not data.response_column:
-            usual = (response for _, response in _PAIRS if response in have)
-            data.response_column = next(usual, None)
-            if data.response_column is None:
-                faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
-        if faults:
-            raise ConfigError(faults, where="data")
 
-    def _guess_columns(self, have: list[str]) -> list[str]:
-        data = self.data
-        if "messages" in have and self.kind == "causal":
-            data.messages_column = "messages"
-            return []
-        for prompt, response in _PAIRS:
-            if prompt in have and (data.response_column or response) in have:
-                data.prompt_column = prompt
-                data.response_column = data.response_column or response
-                self._input = prompt == "instruction" and "input" in have
-                return []
-        if "text" in have and self.kind == "causal":
-            data.text_column = "text"
-            return []
+    def _unnamed(self, have: list[str]) -> list[str]:
         return [
-            f"the rows have the columns {', '.join(have)}; name the ones to learn from by"
-            " `data.prompt_column` and `data.response_column`, `data.messages_column` or"
-            " `data.text_column`."
+            f"`data.{name}` is missing; name the column ({', '.join(have)})."
+            for name in ("text_column", "label_column")
+            if getattr(self.data, name) is None
         ]
 
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
         """Return the row in the shape of this task's kind."""
-        return self._make(raw, where)
-
-    def _causal(self, raw: Mapping[str, Any], where: str) -> Row:
-        if self.data.messages_column:
-            return {"messages": _messages(raw[self.data.messages_column], where)}
-        if self.data.text_column:
-            return {"text": text_of(raw, self.data.text_column, where)}
-        return self._pair(raw, where)
-
-    def _pair(self, raw: Mapping[str, Any], where: str) -> Row:
-        data = self.data
-        if data.prompt_template:
-            values = {
-                name: text_of(raw, name, where) for name in _placeholders(data.prompt_template)
-            }
-            prompt = data.prompt_template.format(**values)
-        else:
-            prompt = text_of(raw, str(data.prompt_column), where)
-        if self._input and raw.get("input"):  # evaluation rows may have no such column
-            prompt = f"{prompt}\n\n{text_of(raw, 'input', where)}"
-        return {"prompt": prompt, "response": text_of(raw, str(data.response_column), where)}
+        if self._labeled_kind:
+            return self._labeled(raw, where)
+        data, shape = self.data, self._shape([*raw])
+        if template := data.prompt_template:
+            values = {name: text_of(raw, name, where) for name in _placeholders(template)}
+            raw = {**raw, shape.columns[0]: template.format(**values)}
+        style: Format = "raw" if data.format == "auto" else data.format
+        return formats.write(shape.convert(raw, where), style, data.system)
 
     def _labeled(self, raw: Mapping[str, Any], where: str) -> Row:
         data = self.data
@@ -166,21 +223,27 @@ class Jsonl(Task):
         return {
             "text": text_of(raw, str(data.text_column), where),
             "text_pair": text_of(raw, pair, where) if pair else None,
-            "label": self._label(text_of(raw, str(data.label_column), where), where),
+            "label": self._label(raw, where),
         }
 
-    def _label(self, text: str, where: str) -> float:
-        column = self.data.label_column
+    def _label(self, raw: Mapping[str, Any], where: str) -> float:
+        column = str(self.data.label_column)
         if self.kind == "regression":
+            text = text_of(raw, column, where)
             try:
                 return float(text)
             except ValueError:
-                raise DataError(f"{where}: column {column!r} is {text!r}, not a number.") from None
-        names = self.label_names or []
-        if text not in names:
-            classes = ", ".join(map(repr, names))
-            raise DataError(f"{where}: column {column!r} is {text!r}, not one of {classes}.")
-        return names.index(text)
+                raise DataError(
+                    f"{where}: column {column!r} is {shortened(text)!r}, not a number."
+                ) from None
+        name = labels.name_of(raw, column, where)
+        known = [labels.canonical(each) for each in self.label_names or []]
+        if name not in known:
+            classes = ", ".join(map(repr, self.label_names or []))
+            raise DataError(
+                f"{where}: column {column!r} is {shortened(name)!r}, not one of {classes}."
+            )
+        return known.index(name)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy and macro F1 of classes; correlations and mean squared error of numbers."""
@@ -217,13 +280,3 @@ def _placeholders(template: str | None) -> list[str]:
             where="data",
         )
     return [name for name in names if name is not None]
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    turns = value if isinstance(value, list) else []
-    if not turns or not all(isinstance(turn, dict) and turn.get("role") for turn in turns):
-        raise DataError(f"{where}: the chat is {value!r}; give a list of {{role, content}}.")
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"{where}: the chat has no assistant turn to learn from; drop the row.")
-    # `datasets` fills fields that only other rows have with None, which templates stumble over.
-    return [{key: part for key, part in turn.items() if part is not None} for turn in turns]

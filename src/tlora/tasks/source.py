@@ -1,4 +1,4 @@
-"""Reading raw rows: a local JSON, JSONL, CSV, TSV or Parquet file, or a dataset on the Hub."""
+"""Reading raw rows: a JSON, JSONL, CSV, TSV, Parquet or text file, or a dataset on the Hub."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", _TSV),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
 }
 
 
@@ -84,6 +85,8 @@ def read_file(path: str) -> Dataset:
         if builder == "json" and _NULL_FIRST.match(begins):  # pyarrow crashes the process
             raise DataError(f"{path}: row 1 is null; give named columns, or drop the row.")
     rows = _load(path, builder, data_files=path, split="train", **options)
+    if builder == "text":
+        rows = rows.filter(lambda line: line.strip(), input_columns="text")
     if len(rows) == 0:
         raise _no_rows(path)
     return rows

@@ -6,13 +6,14 @@ the very tokens and labels that are trained on.
 
 from __future__ import annotations
 
+import itertools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
-from tlora.tasks.base import Row, Task
+from tlora.tasks import mixture, rendering
+from tlora.tasks.base import LONGEST, Row, Task
 from tlora.tasks.dataconfig import DataConfig
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ IGNORED = -100
 CUT = "cut"
 """Whether something that is to be learned was cut off a row; `tokenized` counts it."""
 
+_SHOWN = 800
+"""Characters of the row that is shown."""
+
 # No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
 _QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
-
-_MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
-"""What opens the assistant's turn in a chat template that can be trained on."""
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
 
@@ -57,25 +58,72 @@ def tokenized(
         name: what messages call the rows: the file or dataset.
 
     Raises:
-        DataError: no row is left.
+        DataError: no row is left, or a chat template refuses a row.
     """
-    encoded = _encoded(raw, rows, task, encode, tokenizer)
+    encoded = _encoded(raw, rows, task, encode, tokenizer, name)
     kept = encoded.filter(has_labels, input_columns="labels", **_QUIET)
     longest = task.data.max_length
-    if len(kept) == 0:
+    lost = len(encoded) - len(kept)
+    if lost:
+        cut = sum(encoded[CUT]) - sum(kept[CUT]) if CUT in encoded.column_names else 0
+        _say_lost(name, len(encoded), lost - cut, cut, longest)
+    return _counted(kept, name, longest)
+
+
+def _say_lost(name: str, count: int, empty: int, cut: int, longest: int | None) -> None:
+    """Say how many rows are left out for want of a token to learn from.
+
+    Args:
+        name: what messages call the rows.
+        count: rows in all.
+        empty: those in which nothing is to be learned.
+        cut: those in which it lies beyond ``longest`` tokens.
+        longest: `data.max_length`.
+
+    Raises:
+        DataError: no row is left.
+    """
+    if empty == count:
+        raise DataError(
+            f"{name}: no row has anything to learn: the responses are empty, or no assistant"
+            " answers anybody; look at the columns, or give --data.loss_on all."
+        )
+    if empty + cut == count:
         raise DataError(
             f"{name}: no row has a token to learn from within {longest} tokens; raise"
             " --data.max_length."
         )
-    if len(kept) < len(encoded):
+    if empty:
+        logger.warning(
+            "%s: %d of %d rows have nothing to learn (an empty response) and are left out.",
+            name,
+            empty,
+            count,
+        )
+    if cut:
         logger.warning(
             "%s: %d of %d rows have no token to learn from within %d tokens and are left out.",
             name,
-            len(encoded) - len(kept),
-            len(encoded),
+            cut,
+            count,
             longest,
         )
-    return _counted(kept, name, longest)
+
+
+def show(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> None:
+    """Log a row as it is trained on, with what of it is learned; one with a label is not shown."""
+    if isinstance(row["labels"], list) and len(row["labels"]) == len(row["input_ids"]):
+        text = marked(tokenizer, row["input_ids"], row["labels"]).replace("\n", "\\n")
+        if len(text) > _SHOWN:
+            text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+        logger.info("%s: a row as it is trained on, what is learned in «»: %s", name, text)
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """Return the text of a row with what is learned of it in «»."""
+    groups = itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED)
+    texts = [(learned, tokenizer.decode([token for token, _ in part])) for learned, part in groups]
+    return "".join(f"«{text}»" if learned else text for learned, text in texts)
 
 
 def has_labels(labels: Any) -> bool:
@@ -89,19 +137,46 @@ def _encoded(
     task: Task,
     encode: Encode,
     tokenizer: PreTrainedTokenizerBase,
+    name: str,
 ) -> Dataset:
     from datasets.fingerprint import Hasher
 
-    def one(_: dict[str, Any], index: int) -> dict[str, Any]:
-        return encode(tokenizer, rows[index], task.data)
+    def some(_: dict[str, Any], indices: list[int]) -> dict[str, list[Any]]:
+        found = []
+        for index in indices:
+            try:
+                found += encodings(encode, tokenizer, rows[index], task.data)
+            except DataError as error:
+                where = mixture.place(raw, name, index)
+                raise DataError(f"{where}: {error}") from error
+        return {field: [row[field] for row in found] for field in found[0]}
 
     # `datasets` names its file by this, and would else hash all rows.
     mark = Hasher.hash((raw._fingerprint, task, encode, tokenizer))
-    columns = raw.column_names
-    return raw.map(one, with_indices=True, remove_columns=columns, new_fingerprint=mark, **_QUIET)
+    return raw.map(
+        some,
+        batched=True,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        new_fingerprint=mark,
+        **_QUIET,
+    )
 
 
-def _counted(rows: Dataset, name: str, longest: int) -> Dataset:
+def encodings(
+    encode: Encode, tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig
+) -> list[dict[str, Any]]:
+    """Return the token ids of a row; a chat whose template rewrites earlier turns gives several.
+
+    Raises:
+        DataError: a chat template refuses the row.
+    """
+    chat = "messages" in row and data.loss_on == "response"
+    parts = rendering.turns(tokenizer, row) if chat else [row]
+    return [encode(tokenizer, part, data) for part in parts]
+
+
+def _counted(rows: Dataset, name: str, longest: int | None) -> Dataset:
     """Return ``rows`` without the column that says which are cut, after saying how many are."""
     if CUT not in rows.column_names:
         return rows
@@ -126,9 +201,9 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     what lies beyond `data.max_length` was to be learned.
     """
     if "messages" in row:
-        ids, learned = _chat(tokenizer, row["messages"], masked=data.loss_on == "response")
+        ids, learned = _chat(tokenizer, row, masked=data.loss_on == "response")
     elif "text" in row:
-        ids = [*tokenizer(row["text"])["input_ids"]]
+        ids = _once_begun(tokenizer, tokenizer(row["text"])["input_ids"])
         ids += _end(tokenizer, ids)
         learned = [True] * len(ids)
     else:
@@ -140,10 +215,11 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     if data.loss_on == "all":
         learned = [True] * len(ids)
     labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
+    longest = data.max_length or len(ids)
     return {
-        "input_ids": ids[: data.max_length],
-        "labels": labels[: data.max_length],
-        CUT: any(label != IGNORED for label in labels[data.max_length :]),
+        "input_ids": ids[:longest],
+        "labels": labels[:longest],
+        CUT: any(label != IGNORED for label in labels[longest:]),
     }
 
 
@@ -152,10 +228,10 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
 
     "cut" says whether the response is longer than `data.max_length`.
     """
-    short = {"truncation": True, "max_length": data.max_length}
+    short = {"truncation": True, "max_length": data.max_length or LONGEST}
     encoded = tokenizer(row["prompt"], **short)
     labels = tokenizer(text_target=row["response"])["input_ids"]
-    cut = len(labels) > data.max_length
+    cut = len(labels) > short["max_length"]
     return {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],
@@ -167,7 +243,8 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
 
 def labeled(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
     """Return the model's inputs of a text or a pair of texts, and its label as "labels"."""
-    encoded = tokenizer(row["text"], row["text_pair"], truncation=True, max_length=data.max_length)
+    longest = data.max_length or LONGEST
+    encoded = tokenizer(row["text"], row["text_pair"], truncation=True, max_length=longest)
     return {**encoded, "labels": row["label"]}
 
 
@@ -200,47 +277,42 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenize with the opening special tokens, without a closing one."""
-    ids = tokenizer(prompt)["input_ids"]
+    ids = _once_begun(tokenizer, tokenizer(prompt)["input_ids"])
     closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed else ids
 
 
+def _once_begun(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Return token ids without a second opening token: the text has one, the tokenizer's too."""
+    begin = tokenizer.bos_token_id
+    doubled = begin is not None and [*ids[:2]] == [begin, begin]
+    return [*ids[1:]] if doubled else [*ids]
+
+
 def _chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], masked: bool
+    tokenizer: PreTrainedTokenizerBase, row: Row, masked: bool
 ) -> tuple[list[int], list[bool]]:
     """Render a chat by the tokenizer's template; if ``masked``, only the assistant is learned."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the model's tokenizer has no chat template; use a chat model, or rows with a prompt"
-            " and a response."
-        )
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        chat_template=_marked_template(tokenizer) if masked else None,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=masked,
-    )
-    ids = [*encoded["input_ids"]]
-    return ids, [bool(bit) for bit in encoded.get("assistant_masks", [1] * len(ids))]
+    if masked:
+        text, spans = rendering.rendered(tokenizer, row)
+    else:
+        text = rendering.written(tokenizer, row)
+        spans = [(0, len(text))]
+    # The template writes the opening token, if the model wants one.
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        return ids, [any(a <= i and j <= b and i < b for a, b in spans) for i, j in places]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    learned = [False] * len(ids)
+    for a, b in spans:
+        start, end = (_shared(tokenizer, text[:place], ids) for place in (a, b))
+        learned[start:end] = [True] * (end - start)
+    return ids, learned
 
 
-def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a template that marks the assistant's turns; None: the tokenizer's own does.
-
-    Raises:
-        DataError: no template that marks the turns is known for this tokenizer.
-    """
-    if _MARKED.search(tokenizer.get_chat_template()):
-        return None
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-
-        return get_training_chat_template(tokenizer)
-    except (ImportError, ValueError) as error:
-        known = 'run `pip install "tlora[train]"`: trl may know one that does; or '
-        raise DataError(
-            "the tokenizer's chat template does not mark what the assistant says, so the loss"
-            f" cannot be put on it; {known if isinstance(error, ImportError) else ''}add"
-            " {% generation %} to the template, or give --data.loss_on all."
-        ) from error
+def _shared(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> int:
+    """Return how many tokens the beginning of a text shares with the whole."""
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pairs = enumerate(zip(own, ids, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), len(own))

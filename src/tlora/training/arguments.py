@@ -47,6 +47,8 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     given |= {name: fitted(known[name].type, value) for name, value in given.items()}
     ours = _chosen(known, given)
     ours |= _generation_fields(setup)
+    if setup.config.early_stopping:
+        ours |= _stopping_fields(given)
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
     if "max_length" in known:
         fixed["max_length"] = setup.task.data.max_length
@@ -94,6 +96,20 @@ def _chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         if not any(name in given for name in names):
             chosen[next(name for name in names if name in known)] = False
     return chosen
+
+
+def _stopping_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's fields that keep the best checkpoint: evaluated whenever it is saved."""
+    steps = given.get("eval_steps", given.get("save_steps"))
+    asked = given.get("eval_strategy", given.get("save_strategy", "steps" if steps else "epoch"))
+    every = {"eval_steps": steps, "save_steps": steps} if steps else {}
+    return every | {
+        "eval_strategy": asked,
+        "save_strategy": asked,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+    }
 
 
 def _generation_fields(setup: Setup) -> dict[str, Any]:

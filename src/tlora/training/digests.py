@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from tlora.integrity import file_digest
+from tlora.tasks.mixture import parts
 from tlora.training.runconfig import RunConfig
 
 _EDGE_BYTES = 2**20
@@ -23,10 +24,20 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
 
 def input_digest(path: str | None) -> str | None:
-    """Return the digest of a file of rows, or of a model's folder; None where neither is there."""
-    if path and Path(path).is_dir():
-        return model_identity(path)
-    return file_digest(path) if path and Path(path).is_file() else None
+    """Return the digest of a model's folder, or of rows: one file, or several read as one.
+
+    None where one of them is not there.
+    """
+    if not path or Path(path).is_dir():
+        return model_identity(path) if path else None
+    named = parts(path)
+    if not all(Path(part.path).is_file() for part in named):
+        return None
+    digests = [file_digest(part.path) for part in named]
+    if len(named) == 1 and named[0].weight == 1:
+        return digests[0]
+    weighed = [f"{digest} {part.weight};" for digest, part in zip(digests, named, strict=True)]
+    return hashlib.sha256("".join(weighed).encode()).hexdigest()
 
 
 def model_identity(model: str | None) -> str:

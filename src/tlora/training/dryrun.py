@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.config import TLoraConfig
 from tlora.models.pretrained import Pretrained, load_class, readable
 from tlora.registry import METHODS
+from tlora.tasks.base import LONGEST
 from tlora.training import preflight
 from tlora.training.activations import FLOAT, Activations, activations_of
 from tlora.training.kinds import KINDS, KindSpec, with_task_type
@@ -106,9 +107,9 @@ def run(config: RunConfig) -> DryRun:
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
     notes += _not_shown(config, model, options)
-    longest = getattr(model.config, "max_position_embeddings", None) or config.data.max_length
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
-    length = min(config.data.max_length, longest)
+    held = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    length = min(config.data.max_length or LONGEST, held)
     strategy = choose(targets, sources, options)
     counted = _Counted(
         targets, ranks, sources, options, activations_of(model, length), batch * length

@@ -14,6 +14,7 @@ from tlora.files import refuse_unusable
 from tlora.models.pretrained import check_model_folder
 from tlora.registry import TASKS
 from tlora.tasks.base import Task
+from tlora.tasks.rendering import named_template
 from tlora.training.kinds import KINDS, check_trainer_fields, with_task_type
 from tlora.training.runconfig import RunConfig
 
@@ -41,7 +42,7 @@ def check(config: RunConfig, validation: str | None = None) -> None:
             task.check_sources(config.train_file, config.eval_file)
         with faults:
             if validation is not None:
-                task.check_file(validation)
+                task.check_files(validation, columns=False)
     with faults:
         if config.data.guard:
             names.check_guard(config.data.guard, where="data.guard")
@@ -67,6 +68,9 @@ def check_without_rows(config: RunConfig) -> None:
         if config.quantization != "none":
             extras.require("quantized", where="quantization")
     with faults:
+        if config.data.chat_template:
+            named_template(config.data.chat_template)
+    with faults:
         config.options()
     with faults:
         kind = KINDS[task_of(config).kind]
@@ -84,8 +88,10 @@ def check_evaluation(config: RunConfig) -> None:
         ConfigError: it has none.
     """
     given = {name: config.trainer.get(name) for name in ("eval_strategy", "eval_on_start")}
+    given["early_stopping"] = config.early_stopping
     faults = [
-        f"`{name}` is {value!r}, but there are no evaluation rows; give --eval_file."
+        f"`{name}` is {value!r}, but there are no evaluation rows; give --eval_file or"
+        " --data.val_size."
         for name, value in given.items()
         if value not in (None, False, "no")
     ]

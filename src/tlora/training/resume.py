@@ -102,7 +102,10 @@ def merge_saved(
     else:
         given = _flat(config.resolved())
         # The saved ones are those that the run has settled on.
-        given["data.label_names"] = given["data.label_names"] or before["data.label_names"]
+        for name in ("data.label_names", "data.max_length"):
+            given[name] = given[name] or before[name]
+        if given["data.format"] == "auto":
+            given["data.format"] = before["data.format"]
     same = {"output_dir", "resume", *(moved or {})}
     if given["method"] != before["method"]:  # whose options are others
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()

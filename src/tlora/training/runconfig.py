@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from tlora.checks import SEED, Record, Section, at_least
 from tlora.registry import METHODS
 from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.mixture import written
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "int8"]
@@ -53,7 +54,8 @@ class SharedConfig(Record):
     task: str = "jsonl"
     """What to learn; see `tlora list tasks`."""
     train_file: str | None = None
-    """Training rows: a JSON, JSONL, CSV, TSV or Parquet file."""
+    """Training rows: a JSON, JSONL, CSV, TSV, Parquet or text file; several as "a.jsonl,b/*.csv",
+    and "c.jsonl:0.3" for three tenths of the rows of one."""
     dtype: Dtype = "auto"
     """Precision to load the model in; "auto" takes the checkpoint's own."""
     quantization: Quantization = "none"
@@ -68,10 +70,16 @@ class SharedConfig(Record):
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    def __post_init__(self) -> None:
+        self.train_file = written(self.train_file, "train_file")
+        super().__post_init__()
+
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""
         if self.train_file and self.data.dataset:
             yield "`train_file` and `data.dataset` are both given; give one of them."
+        if not (self.train_file and ":" in str(self.train_file)):
+            yield from self.data.undrawn()
 
 
 @dataclass(kw_only=True)
@@ -83,16 +91,29 @@ class RunConfig(SharedConfig):
     """
 
     eval_file: str | None = None
-    """Rows to evaluate on after training."""
+    """Rows to evaluate on after training; see `train_file`."""
     output_dir: str = "tlora-run"
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
     seed: Annotated[int, SEED] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
+    early_stopping: Annotated[int, at_least(1)] | None = None
+    """Stop when the evaluation loss has not fallen for this number of evaluations, and keep the
+    best checkpoint."""
     resume: bool = False
     """Continue the run in `output_dir` with its own configuration, so that the other flags can be
     left out. The same command again continues it too."""
+
+    def __post_init__(self) -> None:
+        self.eval_file = written(self.eval_file, "eval_file")
+        super().__post_init__()
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        yield from super().relations()
+        if self.eval_file and self.data.val_size is not None:
+            yield "`eval_file` and `data.val_size` are both given; give one of them."
 
     def options(self) -> Any:
         """Return the method's options record, made from `adapter`.

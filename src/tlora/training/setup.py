@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,9 @@ from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
 from tlora.tasks.dataconfig import DataConfig
-from tlora.tasks.tokens import tokenized
+from tlora.tasks.heldout import held_out
+from tlora.tasks.rendering import set_template
+from tlora.tasks.tokens import show, tokenized
 from tlora.training import preflight
 from tlora.training.kinds import KINDS, KindSpec, with_task_type
 from tlora.training.runconfig import RunConfig
@@ -50,15 +53,17 @@ class Setup:
     """Indices of the raw training rows that were left out because they repeat prompts."""
 
     def record(self) -> dict[str, Any]:
-        """Return the resolved configuration for the run's folder, with the classes as settled.
+        """Return the resolved configuration for the run's folder, with `data` as settled.
 
-        The order of the head's outputs is known by it, whatever becomes of the training rows.
+        The format of prompts and the order of the head's outputs are known by it, whatever becomes
+        of the training rows.
         """
-        resolved = self.config.resolved()
+        settled = {name: getattr(self.task.data, name) for name in ("format", "max_length")}
         if self.task.kind == "classification" and type(self.task).label_names is None:
-            data = dataclasses.replace(resolved.data, label_names=self.task.label_names)
-            resolved = dataclasses.replace(resolved, data=data)
-        return resolved.to_dict()
+            settled["label_names"] = self.task.label_names
+        resolved = self.config.resolved()
+        data = dataclasses.replace(resolved.data, **settled)
+        return dataclasses.replace(resolved, data=data).to_dict()
 
     def calibration_batches(self) -> Samples:
         """Return the calibration rows in batches: the first ones after a seeded shuffle.
@@ -158,6 +163,7 @@ def settle(
     kind = KINDS[task.kind]
     options = with_task_type(kind, config.options())
     tokenizer = load_tokenizer(config)
+    task.settle(tokenizer.chat_template is not None, positions(config, tokenizer))
     train, held_out, choosing = _read(config, task, validation)
     if left_out is None:
         left_out = _overlap(task, train, held_out, choosing)
@@ -169,6 +175,8 @@ def settle(
     def encoded(part: _Part) -> Dataset:
         return tokenized(part.raw, part.rows, task, kind.encode, tokenizer, part.name)
 
+    rows = encoded(train)
+    show(tokenizer, rows[0], train.name)
     return Setup(
         config=config,
         method=METHODS.load(config.method)(),
@@ -177,7 +185,7 @@ def settle(
         kind=kind,
         tokenizer=tokenizer,
         collator=kind.collator(tokenizer),
-        train=encoded(train),
+        train=rows,
         held_out=held_out and encoded(held_out),
         validation=choosing and encoded(choosing),
         left_out=left_out,
@@ -201,16 +209,35 @@ def _read(
     config: RunConfig, task: Task, validation: str | None
 ) -> tuple[_Part, _Part | None, _Part | None]:
     """Return the training rows, the evaluation rows and those of the file ``validation``."""
-    train, held_out = task.load(config.train_file, config.eval_file)
+    raw, held_out = task.load(config.train_file, config.eval_file)
     name = config.train_file or config.data.dataset or "training rows"
+    train = _Part(name, raw, task.rows(raw, name))
     parts: list[_Part | None] = [None, None]
-    if held_out is not None:
+    if task.data.val_size is not None:
+        train, parts[0] = _split(train, task)
+    elif held_out is not None:
         other = config.eval_file or "evaluation rows"
         parts[0] = _Part(other, held_out, task.rows(held_out, other))
     if validation is not None:
         _, raw = task.load(config.train_file, validation)
         parts[1] = raw and _Part(validation, raw, task.rows(raw, validation))
-    return _Part(name, train, task.rows(train, name)), parts[0], parts[1]
+    return train, parts[0], parts[1]
+
+
+def _split(part: _Part, task: Task) -> tuple[_Part, _Part]:
+    """Return the training rows and those that `data.val_size` holds out of them."""
+    held = set(held_out(part.rows, task.data, part.name))
+    kept = [index for index in range(len(part.rows)) if index not in held]
+    validation = part.without(kept)
+    logger.info("%s: %d rows are held out to evaluate on.", part.name, len(held))
+    known = {"the rows held out": PromptIndex(map(prompt_of, validation.rows))}
+    train = part.without(sorted(held))
+    # A question may also stand inside another row; that is no mistake of the user's to refuse.
+    if task.data.overlap == "refuse":
+        task = copy.copy(task)
+        task.data = dataclasses.replace(task.data, overlap="drop")
+    left_out = overlapping_rows(train.rows, known, task, part.name)
+    return train.without(left_out), dataclasses.replace(validation, name="rows held out")
 
 
 def _refuse_one_class(train: _Part, task: Task) -> None:
@@ -267,6 +294,36 @@ def pretrained(config: RunConfig) -> Pretrained:
     )
 
 
+def _check_reads(config: RunConfig, task: Task) -> None:
+    """Check that a causal task has a model that goes on with a text, before it is loaded.
+
+    Raises:
+        ConfigError: it reads one text and writes another, as T5 does.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ,
+    )
+
+    family = pretrained(config).config().model_type
+    if task.kind == "causal" and family in SEQ2SEQ and family not in CAUSAL:
+        advice = "" if config.task == "jsonl" else "--task jsonl "
+        raise ConfigError(
+            f"{config.model!r} ({family}) reads one text and writes another; give"
+            f" {advice}--data.kind seq2seq.",
+            where="model",
+        )
+
+
+def positions(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens the model holds, by its configuration and its tokenizer."""
+    own = pretrained(config).config().get_text_config()
+    said = [getattr(own, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min([tokenizer.model_max_length, *(n for n in said if isinstance(n, int) and n > 0)])
+
+
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without a padding token the closing one pads.
 
@@ -276,6 +333,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     check_model_folder(config.model)
     tokenizer = pretrained(config).tokenizer()
+    if config.data.chat_template:
+        set_template(tokenizer, config.data.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, TLoraError, first_line
@@ -68,6 +69,10 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
             folder.start(setup.record(), "train", prepared.plan, inputs)
         with timed(seconds, "train"):
             trainer.train(resume_from_checkpoint=_resume_point(folder, trainer, started))
+    best = trainer.state.best_model_checkpoint
+    if arguments.load_best_model_at_end and best:
+        loss = trainer.state.best_metric
+        logger.info("kept the best checkpoint, %s: evaluation %.4f.", Path(best).name, loss)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -113,7 +118,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         ConfigError: the trainer refuses its arguments for this model; its sentence says why.
     """
     from tlora.training.divergence import DivergenceCallback
-    from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar
+    from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
     if prepared.optimizer is not None:
@@ -138,7 +143,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
             train_dataset=setup.train,
             eval_dataset=setup.held_out,
             processing_class=setup.tokenizer,
-            callbacks=[LogCallback(folder), *prepared.callbacks],
+            callbacks=[LogCallback(folder), *stopping(setup.config), *prepared.callbacks],
             **extra,
         )
     except (ValueError, ImportError) as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from tlora.models.greedy import greedy
+from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 
 
@@ -52,6 +53,12 @@ class BarCallback(ProgressCallback):
             self.training_bar.set_postfix(
                 {name: f"{float(value):.3g}" for name, value in shown.items() if value is not None}
             )
+
+
+def stopping(config: RunConfig) -> list[TrainerCallback]:
+    """Return transformers' callback that stops a run early, if the run asks for it."""
+    patience = config.early_stopping
+    return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
 
 
 def replace_bar(trainer: Any) -> None:

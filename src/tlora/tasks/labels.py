@@ -1,0 +1,53 @@
+"""Labels of rows -> names of classes. "0", 0 and 0.0 are one: readers of tables make floats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tlora.errors import DataError, shortened
+from tlora.tasks.base import text_of
+
+_WHOLE = re.compile(r"[+-]?\d+\.0*")
+
+
+def canonical(text: str) -> str:
+    """Return a label as it is compared: "1" for "1.0"."""
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+
+
+def name_of(raw: Mapping[str, Any], column: str, where: str) -> str:
+    """Return the class that a row is of.
+
+    Raises:
+        DataError: the column is missing or empty, or lists several classes.
+    """
+    value = raw.get(column)
+    if isinstance(value, (list, dict)):
+        raise DataError(
+            f"{where}: column {column!r} is {shortened(value)}; a row has one class here, so give"
+            " one label a row."
+        )
+    return canonical(text_of(raw, column, where))
+
+
+def classes(rows: Iterable[tuple[str, Mapping[str, Any]]], column: str) -> list[str]:
+    """Return the classes of training rows: numbers in their order, then names in alphabetical.
+
+    Args:
+        rows: places and rows.
+        column: of the label.
+
+    Raises:
+        DataError: as `name_of`.
+    """
+    found: dict[str, Any] = {}
+    for where, row in rows:
+        found.setdefault(name_of(row, column, where), row[column])
+    # Integer classes sort as numbers: "10" comes after "9".
+    return sorted(found, key=lambda name: _order(found[name], name))
+
+
+def _order(value: Any, name: str) -> tuple[bool, Any]:
+    return (True, name) if isinstance(value, str) else (False, value)

@@ -1,0 +1,152 @@
+"""Several files as one source of rows: "a.jsonl,b.csv", globs, and weights: "a.jsonl,b.jsonl:0.3".
+
+Each file keeps its own columns. Rows of several files are therefore held as JSON, each with the
+place it comes from, in a dataset of two columns; `placed` gives rows and places of either kind.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PLACE, _ROW = "__place__", "__row__"
+_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file, and the share of its rows that is drawn."""
+
+    path: str
+    weight: float = 1.0
+
+
+def written(files: Any, where: str) -> Any:
+    """Return a list of files as the text that `parts` reads; anything else as it is.
+
+    Args:
+        files: items are paths, or {path, weight}.
+        where: the field, for the message of an error.
+
+    Raises:
+        ConfigError: an item is neither.
+    """
+    if not isinstance(files, list):
+        return files
+    texts = []
+    for item in files:
+        known = isinstance(item, dict) and set(item) <= {"path", "weight"}
+        if isinstance(item, str):
+            texts.append(item)
+        elif known and isinstance(item.get("path"), str):
+            weight = item.get("weight", 1)
+            texts.append(item["path"] if weight == 1 else f"{item['path']}:{weight}")
+        else:
+            raise ConfigError(
+                f"`{where}` has {item!r}; give paths, or {{path: FILE, weight: 0.5}}.", where="run"
+            )
+    return ",".join(texts) or None
+
+
+def parts(files: str) -> list[Part]:
+    """Return the files that "a.jsonl,b/*.csv:0.5" names, those of a glob in alphabetical order.
+
+    Raises:
+        DataError: a glob matches no file, or a weight is 0.
+    """
+    found = []
+    for word in [files] if Path(files).exists() else filter(None, map(str.strip, files.split(","))):
+        match = None if Path(word).exists() else _WEIGHTED.fullmatch(word)
+        path, weight = (match["path"], float(match["weight"])) if match else (word, 1.0)
+        if weight == 0:
+            raise DataError(f"{word}: the weight is 0; give a positive one, or leave the file out.")
+        matches = [path]
+        if glob.has_magic(path) and not Path(path).exists():
+            matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
+            if not matches:
+                raise DataError(f"{path}: no file matches this pattern.")
+        found += [Part(each, weight) for each in matches]
+    return found
+
+
+def read(files: str, read_file: Callable[[str], Dataset], seed: int | None) -> Dataset:
+    """Read the rows of one file as they are, of several as JSON with their places.
+
+    Args:
+        files: what `parts` reads. Of a file with weight 0.3 three tenths of the rows are drawn;
+            with weight 2 each row is there twice.
+        read_file: reads one.
+        seed: of the draw; None is 0.
+    """
+    from datasets import Dataset
+
+    named = parts(files)
+    if len(named) == 1 and named[0].weight == 1:
+        return read_file(named[0].path)
+    places: list[str] = []
+    rows: list[str] = []
+    for part in named:
+        raw = read_file(part.path)
+        for index in _drawn(len(raw), part.weight, seed or 0):
+            places.append(f"{part.path}, row {index + 1}")
+            rows.append(json.dumps(raw[index], default=str, ensure_ascii=False))
+    if not rows:
+        raise DataError(f"{files}: the weights leave no row; raise them.")
+    return Dataset.from_dict({_PLACE: places, _ROW: rows})
+
+
+def _drawn(count: int, weight: float, seed: int) -> list[int]:
+    whole, rest = int(weight), weight - int(weight)
+    some = random.Random(seed).sample(range(count), round(rest * count))
+    return sorted([*range(count)] * whole + some)
+
+
+def placed(raw: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its place ("train.jsonl, row 3"), for the message of an error.
+
+    Args:
+        raw: rows, as `read` returned them.
+        name: what the rows of a single file are called.
+    """
+    number = 0
+    for batch in raw.iter(batch_size=1000):  # single rows are slow to read
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            number += 1
+            yield (
+                (row[_PLACE], json.loads(row[_ROW]))
+                if _ROW in row
+                else (
+                    f"{name}, row {number}",
+                    row,
+                )
+            )
+
+
+def heads(raw: Dataset, name: str) -> dict[str, tuple[Mapping[str, Any], int]]:
+    """Return the first row of each file and the number of its rows, by the file's name."""
+    if _ROW not in raw.column_names:
+        return {name: (raw[0], len(raw))}
+    found: dict[str, tuple[Mapping[str, Any], int]] = {}
+    for place, row in zip(raw[_PLACE], raw[_ROW], strict=True):
+        file = place.rpartition(", row ")[0]
+        first, count = found.get(file) or (json.loads(row), 0)
+        found[file] = (first, count + 1)
+    return found
+
+
+def place(raw: Dataset, name: str, index: int) -> str:
+    """Return the place of one row, as `placed` has it."""
+    row = raw[index]
+    return row[_PLACE] if _PLACE in row else f"{name}, row {index + 1}"

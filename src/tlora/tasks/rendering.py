@@ -1,0 +1,275 @@
+"""Chats -> text by a chat template, and which of its characters the assistant learns.
+
+Where the template marks the assistant's turns ({% generation %}), the marks say it. Else prefixes
+do: what the model writes in turn i lies between the rendering of the turns before it, prompted
+for an answer, and the rendering of the turns up to it. That holds only if both are prefixes of the
+rendering of the whole chat. Templates that rewrite earlier turns (Qwen 3 drops their thinking)
+break it; `turns` then makes one row of each answer, rendered as at inference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError, DataError, did_you_mean, first_line, shortened
+from tlora.tasks.base import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""First character that is learned, and the one behind the last."""
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages, bool], str]
+"""(messages, whether to prompt for an answer) -> text."""
+
+_MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def named_template(name: str) -> str:
+    """Return the text of a chat template: a file's, or one of those in `templates/`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    known = {file.stem: file for file in sorted(_TEMPLATES.glob("*.jinja"))}
+    file = known.get(name, Path(name))
+    if not file.is_file():
+        raise ConfigError(
+            f"`data.chat_template` is {name!r}; give a file, or one of {', '.join(known)}."
+            f"{did_you_mean(name, known)}",
+            where="data",
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give a tokenizer a chat template by name, or that of a file.
+
+    Those by name begin with the opening token where the tokenizer opens every text with it.
+
+    Raises:
+        ConfigError: it is neither a name nor a file.
+    """
+    text = named_template(name)
+    opens = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if opens and not Path(name).is_file() and "bos_token" not in text:
+        text = "{{- bos_token }}" + text
+    tokenizer.chat_template = text
+
+
+def turns(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
+    """Return a chat as it is, or if its template rewrites earlier turns, a row for each answer.
+
+    Raises:
+        DataError: the tokenizer has no template, or it refuses the chat.
+    """
+    render = _renderer(tokenizer, row)
+    messages = row["messages"]
+    if _marked(tokenizer) or _spans(render, messages, row.get("first", 0), tokenizer) is not None:
+        return [row]
+    return [
+        row | {"messages": messages[: place + 1], "first": place}
+        for place in _answers(messages, row.get("first", 0))
+    ]
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
+    """Return the text of a chat and what of it is learned.
+
+    Args:
+        tokenizer: the model's.
+        row: {"messages"}, maybe {"tools", "first"}, as `turns` returns it.
+
+    Raises:
+        DataError: the tokenizer has no template, it refuses the chat, or it writes an answer in
+            another way than it prompts for one.
+    """
+    render, messages, first = _renderer(tokenizer, row), row["messages"], row.get("first", 0)
+    if _marked(tokenizer):
+        return _by_marks(tokenizer, row)
+    whole = render(messages, False)
+    spans = _spans(render, messages, first, tokenizer)
+    if spans is None and first == len(messages) - 1:
+        spans = _last_span(render, messages, whole)
+    if spans is None:
+        raise DataError(
+            "the chat template writes an answer in another way than it prompts for one, so what"
+            " the assistant says cannot be told apart; give --data.loss_on all, or another"
+            " --data.chat_template."
+        )
+    return whole, spans
+
+
+def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) -> str:
+    """Return the text of a chat, with what asks for an answer behind it if ``prompt``.
+
+    Raises:
+        DataError: as `rendered`.
+    """
+    return _renderer(tokenizer, row)(row["messages"], prompt)
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the model's tokenizer has no chat template, which chat rows need; give"
+            " --data.chat_template chatml (or another name, or a file), or a chat model."
+        )
+
+    _check_tools(tokenizer, row)
+
+    def render(messages: Messages, prompt: bool) -> str:
+        fault: Exception | None = None
+        text: str | None = None
+        for form in _forms(messages):
+            try:
+                found = str(
+                    tokenizer.apply_chat_template(
+                        form, tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
+                    )
+                )
+            except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+                fault = fault or error
+                continue
+            if _holds(found, messages):
+                return found
+            text = text or found
+        if text is not None and not any(turn.get("tool_calls") for turn in messages):
+            return text
+        if text is not None:
+            fault = ValueError("it leaves out a tool call")
+        raise DataError(
+            f"the chat template refuses the chat ({first_line(fault or ValueError()).rstrip('.')}):"
+            f" {shortened(row['messages'])}; mend or drop the row, or give another"
+            " --data.chat_template."
+        ) from fault
+
+    return render
+
+
+def _forms(messages: Messages) -> Iterator[Messages]:
+    """Yield the messages as they are, then in the forms that some templates want.
+
+    Most take the arguments of a call as a dict, some as text; some cannot write a turn without
+    content; those of models that see images read lists of parts.
+    """
+    yield messages
+    if any(turn.get("tool_calls") for turn in messages):
+        yield [turn | _texts(turn) for turn in messages]
+        yield [turn | {"content": turn["content"] or ""} for turn in messages]
+    yield [
+        turn | {"content": [{"type": "text", "text": turn["content"] or ""}]} for turn in messages
+    ]
+
+
+def _holds(text: str, messages: Messages) -> bool:
+    """Return whether a rendering has what users say and the functions that are called."""
+    said = [str(turn["content"]).strip() for turn in messages if turn["role"] == "user"]
+    calls = [call for turn in messages for call in turn.get("tool_calls", ())]
+    return all(part in text for part in [*said, *(call["function"]["name"] for call in calls)])
+
+
+def _texts(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return the tool calls of a turn with arguments as text."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(arguments)}}
+        for call in turn.get("tool_calls", ())
+        if (arguments := call["function"].get("arguments")) is not None
+    ]
+    return {"tool_calls": calls} if calls else {}
+
+
+def _check_tools(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Check that the template writes the tools and calls of a chat, not to drop them in silence."""
+    template = " ".join(_template_texts(tokenizer))
+    calls = any(turn.get("tool_calls") for turn in row["messages"])
+    for name, there in (("tools", row.get("tools")), ("tool_calls", calls)):
+        if there and name not in template:
+            raise DataError(
+                f"the chat has `{name}`, which the model's chat template does not write; drop"
+                " them, or give --data.chat_template qwen, or another that does."
+            )
+
+
+def _template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    template: Any = tokenizer.chat_template
+    return [*template.values()] if isinstance(template, dict) else [template]
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return any(map(_MARKED.search, _template_texts(tokenizer)))
+
+
+def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
+    # The tokenizer's own mask takes a mark that ends in its first token for one without an end.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tools = row.get("tools")
+    texts, marks = render_jinja_template(
+        conversations=[row["messages"]],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    before = sum(turn["role"] == "assistant" for turn in row["messages"][: row.get("first", 0)])
+    return texts[0], [(start, end) for start, end in marks[0][before:]]
+
+
+def _answers(messages: Messages, first: int) -> list[int]:
+    """Return the places of the turns that are learned, from ``first`` on.
+
+    An assistant that opens the chat answers nobody: there is no prompt that it would go on from.
+    """
+    speakers = [message["role"] for message in messages]
+    opened = next((i for i, who in enumerate(speakers) if who != "assistant"), len(speakers))
+    return [i for i, who in enumerate(speakers) if who == "assistant" and i >= max(first, opened)]
+
+
+def _spans(
+    render: Render, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Span] | None:
+    """Return what is learned; None if a prefix's rendering is no prefix of the whole."""
+    whole = render(messages, False)
+    found = []
+    for place in _answers(messages, first):
+        try:
+            before = render(messages[:place], True)
+            upto = render(messages[: place + 1], False)
+        except DataError:  # the template wants a whole chat
+            return None
+        if not whole.startswith(upto) and tokenizer.eos_token:
+            # Some close a chat, and so each prefix, by a token of its own.
+            upto = upto.rstrip().removesuffix(tokenizer.eos_token)
+        if not (whole.startswith(before) and whole.startswith(upto)):
+            return None
+        found += _trimmed(whole, len(before), len(upto))
+    return found
+
+
+def _last_span(render: Render, messages: Messages, whole: str) -> list[Span] | None:
+    """Return what is learned of a last answer that does not go on from the prompt for it.
+
+    DeepSeek R1's template opens the thinking in its prompt and leaves it out of answers: learned is
+    what follows where both part.
+    """
+    if not whole.startswith(bare := render(messages[:-1], False)):
+        return None
+    prompt = render(messages[:-1], True)
+    pairs = zip(prompt, whole, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
+    return _trimmed(whole, same, len(whole)) if same > len(bare) else None
+
+
+def _trimmed(text: str, start: int, end: int) -> list[Span]:
+    """Return a span without the white space behind it, which no model writes after its end."""
+    end = start + len(text[start:end].rstrip())
+    return [(start, end)] if end > start else []

@@ -1,0 +1,160 @@
+"""The shapes of rows that people have, found by their columns: one table, one converter each.
+
+A converter makes one of three forms, whatever the file looks like:
+
+- {"messages": [...]}, with "tools" where there are some, and "first", the place of the first turn
+  that may be learned, where earlier ones belong to the prompt;
+- {"instruction", "response"}, with "system" and "history" (pairs of a question and its answer)
+  where there are some;
+- {"text"}.
+
+`tlora.tasks.formats` writes these as a chat or as a prompt with its response. docs/data.md has the
+table with examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tlora.errors import DataError, shortened
+from tlora.tasks.base import Row, text_of
+from tlora.tasks.conversation import check_answers, messages_of, tools_of
+
+Form = Literal["chat", "instruction", "pair", "text"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of rows: the columns it is known by, and what it makes of a row."""
+
+    name: str
+    """What it is called: "rows read as ...". """
+    form: Form
+    """What the rows are. A "pair" is an instruction that is trained on as it stands, unless a
+    format is asked for."""
+    columns: tuple[str, ...]
+    """The columns that must be there, in the order in which ``convert`` reads them."""
+    optional: tuple[str, ...] = ()
+    """Those that are read where they are there."""
+
+    def convert(self, raw: Mapping[str, Any], where: str) -> Row:
+        """Return the form of a row.
+
+        Raises:
+            DataError: a column has no value, or not what it should be.
+        """
+        return _CONVERT[self.form](self, raw, where)
+
+
+_TOOLS = ("tools",)
+_ALPACA = ("input", "system", "history")
+
+SHAPES = (
+    Shape("OpenAI messages", "chat", ("messages",), _TOOLS),
+    Shape("ShareGPT conversations", "chat", ("conversations",), ("system", *_TOOLS)),
+    Shape("prompts and responses", "instruction", ("prompt", "response"), ("system", "history")),
+    Shape("prompts and completions", "pair", ("prompt", "completion"), _TOOLS),
+    Shape("Alpaca instructions", "instruction", ("instruction", "output"), _ALPACA),
+    Shape("instructions and responses", "instruction", ("instruction", "response"), _ALPACA),
+    Shape("questions and answers", "instruction", ("question", "answer"), ("system", "history")),
+    Shape("inputs and outputs", "instruction", ("input", "output"), ("system", "history")),
+    Shape("plain text", "text", ("text",)),
+)
+"""The first one whose columns are all there is taken."""
+
+
+def known_shape(have: Sequence[str], kind: str, response: str | None = None) -> Shape | None:
+    """Return the shape of rows with the columns ``have``; None if it is not known.
+
+    Args:
+        have: names of columns.
+        kind: of the task; text to text takes a source and a target alone.
+        response: the column of the response, if it is named.
+    """
+    for shape in SHAPES:
+        paired = shape.form in ("instruction", "pair")
+        columns = (shape.columns[0], response) if response and paired else shape.columns
+        if set(columns) <= set(have) and (paired or kind == "causal"):
+            return dataclasses.replace(shape, columns=columns)
+    return None
+
+
+def preference(have: Sequence[str]) -> bool:
+    """Return whether rows are pairs of a better and a worse answer."""
+    return {"chosen", "rejected"} <= set(have)
+
+
+def _chat(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
+    messages = messages_of(raw[shape.columns[0]], where)
+    system = _optional(shape, raw, "system", where)
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return _with_tools({"messages": messages}, shape, raw, where)
+
+
+def _instruction(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
+    prompt, response = (raw.get(column) for column in shape.columns)
+    if isinstance(prompt, list) or isinstance(response, list):
+        return _conversational(shape, raw, where)
+    prompt = text_of(raw, shape.columns[0], where)
+    if "input" not in shape.columns and (more := _optional(shape, raw, "input", where)):
+        prompt = f"{prompt}\n\n{more}" if prompt.strip() else more
+    row: Row = {"instruction": prompt, "response": text_of(raw, shape.columns[1], where)}
+    if system := _optional(shape, raw, "system", where):
+        row["system"] = system
+    if history := _history(shape, raw, where):
+        row["history"] = history
+    return row
+
+
+def _conversational(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
+    """TRL's conversational form: lists of messages; only turns of the completion are learned."""
+    asked, answered = (
+        messages_of([{"role": role, "content": value}] if isinstance(value, str) else value, where)
+        for role, value in zip(
+            ("user", "assistant"), (raw.get(column) for column in shape.columns), strict=True
+        )
+    )
+    row = {"messages": asked + answered, "first": len(asked)}
+    check_answers(answered, where)
+    return _with_tools(row, shape, raw, where)
+
+
+def _text(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
+    return {"text": text_of(raw, shape.columns[0], where)}
+
+
+_CONVERT: dict[str, Callable[[Shape, Mapping[str, Any], str], Row]] = {
+    "chat": _chat,
+    "instruction": _instruction,
+    "pair": _instruction,
+    "text": _text,
+}
+
+
+def _optional(shape: Shape, raw: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in shape.optional or not raw.get(column):
+        return ""
+    return text_of(raw, column, where)
+
+
+def _history(shape: Shape, raw: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+    pairs = raw.get("history") if "history" in shape.optional else None
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    ):
+        raise DataError(
+            f"{where}: column 'history' is {shortened(pairs)}; give a list of [question, answer]."
+        )
+    return [(str(question), str(answer)) for question, answer in pairs]
+
+
+def _with_tools(row: Row, shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
+    check_answers(row["messages"], where)
+    tools = tools_of(raw.get("tools"), where) if "tools" in shape.optional else None
+    return row | ({"tools": tools} if tools else {})

@@ -1,0 +1,178 @@
+"""People's rows in one form, whatever their file looks like."""
+
+import json
+
+import pytest
+
+from tlora.errors import ConfigError, DataError
+from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.jsonl import Jsonl
+
+CHAT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Return the rows of a file as a model with a chat template gets them."""
+
+    def rows(*raw, template=True, **data):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in raw))
+        task = Jsonl(DataConfig(**data))
+        task.settle(template, None)
+        found, _ = task.load(str(file), None)
+        return task.rows(found, "rows.jsonl")
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("speakers", "roles"),
+    [
+        (("system", "human", "gpt"), ("system", "user", "assistant")),
+        (("user", "chatgpt"), ("user", "assistant")),
+        (("human", "observation", "model"), ("user", "tool", "assistant")),
+        (("Human", "Assistant"), ("user", "assistant")),
+    ],
+)
+def test_speakers_have_the_roles_of_chat_templates(load, speakers, roles):
+    (row,) = load({"conversations": [{"from": who, "value": "x"} for who in speakers]})
+    assert tuple(turn["role"] for turn in row["messages"]) == roles
+
+
+def test_conversations_may_be_of_role_and_content(load):
+    assert load({"conversations": [USER, ASSISTANT]}) == [{"messages": [USER, ASSISTANT]}]
+
+
+def test_an_unknown_speaker_is_named(load):
+    with pytest.raises(DataError, match=r"^rows\.jsonl, row 1: the chat has a turn of 'narrator'"):
+        load({"conversations": [{"from": "narrator", "value": "x"}]})
+
+
+def test_fields_that_only_other_rows_have_are_left_out(load):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"id": "2", "type": "function", "function": {"name": "g", "arguments": {"y": 2}}}
+    rows = [
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [c]}]}
+        for c in (call, other)
+    ]
+    loaded = load(*rows, {"messages": [USER, ASSISTANT]})
+    assert [row["messages"][1].get("tool_calls") for row in loaded] == [[call], [other], None]
+    assert loaded[2]["messages"] == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "f"}}], None, []])
+def test_tools_are_a_list_or_its_json(load, tools):
+    wanted = {"tools": tools} if tools else {}
+    chat = {"messages": [USER, ASSISTANT]}
+    assert load(chat | {"tools": tools}) == load(chat | {"tools": json.dumps(tools)})
+    assert load(chat | {"tools": tools}) == [chat | wanted]
+
+
+def test_images_are_refused(load):
+    picture = {"role": "user", "content": [{"type": "image", "image": "x.png"}]}
+    with pytest.raises(DataError, match=r"row 1: a turn holds .*; only text is trained on"):
+        load({"messages": [picture, ASSISTANT]})
+
+
+def test_a_system_message_is_given_to_rows_that_have_none(load):
+    said = {"role": "system", "content": "Be brief."}
+    own = {"role": "system", "content": "Rhyme."}
+    rows = load(
+        {"messages": [USER, ASSISTANT]}, {"messages": [own, USER, ASSISTANT]}, system="Be brief."
+    )
+    assert [row["messages"][0] for row in rows] == [said, own]
+    (row,) = load({"instruction": "a", "output": "b"}, system="Be brief.")
+    assert row["messages"] == [said, USER, ASSISTANT]
+    (row,) = load({"instruction": "a", "output": "b"}, system="Be brief.", template=False)
+    assert row["prompt"].startswith("Be brief.\n\nBelow is an instruction")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        CHAT | {"chosen": ASSISTANT, "rejected": ASSISTANT},
+    ],
+)
+def test_preference_pairs_are_refused(load, row):
+    with pytest.raises(DataError, match="preference training is not supported"):
+        load(row)
+
+
+def test_what_is_not_read_is_named_once(load, caplog):
+    row = {"instruction": "a", "output": "b", "input": "", "id": 3, "source": "x"}
+    load(row, row)
+    assert [r.getMessage() for r in caplog.records if "not read" in r.getMessage()] == [
+        f"{_file(caplog)}: not read: 'id', 'source'."
+    ]
+
+
+def _file(caplog):
+    return caplog.records[-1].args[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "data", "wanted"),
+    [
+        ({"question": "a", "answer": "b"}, True, {}, "chat"),
+        ({"question": "a", "answer": "b"}, False, {}, "alpaca"),
+        ({"question": "a", "answer": "b"}, True, {"format": "alpaca"}, "alpaca"),
+        ({"question": "a", "answer": "b"}, False, {"format": "chat"}, "chat"),
+        ({"question": "a", "answer": "b"}, True, {"kind": "seq2seq"}, "raw"),
+        ({"prompt": "a", "completion": "b"}, True, {}, "raw"),
+        ({"prompt": "a", "completion": "b"}, True, {"format": "chat"}, "chat"),
+        ({"text": "a"}, True, {}, "raw"),
+        (CHAT, False, {}, "chat"),
+        (
+            {"q": "a", "r": "b"},
+            True,
+            {"prompt_template": "Q: {q}", "response_column": "r"},
+            "raw",
+        ),
+        ({"q": "a", "r": "b"}, True, {"prompt_column": "q", "response_column": "r"}, "chat"),
+    ],
+)
+def test_the_format_follows_rows_and_model_unless_it_is_given(
+    tmp_path, row, template, data, wanted
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    task = Jsonl(DataConfig(**data))
+    task.settle(template, None)
+    raw, _ = task.load(str(file), None)
+    assert task.data.format == wanted
+    (made,) = task.rows(raw, "rows.jsonl")
+    keys = {"chat": {"messages"}, "alpaca": {"prompt", "response"}, "raw": {*made}}[wanted]
+    assert {*made} == keys
+    assert made.get("prompt", "").startswith("Below is an") == (wanted == "alpaca")
+
+
+def test_a_task_with_a_prompt_of_its_own_takes_no_other_format():
+    from tlora.tasks.gsm8k import Gsm8k
+
+    with pytest.raises(ConfigError, match=r"is 'chat', but this task has prompts of its own"):
+        Gsm8k(DataConfig(format="chat"))
+    task = Gsm8k(DataConfig())
+    task.settle(True, None)
+    assert task.data.format == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("row", "data", "hint"),
+    [
+        ({"sentence": "a", "label": 1}, {}, "--data.kind classification"),
+        ({"messages": [USER, ASSISTANT]}, {"kind": "seq2seq"}, "takes a prompt and a response"),
+    ],
+)
+def test_rows_of_another_kind_get_a_hint(load, row, data, hint):
+    with pytest.raises(ConfigError, match=hint):
+        load(row, **data)
+
+
+def test_a_message_shows_the_beginning_of_a_row(load):
+    with pytest.raises(DataError) as error:
+        load({"messages": [{"role": "narrator", "content": "x" * 5000}]})
+    assert len(str(error.value)) < 600
