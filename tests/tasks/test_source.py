@@ -88,8 +88,6 @@ def test_whether_there_are_evaluation_rows_is_known_before_they_are_read(
 def test_published_files_of_glue_may_end_in_txt(tmp_path):
     (tmp_path / "rows.txt").write_text("sentence\tlabel\n")
     Sst2(DataConfig()).check_file(str(tmp_path / "rows.txt"))
-    with pytest.raises(DataError, match=r"files of kind '\.txt' are not read"):
-        Jsonl(DataConfig()).check_file(str(tmp_path / "rows.txt"))
     with pytest.raises(DataError, match=r"no\.tsv: there is no such file"):
         Sst2(DataConfig()).check_file(str(tmp_path / "no.tsv"))
 
@@ -137,3 +135,14 @@ def test_rows_that_are_none_are_one_sentence(tmp_path, capsys, caplog, name, tex
         read_file(str(file))
     assert not caplog.records
     assert capsys.readouterr().err == ""
+
+
+def test_every_file_of_several_is_looked_for(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "more.txt").write_text("a line\n")
+    task = Jsonl(DataConfig())
+    files = f"{tmp_path}/more.txt,{tmp_path}/rows.jsonl:0.5"
+    with pytest.raises(ConfigError, match="the rows have the columns a; name the ones"):
+        task.check_sources(files, None)
+    with pytest.raises(DataError, match=r"no\.csv: there is no such file"):
+        task.check_sources(f"{tmp_path}/more.txt", f"{tmp_path}/more.txt,{tmp_path}/no.csv")

@@ -143,19 +143,18 @@ class Jsonl(Task):
         data = self.data
         response = data.response_column
         asks = data.prompt_column or data.prompt_template
-        if faults := self._missing(have):
+        faults = self._missing(have)
+        if asks and not response:
+            faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
+        if faults:
             raise ConfigError(faults, where="data")
         if data.messages_column:
             return Shape("chats", "chat", (data.messages_column,), ("system", "tools"))
         if data.text_column:
             return Shape("plain text", "text", (data.text_column,))
-        if asks and response:
-            name = f"{data.prompt_column or 'prompts of a template'} and {response}"
-            return Shape(name, "instruction", (data.prompt_column or "", response))
         if asks:
-            raise ConfigError(
-                f"`data.response_column` is missing; name it ({', '.join(have)}).", where="data"
-            )
+            name = f"{data.prompt_column or 'prompts of a template'} and {response}"
+            return Shape(name, "instruction", (data.prompt_column or "", str(response)))
         if not response and preference(have):
             raise DataError(
                 "the rows have the columns 'chosen' and 'rejected': preference training is not"
