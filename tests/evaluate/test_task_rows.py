@@ -10,7 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from tlora.errors import ConfigError
 from tlora.evaluate import evaluate as evaluation
-from tlora.evaluate import task_rows
+from tlora.evaluate import run_format, task_rows
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import HarnessTask
@@ -118,7 +118,9 @@ def test_the_rows_that_are_named_are_scored_the_first_or_drawn(hub):
     assert drawn == read("sst2", max_eval_rows=3, subset_seed=1) != ["s0", "s1", "s2"]
 
 
-def test_a_dataset_on_the_hub_is_one_task_of_prompts_and_responses(hub):
+def test_a_dataset_on_the_hub_is_one_task_of_prompts_and_responses(hub, monkeypatch):
+    tokenizer = SimpleNamespace(chat_template=None)
+    monkeypatch.setattr(run_format, "template_tokenizer", lambda *_: tokenizer)
     data = DataConfig(dataset="mine", eval_split="test", max_eval_rows=4)
     config = EvalConfig(models=["m"], tasks=["jsonl"], data=data)
     (task,) = evaluation.make_tasks(config, [CAUSAL]).values()

@@ -163,6 +163,7 @@ def settle(
     kind = KINDS[task.kind]
     options = with_task_type(kind, config.options())
     tokenizer = load_tokenizer(config)
+    _check_reads(config, task)
     task.settle(tokenizer.chat_template is not None, positions(config, tokenizer))
     train, held_out, choosing = _read(config, task, validation)
     if left_out is None:
