@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_RESPONSES = ("response", "completion", "output", "answer")
+
+
 class Jsonl(Task):
     """Rows with columns of your own naming."""
 
@@ -144,6 +147,8 @@ class Jsonl(Task):
         response = data.response_column
         asks = data.prompt_column or data.prompt_template
         faults = self._missing(have)
+        if asks and not response:
+            response = next((name for name in _RESPONSES if name in have), None)
         if asks and not response:
             faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
         if faults:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.models.pretrained import Pretrained, check_model_folder
 from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
