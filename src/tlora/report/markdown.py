@@ -9,6 +9,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 """Where Markdown sees HTML or a link; "p < 0.05" is neither."""
 
+_BREAKS = re.compile(r"[^\S\u00a0\u202f]+")
+"""White space but the spaces in numbers, which do not break."""
+
 
 def document(lines: Iterable[str]) -> str:
     """Return the text of a file; each of ``lines`` stays one line without HTML and links.
@@ -30,7 +33,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"[|`]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"[|`]", r"\\\g<0>", _BREAKS.sub(" ", text).strip())
 
 
 def _inert(line: str) -> str:
