@@ -85,6 +85,8 @@ class MisfitError(AdapterError):
 class DivergenceError(TLoraError, FloatingPointError):
     """A training diverged; ``step`` is the first one whose loss or gradients are not finite."""
 
+    exit_code = 1
+
     def __init__(self, message: str, step: int) -> None:
         self.step = step
         super().__init__(message)

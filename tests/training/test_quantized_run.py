@@ -127,8 +127,7 @@ def test_without_bitsandbytes_it_says_what_to_install(config, folder, monkeypatc
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
-    setup = settle(config(model=folder, quantization="nf4"))
     with pytest.raises(
         ConfigError, match=r'bitsandbytes is not installed; run `pip install "tlora\[quantized\]"`'
     ):
-        setup.load_model("cpu")
+        settle(config(model=folder, quantization="nf4"))
