@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tlora.adapter.attach import attach, get_tlora_model
+    from tlora.adapter.freeze import freeze_a
     from tlora.adapter.load import load_adapter
     from tlora.adapter.plan import AdapterPlan, ModulePlan
     from tlora.adapter.planning import plan
@@ -31,6 +32,7 @@ _HOME = {
     "attach": "tlora.adapter.attach",
     "calibrate": "tlora.calibration.probe",
     "calibration_batches": "tlora.tasks.calibration_batches",
+    "freeze_a": "tlora.adapter.freeze",
     "get_tlora_model": "tlora.adapter.attach",
     "load_adapter": "tlora.adapter.load",
     "plan": "tlora.adapter.planning",
@@ -46,6 +48,7 @@ __all__ = [
     "attach",
     "calibrate",
     "calibration_batches",
+    "freeze_a",
     "get_tlora_model",
     "load_adapter",
     "plan",

@@ -1,8 +1,11 @@
 """Keeping A frozen through everything that PEFT and the trainers do to an adapter.
 
 ``requires_grad_(False)`` alone is undone by ``disable_adapter()`` and ``set_adapter()``. PEFT's
-own ``frozen_peft_weight_names``, a dict on each layer that these calls consult, is not; it is
-lost only when an adapter is loaded anew, which `tlora.load_adapter` makes good.
+own ``frozen_peft_weight_names``, a dict on each layer that these calls consult, is not. Code that
+switches parameters by their names passes PEFT by, and so does code that casts what trains (TRL
+casts B to bfloat16 on a quantized base). Hence a hook on each adapted layer, which freezes A and
+gives it B's dtype before every call. All of it is lost only when an adapter is loaded anew:
+`tlora.load_adapter` restores it, and `freeze_a` does after another library's loading.
 """
 
 from __future__ import annotations
@@ -27,13 +30,62 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tup
 
 
 def freeze_a(model: nn.Module, adapter_name: str = "default") -> None:
-    """Freeze the A matrices of an adapter, so that PEFT's own switches keep them frozen."""
-    for _, layer in lora_layers(model, adapter_name):
+    """Freeze the A matrices of an adapter for good, in place.
+
+    PEFT's switches, trainers and `peft.prepare_model_for_kbit_training` leave A frozen afterwards,
+    and A follows the dtype of B. Call it on an adapter that another library has loaded;
+    `tlora.attach` and `tlora.load_adapter` have done so.
+
+    Args:
+        model: carries the adapter (`peft.PeftModel`, or a model that holds LoRA layers of PEFT).
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        AdapterError: no LoRA layer of ``model`` has an adapter of this name.
+    """
+    layers = [layer for _, layer in lora_layers(model, adapter_name)]
+    if not layers:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layer with an adapter {adapter_name!r}; load the"
+            " adapter first, by `peft.PeftModel.from_pretrained`."
+        )
+    for layer in layers:
         # A copy: the attribute is a dict on the class until a layer has its own.
         names = dict(layer.frozen_peft_weight_names)
         names[adapter_name] = tuple({*names.get(adapter_name, ()), "lora_A"})
         layer.frozen_peft_weight_names = names
         layer.lora_A[adapter_name].weight.requires_grad_(False)
+        if _keep_a not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_keep_a)
+    trains = any(p.requires_grad for layer in layers for p in layer.lora_B.parameters())
+    if trains and _check_that_it_trains not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_check_that_it_trains, with_kwargs=True)
+
+
+def _keep_a(layer: Any, _: Any) -> None:
+    """Before a layer runs: freeze A again, and give it the dtype of B."""
+    for name, frozen in layer.frozen_peft_weight_names.items():
+        if "lora_A" not in frozen or name not in layer.lora_A:
+            continue
+        a = layer.lora_A[name].weight
+        if a.requires_grad and a.is_leaf:
+            a.requires_grad_(False)
+        _match_dtype(layer, name)
+
+
+def _check_that_it_trains(model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+    """Before a step: refuse a model that computes a loss in training, but of which nothing trains.
+
+    Raises:
+        AdapterError: no parameter requires a gradient.
+    """
+    steps = model.training and torch.is_grad_enabled() and inputs.get("labels") is not None
+    if steps and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AdapterError(
+            "no parameter trains: something froze B after the adapter was attached; call"
+            " `peft.prepare_model_for_kbit_training` before that, or"
+            ' `model.set_adapter("default")` afterwards, which leaves A frozen.'
+        )
 
 
 def match_dtypes(model: nn.Module, adapter_name: str = "default") -> None:
@@ -43,9 +95,13 @@ def match_dtypes(model: nn.Module, adapter_name: str = "default") -> None:
     float32, on which the forward pass then fails outside autocast.
     """
     for _, layer in lora_layers(model, adapter_name):
-        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if a.dtype != b.dtype:
-            a.data = a.data.to(b.dtype)
+        _match_dtype(layer, adapter_name)
+
+
+def _match_dtype(layer: LoraLayer, name: str) -> None:
+    a, b = layer.lora_A[name].weight, next(layer.lora_B[name].parameters())
+    if a.dtype != b.dtype:
+        a.data = a.data.to(b.dtype)
 
 
 def fingerprint(tensor: Tensor) -> int:
