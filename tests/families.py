@@ -237,13 +237,19 @@ FAMILIES: dict[str, Kind] = {
         support.image_samples,
         None,
     ),
-    "llava": Kind("LlavaConfig", "LlavaForConditionalGeneration", _LLAVA, seen_samples, None),
+    "llava": Kind(
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        _LLAVA,
+        seen_samples,
+        None,
+        {"target_modules": r".*(_proj|fc\d|linear_\d)"},
+    ),
     "llava-language": Kind(
         "LlavaConfig",
         "LlavaForConditionalGeneration",
         _LLAVA,
         seen_samples,
         None,
-        {"exclude_modules": r".*(vision_tower|multi_modal_projector).*"},
     ),
 }

@@ -161,7 +161,8 @@ class TLoraConfig(Record):
     """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
     target_modules: Pattern | list[str] | None = "all-linear"
     """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear"
-    (every Linear and Conv1D but the head), or None for PEFT's default of the architecture."""
+    (every Linear and Conv1D but the head; of a multimodal model, of its language model), or None
+    for PEFT's default of the architecture."""
     exclude_modules: Pattern | list[str] | None = None
     """Modules to leave out, by PEFT's rules."""
     target_parameters: list[str] | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.language_model import say_what_is_left_alone
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import (
     find_targets,
@@ -82,6 +83,7 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig
             " by `target_parameters`.",
             type(model).__name__,
         )
+    say_what_is_left_alone(model, config)
     for name, value in exact(model, targets).items():
         setattr(config, name, value)
     return wrap(model, config)

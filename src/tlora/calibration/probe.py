@@ -19,6 +19,7 @@ from tlora.calibration.accumulators import MomentAccumulator
 from tlora.calibration.backward import backward_for
 from tlora.calibration.collector import Collector
 from tlora.calibration.group import ProcessGroup, process_group
+from tlora.calibration.language_model import say_what_is_left_alone
 from tlora.calibration.placement import (
     can_be_loaded,
     class_name,
@@ -256,6 +257,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             )
     warn_of_second_names(model, targets, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
+    say_what_is_left_alone(model, config)
     return targets
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.calibration.language_model import text_names
 from tlora.calibration.names import linear_names, name_faults
 from tlora.calibration.placement import is_dtensor, is_zero3, loaded_by
 from tlora.calibration.weights import (
@@ -148,6 +149,10 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     from peft import LoraConfig
     from peft.tuners import tuners_utils
 
+    kind = type(model.get_submodule(name))
+    if issubclass(kind, nn.Linear) and kind.__name__.endswith("Router"):
+        # Llama 4's returns scores beside its product.
+        return f"{name!r} is a {kind.__name__}, which PEFT's LoRA does not run; leave it out."
     check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     try:
         if check:
@@ -231,11 +236,12 @@ def _matching_names(model: nn.Module, config: TLoraConfig) -> list[str]:
         rule.target_modules = {*rule.target_modules, *_hqq_names(model)}
     # By the ends of names PEFT also finds what trains in full (DistilBERT's pre_classifier).
     heads = tuple(rule.modules_to_save or ())
-    return [
+    found = [
         name
         for name, _ in model.named_modules()
         if name and not name.endswith(heads) and check_target_module_exists(rule, name)
     ]
+    return text_names(model, config, found)
 
 
 def _hqq_names(model: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import TaskResult
 from tlora.evaluate.preflight import check_labeled_rows, labeled_task
 from tlora.evaluate.task_rows import scored_rows
+from tlora.models.pretrained import set_token_ids
 from tlora.registry import TASKS
 from tlora.tasks.base import LONGEST
 from tlora.tasks.metrics import accuracy
@@ -40,8 +41,7 @@ class Labeler:
         """Have decoders find the last token by the padding."""
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_token_ids(self.model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
 
 
 class Labels:

@@ -78,19 +78,22 @@ class AdaLora:
         from peft import AdaLoraConfig
 
         from tlora.adapter.rank_pruning import AdaLoraCallback, save_pruned
-        from tlora.adapter.stock import refuse_stored, targets_of, wrap
+        from tlora.adapter.stock import refuse_stored, targets_of, wrap, wrap_exactly
+        from tlora.calibration.language_model import language_model
         from tlora.methods.lora import peft_fields
 
         # TRL casts A, E and B to bfloat16, and PEFT leaves the inputs in float32.
+        targets = targets_of(model, options)
         refuse_stored(
-            targets_of(model, options),
+            targets,
             int8="PEFT's AdaLoRA does not run on these layers under TRL",
             hqq="PEFT's AdaLoRA does not adapt these layers",
         )
         # The trainer knows the number of steps; until then any that the schedule fits will do.
         steps = options.tinit + options.tfinal + 1
         config = AdaLoraConfig(**peft_fields(options, AdaLoraConfig), total_step=steps)
-        adapted = wrap(model, config)
+        multimodal = language_model(model) is not None
+        adapted = wrap_exactly(model, targets, config) if multimodal else wrap(model, config)
         return Prepared(
             model=adapted,
             callbacks=[AdaLoraCallback(options.orth_reg_weight)],

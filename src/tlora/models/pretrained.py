@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class Pretrained:
         if parallelize:
             options["device_map"] = "auto"
         with readable(self.name, "model"):
-            model, found = load_class(auto_class).from_pretrained(
+            model, found = self.class_for(auto_class).from_pretrained(
                 self.name,
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
@@ -108,10 +108,25 @@ class Pretrained:
                 ignore_mismatched_sizes=True,  # they are refused by name
                 **options,
             )
+        _name_parts(model)
         drawn = drawn_weights(self.name, model, found, new_head=bool(head))
         # Quantized weights, and models split over devices, are already where they belong.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed else model.to(device), drawn
+
+    def class_for(self, auto_class: str, config: Any = None) -> Any:
+        """Return the class that loads this checkpoint, whose ``config`` is read if not given.
+
+        Where transformers has no causal model of a multimodal architecture it is the class for
+        images and text, which takes text alone too.
+        """
+        import transformers
+
+        found = load_class(auto_class)
+        if found is not transformers.AutoModelForCausalLM:
+            return found
+        kind, other = type(config or self.config()), transformers.AutoModelForImageTextToText
+        return other if kind not in found._model_mapping and kind in other._model_mapping else found
 
     def _quantized(self, device: torch.device) -> dict[str, Any]:
         """Return the keyword arguments of `from_pretrained` that quantize the model."""
@@ -126,7 +141,7 @@ class Pretrained:
                 f"{self.name!r} is already quantized; leave `quantization` out.",
                 where="quantization",
             )
-        dtype = self.dtype if self.dtype != "auto" else found.dtype or "float32"
+        dtype = self.dtype if self.dtype != "auto" else dtype_of(found)
         fields: dict[str, dict[str, Any]] = {
             "nf4": {
                 "load_in_4bit": True,
@@ -138,6 +153,40 @@ class Pretrained:
         }
         chosen = transformers.BitsAndBytesConfig(**fields[self.quantization])
         return {"quantization_config": chosen, "device_map": {"": str(device)}}
+
+
+def _name_parts(model: Any) -> None:
+    """Name a model's body and number of experts as TRL reads them.
+
+    transformers 5.23 misnames the body of Llama4ForCausalLM, and Llama 4 and gpt-oss count experts
+    by another name.
+    """
+    if not hasattr(model, model.base_model_prefix) and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+    text = model.config.get_text_config()
+    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+        text.num_experts = text.num_local_experts
+
+
+def dtype_of(config: Any) -> Any:
+    """Return the precision that a model's configuration names; of a multimodal one its text's."""
+    own = getattr(config, "dtype", None)
+    return own or getattr(config.get_text_config(), "dtype", None) or "float32"
+
+
+def positions(config: Any) -> int | None:
+    """Return how many tokens a model's configuration says that it holds; None: it does not say."""
+    text = config.get_text_config()
+    said = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min((n for n in said if isinstance(n, int) and n > 0), default=None)
+
+
+def set_token_ids(config: Any, names: Iterable[str], token: int | None) -> None:
+    """Set those of the token ids ``names`` that a model's configuration, or its text's, lacks."""
+    for part in (config, config.get_text_config()):
+        for name in names:
+            if getattr(part, name, None) is None:
+                setattr(part, name, token)
 
 
 def load_class(target: str) -> Any:

@@ -24,6 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tlora.calibration.language_model import language_model
+
 FLOAT = 4  # bytes of a float32
 _WRITTEN_OUT = ("gelu_new", "gelu_fast", "quick_gelu")
 _GATES = ("gate_proj", "gate_up_proj", "wi_1", "w3", "Wi")
@@ -60,6 +62,7 @@ def activations_of(model: Any, length: int) -> Activations:
         length: tokens of a sample.
     """
     config = model.config.get_text_config()
+    _, body = language_model(model) or ("", model)
 
     def first(*names: str, default: Any = 0) -> Any:
         return next((v for n in names if (v := getattr(config, n, None)) is not None), default)
@@ -71,8 +74,8 @@ def activations_of(model: Any, length: int) -> Activations:
     experts = first("num_experts_per_tok")
     inner = first("intermediate_size", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
     inner = ((experts and first("moe_intermediate_size")) or inner or 4 * hidden) * max(1, experts)
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    leaves |= {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    leaves = {name.rpartition(".")[2] for name, _ in body.named_modules()}
+    leaves |= {name.rpartition(".")[2] for name, _ in body.named_parameters()}
     written_out = first("hidden_act", "activation_function", "dense_act_fn") in _WRITTEN_OUT
     factor = 5 if written_out else 1
     if not leaves.isdisjoint(_GATES):
@@ -82,7 +85,7 @@ def activations_of(model: Any, length: int) -> Activations:
     layer = attention + (factor * inner + 2 * experts * hidden) * element
     if any(first(name, default=0.0) > 0 for name in _DROPOUTS):
         layer += 2 * hidden
-    norms = sum(_norm_bytes(module, hidden, width) for module in model.modules())
+    norms = sum(_norm_bytes(module, hidden, width) for module in body.modules())
     frozen = layers * layer + decoder * attention + norms
     head = model.get_output_embeddings()
     return Activations(
@@ -99,7 +102,8 @@ def _norm_bytes(module: Any, hidden: int, width: int) -> int:
     """Return the bytes a token that a norm keeps; one of heads is applied to each of them."""
     if "Norm" not in (kind := type(module).__name__):
         return 0
-    rms = "RMSNorm" in kind or kind == "T5LayerNorm"
+    own = next(module.parameters(), None)
+    rms = "RMSNorm" in kind or kind == "T5LayerNorm" or own is None
     size = module.weight.numel() if getattr(module, "weight", None) is not None else hidden
     values = hidden if size == hidden else width
-    return values * (FLOAT if rms else next(module.parameters()).element_size())
+    return values * (FLOAT if rms else own.element_size())

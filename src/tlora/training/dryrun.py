@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.config import TLoraConfig
-from tlora.models.pretrained import Pretrained, load_class, readable
+from tlora.models.pretrained import Pretrained, dtype_of, positions, readable, set_token_ids
 from tlora.registry import METHODS
 from tlora.tasks.base import LONGEST
 from tlora.training import preflight
@@ -108,7 +108,7 @@ def run(config: RunConfig) -> DryRun:
     ranks = _ranks(targets, options)
     notes += _not_shown(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
-    held = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    held = positions(model.config) or LONGEST
     length = min(config.data.max_length or LONGEST, held)
     strategy = choose(targets, sources, options)
     counted = _Counted(
@@ -234,21 +234,20 @@ def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> 
     import torch
 
     code, notes = config.trust_remote_code, []
-    found: Any = Pretrained(name=str(config.model), trust_remote_code=code).config()
+    checkpoint = Pretrained(name=str(config.model), trust_remote_code=code)
+    found: Any = checkpoint.config()
     if kind.task_type == "SEQ_CLS" and labels:
         found.num_labels = len(labels)
     if config.quantization != "none" or getattr(found, "quantization_config", None):
         found.__dict__.pop("quantization_config", None)
         notes.append("The savings of quantized weights are not counted.")
-    for name in ("pad_token_id", "decoder_start_token_id"):
-        # Classifying decoders and encoder-decoders refuse a batch without.
-        if getattr(found, name, None) is None:
-            setattr(found, name, 0)
-    dtype = config.dtype if config.dtype != "auto" else getattr(found, "dtype", None) or "float32"
+    # Classifying decoders and encoder-decoders refuse a batch without.
+    set_token_ids(found, ("pad_token_id", "decoder_start_token_id"), 0)
+    dtype = config.dtype if config.dtype != "auto" else dtype_of(found)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     with readable(str(config.model), "model"), torch.device("meta"):
-        auto = load_class(kind.auto_model)
+        auto = checkpoint.class_for(kind.auto_model, found)
         return auto.from_config(found, trust_remote_code=code, dtype=dtype), notes
 
 

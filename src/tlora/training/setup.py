@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
-from tlora.models.pretrained import Pretrained, check_model_folder
+from tlora.models.pretrained import Pretrained, check_model_folder, set_token_ids
 from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
@@ -104,9 +104,8 @@ class Setup:
         transformers.set_seed(self.config.seed)
         head = self._head()
         model, missing = pretrained(self.config).model(self.kind.auto_model, device, head=head)
-        if model.config.pad_token_id is None:
-            # Decoders that classify find the last real token by it.
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        # Decoders that classify find the last real token by it.
+        set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         if head:
             self._train_in_full(missing)
         keep_gradients(model)

@@ -1,0 +1,71 @@
+"""The language model inside a multimodal one: what "all-linear" adapts.
+
+A vision or audio tower, and the projector behind it, see no text. Adapters there would learn
+nothing from rows of text, and calibration would find no input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# With these task types, or none, a model such as CLIP is more than its text model.
+_OPEN = (None, "FEATURE_EXTRACTION")
+
+
+def language_model(model: Any) -> tuple[str, Any] | None:
+    """Return the name and the module of a multimodal model's language model; None of others.
+
+    It is the outermost module that has the text configuration for its own.
+    """
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", None)
+    if text is None or not hasattr(config, "get_text_config"):
+        return None
+    for name, module in model.named_modules():
+        if name and getattr(module, "config", None) is text:
+            return name, module
+    return None
+
+
+def is_text_only(model: Any, config: Any) -> bool:
+    """Whether ``config`` (PEFT's or ours) asks for all linear maps that text may reach."""
+    wanted = config.target_modules
+    every = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    generates = getattr(model, "can_generate", lambda: False)
+    return every and (config.task_type not in _OPEN or generates())
+
+
+def text_names(model: nn.Module, config: Any, names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that a configuration adapts: of "all-linear", the language model's.
+
+    Args:
+        model: the base model.
+        config: a `TLoraConfig`, or PEFT's.
+        names: full names of modules.
+    """
+    inner = language_model(model) if is_text_only(model, config) else None
+    return [name for name in names if inner is None or name.startswith(f"{inner[0]}.")]
+
+
+def say_what_is_left_alone(model: nn.Module, config: Any) -> None:
+    """Log a line that names the towers of a multimodal model, if they are not adapted."""
+    inner = language_model(model) if is_text_only(model, config) else None
+    if inner is None:
+        return
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    beside = model.get_submodule(inner[0].rpartition(".")[0]).named_children()
+    places = [n for n, m in beside if m is not inner[1] and m is not head and next(m.parameters(), None) is not None]
+    if places:
+        logger.warning(
+            "%s is multimodal: the Linears of %s are adapted, %s not; name modules by"
+            " `target_modules` to adapt others.",
+            type(model).__name__,
+            inner[0],
+            " and ".join(sorted(places)) + (" is" if len(places) == 1 else " are"),
+        )
