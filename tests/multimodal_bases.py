@@ -74,9 +74,11 @@ def _qwen3_vl() -> Any:
 def _llama4() -> Any:
     text = TEXT | {"intermediate_size_mlp": 32, "num_local_experts": 2, "moe_layers": [1]}
     text |= {"attention_chunk_size": 64}
-    vision = _VISION | {"vision_output_dim": 16, "projector_input_dim": 16} | {
-        "projector_output_dim": 16
-    }
+    vision = (
+        _VISION
+        | {"vision_output_dim": 16, "projector_input_dim": 16}
+        | {"projector_output_dim": 16}
+    )
     return transformers.Llama4Config(text_config=text, vision_config=vision)
 
 

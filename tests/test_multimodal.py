@@ -48,7 +48,9 @@ def test_a_run_on_rows_of_text(family, folders, config, other_sums, caplog):
     else:
         assert len(said) == 1
         assert f"the Linears of model.language_model are adapted, {TOWERS[family]}" in said[0]
-    adapted = {key.split(".lora_")[0] for key in load_file(run.adapter / "adapter_model.safetensors")}
+    adapted = {
+        key.split(".lora_")[0] for key in load_file(run.adapter / "adapter_model.safetensors")
+    }
     assert adapted
     assert not [name for name in adapted if "vis" in name or "multi_modal" in name]
     losses = [line["loss"] for line in map(json.loads, run.log.open()) if "loss" in line]

@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.blocks import plan_in_blocks
-from tlora.adapter.freeze import freeze_a, lora_layers
+from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
 from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.planning import plan
 from tlora.calibration.placement import device_of, loaded_by, refuse_wrapped
@@ -119,6 +119,7 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     keys = parameter_keys(model, plan.modules)
     with torch.random.fork_rng(devices=[]), misleading_warnings_ignored():
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    complete_heads(adapted)
     make_room(adapted, adapter_name)
     with torch.no_grad():
         for name, module in plan.modules.items():
@@ -171,6 +172,8 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
         alpha_pattern=_pattern(alphas, grouped),
         lora_dropout=config.lora_dropout,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         bias=config.bias,
         task_type=config.task_type,
         fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in modules),

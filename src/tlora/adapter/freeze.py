@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -60,6 +61,13 @@ def freeze_a(model: nn.Module, adapter_name: str = "default") -> None:
     trains = any(p.requires_grad for layer in layers for p in layer.lora_B.parameters())
     if trains and _check_that_it_trains not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_check_that_it_trains, with_kwargs=True)
+
+
+def complete_heads(model: nn.Module) -> None:
+    """Give heads whose rows train the `bias` that TRL reads; PEFT's wrapper (0.21) has none."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
+            module.bias = None
 
 
 def _keep_a(layer: Any, _: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tlora.adapter.attach import make_room, misleading_warnings_ignored
-from tlora.adapter.freeze import freeze_a, lora_layers
+from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.errors import AdapterError, MisfitError, TLoraError, damaged, listed
@@ -74,6 +74,7 @@ def load_adapter(
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
     with _fitting(model, path), misleading_warnings_ignored():
         adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
+    complete_heads(adapted)
     if freeze and any(lora_layers(adapted, adapter_name)):
         freeze_a(adapted, adapter_name)
     return adapted

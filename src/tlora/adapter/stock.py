@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tlora.adapter.freeze import complete_heads
 from tlora.calibration.language_model import say_what_is_left_alone
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import (
@@ -65,10 +66,12 @@ def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         # PEFT names the modules it did not find.
         raise ConfigError(str(error), where="adapter") from error
+    complete_heads(adapted)
+    return adapted
 
 
 def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig) -> PeftModel:

@@ -60,7 +60,11 @@ def say_what_is_left_alone(model: nn.Module, config: Any) -> None:
         return
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     beside = model.get_submodule(inner[0].rpartition(".")[0]).named_children()
-    places = [n for n, m in beside if m is not inner[1] and m is not head and next(m.parameters(), None) is not None]
+    places = [
+        n
+        for n, m in beside
+        if m is not inner[1] and m is not head and next(m.parameters(), None) is not None
+    ]
     if places:
         logger.warning(
             "%s is multimodal: the Linears of %s are adapted, %s not; name modules by"

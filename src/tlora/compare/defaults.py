@@ -26,6 +26,7 @@ SHARED: dict[str, Any] = {
         "chat_template": None, "val_size": None,
     },
     "calibration": {"samples": 32, "batch_size": 4, "skip_bad_samples": False, "cache": None},
+    "tokens": {"add": []},
 }
 """Fields that all methods share. NEVER change a value."""
 
@@ -44,7 +45,10 @@ TRAINER: dict[str, Any] = {
 }
 """Training arguments that decide results. NEVER change a value."""
 
-_ADAPTER = {"task_type": None, "lora_dropout": 0.0, "bias": "none", "modules_to_save": None}
+_ADAPTER = {
+    "task_type": None, "lora_dropout": 0.0, "bias": "none", "modules_to_save": None,
+    "trainable_token_indices": None, "ensure_weight_tying": False,
+}
 _TARGETED = _ADAPTER | {"target_modules": "all-linear", "exclude_modules": None}
 _LORA = _TARGETED | {"r": 8, "lora_alpha": 8}
 

@@ -49,6 +49,8 @@ class EvaluatedModel:
     """Folder or Hub name of the adapter, if it has one."""
     head: Head
     """What it can be asked: to go on with a text, to answer one, to label one."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the adapter, if it brings tokens that its base does not have."""
 
     @property
     def path(self) -> str:
@@ -148,7 +150,8 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
         ) from error
     head = _HEADS.get(str(fields.get("task_type")), found)
     kind: Kind = "base" if adapter is None else "adapter"
-    return EvaluatedModel(name, kind, base, adapter, head) if head else None
+    own = adapter if fields.get("trainable_token_indices") else None
+    return EvaluatedModel(name, kind, base, adapter, head, own) if head else None
 
 
 def _places(path: str) -> tuple[str, str | None] | None:
@@ -246,7 +249,8 @@ def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[Evaluate
         there = {each.model for each in found if each.adapter is None}
         lacking = {each.model: each for each in found if each.model not in there}.values()
         models[:0] = [
-            dataclasses.replace(each, name="", kind="base", adapter=None) for each in lacking
+            dataclasses.replace(each, name="", kind="base", adapter=None, tokenizer=None)
+            for each in lacking
         ]
     return models
 

@@ -13,6 +13,7 @@ from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel, Head
 from tlora.models.pretrained import Pretrained
+from tlora.models.tokens import make_rows
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +98,8 @@ def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
     """
     device = device_of(config)
     model, drawn = _load_base(evaluated, config, device, head)
-    if config.tokenizer:
-        # Tokens that were added to it need rows of the embedding; none is taken away.
-        tokens = len(load_tokenizer(evaluated, config))
-        if tokens > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(tokens)
+    if config.tokenizer or evaluated.tokenizer:
+        make_rows(model, load_tokenizer(evaluated, config))
     if evaluated.adapter is not None:
         model = _adapted(model, evaluated)
     if drawn:
@@ -114,10 +112,12 @@ def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
 def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model: the base's own, so that all adapters get the same tokens.
 
+    An adapter that brings tokens of its own has its own.
+
     Raises:
         ConfigError: there is none.
     """
-    place = config.tokenizer or evaluated.model
+    place = config.tokenizer or evaluated.tokenizer or evaluated.model
     try:
         return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
     except ConfigError as error:

@@ -116,7 +116,11 @@ class Prepared:
         if self.writer is not None:
             self.writer(folder)
         else:
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+            config = getattr(self.model, "peft_config", {}).get("default")
+            # Rows that train are saved as such; PEFT would add all others of a longer embedding.
+            rows = getattr(config, "trainable_token_indices", None) is not None
+            more = {"save_embedding_layers": False} if rows else {}
+            self.model.save_pretrained(folder, **more)  # type: ignore[operator]
 
 
 class Method(Protocol):

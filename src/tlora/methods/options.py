@@ -38,6 +38,11 @@ class AdapterOptions(MethodOptions):
     """Which biases train: "none", "all" or "lora_only"."""
     modules_to_save: list[Pattern] | None = None
     """Modules trained in full and saved with the adapter (a new classifier head)."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose rows of the embedding train: ids, or ids by the layer's name. Rows of a tied
+    head follow. `tokens.add` sets it for the tokens it adds."""
+    ensure_weight_tying: bool = False
+    """Keep the head tied to an embedding that trains by `modules_to_save`."""
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,23 @@ class CalibrationConfig(Section):
 
 
 @dataclass(kw_only=True)
+class TokensConfig(Section):
+    """What is added to the tokenizer."""
+
+    where: ClassVar[str] = "tokens"
+    prefix: ClassVar[str] = "tokens."
+
+    add: list[str] = field(default_factory=list)
+    """Special tokens to add, "<a>,<b>"; their rows of the embedding, and of the head, start at the
+    mean of the others and train."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong with the tokens."""
+        if not all(token.strip() for token in self.add) or len(set(self.add)) < len(self.add):
+            yield "`tokens.add` names a token twice, or an empty one; give each once."
+
+
+@dataclass(kw_only=True)
 class SharedConfig(Record):
     """What does not depend on the method or the seed: a model, a task, its rows, the training.
 
@@ -69,6 +86,7 @@ class SharedConfig(Record):
     """Fields of transformers' training arguments (--trainer.learning_rate 1e-4)."""
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
 
     def __post_init__(self) -> None:
         self.train_file = written(self.train_file, "train_file")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
 from tlora.models.pretrained import Pretrained, check_model_folder, set_token_ids
+from tlora.models.tokens import add_tokens
 from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
 from tlora.tasks.contamination import PromptIndex, overlapping_rows, prompt_of, refuse_overlap
@@ -108,8 +109,30 @@ class Setup:
         set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         if head:
             self._train_in_full(missing)
+        self._train_tokens(model)
         keep_gradients(model)
         return model
+
+    def _train_tokens(self, model: Any) -> None:
+        """Give the added tokens rows of the embedding and the head, and let these train."""
+        import transformers
+
+        from tlora.models.tokens import make_rows, rows_of
+
+        added = self.tokenizer.convert_tokens_to_ids(list(self.config.tokens.add))
+        if not added:
+            return
+        transformers.set_seed(self.config.seed)
+        make_rows(model, self.tokenizer)
+        if hasattr(self.options, "trainable_token_indices"):
+            if self.options.trainable_token_indices is not None:
+                raise ConfigError(
+                    "`tokens.add` trains the tokens it adds, and `trainable_token_indices` names"
+                    " others; give one of them.",
+                    where="adapter",
+                )
+            rows = rows_of(model, added)
+            self.options = dataclasses.replace(self.options, trainable_token_indices=rows)
 
     def _head(self) -> dict[str, Any]:
         """Return the fields of the model's configuration that give a classifier its head."""
@@ -333,6 +356,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     check_model_folder(config.model)
     tokenizer = pretrained(config).tokenizer()
+    add_tokens(tokenizer, config.tokens.add)
     if config.data.chat_template:
         set_template(tokenizer, config.data.chat_template)
     if tokenizer.pad_token is None:
