@@ -20,6 +20,7 @@ from tlora.calibration.backward import backward_for
 from tlora.calibration.collector import Collector
 from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.language_model import say_what_is_left_alone
+from tlora.calibration.limits import fault_of_ids
 from tlora.calibration.placement import (
     can_be_loaded,
     class_name,
@@ -305,7 +306,12 @@ def first_pass(
 
 def _read(collector: Collector, batch: Any) -> None:
     collector.stage = "the transfer"
-    collector.add(reading.as_batch(batch, device_of(collector.model)))
+    read = reading.as_batch(batch, device_of(collector.model))
+    ids = read.get("input_ids")
+    fits = not isinstance(ids, torch.Tensor) or not ids.numel()
+    if not fits and (fault := fault_of_ids(collector.model, ids.shape[-1], int(ids.max()))):
+        raise CalibrationError(f"input_ids has {fault}.")
+    collector.add(read)
 
 
 def progress_bar(batches: Any, show: bool) -> Any:

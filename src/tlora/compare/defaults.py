@@ -26,7 +26,6 @@ SHARED: dict[str, Any] = {
         "chat_template": None, "val_size": None,
     },
     "calibration": {"samples": 32, "batch_size": 4, "skip_bad_samples": False, "cache": None},
-    "tokens": {"add": []},
 }
 """Fields that all methods share. NEVER change a value."""
 

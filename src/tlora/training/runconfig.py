@@ -86,7 +86,6 @@ class SharedConfig(Record):
     """Fields of transformers' training arguments (--trainer.learning_rate 1e-4)."""
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    tokens: TokensConfig = field(default_factory=TokensConfig)
 
     def __post_init__(self) -> None:
         self.train_file = written(self.train_file, "train_file")
@@ -114,6 +113,7 @@ class RunConfig(SharedConfig):
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     seed: Annotated[int, SEED] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
     early_stopping: Annotated[int, at_least(1)] | None = None

@@ -110,6 +110,7 @@ class Setup:
         if head:
             self._train_in_full(missing)
         self._train_tokens(model)
+        self._check_room(model)
         keep_gradients(model)
         return model
 
@@ -133,6 +134,27 @@ class Setup:
                 )
             rows = rows_of(model, added)
             self.options = dataclasses.replace(self.options, trainable_token_indices=rows)
+
+    def _check_room(self, model: Any) -> None:
+        """Check that the model has positions and rows of its embedding for every token.
+
+        Raises:
+            DataError: it does not.
+        """
+        from pyarrow import compute
+
+        from tlora.calibration.limits import fault_of_ids
+
+        names = (self.config.train_file, self.config.eval_file, None)
+        kinds = ("training rows", "evaluation rows", "validation rows")
+        for rows, name, kind in zip((self.train, self.held_out, self.validation), names, kinds, strict=True):
+            if not rows:
+                continue
+            column = rows.data["input_ids"]
+            longest = compute.max(compute.list_value_length(column)).as_py()
+            largest = compute.max(compute.list_flatten(column)).as_py()
+            if fault := fault_of_ids(model, longest or 0, largest or 0):
+                raise DataError(f"a row of {name or kind} has {fault}.")
 
     def _head(self) -> dict[str, Any]:
         """Return the fields of the model's configuration that give a classifier its head."""

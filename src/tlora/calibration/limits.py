@@ -1,0 +1,54 @@
+"""What a model has room for: positions that it looks up in a table, and tokens of its embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tlora.calibration.language_model import language_model
+
+_TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
+
+
+def table_of_positions(model: Any) -> int | None:
+    """Return the tokens that a model's table of positions has rows for; None if it has no table.
+
+    Some tables keep rows in front (OPT, BART: two; RoBERTa: those up to the padding's).
+    """
+    _, body = language_model(model) or ("", model)
+    found = []
+    for name, module in body.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            padding = getattr(module, "padding_idx", None)
+            front = getattr(module, "offset", 0) if padding is None else padding + 1
+            found.append(module.num_embeddings - front)
+    return min(found, default=None)
+
+
+def fault_of_ids(model: Any, longest: int, largest: int) -> str | None:
+    """Return what rows of tokens do not fit in a model, as the end of a sentence; None if they fit.
+
+    Args:
+        model: a transformers model.
+        longest: tokens of the longest row.
+        largest: the largest token id.
+    """
+    kind, room = type(model).__name__, table_of_positions(model)
+    if room is not None and longest > room:
+        return f"{longest} tokens, and {kind} has {room} positions; set `max_length` to {room}"
+    rows = _rows(model)
+    if rows is not None and largest >= rows:
+        return (
+            f"the token id {largest}, and the embedding of {kind} has {rows} rows; use the model's"
+            " own tokenizer, or resize the embedding (`tokens.add`, `resize_token_embeddings`)"
+        )
+    return None
+
+
+def _rows(model: Any) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
