@@ -23,6 +23,8 @@ NOT_DEFAULT: dict[str, Any] = {
     "layers_pattern": "layers",
     "lora_dropout": 0.1,
     "modules_to_save": ["classifier"],
+    "trainable_token_indices": {"embed_tokens": [3]},
+    "ensure_weight_tying": True,
     "bias": "lora_only",
     "task_type": "SEQ_CLS",
     "basis": "random",

@@ -14,7 +14,15 @@ from tlora import TLoraConfig, calibrate, cli
 from tlora.calibration.limits import fault_of_ids, table_of_positions
 from tlora.errors import CalibrationError
 
-TABLES = {"gpt2": 64, "opt": 64, "bart": 64, "bert": 64, "roberta": 63, "distilbert": 64, "deberta-v2": 64}
+TABLES = {
+    "gpt2": 64,
+    "opt": 64,
+    "bart": 64,
+    "bert": 64,
+    "roberta": 63,
+    "distilbert": 64,
+    "deberta-v2": 64,
+}
 
 
 @pytest.mark.parametrize("family", TABLES)

@@ -147,7 +147,9 @@ class Setup:
 
         names = (self.config.train_file, self.config.eval_file, None)
         kinds = ("training rows", "evaluation rows", "validation rows")
-        for rows, name, kind in zip((self.train, self.held_out, self.validation), names, kinds, strict=True):
+        for rows, name, kind in zip(
+            (self.train, self.held_out, self.validation), names, kinds, strict=True
+        ):
             if not rows:
                 continue
             column = rows.data["input_ids"]
