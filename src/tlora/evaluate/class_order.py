@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tlora.adapter.head import HEAD_FILE
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel, labels_texts
+from tlora.files import read_json
 from tlora.models.pretrained import Pretrained
 from tlora.registry import TASKS
 from tlora.training.runfolder import RunFolder
@@ -67,6 +69,10 @@ def _recorded(run: RunFolder) -> list[str] | None:
 
 
 def _configured(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | None:
+    file = Path(evaluated.adapter or "") / HEAD_FILE
+    if evaluated.adapter and file.is_file():
+        names = read_json(file)["id2label"]
+        return [names[number] for number in sorted(names, key=int)]
     own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
     by_id = getattr(own, "id2label", None) or {}
     names = [str(by_id[number]) for number in sorted(by_id)]

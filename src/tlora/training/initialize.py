@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.adapter.head import ADAPTER_CONFIG, HEAD_FILE
 from tlora.errors import ConfigError
-from tlora.files import replacing_folder, seal_tensors
+from tlora.files import replacing_folder, seal_tensors, write_json
 from tlora.training.arguments import training_arguments
 from tlora.training.kinds import KindSpec
 from tlora.training.precision import widen
@@ -121,6 +122,8 @@ def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
             check_finite(file, f"the adapter for {path}")
             seal_tensors(file)
         setup.tokenizer.save_pretrained(part)
+        if (fields := setup.head_fields()) and (part / ADAPTER_CONFIG).is_file():
+            write_json(part / HEAD_FILE, fields)
         for file in part.iterdir():
             # safetensors makes files private; a server under another user reads adapters too.
             file.chmod(0o644)

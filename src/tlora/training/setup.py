@@ -103,7 +103,7 @@ class Setup:
         from tlora.calibration.preserve import keep_gradients
 
         transformers.set_seed(self.config.seed)
-        head = self._head()
+        head = self.head_fields()
         model, missing = pretrained(self.config).model(self.kind.auto_model, device, head=head)
         # Decoders that classify find the last real token by it.
         set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
@@ -158,8 +158,8 @@ class Setup:
             if fault := fault_of_ids(model, longest or 0, largest or 0):
                 raise DataError(f"a row of {name or kind} has {fault}.")
 
-    def _head(self) -> dict[str, Any]:
-        """Return the fields of the model's configuration that give a classifier its head."""
+    def head_fields(self) -> dict[str, Any]:
+        """Return the fields of the model's configuration that give a classifier its head, or {}."""
         if self.kind.task_type != "SEQ_CLS":
             return {}
         names = self.task.label_names or ["value"]
