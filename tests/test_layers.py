@@ -81,7 +81,7 @@ LAYERS = (
     ("linalg",),
     ("calibration",),
     ("adapter",),
-    ("methods", "models", "scoring", "tasks"),
+    ("integrations", "methods", "models", "scoring", "tasks"),
     ("evaluations",),
     ("training",),
     ("compare", "evaluate"),

@@ -112,6 +112,22 @@ def test_one_call_freezes_what_peft_has_loaded(folder, tmp_path):
         tlora.freeze_a(model, "other")
 
 
+class FreezeA(transformers.TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tlora.freeze_a(kwargs["model"])
+
+
+def test_a_callback_freezes_a_that_the_optimizer_holds_already(folder, tmp_path):
+    adapted(folder, "full").save_pretrained(tmp_path / "init")
+    base = quantized_bases.full(folder, dtype="float32").eval()
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "init", is_trainable=True)
+    before = a_of(model)
+    trainer = sft(model, tmp_path, weight_decay=0.1)
+    trainer.add_callback(FreezeA())
+    trainer.train()
+    assert_only_b_moved(model, before)
+
+
 def test_an_adapter_that_is_not_to_train_computes_losses(folder, tmp_path):
     model = adapted(folder, "full")
     model.save_pretrained(tmp_path)

@@ -1,0 +1,1 @@
+"""TLoRA inside other people's trainers, one file each."""
