@@ -308,9 +308,10 @@ def _read(collector: Collector, batch: Any) -> None:
     collector.stage = "the transfer"
     read = reading.as_batch(batch, device_of(collector.model))
     ids = read.get("input_ids")
-    fits = not isinstance(ids, torch.Tensor) or not ids.numel()
-    if not fits and (fault := fault_of_ids(collector.model, ids.shape[-1], int(ids.max()))):
-        raise CalibrationError(f"input_ids has {fault}.")
+    if isinstance(ids, torch.Tensor) and ids.numel():
+        fault = fault_of_ids(collector.model, ids.shape[-1], int(ids.max()))
+        if fault:
+            raise CalibrationError(f"input_ids has {fault}.")
     collector.add(read)
 
 

@@ -103,7 +103,7 @@ def _norm_bytes(module: Any, hidden: int, width: int) -> int:
     if "Norm" not in (kind := type(module).__name__):
         return 0
     own = next(module.parameters(), None)
-    rms = "RMSNorm" in kind or kind == "T5LayerNorm" or own is None
+    rms = "RMSNorm" in kind or kind == "T5LayerNorm"
     size = module.weight.numel() if getattr(module, "weight", None) is not None else hidden
     values = hidden if size == hidden else width
-    return values * (FLOAT if rms else own.element_size())
+    return values * (FLOAT if rms or own is None else own.element_size())
