@@ -16,7 +16,7 @@ from tlora import TLoraConfig, cli
 from tlora.errors import ConfigError
 from tlora.models.tokens import add_tokens, make_rows
 from tlora.registry import METHODS
-from tlora.training import train
+from tlora.training import initialize, train
 from tlora.training.runconfig import RunConfig, TokensConfig
 
 TOKENS = TokensConfig(add=["<a>", "<b>"])
@@ -59,13 +59,9 @@ def test_rows_of_added_tokens_train_and_come_back(config, saved, tiny_llama, mar
 
 def test_rows_start_at_the_mean_and_both_sides_move(config, saved, tiny_llama, marked):
     folder = saved(tiny_llama(tie_word_embeddings=False, initializer_range=0.2))
-    still = config(
-        "still", model=folder, train_file=marked, tokens=TOKENS, trainer={"learning_rate": 0.0}
-    )
-    moved = config("moved", model=folder, train_file=marked, tokens=TOKENS)
-    start, end = (
-        load_file(train.run(each).adapter / "adapter_model.safetensors") for each in (still, moved)
-    )
+    fields = {"model": folder, "train_file": marked, "tokens": TOKENS}
+    runs = initialize.run(config("init", **fields)), train.run(config("run", **fields))
+    start, end = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     weights = load_file(Path(folder) / "model.safetensors")
     for side, layer in (("embed_tokens", "model.embed_tokens"), ("lm_head", "lm_head")):
         (name,) = [key for key in start if side in key and "lora_" not in key]
