@@ -81,7 +81,9 @@ def ran(
 
 
 def _hooked(module: torch.nn.Module) -> bool:
-    return any(held for key, held in vars(module).items() if key.endswith("_hooks") and held)
+    """Whether a hook is on it that is not the adapter's own, which keeps A frozen."""
+    hooks = [h for k, held in vars(module).items() if k.endswith("_hooks") for h in held.values()]
+    return any(getattr(hook, "__module__", "") != "tlora.adapter.freeze" for hook in hooks)
 
 
 READER = """

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tlora.models.pretrained import Pretrained, positions
+from tlora.models.pretrained import Pretrained, positions_of
 from tlora.training import train
 
 CAUSAL = "transformers:AutoModelForCausalLM"
@@ -57,7 +57,7 @@ def test_a_base_in_16_bits_without_a_padding_token(config, saved, tiny_llama, dt
     ],
 )
 def test_positions_are_read_from_the_text_configuration(config, holds):
-    assert positions(config) == holds
+    assert positions_of(config) == holds
 
 
 def test_an_embedding_that_trains_in_full_stays_tied(config, saved, tiny_llama):

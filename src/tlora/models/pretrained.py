@@ -174,7 +174,7 @@ def dtype_of(config: Any) -> Any:
     return own or getattr(config.get_text_config(), "dtype", None) or "float32"
 
 
-def positions(config: Any) -> int | None:
+def positions_of(config: Any) -> int | None:
     """Return how many tokens a model's configuration says that it holds; None: it does not say."""
     text = config.get_text_config()
     said = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]

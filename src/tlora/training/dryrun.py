@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.config import TLoraConfig
-from tlora.models.pretrained import Pretrained, dtype_of, positions, readable, set_token_ids
+from tlora.models.pretrained import Pretrained, dtype_of, positions_of, readable, set_token_ids
 from tlora.registry import METHODS
 from tlora.tasks.base import LONGEST
 from tlora.training import preflight
@@ -108,7 +108,7 @@ def run(config: RunConfig) -> DryRun:
     ranks = _ranks(targets, options)
     notes += _not_shown(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
-    held = positions(model.config) or LONGEST
+    held = positions_of(model.config) or LONGEST
     length = min(config.data.max_length or LONGEST, held)
     strategy = choose(targets, sources, options)
     counted = _Counted(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError
-from tlora.models.pretrained import Pretrained, check_model_folder, set_token_ids
+from tlora.models.pretrained import Pretrained, check_model_folder, positions_of, set_token_ids
 from tlora.models.tokens import add_tokens
 from tlora.registry import METHODS
 from tlora.tasks.base import Row, Task
@@ -366,9 +366,8 @@ def _check_reads(config: RunConfig, task: Task) -> None:
 
 def positions(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens the model holds, by its configuration and its tokenizer."""
-    own = pretrained(config).config().get_text_config()
-    said = [getattr(own, name, None) for name in ("max_position_embeddings", "n_positions")]
-    return min([tokenizer.model_max_length, *(n for n in said if isinstance(n, int) and n > 0)])
+    held = positions_of(pretrained(config).config())
+    return min(tokenizer.model_max_length, held or tokenizer.model_max_length)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
