@@ -72,7 +72,20 @@ def test_rows_of_a_run_are_checked_before_the_folder_is_made(gpt2, saved, tmp_pa
         file.write_text("".join(json.dumps({"prompt": t, "response": " y"}) + "\n" for t in texts))
     words = ["train", "--model", saved(gpt2), "--train_file", str(tmp_path / "train.jsonl")]
     words += ["--eval_file", str(tmp_path / "eval.jsonl"), "--output_dir", str(tmp_path / "run")]
-    assert cli.main([*words, "--trainer.use_cpu", "true", "--data.max_length", "512"]) == 2
+    assert (
+        cli.main(
+            [
+                *words,
+                "--trainer.use_cpu",
+                "true",
+                "--data.max_length",
+                "512",
+                "--data.format",
+                "raw",
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert f"{side}.jsonl" in error
     assert "GPT2LMHeadModel has 8 positions; set `max_length` to 8" in error
