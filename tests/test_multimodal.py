@@ -15,6 +15,7 @@ import multimodal_bases
 from tlora.evaluate import evaluate
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.registry import METHODS
+from tlora.tasks.base import LONGEST
 from tlora.training import dryrun, train
 
 TOWERS = {
@@ -96,7 +97,7 @@ def test_every_method_leaves_the_vision_tower_alone(method, folders, config):
 def test_the_dry_run_reads_the_text_configuration(family, folders, config):
     found = dryrun.run(config(model=folders[family], adapter={"r": 2}))
     text = transformers.AutoConfig.from_pretrained(folders[family]).get_text_config()
-    assert found.length == min(text.max_position_embeddings, config().data.max_length)
+    assert found.length == min(text.max_position_embeddings, LONGEST)
     layers = {n.split(".layers.")[1][0] for t in found.targets if ".layers." in (n := t.name)}
     assert layers == {"0", "1"}
     assert not [target.name for target in found.targets if "vis" in target.name]
