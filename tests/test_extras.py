@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tlora import cli, extras
+from tlora.demo import summary
 from tlora.errors import ConfigError
 
 
@@ -104,7 +105,7 @@ def test_all_that_is_missing_is_named(without):
 
 def test_the_demo_ends_without_a_page_where_nothing_can_make_it(without):
     without("jinja2")
-    assert cli._demo_page(Path("run")) == 'no page; run `pip install "tlora[compare]"`'
+    assert summary.page(Path("run")) == 'no page; run `pip install "tlora[compare]"`'
 
 
 def test_the_modules_are_those_of_the_extras_in_pyproject():

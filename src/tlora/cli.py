@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,17 @@ from tlora.evaluate.evalconfig import EvalConfig
 from tlora.files import refuse_missing
 from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
 from tlora.training.runconfig import RunConfig
-from tlora.verbconfig import DemoConfig, InitConfig, InspectConfig, ListConfig, interrupted
+from tlora.verbconfig import (
+    DemoConfig,
+    InitConfig,
+    InspectConfig,
+    ListConfig,
+    interrupted,
+    no_bars_in_batch_jobs,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tlora.compare.comparefolder import CompareFolder
-    from tlora.demo.run import Score
     from tlora.evaluate.evalfolder import EvalFolder
 
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
@@ -53,6 +57,7 @@ _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
 
 def demo(config: DemoConfig) -> None:
     """Run the demonstration."""
+    from tlora.demo import summary
     from tlora.demo.run import BASE_MODEL, check, run, write_rows
 
     check(config.output_dir, config.seed, config.rows_only)
@@ -69,47 +74,8 @@ def demo(config: DemoConfig) -> None:
     disable_progress_bar()
     disable_progress_bars()
     result = run(output_dir=config.output_dir, seed=config.seed, tell=_say)
-    Console().print(_demo_table(result.scores))
-    _say(
-        f"exact match on {result.test_rows} problems that the adapters have not seen\n"
-        f"prompt:  {result.example['prompt'].strip()}\n"
-        f"base:    {result.example['base']}\n"
-        f"adapted: {result.example['adapted']}\n"
-        f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
-        f" {result.difference:.1g})\n"
-        f"plan:    {_demo_page(result.adapter.parent)}\n"
-        f"done in {result.seconds:.0f} s"
-    )
-
-
-def _demo_table(lines: Iterable[Score]) -> Table:
-    """Return the demonstration's table: a line for the base model and for each method."""
-    from tlora.report.tables import plain
-
-    rows = [
-        (
-            line.method,
-            f"{line.trainable:,}",
-            f"{line.exact_match:.1%}",
-            f"{line.initialise_seconds:.1f} s",
-            f"{line.train_seconds:.1f} s",
-        )
-        for line in lines
-    ]
-    return plain(("method", "trainable parameters", "exact match", "initialize", "train"), rows)
-
-
-def _demo_page(folder: Path) -> str:
-    """Write the page of a run's plan beside its folder; return where it is."""
-    if extras.missing("compare"):
-        return 'no page; run `pip install "tlora[compare]"`'
-    from tlora import AdapterPlan
-    from tlora.report import heatmap
-    from tlora.training.runfolder import RunFolder
-
-    return str(
-        heatmap.save(AdapterPlan.load(RunFolder(folder).plan), folder.with_name("plan.html"))
-    )
+    Console().print(summary.table(result.scores))
+    _say(summary.text(result))
 
 
 def init(config: InitConfig) -> None:
@@ -120,6 +86,7 @@ def init(config: InitConfig) -> None:
 
         show(dryrun.run(config.run_config()))
         return
+    no_bars_in_batch_jobs()
     from tlora.training.initialize import run
 
     _report(run(config.run_config()))
@@ -127,6 +94,7 @@ def init(config: InitConfig) -> None:
 
 def train(config: RunConfig) -> None:
     """Initialize, train, evaluate and save."""
+    no_bars_in_batch_jobs()
     from tlora.training.train import run
 
     _report(run(config))

@@ -6,6 +6,8 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -85,3 +87,13 @@ class ListConfig(Record):
     )
     """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`
     calls tasks are evaluations, and follow them."""
+
+
+def no_bars_in_batch_jobs() -> None:
+    """Let loading and tokenizing show no bars where no terminal would draw them over.
+
+    The libraries read this when they are imported.
+    """
+    if not sys.stderr.isatty():
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tlora import cli
-from tlora.demo import corpus
+from tlora.demo import corpus, summary
 from tlora.demo import run as demo
 from tlora.errors import ConfigError
 
@@ -75,7 +75,7 @@ def test_the_test_rows_are_kept_and_none_is_a_training_row(result):
 def test_the_page_shows_the_plan_and_the_table_is_on_disk(result):
     folder, done = result
     assert done.adapter == folder / "tlora" / "adapter"
-    page = Path(cli._demo_page(done.adapter.parent))
+    page = Path(summary.page(done.adapter.parent))
     assert page == folder / "plan.html"
     assert page.read_text(encoding="utf-8").count('<table class="map">') == 4
     saved = json.loads((folder / "demo.json").read_text())

@@ -28,8 +28,12 @@ class PeakMemory:
 
     def stage(self, name: str) -> None:
         """Note the peak since the last call, in bytes."""
-        self.stages[name] = max(0, self._peak() - self._base)
+        self.stages[name] = self.so_far()
         self._reset()
+
+    def so_far(self) -> int:
+        """Return the peak since the last stage, in bytes."""
+        return max(0, self._peak() - self._base)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the peaks of the stages, the largest of them, and what was measured."""

@@ -17,6 +17,7 @@ from tlora.training import preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind
 from tlora.training.initialize import adapt, save_adapter
+from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
@@ -53,6 +54,8 @@ def run(config: RunConfig) -> RunFolder:
 
 
 def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
+    from tlora.training import screen
+
     started = folder.exists
     preflight.check_evaluation(config)
     setup = settle(config)
@@ -60,10 +63,13 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
     _refuse_sharding(arguments)
     _refuse_disagreement(started, folder)
     seconds: dict[str, float] = {}
+    memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
         prepared = adapt(setup, arguments.device, folder.saved_plan() if started else None)
+    logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
+    screen.show(trainer, memory)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
             folder.start(setup.record(), "train", prepared.plan, inputs)
@@ -118,7 +124,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         ConfigError: the trainer refuses its arguments for this model; its sentence says why.
     """
     from tlora.training.divergence import DivergenceCallback
-    from tlora.training.trainers import LogCallback, keep_dtypes, replace_bar, stopping
+    from tlora.training.trainers import LogCallback, keep_dtypes, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
     if prepared.optimizer is not None:
@@ -150,7 +156,6 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         if isinstance(error, TLoraError):
             raise
         raise ConfigError(first_line(error), where="trainer") from error
-    replace_bar(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer)
     DivergenceCallback().watch(trainer)

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from tlora.models.greedy import greedy
 from tlora.training.runconfig import RunConfig
@@ -41,30 +40,10 @@ class LogCallback(TrainerCallback):
             self.folder.append_log({"step": state.global_step, **logs})
 
 
-class BarCallback(ProgressCallback):
-    """The trainer's progress bar, with the loss on the bar itself; the log has every line."""
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        """Show the latest loss and learning rate."""
-        if self.training_bar is not None and logs:
-            shown = {"loss": logs.get("loss"), "lr": logs.get("learning_rate")}
-            self.training_bar.set_postfix(
-                {name: f"{float(value):.3g}" for name, value in shown.items() if value is not None}
-            )
-
-
 def stopping(config: RunConfig) -> list[TrainerCallback]:
     """Return transformers' callback that stops a run early, if the run asks for it."""
     patience = config.early_stopping
     return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
-
-
-def replace_bar(trainer: Any) -> None:
-    """Give a trainer our bar in place of its own; without a bar nothing changes."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(BarCallback)
 
 
 def keep_dtypes(trainer: Any) -> None:
