@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.adapter.head import ADAPTER_CONFIG, HEAD_FILE
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder, seal_tensors, write_json
+from tlora.training import model_card
 from tlora.training.arguments import training_arguments
 from tlora.training.kinds import KindSpec
 from tlora.training.precision import widen
@@ -52,7 +53,7 @@ def _initialize(config: RunConfig, inputs: dict[str, str], folder: RunFolder) ->
     if arguments.process_index == 0:
         folder.clear()
         folder.start(setup.record(), "init", prepared.plan, inputs)
-        save_adapter(prepared, setup, folder.adapter)
+        save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
 
 
@@ -108,8 +109,8 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     return prepared
 
 
-def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
-    """Write the adapter, with digests in its tensors' headers, and the tokenizer, or nothing.
+def save_adapter(prepared: Prepared, setup: Setup, path: Path, verb: str = "train") -> None:
+    """Write the adapter, with digests in its tensors' headers, tokenizer and card, or nothing.
 
     Raises:
         AdapterError: a weight is not finite.
@@ -124,6 +125,7 @@ def save_adapter(prepared: Prepared, setup: Setup, path: Path) -> None:
         setup.tokenizer.save_pretrained(part)
         if (fields := setup.head_fields()) and (part / ADAPTER_CONFIG).is_file():
             write_json(part / HEAD_FILE, fields)
+        model_card.write(part, setup, verb=verb)
         for file in part.iterdir():
             # safetensors makes files private; a server under another user reads adapters too.
             file.chmod(0o644)

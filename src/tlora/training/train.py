@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.errors import ConfigError, TLoraError, first_line
 from tlora.files import write_json
 from tlora.models.pretrained import load_class
-from tlora.training import preflight
+from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind
 from tlora.training.initialize import adapt, save_adapter
@@ -88,6 +88,7 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
     if trainer.is_world_process_zero():
         if metrics:
             write_json(folder.metrics, metrics)
+            model_card.write(folder.adapter, setup, metrics)
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
 
 

@@ -1,0 +1,229 @@
+"""The model card in an adapter's folder: what it is, how it was trained, how it is loaded.
+
+It is made to be published with the adapter: of local paths only the last part is shown, and no
+credential. A license is for the publisher to add.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.credentials import redacted
+from tlora.files import read_json, replacing_file
+from tlora.training import loading_code
+from tlora.training.runconfig import RunConfig
+
+if TYPE_CHECKING:
+    from tlora.training.setup import Setup
+
+CARD = "README.md"
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_FILES = ("train_file", "eval_file")
+_OF_THE_MACHINE = ("output_dir", "resume")
+_LOCAL = ("/", "./", "../", "~")
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` takes."""
+_PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
+
+
+def write(
+    folder: Path, setup: Setup, scores: Mapping[str, Any] | None = None, verb: str = "train"
+) -> None:
+    """Write the card of a saved adapter, in place of the one that PEFT leaves.
+
+    Args:
+        folder: the adapter, or of the method `full` the model.
+        setup: its run.
+        scores: what the evaluation after training found.
+        verb: what made it, "train" or "init", which does not train.
+    """
+    text = card(folder, setup, scores or {}, verb)
+    with replacing_file(folder / CARD) as part:
+        part.write_text(text, encoding="utf-8")
+    (folder / CARD).chmod(0o644)
+
+
+def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> str:
+    """Return the text of the card; arguments as of `write`."""
+    import jinja2
+
+    file = folder / "adapter_config.json"
+    fields = read_json(file) if file.is_file() else None
+    ranks = ranks_of(folder)
+    base = public(str(setup.config.model))
+    code = loading_code.of(setup, adapter=fields is not None)
+    vllm = _vllm(fields, ranks, base) if setup.task.kind == "causal" else None
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
+    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        front=_front_matter(setup, base, fields),
+        title=_cell(f"{_name(base)}, {_learned(setup)}"),
+        summary=_summary(setup, base, fields, verb),
+        facts=[(name, _cell(value)) for name, value in _facts(setup, base, fields, ranks)],
+        scored=_cell(_rows(setup.config.eval_file, setup.held_out, "the rows held out")),
+        scores=[(_cell(name), value) for name, value in _scores(setup, scores)],
+        local_base=fields is not None and base != setup.config.model,
+        load=code.load,
+        pipeline=code.pipeline,
+        merges=code.merge,
+        vllm=vllm,
+        vllm_since=" from 0.32 on" if fields and _uneven(fields) else "",
+        command=command(setup.config, verb),
+    )
+    return redacted(re.sub(r"\n{3,}", "\n\n", text))
+
+
+def public(path: str) -> str:
+    """Return a name on the Hub as it is, and of a local path the last part."""
+    local = path.startswith(_LOCAL) or Path(path).exists()
+    return Path(path).name or Path(path).resolve().name if local else path
+
+
+def command(config: RunConfig, verb: str = "train") -> str:
+    """Return a command line that starts the same run, on files and folders of these names."""
+    import shlex
+
+    words = ["tlora", verb]
+    for name, value in _given(config):
+        words += [f"--{name}", value]
+    return shlex.join(words)
+
+
+def ranks_of(folder: Path) -> dict[str, int]:
+    """Return the rank of each adapted module that a folder of PEFT holds, by the module's name."""
+    from safetensors import safe_open
+
+    ranks = {}
+    for file in folder.glob("adapter_model.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+                module, found, _ = key.partition(".lora_A")
+                if found:
+                    name = module.removeprefix("base_model.model.")
+                    ranks[name] = tensors.get_slice(key).get_shape()[0]
+    return ranks
+
+
+def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the flags that differ from the defaults."""
+    default = RunConfig().to_dict()
+    for name, value in config.to_dict().items():
+        if name in _OF_THE_MACHINE or value == default[name]:
+            continue
+        if not isinstance(value, dict):
+            yield name, _word(value, files=name in _FILES)
+            continue
+        for inner, each in value.items():
+            if inner not in default[name] or default[name][inner] != each:
+                yield f"{name}.{inner}", _word(each)
+
+
+def _word(value: Any, files: bool = False) -> str:
+    if isinstance(value, str):
+        if files:
+            return ",".join(word.strip().rpartition("/")[2] for word in value.split(","))
+        return public(value)
+    return json.dumps(value)
+
+
+def _front_matter(setup: Setup, base: str, fields: Mapping[str, Any] | None) -> str:
+    import yaml
+
+    labeled = setup.kind.task_type == "SEQ_CLS"
+    tags = [f"base_model:{'adapter' if fields else 'finetune'}:{base}"]
+    tags += [str(fields["peft_type"]).lower()] if fields else []
+    tags = [*dict.fromkeys([*tags, setup.config.method, "tlora"])]
+    front: dict[str, Any] = {
+        "base_model": base,
+        "library_name": "peft" if fields else "transformers",
+        "pipeline_tag": "text-classification" if labeled else "text-generation",
+        "tags": tags,
+    }
+    if setup.config.data.dataset:
+        front["datasets"] = [public(setup.config.data.dataset)]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
+
+
+def _summary(setup: Setup, base: str, fields: Mapping[str, Any] | None, verb: str) -> str:
+    traits = setup.method.traits
+    made = "trained" if verb == "train" else "initialized, and not trained yet,"
+    what = "An adapter of" if fields else "A fine-tuned"
+    paper = f" ([{traits.title}](https://arxiv.org/abs/{traits.arxiv}))" if traits.arxiv else ""
+    return f"{what} `{base}`, {made} by the method `{setup.config.method}`{paper}."
+
+
+def _facts(
+    setup: Setup, base: str, fields: Mapping[str, Any] | None, ranks: Mapping[str, int]
+) -> Iterator[tuple[str, str]]:
+    config, data = setup.config, setup.task.data
+    quantized = {"none": "", "nf4": ", quantized to NF4", "int8": ", quantized to 8 bits"}
+    yield "base model", f"`{base}`{quantized[config.quantization]}"
+    yield "method", f"`{config.method}`: {setup.method.traits.formula}"
+    if ranks:
+        kinds = sorted({name.rpartition(".")[2] for name in ranks})
+        low, high = min(ranks.values()), max(ranks.values())
+        span = str(low) if low == high else f"{low} to {high}"
+        yield "ranks", f"{span} in {len(ranks)} modules ({', '.join(kinds)})"
+    if fields and fields.get("lora_alpha") is not None:
+        own = ", and scales of their own" if fields.get("alpha_pattern") else ""
+        yield "lora_alpha", f"{fields['lora_alpha']}{own}"
+    yield "task", f"`{config.task}` ({setup.task.kind})"
+    yield "data", _rows(config.train_file or data.dataset, setup.train, "training rows")
+    if setup.kind.task_type != "SEQ_CLS":
+        yield "format of prompts", f"`{data.format}`"
+    if data.system:
+        yield "system message", data.system
+    yield "tokens of a row, at most", str(data.max_length)
+    yield "seed", str(config.seed)
+    yield "packages", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+
+
+def _rows(files: str | None, rows: Any, otherwise: str) -> str:
+    name = _word(files, files=True) if files else otherwise
+    return f"{name} ({len(rows):,} rows)" if rows is not None else name
+
+
+def _scores(setup: Setup, scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in scores.items():
+        if isinstance(value, (int, float)) and name != "epoch":
+            yield name, f"{value:.4g}"
+    loss = scores.get("loss")
+    if setup.task.kind == "causal" and isinstance(loss, float) and loss < math.log(1e6):
+        yield "perplexity", f"{math.exp(loss):.4g}"
+
+
+def _learned(setup: Setup) -> str:
+    files = setup.config.train_file or setup.config.data.dataset
+    return f"adapted to {_word(files, files=True) if files else setup.config.task}"
+
+
+def _vllm(fields: Mapping[str, Any] | None, ranks: Mapping[str, int], base: str) -> str | None:
+    """Return the command that serves an adapter as one; None where vLLM cannot read it."""
+    lacking = ("modules_to_save", "use_dora", "target_parameters", "trainable_token_indices")
+    plain = fields is not None and fields["peft_type"] == "LORA" and fields["bias"] == "none"
+    if not plain or not ranks or any((fields or {}).get(name) for name in lacking):
+        return None
+    most = next((rank for rank in _VLLM_RANKS if rank >= max(ranks.values())), None)
+    if most is None:
+        return None
+    lora = f"--enable-lora --max-lora-rank {most} --lora-modules adapted=adapter"
+    return f"vllm serve {base} {lora}"
+
+
+def _uneven(fields: Mapping[str, Any]) -> bool:
+    return bool(fields.get("rank_pattern") or fields.get("alpha_pattern"))
+
+
+def _name(base: str) -> str:
+    return base.rpartition("/")[2]
+
+
+def _cell(text: str) -> str:
+    """Return a text that is one cell of a table, and holds no markup of a page."""
+    plain = " ".join(text.split())
+    return plain.replace("|", "\\|").replace("<", "&lt;")
