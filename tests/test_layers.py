@@ -85,6 +85,7 @@ LAYERS = (
     ("evaluations",),
     ("training",),
     ("compare", "evaluate"),
+    ("chat",),
     ("report",),
     ("demo",),
     ("verbconfig", "flags", "parsing"),

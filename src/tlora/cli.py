@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import __version__, extras, presets
+from tlora.chat.chatconfig import ChatConfig
 from tlora.compare.compareconfig import CompareConfig
 from tlora.credentials import RedactingFormatter, redacted
 from tlora.errors import (
@@ -98,6 +99,13 @@ def train(config: RunConfig) -> None:
     from tlora.training.train import run
 
     _report(run(config))
+
+
+def chat(config: ChatConfig) -> None:
+    """Talk to a run, an adapter or a model."""
+    from tlora.chat.chat import run
+
+    run(config, sys.stdin, _show)
 
 
 def compare(config: CompareConfig) -> None:
@@ -212,6 +220,7 @@ VERBS = {
         Verb("demo", "see it work on a small embedded model", DemoConfig, demo, "train"),
         Verb("init", "calibrate and save an untrained adapter", InitConfig, init, "train"),
         Verb("train", "initialize, train, evaluate, save", RunConfig, train, "train"),
+        Verb("chat", "talk to what was trained", ChatConfig, chat, "train"),
         Verb(
             "eval",
             "base, adapters, merged models on tasks, one table",
@@ -351,7 +360,11 @@ def _report(folder: Any) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    _show(f"{text}\n")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -37,7 +37,7 @@ def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
     Raises:
         ConfigError: runs differ in their format, or an evaluation asks in another one.
     """
-    runs = {m.name: recorded for m in models if (recorded := _recorded(m))}
+    runs = {m.name: found for m in models if (found := recorded(m))}
     formats = {name: run["format"] for name, run in runs.items()}
     if not formats or config.data.format != "auto":
         return config
@@ -66,7 +66,7 @@ def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
     return config
 
 
-def _recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
+def recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
     """Return how the rows of a model's run became text; None where no run or format is known.
 
     A task with labels has no prompts.

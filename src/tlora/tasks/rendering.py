@@ -115,6 +115,16 @@ def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) 
     return _renderer(tokenizer, row)(row["messages"], prompt)
 
 
+def closing(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes behind an answer; "" where it writes nothing.
+
+    Raises:
+        DataError: the tokenizer has no template.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+    return written(tokenizer, {"messages": turns}).rpartition("reply")[2].strip()
+
+
 def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
     from jinja2 import TemplateError
 

@@ -1,0 +1,1 @@
+"""`tlora chat`: talk to what was trained."""
