@@ -70,6 +70,11 @@ COMMANDS = (
     (f"{COMPARE} --validation {{}}/no.jsonl", "{}/no.jsonl: there is no such file"),
     (f"{COMPARE} --test_file null", "there are no test rows; give --test_file"),
     (f"{COMPARE} --output_dir {{}}/model", "{}/model holds something else"),
+    # Conversation.
+    ("chat {}/nowhere", "there is no folder '{}/nowhere'"),
+    ("chat {}/empty --prompt Hello", "{}/empty holds no model"),
+    ("chat {}/model --prompt Hello --chat_template nosuch", "`data.chat_template` is 'nosuch'"),
+    ("chat {}/model --prompt Hello --max_new_tokens 0", "give a whole number, 1 or more"),
     # Evaluation.
     (f"{EVAL} --tasks nosuch", "there is no task 'nosuch'. Run `tlora list evaluations`"),
     (f"{EVAL} --tasks gsm8k-papr", "Did you mean 'gsm8k-paper'?"),

@@ -230,6 +230,8 @@ def test_what_is_piped_in_is_one_prompt(made, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     assert cli.main(argv) == 2
     assert "nothing was piped in" in capsys.readouterr().err
+    assert cli.main([*argv, "--prompt", " "]) == 2
+    assert "`prompt` is empty" in capsys.readouterr().err
 
 
 def test_a_base_answers_too_and_a_chat_needs_a_template(llama_folder, made):

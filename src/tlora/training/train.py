@@ -54,11 +54,11 @@ def run(config: RunConfig) -> RunFolder:
 
 
 def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
-    from tlora.training import screen
-
     started = folder.exists
     preflight.check_evaluation(config)
     setup = settle(config)
+    from tlora.training import screen  # imports transformers
+
     arguments = training_arguments(setup, folder.checkpoints)
     _refuse_sharding(arguments)
     _refuse_disagreement(started, folder)
