@@ -60,7 +60,7 @@ def linalg_imports_torch_alone(path: str, tree: ast.Module, _: str) -> Iterator[
 
 
 _SCORING = ("tlora.scoring", "tlora.checks", "tlora.errors", "tlora.files", "math_verify", "pebble")
-_SCORING += ("openai", "httpx2", "numpy", "tqdm")
+_SCORING += ("openai", "httpx2", "numpy", "tqdm", "rouge_score", "sacrebleu")
 
 
 def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from tlora.evaluate import run_format, task_rows
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.harness_task import HarnessTask
+from tlora.evaluate.preflight import replied_task
 from tlora.evaluate.records import metrics, records
 from tlora.evaluate.task_rows import scored_rows
 from tlora.registry import TASKS
@@ -46,7 +47,8 @@ def scored(name, lines, replies, tmp_path, **data):
     config = EvalConfig(
         models=["m"], tasks=[name], test_file=str(file), data=DataConfig(**data), limit=2
     )
-    task = task_rows.of_task(config, SimpleNamespace(chat_template=None))
+    rows = scored_rows(replied_task(config), config)
+    task = task_rows.of_rows(name, rows, replied_task(config), SimpleNamespace(chat_template=None))
     found = evaluate(lm=Says(replies), task_dict={"tasks": {name: task}}, bootstrap_iters=0)
     lines = records(task, found["samples"][name])
     return metrics(found["results"][name]), [line["scores"] for line in lines]
@@ -55,7 +57,9 @@ def scored(name, lines, replies, tmp_path, **data):
 def test_white_space_at_the_ends_of_a_reply_does_not_count(tmp_path):
     lines = [("prompt", "response"), ("a", "x y"), ("b", "z"), ("c", "z")]
     scores, items = scored("jsonl", lines, [" x y\n", "z.", "Z"], tmp_path)
-    assert scores == {"exact_match": pytest.approx(1 / 3)}
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["rouge1"] == pytest.approx(1.0)  # which lowers case and reads words alone
+    assert 0 < scores["chrf"] < 100
     assert [item["exact_match"] for item in items] == [1.0, 0.0, 0.0]
 
 
@@ -193,4 +197,5 @@ def test_a_system_instruction_stands_a_blank_line_before_the_prompt(tmp_path):
     task = task_rows.rows_task("t", [{"item": "0", "prompt": "p", "target": "r"}])
     answers = HarnessTask(task, config).evaluate(Asked(["r"]))
     assert asked == ["Be brief.\n\np"]
-    assert answers.scores == {"exact_match": 1.0}
+    perfect = {"exact_match": 1.0, "rouge1": 1.0, "rouge2": 0.0, "rougeL": 1.0, "chrf": 100.0}
+    assert answers.scores == pytest.approx(perfect)

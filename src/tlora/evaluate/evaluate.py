@@ -109,13 +109,13 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
         from tlora.evaluate import labeled
 
         return dict(labeled.make(config, models))
-    from tlora.evaluate import task_rows
     from tlora.evaluate.harness_task import HarnessTask
+    from tlora.evaluate.written_rows import WrittenRows
     from tlora.evaluations import catalog
 
     if preflight.of_a_task(config):
         tokenizer = run_format.template_tokenizer(models[0], config)
-        return {config.tasks[0]: HarnessTask(task_rows.of_task(config, tokenizer), config)}
+        return {config.tasks[0]: WrittenRows(config, tokenizer)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = catalog.Settings(
         allow_code_execution=config.allow_code_execution,

@@ -12,9 +12,10 @@ from lm_eval.api.task import ConfigurableTask
 from tlora.errors import DataError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.loading import unheard
-from tlora.evaluate.preflight import replied_task
 from tlora.evaluate.run_format import as_prompt
+from tlora.scoring.closeness import ROUGE, chrf, rouge
 from tlora.tasks.base import Row, Task
+from tlora.tasks.rendering import closing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,22 +30,28 @@ class Exact(Filter):
 
     Args:
         metrics: what an equal reply scores 1 by.
+        close: whether ROUGE tells how close the others come.
     """
 
-    def __init__(self, metrics: Sequence[str]) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Sequence[str], close: bool = False) -> None:
+        self.metrics, self.close = metrics, close
 
     def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
         """Return a reading for each doc; white space around a reply does not count."""
         readings = []
         for (reply, *_), doc in zip(resps, docs, strict=True):
             answer = reply.strip()
-            scores = dict.fromkeys(self.metrics, float(answer == doc["target"].strip()))
+            target = doc["target"].strip()
+            scores = dict.fromkeys(self.metrics, float(answer == target))
+            if self.close:
+                scores |= rouge(answer, target)
             readings.append({"reply": reply, "answer": answer or None, "scores": scores})
         return readings
 
 
-def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> ConfigurableTask:
+def rows_task(
+    name: str, docs: list[Doc], task: Task | None = None, until: Sequence[str] = ()
+) -> ConfigurableTask:
     """Make an evaluation of rows.
 
     Args:
@@ -52,7 +59,8 @@ def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> Configura
         docs: its rows: "item", "prompt", "target".
         task: reads all replies back and scores them together by its `reply_metrics`; where it has
             classes, accuracy is counted row by row besides. None: a reply is right if it is the
-            target.
+            target, and ROUGE and chrF tell how close it comes.
+        until: texts that end a reply, besides the closing token.
     """
     targets = [doc["target"] for doc in docs]
     reads, counted = "exact", ["exact_match"]
@@ -63,6 +71,8 @@ def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> Configura
         protocol = "the reply is read back by the task and scored by its own metrics; greedy"
         metrics = {metric: _of_all(task, metric) for metric in task.reply_metrics(targets, targets)}
     metrics |= dict.fromkeys(counted, "mean")
+    if task is None:
+        metrics |= dict.fromkeys(ROUGE, "mean") | {"chrf": _chrf}
 
     def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
         return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
@@ -77,12 +87,17 @@ def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> Configura
         "doc_to_text": "prompt",
         "doc_to_target": "target",
         "generation_kwargs": {
-            "until": [],
+            "until": [*until],
             "max_gen_toks": longest,
             "do_sample": False,
             "temperature": 0.0,
         },
-        "filter_list": [{"name": reads, "filter": [{"function": Exact, "metrics": counted}]}],
+        "filter_list": [
+            {
+                "name": reads,
+                "filter": [{"function": Exact, "metrics": counted, "close": task is None}],
+            }
+        ],
         "process_results": scores,
         "metric_list": [
             {"metric": metric, "aggregation": aggregation, "higher_is_better": True}
@@ -94,34 +109,32 @@ def rows_task(name: str, docs: list[Doc], task: Task | None = None) -> Configura
         return ConfigurableTask(config=config)
 
 
+def _chrf(pairs: list[tuple[str, str]]) -> float:
+    replies, targets = zip(*pairs, strict=True)
+    return chrf([reply.strip() for reply in replies], [target.strip() for target in targets])
+
+
 def _of_all(task: Task, metric: str) -> Callable[[list[Any]], float]:
     """Return the score of all pairs of reply and target together."""
     return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
 
-def of_task(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> ConfigurableTask:
-    """Make an evaluation of the prompts and responses of a registered task.
-
-    Args:
-        config: the evaluation.
-        tokenizer: its chat template writes the prompts, where one does.
+def of_rows(
+    name: str, rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase
+) -> ConfigurableTask:
+    """Make an evaluation of rows with prompts and responses; of a chat the last answer is asked.
 
     Raises:
-        ConfigError: there are several tasks, the name is not registered, its rows are not scored by
-            their responses, or there are none.
-        DataError: a row is not what the task expects.
+        DataError: the chat template refuses a row.
     """
-    task, name = replied_task(config), config.tasks[0]
-    task.settle(tokenizer.chat_template is not None, None)
     docs = []
-    for number, scored in enumerate(scored_rows(task, config)):
-        row = as_prompt(scored, tokenizer)
-        if "prompt" not in row:
-            raise DataError(
-                f"{name}, row {number + 1}: no prompt and response, so no reply can be scored."
-            )
+    for number, written in enumerate(rows):
+        row = as_prompt(written, tokenizer)
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
-    return rows_task(name, docs, task if task.reads_replies else None)
+    chat = any("messages" in row for row in rows)
+    end = closing(tokenizer) if chat else ""
+    until = [end] if end and end != tokenizer.eos_token else []
+    return rows_task(name, docs, task if task.reads_replies else None, until)
 
 
 def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
