@@ -15,6 +15,7 @@ from tlora.errors import DataError
 from tlora.evaluate import evaluate
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.written_rows import WrittenRows
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import train
 
@@ -154,8 +155,9 @@ def test_a_limit_counts_for_loss_and_replies_alike(llama_folder, here):
     assert half == {"base": pytest.approx(whole["base"], abs=1e-6)}
 
 
-def test_rows_of_both_kinds_are_refused(llama_folder, here):
+def test_texts_need_a_backend_that_tells_their_loss(llama_folder, here):
     file = written("texts.jsonl", [{"text": "so"}])
-    more = written("rows.jsonl", [{"prompt": "3?", "response": "3"}])
-    with pytest.raises(DataError, match="some rows have prompts and some none"):
-        scores(models=[llama_folder], test_file=f"{file},{more}", data=DataConfig(format="raw"))
+    config = EvalConfig(models=["m"], tasks=["jsonl"], test_file=file, backend="vllm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    with pytest.raises(DataError, match="jsonl: texts have a loss alone, which vLLM does not"):
+        WrittenRows(config, tokenizer)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tlora.evaluations.utils import Doc, Reading
 
+_GREEDY = {"do_sample": False, "temperature": 0.0}
 _SPACE = 8  # tokens of white space and of the end
 
 
@@ -63,22 +64,23 @@ def rows_task(
         until: texts that end a reply, besides the closing token.
     """
     targets = [doc["target"] for doc in docs]
-    reads, counted = "exact", ["exact_match"]
-    protocol = "the reply is the row's response, white space at its ends aside; greedy"
-    metrics: dict[str, Any] = {}
-    if task is not None:
+    metrics: dict[str, Any]
+    if task is None:
+        reads, counted = "exact", ["exact_match"]
+        protocol = "the reply is the row's response, white space at its ends aside; greedy"
+        metrics = dict.fromkeys((*counted, *ROUGE), "mean") | {"chrf": _chrf}
+    else:
         reads, counted = "task", ["accuracy"] if task.label_names else []
         protocol = "the reply is read back by the task and scored by its own metrics; greedy"
         metrics = {metric: _of_all(task, metric) for metric in task.reply_metrics(targets, targets)}
-    metrics |= dict.fromkeys(counted, "mean")
-    if task is None:
-        metrics |= dict.fromkeys(ROUGE, "mean") | {"chrf": _chrf}
+        metrics |= dict.fromkeys(counted, "mean")
 
     def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
         return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
 
     # As far as the longest response could go, at a token a byte.
     longest = max(len(target.strip().encode()) for target in targets) + _SPACE
+    compared = {"function": Exact, "metrics": counted, "close": task is None}
     config = {
         "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
@@ -86,18 +88,8 @@ def rows_task(
         "num_fewshot": 0,
         "doc_to_text": "prompt",
         "doc_to_target": "target",
-        "generation_kwargs": {
-            "until": [*until],
-            "max_gen_toks": longest,
-            "do_sample": False,
-            "temperature": 0.0,
-        },
-        "filter_list": [
-            {
-                "name": reads,
-                "filter": [{"function": Exact, "metrics": counted, "close": task is None}],
-            }
-        ],
+        "generation_kwargs": _GREEDY | {"until": [*until], "max_gen_toks": longest},
+        "filter_list": [{"name": reads, "filter": [compared]}],
         "process_results": scores,
         "metric_list": [
             {"metric": metric, "aggregation": aggregation, "higher_is_better": True}

@@ -45,14 +45,13 @@ class WrittenRows:
         # Tasks that read replies have scores of their own; vLLM keeps its model to itself.
         self._likely = not self._task.reads_replies and config.backend == "hf"
         self._replies = None
-        texts = sum("text" in row for row in rows)
-        if texts == 0:
+        if "text" not in rows[0]:  # rows of a file have one shape
             self._replies = HarnessTask(of_rows(name, rows, self._task, tokenizer), config)
-        elif texts < len(rows):
-            raise DataError(f"{name}: some rows have prompts and some none; evaluate them apart.")
         elif not self._likely:
             raise DataError(f"{name}: texts have a loss alone, which vLLM does not tell.")
-        self.protocol = self._replies.protocol if self._replies else "texts; the loss of all tokens"
+        said = [self._replies.protocol] if self._replies else []
+        said += ["loss in nats, by token, of what training would learn"] if self._likely else []
+        self.protocol = "; ".join(said)
 
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
