@@ -103,6 +103,7 @@ def train(config: RunConfig) -> None:
 
 def chat(config: ChatConfig) -> None:
     """Talk to a run, an adapter or a model."""
+    no_bars_in_batch_jobs()
     from tlora.chat.chat import run
 
     run(config, sys.stdin, _show)

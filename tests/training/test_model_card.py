@@ -71,6 +71,7 @@ def test_a_card_says_what_the_adapter_is(config, other_sums, llama_folder):
     assert float(facts["loss"]) == pytest.approx(metrics["loss"], rel=1e-3)
     assert float(facts["perplexity"]) == pytest.approx(math.exp(metrics["loss"]), rel=1e-3)
     assert "On other-sums.jsonl (24 rows):" in text_of(run)
+    assert facts.keys().isdisjoint({"epoch", "num_tokens"})
 
 
 def test_the_command_of_a_card_is_the_run_on_files_of_these_names(config, other_sums):

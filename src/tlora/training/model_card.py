@@ -29,6 +29,7 @@ _OF_THE_MACHINE = ("output_dir", "resume")
 _LOCAL = ("/", "./", "../", "~")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `--max-lora-rank` takes."""
+_NO_SCORES = ("epoch", "num_tokens")
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
 
 
@@ -190,7 +191,7 @@ def _rows(files: str | None, rows: Any, otherwise: str) -> str:
 
 def _scores(setup: Setup, scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in scores.items():
-        if isinstance(value, (int, float)) and name != "epoch":
+        if isinstance(value, (int, float)) and name not in _NO_SCORES:
             yield name, f"{value:.4g}"
     loss = scores.get("loss")
     if setup.task.kind == "causal" and isinstance(loss, float) and loss < math.log(1e6):

@@ -9,7 +9,8 @@
     initial.safetensors  A and B before training, if the method decides them
     log.jsonl          every line that the trainer logs
     checkpoints/       the trainer's checkpoint-N folders, each with a manifest.json
-    adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer
+    adapter/           the final plain PEFT adapter (of `full`: the model), with the tokenizer and a
+                       model card
     metrics.json       the scores, where there are rows to evaluate on
     .lock              while a process is at the run
 
