@@ -15,6 +15,7 @@ from tlora.evaluate import loading, run_format
 from tlora.evaluate.class_order import class_names, run_of
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.models.greedy import end_tokens, greedy
+from tlora.models.pretrained import positions_of, set_token_ids
 from tlora.registry import TASKS
 from tlora.tasks import formats, rendering, tokens
 from tlora.tasks.base import LONGEST
@@ -155,9 +156,8 @@ class Writer:
         return ids
 
     def _longest(self) -> int:
-        own = self.model.config.get_text_config()
-        said = [getattr(own, name, None) for name in ("max_position_embeddings", "n_positions")]
-        return min([self.tokenizer.model_max_length, *(n for n in said if isinstance(n, int))])
+        longest: int = self.tokenizer.model_max_length
+        return min(longest, positions_of(self.model.config) or longest)
 
     def _closings(self) -> list[str]:
         """Return the texts that end a reply, besides the closing token."""
@@ -234,8 +234,7 @@ class Classifier:
         self._longest = data.max_length or LONGEST
         self.tokenizer = loading.load_tokenizer(evaluated, given)
         self.model = loading.load(evaluated, given, **head)
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_token_ids(self.model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         by_id = self.model.config.id2label
         self._names = names or [str(by_id[number]) for number in sorted(by_id)]
         self._numbers = self._numbers or len(self._names) == 1

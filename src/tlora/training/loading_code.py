@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlora.tasks import formats
 from tlora.tasks.base import Row
@@ -70,12 +70,7 @@ def of(setup: Setup, adapter: bool) -> Code:
 
 def _head(setup: Setup) -> str:
     """Return the arguments that give the base the trained head's shape and labels."""
-    names = setup.task.label_names or ["value"]
-    fields: dict[str, Any] = setup.task.head | {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-        "ignore_mismatched_sizes": True,
-    }
+    fields = setup.head_fields() | {"ignore_mismatched_sizes": True}
     given = [f"    {name}={value!r},\n" for name, value in fields.items()]
     return f",\n{''.join(given)}"
 
