@@ -50,7 +50,7 @@ def test_the_code_of_a_base_model_runs_only_if_trusted(hostile):
 def test_no_verb_trusts_code_by_default():
     records = [verb.record for verb in cli.VERBS.values()]
     trusting = [record for record in records if hasattr(record, "trust_remote_code")]
-    assert len(trusting) == 4
+    assert len(trusting) == 5
     assert not any(record.trust_remote_code for record in trusting)
     assert not any(getattr(record, "allow_code_execution", False) for record in records)
 
