@@ -1,4 +1,5 @@
 import logging
+import os
 from types import SimpleNamespace
 
 import peft
@@ -9,6 +10,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from tlora.training import screen, train
 from tlora.training.screen import INTERVAL, ScreenCallback, trained_parameters
+from tlora.verbconfig import no_bars_in_batch_jobs
 
 
 class Memory:
@@ -137,6 +139,17 @@ def test_what_trains_counts_heads_once_and_their_copies_never(tiny_llama, bias):
     assert text.startswith(f"{trained:,} of {total + adapter:,} parameters train")
     said = dict(part.rsplit(" ", 1) for part in text.partition(": ")[2].split(", "))
     assert said == {name: f"{count:,}" for name, count in parts.items() if count}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_loading_shows_bars_on_a_terminal_alone(monkeypatch, terminal):
+    names = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal))
+    no_bars_in_batch_jobs()
+    assert [os.environ.get(name) for name in names] == [None if terminal else "1"] * 2
 
 
 def test_a_model_that_trains_whole_is_all_of_itself(tiny_llama):
