@@ -163,3 +163,10 @@ def test_offline_a_name_that_is_not_in_the_cache_is_refused(asked, monkeypatch, 
         return
     with pytest.raises(ConfigError, match=r"no folder 'no/such', and no model .* cache; check"):
         pretrained.check_hub("no/such", "config.json")
+
+
+def test_a_folder_without_a_vocabulary_is_told_what_it_lacks(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json or other vocabulary; copy"):
+        Pretrained(name=str(folder)).tokenizer()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from tlora.models.missing import drawn_weights
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_TOKENIZER = re.compile(r"^(tokenizer|vocab|spiece|sentencepiece)\.|\.(model|tiktoken)$")
+"""Names of files that hold a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +224,13 @@ def readable(name: str, part: str) -> Iterator[None]:
     except (TLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        files = (file.name for file in Path(name).glob("*"))
+        if part == "tokenizer" and Path(name).is_dir() and not any(map(_TOKENIZER.search, files)):
+            raise ConfigError(
+                f"{name!r} has no tokenizer.json or other vocabulary; copy the tokenizer's files"
+                " into it.",
+                where="model",
+            ) from error
         what = repr(name) if part == "model" else f"the {part} of {name!r}"
         raise ConfigError(
             f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another folder or"
