@@ -22,6 +22,15 @@ COMMANDS = (
     ("train --model {}/nowhere --train_file {}/rows.jsonl", "there is no folder '{}/nowhere'"),
     ("train --train_file {}/rows.jsonl", "`model` is missing"),
     ("train --model {}/empty --train_file {}/rows.jsonl", "{}/empty has no config.json"),
+    ("train --model {}/rows.jsonl", "{}/rows.jsonl is a file; give the folder of a model"),
+    (
+        "train --model no/such --train_file {}/rows.jsonl",
+        "no model of this name in the Hub's cache",
+    ),
+    (
+        "train --model {}/model --train_file {}/empty",
+        "{}/empty is a folder; give the path of a file",
+    ),
     ("train --model {}/model", "no training rows; give --train_file or --data.dataset"),
     ("train --model {}/model --train_file {}/no.jsonl", "{}/no.jsonl: there is no such file"),
     ("train --model {}/model --train_file {}/rows.xml", "files of kind '.xml' are not read"),
@@ -82,6 +91,7 @@ COMMANDS = (
     (f"{EVAL} --tasks humaneval-paper", "'humaneval-paper' runs the programs that the model"),
     (f"{EVAL} --tasks humaneval", "'humaneval' of lm-evaluation-harness runs programs"),
     (f"{EVAL} --tasks gsm8k-paper --data_dir {{}}", "{} has none of gsm8k/test.jsonl"),
+    (f"{EVAL} --tasks jsonl", "'jsonl' is one to train on; give --test_file"),
     (f"{EVAL} --tasks jsonl --test_file {{}}/no.jsonl", "{}/no.jsonl: there is no such file"),
     (f"{EVAL} --tasks sst2 --test_file {{}}/rows.jsonl", "'sst2' has labels, and the models"),
     (f"{EVAL} --tasks swag --data.prompt_column q", "evaluations have their own; give --test_file"),

@@ -37,3 +37,13 @@ def test_an_alias_of_another_value_is_that_value(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("trainer: &a {max_steps: 5}\nadapter: *a")
     assert read_yaml(file) == {"trainer": {"max_steps": 5}, "adapter": {"max_steps": 5}}
+
+
+def test_the_line_of_a_mistake_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("methods: [a]\nseed: 3\n  resume: true\n")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: not YAML \(line 3: mapping values"
+    ) as caught:
+        read_yaml(file)
+    assert "unicode string" not in str(caught.value)

@@ -370,7 +370,10 @@ def _show(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"tlora: {text}\n")
+    if "tqdm" in sys.modules:  # a progress bar is drawn again below the text, not before it
+        sys.modules["tqdm"].tqdm.write(f"tlora: {text}", file=sys.stderr)
+    else:
+        sys.stderr.write(f"tlora: {text}\n")
 
 
 if __name__ == "__main__":

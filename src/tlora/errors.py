@@ -245,6 +245,13 @@ _MEANT = {
     "steps": "max_steps",
     "warmup": "warmup_steps",
     "output": "output_dir",
+    "model_name_or_path": "model",
+    "train_data": "train_file",
+    "max_seq_length": "max_length",
+    "num_epochs": "num_train_epochs",
+    "load_in_4bit": "quantization",
+    "prompt": "prompt_column",
+    "response": "response_column",
 }
 """What is often called otherwise, and our name of it (PEFT's and transformers')."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from tlora.checks import Section, hints, is_section, takes
@@ -18,6 +18,8 @@ from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
 from tlora.registry import METHODS
+from tlora.training.argumentfields import declared_fields
+from tlora.training.kinds import KINDS
 from tlora.training.runconfig import RunConfig
 from tlora.yamlfiles import read_value, read_yaml
 
@@ -112,6 +114,7 @@ def _read_words(
             flags.append((name, _read(fields, name, text)))
         else:
             names = [f"--{each}" for each in [*fields, *lists, "help", "print_config"]]
+            names += _trained_with() if "preset" in lists else []
             yield f"there is no flag `{flag}`.{_hint(flag, names, fields)}"
     if alone and found:
         flags.append((alone, found if fields[alone].item else found[0]))
@@ -121,17 +124,27 @@ def _takes(name: str, fields: dict[str, Field]) -> bool:
     return name in fields or any(f.open and name.startswith(f"{n}.") for n, f in fields.items())
 
 
-def _hint(name: str, known: Iterable[str], fields: dict[str, Field]) -> str:
+def _trained_with() -> list[str]:
+    """Return the flags of what stands below `adapter` and `trainer` in a run of the defaults."""
+    options = [field.name for field in dataclasses.fields(METHODS.load(RunConfig.method).options)]
+    trainer = declared_fields(KINDS["causal"].arguments)
+    return [*(f"--adapter.{each}" for each in options), *(f"--trainer.{each}" for each in trainer)]
+
+
+def _hint(name: str, known: list[str], fields: dict[str, Field]) -> str:
     """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
     if name in ("--dry_run", "--dry-run"):
         return " `tlora init --dry_run` shows what a run of the same flags takes."
     if name == "--resume":
         return " Rerun the same command to continue: no flag is needed."
     dashes, words = "--" if name.startswith("--") else "", name.split(".")
+    own = f"{words[0].removeprefix(dashes)}."
+    known_section = any(each.startswith(own) for each in fields)
     below = [
         ".".join([f"{dashes}{section}", *words[depth:]])
         for section, field in fields.items()
         if field.open and len(words) > (depth := section.count(".") + 1)
+        if section.startswith(own) or not known_section
     ]
     return did_you_mean(name, [*known, *below])
 

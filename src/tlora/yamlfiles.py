@@ -52,6 +52,10 @@ def _loaded(text: str) -> Any:
 
     try:
         return yaml.load(text, _loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{line}{error.problem or error.context}") from error
     # A value that its tag does not fit (`!!int x`) meets Python's own errors.
     except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error

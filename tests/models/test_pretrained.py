@@ -151,3 +151,22 @@ def test_a_model_whose_repository_lacks_the_file_is_for_its_reader(asked):
     questions = asked(of_hub(hub.EntryNotFoundError, "404"))
     pretrained.check_hub("no/such", "config.json")
     assert len(questions) == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_offline_a_name_that_is_not_in_the_cache_is_refused(asked, monkeypatch, tmp_path, cached):
+    asked(of_hub(hub.OfflineModeIsEnabled, "offline"))
+    monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_CACHE", str(tmp_path))
+    if cached:  # in part: whoever reads it says what it lacks
+        (tmp_path / "models--no--such").mkdir()
+        pretrained.check_hub("no/such", "config.json")
+        return
+    with pytest.raises(ConfigError, match=r"no folder 'no/such', and no model .* cache; check"):
+        pretrained.check_hub("no/such", "config.json")
+
+
+def test_a_folder_without_a_vocabulary_is_told_what_it_lacks(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json or other vocabulary; copy"):
+        Pretrained(name=str(folder)).tokenizer()

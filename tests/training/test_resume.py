@@ -282,5 +282,6 @@ def test_resuming_on_other_rows_or_another_model_is_refused(cut, tmp_path, name)
         with pytest.raises(ConfigError) as caught:
             resumed(folder)
         (fault,) = caught.value.faults
-        assert fault.startswith(f"`{name}`, {other}, has changed or is gone since")
+        says = "is gone; put it back, or give its new path" if gone else "has changed since the run"
+        assert fault.startswith(f"`{name}`, {other}, {says}")
     assert sorted(folder.path.rglob("*")) == before

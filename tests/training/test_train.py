@@ -115,7 +115,11 @@ def test_init_and_train_plan_the_same(config):
     ("fields", "error", "message"),
     [
         ({"model": None}, ConfigError, "`model` is missing; give --model"),
-        ({"model": "no/such-model"}, ConfigError, "the tokenizer of 'no/such-model' cannot be"),
+        (
+            {"model": "no/such-model"},
+            ConfigError,
+            "there is no folder 'no/such-model', and no model of",
+        ),
         ({"task": "gsm9k"}, ConfigError, "no task 'gsm9k'. Did you mean 'gsm8k'"),
         (
             {"trainer": {"learning_rat": 1e-3}},

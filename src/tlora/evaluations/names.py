@@ -53,10 +53,12 @@ def check_tasks(
     unsafe: list[str] = []
     if others:
         known = _HarnessFiles.read() if theirs is None else theirs
+        # Words like `jsonl` stand in their files, but name nothing there.
+        rows = {name for name in others if name in TASKS.names()}.difference(known)
         faults = [
             f"there is no task {name!r}.{_hint(name, known)}"
             for name in others
-            if name not in known and not Path(name).is_file()
+            if (not Path(name).is_file() and name not in known) or name in rows
         ]
         if theirs is None:
             unsafe = [name for name in others if _HarnessFiles.read().runs_programs(name)]

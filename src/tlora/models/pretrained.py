@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from tlora.models.missing import drawn_weights
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_TOKENIZER = re.compile(r"^(tokenizer|vocab|spiece|sentencepiece)\.|\.(model|tiktoken)$")
+"""Names of files that hold a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +224,13 @@ def readable(name: str, part: str) -> Iterator[None]:
     except (TLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        files = (file.name for file in Path(name).glob("*"))
+        if part == "tokenizer" and Path(name).is_dir() and not any(map(_TOKENIZER.search, files)):
+            raise ConfigError(
+                f"{name!r} has no tokenizer.json or other vocabulary; copy the tokenizer's files"
+                " into it.",
+                where="model",
+            ) from error
         what = repr(name) if part == "model" else f"the {part} of {name!r}"
         raise ConfigError(
             f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another folder or"
@@ -232,9 +243,11 @@ def check_model_folder(model: str | None) -> None:
     """Refuse a name that looks like a folder but is not a model's; a name on the Hub passes.
 
     Raises:
-        ConfigError: the folder does not exist, or has no config.json.
+        ConfigError: the folder does not exist, has no config.json, or is a file.
     """
     path = Path(str(model))
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; give the folder of a model.", "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
@@ -276,7 +289,13 @@ def check_hub(name: str, *files: str) -> None:
         fault = f"the Hub gives {name!r} to those alone who may read it; accept its terms, log in."
     except hub.errors.RepositoryNotFoundError:
         fault = f"there is no folder {name!r}, and no model of this name on the Hub."
-    except (hub.errors.EntryNotFoundError, hub.errors.OfflineModeIsEnabled, ValueError):
+    except hub.errors.OfflineModeIsEnabled:
+        cached = hub.file_download.repo_folder_name(repo_id=name, repo_type="model")
+        if Path(hub.constants.HF_HUB_CACHE, cached).is_dir():
+            return
+        fault = f"there is no folder {name!r}, and no model of this name in the Hub's cache; check"
+        fault += " the path, or unset HF_HUB_OFFLINE to download it."
+    except (hub.errors.EntryNotFoundError, ValueError):
         return
     except Exception as error:  # the client's HTTP library depends on its version
         fault = f"there is no folder {name!r}, and the Hub cannot be asked ({first_line(error)})."

@@ -42,6 +42,8 @@ def existing_file(path: str) -> Path:
     Raises:
         DataError: it is not.
     """
+    if Path(path).is_dir():
+        raise DataError(f"{path} is a folder; give the path of a file with rows.")
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file; give the path of a file with rows.")
     return Path(path)

@@ -11,7 +11,7 @@ from tlora import extras
 from tlora.errors import ConfigError, Faults
 from tlora.evaluations import names
 from tlora.files import refuse_unusable
-from tlora.models.pretrained import check_model_folder
+from tlora.models.pretrained import check_hub, check_model_folder
 from tlora.registry import TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.rendering import named_template
@@ -64,6 +64,8 @@ def check_without_rows(config: RunConfig) -> None:
             advice = "give --model, a folder or a name on the Hub"
             raise ConfigError(f"`model` is missing; {advice}.", "run")
         check_model_folder(config.model)
+        if not Path(config.model).exists():
+            check_hub(config.model, "config.json")
     with faults:
         if config.quantization != "none":
             extras.require("quantized", where="quantization")

@@ -178,8 +178,11 @@ class RunFolder:
         """
         config = self.config()
         faults = [
-            f"`{name}`, {config.get(name)}, has changed or is gone since the run was started; put"
-            " it back as it was, or start a new run in another --output_dir."
+            f"`{name}`, {config.get(name)}, has changed since the run was started; put it back as"
+            " it was, or start a new run in another --output_dir."
+            if name in inputs
+            else f"`{name}`, {config.get(name)}, is gone; put it back, or give its new path by"
+            f" --{name}."
             for name, before in self.inputs().items()
             if inputs.get(name) != before
         ]
