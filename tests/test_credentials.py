@@ -113,6 +113,16 @@ def test_a_number_is_one_and_a_name_that_looks_alike_is_none():
     RunConfig(trainer={"hub_token": None, "eos_token": "<|end_of_text|>"}, model="hf://a/b@main")
 
 
+@pytest.mark.parametrize("key", ["sk-", "sk-proj-", "sk-ant-api03-", "sk-or-v1-"])
+def test_keys_of_services_are_told_from_names_with_a_language_code(key):
+    planted = f"{key}4planted5PLANTED6planted"
+    assert redacted(f"refused {planted}.") == f"refused {HIDDEN}."
+    with pytest.raises(ConfigError, match="`model` holds a credential"):
+        RunConfig(model=planted)
+    name = "org/opus-mt-sk-en-finetuned-v2-large"
+    assert RunConfig(model=name).model == redacted(name) == name
+
+
 def test_a_mapping_that_holds_itself_is_searched_once():
     value = {"token": PLAIN}
     value["again"] = [value]

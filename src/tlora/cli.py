@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tlora import __version__, extras, presets
 from tlora.chat.chatconfig import ChatConfig
 from tlora.compare.compareconfig import CompareConfig
-from tlora.credentials import RedactingFormatter, redacted
+from tlora.credentials import RedactingFormatter, printable, redacted
 from tlora.errors import (
     ArtifactError,
     ConfigError,
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         fault = error if isinstance(error, TLoraError) else system_fault(error)
         if fault is None:
-            sys.stderr.write(redacted(traceback.format_exc()))
+            sys.stderr.write(printable(redacted(traceback.format_exc())))
             return 1
         _complain(str(fault))
         return fault.exit_code
@@ -365,15 +365,15 @@ def _say(text: str) -> None:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _complain(text: str) -> None:
     if "tqdm" in sys.modules:  # a progress bar is drawn again below the text, not before it
-        sys.modules["tqdm"].tqdm.write(f"tlora: {text}", file=sys.stderr)
+        sys.modules["tqdm"].tqdm.write(f"tlora: {printable(text)}", file=sys.stderr)
     else:
-        sys.stderr.write(f"tlora: {text}\n")
+        sys.stderr.write(f"tlora: {printable(text)}\n")
 
 
 if __name__ == "__main__":

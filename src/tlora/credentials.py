@@ -20,7 +20,8 @@ _NAME = (
 _NAMED = re.compile(_NAME, re.IGNORECASE)
 _FORM = re.compile(
     r"\b(?:hf_(?:oauth_|jwt_)?(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic
+    # OpenAI, Anthropic and others; `opus-mt-sk-en-finetuned-v2` is a name.
+    r"|sk-(?:(?:proj|ant|svcacct|admin|None|or|lf)-[\w-]{16,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16,})"
     r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}"  # AWS, Google, Slack
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"  # JSON web tokens
@@ -38,6 +39,7 @@ _GIVEN = re.compile(
 _SHORTEST = 12
 """Characters of a value of the environment that is looked for; a shorter one may be a word."""
 HIDDEN = "[hidden]"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_secret_name(name: str) -> bool:
@@ -89,12 +91,18 @@ def redacted(text: str) -> str:
     return _GIVEN.sub(rf"\g<head>{HIDDEN}", text)
 
 
+def printable(text: str) -> str:
+    """Return a text without what moves a terminal's cursor, colors it or writes its title."""
+    return _CONTROL.sub("", text)
+
+
 class RedactingFormatter(logging.Formatter):
-    """Formats the lines of a log so that they show no credential, whichever library logs one."""
+    """Formats the lines of a log so that they show no credential and stay plain text, whichever
+    library logs them."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        return redacted(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 def _advice(name: str) -> str:

@@ -37,6 +37,14 @@ def test_a_changed_record_is_named_with_the_way_out(folder):
         folder.record("lora")
 
 
+def test_the_record_of_another_run_is_named(folder):
+    folder.write_record("dora", {"status": "finished", "scores": {"loss": 0.9}})
+    folder.record_file("lora").write_bytes(folder.record_file("dora").read_bytes())
+    assert folder.record("dora")["scores"] == {"loss": 0.9}
+    with pytest.raises(ArtifactError, match=r"lora\.json: this is the record of .* 'dora'; remove"):
+        folder.record("lora")
+
+
 def test_a_changed_comparison_is_named(folder):
     file = folder.path / "compare.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"metric": "f1"}))

@@ -166,7 +166,7 @@ class Trainer:
 
 def test_a_trainer_seals_before_it_deletes_and_pickles_no_arguments(tmp_path):
     trainer = Trainer(tmp_path)
-    guard_checkpoints(trainer)
+    guard_checkpoints(trainer, lambda: "mine")
     for step in (2, 4):
         trainer.state.global_step = step
         trainer._save_checkpoint(None, None)
@@ -174,7 +174,8 @@ def test_a_trainer_seals_before_it_deletes_and_pickles_no_arguments(tmp_path):
         assert trainer.seen is None
         assert trainer.args.save_total_limit == 1
         (left,) = tmp_path.iterdir()
-        assert damage(left) is None
+        assert damage(left, "mine") is None
+        assert damage(left, "other") == f"{left / MANIFEST} is of another run"
         assert left.name == f"checkpoint-{step}"
         assert not [*left.rglob("training_args*")]
         assert all(b"hf_secret" not in f.read_bytes() for f in left.rglob("*") if f.is_file())
@@ -182,8 +183,9 @@ def test_a_trainer_seals_before_it_deletes_and_pickles_no_arguments(tmp_path):
 
 def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path):
     trainer = Trainer(tmp_path)
-    guard_checkpoints(trainer)
+    guard_checkpoints(trainer, lambda: "mine")
     best = write_checkpoint(tmp_path, 2)
+    seal(best, "mine")
     trainer.state.best_model_checkpoint = "where/the/run/was/checkpoint-2"
     trainer._load_best_model()
     assert trainer.loaded

@@ -1,6 +1,7 @@
 """What is damaged in a run is named or passed over; the weights come out as of a whole one."""
 
 import json
+import shutil
 
 import pytest
 
@@ -63,6 +64,39 @@ def test_a_damaged_plan_is_named(cut, method, name, place):
     flip(folder.path / f"{name}.safetensors", place)
     with pytest.raises(ArtifactError, match=rf"{name}\.safetensors: not a readable safetensors"):
         resumed(folder)
+
+
+@pytest.fixture
+def other_run(config):
+    """Make a finished run with other fields, whose files are whole too."""
+    return lambda method, **fields: train.run(config("other", method=method, **fields))
+
+
+@pytest.mark.parametrize(("method", "name"), [("tlora", "plan"), ("pissa", "initial")])
+def test_the_plan_of_another_run_is_refused(cut, other_run, whole, method, name):
+    folder = cut(method)
+    file = folder.path / f"{name}.safetensors"
+    file.write_bytes((other_run(method, adapter={"r": 2}).path / file.name).read_bytes())
+    with pytest.raises(ArtifactError, match=rf"{name}\.safetensors: it is not the plan that this"):
+        resumed(folder)
+    file.unlink()  # as the sentence says
+    assert weights(resumed(folder)) == whole(method)
+
+
+def test_the_checkpoint_of_another_run_is_passed_over(cut, other_run, whole, caplog):
+    folder = cut("lora", step=5)
+    newest = folder.checkpoints / "checkpoint-4"
+    shutil.rmtree(newest)
+    shutil.copytree(other_run("lora", seed=1).checkpoints / "checkpoint-4", newest)
+    assert weights(resumed(folder)) == whole("lora")
+    assert "manifest.json is of another run; the run resumes from checkpoint-2." in caplog.text
+
+
+def test_a_copied_and_a_resumed_run_keep_their_id(cut):
+    folder = cut()
+    before = folder.run_id()
+    assert before
+    assert resumed(folder).run_id() == before
 
 
 def test_an_edited_seed_is_refused_in_a_sentence(cut, capsys):

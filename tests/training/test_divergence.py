@@ -178,6 +178,20 @@ def test_weights_are_checked_before_they_are_saved_although_the_loss_is_finite(
     assert not [*tmp_path.rglob("checkpoint-*")]
 
 
+def test_a_last_step_that_only_the_evaluation_shows_to_be_wild_is_not_finished(config, other_sums):
+    wild = {"learning_rate": 1e37, "max_steps": 1}
+    for _ in range(2):
+        with pytest.raises(
+            DivergenceError, match=r"diverged by step 1, the last: the loss on the evaluation rows"
+        ) as fault:
+            train.run(config(eval_file=other_sums, trainer=wild))
+        assert fault.value.step == 1
+        folder = RunFolder(config().output_dir)
+        assert not folder.finished
+        assert not folder.adapter.exists()
+        assert not folder.metrics.exists()
+
+
 def test_an_adapter_that_is_not_finite_is_not_written(config, tmp_path):
     setup = settle(config())
     prepared = initialize.adapt(setup, "cpu")

@@ -66,7 +66,7 @@ class CompareFolder:
         """Return the record of the run ``name``, or None if it has not run.
 
         Raises:
-            ArtifactError: the file is damaged or something else.
+            ArtifactError: the file is damaged, another run's or something else.
         """
         file = self.record_file(name)
         if not file.is_file():
@@ -74,11 +74,16 @@ class CompareFolder:
         record = read_state(file, "remove it, and its run is done again")
         if not isinstance(record, dict) or record.get("kind") != RUN_HEADER["kind"]:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
+        if record.get("name") != name:
+            raise ArtifactError(
+                f"{file}: this is the record of the run {record.get('name')!r}; remove it, and the"
+                " file's own run is done again."
+            )
         return record
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run, atomically."""
-        write_state(self.record_file(name), RUN_HEADER | record)
+        write_state(self.record_file(name), RUN_HEADER | record | {"name": name})
 
     def names(self) -> list[str]:
         """Return the names of all records."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,15 @@ _STATE = (
 )
 
 
-def guard_checkpoints(trainer: Any) -> None:
+def guard_checkpoints(trainer: Any, run_id: Callable[[], str | None]) -> None:
     """Let a trainer seal its checkpoints, and leave its pickled arguments out of them.
 
     The manifest is written before old checkpoints are deleted, so that a whole one is there at any
     moment; a callback would come after that, hence the trainer's own methods.
+
+    Args:
+        trainer: of transformers or TRL.
+        run_id: returns what tells the run's checkpoints from another run's, once training started.
     """
     save_checkpoint, load_best = trainer._save_checkpoint, trainer._load_best_model
     arguments = trainer.args
@@ -53,7 +57,7 @@ def guard_checkpoints(trainer: Any) -> None:
         trainer.accelerator.wait_for_everyone()
         if arguments.should_save:
             folder, step = Path(arguments.output_dir), trainer.state.global_step
-            seal(folder / f"checkpoint-{step}")
+            seal(folder / f"checkpoint-{step}", run_id())
             best = trainer.state.best_model_checkpoint
             delete_old(folder, limit, Path(best) if best else None)
 
@@ -61,7 +65,7 @@ def guard_checkpoints(trainer: Any) -> None:
         # A resumed run may lie in another place than the one that its state names.
         best = Path(arguments.output_dir) / Path(trainer.state.best_model_checkpoint).name
         trainer.state.best_model_checkpoint = str(best)
-        if found := damage(best):
+        if found := damage(best, run_id()):
             raise ArtifactError(
                 f"{found}; delete this checkpoint, which is the best, and all later ones, and"
                 " resume the run."
@@ -71,6 +75,36 @@ def guard_checkpoints(trainer: Any) -> None:
     trainer._save_checkpoint, trainer._load_best_model = save_whole, load_whole
     trainer._save = _leaves_arguments_out(trainer._save)
     trainer._push_from_checkpoint = _leaves_arguments_out(trainer._push_from_checkpoint)
+
+
+def train_from(trainer: Any, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint on if there is one, to what an uninterrupted training gives.
+
+    From the checkpoint of its last step a trainer would take a step more, and it counts an early
+    stopping's patience anew. So that count is restored, and of a training that had come to its end
+    the weights are loaded, no more.
+    """
+    from transformers import EarlyStoppingCallback, TrainerState
+
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    ended = state.global_step >= state.max_steps
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            saved = state.stateful_callbacks[type(callback).__name__]["attributes"]
+            callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+            ended |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    if not ended:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    state.is_world_process_zero = trainer.is_world_process_zero()
+    state.is_local_process_zero = trainer.is_local_process_zero()
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        trainer._load_best_model()
 
 
 def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
@@ -98,7 +132,7 @@ def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def seal(checkpoint: Path) -> None:
+def seal(checkpoint: Path, run_id: str | None = None) -> None:
     """Write the manifest of a checkpoint that is whole."""
     files = sorted({file for kind in _STATE for file in checkpoint.glob(kind) if file.is_file()})
     entries = {
@@ -108,12 +142,17 @@ def seal(checkpoint: Path) -> None:
         }
         for file in files
     }
-    write_state(checkpoint / MANIFEST, {"step": _step(checkpoint), "files": entries})
+    manifest = {"run": run_id, "step": _step(checkpoint), "files": entries}
+    write_state(checkpoint / MANIFEST, manifest)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with the files of a checkpoint, naming the first that is; None if all
-    are as they were written."""
+def damage(checkpoint: Path, run_id: str | None = None) -> str | None:
+    """Return what is wrong with a checkpoint, naming the first file; None if all are as written.
+
+    Args:
+        checkpoint: the folder.
+        run_id: of the run whose checkpoint it should be; None: any run's.
+    """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{manifest} is missing, so the run was stopped while this checkpoint was written"
@@ -121,33 +160,39 @@ def damage(checkpoint: Path) -> str | None:
         found = read_state(manifest)
     except ArtifactError:
         return f"{manifest} is damaged"
+    if run_id is not None and found["run"] != run_id:
+        return f"{manifest} is of another run"
     if found["step"] != _step(checkpoint):
         return f"{manifest} is of step {found['step']}"
-    for name, entry in found["files"].items():
+    return next(_changed(checkpoint, found["files"]), None)
+
+
+def _changed(checkpoint: Path, entries: dict[str, Any]) -> Iterator[str]:
+    """Say of each file that is missing or changed that it is."""
+    for name, entry in entries.items():
         file = checkpoint / name
         if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != entry["bytes"] or file_digest(file) != entry["sha256"]:
-            return f"{file}: {MISMATCH}"
-    return None
+            yield f"{file} is missing"
+        elif file.stat().st_size != entry["bytes"] or file_digest(file) != entry["sha256"]:
+            yield f"{file}: {MISMATCH}"
 
 
-def last_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint in ``folder`` to resume from; None if there is none."""
-    found = (path for path in reversed(_checkpoints(folder)) if _unusable(path) is None)
+def last_whole(folder: Path, run_id: str | None = None) -> Path | None:
+    """Return the newest checkpoint in ``folder`` to resume a run from; None if there is none."""
+    found = (path for path in reversed(_checkpoints(folder)) if _unusable(path, run_id) is None)
     return next(found, None)
 
 
-def rewind(folder: Path) -> Path | None:
+def rewind(folder: Path, run_id: str | None = None) -> Path | None:
     """Return the newest checkpoint to resume from, and remove the later ones, saying why.
 
     The trainer would write into their folders, and count them as good when it deletes old ones.
     """
-    whole = last_whole(folder)
+    whole = last_whole(folder, run_id)
     goes_on = f"resumes from {whole.name}" if whole else "starts over"
     for path in _checkpoints(folder):
         if whole is None or _step(path) > _step(whole):
-            logger.warning("%s; the run %s.", _unusable(path), goes_on)
+            logger.warning("%s; the run %s.", _unusable(path, run_id), goes_on)
             shutil.rmtree(path)
     return whole
 
@@ -163,13 +208,13 @@ def delete_old(folder: Path, limit: int | None, best: Path | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _unusable(checkpoint: Path) -> str | None:
+def _unusable(checkpoint: Path, run_id: str | None) -> str | None:
     """Return why a run cannot be resumed from a checkpoint."""
     has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
         path.is_dir() for path in checkpoint.iterdir()
     )
     lack = None if has_optimizer else f"{checkpoint} holds no state of the optimizer"
-    return damage(checkpoint) or lack
+    return damage(checkpoint, run_id) or lack
 
 
 def _checkpoints(folder: Path) -> list[Path]:

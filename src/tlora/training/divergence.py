@@ -32,6 +32,21 @@ READ_STEPS = 10
 """Steps after which losses and norms are read at the latest."""
 
 
+def diverged(what: str, args: Any, step: int) -> DivergenceError:
+    """Return the error of a training that diverged, with the advice.
+
+    Args:
+        what: where, and how it shows.
+        args: the training arguments.
+        step: the first bad step.
+    """
+    return DivergenceError(
+        f"training diverged {what}. Start a new run with a lower learning rate (now"
+        f" {args.learning_rate:g}), or in float32 or bfloat16 if this was float16.",
+        step=step,
+    )
+
+
 class DivergenceCallback(TrainerCallback):
     """Watches the losses, gradient norms and weights of a trainer's steps."""
 
@@ -111,12 +126,7 @@ class DivergenceCallback(TrainerCallback):
         step, what = self._first or (state.global_step, "")
         faults = [f"the {what} is not finite"] if what else []
         faults += [f"{lost} of {len(trained)} trained tensors are not finite"] if lost else []
-        raise DivergenceError(
-            f"training diverged at step {step}: {' and '.join(faults)}. Start a new run with a"
-            f" lower learning rate (now {args.learning_rate:g}), or in float32 or bfloat16 if this"
-            " was float16.",
-            step=step,
-        )
+        raise diverged(f"at step {step}: {' and '.join(faults)}", args, step)
 
     def _read(self) -> None:
         """Read the steps that are not read yet; note how many bad ones there are in a row."""

@@ -3,7 +3,8 @@
 ::
 
     run.json           the resolved configuration, digests of the rows and of the base model,
-                       whether the run is finished, what it took; with its own digest
+                       whether the run is finished, what it took; the digest of its plan, an id
+                       that its checkpoints carry, and its own digest
     provenance.json    versions, seed, git commit and machine, one record for each start
     plan.safetensors   the plan of the adapter, if the method makes one; or
     initial.safetensors  A and B before training, if the method decides them
@@ -29,6 +30,7 @@ import platform
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,7 @@ from tlora.files import (
     write_json,
     write_state,
 )
+from tlora.integrity import file_digest
 from tlora.training.checkpoints import last_whole
 
 if TYPE_CHECKING:
@@ -89,6 +92,10 @@ class RunFolder:
     def inputs(self) -> dict[str, str]:
         """Return the digests of what the run was started with, by field."""
         return self._read().get("inputs", {})
+
+    def run_id(self) -> str | None:
+        """Return what tells the checkpoints of this run from another run's; None without a run."""
+        return self._read().get("id") if self.exists else None
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration that the run was started with."""
@@ -207,11 +214,14 @@ class RunFolder:
             inputs: digests of what is read, which a resumed run is held to.
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
-        write_state(self._run, run | {"inputs": inputs or {}})
+        run |= {"inputs": inputs or {}, "id": self.run_id() or uuid.uuid4().hex}
+        write_state(self._run, run)
         start = provenance(seed=config.get("seed"), output=self.path)
         write_json(self._provenance, {"starts": [*self._starts(), start]})
-        if plan is not None and not (self.plan.is_file() or self.initial.is_file()):
+        if plan is not None and self._saved() is None:
             plan.save(self.path)
+        if (saved := self._saved()) is not None:
+            write_state(self._run, run | {"plan": file_digest(saved)})
 
     def _starts(self) -> list[dict[str, Any]]:
         """Return the provenance of earlier starts, as far as it can be read."""
@@ -231,13 +241,28 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def saved_plan(self) -> Plan | None:
-        """Return what was decided when the run was started; None if nothing is saved of it."""
+        """Return what was decided when the run was started; None if nothing is saved of it.
+
+        Raises:
+            ArtifactError: the file is damaged, or another run's.
+        """
         from tlora.adapter.initial import InitialAdapter
         from tlora.adapter.plan import AdapterPlan
 
-        if self.initial.is_file():
-            return InitialAdapter.load(self.initial)
-        return AdapterPlan.load(self.plan) if self.plan.is_file() else None
+        file = self._saved()
+        if file is None:
+            return None
+        plan = InitialAdapter.load(file) if file == self.initial else AdapterPlan.load(file)
+        # A process that was killed just after it wrote the plan noted no digest of it.
+        if self._read().get("plan", digest := file_digest(file)) != digest:
+            raise ArtifactError(
+                f"{file}: it is not the plan that this run was started with; put that back, or"
+                " remove the file, and the run plans again."
+            )
+        return plan
+
+    def _saved(self) -> Path | None:
+        return next((file for file in (self.initial, self.plan) if file.is_file()), None)
 
     def finish(self, measured: dict[str, Any] | None = None) -> None:
         """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
@@ -249,7 +274,7 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint; a half-written or damaged one is passed over."""
-        return last_whole(self.checkpoints)
+        return last_whole(self.checkpoints, self.run_id())
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Add one line to the log."""

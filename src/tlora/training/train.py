@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
-from tlora.training.checkpoints import guard_checkpoints, rewind
+from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
 from tlora.training.initialize import adapt, save_adapter
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import continued
@@ -74,7 +76,7 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
         if trainer.is_world_process_zero():
             folder.start(setup.record(), "train", prepared.plan, inputs)
         with timed(seconds, "train"):
-            trainer.train(resume_from_checkpoint=_resume_point(folder, trainer, started))
+            train_from(trainer, _resume_point(folder, trainer, started))
     best = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and best:
         loss = trainer.state.best_metric
@@ -85,6 +87,7 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
         save_adapter(prepared, setup, folder.adapter)
     with timed(seconds, "evaluate"):
         metrics = scores(trainer, setup.held_out)
+    _refuse_diverged(metrics, trainer, folder)
     if trainer.is_world_process_zero():
         if metrics:
             write_json(folder.metrics, metrics)
@@ -158,7 +161,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
             raise
         raise ConfigError(first_line(error), where="trainer") from error
     keep_dtypes(trainer)
-    guard_checkpoints(trainer)
+    guard_checkpoints(trainer, folder.run_id)
     DivergenceCallback().watch(trainer)
     return trainer
 
@@ -180,7 +183,7 @@ def _refuse_disagreement(started: bool, folder: RunFolder) -> None:
         )
 
 
-def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> str | None:
+def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> Path | None:
     """Return the checkpoint to resume from; the first process clears away what lies beyond it."""
     from tlora.calibration.group import process_group
 
@@ -188,15 +191,37 @@ def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> str | None:
     return process_group().broadcast(point, 0)
 
 
-def _rewound(folder: RunFolder, started: bool) -> str | None:
-    checkpoint = rewind(folder.checkpoints)
+def _rewound(folder: RunFolder, started: bool) -> Path | None:
+    checkpoint = rewind(folder.checkpoints, folder.run_id())
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     folder.rewind_log(step)
     if checkpoint:
         logger.info("resuming the run in %s from step %d.", folder.path, step)
     elif started:
         logger.info("the run in %s starts over: it has no whole checkpoint.", folder.path)
-    return str(checkpoint) if checkpoint else None
+    return checkpoint
+
+
+def _refuse_diverged(metrics: dict[str, Any], trainer: Any, folder: RunFolder) -> None:
+    """Check the loss of the evaluation, and take the adapter back if it is not finite.
+
+    The last step's weights meet no loss while training: finite ones can be far off.
+
+    Raises:
+        DivergenceError: it is not finite.
+    """
+    from tlora.training.divergence import diverged
+
+    if math.isfinite(metrics.get("loss", 0.0)):
+        return
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder.adapter)
+    step = trainer.state.global_step
+    raise diverged(
+        f"by step {step}, the last: the loss on the evaluation rows is not finite",
+        trainer.args,
+        step,
+    )
 
 
 def scores(trainer: Any, rows: Any) -> dict[str, Any]:
