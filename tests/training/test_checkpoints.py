@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from tlora.errors import ArtifactError
+from tlora.tasks.dataconfig import DataConfig
+from tlora.training import train
 from tlora.training.checkpoints import (
     MANIFEST,
     damage,
@@ -19,6 +21,7 @@ from tlora.training.checkpoints import (
     rewind,
     seal,
 )
+from tlora.training.trainers import LogCallback
 
 STATE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 STATE += ("trainer_state.json", "global_step/shard_0.pt")
@@ -195,3 +198,60 @@ def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path):
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors: its content does not"):
         trainer._load_best_model()
     assert not trainer.loaded
+
+
+@pytest.fixture
+def stopped_at(config, monkeypatch):
+    """Start a run that Ctrl-C stops after a step; after the last one, before the adapter is saved.
+
+    Returns what makes the same run again.
+    """
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def start(step, **fields):
+        again = lambda name="cut": train.run(config(name, **fields))  # noqa: E731
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if step is None:
+                patch.setattr(train, "save_adapter", interrupt)
+            else:
+                on_step_begin = lambda self, args, state, control, **_: (  # noqa: E731
+                    interrupt() if state.global_step == step else None
+                )
+                patch.setattr(LogCallback, "on_step_begin", on_step_begin)
+            again()
+        return again
+
+    return start
+
+
+def ends(folder):
+    """Return a run's final weights, scores and last logged step, and its checkpoints."""
+    [file] = folder.adapter.glob("*model.safetensors")
+    # TRL counts the tokens of the last start alone.
+    scores = json.loads(folder.metrics.read_text()) | {"num_tokens": None}
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    left = {path.name for path in folder.checkpoints.glob("checkpoint-*")}
+    return file.read_bytes(), scores, max(line["step"] for line in log), left
+
+
+@pytest.mark.parametrize("method", ["tlora", "lora", "adalora", "full"])
+def test_from_the_checkpoint_of_its_last_step_a_run_takes_no_further_step(
+    stopped_at, other_sums, method
+):
+    # At a rate that does not fall to zero, a further step changes the weights.
+    trainer = {"lr_scheduler_type": "constant", "max_steps": 4, "load_best_model_at_end": False}
+    options = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1} if method == "adalora" else {}
+    again = stopped_at(None, method=method, adapter=options, trainer=trainer, eval_file=other_sums)
+    assert ends(again()) == ends(again("whole"))
+
+
+@pytest.mark.parametrize("step", [12, None])
+def test_early_stopping_counts_on_and_a_stopped_training_stays_so(stopped_at, step):
+    trainer = {"learning_rate": 2.0, "max_steps": 40, "eval_steps": 2, "save_steps": 2}
+    data = DataConfig(format="raw", val_size=8)
+    again = stopped_at(step, data=data, early_stopping=2, trainer=trainer)
+    whole = ends(again("whole"))
+    assert step is None or whole[2] == step + 2 < 40
+    assert ends(again()) == whole

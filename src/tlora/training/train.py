@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMINGS = ("runtime", "_per_second")
+_TIMINGS = ("runtime", "_per_second", "_preparation_time")
 
 
 def run(config: RunConfig) -> RunFolder:
