@@ -81,6 +81,8 @@ def test_what_the_environment_holds_is_shown_nowhere(monkeypatch, caplog):
 
 RECORDS = {
     "trainer": lambda text: RunConfig(trainer={"hub_token": text}),
+    "within a text": lambda text: RunConfig(trainer={"optim_args": f"lr=1,api_key={text}"}),
+    "a name": lambda text: CompareConfig(trainer_defaults={"run_name": f"password: {text}"}),
     "a mapping": lambda text: RunConfig(trainer={"credentials": {"user": text}}),
     "nested": lambda text: RunConfig(trainer={"fsdp_config": {"inner": [{"api_key": text}]}}),
     "adapter": lambda text: RunConfig(adapter={"secret": text}),
