@@ -69,6 +69,14 @@ def edit(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.parametrize("base", [["b"], 1, {}])
+def test_a_base_that_is_no_name_is_none(adapters, here, base):
+    shutil.copytree("one", "odd")
+    edit(here / "odd", base_model_name_or_path=base)
+    with pytest.raises(ConfigError, match=r"odd does not name its base model; give --model\."):
+        found("odd")
+
+
 def test_every_fault_is_named_at_once(adapters, here):
     shutil.copytree("one", "lost")
     edit(here / "lost", base_model_name_or_path="/gone/base")

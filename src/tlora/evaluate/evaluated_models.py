@@ -138,7 +138,7 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
     model, adapter = places or (("", path) if _hub_adapter(path) else (path, None))
     fields = {} if adapter is None else _adapter_fields(adapter)
     base = model or config.model or fields.get("base_model_name_or_path")
-    if not base:
+    if not (base and isinstance(base, str)):
         raise ConfigError(f"{path} does not name its base model; give --model.")
     try:
         found = find_head(base, config)
