@@ -106,7 +106,7 @@ def test_every_fault_is_named_at_once(adapters, here):
     assert said[3].endswith("finish it: tlora init --output_dir unfinished --resume.")
     assert said[4].startswith("there is no folder '/not/there'")
     assert said[5].startswith("there is no folder 'a b/c'")
-    assert said[6].startswith("no model can be read at 'nobody/model'; give a folder or a name")
+    assert said[6].startswith("there is no folder 'nobody/model', and no model of this name in")
 
 
 def test_models_of_one_name_or_of_other_heads_are_refused(adapters, saved, tiny_bert_classifier):
