@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from tlora.errors import ConfigError
@@ -62,7 +63,8 @@ def continued(
             where="run",
         )
     saved = RunConfig.from_dict(folder.config())
-    merged = merge_saved(config, saved, _moved(config, saved, folder.inputs()))
+    moved = _moved(config, saved, folder.inputs())
+    merged = merge_saved(config, saved, moved, folder.settled())
     inputs = inputs_of(merged)
     folder.refuse_changed(inputs)
     if folder.finished:
@@ -82,7 +84,10 @@ def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict
 
 
 def merge_saved(
-    config: RunConfig, saved: RunConfig, moved: dict[str, str] | None = None
+    config: RunConfig,
+    saved: RunConfig,
+    moved: dict[str, str] | None = None,
+    settled: Sequence[str] = (),
 ) -> RunConfig:
     """Return the configuration to continue with: the saved one, and what cannot change the weights.
 
@@ -90,6 +95,7 @@ def merge_saved(
         config: what is asked for. With `resume`, a field at its default counts as not given.
         saved: what the run was started with, with every default written out.
         moved: new paths, by field, of files and folders that are the same elsewhere.
+        settled: dotted names of fields that the run was not given either.
 
     Raises:
         ConfigError: a field differs from the saved run's; all such fields at once.
@@ -100,7 +106,7 @@ def merge_saved(
         own = {name: value for name, value in _flat(config).items() if value != default.get(name)}
         given = before | own
     else:
-        given = _flat(config.resolved())
+        given = {name: before[name] for name in settled} | _flat(config.resolved())
         # The saved ones are those that the run has settled on.
         for name in ("data.label_names", "data.max_length"):
             given[name] = given[name] or before[name]

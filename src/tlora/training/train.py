@@ -19,6 +19,7 @@ from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
 from tlora.training.initialize import adapt, save_adapter
+from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
@@ -58,7 +59,7 @@ def run(config: RunConfig) -> RunFolder:
 def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
     started = folder.exists
     preflight.check_evaluation(config)
-    setup = settle(config)
+    setup = with_learning_rate(settle(config))
     from tlora.training import screen  # imports transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
@@ -74,7 +75,7 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
     screen.show(trainer, memory)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
-            folder.start(setup.record(), "train", prepared.plan, inputs)
+            folder.start(setup.record(), "train", prepared.plan, inputs, setup.settled)
         with timed(seconds, "train"):
             train_from(trainer, _resume_point(folder, trainer, started))
     best = trainer.state.best_model_checkpoint

@@ -1,0 +1,105 @@
+"""Every method's default learning rate trains a small model and keeps to what was published."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from running import prepare
+
+import tlora
+from tlora import calibration_batches
+from tlora.demo.run import BASE_MODEL, write_rows
+from tlora.methods.learningrates import base_parameters
+from tlora.registry import METHODS
+
+NAMES = METHODS.names()
+STEPS = 12
+
+# The highest rate in each method's own paper or scripts at 7 billion parameters or, where it has
+# none at that size, in QLoRA's table 9 (arXiv 2305.14314).
+PUBLISHED = dict.fromkeys(NAMES, 2e-4) | {
+    "full": 2e-5,
+    "tlora": 1e-4,
+    "pissa": 2e-5,
+    "corda": 2e-5,
+    "lora-ga": 2e-5,
+    "olora": 2e-5,
+    "rslora": 5e-5,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_above_a_billion_parameters_it_is_never_above_published_practice(name):
+    rates = METHODS.load(name).traits.learning_rates
+    assert rates.source
+    by_size = [rates.of(n, rank=8) for n in (10**6, 10**8, 10**9, 7 * 10**9, 7 * 10**10)]
+    assert by_size == sorted(by_size, reverse=True)
+    assert all(0 < rate <= PUBLISHED[name] for rate in by_size[2:])
+    assert rates.of(65 * 10**9) <= 1e-4  # QLoRA's at 33B and 65B
+
+
+@pytest.fixture(scope="module")
+def base_and_rows(tmp_path_factory):
+    """The tokenizer of the embedded base, and 48 of its word problems."""
+    folder = write_rows(str(tmp_path_factory.mktemp("rows") / "demo"), 0)["ledger"]
+    lines = (folder / "train.jsonl").read_text().splitlines()[:48]
+    return transformers.AutoTokenizer.from_pretrained(BASE_MODEL), [*map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_the_embedded_base(base_and_rows, name):
+    """TRL's 2e-5 lowers this loss by less than 0.1 in as many steps, by any adapter."""
+    tokenizer, rows = base_and_rows
+    batches = list(calibration_batches(tokenizer, rows, n=len(rows), batch_size=16))
+    options = METHODS.load(name).options(task_type="CAUSAL_LM")
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE_MODEL)
+    rate = tlora.default_learning_rate(options, model, name)
+    prepared = prepare(name, model, options, batches[:1])
+    losses = losses_of(prepared.model, batches, rate)
+    assert min(losses[-3:]) < losses[0] - 0.3
+
+
+def losses_of(model, batches, rate):
+    """Return the loss of each of a few AdamW steps at a constant learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        loss = model(**batches[step % len(batches)]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_sizes_at_which_it_changes():
+    of = METHODS.load("lora").traits.learning_rates.of
+    assert [of(n) for n in (99_999_999, 100_000_000, 999_999_999)] == [2e-3, 5e-4, 5e-4]
+    assert [of(n) for n in (10**9, 19_999_999_999, 20_000_000_000)] == [2e-4, 2e-4, 1e-4]
+    # The paper's two rates, at r = 32 and 128.
+    of = METHODS.load("tlora").traits.learning_rates.of
+    assert [of(7 * 10**9, rank) for rank in (32, 64, 128)] == [1e-4, 2e-5, 2e-5]
+    assert [of(10**6, rank) for rank in (32, 128)] == [2e-3, 2e-3]
+
+
+@pytest.mark.parametrize("name", ["tlora", "dora", "adalora"])
+def test_an_adapter_does_not_count_as_the_model(tiny_llama, name):
+    model = tiny_llama(tie_word_embeddings=True)
+    count = model.num_parameters()
+    assert base_parameters(model) == count
+    options = METHODS.load(name).options(task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    ids = torch.arange(3, 9).reshape(1, -1)
+    adapted = prepare(name, model, options, [{"input_ids": ids, "labels": ids}]).model
+    assert base_parameters(adapted) == count
+
+
+def test_quantized_weights_count_as_the_matrices_that_they_stand_for():
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 32, bias=True)
+    layer.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+    layer = layer.to("cpu")
+    assert layer.weight.numel() < 64 * 32
+    assert base_parameters(torch.nn.Sequential(layer)) == 64 * 32 + 32
