@@ -112,3 +112,32 @@ def test_the_whole_help_has_groups_with_examples_and_links(tlora):
         "Short for --trainer.num_train_epochs.",
     ):
         assert words in out
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lr", "--learning_rate"),
+        ("--rank", "--r"),
+        ("--lora_r", "--r"),
+        ("--num_epochs", "--trainer.num_train_epochs"),
+        ("--micro_batch_size", "--batch_size"),
+        ("--base_model", "--model"),
+        ("--max_seq_length", "--data.max_length"),
+        ("--load_in_4bit", "--quantization"),
+        ("--bf16", "--trainer.bf16"),
+        ("--num_train_epochs", "--trainer.num_train_epochs"),
+        ("--lora_alpha", "--adapter.lora_alpha"),
+        ("--prompt_column", "--data.prompt_column"),
+        # Of the same section, or none.
+        ("--data.max_lenght", "--data.max_length"),
+        ("--data.nosuch_size", None),
+        ("--calibration.max_length", None),
+        ("--adaptor.val_size", "--adapter.val_size"),
+    ],
+)
+def test_a_flag_is_suggested_by_its_meaning(tlora, given, meant):
+    code, _, err = tlora("train", given, "1")
+    assert code == 2
+    hint = f" Did you mean {meant!r}?" if meant else ""
+    assert f"there is no flag `{given}`.{hint}\n" in err

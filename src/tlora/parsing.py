@@ -61,7 +61,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         lists["config"].append(words.pop(0))
     flags: list[tuple[str, Any]] = []
     shorts = short_names(record)
-    faults = list(_read_words(words, fields | _as_fields(shorts, fields), lists, flags))
+    faults = list(_read_words(words, _as_fields(shorts, fields) | fields, lists, flags))
     flags, contradictions = _full_names(flags, shorts)
     faults += contradictions
     presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
