@@ -316,6 +316,9 @@ def _run(argv: list[str]) -> int:
     parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest)
     record = parsed.record
     if parsed.print_config:
+        from tlora.training.continuing import with_adapter
+
+        record = with_adapter(record) if isinstance(record, RunConfig) else record
         resolves = isinstance(record, (RunConfig, CompareConfig))
         _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:

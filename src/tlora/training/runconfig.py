@@ -116,6 +116,9 @@ class RunConfig(SharedConfig):
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    continue_from: str | None = None
+    """An adapter to train further, in place of a new one: the folder of a run, of an adapter or of
+    a checkpoint. Its A stays frozen if its run froze it; nothing is calibrated."""
     seed: Annotated[int, SEED] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
     early_stopping: Annotated[int, at_least(1)] | None = None

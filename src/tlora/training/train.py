@@ -18,6 +18,7 @@ from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
+from tlora.training.continuing import with_adapter
 from tlora.training.initialize import adapt, save_adapter
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
@@ -48,6 +49,7 @@ def run(config: RunConfig) -> RunFolder:
         DataError: rows are missing or not what the task expects.
         DivergenceError: the training diverged; the run is not finished and has no adapter.
     """
+    config = with_adapter(config)
     folder = RunFolder(config.output_dir)
     with folder.locked():
         todo = continued(config, folder, "train")
