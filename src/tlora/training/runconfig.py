@@ -83,9 +83,9 @@ class SharedConfig(Record):
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of the method (--adapter.r 64)."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Training arguments by their own names: those of transformers,
+    """Training arguments by their own names. Those of every task are at
     https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
-    and of causal tasks those of TRL, https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig"""
+    and those of causal tasks at https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig ."""
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
