@@ -62,7 +62,7 @@ def test_the_program_with_trl_trains_b(saved, tiny_llama, tmp_path, monkeypatch)
 
 
 def test_its_learning_rate_lowers_the_loss(tmp_path, monkeypatch):
-    """At TRL's own 2e-5 it falls by less than 0.05."""
+    """At the 2e-5 of TRL it falls by 0.24, though the embedded base is far from these rows."""
     monkeypatch.chdir(tmp_path)
     folder = write_rows(str(tmp_path / "demo"), 0)["ledger"]
     lines = (folder / "train.jsonl").read_text().splitlines()[:48]
@@ -76,4 +76,4 @@ def test_its_learning_rate_lowers_the_loss(tmp_path, monkeypatch):
         after = model(**batch).loss
         with model.disable_adapter():
             before = model(**batch).loss
-    assert after < before - 0.5
+    assert after < before - 1
