@@ -18,6 +18,8 @@ from tlora.shortnames import SHORT, short_names
 from tlora.training.runconfig import RunConfig
 
 _WIDTH = 88
+_LONG = 130
+"""Letters of a field's help from which the screen shows only what comes before a colon."""
 _PRESET_HELP = (
     "A whole run by name, below files and flags; see `tlora list presets`. With another --method,"
     " only those of its `adapter` options apply that the method has."
@@ -176,6 +178,8 @@ def screen(prog: str, record: type[Section]) -> str | None:
 
 def _first_sentence(field: Field) -> str:
     text = re.split(r"(?<=[.;]) (?!see )", field.help, maxsplit=1)[0].rstrip(".;")
+    if len(text) > _LONG:
+        text = text.partition(":")[0]
     shown = field.default not in (dataclasses.MISSING, None, False, "")
     simple = isinstance(field.default, (int, float, str))
     return f"{text}{f' (default: {field.default})' if shown and simple else ''}."
