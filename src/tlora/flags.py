@@ -28,6 +28,7 @@ _GROUPS = {
     "data": ("rows and columns", "--data.prompt_column question"),
     "adapter": ("options of the method", "--adapter.target_modules q_proj,v_proj"),
     "calibration": ("rows that the method calibrates on", "--calibration.samples 64"),
+    "tokens": ("tokens to add", "--tokens.add '<a>,<b>'"),
     "trainer": ("training arguments", "--trainer.lr_scheduler_type cosine"),
     "judge": ("the judge of conversations", "--judge.model gpt-4"),
 }

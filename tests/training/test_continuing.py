@@ -15,7 +15,7 @@ from tlora import cli
 from tlora.errors import ConfigError, MisfitError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import train
-from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runconfig import CalibrationConfig, RunConfig, TokensConfig
 from tlora.verbconfig import InitConfig
 
 
@@ -226,3 +226,13 @@ def test_the_classes_stay_those_of_the_run(config, saved, tiny_bert_classifier, 
     other = dataclasses.replace(data, label_names=["y", "n"])
     with pytest.raises(ConfigError, match=r"classes are \['n', 'y'\]; leave"):
         train.run(further(before.path, "other", **fields | {"data": other}))
+
+
+def test_added_tokens_stay_those_of_the_run(config, further):
+    added = TokensConfig(add=["<a>"])
+    before = train.run(config("first", tokens=added, trainer={"max_steps": 2}))
+    run = train.run(further(before.path))
+    assert run.config()["tokens"]["add"] == ["<a>"]
+    assert moved(weights(before.adapter), weights(run.adapter)) == {"lora_B"}
+    with pytest.raises(ConfigError, match=r"for the added tokens \['<a>'\], and no others"):
+        train.run(further(before.path, "other", tokens=TokensConfig(add=["<b>"])))

@@ -49,6 +49,7 @@ def test_the_same_command_resumes_with_the_recorded_one(without, interrupted, mo
     traits = dataclasses.replace(method.traits, learning_rates=rates)
     monkeypatch.setattr(method, "traits", traits)
     caplog.set_level("INFO", "tlora")
+    caplog.clear()
     train.run(without())
     assert folder.finished
     assert record(folder)["config"]["trainer"]["learning_rate"] == 2e-3

@@ -17,7 +17,7 @@ from tlora.files import read_json
 from tlora.registry import METHODS
 from tlora.training.kinds import KINDS
 from tlora.training.preflight import task_of
-from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runconfig import CalibrationConfig, RunConfig, TokensConfig
 from tlora.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -45,6 +45,29 @@ def with_adapter(config: RunConfig) -> RunConfig:
     path, run = _found(Path(config.continue_from))
     own = read_json(path / "adapter_config.json")
     method, options = _settings(path, own, run)
+    if faults := _faults(config, own, method, options, run):
+        raise ConfigError(faults, where=_WHERE)
+    names = config.data.label_names or (run.data.label_names if run else None)
+    data = dataclasses.replace(config.data, label_names=names)
+    return dataclasses.replace(
+        config,
+        model=config.model or own.get("base_model_name_or_path"),
+        continue_from=str(path),
+        method=method,
+        adapter=options,
+        data=data,
+        tokens=run.tokens if run else config.tokens,
+    )
+
+
+def _faults(
+    config: RunConfig,
+    own: dict[str, Any],
+    method: str,
+    options: dict[str, Any],
+    run: RunConfig | None,
+) -> list[str]:
+    """Return a sentence for each thing that ``config`` asks for and the adapter has settled."""
     names = run.data.label_names if run else None
     kind = KINDS[task_of(config).kind].task_type
     faults = []
@@ -67,17 +90,13 @@ def with_adapter(config: RunConfig) -> RunConfig:
         faults.append("nothing is calibrated, so `calibration` has no effect; leave it out.")
     if names and config.data.label_names not in (None, names):
         faults.append(f"the adapter's classes are {names}; leave `data.label_names` out.")
-    if faults:
-        raise ConfigError(faults, where=_WHERE)
-    data = dataclasses.replace(config.data, label_names=config.data.label_names or names)
-    return dataclasses.replace(
-        config,
-        model=config.model or own.get("base_model_name_or_path"),
-        continue_from=str(path),
-        method=method,
-        adapter=options,
-        data=data,
-    )
+    tokens = run.tokens if run else TokensConfig()
+    if config.tokens.add and config.tokens != tokens:
+        faults.append(
+            f"the adapter has trained rows for the added tokens {tokens.add}, and no others can be"
+            " added; leave `tokens.add` out."
+        )
+    return faults
 
 
 def _found(path: Path) -> tuple[Path, RunConfig | None]:
