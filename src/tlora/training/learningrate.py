@@ -6,7 +6,6 @@ import dataclasses
 import logging
 
 from tlora.methods.learningrates import base_parameters, default_learning_rate
-from tlora.training.dryrun import on_meta
 from tlora.training.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -21,6 +20,8 @@ def with_learning_rate(setup: Setup) -> Setup:
     """
     if "learning_rate" in setup.config.trainer:
         return setup
+    from tlora.training.dryrun import on_meta
+
     config = setup.config
     model, _ = on_meta(config, setup.kind, setup.task.label_names)
     rate = default_learning_rate(setup.options, model, config.method)
