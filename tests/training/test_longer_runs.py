@@ -111,6 +111,15 @@ def test_an_unfinished_run_and_an_initialization_keep_their_length(cut, config):
         initialize.run(config("init", trainer={"max_steps": 9}))
 
 
+def test_one_that_stopped_early_is_not_trained_longer(config, other_sums, monkeypatch):
+    early = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1e-12}
+    fields = {"eval_file": other_sums, "early_stopping": 1}
+    folder = train.run(config(trainer=early | {"save_steps": 2}, **fields))
+    assert max(losses(folder)) < 6
+    with pytest.raises(ConfigError, match=f"{folder.path} stopped early; train its adapter"):
+        train.run(config(trainer=early | {"save_steps": 2, "max_steps": 9}, **fields))
+
+
 def test_without_a_checkpoint_it_cannot_be_extended(finished, config):
     none = {"max_steps": 4, "save_strategy": "no"}
     longer = config(trainer=none | {"max_steps": 8})

@@ -10,6 +10,7 @@ from typing import Any
 
 from tlora.checks import takes
 from tlora.errors import ConfigError
+from tlora.files import read_json
 from tlora.training.digests import input_digest, inputs_of
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
@@ -162,13 +163,16 @@ def _announce_longer(config: RunConfig, folder: RunFolder, field: str) -> None:
     """Say that a finished run trains longer, and what that does to its schedule.
 
     Raises:
-        ConfigError: it has no checkpoint to go on from.
+        ConfigError: it has no checkpoint to go on from, or stopped early.
     """
     checkpoint = folder.last_checkpoint()
-    if checkpoint is None:
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+    early = checkpoint is not None and state["global_step"] < state["max_steps"]
+    if checkpoint is None or early:
+        why = "stopped early" if early else "is finished and has no checkpoint to resume from"
         raise ConfigError(
-            f"{folder.path} is finished and has no checkpoint to resume from; train its adapter"
-            f" further by --continue_from {folder.path}, in another --output_dir.",
+            f"{folder.path} {why}; train its adapter further by --continue_from {folder.path}, in"
+            " another --output_dir.",
             where="run",
         )
     schedule = str(config.trainer.get("lr_scheduler_type", "linear"))
