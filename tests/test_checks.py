@@ -144,6 +144,12 @@ def test_a_name_alone_is_a_list_of_one():
 
 
 def test_text_is_a_list_of_names_only_where_a_field_takes_no_text():
+    for both in (str | list[str] | None, list[str]):
+        assert fitted(both, "q_proj,v_proj") == ["q_proj", "v_proj"]
+        assert fitted(both, " layers.0.q_proj , k-proj") == ["layers.0.q_proj", "k-proj"]
+    for regex in (r".*layers\.\d{1,2}\..*q_proj", "q_proj|v_proj", "all-linear", "a,", ",a"):
+        assert fitted(str | list[str], regex) == regex
+    assert fitted(str, "a,b") == "a,b"
     assert fitted(list[str] | None, "lm_head") == ["lm_head"]
     assert fitted(str | list[str], "lm_head") == "lm_head"
     assert fitted(list[int], "1") == "1"

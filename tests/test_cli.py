@@ -99,7 +99,7 @@ def test_every_verb_has_help_for_every_flag(tlora, verb):
 
     from tlora.flags import field_docs
 
-    code, out, _ = tlora(verb, "--help")
+    code, out, _ = tlora(verb, "--help", "all")
     assert code == 0
     record = cli.VERBS[verb].record
     summary = " ".join(out.split("\n\n")[1].split())
@@ -117,8 +117,8 @@ def test_every_verb_has_help_for_every_flag(tlora, verb):
 
 
 def test_the_help_lists_the_options_of_the_method_that_is_named(tlora):
-    assert "--adapter.whiten" in tlora("train", "--help")[1]
-    lora = tlora("train", "--method", "lora-ga", "--help")[1]
+    assert "--adapter.whiten" in tlora("train", "--help", "all")[1]
+    lora = tlora("train", "--method", "lora-ga", "--help", "all")[1]
     assert "--adapter.whiten" not in lora
     assert "--adapter.stable_gamma" in lora
 

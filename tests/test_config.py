@@ -258,3 +258,9 @@ def test_did_you_mean_suggests_only_what_is_close() -> None:
     assert did_you_mean("metamaht", ["gsm8k", "metamath"]) == " Did you mean 'metamath'?"
     assert did_you_mean("metamath", []) == ""
     assert did_you_mean("xyz", ["gsm8k", "metamath"]) == ""
+
+
+def test_names_with_commas_are_modules_and_no_regex():
+    given = TLoraConfig(target_modules="q_proj,v_proj", exclude_modules=r"layers\.\d{1,2}\.k_proj")
+    assert given.target_modules == ["q_proj", "v_proj"]
+    assert given.exclude_modules == r"layers\.\d{1,2}\.k_proj"

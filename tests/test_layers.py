@@ -88,7 +88,7 @@ LAYERS = (
     ("chat",),
     ("report",),
     ("demo",),
-    ("verbconfig", "flags", "parsing"),
+    ("verbconfig", "shortnames", "flags", "parsing"),
     ("cli",),
 )
 """From the bottom up: a part imports of its own layer and of those below it."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tlora.calibration.statistics import Calibration, ModuleStatistics
     from tlora.config import TLoraConfig
     from tlora.errors import TLoraError
+    from tlora.methods.learningrates import default_learning_rate
     from tlora.tasks.calibration_batches import calibration_batches
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "attach": "tlora.adapter.attach",
     "calibrate": "tlora.calibration.probe",
     "calibration_batches": "tlora.tasks.calibration_batches",
+    "default_learning_rate": "tlora.methods.learningrates",
     "freeze_a": "tlora.adapter.freeze",
     "get_tlora_model": "tlora.adapter.attach",
     "load_adapter": "tlora.adapter.load",
@@ -48,6 +50,7 @@ __all__ = [
     "attach",
     "calibrate",
     "calibration_batches",
+    "default_learning_rate",
     "freeze_a",
     "get_tlora_model",
     "load_adapter",

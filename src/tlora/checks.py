@@ -112,13 +112,22 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_NAMES = re.compile(r"\s*[A-Za-z_][\w.-]*(\s*,\s*[A-Za-z_][\w.-]*)+\s*")
+"""Names with commas between them; a module's name has none, so it is no regex of one."""
+
+
 def fitted(kind: Any, value: Any) -> Any:
     """Return ``value`` as a field of type ``kind`` stores it.
 
-    Where the field takes a list of names and no string, "a, b" becomes the list of these names.
+    Where the field takes a list of names, "a, b" becomes the list of these names; where it takes a
+    string too (a regex), only if there is a comma and nothing but names.
     """
     value = plain(value)
-    if isinstance(value, str) and not takes(kind, value) and Pattern not in _parts(kind):
+    if not isinstance(value, str):
+        return value
+    if _NAMES.fullmatch(value) and takes(kind, [value]):
+        return [word.strip() for word in value.split(",")]
+    if not takes(kind, value) and Pattern not in _parts(kind):
         names = [word.strip() for word in value.split(",")]
         return names if all(names) and takes(kind, names) else value
     return value

@@ -303,20 +303,22 @@ def _run(argv: list[str]) -> int:
     if word not in VERBS:
         hint = did_you_mean(word, VERBS) or " Run `tlora --help`."
         raise ConfigError(f"there is no verb {word!r}.{hint}", where="command line")
-    from tlora.flags import help_text
+    from tlora.flags import help_of
     from tlora.parsing import Parsed, parse
     from tlora.yamlfiles import to_yaml
 
     verb, rest = VERBS[word], argv[1:]
     if {"-h", "--help"} & set(rest):
-        more = _method_help(rest) if issubclass(verb.record, RunConfig) else ""
-        _say(help_text(f"tlora {verb.name}", verb.record) + more)
+        _say(help_of(f"tlora {verb.name}", verb.record, rest))
         return 0
     if verb.extra:
         extras.require(verb.extra, where=word)
     parsed: Parsed[Any] = parse(f"tlora {verb.name}", verb.record, rest)
     record = parsed.record
     if parsed.print_config:
+        from tlora.training.continuing import with_adapter
+
+        record = with_adapter(record) if isinstance(record, RunConfig) else record
         resolves = isinstance(record, (RunConfig, CompareConfig))
         _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:
@@ -333,18 +335,6 @@ def _overview() -> str:
         f"{verbs}\n\n"
         "`tlora VERB --help` lists the flags of a verb; `tlora --version` prints the version."
     )
-
-
-def _method_help(argv: list[str]) -> str:
-    """Describe the options of the method that is named on the command line, or of the default."""
-    name = RunConfig.method
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word.startswith("--method"):
-            name = word.partition("=")[2] or following
-    from tlora.flags import flags_help
-
-    options = METHODS.load(name).options
-    return f"\n\noptions of the method {name!r}:\n{flags_help(options, 'adapter.')}"
 
 
 def _report(folder: Any) -> None:

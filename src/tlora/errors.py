@@ -252,6 +252,14 @@ _MEANT = {
     "load_in_4bit": "quantization",
     "prompt": "prompt_column",
     "response": "response_column",
+    "base_model": "model",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "micro_batch_size": "batch_size",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "val_set_size": "val_size",
+    "load_in_8bit": "quantization",
 }
 """What is often called otherwise, and our name of it (PEFT's and transformers')."""
 

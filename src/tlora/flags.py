@@ -6,19 +6,47 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from tlora.checks import Section, choices, default_of, hints, is_section, item_of
+from tlora.registry import METHODS
+from tlora.shortnames import SHORT, short_names
 from tlora.training.runconfig import RunConfig
 
 _WIDTH = 88
+_LONG = 130
+"""Letters of a field's help from which the screen shows only what comes before a colon."""
 _PRESET_HELP = (
     "A whole run by name, below files and flags; see `tlora list presets`. With another --method,"
     " only those of its `adapter` options apply that the method has."
 )
+_GROUPS = {
+    "data": ("rows and columns", "--data.prompt_column question"),
+    "adapter": ("options of the method", "--adapter.target_modules q_proj,v_proj"),
+    "calibration": ("rows that the method calibrates on", "--calibration.samples 64"),
+    "tokens": ("tokens to add", "--tokens.add '<a>,<b>'"),
+    "trainer": ("training arguments", "--trainer.lr_scheduler_type cosine"),
+    "judge": ("the judge of conversations", "--judge.model gpt-4"),
+}
+"""What the flags of a section are about, and one of them as it is typed."""
+_COMMON = (
+    *("model", "task", "train_file", "eval_file", "data.dataset", "data.format", "data.val_size"),
+    *("output_dir", "method", "methods", "continue_from", "quantization", "preset", "config"),
+    *("learning_rate", "learning_rates", "epochs", "max_steps", "batch_size", "r", "alpha"),
+    "adapter.target_modules",
+    *("early_stopping", "data.max_length", "test_file", "validation", "metric", "jobs"),
+    *("seed", "resume", "dry_run", "print_config"),
+)
+"""What most people set, in the order in which the help shows it."""
+_OWN_FLAGS = {
+    "config": "YAML of any of these fields, or the first word; flags win.",
+    "adapter.target_modules": "Modules to adapt: names, a regex, or all-linear, the default.",
+    "print_config": "Show the resolved configuration instead of running.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,31 +102,99 @@ def field_docs(record: type) -> dict[str, str]:
     return docs
 
 
-def help_text(prog: str, record: type[Section]) -> str:
-    """Return the help of one verb: its words, what it does and its flags."""
+def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
+    """Return the help of a verb: what fits a screen, or with `--help all` every flag.
+
+    That has the options of the method that is named in ``argv``, or of the default one.
+    """
+    short = None if "all" in argv else screen(prog, record)
+    if short is not None:
+        return short
+    name = getattr(record, "method", None)
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--method"):
+            name = word.partition("=")[2] or following
+    runs = issubclass(record, RunConfig)
+    return help_text(prog, record, METHODS.load(str(name)).options if runs else None)
+
+
+def help_text(prog: str, record: type[Section], method: type | None = None) -> str:
+    """Return the whole help of one verb: its words, what it does and its flags in groups.
+
+    Args:
+        prog: what the user typed so far.
+        record: of the verb.
+        method: the options record of the method to describe, if the verb runs one.
+    """
     fields = dict(fields_of(record))
+    lines = _head(prog, record)
     positional = {name: field for name, field in fields.items() if field.positional}
-    words = ["[run.yaml]"]
-    for name, field in positional.items():
-        word = name if field.default is dataclasses.MISSING else f"[{name}]"
-        words = [*words, f"[{name} ...]"] if field.item else [word]
-    lines = [f"usage: {prog} {' '.join(words)} [flags]", ""]
-    lines += [*textwrap.wrap((record.__doc__ or "").split("\n\n")[0], _WIDTH), ""]
     lines += [line for name, field in positional.items() for line in _entry(name, field)]
     lines.append("flags:")
     lines += _lines("--config FILE", "YAML of the fields below, or the first word; flags win.")
     if issubclass(record, RunConfig):
         lines += _lines("--preset NAME", _PRESET_HELP)
     lines += _lines("--print_config", "Show the resolved configuration instead of running.")
-    lines += _lines("-h, --help", "Show this help.")
-    return "\n".join([*lines, flags_help(record)])
+    lines += _lines("-h, --help", "Show what most people set; `--help all` shows every flag.")
+    for short, full in short_names(record).items():
+        lines += _lines(f"--{short}", f"{SHORT[short][1]} Short for --{full}.")
+    groups: dict[str, list[tuple[str, Field]]] = {"": []}
+    for name, field in fields.items():
+        group = name.rpartition(".")[0] or ("trainer" if name == "trainer" else "")
+        if not field.positional and not (name == "adapter" and method):
+            groups.setdefault(group, []).append((name, field))
+    if method:
+        groups["adapter"] = list(fields_of(method, "adapter."))
+    for group in sorted(groups, key=_place):
+        members = groups[group]
+        if group:
+            about, example = _GROUPS.get(group, (group, f"--{members[0][0]} ..."))
+            lines += ["", f"{about}, for example {example}:"]
+        lines += [line for name, field in members for line in _entry(f"--{name}", field)]
+    return "\n".join(lines)
 
 
-def flags_help(record: type, prefix: str = "") -> str:
-    """Return what each field of a record is as a flag, with its default."""
-    fields = dict(fields_of(record, prefix)).items()
-    shown = [_entry(f"--{name}", field) for name, field in fields if not field.positional]
-    return "\n".join(line for lines in shown for line in lines)
+def _place(group: str) -> int:
+    known = ["", *_GROUPS]
+    return known.index(group) if group in known else len(known)
+
+
+def screen(prog: str, record: type[Section]) -> str | None:
+    """Return the help that fits a screen: what most people set; None where all of it does."""
+    fields = dict(fields_of(record))
+    shorts = {name: SHORT[name][1] for name in short_names(record)}
+    if not shorts:
+        return None
+    texts = {name: _first_sentence(field) for name, field in fields.items()} | shorts | _OWN_FLAGS
+    if issubclass(record, RunConfig):
+        texts["preset"] = "A whole run by name, below files and flags; see `tlora list presets`."
+    width = max(map(len, _COMMON)) + 4
+    lines = _head(prog, record)
+    for name in (name for name in _COMMON if name in texts):
+        indent = " " * (width + 2)
+        text = f"  {f'--{name}':<{width}}{texts[name]}"
+        lines += textwrap.wrap(text, 100, subsequent_indent=indent)
+    return "\n".join([*lines, "", f"`{prog} --help all` shows every flag, in groups."])
+
+
+def _first_sentence(field: Field) -> str:
+    text = re.split(r"(?<=[.;]) (?!see )", field.help, maxsplit=1)[0].rstrip(".;")
+    if len(text) > _LONG:
+        text = text.partition(":")[0]
+    shown = field.default not in (dataclasses.MISSING, None, False, "")
+    simple = isinstance(field.default, (int, float, str))
+    return f"{text}{f' (default: {field.default})' if shown and simple else ''}."
+
+
+def _head(prog: str, record: type[Section]) -> list[str]:
+    """Return the lines of usage, and what the verb does."""
+    words = ["[run.yaml]"]
+    for name, field in fields_of(record):
+        if field.positional:
+            word = name if field.default is dataclasses.MISSING else f"[{name}]"
+            words = [*words, f"[{name} ...]"] if field.item else [word]
+    lines = [f"usage: {prog} {' '.join(words)} [flags]", ""]
+    return [*lines, *textwrap.wrap((record.__doc__ or "").split("\n\n")[0], _WIDTH), ""]
 
 
 def _entry(name: str, field: Field) -> list[str]:
@@ -109,5 +205,12 @@ def _entry(name: str, field: Field) -> list[str]:
 
 
 def _lines(head: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    wrapped = textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+        break_long_words=False,  # links
+        break_on_hyphens=False,
+    )
     return [f"  {head}", *wrapped]

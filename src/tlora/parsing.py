@@ -18,6 +18,7 @@ from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
 from tlora.presets import path as preset_path
 from tlora.registry import METHODS
+from tlora.shortnames import contradiction, short_names, written_out
 from tlora.training.argumentfields import declared_fields
 from tlora.training.kinds import KINDS
 from tlora.training.runconfig import RunConfig
@@ -59,11 +60,16 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     if words and words[0].endswith((".yaml", ".yml")) and not words[0].startswith("-"):
         lists["config"].append(words.pop(0))
     flags: list[tuple[str, Any]] = []
-    faults = list(_read_words(words, fields, lists, flags))
+    shorts = short_names(record)
+    faults = list(_read_words(words, _as_fields(shorts, fields) | fields, lists, flags))
+    flags, contradictions = _full_names(flags, shorts)
+    faults += contradictions
     presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
-    files = [read_yaml(file) for file in lists["config"]]
-    for name, values in zip(lists["config"], files, strict=True):
-        faults += [f"{name}: {fault}" for fault in _unknown_keys(record, values)]
+    files = []
+    for name in lists["config"]:
+        values, contradictions = written_out(read_yaml(name), shorts)
+        files.append(values)
+        faults += [f"{name}: {fault}" for fault in _unknown_keys(record, values) + contradictions]
     if faults:
         raise ConfigError(faults, where="command line")
     given: dict[str, Any] = functools.reduce(_over, files, {})
@@ -77,6 +83,23 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
             what = f"{field.help[0].lower()}{field.help[1:]}"
             raise ConfigError(f"`{name}` is missing; `{prog}` needs {what}", where="command line")
     return Parsed(record.from_dict(values), print_config)
+
+
+def _as_fields(shorts: dict[str, str], fields: dict[str, Field]) -> dict[str, Field]:
+    """Return the short names as flags that take anything, as what is below an open field does."""
+    return {name: Field(Any, None, "", False) for name in shorts if name not in fields}
+
+
+def _full_names(
+    flags: list[tuple[str, Any]], shorts: dict[str, str]
+) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Return flags under their full names, and a sentence for each contradiction."""
+    given = dict(flags)
+    faults = []
+    for short in (name for name in shorts if name in given):
+        full = shorts[short]
+        faults += contradiction(short, given[short], full, given.get(full, given[short]))
+    return [(shorts.get(name, name), value) for name, value in flags], faults
 
 
 def _read_words(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -51,6 +52,12 @@ class InitConfig(RunConfig):
     dry_run: bool = False
     """Show what would be adapted and the memory it would take, from the model's config alone: no
     weights are read, nothing is written."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        yield from super().relations()
+        if self.continue_from:
+            yield "`continue_from`: `tlora init` makes a new adapter; leave it out."
 
     def run_config(self) -> RunConfig:
         """Return the run without what belongs to the dry run."""

@@ -41,6 +41,17 @@ def test_the_table_says_what_the_methods_declare():
             assert f"arxiv.org/abs/{traits.arxiv}" in paper, name
 
 
+def test_the_table_of_learning_rates_says_what_the_methods_declare():
+    page = PAGE.with_name("training.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| ([a-z-]+) \|(( [\de-]+ \|){4})$", page, re.M)
+    assert [name for name, _, _ in table] == METHODS.names()
+    for name, cells, _ in table:
+        rates = METHODS.load(name).traits.learning_rates
+        assert [float(cell) for cell in cells.split("|")[:-1]] == [
+            rates.of(size) for size in (10**6, 10**8, 10**9, 2 * 10**10)
+        ]
+
+
 ROOT = PAGE.parents[1]
 PAGES = [*sorted(PAGE.parent.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 

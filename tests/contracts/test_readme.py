@@ -7,6 +7,9 @@ from pathlib import Path
 import peft
 import torch
 
+from tlora import calibration_batches
+from tlora.demo.run import BASE_MODEL, write_rows
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST, WITH_TRL = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -38,12 +41,16 @@ def test_the_first_program_leaves_a_plain_adapter(
     check(run(program, names), tiny_llama())
 
 
+def with_trl(model):
+    """Return the program with TRL, on a CPU and on a model that is small."""
+    (on_gpu,) = re.findall(r"SFTConfig\(.*?\)", WITH_TRL)
+    (on_cpu,) = re.findall(r"without a GPU: `(SFTConfig\(.*?\))`", README)
+    program = WITH_TRL.replace("path/to/model", model).replace(on_gpu, on_cpu)
+    return program.replace("r=64, lora_alpha=64", "r=4, lora_alpha=4")
+
+
 def test_the_program_with_trl_trains_b(saved, tiny_llama, tmp_path, monkeypatch):
-    (on_gpu,) = re.findall(r"^SFTTrainer\(.*\)\.train\(\)", WITH_TRL, re.M)
-    (on_cpu,) = re.findall(r"`(SFTTrainer\(.*\))`", README)
-    program = WITH_TRL.replace("path/to/model", saved(tiny_llama()))
-    program = program.replace(on_gpu, f"{on_cpu}.train()")
-    program = program.replace("r=64, lora_alpha=64", "r=4, lora_alpha=4")  # the model is tiny
+    program = with_trl(saved(tiny_llama()))
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(12)]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -52,3 +59,21 @@ def test_the_program_with_trl_trains_b(saved, tiny_llama, tmp_path, monkeypatch)
 
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if ".lora_B." in n)
     check(model, tiny_llama())
+
+
+def test_its_learning_rate_lowers_the_loss(tmp_path, monkeypatch):
+    """At the 2e-5 of TRL it falls by 0.24, though the embedded base is far from these rows."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_rows(str(tmp_path / "demo"), 0)["ledger"]
+    lines = (folder / "train.jsonl").read_text().splitlines()[:48]
+    rows = [json.loads(line) for line in lines]
+    rows = [{"prompt": row["prompt"], "completion": row["response"]} for row in rows]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = {}
+    model = run(with_trl(BASE_MODEL), names).eval()
+    (batch,) = calibration_batches(names["tokenizer"], rows, n=len(rows), batch_size=len(rows))
+    with torch.no_grad():
+        after = model(**batch).loss
+        with model.disable_adapter():
+            before = model(**batch).loss
+    assert after < before - 1

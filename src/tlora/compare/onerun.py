@@ -65,7 +65,7 @@ def portable(config: SharedConfig) -> dict[str, Any]:
             values[name] = "/".join(Path(value).parts[-2:])
     # Which evaluations were guarded against is said; where their files lay is the machine's.
     values["data"]["guard_dir"] = None
-    own = ("output_dir", "resume")
+    own = ("output_dir", "resume", "continue_from")
     return {name: value for name, value in values.items() if name not in own}
 
 

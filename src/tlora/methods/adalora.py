@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tlora.checks import POSITIVE, Rule, at_least
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LearningRates
 from tlora.methods.options import Targeted
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ class AdaLora:
         trains=("lora_A", "lora_B", "lora_E"),
         parameters="init_r (m + d + 1), pruned to a mean of target_r",
         start="identical",
+        learning_rates=LearningRates(
+            tiny=2e-3,
+            small=5e-4,
+            large=1e-4,
+            source="The paper on DeBERTa-v3-base: 5e-4 and more. From a billion on half of LoRA's.",
+        ),
     )
 
     def prepare(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tlora.methods.base import Batches, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.options import Scaled
 from tlora.methods.residual import ResidualLora
 
@@ -44,6 +45,7 @@ class Ailora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d), of queries and values alone",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
         source="tlora",
     )

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tlora.methods.learningrates import LearningRates
+
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
@@ -88,6 +90,8 @@ class Traits:
     because what they see is added up; else every rank gets all of them."""
     source: Literal["PEFT", "tlora"] = "PEFT"
     """Whose code the method's own step is."""
+    learning_rates: LearningRates
+    """What it starts from where the user gives no learning rate."""
     leaves: Literal["adapter", "model"] = "adapter"
     """What is saved: a plain PEFT folder, or a whole transformers model."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from tlora.methods.base import Batches, Samples, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
 
@@ -43,6 +44,7 @@ class Corda(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
         reads="inputs",
         pools=True,

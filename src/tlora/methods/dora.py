@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LearningRates
 from tlora.methods.lora import Lora
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ class Dora(Lora):
         trains=("lora_A", "lora_B", "lora_magnitude_vector"),
         parameters="r (m + d) + m",
         start="rounding",
+        learning_rates=LearningRates(
+            tiny=2e-3,
+            small=5e-4,
+            large=1e-4,
+            source="The paper's scripts (NVlabs/DoRA): 1e-4 on Llama-3-8B, 2e-4 on Llama-2-7B."
+            " Below a billion LoRA's.",
+        ),
     )
     fields: ClassVar[dict[str, Any]] = {"use_dora": True}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tlora.checks import Rule, at_least
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LORA_RATES
 from tlora.methods.lora import Lora, peft_fields
 from tlora.methods.options import LoraOptions
 
@@ -54,6 +55,7 @@ class Eva(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r_i (m + d)",
         start="identical",
+        learning_rates=LORA_RATES,
         reads="inputs",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LearningRates
 from tlora.methods.options import MethodOptions
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ class FullFineTuning:
         trains=("",),
         parameters="m d, and all other weights",
         start="identical",
+        learning_rates=LearningRates(
+            tiny=3e-4,
+            small=5e-5,
+            large=2e-5,
+            huge=1e-5,
+            source="Llama 2 (arXiv 2307.09288, section 3.1): 2e-5; Alpaca at 13B: 1e-5; BERT (arXiv"
+            " 1810.04805, appendix A.3): 2e-5 to 5e-5. Extrapolated below 100 million.",
+        ),
         changes_base=True,
         source="tlora",
         leaves="model",

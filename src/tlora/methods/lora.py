@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LORA_RATES
 from tlora.methods.options import LoraOptions
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Lora:
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        learning_rates=LORA_RATES,
     )
     fields: ClassVar[dict[str, Any]] = {}
     """What a relative of LoRA sets in PEFT's LoraConfig besides its options."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LORA_RATES
 from tlora.methods.lora import Lora
 from tlora.methods.options import LoraOptions
 
@@ -43,6 +44,7 @@ class LoraFa(Lora):
         trains=("lora_B",),
         parameters="r m",
         start="identical",
+        learning_rates=LORA_RATES,
         source="tlora",
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
 
@@ -49,6 +50,7 @@ class LoraGa(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
         reads="gradients",
     )

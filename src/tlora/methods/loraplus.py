@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tlora.checks import POSITIVE
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LearningRates
 from tlora.methods.lora import Lora
 from tlora.methods.options import LoraOptions
 
@@ -42,6 +43,13 @@ class LoraPlus(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        learning_rates=LearningRates(
+            tiny=3e-4,
+            small=1e-4,
+            large=2e-5,
+            source="The rate of A; that of B is lr_ratio times as high. 2e-5 as in the baseline of"
+            " arXiv 2604.18124 on Llama-2-7B; below a billion LoRA's, lowered for the ratio.",
+        ),
     )
 
     def prepare(

@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar
 
 from tlora.methods.base import Batches, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.residual import ResidualLora
 
 
@@ -26,6 +27,7 @@ class Milora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
         source="tlora",
     )

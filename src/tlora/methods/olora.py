@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from tlora.methods.base import Batches, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.residual import ResidualLora
 
 
@@ -25,6 +26,7 @@ class Olora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tlora.checks import at_least
 from tlora.methods.base import Batches, Traits
+from tlora.methods.learningrates import RESIDUAL_RATES
 from tlora.methods.options import LoraOptions
 from tlora.methods.residual import ResidualLora
 
@@ -38,6 +39,7 @@ class Pissa(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        learning_rates=RESIDUAL_RATES,
         changes_base=True,
     )
 

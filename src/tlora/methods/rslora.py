@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tlora.checks import POSITIVE
 from tlora.methods.base import Traits
+from tlora.methods.learningrates import LearningRates
 from tlora.methods.lora import Lora
 from tlora.methods.options import LoraOptions
 
@@ -40,5 +41,11 @@ class RankStabilizedLora(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        learning_rates=LearningRates(
+            tiny=1e-3,
+            small=2e-4,
+            large=5e-5,
+            source="LoRA's, lowered because its scale is sqrt(r) times as large; extrapolated.",
+        ),
     )
     fields: ClassVar[dict[str, Any]] = {"use_rslora": True}

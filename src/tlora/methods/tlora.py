@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tlora.config import TLoraConfig
 from tlora.methods.base import Batches, Prepared, Samples, Traits
+from tlora.methods.learningrates import LearningRates
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,14 @@ class TaskAwareLora:
         trains=("lora_B",),
         parameters="r_i m",
         start="identical",
+        learning_rates=LearningRates(
+            tiny=2e-3,
+            small=5e-4,
+            large=1e-4,
+            high_rank=2e-5,
+            source="The paper on Llama-2-7B: 1e-4 at r = 32, 2e-5 at r = 128. Below a billion"
+            " LoRA's.",
+        ),
         reads="gradients",
         pools=True,
         source="tlora",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tlora.checks import POSITIVE, at_least
 from tlora.methods.base import Batches, Prepared, Traits
+from tlora.methods.learningrates import LORA_RATES
 from tlora.methods.options import Targeted
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class TriMatrix:
         trains=("lora_B.default.core", "lora_B.default.scale"),
         parameters="r^2 + 1",
         start="identical",
+        learning_rates=LORA_RATES,
         source="tlora",
     )
 

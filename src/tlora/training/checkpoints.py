@@ -90,7 +90,12 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train()
         return
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    ended = state.global_step >= state.max_steps
+    # The run may have been given more steps or epochs than its state knows of.
+    if trainer.args.max_steps > 0:
+        ended = state.global_step >= trainer.args.max_steps
+    else:
+        ended = state.global_step >= state.max_steps
+        ended &= trainer.args.num_train_epochs <= (state.epoch or 0)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             saved = state.stateful_callbacks[type(callback).__name__]["attributes"]

@@ -18,7 +18,7 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
     What is not a local file or folder (a name on the Hub, a file that is gone) is left out.
     """
-    names = ("train_file", "eval_file", "model")
+    names = ("train_file", "eval_file", "model", "continue_from")
     found = {name: input_digest(getattr(config, name)) for name in names}
     return {name: digest for name, digest in found.items() if digest}
 
@@ -44,7 +44,7 @@ def model_identity(model: str | None) -> str:
     """Return the name of a model on the Hub, or a digest of the folder that holds one.
 
     What sets model, tokenizer and chat template up is read whole; of weight files, which may be
-    huge, the size and the two ends are.
+    huge, the size and the two ends are; of an adapter all.
     """
     folder = Path(str(model))
     if not folder.is_dir():
@@ -54,8 +54,9 @@ def model_identity(model: str | None) -> str:
         found.update(f"{file.name} ".encode() + file.read_bytes())
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
+        edge = size if file.name.startswith("adapter_") else _EDGE_BYTES
         with file.open("rb") as weights:
-            start = weights.read(_EDGE_BYTES)
-            weights.seek(max(0, size - _EDGE_BYTES))
+            start = weights.read(edge)
+            weights.seek(max(0, size - edge))
             found.update(f"{file.name} {size}".encode() + start + weights.read())
     return found.hexdigest()

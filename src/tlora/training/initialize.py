@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.adapter.head import ADAPTER_CONFIG, HEAD_FILE
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder, seal_tensors, write_json
-from tlora.training import model_card
+from tlora.training import continuing, model_card
 from tlora.training.arguments import training_arguments
 from tlora.training.kinds import KindSpec
 from tlora.training.precision import widen
@@ -103,7 +103,10 @@ def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
     # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
     # calibration draws must not shift the training's.
     transformers.set_seed(setup.config.seed)
-    prepared = setup.method.prepare(model, setup.options, setup.calibration_batches(), plan)
+    if setup.config.continue_from:
+        prepared = continuing.load(setup, model)
+    else:
+        prepared = setup.method.prepare(model, setup.options, setup.calibration_batches(), plan)
     widen(prepared.model)
     transformers.set_seed(setup.config.seed)
     return prepared

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+from tlora.checks import takes
 from tlora.errors import ConfigError
+from tlora.files import read_json
 from tlora.training.digests import input_digest, inputs_of
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
@@ -17,6 +20,9 @@ logger = logging.getLogger(__name__)
 # Trainer fields that cannot change the weights; a resumed run may set them anew.
 _HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
 _ADVICE = "give it as it was, or choose another --output_dir."
+_LENGTH = ("max_steps", "num_train_epochs")
+_EPOCHS = 3.0
+"""The trainer's own number of epochs."""
 _MADE_BY = {"train": "run", "init": "initialization"}
 """What each verb leaves in its folder."""
 
@@ -36,7 +42,8 @@ def continued(
 
     Raises:
         ConfigError: there is nothing to resume, the folder holds something else, or the run in it
-            was started with other values, rows or weights; each is named.
+            was started with other values, rows or weights; each is named. A finished run may be
+            given more steps or epochs, if it has a checkpoint.
     """
     noun = _MADE_BY[verb]
     if not folder.exists:
@@ -48,6 +55,25 @@ def continued(
             )
         folder.refuse_unless_free()
         return config, inputs_of(config)
+    _refuse_other(config, folder, verb)
+    saved = RunConfig.from_dict(folder.config())
+    moved = _moved(config, saved, folder.inputs())
+    finished = folder.finished
+    trained = finished and verb == "train"
+    merged = merge_saved(config, saved, moved, folder.settled(), may_grow=trained)
+    inputs = inputs_of(merged)
+    folder.refuse_changed(inputs)
+    longer = [name for name in _LENGTH if merged.trainer.get(name) != saved.trainer.get(name)]
+    if longer:
+        _announce_longer(merged, folder, longer[0])
+    elif finished:
+        logger.info("%s holds this %s, finished; there is nothing to do.", folder.path, noun)
+        return None
+    return merged, inputs
+
+
+def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:
+    """Check that a folder holds what ``verb`` makes, and that the command names the model."""
     if folder.verb != verb:
         raise ConfigError(
             f"{folder.path} holds the {_MADE_BY.get(folder.verb, 'result')} of `tlora"
@@ -58,17 +84,9 @@ def continued(
     if not (config.model or config.resume):
         raise ConfigError(
             "`model` is missing; give the whole command again, or add --resume to take it from the"
-            f" {noun} in {folder.path}.",
+            f" {_MADE_BY[verb]} in {folder.path}.",
             where="run",
         )
-    saved = RunConfig.from_dict(folder.config())
-    merged = merge_saved(config, saved, _moved(config, saved, folder.inputs()))
-    inputs = inputs_of(merged)
-    folder.refuse_changed(inputs)
-    if folder.finished:
-        logger.info("%s holds this %s, finished; there is nothing to do.", folder.path, noun)
-        return None
-    return merged, inputs
 
 
 def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
@@ -82,7 +100,11 @@ def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict
 
 
 def merge_saved(
-    config: RunConfig, saved: RunConfig, moved: dict[str, str] | None = None
+    config: RunConfig,
+    saved: RunConfig,
+    moved: dict[str, str] | None = None,
+    settled: Sequence[str] = (),
+    may_grow: bool = False,
 ) -> RunConfig:
     """Return the configuration to continue with: the saved one, and what cannot change the weights.
 
@@ -90,6 +112,8 @@ def merge_saved(
         config: what is asked for. With `resume`, a field at its default counts as not given.
         saved: what the run was started with, with every default written out.
         moved: new paths, by field, of files and folders that are the same elsewhere.
+        settled: dotted names of fields that the run was not given either.
+        may_grow: whether more steps or epochs may be asked for.
 
     Raises:
         ConfigError: a field differs from the saved run's; all such fields at once.
@@ -100,7 +124,7 @@ def merge_saved(
         own = {name: value for name, value in _flat(config).items() if value != default.get(name)}
         given = before | own
     else:
-        given = _flat(config.resolved())
+        given = {name: before[name] for name in settled} | _flat(config.resolved())
         # The saved ones are those that the run has settled on.
         for name in ("data.label_names", "data.max_length"):
             given[name] = given[name] or before[name]
@@ -109,6 +133,8 @@ def merge_saved(
     same = {"output_dir", "resume", *(moved or {})}
     if given["method"] != before["method"]:  # whose options are others
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()
+    if may_grow:
+        same |= _grown(given, before)
     faults = [
         f"`{name}` {_words(given, name, 'is')}, but {config.output_dir} was started"
         f" {_words(before, name, 'with')}; {_ADVICE}"
@@ -120,6 +146,50 @@ def merge_saved(
     trainer = {n.removeprefix("trainer."): v for n, v in given.items() if n.startswith("trainer.")}
     own_paths: dict[str, Any] = {**(moved or {}), "output_dir": config.output_dir}
     return dataclasses.replace(saved, resume=config.resume, trainer=trainer, **own_paths)
+
+
+def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
+    """Return the name of the field by which a run is to train longer than it did, if one is."""
+    steps, epochs = (f"trainer.{name}" for name in _LENGTH)
+    by_steps = (before.get(steps) or -1) > 0
+    if not by_steps and given.get(steps) != before.get(steps):
+        return set()
+    name = steps if by_steps else epochs
+    new, old = given.get(name), before.get(name, _EPOCHS)
+    return {name} if takes(float, new) and new > old else set()
+
+
+def _announce_longer(config: RunConfig, folder: RunFolder, field: str) -> None:
+    """Say that a finished run trains longer, and what that does to its schedule.
+
+    Raises:
+        ConfigError: it has no checkpoint to go on from, or stopped early.
+    """
+    checkpoint = folder.last_checkpoint()
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+    early = checkpoint is not None and state["global_step"] < state["max_steps"]
+    if checkpoint is None or early:
+        why = "stopped early" if early else "is finished and has no checkpoint to resume from"
+        raise ConfigError(
+            f"{folder.path} {why}; train its adapter further by --continue_from {folder.path}, in"
+            " another --output_dir.",
+            where="run",
+        )
+    schedule = str(config.trainer.get("lr_scheduler_type", "linear"))
+    effect = (
+        "its learning rate stays as it was"
+        if schedule.startswith("constant")
+        else f"the {schedule} schedule is stretched over all steps, so that the learning rate jumps"
+        " up there and the weights are not those of a single run of this length"
+    )
+    logger.info(
+        "%s is finished; with `%s` at %s it trains on from %s: %s.",
+        folder.path,
+        field,
+        config.trainer[field],
+        checkpoint.name,
+        effect,
+    )
 
 
 def _is_harmless(name: str) -> bool:

@@ -83,7 +83,9 @@ class SharedConfig(Record):
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of the method (--adapter.r 64)."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' training arguments (--trainer.learning_rate 1e-4)."""
+    """Training arguments by their own names. Those of every task are at
+    https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
+    and those of causal tasks at https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig ."""
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -114,6 +116,9 @@ class RunConfig(SharedConfig):
     method: str = "tlora"
     """How to adapt; see `tlora list methods`."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    continue_from: str | None = None
+    """An adapter to train further, in place of a new one: the folder of a run, of an adapter or of
+    a checkpoint. Its A stays frozen if its run froze it; nothing is calibrated."""
     seed: Annotated[int, SEED] = 0
     """Seed of the weights that start random, the order of the rows and dropout."""
     early_stopping: Annotated[int, at_least(1)] | None = None

@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class RunFolder:
     def run_id(self) -> str | None:
         """Return what tells the checkpoints of this run from another run's; None without a run."""
         return self._read().get("id") if self.exists else None
+
+    def settled(self) -> list[str]:
+        """Return the dotted names of fields that nobody gave the run and that got a value then."""
+        return self._read().get("settled", []) if self.exists else []
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration that the run was started with."""
@@ -202,6 +206,7 @@ class RunFolder:
         verb: str,
         plan: Plan | None = None,
         inputs: dict[str, str] | None = None,
+        settled: Sequence[str] = (),
     ) -> None:
         """Write down what is about to run; a resumed run adds its provenance.
 
@@ -212,9 +217,12 @@ class RunFolder:
             verb: what runs, "train" or "init".
             plan: what was decided before training.
             inputs: digests of what is read, which a resumed run is held to.
+            settled: dotted names of fields of ``config`` that were not given; a resumed run keeps
+                those it was started with.
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         run |= {"inputs": inputs or {}, "id": self.run_id() or uuid.uuid4().hex}
+        run |= {"settled": [*settled] or self.settled()}
         write_state(self._run, run)
         start = provenance(seed=config.get("seed"), output=self.path)
         write_json(self._provenance, {"starts": [*self._starts(), start]})

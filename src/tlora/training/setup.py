@@ -52,6 +52,8 @@ class Setup:
     """The same of a file of validation rows."""
     left_out: Sequence[int]
     """Indices of the raw training rows that were left out because they repeat prompts."""
+    settled: tuple[str, ...] = ()
+    """Fields of `config` that were not given and got a value for this model."""
 
     def record(self) -> dict[str, Any]:
         """Return the resolved configuration for the run's folder, with `data` as settled.

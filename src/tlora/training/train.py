@@ -18,7 +18,9 @@ from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
+from tlora.training.continuing import with_adapter
 from tlora.training.initialize import adapt, save_adapter
+from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import continued
 from tlora.training.runconfig import RunConfig
@@ -47,6 +49,7 @@ def run(config: RunConfig) -> RunFolder:
         DataError: rows are missing or not what the task expects.
         DivergenceError: the training diverged; the run is not finished and has no adapter.
     """
+    config = with_adapter(config)
     folder = RunFolder(config.output_dir)
     with folder.locked():
         todo = continued(config, folder, "train")
@@ -58,7 +61,7 @@ def run(config: RunConfig) -> RunFolder:
 def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
     started = folder.exists
     preflight.check_evaluation(config)
-    setup = settle(config)
+    setup = with_learning_rate(settle(config))
     from tlora.training import screen  # imports transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
@@ -74,7 +77,7 @@ def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None
     screen.show(trainer, memory)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
-            folder.start(setup.record(), "train", prepared.plan, inputs)
+            folder.start(setup.record(), "train", prepared.plan, inputs, setup.settled)
         with timed(seconds, "train"):
             train_from(trainer, _resume_point(folder, trainer, started))
     best = trainer.state.best_model_checkpoint

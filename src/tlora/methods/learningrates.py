@@ -1,0 +1,118 @@
+"""The learning rate that a method starts from where the user gives none.
+
+TRL's and transformers' own defaults (2e-5, 5e-5) are for full fine-tuning of large models; at them
+an adapter of a small model hardly moves. Each method declares rates by the size of the base model
+instead, from published practice and never above it where that exists, which is from a billion
+parameters on. They are a start, tuned for no task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SMALL, LARGE, HUGE = 100_000_000, 1_000_000_000, 20_000_000_000
+"""Parameters of the base model from which the next rate holds."""
+HIGH_RANK = 64
+_OF_ADAPTERS = ("lora_", "ranknum", ".modules_to_save.")
+"""Parts of the names of modules that PEFT adds to a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRates:
+    """A method's default learning rates, the same for every kind of task."""
+
+    tiny: float
+    """Below 100 million parameters."""
+    small: float
+    """From 100 million on."""
+    large: float
+    """From a billion on."""
+    huge: float | None = None
+    """From 20 billion on, where it is another."""
+    high_rank: float | None = None
+    """From a billion on at ranks of 64 and more, where it is another."""
+    source: str
+    """Where they were published, and what was extrapolated."""
+
+    def of(self, parameters: int, rank: int | None = None) -> float:
+        """Return the learning rate for a base model of so many parameters.
+
+        Args:
+            parameters: of the base model.
+            rank: r of the adapter; None where there is none.
+        """
+        if parameters < SMALL:
+            return self.tiny
+        if parameters < LARGE:
+            return self.small
+        large = self.huge if self.huge is not None and parameters >= HUGE else self.large
+        high = self.high_rank if rank is not None and rank >= HIGH_RANK else None
+        return large if high is None else min(large, high)
+
+
+_BELOW = (
+    " Below a billion LoRA's 5e-4 on RoBERTa base (arXiv 2106.09685, table 9), below 100 million"
+    " half of what the rule lr ~ 1 / width of `LoRA Without Regret` (Thinking Machines, 2025) gives"
+    " at a width of 128."
+)
+
+LORA_RATES = LearningRates(
+    tiny=2e-3,
+    small=5e-4,
+    large=2e-4,
+    huge=1e-4,
+    source="QLoRA (arXiv 2305.14314, table 9): 2e-4 at 7B and 13B, 1e-4 at 33B and 65B." + _BELOW,
+)
+"""Of LoRA, and of relatives whose update starts at zero and has its scale."""
+
+RESIDUAL_RATES = LearningRates(
+    tiny=5e-4,
+    small=1e-4,
+    large=2e-5,
+    source="PiSSA (arXiv 2404.02948) and the baselines of arXiv 2604.18124 on Llama-2-7B: 2e-5;"
+    " LoRA-GA (arXiv 2407.05000) on T5-base: 1e-4. Extrapolated below 100 million.",
+)
+"""Of methods whose A and B start from a part of W, so that the first steps move it more."""
+
+
+def default_learning_rate(config: Any, model: torch.nn.Module, method: str = "tlora") -> float:
+    """Return the learning rate that `tlora train` takes for this adapter where none is given.
+
+    It follows published practice for the size of the model; it is not tuned for any task.
+
+    Args:
+        config: the method's options, a `TLoraConfig` for the default method.
+        model: the base model, adapted or not; it may be quantized, or on `meta`.
+        method: the method's name; see `tlora list methods`.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    from tlora.registry import METHODS
+
+    rates: LearningRates = METHODS.load(method).traits.learning_rates
+    return rates.of(base_parameters(model), getattr(config, "r", None))
+
+
+def base_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters of a base model; an adapter on it does not count.
+
+    Weights stored in integers (4 and 8 bit) count as the matrices that they stand for.
+    """
+    seen: set[int] = set()
+    count = 0
+    for name, module in model.named_modules():
+        if any(part in name for part in _OF_ADAPTERS):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+            packed = not parameter.is_floating_point() and None not in sizes
+            count += sizes[0] * sizes[1] if packed else parameter.numel()  # type: ignore[operator]
+    return count
