@@ -153,7 +153,9 @@ def test_interrupted_it_resumes_to_the_same_weights(first, further, interrupted,
 def test_an_adapter_that_changed_is_refused(stock, further, interrupted, tmp_path, resume):
     own = shutil.copytree(stock, tmp_path / "own")
     command = further(own)
-    interrupted(command, step=1)
+    steps = {"max_steps": 4, "save_steps": 2}
+    command = dataclasses.replace(command, trainer=command.trainer | steps)
+    interrupted(command, step=3)
     file = own / "adapter_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
     again = RunConfig(output_dir=command.output_dir, resume=True) if resume else command

@@ -79,6 +79,19 @@ def test_without_a_whole_checkpoint_it_starts_over_and_says_so(cut, config, whol
     assert f"the run in {folder.path} starts over: it has no whole checkpoint." in caplog.text
 
 
+def test_without_a_whole_checkpoint_another_configuration_starts_over(
+    cut, config, tmp_path, caplog
+):
+    caplog.set_level("INFO", "tlora")
+    folder = cut(step=1)
+    corrected = {"seed": 4, "trainer": {"learning_rate": 0.5}}
+    expected = train.run(config(output_dir=str(tmp_path / "elsewhere"), **corrected))
+    run = train.run(config(**corrected))
+    assert weights(run) == weights(expected)
+    assert run.config()["seed"] == 4 and run.finished
+    assert f"the run in {folder.path} starts over with this configuration." in caplog.text
+
+
 def test_a_folder_that_a_run_left_before_it_wrote_its_record_is_free(config, whole):
     folder = RunFolder(config().output_dir)
     folder.checkpoints.mkdir(parents=True)

@@ -13,7 +13,7 @@ from tlora.training import continuing, model_card
 from tlora.training.arguments import training_arguments
 from tlora.training.kinds import KindSpec
 from tlora.training.precision import widen
-from tlora.training.resume import continued
+from tlora.training.resume import Todo, continued
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import Setup, settle
@@ -40,19 +40,19 @@ def run(config: RunConfig) -> RunFolder:
     with folder.locked():
         todo = continued(config, folder, "init")
         if todo is not None:
-            _initialize(*todo, folder)
+            _initialize(todo, folder)
     return folder
 
 
-def _initialize(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
-    if folder.exists:
+def _initialize(todo: Todo, folder: RunFolder) -> None:
+    if todo.resumes:
         logger.info("the initialization in %s was not finished; it starts over.", folder.path)
-    setup = settle(config)
+    setup = settle(todo.config)
     arguments = training_arguments(setup, folder.checkpoints)
     prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
         folder.clear()
-        folder.start(setup.record(), "init", prepared.plan, inputs)
+        folder.start(setup.record(), "init", prepared.plan, todo.inputs)
         save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
 

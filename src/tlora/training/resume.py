@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tlora.checks import takes
@@ -27,12 +28,25 @@ _MADE_BY = {"train": "run", "init": "initialization"}
 """What each verb leaves in its folder."""
 
 
+@dataclass(frozen=True)
+class Todo:
+    """What a command has to do."""
+
+    config: RunConfig
+    """What to run with."""
+    inputs: dict[str, str]
+    """Digests of what it reads."""
+    resumes: bool
+    """Whether it goes on from what is in the folder."""
+
+
 def continued(
     config: RunConfig, folder: RunFolder, verb: str
-) -> tuple[RunConfig, dict[str, str]] | None:
-    """Return the configuration to run with and the digests of what it reads; None: all is done.
+) -> Todo | None:
+    """Return what is to be done; None: all is done.
 
-    Every process of a launch decides this from the files alone, before any of them writes.
+    Every process of a launch decides this from the files alone, before any of them writes. A run
+    without a checkpoint has nothing to lose: it may start over with another configuration.
 
     Args:
         config: what was asked for. With `resume`, a field at its default counts as not given and
@@ -42,8 +56,8 @@ def continued(
 
     Raises:
         ConfigError: there is nothing to resume, the folder holds something else, or the run in it
-            was started with other values, rows or weights; each is named. A finished run may be
-            given more steps or epochs, if it has a checkpoint.
+            was started with other values, rows or weights and has a checkpoint; each is named. A
+            finished run may be given more steps or epochs, if it has a checkpoint.
     """
     noun = _MADE_BY[verb]
     if not folder.exists:
@@ -54,22 +68,28 @@ def continued(
                 where="run",
             )
         folder.refuse_unless_free()
-        return config, inputs_of(config)
+        return Todo(config, inputs_of(config), resumes=False)
     _refuse_other(config, folder, verb)
     saved = RunConfig.from_dict(folder.config())
     moved = _moved(config, saved, folder.inputs())
     finished = folder.finished
     trained = finished and verb == "train"
-    merged = merge_saved(config, saved, moved, folder.settled(), may_grow=trained)
-    inputs = inputs_of(merged)
-    folder.refuse_changed(inputs)
+    try:
+        merged = merge_saved(config, saved, moved, folder.settled(), may_grow=trained)
+        inputs = inputs_of(merged)
+        folder.refuse_changed(inputs)
+    except ConfigError:
+        if config.resume or finished or folder.holds_weights():
+            raise
+        logger.info("the %s in %s starts over with this configuration.", noun, folder.path)
+        return Todo(config, inputs_of(config), resumes=False)
     longer = [name for name in _LENGTH if merged.trainer.get(name) != saved.trainer.get(name)]
     if longer:
         _announce_longer(merged, folder, longer[0])
     elif finished:
         logger.info("%s holds this %s, finished; there is nothing to do.", folder.path, noun)
         return None
-    return merged, inputs
+    return Todo(merged, inputs, resumes=True)
 
 
 def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:

@@ -241,6 +241,10 @@ class RunFolder:
             logger.warning("%s is damaged; it begins anew with this start.", self._provenance)
             return []
 
+    def holds_weights(self) -> bool:
+        """Whether anything trained is here: a whole checkpoint, or an adapter."""
+        return self.adapter.is_dir() or self.last_checkpoint() is not None
+
     def clear(self) -> None:
         """Remove what an unfinished run left, but for `run.json`, which `start` replaces."""
         for file in (self.plan, self.initial, self.log, self.metrics, self._provenance):

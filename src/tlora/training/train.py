@@ -22,7 +22,7 @@ from tlora.training.continuing import with_adapter
 from tlora.training.initialize import adapt, save_adapter
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
-from tlora.training.resume import continued
+from tlora.training.resume import Todo, continued
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import Setup, settle
@@ -54,32 +54,33 @@ def run(config: RunConfig) -> RunFolder:
     with folder.locked():
         todo = continued(config, folder, "train")
         if todo is not None:
-            _train(*todo, folder)
+            _train(todo, folder)
     return folder
 
 
-def _train(config: RunConfig, inputs: dict[str, str], folder: RunFolder) -> None:
-    started = folder.exists
-    preflight.check_evaluation(config)
-    setup = with_learning_rate(settle(config))
+def _train(todo: Todo, folder: RunFolder) -> None:
+    preflight.check_evaluation(todo.config)
+    setup = with_learning_rate(settle(todo.config))
     from tlora.training import screen  # imports transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
     _refuse_sharding(arguments)
-    _refuse_disagreement(started, folder)
+    _refuse_disagreement(todo.resumes, folder)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
-        prepared = adapt(setup, arguments.device, folder.saved_plan() if started else None)
+        prepared = adapt(setup, arguments.device, folder.saved_plan() if todo.resumes else None)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     screen.show(trainer, memory)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
-            folder.start(setup.record(), "train", prepared.plan, inputs, setup.settled)
+            if folder.exists and not todo.resumes:
+                folder.clear()
+            folder.start(setup.record(), "train", prepared.plan, todo.inputs, setup.settled)
         with timed(seconds, "train"):
-            train_from(trainer, _resume_point(folder, trainer, started))
+            train_from(trainer, _resume_point(folder, trainer, todo.resumes))
     best = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and best:
         loss = trainer.state.best_metric
