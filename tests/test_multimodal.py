@@ -33,6 +33,7 @@ def folders(saved) -> dict[str, str]:
     return {name: saved(multimodal_bases.build(name)) for name in multimodal_bases.CONFIGS}
 
 
+@pytest.mark.filterwarnings("ignore:Llama4ForCausalLM keeps experts")
 @pytest.mark.parametrize("family", multimodal_bases.CONFIGS)
 def test_a_run_on_rows_of_text(family, folders, config, other_sums, caplog):
     folder = folders[family]

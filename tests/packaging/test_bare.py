@@ -38,12 +38,9 @@ turn = "{% generation %}{{ message['content'] }}{% endgeneration %}"
 tokenizer.chat_template = "{% for message in messages %}" + turn + "{% endfor %}"
 assert (tlora.calibration_batches(tokenizer, chat)[0]["labels"] >= 0).any()
 tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-try:
-    tlora.calibration_batches(tokenizer, chat)
-except tlora.TLoraError as error:
-    assert 'pip install "tlora[train]"' in str(error), error
-else:
-    raise AssertionError("an unmarked template is refused")
+unmarked = tlora.calibration_batches(tokenizer, chat)[0]
+assert (marked["labels"] >= 0).any() and (marked["labels"] < 0).any()
+assert torch.equal(marked["labels"], unmarked["labels"])
 """
 TRAINING = """
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -40,9 +40,7 @@ class Todo:
     """Whether it goes on from what is in the folder."""
 
 
-def continued(
-    config: RunConfig, folder: RunFolder, verb: str
-) -> Todo | None:
+def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
     """Return what is to be done; None: all is done.
 
     Every process of a launch decides this from the files alone, before any of them writes. A run
