@@ -38,9 +38,8 @@ turn = "{% generation %}{{ message['content'] }}{% endgeneration %}"
 tokenizer.chat_template = "{% for message in messages %}" + turn + "{% endfor %}"
 assert (tlora.calibration_batches(tokenizer, chat)[0]["labels"] >= 0).any()
 tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-unmarked = tlora.calibration_batches(tokenizer, chat)[0]
-assert (marked["labels"] >= 0).any() and (marked["labels"] < 0).any()
-assert torch.equal(marked["labels"], unmarked["labels"])
+labels = tlora.calibration_batches(tokenizer, chat)[0]["labels"]
+assert (labels >= 0).any() and (labels < 0).any()
 """
 TRAINING = """
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
