@@ -13,10 +13,9 @@ from tlora.training.runconfig import RunConfig
 @pytest.mark.parametrize(
     ("record", "flag", "meant"),
     [
-        (RunConfig, "--lr", "--trainer.learning_rate"),
-        (RunConfig, "--max_steps", "--trainer.max_steps"),
-        (RunConfig, "--batch_size", "--trainer.per_device_train_batch_size"),
-        (RunConfig, "--rank", "--adapter.r"),
+        (RunConfig, "--lr", "--learning_rate"),
+        (RunConfig, "--max_step", "--max_steps"),
+        (RunConfig, "--rank", "--r"),
         (RunConfig, "--target_modules", "--adapter.target_modules"),
         (RunConfig, "--load_in_4bit", "--quantization"),
         (RunConfig, "--model_name_or_path", "--model"),

@@ -64,6 +64,6 @@ def test_the_same_command_resumes_with_the_recorded_one(without, interrupted, mo
 
 
 def test_one_that_was_given_is_not_left_out_later(config, interrupted, without):
-    interrupted(config(trainer={"max_steps": 2, "save_steps": 1}), step=1)
+    interrupted(config(trainer={"max_steps": 4, "save_steps": 2}), step=3)
     with pytest.raises(ConfigError, match=r"`trainer\.learning_rate` is not given, but"):
         train.run(without())
