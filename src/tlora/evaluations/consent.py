@@ -2,8 +2,7 @@
 
 Its loader imports the Python file that a `!function` names while it reads the YAML, and Hugging
 Face's `evaluate` downloads and runs a metric that the harness does not know. `datasets` before 5
-reads pickles. Templates are
-rendered in Jinja's sandbox, where they reach no code.
+reads pickles. Templates are rendered in Jinja's sandbox, where they reach no code.
 """
 
 from __future__ import annotations
