@@ -38,7 +38,7 @@ def pins() -> list[list[str]]:
 
 
 def ask(service: str) -> tuple[list[dict[str, Any]], str]:
-    """Return what pip-audit says of each package, asking one database, and what broke it off."""
+    """Return pip-audit's answer for each package from one database, and the error that ended it."""
     told: list[dict[str, Any]] = []
     for pinned in pins():
         with tempfile.TemporaryDirectory() as scratch:

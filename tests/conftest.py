@@ -199,3 +199,17 @@ def interrupted(monkeypatch):
         return RunFolder(config.output_dir)
 
     return run
+
+
+@pytest.fixture
+def tlora(capsys):
+    """Run a command in this process; return exit code, standard output and standard error."""
+
+    from tlora import cli
+
+    def run(*argv):
+        code = cli.main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -12,7 +12,7 @@ import transformers
 import support
 from support import VOCABULARY, Sample
 
-_DECODER = {
+DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -114,7 +114,7 @@ def seen_samples() -> list[Sample]:
 _IMAGE = 159
 
 _LLAVA = {
-    "text_config": _DECODER | {"model_type": "llama"},
+    "text_config": DECODER | {"model_type": "llama"},
     "vision_config": {
         "model_type": "clip_vision_model",
         "hidden_size": 16,
@@ -131,20 +131,20 @@ _LLAVA = {
 }
 
 FAMILIES: dict[str, Kind] = {
-    "llama": Kind("LlamaConfig", "LlamaForCausalLM", _DECODER),
-    "mistral": Kind("MistralConfig", "MistralForCausalLM", _DECODER),
-    "qwen2": Kind("Qwen2Config", "Qwen2ForCausalLM", _DECODER),
-    "qwen3": Kind("Qwen3Config", "Qwen3ForCausalLM", _DECODER),
-    "gemma2": Kind("Gemma2Config", "Gemma2ForCausalLM", _DECODER),
-    "gemma3": Kind("Gemma3TextConfig", "Gemma3ForCausalLM", _DECODER),
-    "smollm3": Kind("SmolLM3Config", "SmolLM3ForCausalLM", _DECODER),
-    "olmo2": Kind("Olmo2Config", "Olmo2ForCausalLM", _DECODER),
-    "phi3": Kind("Phi3Config", "Phi3ForCausalLM", _DECODER),
-    "gpt-neox": Kind("GPTNeoXConfig", "GPTNeoXForCausalLM", _DECODER),
+    "llama": Kind("LlamaConfig", "LlamaForCausalLM", DECODER),
+    "mistral": Kind("MistralConfig", "MistralForCausalLM", DECODER),
+    "qwen2": Kind("Qwen2Config", "Qwen2ForCausalLM", DECODER),
+    "qwen3": Kind("Qwen3Config", "Qwen3ForCausalLM", DECODER),
+    "gemma2": Kind("Gemma2Config", "Gemma2ForCausalLM", DECODER),
+    "gemma3": Kind("Gemma3TextConfig", "Gemma3ForCausalLM", DECODER),
+    "smollm3": Kind("SmolLM3Config", "SmolLM3ForCausalLM", DECODER),
+    "olmo2": Kind("Olmo2Config", "Olmo2ForCausalLM", DECODER),
+    "phi3": Kind("Phi3Config", "Phi3ForCausalLM", DECODER),
+    "gpt-neox": Kind("GPTNeoXConfig", "GPTNeoXForCausalLM", DECODER),
     "falcon": Kind(
         "FalconConfig",
         "FalconForCausalLM",
-        {k: v for k, v in _DECODER.items() if k not in ("head_dim", "intermediate_size")},
+        {k: v for k, v in DECODER.items() if k not in ("head_dim", "intermediate_size")},
     ),
     "gpt2": Kind(
         "GPT2Config",
@@ -155,7 +155,7 @@ FAMILIES: dict[str, Kind] = {
     "opt": Kind(
         "OPTConfig",
         "OPTForCausalLM",
-        {k: v for k, v in _DECODER.items() if k not in ("intermediate_size", "initializer_range")}
+        {k: v for k, v in DECODER.items() if k not in ("intermediate_size", "initializer_range")}
         | {"ffn_dim": 32, "word_embed_proj_dim": 16, "init_std": 0.2},
     ),
     "mamba": Kind(

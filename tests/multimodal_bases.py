@@ -7,22 +7,10 @@ from typing import Any
 
 import transformers
 
+from families import DECODER
 from support import VOCABULARY, seeded
 
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+TEXT = DECODER | {"max_position_embeddings": 256}
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,

@@ -17,18 +17,6 @@ from tlora.errors import (
 
 
 @pytest.fixture
-def tlora(capsys):
-    """Run a command in this process; return exit code, standard output and standard error."""
-
-    def run(*argv):
-        code = cli.main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def resolved(tlora):
     """Return what a command line resolves to."""
 

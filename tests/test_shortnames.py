@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from tlora import cli
 from tlora.compare.compareconfig import CompareConfig
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.shortnames import SHORT, short_names
@@ -24,18 +23,6 @@ TRAINER = {
     "per_device_train_batch_size": 4,
     "max_steps": 7,
 }
-
-
-@pytest.fixture
-def tlora(capsys):
-    """Run a command in this process; return exit code, standard output and standard error."""
-
-    def run(*argv):
-        code = cli.main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def resolved(tlora, *words):

@@ -100,7 +100,8 @@ def takes(kind: Any, value: Any) -> bool:
 
 _PLAIN = (bool, str, dict, list, type(None))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""What no file's name can hold, and what is left of bytes that are not UTF-8."""
+"""The null character, which no file name can hold, and surrogates, which stand for bytes that are
+not UTF-8."""
 
 
 def plain(value: Any) -> Any:
@@ -113,7 +114,7 @@ def plain(value: Any) -> Any:
 
 
 _NAMES = re.compile(r"\s*[A-Za-z_][\w.-]*(\s*,\s*[A-Za-z_][\w.-]*)+\s*")
-"""Names with commas between them; a module's name has none, so it is no regex of one."""
+"""Names with commas between them. A module's name has no comma, so this is not a regex of one."""
 
 
 def fitted(kind: Any, value: Any) -> Any:
@@ -304,7 +305,7 @@ def default_of(field: Any) -> Any:
 
 
 def from_row(record: type[AnyRow], row: Any, **given: Any) -> AnyRow:
-    """Make a dataclass of a row that a file holds, if each value is of its field's type.
+    """Make a dataclass from a row of a file, and check the type of each value.
 
     Args:
         record: a dataclass that does not check itself.

@@ -280,7 +280,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: An
 
 
 def seal_tensors(path: str | Path) -> None:
-    """Put the digest of a finished safetensors file, whoever wrote it, into its header.
+    """Put the digest of a finished safetensors file, of any library, into its header.
 
     A file with room for it is changed in place, another one is written anew and replaced.
     """

@@ -187,7 +187,7 @@ def _first_sentence(field: Field) -> str:
 
 
 def _head(prog: str, record: type[Section]) -> list[str]:
-    """Return the lines of usage, and what the verb does."""
+    """Return the usage lines and a description of the verb."""
     words = ["[run.yaml]"]
     for name, field in fields_of(record):
         if field.positional:

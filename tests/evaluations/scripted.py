@@ -24,6 +24,22 @@ _INDEX = TaskManager(
 )
 
 
+def harness_task(folder: Path, name: str) -> dict[str, Any]:
+    """Write one row into ``folder``; return the YAML of a task of the harness that reads it."""
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"q": "1+1=", "a": "2"}) + "\n")
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "exact_match"}],
+    }
+
+
 def config(name: str) -> dict[str, Any]:
     """Return what the YAML of an evaluation of ours says, functions by name."""
     return _INDEX.task_index[name].cfg

@@ -7,7 +7,7 @@ import types
 
 import pytest
 from lm_eval.tasks import TaskManager
-from scripted import CASES, GROUPS, config
+from scripted import CASES, GROUPS, config, harness_task
 
 from tlora.errors import ConfigError, DataError
 from tlora.evaluations import catalog
@@ -15,20 +15,7 @@ from tlora.evaluations.catalog import Settings
 
 
 def yaml(folder, name, **more):
-    rows = folder / "rows.jsonl"
-    rows.write_text(json.dumps({"q": "1+1=", "a": "2"}) + "\n")
-    config = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{q}}",
-        "doc_to_target": "{{a}}",
-        "generation_kwargs": {"until": ["\n"]},
-        "metric_list": [{"metric": "exact_match"}],
-        **more,
-    }
+    config = harness_task(folder, name) | {"generation_kwargs": {"until": ["\n"]}} | more
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(config))  # which YAML contains
     return path

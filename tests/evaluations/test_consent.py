@@ -4,6 +4,7 @@ import json
 
 import pytest
 from lm_eval.tasks import TaskManager
+from scripted import harness_task
 
 from tlora import cli
 from tlora.errors import ConfigError, DataError
@@ -31,19 +32,8 @@ def folder(tmp_path):
 
 
 def task(folder, extra="", name="mine", **fields):
-    rows = folder / "rows.jsonl"
-    rows.write_text(json.dumps({"q": "1+1=", "a": "2"}) + "\n")
-    values = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{q}}",
-        "doc_to_target": "{{a}}",
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in (values | fields).items()]
+    values = harness_task(folder, name) | fields
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
     path = folder / f"{name}.yaml"
     path.write_text("\n".join([*lines, extra]))
     return path

@@ -193,12 +193,16 @@ def rewind(folder: Path, run_id: str | None = None) -> Path | None:
 
     The trainer would write into their folders, and count them as good when it deletes old ones.
     """
-    whole = last_whole(folder, run_id)
+    whole, later = None, []
+    for path in reversed(_checkpoints(folder)):
+        if (fault := _unusable(path, run_id)) is None:
+            whole = path
+            break
+        later.append((path, fault))
     goes_on = f"resumes from {whole.name}" if whole else "starts over"
-    for path in _checkpoints(folder):
-        if whole is None or _step(path) > _step(whole):
-            logger.warning("%s; the run %s.", _unusable(path, run_id), goes_on)
-            shutil.rmtree(path)
+    for path, fault in reversed(later):
+        logger.warning("%s; the run %s.", fault, goes_on)
+        shutil.rmtree(path)
     return whole
 
 
