@@ -219,7 +219,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["train", "--seed"], "--seed needs a value."),
         (
             ["list", "method"],
-            "`what` is 'method'; choose one of 'methods', 'tasks', 'evaluations', 'presets'. Did"
+            "`what` is 'method'; choose one of 'methods', 'tasks', 'formats', 'evaluations', 'presets'. Did"
             " you mean 'methods'?",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),

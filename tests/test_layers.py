@@ -84,7 +84,7 @@ LAYERS = (
     ("integrations", "methods", "models", "scoring", "tasks"),
     ("evaluations",),
     ("training",),
-    ("compare", "evaluate"),
+    ("compare", "evaluate", "exporters"),
     ("chat",),
     ("report",),
     ("demo",),

@@ -5,6 +5,7 @@ import yaml
 
 from tlora.compare.compareconfig import CompareConfig
 from tlora.evaluate.evalconfig import EvalConfig
+from tlora.exporters.exportconfig import ExportConfig
 from tlora.shortnames import SHORT, short_names
 from tlora.training.runconfig import RunConfig
 from tlora.verbconfig import InitConfig
@@ -64,7 +65,9 @@ def test_two_values_of_one_field_are_a_fault(tlora, tmp_path):
 
 
 def test_which_verbs_take_them(tlora):
-    assert short_names(RunConfig).keys() == short_names(InitConfig).keys() == SHORT.keys()
+    everything = SHORT.keys() - {"for"}
+    assert short_names(RunConfig).keys() == short_names(InitConfig).keys() == everything
+    assert short_names(ExportConfig) == {"for": "server"}
     # A comparison tunes the learning rate; `batch_size` of an evaluation is its own field.
     assert short_names(CompareConfig).keys() == SHORT.keys() - {"learning_rate"}
     assert short_names(EvalConfig) == {}

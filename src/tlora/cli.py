@@ -32,8 +32,9 @@ from tlora.errors import (
     system_fault,
 )
 from tlora.evaluate.evalconfig import EvalConfig
+from tlora.exporters.exportconfig import ExportConfig, MergeConfig
 from tlora.files import refuse_missing
-from tlora.registry import CONVERSATIONS, EVALUATIONS, METHODS, TASKS, Entry
+from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.training.runconfig import RunConfig
 from tlora.verbconfig import (
     DemoConfig,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
+    "formats": FORMATS.entries,
     "evaluations": lambda: [*EVALUATIONS.entries(), *CONVERSATIONS.entries()],
     "presets": presets.entries,
 }
@@ -184,6 +186,19 @@ def inspect(config: InspectConfig) -> None:
     _say(f"\n{plan.summary()}\npage: {page}")
 
 
+def export(config: ExportConfig) -> None:
+    """Write an adapter in the format that its reader takes."""
+    no_bars_in_batch_jobs()
+    from tlora.exporters.export import run, show
+
+    show(run(config), _say)
+
+
+def merge(config: MergeConfig) -> None:
+    """Merge an adapter into its base."""
+    export(config.export())
+
+
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task, --tasks and --preset take."""
     for title, registered in _REGISTERED.items():
@@ -243,9 +258,11 @@ VERBS = {
             inspect,
             "compare",
         ),
+        Verb("export", "an adapter in the format that a server reads right", ExportConfig, export),
+        Verb("merge", "an adapter merged into its base, a whole model", MergeConfig, merge),
         Verb(
             "list",
-            "list methods, tasks, evaluations, presets",
+            "list methods, tasks, formats, evaluations, presets",
             ListConfig,
             list_registered,
         ),

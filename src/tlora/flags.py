@@ -163,7 +163,7 @@ def screen(prog: str, record: type[Section]) -> str | None:
     """Return the help that fits a screen: what most people set; None where all of it does."""
     fields = dict(fields_of(record))
     shorts = {name: SHORT[name][1] for name in short_names(record)}
-    if not shorts:
+    if not any("." in full for full in short_names(record).values()):
         return None
     texts = {name: _first_sentence(field) for name, field in fields.items()} | shorts | _OWN_FLAGS
     if issubclass(record, RunConfig):

@@ -160,6 +160,16 @@ TASKS = Registry(
     ),
 )
 
+FORMATS = Registry(
+    "format",
+    _classes(
+        "tlora.exporters",
+        ("native", "native:Native", "ranks and scales per module, as trained: PEFT"),
+        ("compact", "compact:Compact", "scales in B, own ranks: PEFT, its hot swap, vLLM"),
+        ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every server of LoRA"),
+    ),
+)
+
 # Each loads to the path of a YAML file of lm-evaluation-harness; so does an entry point's.
 EVALUATIONS = Registry("evaluation", _files("evaluations"))
 

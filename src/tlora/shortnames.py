@@ -24,6 +24,7 @@ SHORT: dict[str, tuple[str, str]] = {
     "max_steps": ("trainer.max_steps", "Optimizer steps, in place of epochs."),
     "r": ("adapter.r", "Rank of the adapter (default: 8)."),
     "alpha": ("adapter.lora_alpha", "The adapter's output is scaled by alpha / r (default: 8)."),
+    "for": ("server", "Who will read the result: vllm, sglang, llama.cpp, ollama, ..."),
 }
 """The full name and the help of each."""
 
@@ -38,7 +39,7 @@ def short_names(record: type[Section]) -> dict[str, str]:
     return {
         short: full
         for short, (full, _) in SHORT.items()
-        if full.partition(".")[0] in is_open and not {short, f"{short}s"} & {*own}
+        if full in own or (full.partition(".")[0] in is_open and not {short, f"{short}s"} & {*own})
     }
 
 
@@ -47,7 +48,11 @@ def written_out(values: dict[str, Any], shorts: dict[str, str]) -> tuple[dict[st
     full = {name: value for name, value in values.items() if name not in shorts}
     faults = []
     for short in (name for name in shorts if name in values):
-        section, _, name = shorts[short].partition(".")
+        section, dot, name = shorts[short].partition(".")
+        if not dot:
+            faults += contradiction(short, values[short], section, full.get(section, values[short]))
+            full[section] = values[short]
+            continue
         inner = full.get(section) or {}
         if not isinstance(inner, dict):
             continue  # which the record refuses

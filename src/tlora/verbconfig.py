@@ -89,7 +89,7 @@ class ListConfig(Record):
 
     where: ClassVar[str] = "list"
 
-    what: Literal["methods", "tasks", "evaluations", "presets"] | None = field(
+    what: Literal["methods", "tasks", "formats", "evaluations", "presets"] | None = field(
         default=None, metadata={"positional": True}
     )
     """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`

@@ -1,0 +1,244 @@
+"""A LoRA folder as its files say: A, B, rank and scale of each module, without any model.
+
+PEFT's rules, read from its source (0.21): a module's rank and alpha are the pattern's whose key
+matches first, else `r` and `lora_alpha`; the scale is alpha / rank, with `use_rslora` alpha /
+sqrt(rank). Tensors are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tlora.adapter.load import check_finite
+from tlora.errors import AdapterError, listed
+from tlora.files import adapter_fields
+from tlora.integrity import has_digest
+
+PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_A = (".lora_A.weight", ".lora_embedding_A")
+_B = (".lora_B.weight", ".lora_embedding_B")
+
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations of PEFT after which the adapter stands on changed base weights."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one module, s B A.
+
+    Attributes:
+        a: r x d_in; of a convolution r x channels x kernel, of an embedding r x vocabulary.
+        b: d_out x r; of a convolution d_out x r x 1 ...
+        scale: s.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The rows of A."""
+        return self.a.shape[0]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with safe_open(file, framework="pt") as opened:
+            self.shapes = {
+                key: tuple(opened.get_slice(key).get_shape())
+                for key in opened.keys()  # noqa: SIM118 - it is no mapping
+            }
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Read one tensor."""
+        with safe_open(self.file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(key)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.shapes)
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """A LoRA that PEFT reads.
+
+    Attributes:
+        path: its folder.
+        fields: of adapter_config.json.
+        tensors: by their names in the file.
+        keys: the names of A's and B's tensor, by the module's full name in the base model.
+    """
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    keys: dict[str, tuple[str, str]]
+
+    @property
+    def base(self) -> str | None:
+        """The base model that it names."""
+        return self.fields.get("base_model_name_or_path")
+
+    @property
+    def others(self) -> list[str]:
+        """The tensors beside A and B: heads, biases, magnitudes, rows of tokens."""
+        ours = {key for pair in self.keys.values() for key in pair}
+        return [key for key in self.tensors if key not in ours]
+
+    def factors(self, module: str) -> Factors:
+        """Read the update of a module."""
+        a, b = self.keys[module]
+        return Factors(self.tensors[a], self.tensors[b], self.scale(module))
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives a module."""
+        return int(self._pattern("rank_pattern", module, self.fields.get("r", 8)))
+
+    def alpha(self, module: str) -> float:
+        """Return the alpha that the configuration gives a module."""
+        return float(self._pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
+
+    def scale(self, module: str) -> float:
+        """Return s of a module, as PEFT computes it."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def _pattern(self, field: str, module: str, otherwise: Any) -> Any:
+        pattern = self.fields.get(field) or {}
+        return pattern.get(get_pattern_key(list(pattern), module), otherwise)
+
+    def lacks(self) -> Iterator[str]:
+        """Yield what it has beside A, B and a scale of linear layers, a noun phrase each."""
+        fields = self.fields
+        named = {
+            "use_dora": "DoRA's magnitudes",
+            "lora_bias": "biases of B (`lora_bias`)",
+            "target_parameters": "adapters of fused parameters (`target_parameters`)",
+            "trainable_token_indices": "trained rows of embeddings (`trainable_token_indices`)",
+            "modules_to_save": f"trained modules ({listed(fields.get('modules_to_save') or [])})",
+            "layer_replication": "replicated layers (`layer_replication`)",
+            "alora_invocation_tokens": "an activation by tokens (aLoRA)",
+            "use_qalora": "pooled inputs (QALoRA)",
+            "use_bdlora": "block-diagonal matrices (BD-LoRA)",
+        }
+        yield from (words for name, words in named.items() if fields.get(name))
+        if fields.get("bias", "none") != "none":
+            yield f"trained biases (`bias: {fields['bias']}`)"
+        embeddings = [name for name, (a, _) in self.keys.items() if "lora_embedding_A" in a]
+        if embeddings:
+            yield f"adapters of embeddings ({listed(embeddings)})"
+        deep = [n for n, (a, _) in self.keys.items() if n not in embeddings and self._dims(a) != 2]
+        if deep:
+            yield f"adapters of convolutions ({listed(deep)})"
+
+    def _dims(self, key: str) -> int:
+        return len(shape_of(self.tensors, key))
+
+
+def shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """Return the shape of a tensor, without reading it where it lies in a file."""
+    if isinstance(tensors, Tensors):
+        return tensors.shapes[key]
+    return tuple(tensors[key].shape)
+
+
+def read_lora(path: str | Path) -> SavedLora:
+    """Read the LoRA in a folder, ours or any other that PEFT's `save_pretrained` wrote.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        AdapterError: it holds no LoRA, a file is cut off or damaged, a tensor is not finite or has
+            no counterpart, or ranks are not those of the configuration.
+        ArtifactError: its adapter_config.json is missing or damaged.
+    """
+    path = Path(path)
+    fields = adapter_fields(path / CONFIG)
+    if fields.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; only LoRA"
+            " adapters can be exported."
+        )
+    file = path / WEIGHTS
+    if not file.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = "its weights are in a pickle, adapter_model.bin" if pickled else "there is no weight"
+        raise AdapterError(
+            f"{path} has no {WEIGHTS} ({why}); save the adapter by `model.save_pretrained`, which"
+            " writes safetensors."
+        )
+    try:
+        has_digest(file)  # an adapter that others saved has none
+        tensors = Tensors(file)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(
+            f"{file}: cut off or damaged ({error}); save or copy the adapter again."
+        ) from error
+    check_finite(file, str(path))
+    start = str(fields.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_THE_BASE):
+        raise AdapterError(
+            f"{path}: `init_lora_weights` is {start!r}, so it stands on changed base weights; save"
+            " it with `path_initial_model_for_weight_conversion`, which makes it a plain LoRA."
+        )
+    lora = SavedLora(path, fields, tensors, _paired(path, tensors.shapes))
+    _check_ranks(lora)
+    return lora
+
+
+def _paired(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    foreign = [key for key in shapes if not key.startswith(PREFIX)]
+    if foreign:
+        raise AdapterError(
+            f"{path}: {listed(foreign)} is not a name that PEFT writes ({PREFIX}...); save the"
+            " adapter by `model.save_pretrained`."
+        )
+    sides: list[dict[str, str]] = [{}, {}]
+    for key in shapes:
+        for side, endings in zip(sides, (_A, _B), strict=True):
+            for ending in endings:
+                if key.endswith(ending):
+                    side[key.removeprefix(PREFIX).removesuffix(ending)] = key
+    lone = sorted(sides[0].keys() ^ sides[1].keys())
+    if lone:
+        raise AdapterError(
+            f"{path}: {listed(lone)} has only one of A and B; the file is incomplete, save or copy"
+            " the adapter again."
+        )
+    if not sides[0]:
+        raise AdapterError(f"{path} holds no matrices of LoRA; give the folder of an adapter.")
+    return {name: (key, sides[1][name]) for name, key in sides[0].items()}
+
+
+def _check_ranks(lora: SavedLora) -> None:
+    if lora.fields.get("target_parameters"):
+        return  # one A for all experts: its rows are not the rank
+    for name, (a, b) in lora.keys.items():
+        rows, columns = shape_of(lora.tensors, a)[0], shape_of(lora.tensors, b)[1]
+        if rows != columns or rows != lora.rank(name):
+            raise AdapterError(
+                f"{lora.path}: {name} has rank {lora.rank(name)} in {CONFIG}, and {rows} rows in A,"
+                f" {columns} columns in B; the folder was edited or mixed, save the adapter again."
+            )

@@ -1,0 +1,1 @@
+"""Formats that a trained LoRA is served in, one file each."""

@@ -1,0 +1,45 @@
+"""The card of an exported folder: what it is, who reads it, how it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlora.credentials import redacted
+from tlora.exporters.base import Source
+from tlora.training.model_card import public
+
+CARD = "README.md"
+
+
+def write(
+    folder: Path,
+    source: Source,
+    form: str,
+    notes: list[str],
+    exact: list[str],
+    command: str | None,
+) -> None:
+    """Write README.md into an exported folder; of local paths only the last part is shown."""
+    base = public(source.base) if source.base else "(not named)"
+    ranks = [source.lora.rank(name) for name in source.lora.keys]
+    span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    lines = [
+        "---",
+        f"base_model: {base}",
+        f"library_name: {'transformers' if form == 'merged' else 'peft'}",
+        "tags: [lora, tlora]",
+        "---",
+        "",
+        f"# {base}, adapted: `{form}`",
+        "",
+        f"- base model: `{base}`",
+        f"- ranks: {span} in {len(ranks)} modules",
+        f"- format: `{form}`, written by `tlora export`",
+    ]
+    if exact:
+        lines.append(f"- read exactly by: {', '.join(exact)}")
+    lines += [f"- {note}" for note in notes]
+    if command:
+        shown = command.replace(source.base, base) if source.base else command
+        lines += ["", "Serve it:", "", f"    {shown}"]
+    (folder / CARD).write_text(redacted("\n".join(lines)) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""`compact`: each module's scale in its B, own ranks kept; alpha equals the rank everywhere.
+
+A reader that takes alpha / rank of each module, however it does, multiplies by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tlora.adapter.saved import SavedLora
+from tlora.exporters.base import Export, Source, in_dtype, refuse, scaled, write_lora
+
+_ONE_SCALE = ("alora_invocation_tokens", "target_parameters", "layer_replication", "use_bdlora")
+
+
+class Compact:
+    """Scales in B; ranks and patterns as PEFT reads them."""
+
+    needs: ClassVar[str | None] = None
+
+    def write(self, source: Source, folder: Path) -> Export:
+        """Write the folder; see `Exporter`."""
+        lora = source.lora
+        refuse(lora, "`compact`", _beyond_matrices(lora), "export --format native")
+        ranks = {name: lora.rank(name) for name in lora.keys}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+        fields = lora.fields | {
+            "r": usual,
+            "lora_alpha": usual,
+            "use_rslora": False,
+            "rank_pattern": pattern,
+            "alpha_pattern": dict(pattern),
+            "init_lora_weights": True,
+        }
+        write_lora(folder, fields, baked(lora, source.config.dtype))
+        return Export(largest_rank=max(ranks.values()))
+
+
+def baked(lora: SavedLora, dtype: str) -> dict[str, Tensor]:
+    """Return all tensors of a LoRA, each B times its scale, in a dtype by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in lora.keys.items():
+        factors = lora.factors(name)
+        tensors[a] = in_dtype(factors.a, dtype)
+        tensors[b] = scaled(factors.b, factors.scale, dtype)
+    biases = {b.removesuffix("weight") + "bias": name for name, (_, b) in lora.keys.items()}
+    for key in lora.others:
+        tensor: Any = lora.tensors[key]
+        if key in biases:  # B's own bias is scaled with it
+            tensors[key] = scaled(tensor, lora.scale(biases[key]), dtype)
+        else:
+            tensors[key] = in_dtype(tensor, dtype) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _beyond_matrices(lora: SavedLora) -> list[str]:
+    return [f"`{name}`" for name in _ONE_SCALE if lora.fields.get(name)]

@@ -1,0 +1,183 @@
+"""`tlora export` and `tlora merge`: an adapter's folder -> a format, written aside and renamed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlora import extras
+from tlora.adapter.saved import CONFIG, WEIGHTS, SavedLora, read_lora
+from tlora.errors import AdapterError, ConfigError, listed
+from tlora.exporters import card, readers
+from tlora.exporters.base import Export, Source
+from tlora.exporters.exportconfig import ExportConfig
+from tlora.exporters.servers import SERVERS, Artifact
+from tlora.exporters.truncate import Cut, truncated
+from tlora.files import refuse_unusable, replacing_folder
+from tlora.models.pretrained import Pretrained
+from tlora.models.skeleton import layer_sizes
+from tlora.registry import FORMATS
+from tlora.training.runfolder import RunFolder
+
+_NOT_COPIED = (CONFIG, WEIGHTS, card.CARD, "training_args.bin")
+
+
+@dataclass
+class Exported:
+    """What an export left, for the screen."""
+
+    folder: Path
+    format: str
+    bytes: int
+    notes: list[str]
+    exact: list[str]
+    """Readers that get it right, by their titles."""
+    command: str | None
+    """The line that serves it."""
+
+
+def run(config: ExportConfig) -> Exported:
+    """Export an adapter.
+
+    Raises:
+        ConfigError: a field is wrong, there is no such format or base, or the folder is taken.
+        AdapterError: the adapter is damaged, does not fit its base, or the format cannot hold it.
+    """
+    name, folder = config.chosen, Path(config.output_dir)
+    exporter = FORMATS.load(name)()
+    if exporter.needs:
+        extras.require(exporter.needs, where="format")
+    _check_free(folder)
+    source = read_source(config)
+    notes, cut = [], None
+    if config.max_rank:
+        source.lora, cut = _cut(source.lora, config.max_rank)
+        notes += _lost(cut, config.max_rank)
+    with replacing_folder(folder) as part:
+        done = exporter.write(source, part)
+        notes += done.notes
+        exact = readers.exact(part, source.lora)
+        _copy_beside(source.lora.path, part, done)
+        artifact = Artifact(
+            str(folder.absolute()),
+            folder.name,
+            source.base or "BASE",
+            done.largest_rank or 0,
+            merged=done.largest_rank is None,
+        )
+        command = SERVERS[config.server].command(artifact) if config.server else None
+        card.write(part, source, name, notes, exact, command)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Exported(folder, name, size, notes, exact, command)
+
+
+def read_source(config: ExportConfig) -> Source:
+    """Read the adapter that a path stands for, and the sizes of its base where they are in reach.
+
+    Raises:
+        ConfigError: the path holds no adapter, or `--model` no model.
+        AdapterError: the adapter is damaged or does not fit its base.
+    """
+    lora = read_lora(adapter_folder(config.path))
+    base = config.model or lora.base or ""
+    sizes = None
+    local = Path(base).is_dir()
+    if local or config.model:
+        checkpoint = Pretrained(name=base, trust_remote_code=config.trust_remote_code)
+        sizes = layer_sizes(checkpoint, lora.fields.get("task_type"))
+        _check_fit(lora, sizes, base)
+    return Source(lora, base, sizes, config)
+
+
+def adapter_folder(path: str) -> Path:
+    """Return the folder of the adapter that a run's folder holds, or the folder itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(path)
+    if RunFolder(folder).exists and not (folder / CONFIG).is_file():
+        folder = RunFolder(folder).adapter
+    if not (folder / CONFIG).is_file():
+        what = "holds no adapter" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{path} {what}; give the folder of a run, or of an adapter ({CONFIG}).", "path"
+        )
+    return folder
+
+
+def _check_free(folder: Path) -> None:
+    refuse_unusable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} is there already; choose another --output_dir, or remove it.", "output_dir"
+        )
+
+
+def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) -> None:
+    """Refuse modules that the base does not have, and matrices of other sizes."""
+    if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
+        return  # their names are not those of layers
+    plain = {name: pair for name, pair in lora.keys.items() if pair[0].endswith(".lora_A.weight")}
+    unknown = [name for name in plain if name not in sizes]
+    beyond_linear = set(lora.keys) - set(plain)
+    if unknown and not beyond_linear:
+        raise AdapterError(
+            f"{lora.path} adapts {listed(unknown)}, which {base!r} does not have; give the base"
+            " that it was trained on by --model."
+        )
+    for name in plain:
+        if name not in sizes:
+            continue
+        factors = lora.factors(name)
+        found = (factors.b.shape[0], factors.a.shape[1])
+        if found != sizes[name]:
+            raise AdapterError(
+                f"{lora.path} does not fit {base!r}: {name} is {sizes[name][0]} x {sizes[name][1]}"
+                f" there, and {found[0]} x {found[1]} in the adapter; give the base that it was"
+                " trained on by --model."
+            )
+
+
+def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
+    lacking = [*lora.lacks()]
+    if lacking:
+        raise AdapterError(
+            f"{lora.path} has {'; '.join(lacking)}; only plain LoRA matrices can be cut to a rank:"
+            " leave --max_rank out."
+        )
+    return truncated(lora, rank)
+
+
+def _lost(cut: Cut, rank: int) -> list[str]:
+    worst = sorted(((lost, name) for name, lost in cut.lost.items() if lost), reverse=True)
+    if not worst:
+        return [f"No module has more than rank {rank}: nothing was cut."]
+    most = ", ".join(f"{name} {lost:.2%}" for lost, name in worst[:3])
+    return [
+        f"{len(worst)} modules cut to rank {rank}: {cut.in_all:.2%} of the energy of all updates is"
+        f" lost (most of all: {most})."
+    ]
+
+
+def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
+    """Copy tokenizer, chat template and labels, which lie beside the adapter."""
+    for file in adapter.iterdir():
+        if file.is_file() and file.name not in _NOT_COPIED and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+Tell = Callable[[str], None]
+
+
+def show(done: Exported, tell: Tell) -> None:
+    """Print what an export left."""
+    for note in done.notes:
+        tell(note)
+    tell(f"{done.format}: {done.folder} ({done.bytes / 2**20:.1f} MiB)")
+    if done.exact:
+        tell(f"exact in: {', '.join(done.exact)}")
+    if done.command:
+        tell(f"serve it: {done.command}")

@@ -1,0 +1,81 @@
+"""The records of `tlora export` and `tlora merge`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from tlora.checks import FOLDER, Record, at_least
+from tlora.exporters.servers import SERVERS
+
+Server = Literal[
+    "vllm", "sglang", "tgi", "lorax", "lmdeploy", "tensorrt-llm", "llama.cpp", "ollama"
+]
+
+
+@dataclass(kw_only=True)
+class MergeConfig(Record):
+    """Merge an adapter into its base model: a whole model that any server loads.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    where: ClassVar[str] = "merge"
+
+    path: str = field(metadata={"positional": True})
+    """Folder of `tlora train`, or of any LoRA that PEFT has saved."""
+    output_dir: Annotated[str, FOLDER]
+    """Folder of the result, which must not be there yet."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision of what is written; "auto" keeps the adapter's, in a merged model the base's."""
+    max_rank: Annotated[int, at_least(1)] | None = None
+    """Cut each module's update to this rank, by its singular values; what is lost is printed."""
+    model: str | None = None
+    """Base model, in place of the one that the adapter names."""
+    dequantize: bool = False
+    """Merge into a quantized base: write it out in full precision, and say how far that is off."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model."""
+
+    def export(self) -> ExportConfig:
+        """Return the export that this stands for."""
+        return ExportConfig(**vars(self), format="merged")
+
+
+@dataclass(kw_only=True)
+class ExportConfig(MergeConfig):
+    """Write an adapter in the format that a server reads right.
+
+    Raises:
+        ConfigError: values are missing or out of range; all faults are collected into one error.
+    """
+
+    where: ClassVar[str] = "export"
+
+    format: str | None = None
+    """Format of the result; `tlora list formats` lists them."""
+    server: Server | None = None
+    """Who will read it: picks the format, and prints the line that serves it."""
+    base_gguf: bool = False
+    """Beside the adapter's GGUF, write the base model as one (float16)."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        yield from super().relations()
+        if self.format is None and self.server is None:
+            yield "`format` is missing; give --format, or --for with the server that reads it."
+        if self.format and self.server and self.format not in SERVERS[self.server].formats:
+            right = SERVERS[self.server]
+            yield (
+                f"`format` is {self.format!r}, which {right.title} does not read right in every"
+                f" version; give {' or '.join(right.formats)}, or leave it out."
+            )
+        if self.base_gguf and self.chosen != "gguf":
+            yield "`base_gguf` goes with --format gguf; leave it out."
+
+    @property
+    def chosen(self) -> str:
+        """The format by name."""
+        return self.format or (SERVERS[self.server].formats[0] if self.server else "")

@@ -1,0 +1,179 @@
+"""What each program that reads LoRA folders makes of one, as arithmetic on its files.
+
+A reader multiplies B A of a module by a scale of its own rule. Its error is the norm of the
+difference to s B A, s being PEFT's, over the norm of s B A, both over all modules: 0 is exact, 1 is
+as wrong as leaving the adapter out. The rules are read from the readers' sources, in the versions
+that docs/serving.md names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.errors import listed
+from tlora.exporters.servers import VLLM_RANKS
+from tlora.exporters.uniform import gaps
+
+Scales = dict[str, float]
+
+
+class RefusedError(Exception):
+    """A reader does not load a folder; the message says why."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One reader, in versions that read alike."""
+
+    name: str
+    title: str
+    scales: Callable[[SavedLora], Scales]
+    """Returns what it multiplies B A of each module by; raises RefusedError."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader makes of a folder."""
+
+    reader: Reader
+    error: float | None
+    """Of the effect; None where it does not load the folder."""
+    refused: str | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every module gets its own scale."""
+        return self.error == 0
+
+
+def reading(reader: Reader, lora: SavedLora) -> Reading:
+    """Return what a reader makes of a LoRA."""
+    try:
+        scales = reader.scales(lora)
+    except RefusedError as refusal:
+        return Reading(reader, None, str(refusal))
+    wrong = {n: scales[n] - lora.scale(n) for n in lora.keys if scales[n] != lora.scale(n)}
+    if not wrong:
+        return Reading(reader, 0.0, None)
+    norms = {name: squared_norm(lora, name) for name in lora.keys}
+    off = sum(each**2 * norms[name] for name, each in wrong.items())
+    whole = sum(lora.scale(name) ** 2 * norms[name] for name in lora.keys)
+    return Reading(reader, math.sqrt(off / whole) if whole else 0.0, None)
+
+
+def squared_norm(lora: SavedLora, name: str) -> float:
+    """Return ||B A||_F^2 of a module, tr(B^T B A A^T), in float64: the product is not made."""
+    factors = lora.factors(name)
+    a, b = factors.a.double().flatten(1), factors.b.double().flatten(1)
+    return float(((b.T @ b) * (a @ a.T)).sum())
+
+
+def exact(folder: Path, _: SavedLora) -> list[str]:
+    """Return the titles of the readers that read an exported folder as PEFT does."""
+    if not (folder / CONFIG).is_file():
+        return []
+    lora = read_lora(folder)
+    return [reader.title for reader in READERS if reading(reader, lora).exact]
+
+
+def _peft(lora: SavedLora) -> Scales:
+    return {name: lora.scale(name) for name in lora.keys}
+
+
+def _hotswap(lora: SavedLora) -> Scales:
+    """`hotswap_adapter` looks patterns up by the name of the tensor, which no key of ours fits."""
+    return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
+
+
+def _vllm_old(lora: SavedLora) -> Scales:
+    _vllm(lora)
+    return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
+
+
+def _vllm(lora: SavedLora) -> Scales:
+    _plain(lora, but=_HEADS)
+    most = max(lora.rank(name) for name in lora.keys)
+    if most > VLLM_RANKS[-1]:
+        raise RefusedError(f"rank {most} is more than the {VLLM_RANKS[-1]} that it takes")
+    return _peft(lora)
+
+
+def _one_scale(lora: SavedLora) -> Scales:
+    """SGLang: one buffer of rank r, and alpha / r for all."""
+    _plain(lora)
+    _equal_ranks(lora, "an assertion")
+    return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
+
+
+def _stacked(lora: SavedLora) -> Scales:
+    """TGI and LoRAX stack the layers of a projection, and drop one that a layer lacks."""
+    _plain(lora)
+    _equal_ranks(lora, "layers are stacked")
+    scale = _alpha(lora) / _root(lora, _r(lora))
+    dropped = {name.rpartition(".")[2] for name in gaps(lora, None)}
+    return {name: 0.0 if name.rpartition(".")[2] in dropped else scale for name in lora.keys}
+
+
+def _lmdeploy(lora: SavedLora) -> Scales:
+    _plain(lora)
+    _equal_ranks(lora, "ranks are copied into one buffer")
+    if missing := [*gaps(lora, None)]:
+        raise RefusedError(f"{listed(missing)} is not adapted, and reads memory nobody has written")
+    return dict.fromkeys(lora.keys, _alpha(lora) / _r(lora))
+
+
+def _own_rank(lora: SavedLora) -> Scales:
+    """TensorRT-LLM and llama.cpp's converter: `lora_alpha` over the rank of each matrix."""
+    _plain(lora)
+    return {name: _alpha(lora) / lora.rank(name) for name in lora.keys}
+
+
+_HEADS = ("score", "classifier")
+"""Heads of classifiers, which vLLM loads from an adapter."""
+
+
+def _plain(lora: SavedLora, but: tuple[str, ...] = ()) -> None:
+    saved = lora.fields.get("modules_to_save") or []
+    lacking = [
+        words
+        for words in lora.lacks()
+        if not (words.startswith("trained modules") and set(saved) <= set(but))
+    ]
+    if lacking:
+        raise RefusedError(f"it does not read {'; '.join(lacking)}")
+
+
+def _equal_ranks(lora: SavedLora, why: str) -> None:
+    ranks = {lora.rank(name) for name in lora.keys}
+    if ranks != {_r(lora)}:
+        raise RefusedError(f"ranks differ ({min(ranks)} to {max(ranks)}, r = {_r(lora)}; {why})")
+
+
+def _alpha(lora: SavedLora) -> float:
+    return float(lora.fields.get("lora_alpha", 8))
+
+
+def _r(lora: SavedLora) -> int:
+    return int(lora.fields.get("r", 8))
+
+
+def _root(lora: SavedLora, rank: int) -> float:
+    return math.sqrt(rank) if lora.fields.get("use_rslora") else rank
+
+
+READERS = (
+    Reader("peft", "PEFT and transformers", _peft),
+    Reader("peft-hotswap", "PEFT's hotswap_adapter", _hotswap),
+    Reader("vllm", "vLLM from 0.32", _vllm),
+    Reader("vllm-0.31", "vLLM to 0.31", _vllm_old),
+    Reader("sglang", "SGLang", _one_scale),
+    Reader("tgi", "TGI and LoRAX", _stacked),
+    Reader("lmdeploy", "LMDeploy", _lmdeploy),
+    Reader("tensorrt-llm", "TensorRT-LLM", _own_rank),
+    Reader("llama.cpp", "llama.cpp's converter", _own_rank),
+)
+"""Every reader of LoRA folders; `verify` has a line for each."""

@@ -1,0 +1,87 @@
+"""A LoRA of at most R ranks a module: the closest one, by the singular values of each update.
+
+s B A = Q_B (R_B R_A^T) Q_A^T by QR of B and A^T, so the SVD is of an r x r matrix and the product
+of d_out x d_in is never made. Cutting it at R is the best approximation of rank R in the Frobenius
+norm (Eckart and Young, 1936); what it loses is the sum of the squared singular values beyond R.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlora.adapter.saved import Factors, SavedLora
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What cutting lost.
+
+    Attributes:
+        lost: share of the squared Frobenius norm of each module's update, by name.
+        in_all: share of the sum over all modules.
+    """
+
+    lost: dict[str, float]
+    in_all: float
+
+
+def spectrum(factors: Factors) -> Tensor:
+    """Return the r singular values of s B A, in descending order, float64."""
+    _, small, _ = _small(factors)
+    return torch.linalg.svdvals(small)
+
+
+def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
+    """Return the LoRA with at most ``rank`` ranks a module, and what that lost.
+
+    A module that has no more is left as it is. A cut one has orthonormal rows in A, and its scale
+    is one, in B; matrices are computed in float64 and rounded to their dtype.
+
+    Args:
+        lora: of linear layers.
+        rank: of each module at most.
+    """
+    tensors = {key: lora.tensors[key] for key in lora.others}
+    ranks, alphas, lost, energies = {}, {}, {}, {}
+    for name, (a, b) in lora.keys.items():
+        factors = lora.factors(name)
+        tensors[a], tensors[b] = factors.a, factors.b
+        ranks[name], alphas[name] = factors.rank, factors.scale * factors.rank
+        energy = spectrum(factors).square()
+        energies[name] = float(energy.sum())
+        lost[name] = 0.0
+        if factors.rank > rank:
+            lost[name] = float(energy[rank:].sum()) / energies[name] if energies[name] else 0.0
+            tensors[a], tensors[b] = _cut(factors, rank)
+            ranks[name], alphas[name] = rank, float(rank)
+    whole = sum(energies.values())
+    in_all = sum(lost[name] * energies[name] for name in lost) / whole if whole else 0.0
+    fields = lora.fields | {
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "use_rslora": False,
+        "rank_pattern": {f"^{re.escape(name)}": each for name, each in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(name)}": each for name, each in alphas.items()},
+    }
+    made = dataclasses.replace(lora, fields=fields, tensors=tensors)
+    return made, Cut(lost, in_all)
+
+
+def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    q_b, small, q_a = _small(factors)
+    u, values, v = torch.linalg.svd(small)
+    a = v[:rank] @ q_a.T
+    b = q_b @ (u[:, :rank] * values[:rank])
+    return a.to(factors.a.dtype), b.to(factors.b.dtype)
+
+
+def _small(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q_B, s R_B R_A^T and Q_A, in float64."""
+    q_b, r_b = torch.linalg.qr(factors.b.double())
+    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    return q_b, factors.scale * r_b @ r_a.T, q_a

@@ -1,0 +1,125 @@
+"""`uniform`: one rank and the scale 1 for all modules, the LoRA that every server reads.
+
+A's rows and B's columns are padded with zeros to R, the largest rank; B holds the scale;
+`r` and `lora_alpha` are R, and there are no patterns. Every projection that is adapted somewhere is
+there in every layer, with zeros where training left it alone: TGI and LoRAX leave a projection out
+that one layer lacks, and LMDeploy reads memory that nobody has written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from tlora.adapter.saved import PREFIX, SavedLora, shape_of
+from tlora.errors import listed
+from tlora.exporters.base import Export, Source, refuse, write_lora
+from tlora.exporters.compact import baked
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a layer in a module's name."""
+_CARRIED = ("trained modules", "trained rows")
+"""What PEFT and the servers of classifiers read beside the matrices."""
+
+
+class Uniform:
+    """One rank, scale 1, no gaps."""
+
+    needs: ClassVar[str | None] = None
+
+    def write(self, source: Source, folder: Path) -> Export:
+        """Write the folder; see `Exporter`."""
+        lora = source.lora
+        lacking = [words for words in lora.lacks() if not words.startswith(_CARRIED)]
+        refuse(lora, "`uniform`", lacking, "export --format native, or merged")
+        ranks = {name: lora.rank(name) for name in lora.keys}
+        rank = max(ranks.values())
+        tensors = baked(lora, source.config.dtype)
+        for name, (a, b) in lora.keys.items():
+            more = rank - ranks[name]
+            tensors[a] = torch.nn.functional.pad(tensors[a], (0, 0, 0, more))
+            tensors[b] = torch.nn.functional.pad(tensors[b], (0, more))
+        missing = gaps(lora, source.sizes)
+        dtype = tensors[next(iter(lora.keys.values()))[0]].dtype
+        for name, (d_out, d_in) in missing.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.zeros(rank, d_in, dtype=dtype)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(d_out, rank, dtype=dtype)
+        names = [*lora.keys, *missing]
+        fields = lora.fields | {
+            "r": rank,
+            "lora_alpha": rank,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": target_list(names, source.sizes or names),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "init_lora_weights": True,
+        }
+        write_lora(folder, fields, tensors)
+        return Export(_notes(ranks, rank, missing, source.sizes is None), rank)
+
+
+def _notes(
+    ranks: dict[str, int], rank: int, missing: dict[str, tuple[int, int]], blind: bool
+) -> list[str]:
+    notes = []
+    padded = [name for name in ranks if ranks[name] < rank]
+    if padded:
+        low = min(ranks.values())
+        notes.append(f"{len(padded)} of {len(ranks)} modules padded from rank {low}+ to {rank}.")
+    if missing:
+        notes.append(f"{len(missing)} modules filled with zeros ({listed([*missing])}).")
+    if blind:
+        notes.append(
+            "The base model's configuration is out of reach, so layers above the last adapted one"
+            " were not looked for; give --model."
+        )
+    return notes
+
+
+def gaps(lora: SavedLora, sizes: dict[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
+    """Return d_out and d_in of the modules that are adapted in other layers and not in theirs.
+
+    Args:
+        lora: what is adapted.
+        sizes: of the base's linear layers; None: a module is missing where another projection of
+            its layer is adapted, and has the size that it has elsewhere.
+    """
+    forms: dict[str, tuple[int, int]] = {}
+    for name, (a, b) in lora.keys.items():
+        forms[_LAYER.sub("*", name)] = (
+            shape_of(lora.tensors, b)[0],
+            shape_of(lora.tensors, a)[1],
+        )
+    if sizes is not None:
+        return {
+            name: size
+            for name, size in sizes.items()
+            if name not in lora.keys and _LAYER.sub("*", name) in forms
+        }
+    layers: dict[str, set[str]] = {}
+    for name in lora.keys:
+        if match := _LAYER.search(name):
+            layers.setdefault(name[: match.start()], set()).add(match[0])
+    found = {}
+    for form, size in forms.items():
+        stem, star, rest = form.partition("*")
+        for number in sorted(layers.get(stem, ()), key=int) if star and "*" not in rest else ():
+            name = f"{stem}{number}{rest}"
+            if name not in lora.keys:
+                found[name] = size
+    return found
+
+
+def target_list(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the last parts of the names, where they match no other known name; else the names."""
+    ours = set(names)
+    ends = sorted({name.rpartition(".")[2] for name in ours})
+    matched = {name for name in known if name.rpartition(".")[2] in ends}
+    return ends if matched <= ours else sorted(ours)

@@ -1,0 +1,142 @@
+"""Every format that PEFT reads is the adapter it came from, on every family."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from families import FAMILIES
+from served import save
+from tlora import cli
+from tlora.adapter.saved import read_lora
+from tlora.errors import AdapterError, ConfigError
+from tlora.exporters import export
+from tlora.exporters.exportconfig import ExportConfig
+from tlora.exporters.readers import READERS, reading
+
+
+def exported(saved, folder, form, **fields):
+    """Export an adapter; return the folder."""
+    path = str(saved.adapter)
+    export.run(ExportConfig(path=path, output_dir=str(folder), format=form, **fields))
+    return folder
+
+
+def update(factors):
+    """Return s B A, in float64."""
+    return factors.scale * factors.b.double() @ factors.a.double()
+
+
+@pytest.mark.parametrize("form", ["native", "compact", "uniform"])
+def test_peft_reads_a_format_as_the_adapter_itself(served, form, tmp_path):
+    folder = exported(served, tmp_path / "out", form)
+    torch.testing.assert_close(served.logits(folder), served.logits(), atol=1e-5, rtol=1e-5)
+
+
+def test_uniform_has_one_rank_no_patterns_and_every_projection_in_every_layer(served, tmp_path):
+    lora = read_lora(exported(served, tmp_path / "out", "uniform"))
+    before = read_lora(served.adapter)
+    most = max(before.rank(name) for name in before.keys)
+    assert lora.fields["r"] == lora.fields["lora_alpha"] == most
+    assert lora.fields["rank_pattern"] == lora.fields["alpha_pattern"] == {}
+    assert isinstance(lora.fields["target_modules"], list)
+    assert {lora.factors(name).a.shape[0] for name in lora.keys} == {most}
+    layers = {name.rpartition(".")[2]: set() for name in lora.keys}
+    for name in lora.keys:
+        layers[name.rpartition(".")[2]].add(next(p for p in name.split(".") if p.isdigit()))
+    assert {frozenset(found) for found in layers.values()} == {frozenset("01")}
+    assert set(before.keys) < set(lora.keys)
+
+
+def test_a_module_that_was_not_adapted_is_filled_with_zeros(varied, tmp_path):
+    lora = read_lora(exported(varied, tmp_path / "out", "uniform"))
+    (name,) = set(lora.keys) - set(read_lora(varied.adapter).keys)
+    factors = lora.factors(name)
+    assert not factors.a.any()
+    assert not factors.b.any()
+
+
+def test_compact_keeps_the_ranks_and_has_the_scale_one(varied, tmp_path):
+    before, after = (
+        read_lora(folder)
+        for folder in (varied.adapter, exported(varied, tmp_path / "out", "compact"))
+    )
+    assert {n: before.rank(n) for n in before.keys} == {n: after.rank(n) for n in after.keys}
+    assert {after.scale(name) for name in after.keys} == {1.0}
+
+
+def test_every_reader_is_exact_on_uniform_and_not_all_on_native(varied, tmp_path):
+    uniform = read_lora(exported(varied, tmp_path / "out", "uniform"))
+    assert all(reading(reader, uniform).exact for reader in READERS)
+    native = [reading(reader, read_lora(varied.adapter)) for reader in READERS]
+    assert [r.reader.name for r in native if r.exact] == ["peft", "vllm"]
+    assert all(r.refused or (r.error or 0) > 0.01 for r in native if not r.exact)
+
+
+@pytest.mark.parametrize("form", ["compact", "uniform"])
+def test_rank_stabilized_scales_go_into_b(form, tmp_path):
+    saved = save(FAMILIES["llama"], tmp_path, use_rslora=True)
+    folder = exported(saved, tmp_path / "out", form)
+    torch.testing.assert_close(saved.logits(folder), saved.logits(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, most", [("bfloat16", 1e-2), ("float16", 1e-3)])
+def test_baking_costs_what_casting_costs(varied, dtype, most, tmp_path):
+    """The error of s B rounded once is that of B rounded once."""
+    before = read_lora(varied.adapter)
+    errors = []
+    for form in ("native", "uniform"):
+        after = read_lora(exported(varied, tmp_path / form, form, dtype=dtype))
+        off = whole = 0.0
+        for name in before.keys:
+            right, found = update(before.factors(name)), update(after.factors(name))
+            off += float((right - found).square().sum())
+            whole += float(right.square().sum())
+        errors.append((off / whole) ** 0.5)
+    assert 0 < errors[1] < most
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_the_same_export_is_the_same_bytes(varied, tmp_path):
+    folders = [exported(varied, tmp_path / name, "uniform") for name in ("one", "two")]
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+
+
+def test_for_picks_the_format_and_prints_the_line_that_serves_it(varied, tmp_path, capsys):
+    words = ["export", str(varied.adapter), "--for", "vllm", "--output_dir", str(tmp_path / "v")]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"vllm serve {varied.base} --enable-lora --max-lora-rank 8" in shown
+    assert read_lora(tmp_path / "v").fields["rank_pattern"] == {}
+
+
+def test_a_format_that_a_server_reads_wrongly_is_refused_with_it(varied, tmp_path):
+    with pytest.raises(ConfigError, match="SGLang does not read right"):
+        exported(varied, tmp_path / "v", "native", server="sglang")
+
+
+def test_a_failed_export_leaves_nothing(varied, tmp_path, monkeypatch):
+    def fails(*_):
+        raise AdapterError("no.")
+
+    monkeypatch.setattr("tlora.exporters.uniform.write_lora", fails)
+    with pytest.raises(AdapterError):
+        exported(varied, tmp_path / "v", "uniform")
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_half_precision_cannot_hold_are_refused(tmp_path):
+    saved = save(FAMILIES["llama"], tmp_path, alpha_pattern={}, lora_alpha=1e8)
+    with pytest.raises(AdapterError, match="values beyond float16"):
+        exported(saved, tmp_path / "v", "compact", dtype="float16")
+
+
+def test_the_card_names_no_local_path(varied, tmp_path):
+    folder = exported(varied, tmp_path / "v", "uniform", server="vllm")
+    card = (folder / "README.md").read_text()
+    assert "vllm serve base" in card
+    assert str(varied.base.parent) not in card
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 5
