@@ -219,8 +219,8 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["train", "--seed"], "--seed needs a value."),
         (
             ["list", "method"],
-            "`what` is 'method'; choose one of 'methods', 'tasks', 'formats', 'evaluations', 'presets'. Did"
-            " you mean 'methods'?",
+            "`what` is 'method'; choose one of 'methods', 'tasks', 'formats', 'evaluations',"
+            " 'presets'. Did you mean 'methods'?",
         ),
         (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["train", "--model", "m", "--method", "lara"], "no method 'lara'. Did you mean 'lora'?"),

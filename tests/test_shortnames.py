@@ -69,7 +69,7 @@ def test_which_verbs_take_them(tlora):
     assert short_names(RunConfig).keys() == short_names(InitConfig).keys() == everything
     assert short_names(ExportConfig) == {"for": "server"}
     # A comparison tunes the learning rate; `batch_size` of an evaluation is its own field.
-    assert short_names(CompareConfig).keys() == SHORT.keys() - {"learning_rate"}
+    assert short_names(CompareConfig).keys() == everything - {"learning_rate"}
     assert short_names(EvalConfig) == {}
     code, _, err = tlora("compare", "--learning_rate", "1e-3")
     assert code == 2
