@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tlora.adapter.saved import CONFIG, SavedLora, read_lora
 from tlora.errors import listed
-from tlora.exporters.servers import VLLM_RANKS
+from tlora.exporters.servers import VLLM_RANKS, stacked_rank
 from tlora.exporters.uniform import gaps
 
 Scales = dict[str, float]
@@ -110,12 +110,20 @@ def _one_scale(lora: SavedLora) -> Scales:
 
 
 def _stacked(lora: SavedLora) -> Scales:
-    """TGI and LoRAX stack the layers of a projection, and drop one that a layer lacks."""
+    """TGI and LoRAX stack the layers of a projection, and drop one that a layer lacks.
+
+    They pad a rank to what their kernels take, and then hold the padded one for r: the first
+    projection gets alpha / r, the others alpha / padded.
+    """
     _plain(lora)
     _equal_ranks(lora, "layers are stacked")
-    scale = _alpha(lora) / _root(lora, _r(lora))
-    dropped = {name.rpartition(".")[2] for name in gaps(lora, None)}
-    return {name: 0.0 if name.rpartition(".")[2] in dropped else scale for name in lora.keys}
+    first, padded = _kind(next(iter(lora.keys))), stacked_rank(_r(lora))
+    scales = {
+        name: _alpha(lora) / _root(lora, _r(lora) if _kind(name) == first else padded)
+        for name in lora.keys
+    }
+    dropped = {_kind(name) for name in gaps(lora, None)}
+    return {name: 0.0 if _kind(name) in dropped else scale for name, scale in scales.items()}
 
 
 def _lmdeploy(lora: SavedLora) -> Scales:
@@ -126,8 +134,14 @@ def _lmdeploy(lora: SavedLora) -> Scales:
     return dict.fromkeys(lora.keys, _alpha(lora) / _r(lora))
 
 
-def _own_rank(lora: SavedLora) -> Scales:
-    """TensorRT-LLM and llama.cpp's converter: `lora_alpha` over the rank of each matrix."""
+def _tensorrt(lora: SavedLora) -> Scales:
+    """TensorRT-LLM: `lora_alpha` over the rank of each matrix, or its root."""
+    _plain(lora)
+    return {name: _alpha(lora) / _root(lora, lora.rank(name)) for name in lora.keys}
+
+
+def _converted(lora: SavedLora) -> Scales:
+    """llama.cpp's converter keeps one alpha; the runtime divides it by the rank of each matrix."""
     _plain(lora)
     return {name: _alpha(lora) / lora.rank(name) for name in lora.keys}
 
@@ -153,6 +167,10 @@ def _equal_ranks(lora: SavedLora, why: str) -> None:
         raise RefusedError(f"ranks differ ({min(ranks)} to {max(ranks)}, r = {_r(lora)}; {why})")
 
 
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _alpha(lora: SavedLora) -> float:
     return float(lora.fields.get("lora_alpha", 8))
 
@@ -173,7 +191,7 @@ READERS = (
     Reader("sglang", "SGLang", _one_scale),
     Reader("tgi", "TGI and LoRAX", _stacked),
     Reader("lmdeploy", "LMDeploy", _lmdeploy),
-    Reader("tensorrt-llm", "TensorRT-LLM", _own_rank),
-    Reader("llama.cpp", "llama.cpp's converter", _own_rank),
+    Reader("tensorrt-llm", "TensorRT-LLM", _tensorrt),
+    Reader("llama.cpp", "llama.cpp's converter", _converted),
 )
 """Every reader of LoRA folders; `verify` has a line for each."""

@@ -35,11 +35,18 @@ class ServerInfo:
     """Formats that every version of it reads right, the one that `--for` picks first."""
     command: Callable[[Artifact], str]
     """Returns the line that serves an artifact."""
+    padded: Callable[[int], int] = int
+    """Returns the rank to pad to, by the largest one."""
 
 
 def vllm_rank(rank: int) -> int | None:
     """Return the smallest `--max-lora-rank` of vLLM that holds a rank; None where it has none."""
     return next((each for each in VLLM_RANKS if each >= rank), None)
+
+
+def stacked_rank(rank: int) -> int:
+    """Return the rank that TGI and LoRAX pad to on one device: 8, or the next multiple of 16."""
+    return 8 if rank <= 8 else -(-rank // 16) * 16
 
 
 def _vllm(artifact: Artifact) -> str:
@@ -109,8 +116,8 @@ SERVERS: Mapping[str, ServerInfo] = MappingProxyType(
     {
         "vllm": ServerInfo("vLLM", ("uniform", "merged"), _vllm),
         "sglang": ServerInfo("SGLang", ("uniform", "merged"), _sglang),
-        "tgi": ServerInfo("TGI", ("uniform", "merged"), _tgi),
-        "lorax": ServerInfo("LoRAX", ("uniform", "merged"), _lorax),
+        "tgi": ServerInfo("TGI", ("uniform", "merged"), _tgi, stacked_rank),
+        "lorax": ServerInfo("LoRAX", ("uniform", "merged"), _lorax, stacked_rank),
         "lmdeploy": ServerInfo("LMDeploy", ("uniform", "merged"), _lmdeploy),
         "tensorrt-llm": ServerInfo("TensorRT-LLM", ("uniform", "merged"), _tensorrt),
         "llama.cpp": ServerInfo("llama.cpp", ("gguf",), _llama_cpp),

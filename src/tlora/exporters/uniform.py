@@ -1,7 +1,8 @@
 """`uniform`: one rank and the scale 1 for all modules, the LoRA that every server reads.
 
 A's rows and B's columns are padded with zeros to R, the largest rank; B holds the scale;
-`r` and `lora_alpha` are R, and there are no patterns. Every projection that is adapted somewhere is
+`r` and `lora_alpha` are R, and there are no patterns. TGI and LoRAX pad ranks themselves, and then
+divide alpha by the padded one: for them R is what they pad to. Every projection that is adapted somewhere is
 there in every layer, with zeros where training left it alone: TGI and LoRAX leave a projection out
 that one layer lacks, and LMDeploy reads memory that nobody has written.
 """
@@ -19,6 +20,7 @@ from tlora.adapter.saved import PREFIX, SavedLora, shape_of
 from tlora.errors import listed
 from tlora.exporters.base import Export, Source, refuse, write_lora
 from tlora.exporters.compact import baked
+from tlora.exporters.servers import SERVERS, stacked_rank
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a module's name."""
@@ -37,7 +39,8 @@ class Uniform:
         lacking = [words for words in lora.lacks() if not words.startswith(_CARRIED)]
         refuse(lora, "`uniform`", lacking, "export --format native, or merged")
         ranks = {name: lora.rank(name) for name in lora.keys}
-        rank = max(ranks.values())
+        server = source.config.server
+        rank = (SERVERS[server].padded if server else int)(max(ranks.values()))
         tensors = baked(lora, source.config.dtype)
         for name, (a, b) in lora.keys.items():
             more = rank - ranks[name]
@@ -75,6 +78,11 @@ def _notes(
         notes.append(f"{len(padded)} of {len(ranks)} modules padded from rank {low}+ to {rank}.")
     if missing:
         notes.append(f"{len(missing)} modules filled with zeros ({listed([*missing])}).")
+    if rank != stacked_rank(rank):
+        notes.append(
+            f"TGI and LoRAX pad rank {rank} to {stacked_rank(rank)} and divide alpha by that; for"
+            " them export with --for tgi."
+        )
     if blind:
         notes.append(
             "The base model's configuration is out of reach, so layers above the last adapted one"
