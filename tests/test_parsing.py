@@ -83,7 +83,7 @@ def test_habits_of_other_tools_are_answered_in_flags_and_in_files(habit, meant, 
 def test_a_misspelled_section_of_a_file_is_answered_by_the_section(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("trainr: {max_steps: 1}\n")
-    with pytest.raises(ConfigError, match="no field `trainr`. Did you mean 'trainer'"):
+    with pytest.raises(ConfigError, match=r"no field `trainr`\. Did you mean 'trainer'"):
         parse("tlora", RunConfig, [str(file)])
 
 
