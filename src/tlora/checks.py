@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
@@ -223,10 +223,11 @@ class Section:
         return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @classmethod
-    def name_faults(cls, values: dict[str, Any]) -> list[str]:
-        """Return a sentence, with a suggestion, for each name that is no field."""
+    def name_faults(cls, values: dict[str, Any], elsewhere: Sequence[str] = ()) -> list[str]:
+        """Return a sentence for each name that is no field; it may suggest one ``elsewhere``."""
         known = [f"{cls.prefix}{name}" for name in cls.field_names()]
-        return unknown_names([f"{cls.prefix}{name}" for name in values], known, cls.noun)
+        names = [f"{cls.prefix}{name}" for name in values]
+        return unknown_names(names, known, cls.noun, elsewhere)
 
     def faults(self) -> list[str]:
         """Return what is wrong with the values, a sentence each."""

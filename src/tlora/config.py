@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -230,12 +230,12 @@ class TLoraConfig(Record):
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
     @classmethod
-    def name_faults(cls, values: dict[str, Any]) -> list[str]:
+    def name_faults(cls, values: dict[str, Any], elsewhere: Sequence[str] = ()) -> list[str]:
         """Return a sentence for each name that is no field: why it is refused, or a suggestion."""
         refused = [name for name in values if name in REFUSED_OPTIONS]
         others = {name: value for name, value in values.items() if name not in REFUSED_OPTIONS}
         faults = [f"`{name}` is refused: {REFUSED_OPTIONS[name]}." for name in refused]
-        return faults + super().name_faults(others)
+        return faults + super().name_faults(others, elsewhere)
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""

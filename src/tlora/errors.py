@@ -236,32 +236,44 @@ def damaged(path: object, advice: str = "make it again") -> Iterator[None]:
 
 
 _MEANT = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "steps": "max_steps",
-    "warmup": "warmup_steps",
-    "output": "output_dir",
-    "model_name_or_path": "model",
-    "train_data": "train_file",
-    "max_seq_length": "max_length",
-    "num_epochs": "num_train_epochs",
-    "load_in_4bit": "quantization",
-    "prompt": "prompt_column",
-    "response": "response_column",
-    "base_model": "model",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "micro_batch_size": "batch_size",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "val_set_size": "val_size",
-    "load_in_8bit": "quantization",
+    alias: name
+    for name, aliases in {
+        "r": "rank lora_r lora_rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "lora_target lora_target_modules lora_target_linear",
+        "learning_rate": "lr",
+        "lr_scheduler_type": "lr_scheduler scheduler",
+        "optim": "optimizer",
+        "num_train_epochs": "epochs num_epochs",
+        "max_steps": "steps num_steps",
+        "warmup_steps": "warmup warmup_ratio",
+        "per_device_train_batch_size": "batch_size",
+        "batch_size": "micro_batch_size train_batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation grad_accum",
+        "eval_strategy": "evaluation_strategy",
+        "packing": "sample_packing",
+        "early_stopping": "patience early_stopping_patience",
+        "model": "model_name_or_path base_model",
+        "quantization": "load_in_4bit load_in_8bit quantization_bit",
+        "method": "finetuning_type use_dora use_rslora",
+        "continue_from": "adapter_name_or_path lora_model_dir",
+        "output_dir": "output",
+        "seed": "random_state",
+        "train_file": "train_data data_path",
+        "eval_file": "eval_data eval_dataset validation_file",
+        "dataset": "dataset_name datasets",
+        "val_size": "val_set_size test_size",
+        "max_train_rows": "max_samples max_train_samples",
+        "max_length": "max_seq_length max_seq_len max_len cutoff_len sequence_len model_max_length",
+        "chat_template": "template",
+        "system": "system_prompt",
+        "prompt_column": "prompt",
+        "response_column": "response",
+    }.items()
+    for alias in aliases.split()
 }
-"""What is often called otherwise, and our name of it (PEFT's and transformers')."""
+"""Other tools' names of our flags and fields: Axolotl's, LLaMA-Factory's, older transformers'."""
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -280,33 +292,41 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``.
 
     Dotted names of one section are compared without it, and so are flags without their dashes: what
-    all of them share says nothing. The first letters have to agree, unless little else differs.
+    all of them share says nothing. The first letters have to agree, unless little else differs. A
+    name without a section is looked for in all of them.
     """
 
-    def likeness(other: str) -> float:
-        (section, _, last), (others, _, end) = (
-            n.lstrip("-").rpartition(".") for n in (name, other)
-        )
-        if end == _MEANT.get(last, last) and section in ("", others):
-            return 2.0
-        left, right = (last, end) if section == others else (name.lstrip("-"), other.lstrip("-"))
+    def alike(left: str, right: str) -> float:
         ratio = difflib.SequenceMatcher(None, left.lower(), right.lower()).ratio()
         return ratio if left[:1].lower() == right[:1].lower() or ratio >= 0.8 else 0.0
+
+    def likeness(other: str) -> float:
+        bare, known_name = name.lstrip("-"), other.lstrip("-")
+        (section, _, last), (others, _, end) = bare.rpartition("."), known_name.rpartition(".")
+        if end == _MEANT.get(last, last) and section in ("", others):
+            return 2.0
+        if section == others:
+            return alike(last, end)
+        near = alike(last, end) if not section else 0.0
+        return max(alike(bare, known_name), near if near >= 0.8 else 0.0)
 
     best = max(known, key=likeness, default="")
     return f" Did you mean {best!r}?" if best and likeness(best) >= 0.65 else ""
 
 
-def unknown_names(names: Iterable[str], known: Sequence[str], kind: str) -> list[str]:
+def unknown_names(
+    names: Iterable[str], known: Sequence[str], kind: str, elsewhere: Sequence[str] = ()
+) -> list[str]:
     """Return a sentence, with a suggestion, for each name that is not among ``known``.
 
     Args:
         names: what was given.
         known: what there is.
         kind: what a name is called in the sentence: "field", "option".
+        elsewhere: names that are suggested too, though they are not valid here.
     """
     return [
-        f"there is no {kind} `{name}`.{did_you_mean(name, known)}"
+        f"there is no {kind} `{name}`.{did_you_mean(name, [*known, *elsewhere])}"
         for name in names
         if name not in known
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from tlora.checks import Section, hints, is_section, takes
@@ -61,7 +61,8 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         lists["config"].append(words.pop(0))
     flags: list[tuple[str, Any]] = []
     shorts = short_names(record)
-    faults = list(_read_words(words, _as_fields(shorts, fields) | fields, lists, flags))
+    known = _as_fields(shorts, fields) | fields
+    faults = list(_read_words(record, words, known, lists, flags))
     flags, contradictions = _full_names(flags, shorts)
     faults += contradictions
     presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
@@ -69,7 +70,10 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     for name in lists["config"]:
         values, contradictions = written_out(read_yaml(name), shorts)
         files.append(values)
-        faults += [f"{name}: {fault}" for fault in _unknown_keys(record, values) + contradictions]
+        misplaced = values.keys() - {*record.field_names()}
+        elsewhere = [*shorts, *fields, *_trained_with(record)] if misplaced else []
+        unknown = _unknown_keys(record, values, elsewhere)
+        faults += [f"{name}: {fault}" for fault in unknown + contradictions]
     if faults:
         raise ConfigError(faults, where="command line")
     given: dict[str, Any] = functools.reduce(_over, files, {})
@@ -103,6 +107,7 @@ def _full_names(
 
 
 def _read_words(
+    record: type[Section],
     words: list[str],
     fields: dict[str, Field],
     lists: dict[str, list[str]],
@@ -136,8 +141,8 @@ def _read_words(
         elif known:
             flags.append((name, _read(fields, name, text)))
         else:
-            names = [f"--{each}" for each in [*fields, *lists, "help", "print_config"]]
-            names += _trained_with() if "preset" in lists else []
+            names = [*fields, *lists, "help", "print_config", *_trained_with(record)]
+            names = [f"--{each}" for each in names]
             yield f"there is no flag `{flag}`.{_hint(flag, names, fields)}"
     if alone and found:
         flags.append((alone, found if fields[alone].item else found[0]))
@@ -147,11 +152,13 @@ def _takes(name: str, fields: dict[str, Field]) -> bool:
     return name in fields or any(f.open and name.startswith(f"{n}.") for n, f in fields.items())
 
 
-def _trained_with() -> list[str]:
-    """Return the flags of what stands below `adapter` and `trainer` in a run of the defaults."""
+def _trained_with(record: type[Section]) -> list[str]:
+    """Return the names below `adapter` and `trainer` in a run of the defaults."""
+    if not issubclass(record, RunConfig):
+        return []
     options = [field.name for field in dataclasses.fields(METHODS.load(RunConfig.method).options)]
     trainer = declared_fields(KINDS["causal"].arguments)
-    return [*(f"--adapter.{each}" for each in options), *(f"--trainer.{each}" for each in trainer)]
+    return [*(f"adapter.{each}" for each in options), *(f"trainer.{each}" for each in trainer)]
 
 
 def _hint(name: str, known: list[str], fields: dict[str, Field]) -> str:
@@ -172,8 +179,11 @@ def _hint(name: str, known: list[str], fields: dict[str, Field]) -> str:
     return did_you_mean(name, [*known, *below])
 
 
-def _unknown_keys(record: type[Section], values: dict[str, Any]) -> list[str]:
-    faults = record.name_faults(values)
+def _unknown_keys(
+    record: type[Section], values: dict[str, Any], elsewhere: Sequence[str] = ()
+) -> list[str]:
+    """Return a sentence for each key of a file that is no field; it may suggest ``elsewhere``."""
+    faults = record.name_faults(values, elsewhere)
     for name, kind in hints(record).items():
         if is_section(kind) and isinstance(values.get(name), dict):
             faults += _unknown_keys(kind, values[name])

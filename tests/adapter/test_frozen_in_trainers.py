@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import peft
@@ -68,17 +69,34 @@ def test_qlora_by_a_plain_sft_trainer(folder, tmp_path, form, dtype, prepared):
     assert_only_b_moved(model, before)
 
 
-def test_preparing_the_attached_model_is_named_before_a_step_is_lost(folder, tmp_path):
-    model = adapted(folder, "nf4")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("form", ["nf4", "int8", "full"])
+def test_preparing_the_attached_model_is_named_before_a_step_is_lost(
+    folder, tmp_path, form, checkpointing
+):
+    model = adapted(folder, form)
     before = a_of(model)
-    model = peft.prepare_model_for_kbit_training(model)
-    with pytest.raises(AdapterError, match=r"no parameter trains: .*kbit_training` before that"):
-        sft(model, tmp_path).train()
+    model = peft.prepare_model_for_kbit_training(model, checkpointing)
+    told = r"no parameter trains: .*give it the base model, before .* make a new trainer\.$"
+    with pytest.raises(AdapterError, match=told):
+        sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
+    assert not any(parameter.any() for parameter in b_of(model))
 
     model.set_adapter("default")
-    sft(model, tmp_path).train()
+    sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
 
     assert_only_b_moved(model, before)
+
+
+def test_what_is_told_lets_a_head_train_again(tiny_llama):
+    base = tiny_llama(hidden_size=64, intermediate_size=128)
+    config = dataclasses.replace(CONFIG, modules_to_save=["lm_head"])
+    ids = torch.arange(5, 25).reshape(4, 5)
+    model = get_tlora_model(base, config, [{"input_ids": ids, "labels": ids}])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    peft.prepare_model_for_kbit_training(model).set_adapter("default")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert any("lm_head" in name for name in trained)
 
 
 def test_a_resumed_sft_trainer_keeps_a(folder, tmp_path):

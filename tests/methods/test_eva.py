@@ -1,10 +1,12 @@
 import logging
+import re
 
 import peft
 import pytest
 import torch
 
 from support import causal_samples, classified_samples, in_batches, padded
+from tlora.adapter import principal_inputs
 from tlora.adapter.freeze import lora_layers
 from tlora.errors import CalibrationError, ConfigError
 from tlora.methods.eva import EvaOptions
@@ -37,6 +39,18 @@ def test_a_and_the_ranks_are_pefts_own(prepared_by, tiny_llama, batches, whiten)
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
     scales = {n: layer.scaling["default"] for n, layer in lora_layers(prepared.model)}
     assert scales == {n: layer.scaling["default"] for n, layer in lora_layers(expected)}
+
+
+def test_lines_tell_how_many_modules_have_not_settled(
+    prepared_by, tiny_llama, batches, monkeypatch, caplog
+):
+    monkeypatch.setattr(principal_inputs, "_REPORTED", 1)
+    caplog.set_level(logging.INFO, "tlora")
+    prepared_by("eva", tiny_llama(), r=2, rho=1)
+    lines = [each for each in caplog.messages if each.startswith("EVA: ")]
+    left = [int(re.search(r"read, (\d+) modules left", line)[1]) for line in lines]
+    assert lines[0].startswith("EVA: 2 batches read, ")  # the first finds which inputs are equal
+    assert left[0] > left[-1] > 0
 
 
 def test_labels_can_choose_the_tokens(prepared_by, tiny_llama, batches):

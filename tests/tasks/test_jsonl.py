@@ -215,3 +215,8 @@ def test_whole_numbers_written_as_floats_are_the_same_classes(classification):
 def test_lists_of_labels_are_one_sentence(classification):
     with pytest.raises(DataError, match=r"row 1: column 'stars' is \[1, 2\]; a row has one class"):
         classification([[1, 2], [3, 4]])
+
+
+def test_a_message_shows_the_first_200_characters_of_a_value(classification):
+    with pytest.raises(DataError, match=r"row 1: column 'stars' is \[7, .{196}\.\.\.; a row has"):
+        classification([[7] * 1000])

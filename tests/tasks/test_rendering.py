@@ -169,6 +169,22 @@ def test_a_template_that_raises_is_one_sentence_with_the_row(tiny_tokenizer):
     )
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content }",
+        "{{ 1 // (messages | length - 2) }}",
+        "{{ messages[7].content.strip() }}",
+        "{{ messages[0].content.index('~') }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ messages | nosuch }}",
+    ],
+)
+def test_a_template_with_a_fault_of_its_own_is_one_sentence(encoded, template):
+    with pytest.raises(DataError, match=r"^the chat template refuses the chat \(.+\): \[\{"):
+        encoded(template, CHAT[:2])
+
+
 def test_chat_rows_without_any_template_are_refused_with_the_way_out(tiny_tokenizer):
     with pytest.raises(DataError, match=r"no chat template.*--data\.chat_template chatml"):
         tokens.causal(tiny_tokenizer, {"messages": CHAT}, DataConfig())

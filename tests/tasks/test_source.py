@@ -4,7 +4,9 @@ import gzip
 import json
 import logging
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from tlora.errors import ConfigError, DataError
 from tlora.tasks import source
@@ -146,3 +148,23 @@ def test_every_file_of_several_is_looked_for(tmp_path):
         task.check_sources(files, None)
     with pytest.raises(DataError, match=r"no\.csv: there is no such file"):
         task.check_sources(f"{tmp_path}/more.txt", f"{tmp_path}/more.txt,{tmp_path}/no.csv")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (TimeoutError("timed out"), r"the Hub cannot be asked \(timed out\)"),
+        (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "no dataset of this name"),
+    ],
+)
+def test_a_dataset_that_cannot_be_had_is_asked_for_once(monkeypatch, error, says):
+    asked = []
+
+    def answer(url, **_):
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    with pytest.raises(DataError, match=f"no folder 'no/such', and .*{says}"):
+        source.read_hub("no/such", None, "train")
+    assert ["/datasets/no/such/" in url for url in asked] == [True]

@@ -90,9 +90,10 @@ def _check_that_it_trains(model: nn.Module, _: Any, inputs: dict[str, Any]) -> N
     steps = model.training and torch.is_grad_enabled() and inputs.get("labels") is not None
     if steps and not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(
-            "no parameter trains: something froze B after the adapter was attached; call"
-            " `peft.prepare_model_for_kbit_training` before that, or"
-            ' `model.set_adapter("default")` afterwards, which leaves A frozen.'
+            "no parameter trains: after the adapter was attached, B was frozen too, as"
+            " `peft.prepare_model_for_kbit_training` does; give it the base model, before the"
+            ' adapter is attached, or call `model.set_adapter("default")` after it, which leaves A'
+            " frozen, and make a new trainer."
         )
 
 

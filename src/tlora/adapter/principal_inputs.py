@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora.eva import SVDHook
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import lora_layers
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 _IGNORED_LABEL = -100
 # PEFT goes over the batches until all has settled, however long that takes.
 _MOST_BATCHES = 2000
+_REPORTED = 20
+"""Batches from one line of progress to the next."""
 
 
 def principal_inputs(
@@ -130,6 +133,11 @@ class _Rows:
                 " which it reads the same ones again and again; give more samples, or lower"
                 " `tau`, `r` or `rho`."
             )
+        read = _MOST_BATCHES - self.left
+        if read % _REPORTED == 0:
+            hooks = [hook for it in model.modules() for hook in it._forward_hooks.values()]
+            if unsettled := sum(isinstance(hook, SVDHook) for hook in hooks):
+                logger.info("EVA: %d batches read, %d modules left to settle.", read, unsettled)
         with recording(model, records, self.layout, backward=False):
             model(**batch)
 

@@ -74,7 +74,9 @@ class AdaLora:
             tiny=2e-3,
             small=5e-4,
             large=1e-4,
-            source="The paper on DeBERTa-v3-base: 5e-4 and more. From a billion on half of LoRA's.",
+            source="The authors' scripts for DeBERTa-v3-base (QingruZhang/AdaLoRA): 5e-4 on MNLI,"
+            " 8e-4 on CoLA, 1e-3 on SQuAD 2. From a billion on half of LoRA's, below 100 million"
+            " LoRA's.",
         ),
     )
 

@@ -33,7 +33,7 @@ class Dora(Lora):
             tiny=2e-3,
             small=5e-4,
             large=1e-4,
-            source="The paper's scripts (NVlabs/DoRA): 1e-4 on Llama-3-8B, 2e-4 on Llama-2-7B."
+            source="The authors' scripts (NVlabs/DoRA): 1e-4 on Llama-3-8B, 2e-4 on Llama-2-7B."
             " Below a billion LoRA's.",
         ),
     )

@@ -35,8 +35,9 @@ class FullFineTuning:
             small=5e-5,
             large=2e-5,
             huge=1e-5,
-            source="Llama 2 (arXiv 2307.09288, section 3.1): 2e-5; Alpaca at 13B: 1e-5; BERT (arXiv"
-            " 1810.04805, appendix A.3): 2e-5 to 5e-5. Extrapolated below 100 million.",
+            source="Llama 2 (arXiv 2307.09288, section 3.1): 2e-5; Alpaca: 2e-5 at 7B, 1e-5 at"
+            " 13B; BERT (arXiv 1810.04805, appendix A.3): 2e-5, 3e-5 or 5e-5. Extrapolated below"
+            " 100 million.",
         ),
         changes_base=True,
         source="tlora",

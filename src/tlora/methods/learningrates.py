@@ -55,9 +55,9 @@ class LearningRates:
 
 
 _BELOW = (
-    " Below a billion LoRA's 5e-4 on RoBERTa base (arXiv 2106.09685, table 9), below 100 million"
-    " half of what the rule lr ~ 1 / width of `LoRA Without Regret` (Thinking Machines, 2025) gives"
-    " at a width of 128."
+    " Below a billion: LoRA's scripts for RoBERTa base (microsoft/LoRA), 4e-4 and 5e-4. Below 100"
+    " million: extrapolated; half of what the rule for Llama that goes with `LoRA Without Regret`"
+    " (Thinking Machines, 2025), 5e-4 (2000 / width)^0.78, gives at a width of 128."
 )
 
 LORA_RATES = LearningRates(
@@ -65,16 +65,20 @@ LORA_RATES = LearningRates(
     small=5e-4,
     large=2e-4,
     huge=1e-4,
-    source="QLoRA (arXiv 2305.14314, table 9): 2e-4 at 7B and 13B, 1e-4 at 33B and 65B." + _BELOW,
+    source="QLoRA's code (artidoro/qlora): 2e-4, and 1e-4 for models larger than 13B." + _BELOW,
 )
-"""Of LoRA, and of relatives whose update starts at zero and has its scale."""
+"""Of LoRA, and of relatives whose update starts at zero and has its scale.
+
+EVA's code (ml-jku/EVA) has 5e-4 for models of 7B to 9B; LoRA's rates stay below it.
+"""
 
 RESIDUAL_RATES = LearningRates(
     tiny=5e-4,
     small=1e-4,
     large=2e-5,
-    source="PiSSA (arXiv 2404.02948) and the baselines of arXiv 2604.18124 on Llama-2-7B: 2e-5;"
-    " LoRA-GA (arXiv 2407.05000) on T5-base: 1e-4. Extrapolated below 100 million.",
+    source="The scripts of PiSSA (GraphPKU/PiSSA) and LoRA-GA (Outsider565/LoRA-GA) for Llama-2-7B:"
+    " 2e-5, as PEFT's example of CorDA; LoRA-GA's for T5-base: 1e-4. Extrapolated below 100"
+    " million.",
 )
 """Of methods whose A and B start from a part of W, so that the first steps move it more."""
 

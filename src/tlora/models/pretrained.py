@@ -270,11 +270,16 @@ def check_weights(model: str) -> None:
 
 
 @functools.cache
-def check_hub(name: str, *files: str) -> None:
+def check_hub(name: str, *files: str, kind: str = "model") -> None:
     """Ask the Hub once for a file of ``name``: its own client asks six times, for 40 s.
 
     Where one of ``files`` is cached, or known to be missing, and offline, nothing is asked. Whether
     the first of them exists is for whoever reads it.
+
+    Args:
+        name: of the repository.
+        files: of it, the one to ask for first.
+        kind: of the repository, "model" or "dataset".
 
     Raises:
         ConfigError: the Hub cannot be reached, has no such name, or does not give it to this user.
@@ -282,17 +287,17 @@ def check_hub(name: str, *files: str) -> None:
     import huggingface_hub as hub
 
     try:
-        if any(hub.try_to_load_from_cache(name, file) is not None for file in files):
+        if any(hub.try_to_load_from_cache(name, it, repo_type=kind) is not None for it in files):
             return
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0]))
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], repo_type=kind))
     except hub.errors.GatedRepoError:
         fault = f"the Hub gives {name!r} to those alone who may read it; accept its terms, log in."
     except hub.errors.RepositoryNotFoundError:
-        fault = f"there is no folder {name!r}, and no model of this name on the Hub."
+        fault = f"there is no folder {name!r}, and no {kind} of this name on the Hub."
     except hub.errors.OfflineModeIsEnabled:
-        cached = hub.file_download.repo_folder_name(repo_id=name, repo_type="model")
-        if Path(hub.constants.HF_HUB_CACHE, cached).is_dir():
-            return
+        cached = hub.file_download.repo_folder_name(repo_id=name, repo_type=kind)
+        if Path(hub.constants.HF_HUB_CACHE, cached).is_dir() or kind == "dataset":
+            return  # `datasets` has a cache of its own
         fault = f"there is no folder {name!r}, and no model of this name in the Hub's cache; check"
         fault += " the path, or unset HF_HUB_OFFLINE to download it."
     except (hub.errors.EntryNotFoundError, ValueError):

@@ -125,6 +125,10 @@ def closing(tokenizer: PreTrainedTokenizerBase) -> str:
     return written(tokenizer, {"messages": turns}).rpartition("reply")[2].strip()
 
 
+_RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the expressions of a template raise beside jinja's own errors."""
+
+
 def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
     from jinja2 import TemplateError
 
@@ -146,7 +150,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
                         form, tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
                     )
                 )
-            except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            except (TemplateError, *_RAISED) as error:
                 fault = fault or error
                 continue
             if _holds(found, messages):

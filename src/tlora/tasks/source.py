@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
+from tlora.models.pretrained import check_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,6 +135,11 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset:
     Raises:
         DataError: it does not exist, cannot be reached, or has no such split.
     """
+    if not Path(name).exists():
+        try:
+            check_hub(name, "README.md", kind="dataset")
+        except ConfigError as error:
+            raise DataError(" ".join(error.faults)) from error
     return _load(name, name, name=config, split=split)
 
 
