@@ -155,6 +155,8 @@ def test_classes_are_the_sorted_labels_numbers_as_numbers(classification):
     task, train = classification([10, 9, 2, 9])
     assert task.label_names == ["2", "9", "10"]
     assert [task.row(raw, "row")["label"] for raw in train] == [2, 1, 0, 1]
+    task, _ = classification(["b", "10", "a", "9"])  # cells of tables are text
+    assert task.label_names == ["9", "10", "a", "b"]
 
 
 def test_given_classes_keep_their_order_and_others_are_refused(classification):

@@ -3,9 +3,11 @@
 import gzip
 import json
 import logging
+import math
 
 import huggingface_hub
 import pytest
+from datasets import Dataset
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tlora.errors import ConfigError, DataError
@@ -23,7 +25,7 @@ ROWS = (
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_columns_are_those_that_datasets_reads(rows, tmp_path):
+def test_columns_are_those_of_all_rows(rows, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     assert source.columns_of(str(file)) == source.read_file(str(file)).column_names
@@ -126,7 +128,14 @@ def test_a_letter_on_the_border_of_two_pieces_is_read(tmp_path):
         ("rows.jsonl", "null\n", "row 1 is null"),
         ("rows.json", "[null, 1]", "row 1 is null"),
         ("rows.jsonl", '{"a": ' + "[" * 3000 + "]" * 3000 + "}", "cannot be read as rows"),
-        ("rows.jsonl", '{"a": 1}\n{"a":\n', "line 2: Expecting value at character 7"),
+        ("rows.jsonl", '{"a": 1}\n{"a":\n', "line 2: Expecting value at character 6"),
+        ("rows.jsonl", '{"a": 1}\nnull\n', "row 2 is null; give named columns"),
+        ("rows.jsonl", "[1, 2]\n", "row 1 is 1; give named columns"),
+        ("rows.json", '{"a": "b", "a": "c"}', "'a' is there twice in one object"),
+        ("rows.jsonl", '{"a": [1]}\n{"a": ["\\ud800"]}\n', r"row 2 has '\\ud800', half of a"),
+        ("rows.csv", "a,b\n1,2,3\n4,5,6\n", r"more fields than the header names \(a, b\)"),
+        ("rows.csv", "a,b\n1,2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
+        ("rows.csv", "a\0,b\0\n", "looks like UTF-16"),
         ("rows.jsonl.gz", "text", "cannot be read"),
     ],
 )
@@ -168,3 +177,64 @@ def test_a_dataset_that_cannot_be_had_is_asked_for_once(monkeypatch, error, says
     with pytest.raises(DataError, match=f"no folder 'no/such', and .*{says}"):
         source.read_hub("no/such", None, "train")
     assert ["/datasets/no/such/" in url for url in asked] == [True]
+
+
+def rows_of(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [*read_file(str(file))]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["2024-01-02", "2024-01-03T04:05:06Z"],
+        [2.5, 3],
+        [0.12345678901234567, "007", 12345678901234567890123],
+        [{"at": None}, {"on": "2024-01-02"}],
+        [None, ["", 1, None]],
+    ],
+)
+def test_values_of_json_are_kept_to_the_letter(tmp_path, values):
+    rows = [{"a": value, "b": "c"} for value in values]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, text in (("rows.jsonl", lines), ("rows.json", json.dumps(rows, indent=1))):
+        assert repr(rows_of(tmp_path, name, text)) == repr(rows)
+
+
+def test_numbers_of_json_that_are_not_finite_are_missing(tmp_path):
+    text = '{"a": NaN, "b": 1}\n{"a": -Infinity, "b": 1}\n'
+    assert [row["a"] for row in rows_of(tmp_path, "rows.jsonl", text)] == [None, None]
+
+
+@pytest.mark.parametrize(("name", "sep"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_cells_of_tables_are_kept_to_the_letter(tmp_path, name, sep):
+    cells = [["007", "1.50"], ["12345678901234567890123", ""], ["", "True"], ["NA", "2024-01-02"]]
+    text = "".join(f"{sep.join(row)}\n" for row in [["a", "b"], *cells])
+    found = [[row["a"] or "", row["b"] or ""] for row in rows_of(tmp_path, name, text)]
+    assert found == cells
+
+
+def test_text_begins_behind_the_mark_of_the_encoding(tmp_path):
+    rows = rows_of(tmp_path, "rows.txt", b"\xef\xbb\xbfone\r\n \r\ntwo\xe2\x80\xa8three")
+    assert rows == [{"text": "one"}, {"text": "two\u2028three"}]
+
+
+def test_rows_may_differ_late_and_a_list_may_stand_on_one_line(tmp_path):
+    row = {"messages": [{"role": "user", "content": "x" * 10_000}], "system": None}
+    rows = [row] * 1200 + [row | {"system": "s", "tools": [{"a": 1}]}]
+    lines = "".join(json.dumps(each) + "\n" for each in rows)
+    assert rows_of(tmp_path, "rows.jsonl", lines)[-1] == rows[-1]
+    assert rows_of(tmp_path, "rows.JSONL", json.dumps(rows[-2:])) == [
+        row | {"tools": None},
+        rows[-1],
+    ]
+
+
+@pytest.mark.parametrize(("values", "said"), [([b"\xff"], "b'"), ([1.5, math.inf], "inf")])
+def test_bytes_and_infinite_numbers_are_no_text(tmp_path, values, said):
+    Dataset.from_dict({"text": values}).to_parquet(tmp_path / "rows.parquet")
+    task = Jsonl(DataConfig())
+    raw, _ = task.load(str(tmp_path / "rows.parquet"), None)
+    with pytest.raises(DataError, match=f"column 'text' is {said}.*, not text"):
+        task.rows(raw, "rows")

@@ -20,6 +20,7 @@ Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -318,7 +319,8 @@ def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
         have = ", ".join(map(repr, raw))
         raise DataError(f"{where}: there is no column {column!r}; the columns are {have}.")
     value = raw[column]
-    if value is None or isinstance(value, (list, dict)):
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if value is None or endless or isinstance(value, (list, dict, bytes)):
         raise DataError(
             f"{where}: column {column!r} is {shortened(value)}, not text; mend or drop the row."
         )

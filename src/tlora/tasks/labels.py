@@ -9,6 +9,7 @@ from typing import Any
 from tlora.errors import DataError, shortened
 from tlora.tasks.base import text_of
 
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _WHOLE = re.compile(r"[+-]?\d+\.0*")
 
 
@@ -42,12 +43,11 @@ def classes(rows: Iterable[tuple[str, Mapping[str, Any]]], column: str) -> list[
     Raises:
         DataError: as `name_of`.
     """
-    found: dict[str, Any] = {}
-    for where, row in rows:
-        found.setdefault(name_of(row, column, where), row[column])
-    # Integer classes sort as numbers: "10" comes after "9".
-    return sorted(found, key=lambda name: _order(found[name], name))
+    names = {name_of(row, column, where) for where, row in rows}
+    return sorted(names, key=_order)
 
 
-def _order(value: Any, name: str) -> tuple[bool, Any]:
-    return (True, name) if isinstance(value, str) else (False, value)
+def _order(name: str) -> tuple[bool, float, str]:
+    """As numbers, "10" comes after "9"."""
+    number = _NUMBER.fullmatch(name)
+    return (not number, float(name) if number else 0, name)

@@ -1,19 +1,25 @@
-"""Reading raw rows: a JSON, JSONL, CSV, TSV, Parquet or text file, or a dataset on the Hub."""
+"""Reading raw rows: a JSON, JSONL, CSV, TSV, Parquet or text file, or a dataset on the Hub.
+
+What a file says is kept to the letter: a reader that guesses types makes 007 a 7, a date a time of
+day and 3 beside 2.5 a 3.0. Cells of tables are therefore text, and what is not text in JSON is held
+as JSON.
+"""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import io
 import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, DataError
+from tlora.errors import ConfigError, DataError, first_line, shortened
 from tlora.models.pretrained import check_hub
 
 if TYPE_CHECKING:
@@ -25,16 +31,8 @@ _TSV = _CSV | {"sep": "\t", "quoting": 3}
 
 _SMALL = 2**22
 """Bytes that `columns_of` reads at most."""
-_NULL_FIRST = re.compile(r"\s*(\[\s*)?null\b")
-
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", _TSV),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""What a character that JSON writes in two halves begins with."""
 
 
 def existing_file(path: str) -> Path:
@@ -81,28 +79,20 @@ def read_file(path: str) -> Dataset:
     Raises:
         DataError: the file is missing, of an unknown kind, damaged or without rows.
     """
-    builder, options = reader_of(path)
-    if builder != "parquet":
-        # The reader of JSON lines takes other bytes, whose rows fail later.
-        begins, *_ = [piece[:64] for piece in decoded(Path(path))] or [""]
-        if builder == "json" and _NULL_FIRST.match(begins):  # pyarrow crashes the process
-            raise DataError(f"{path}: row 1 is null; give named columns, or drop the row.")
-    rows = _load(path, builder, data_files=path, split="train", **options)
-    if builder == "text":
-        rows = rows.filter(lambda line: line.strip(), input_columns="text")
-    if len(rows) == 0:
+    rows = reader_of(path)(path)
+    if not (rows.column_names and len(rows)):
         raise _no_rows(path)
     return rows
 
 
-def reader_of(path: str) -> tuple[str, dict[str, Any]]:
-    """Return the builder of `datasets` that reads a file, and its options; nothing is imported.
+def reader_of(path: str) -> Callable[[str], Dataset]:
+    """Return the function that reads a file; no row is read.
 
     Raises:
         DataError: the file is missing, of an unknown kind or empty.
     """
     file = existing_file(path)
-    suffix = next((part for part in reversed(file.suffixes) if part != ".gz"), "")
+    suffix = next((part for part in reversed(file.suffixes) if part != ".gz"), "").lower()
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"{path}: files of kind {suffix or file.name!r} are not read; use {known}.")
@@ -116,13 +106,158 @@ def columns_of(path: str) -> list[str] | None:
     file = Path(path)
     if file.suffix != ".jsonl" or file.stat().st_size > _SMALL:
         return None
-    columns: dict[str, None] = {}
     try:
-        for line in filter(str.strip, file.read_text(encoding="utf-8").split("\n")):
-            columns |= dict.fromkeys(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return _columns(_json_rows(path)) or None
+    except DataError:
         return None  # reading the rows says what is wrong
-    return list(columns) or None
+
+
+def _json(path: str) -> Dataset:
+    from datasets import Dataset, Features, Value
+
+    rows = _json_rows(path)
+    held: dict[str, list[str | None]] = {}
+    coded = []
+    for column in _columns(rows):
+        values = [row.get(column) for row in rows]
+        if not all(value is None or isinstance(value, str) for value in values):
+            values = [None if value is None else json.dumps(value) for value in values]
+            coded.append(column)
+        held[column] = values
+    texts = Dataset.from_dict(held, features=Features(dict.fromkeys(held, Value("large_string"))))
+    return texts.with_transform(functools.partial(_uncoded, coded=coded)) if coded else texts
+
+
+def _uncoded(batch: dict[str, list[Any]], coded: Sequence[str]) -> dict[str, list[Any]]:
+    values = {name: batch[name] for name in coded if name in batch}
+    return batch | {
+        name: [None if text is None else json.loads(text) for text in texts]
+        for name, texts in values.items()
+    }
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return [*dict.fromkeys(column for row in rows for column in row)]
+
+
+def _json_rows(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSON file: those of a list, or one a line.
+
+    Raises:
+        DataError: it is not JSON, or a row is no object of named columns.
+    """
+    text = "".join(decoded(Path(path)))
+    rows = []
+    for number, value in enumerate(_json_values(path, text), start=1):
+        row = {"text": value} if isinstance(value, str) else value
+        if not isinstance(row, dict):
+            said = shortened(json.dumps(row))
+            raise DataError(f"{path}: row {number} is {said}; give named columns, or drop the row.")
+        rows.append(row)
+    if _HALF.search(text):
+        _check_whole(rows, path)
+    return rows
+
+
+def _check_whole(rows: list[dict[str, Any]], path: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise DataError(
+                f"{path}: row {number} has {half}, half of a character; mend or drop the row."
+            ) from None
+
+
+def _json_values(path: str, text: str) -> list[Any]:
+    line = 0
+    try:
+        try:
+            found = _loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                line = error.lineno
+                raise
+            found = []
+            for line, each in enumerate(text.split("\n"), start=1):  # noqa: B007
+                if each.strip():
+                    found.append(_loads(each))
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            return []
+        said = f"line {line}: {error.msg} at character {error.colno}"
+        raise DataError(f"{path}: cannot be read as rows ({said}).") from None
+    except (ValueError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        at = f"line {line}: " if line else ""
+        raise DataError(f"{path}: cannot be read as rows ({at}{said}).") from None
+    return found if isinstance(found, list) else [found]
+
+
+def _loads(text: str) -> Any:
+    """Return a JSON value; NaN and the infinities, which are not JSON, are missing values."""
+    return json.loads(text, object_pairs_hook=_object, parse_constant=lambda _: None)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice in one object")
+    return found
+
+
+def _csv(path: str) -> Dataset:
+    return _table(path, _CSV)
+
+
+def _tsv(path: str) -> Dataset:
+    return _table(path, _TSV)
+
+
+def _table(path: str, options: dict[str, Any]) -> Dataset:
+    import pandas
+    from datasets import Dataset
+
+    text = "".join(decoded(Path(path)))
+    if not text.strip():
+        raise _no_rows(path)
+    try:
+        cells = pandas.read_csv(io.StringIO(text), dtype=str, **options)
+    except ValueError as error:
+        said = first_line(error).removeprefix("Error tokenizing data. C error: ")
+        raise DataError(f"{path}: cannot be read as rows ({said}).") from error
+    if "\0" in "".join(cells.columns):
+        raise DataError(f"{path}: is not UTF-8 (it looks like UTF-16); save the file as UTF-8.")
+    if not isinstance(cells.index, pandas.RangeIndex):  # pandas takes what is too much for names
+        raise DataError(
+            f"{path}: rows have more fields than the header names ({', '.join(cells.columns)});"
+            " name every field, or put texts with the separator in quotes."
+        )
+    return Dataset.from_pandas(cells, preserve_index=False)
+
+
+def _parquet(path: str) -> Dataset:
+    return _load(path, "parquet", data_files=path, split="train")
+
+
+def _text(path: str) -> Dataset:
+    from datasets import Dataset
+
+    lines = "".join(decoded(Path(path))).split("\n")
+    return Dataset.from_dict({"text": [line for line in lines if line.strip()]})
+
+
+READERS: dict[str, Callable[[str], Dataset]] = {
+    ".json": _json,
+    ".jsonl": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
 
 
 def _no_rows(path: str) -> DataError:
@@ -155,11 +290,9 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     try:
         return datasets.load_dataset(builder, **options)
     except (*unreadable, datasets.exceptions.DatasetsError) as error:
-        # StopIteration: what the reader of JSON makes of an empty file.
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             raise _no_rows(where) from error
-        cause = _first_bad_line(where) or _innermost(error)
-        raise DataError(f"{where}: cannot be read as rows ({cause}).") from error
+        raise DataError(f"{where}: cannot be read as rows ({_innermost(error)}).") from error
     finally:
         log.setLevel(level)
         if bars:
@@ -170,19 +303,3 @@ def _innermost(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return " ".join(str(error).split())
-
-
-def _first_bad_line(path: str) -> str | None:
-    """Return which line of a JSONL file is not JSON, which the reader's own message leaves out."""
-    if not path.endswith(".jsonl") or not Path(path).is_file():
-        return None
-    with Path(path).open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip():
-                    json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"line {number}: {error.msg} at character {error.pos + 1}"
-            except RecursionError:
-                return f"line {number}: nested too deeply"
-    return None

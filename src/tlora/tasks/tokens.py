@@ -153,7 +153,7 @@ def _encoded(
 
     # `datasets` names its file by this, and would else hash all rows.
     mark = Hasher.hash((raw._fingerprint, task, encode, tokenizer))
-    return raw.map(
+    return raw.with_format(None).map(
         some,
         batched=True,
         with_indices=True,
