@@ -143,6 +143,47 @@ def test_a_template_that_would_drop_tools_is_refused(encoded, row):
         encoded("SMOLLM2", **row)
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_a_template_that_would_drop_thoughts_is_refused(encoded, field):
+    chat = [CHAT[0], CHAT[1] | {field: "greet"}]
+    named = chat_templates.SMOLLM2 + "{# no thinking, no reasoning #}"
+    with pytest.raises(DataError, match=f"has `{field}`, which .* or make them `content`"):
+        encoded(named, chat)
+    writes = "{% for m in messages %}{{ (m." + field + " or '') + m.content }}{% endfor %}"
+    assert encoded(writes, chat) == ["hi«greethello»"]
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% generation %}|{% endgeneration %}{% else %}{{ m.content }}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endif %}{% endfor %}"
+)
+WHOLE = MARKED.replace("{% endgeneration %}{% generation %}", "")
+
+
+def test_turns_with_several_marks_before_the_first_to_learn_are_prompt(encoded):
+    assert encoded(MARKED, CHAT, first=2) == ["hihello|bye«so long|»"]
+
+
+@pytest.mark.parametrize("fault", ["{% endfr %}", "{{ 1 / 0 }}", "{{ [][0].x }}", ""])
+def test_a_marked_template_that_raises_is_one_sentence(encoded, fault):
+    with pytest.raises(DataError, match=r"^the chat template refuses the chat \("):
+        encoded(MARKED + fault, [CHAT[0], {"role": "tool", "content": "x"}, CHAT[1]])
+
+
+@pytest.mark.parametrize("template", ["SMOLLM2", "QWEN3", WHOLE])
+def test_turns_of_weight_0_are_not_learned(encoded, template):
+    chat = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"weight": 1}]
+    learned = re.findall("«(.*?)»", "".join(encoded(template, chat)), re.DOTALL)
+    assert len(learned) == 1
+    assert "so long" in learned[0]
+
+
+def test_turns_of_weight_0_need_marks_of_whole_turns(encoded):
+    with pytest.raises(DataError, match="turns of weight 0, but the chat template marks no turn"):
+        encoded(MARKED, [CHAT[0], CHAT[1] | {"weight": 0}])
+
+
 def test_arguments_are_text_where_the_template_wants_text(encoded):
     template = (
         "{% for m in messages %}{{ m['content'] if 'content' in m else"

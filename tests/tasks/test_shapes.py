@@ -176,3 +176,78 @@ def test_a_message_shows_the_beginning_of_a_row(load):
     with pytest.raises(DataError) as error:
         load({"messages": [{"role": "narrator", "content": "x" * 5000}]})
     assert len(str(error.value)) < 600
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def called(load, **fields):
+    (row,) = load({"messages": [USER, {"role": "assistant", "content": None} | fields]})
+    return row["messages"][1]
+
+
+@pytest.mark.parametrize(("speaker", "says"), [("role", "value"), ("from", "content")])
+def test_what_a_turn_says_is_read_by_either_name(load, speaker, says):
+    turns = [{speaker: "user", says: "a"}, {speaker: "assistant", says: "b"}]
+    assert load({"messages": turns}) == [{"messages": [USER, ASSISTANT]}]
+
+
+@pytest.mark.parametrize("turn", [{"from": "human", "text": "a"}, {"role": "user", "contents": ""}])
+def test_a_turn_that_says_nothing_is_refused(load, turn):
+    with pytest.raises(DataError, match=r"row 1: a turn says nothing: .* as `content` or `value`"):
+        load({"messages": [turn, ASSISTANT]})
+
+
+@pytest.mark.parametrize("calls", [[CALL], CALL, json.dumps([CALL]), [CALL["function"]]])
+def test_calls_are_a_list_or_its_json(load, calls):
+    assert called(load, tool_calls=calls)["tool_calls"] == [CALL]
+    assert called(load, function_call=calls)["tool_calls"] == [CALL]
+    turn = {"from": "function_call", "value": CALL["function"]}
+    (row,) = load({"conversations": [{"from": "human", "value": "a"}, turn]})
+    assert row["messages"][1]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}])
+def test_a_call_without_arguments_has_none(load, arguments):
+    call = {"function": {"name": "f"} | arguments}
+    (found,) = called(load, tool_calls=[call])["tool_calls"]
+    assert found["function"] == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize("call", ["x", {"id": "1"}, {"function": "f"}, {"function": {"name": 5}}])
+def test_a_call_of_nothing_is_refused(load, call):
+    with pytest.raises(DataError, match=r"row 1: a turn calls .*; give a list of"):
+        called(load, tool_calls=[call])
+
+
+def test_a_call_that_is_null_says_nothing(load):
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": None}]
+    (row,) = load({"conversations": turns})
+    assert row["messages"][1] == {"role": "assistant", "content": ""}
+
+
+def test_lists_are_read_from_the_cells_of_a_table(tmp_path):
+    file = tmp_path / "rows.csv"
+    turns = json.dumps([USER, ASSISTANT]).replace('"', '""')
+    file.write_text(f'messages,tools\n"{turns}",\n"{turns}","[{{""name"": ""f""}}]"\n')
+    task = Jsonl(DataConfig())
+    plain, tooled = task.rows(task.load(str(file), None)[0], "rows.csv")
+    assert plain == {"messages": [USER, ASSISTANT]}
+    assert tooled == plain | {"tools": [{"name": "f"}]}
+
+
+def test_a_column_of_the_system_message_fills_an_empty_one(load):
+    turns = [{"role": "system", "content": ""}, USER, ASSISTANT]
+    (row,) = load({"conversations": turns, "system": "s"})
+    assert row["messages"][0] == {"role": "system", "content": "s"}
+
+
+def test_an_input_of_zero_is_an_input(load):
+    (row,) = load({"instruction": "Is it even?", "input": 0, "output": "yes"}, format="raw")
+    assert row["prompt"] == "Is it even?\n\n0"
+
+
+@pytest.mark.parametrize("history", [[[None, "y"]], [["q", ["y"]]], [{"q": "a"}], "x"])
+def test_a_history_of_anything_but_texts_is_refused(load, history):
+    with pytest.raises(DataError, match=r"column 'history' is .*; give a list of"):
+        load({"instruction": "a", "output": "b", "history": history})

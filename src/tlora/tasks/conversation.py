@@ -7,7 +7,6 @@ or something.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -25,15 +24,16 @@ _ROLES = {
     "function": "tool",
 }
 """Names of speakers that ShareGPT, OpenAI and their descendants use."""
-_SAID = ("role", "content", "from", "value")
+_SPEAKER, _SAYS = ("role", "from"), ("content", "value")
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
-    """Return the messages of a list of {role, content} or of {from, value}.
+    """Return the messages of a list of {role, content} or of {from, value}, or of its JSON.
 
     Raises:
         DataError: it is no such list, a speaker is unknown, or content is not text.
     """
+    value = parsed(value)
     turns = value if isinstance(value, list) else []
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(
@@ -49,17 +49,25 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
     Raises:
         DataError: it is neither.
     """
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: column 'tools' is not JSON: {error}.") from None
+    value = parsed(value)
     if not value:
         return None
     tools = [value] if isinstance(value, dict) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: column 'tools' is {shortened(value)}; give a list of tools.")
+        raise DataError(
+            f"{where}: column 'tools' is {shortened(value)}; give a list of tools, or its JSON."
+        )
     return [_without_none(tool) for tool in tools]
+
+
+def parsed(value: Any) -> Any:
+    """Return what a text is JSON of, as cells of tables hold lists; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
 
 
 def check_answers(messages: list[Message], where: str) -> None:
@@ -73,25 +81,30 @@ def check_answers(messages: list[Message], where: str) -> None:
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
-    speaker, value = turn.get("role"), turn.get("content")
-    if speaker is None:
-        speaker, value = turn.get("from"), turn.get("value")
+    speaker, value = (
+        next((turn[name] for name in names if turn.get(name) is not None), None)
+        for names in (_SPEAKER, _SAYS)
+    )
     role = _ROLES.get(str(speaker).lower())
     if role is None:
         known = ", ".join(_ROLES)
         raise DataError(
             f"{where}: the chat has a turn of {speaker!r}: {shortened(turn)}; known are {known}."
         )
-    # `datasets` fills fields that only other rows have with None, which templates stumble over.
-    rest = _without_none({k: v for k, v in turn.items() if k not in _SAID})
     if role == "function_call":
-        return {"role": "assistant", **_called(str(value))}
+        return {"role": "assistant", **_called(value, where)}
+    # `datasets` fills fields that only other rows have with None, which templates stumble over.
+    rest = _without_none({k: v for k, v in turn.items() if k not in (*_SPEAKER, *_SAYS)})
+    calls = rest.pop("tool_calls", None) or rest.pop("function_call", None)
+    if value is None and not calls and not {*_SAYS} & {*turn}:
+        raise DataError(
+            f"{where}: a turn says nothing: {shortened(turn)}; give its text as `content` or"
+            " `value`."
+        )
     message: Message = {"role": role, "content": _text(value, where), **rest}
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    if calls:
+        message["tool_calls"] = _tool_calls(calls, where)
         message["content"] = message["content"] or None
-    else:
-        message.pop("tool_calls", None)
     return message
 
 
@@ -111,27 +124,31 @@ def _text(content: Any, where: str) -> str:
     return str(content)
 
 
-def _called(text: str) -> Message:
+def _called(value: Any, where: str) -> Message:
     """Return content and tool calls of ShareGPT's `function_call`: JSON, or else plain text."""
-    try:
-        calls = json.loads(text)
-    except json.JSONDecodeError:
-        return {"content": text}
+    calls = parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        return {"content": text}
-    return {"content": None, "tool_calls": [_tool_call(call) for call in calls]}
+        return {"content": _text(value, where)}
+    return {"content": None, "tool_calls": _tool_calls(calls, where)}
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call in OpenAI's form, its arguments as a dict: templates write them as JSON."""
-    function = dict(call["function"]) if "function" in call else dict(call)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(json.JSONDecodeError):
-            function["arguments"] = json.loads(arguments)
-    own = {k: v for k, v in call.items() if k != "function"} if "function" in call else {}
-    return {"type": "function", **own, "function": function}
+def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return calls in OpenAI's form, their arguments as dicts: templates write them as JSON."""
+    calls = parsed(value)
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{where}: a turn calls {shortened(call)}; give a list of"
+                " {function: {name, arguments}}."
+            )
+        arguments = parsed(function.get("arguments"))
+        function = function | {"arguments": {} if arguments is None else arguments}
+        own = {k: v for k, v in call.items() if k != "function"} if "function" in call else {}
+        found.append({"type": "function", **own, "function": function})
+    return found
 
 
 def _without_none(value: Any) -> Any:

@@ -28,6 +28,14 @@ Render = Callable[[Messages, bool], str]
 """(messages, whether to prompt for an answer) -> text."""
 
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
+_WRITES_TOOLS = "--data.chat_template qwen, or another that does"
+_FIELDS = {
+    "tool_calls": _WRITES_TOOLS,
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"), "another template, or make them `content`"
+    ),
+}
+"""What an assistant may do besides answering, and what to give where a template leaves it out."""
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -130,43 +138,50 @@ _RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise DataError(
             "the model's tokenizer has no chat template, which chat rows need; give"
             " --data.chat_template chatml (or another name, or a file), or a chat model."
         )
 
-    _check_tools(tokenizer, row)
+    _check_fields(tokenizer, row)
+    return lambda messages, prompt: _accepted(tokenizer, row, messages, prompt)[1]
 
-    def render(messages: Messages, prompt: bool) -> str:
-        fault: Exception | None = None
-        text: str | None = None
-        for form in _forms(messages):
-            try:
-                found = str(
-                    tokenizer.apply_chat_template(
-                        form, tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
-                    )
+
+def _accepted(
+    tokenizer: PreTrainedTokenizerBase, row: Row, messages: Messages, prompt: bool
+) -> tuple[Messages, str]:
+    """Return the form of messages that the chat template takes, and what it writes of it.
+
+    Raises:
+        DataError: it takes none.
+    """
+    from jinja2 import TemplateError
+
+    fault: Exception | None = None
+    taken: tuple[Messages, str] | None = None
+    for form in _forms(messages):
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    form, tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
                 )
-            except (TemplateError, *_RAISED) as error:
-                fault = fault or error
-                continue
-            if _holds(found, messages):
-                return found
-            text = text or found
-        if text is not None and not any(turn.get("tool_calls") for turn in messages):
-            return text
-        if text is not None:
-            fault = ValueError("it leaves out a tool call")
-        raise DataError(
-            f"the chat template refuses the chat ({first_line(fault or ValueError()).rstrip('.')}):"
-            f" {shortened(row['messages'])}; mend or drop the row, or give another"
-            " --data.chat_template."
-        ) from fault
-
-    return render
+            )
+        except (TemplateError, *_RAISED) as error:
+            fault = fault or error
+            continue
+        if _holds(text, messages):
+            return form, text
+        taken = taken or (form, text)
+    if taken is not None and not any(turn.get("tool_calls") for turn in messages):
+        return taken
+    if taken is not None:
+        fault = ValueError("it leaves out a tool call")
+    raise DataError(
+        f"the chat template refuses the chat ({first_line(fault or ValueError()).rstrip('.')}):"
+        f" {shortened(row['messages'])}; mend or drop the row, or give another"
+        " --data.chat_template."
+    ) from fault
 
 
 def _forms(messages: Messages) -> Iterator[Messages]:
@@ -201,16 +216,20 @@ def _texts(turn: dict[str, Any]) -> dict[str, Any]:
     return {"tool_calls": calls} if calls else {}
 
 
-def _check_tools(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
-    """Check that the template writes the tools and calls of a chat, not to drop them in silence."""
+def _check_fields(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Check that the template writes a chat's tools, calls and thoughts, not to drop them."""
     template = " ".join(_template_texts(tokenizer))
-    calls = any(turn.get("tool_calls") for turn in row["messages"])
-    for name, there in (("tools", row.get("tools")), ("tool_calls", calls)):
-        if there and name not in template:
-            raise DataError(
-                f"the chat has `{name}`, which the model's chat template does not write; drop"
-                " them, or give --data.chat_template qwen, or another that does."
-            )
+    fields = {field for turn in row["messages"] for field in _FIELDS if turn.get(field)}
+    unread = [
+        name for name in _FIELDS if name in fields and not re.search(rf"[.'\"]{name}\b", template)
+    ]
+    if row.get("tools") and "tools" not in template:
+        unread.insert(0, "tools")
+    if unread:
+        raise DataError(
+            f"the chat has `{unread[0]}`, which the model's chat template does not write; drop"
+            f" them, or give {_FIELDS.get(unread[0], _WRITES_TOOLS)}."
+        )
 
 
 def _template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -227,15 +246,35 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[S
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tools = row.get("tools")
+    form, _ = _accepted(tokenizer, row, row["messages"], False)
     texts, marks = render_jinja_template(
-        conversations=[row["messages"]],
+        conversations=[form],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    before = sum(turn["role"] == "assistant" for turn in row["messages"][: row.get("first", 0)])
-    return texts[0], [(start, end) for start, end in marks[0][before:]]
+    before = row["messages"][: row.get("first", 0)]
+    asked = 0  # marks of the turns that belong to the prompt: a turn may have several
+    if any(turn["role"] == "assistant" for turn in before):
+        asked = len(_by_marks(tokenizer, row | {"messages": before, "first": 0})[1])
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    spans = [(start, end) for start, end in marks[0]]
+    if not all(map(_counts, answers)):
+        if len(spans) != len(answers):
+            raise DataError(
+                "the chat has turns of weight 0, but the chat template marks no turn as a whole;"
+                " drop them, or give another --data.chat_template."
+            )
+        spans = [
+            span if _counts(turn) else (0, 0) for span, turn in zip(spans, answers, strict=True)
+        ]
+    return texts[0], spans[asked:]
+
+
+def _counts(turn: dict[str, Any]) -> bool:
+    """Return whether a turn is to be learned: OpenAI's files give those that are not weight 0."""
+    return turn.get("weight") != 0
 
 
 def _answers(messages: Messages, first: int) -> list[int]:
@@ -245,7 +284,11 @@ def _answers(messages: Messages, first: int) -> list[int]:
     """
     speakers = [message["role"] for message in messages]
     opened = next((i for i, who in enumerate(speakers) if who != "assistant"), len(speakers))
-    return [i for i, who in enumerate(speakers) if who == "assistant" and i >= max(first, opened)]
+    return [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and place >= max(first, opened) and _counts(message)
+    ]
 
 
 def _spans(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from tlora.errors import DataError, shortened
 from tlora.tasks.base import Row, text_of
-from tlora.tasks.conversation import check_answers, messages_of, tools_of
+from tlora.tasks.conversation import check_answers, messages_of, parsed, tools_of
 
 Form = Literal["chat", "instruction", "pair", "text"]
 
@@ -92,6 +92,8 @@ def _chat(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
     system = _optional(shape, raw, "system", where)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    elif system and not messages[0]["content"]:
+        messages[0]["content"] = system
     return _with_tools({"messages": messages}, shape, raw, where)
 
 
@@ -136,17 +138,20 @@ _CONVERT: dict[str, Callable[[Shape, Mapping[str, Any], str], Row]] = {
 
 
 def _optional(shape: Shape, raw: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in shape.optional or not raw.get(column):
+    if column not in shape.optional or raw.get(column) in (None, "", [], {}):
         return ""
     return text_of(raw, column, where)
 
 
 def _history(shape: Shape, raw: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    pairs = raw.get("history") if "history" in shape.optional else None
+    pairs = parsed(raw.get("history")) if "history" in shape.optional else None
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(text, (str, int, float)) for text in pair)
+        for pair in pairs
     ):
         raise DataError(
             f"{where}: column 'history' is {shortened(pairs)}; give a list of [question, answer]."
