@@ -94,8 +94,20 @@ def test_what_is_not_there_is_named():
         load("a.jsonl,n*.jsonl")
     with pytest.raises(DataError, match=r"^none\.jsonl: there is no such file"):
         load("a.jsonl,none.jsonl")
-    with pytest.raises(DataError, match="the weight is 0"):
-        load("a.jsonl:0")
+    with pytest.raises(DataError, match="^',' names no file"):
+        load(",")
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x"])
+def test_a_weight_is_a_positive_number(weight):
+    files = RunConfig.from_dict({"train_file": [{"path": "a.jsonl", "weight": weight}]}).train_file
+    with pytest.raises(DataError, match=f"^a.jsonl:{weight}: the weight is {weight}; give a pos"):
+        load(files)
+
+
+def test_a_small_weight_is_a_weight():
+    files = RunConfig.from_dict({"train_file": [{"path": "a.jsonl", "weight": 1e-7}]}).train_file
+    assert parts(files) == [Part("a.jsonl", 1e-7)]
 
 
 def test_a_digest_of_several_changes_with_each_file_and_weight(here):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _PLACE, _ROW = "__place__", "__row__"
-_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,38 @@ def parts(files: str) -> list[Part]:
     """Return the files that "a.jsonl,b/*.csv:0.5" names, those of a glob in alphabetical order.
 
     Raises:
-        DataError: a glob matches no file, or a weight is 0.
+        DataError: a glob matches no file, a weight is not positive, or no file is named.
     """
     found = []
     for word in [files] if Path(files).exists() else filter(None, map(str.strip, files.split(","))):
-        match = None if Path(word).exists() else _WEIGHTED.fullmatch(word)
-        path, weight = (match["path"], float(match["weight"])) if match else (word, 1.0)
-        if weight == 0:
-            raise DataError(f"{word}: the weight is 0; give a positive one, or leave the file out.")
+        path, weight = _weighted(word)
         matches = [path]
         if glob.has_magic(path) and not Path(path).exists():
             matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
             if not matches:
                 raise DataError(f"{path}: no file matches this pattern.")
         found += [Part(each, weight) for each in matches]
+    if not found:
+        raise DataError(f"{files!r} names no file; give the path of a file with rows.")
     return found
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """Return path and weight of "a.jsonl:0.3"; a name may have a colon of its own."""
+    path, _, said = word.rpartition(":")
+    if not path or Path(word).exists():
+        return word, 1.0
+    try:
+        weight = float(said)
+    except ValueError:
+        if not Path(path).is_file():
+            return word, 1.0
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(
+            f"{word}: the weight is {said}; give a positive number, or leave the file out."
+        )
+    return path, weight
 
 
 def read(files: str, read_file: Callable[[str], Dataset], seed: int | None) -> Dataset:
