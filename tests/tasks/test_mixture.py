@@ -94,7 +94,7 @@ def test_what_is_not_there_is_named():
         load("a.jsonl,n*.jsonl")
     with pytest.raises(DataError, match=r"^none\.jsonl: there is no such file"):
         load("a.jsonl,none.jsonl")
-    with pytest.raises(DataError, match="^',' names no file"):
+    with pytest.raises(DataError, match=r"^',' names no file"):
         load(",")
 
 
