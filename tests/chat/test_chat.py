@@ -15,7 +15,7 @@ from tlora import cli
 from tlora.chat import chat
 from tlora.chat.chatconfig import ChatConfig
 from tlora.chat.partners import Stream
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, DataError
 from tlora.tasks import tokens
 from tlora.tasks.base import INSTRUCTION_PROMPT
 from tlora.tasks.dataconfig import DataConfig
@@ -98,12 +98,31 @@ def test_a_chat_remembers_until_it_is_cleared(made):
 
 def test_the_oldest_turns_fall_off_when_the_model_is_full(made, monkeypatch):
     found, prompts = partner(made("chat").path)
-    longest = len(found._prompt("3+4?")) + 3
+    longest = len(found._prompt("3+4?")[1]) + 3
     found.clear()
     monkeypatch.setattr(found, "_longest", lambda: longest)
     for text in ("3+4?", "4+5?"):
         said(found, text)
     assert prompts[1] == prompts[0].replace("3+4?", "4+5?")
+
+
+def test_a_text_that_does_not_fit_is_forgotten(made, monkeypatch):
+    found, prompts = partner(made("chat").path)
+    longest = len(found._prompt("3+4?")[1]) + 3
+    monkeypatch.setattr(found, "_longest", lambda: longest)
+    with pytest.raises(DataError, match=r"the model holds \d+ with the reply"):
+        said(found, "3+4? " * 40)
+    said(found, "3+4?")
+    assert len(prompts) == 1
+    assert prompts[0].count("3+4?") == prompts[0].count("u: ") == 1
+
+
+def test_a_reply_ends_where_the_model_is_full(made, monkeypatch):
+    found, _ = partner(made("raw").path)
+    longest = len(found._prompt("3+4?")[1]) + 2
+    monkeypatch.setattr(found, "_longest", lambda: longest)
+    said(found, "3+4?")
+    assert found.calls["max_new_tokens"] == 2
 
 
 @pytest.mark.parametrize("style", ["alpaca", "raw"])
@@ -220,6 +239,20 @@ def test_ctrl_c_and_the_end_of_input_leave_cleanly(made, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_line_that_is_no_text_is_not_the_last_one(monkeypatch, caplog):
+    typed = iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "two", EOFError()])
+
+    def read(_):
+        line = next(typed)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+    assert [*chat._lines()] == ["two"]
+    assert "what was typed is not utf-8" in caplog.text
+
+
 def test_what_is_piped_in_is_one_prompt(made, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("3+4?\n4+5?\n"))
     argv = ["chat", str(made("raw").path), "--max_new_tokens", "4"]
@@ -230,6 +263,9 @@ def test_what_is_piped_in_is_one_prompt(made, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     assert cli.main(argv) == 2
     assert "nothing was piped in" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert cli.main(argv) == 2
+    assert "what was piped in is not utf-8; pipe in text." in capsys.readouterr().err
     assert cli.main([*argv, "--prompt", " "]) == 2
     assert "`prompt` is empty" in capsys.readouterr().err
 

@@ -92,6 +92,15 @@ def test_the_command_of_a_card_is_the_run_on_files_of_these_names(config, other_
     assert parsed == expected
 
 
+@pytest.mark.parametrize("system", ["/no_think", "./a\n```\n# Big", "s" * 5000])
+def test_texts_of_a_card_are_no_paths_and_break_no_fence(config, system):
+    run = initialize.run(config(data=DataConfig(system=system, max_length=64, loss_on="all")))
+    again = re.search(r"^(`{3,})sh\n(tlora .*?)\n\1$", text_of(run), re.DOTALL | re.MULTILINE)
+    words = shlex.split(again[2])
+    assert words[words.index("--data.system") + 1] == system
+    assert again[1] not in again[2]
+
+
 def test_no_path_of_the_machine_and_no_credential_is_in_a_card(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-this-machine")
     system = "Say a-secret-of-this-machine."

@@ -54,7 +54,10 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
     check(config)
     prompt = config.prompt
     if prompt is None and not stdin.isatty():
-        prompt = stdin.read()
+        try:
+            prompt = stdin.read()
+        except UnicodeDecodeError as error:
+            raise DataError(f"what was piped in is not {error.encoding}; pipe in text.") from None
         if not prompt.strip():
             raise DataError("nothing was piped in to answer; give --prompt, or a text.")
     partner = make_partner(config)
@@ -134,3 +137,5 @@ def _lines() -> Iterator[str]:
             yield input("> ")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            logger.warning("what was typed is not %s; write another text.", error.encoding)

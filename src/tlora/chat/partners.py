@@ -60,7 +60,7 @@ class Writer:
 
     def answer(self, text: str, show: Show) -> None:
         """Answer a text; of a chat, with what was said before in mind."""
-        ids = self._prompt(text)
+        asked, ids = self._prompt(text)
         stream = Stream(self.tokenizer, show, self._stops)
         drawn = self._config.temperature > 0
         options: dict[str, Any] = {"do_sample": drawn}
@@ -72,7 +72,7 @@ class Writer:
         call = {
             "input_ids": inputs,
             "attention_mask": torch.ones_like(inputs),
-            "max_new_tokens": self._config.max_new_tokens,
+            "max_new_tokens": self._room(len(ids)),
             "eos_token_id": self._ends() or None,
             "pad_token_id": self.tokenizer.pad_token_id or next(iter(self._ends()), None),
             "streamer": stream,
@@ -84,7 +84,7 @@ class Writer:
             with greedy(self.model, self.tokenizer):
                 self.model.generate(**call)
         if self.style == "chat":
-            self.messages.append({"role": "assistant", "content": stream.reply})
+            self.messages = [*asked, {"role": "assistant", "content": stream.reply}]
 
     def _style(self, recorded: Format) -> Format:
         """Return how prompts are written.
@@ -108,14 +108,15 @@ class Writer:
             return recorded
         return "chat" if template else "raw"
 
-    def _prompt(self, text: str) -> list[int]:
-        """Return the tokens that ask for an answer to a text; the oldest turns may fall off.
+    def _prompt(self, text: str) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return the turns that ask for an answer to a text, and their tokens; the oldest turns may
+        fall off.
 
         Raises:
             DataError: the model has no room for it, or the chat template refuses it.
         """
         if self.style != "chat":
-            return self._fitting(self._single(text))
+            return [], self._fitting(self._single(text))
         asked = [*self.messages, {"role": "user", "content": text}]
         while True:
             start = [{"role": "system", "content": self._system}] if self._system else []
@@ -123,8 +124,7 @@ class Writer:
             words = rendering.written(self.tokenizer, row, prompt=True)
             ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
             if len(asked) == 1 or len(ids) + self._config.max_new_tokens <= self._longest():
-                self.messages = asked
-                return self._fitting(ids)
+                return asked, self._fitting(ids)
             asked = asked[2:]
 
     def _single(self, text: str) -> list[int]:
@@ -154,6 +154,11 @@ class Writer:
                 " the reply; write a shorter one."
             )
         return ids
+
+    def _room(self, prompt: int) -> int:
+        """Return how many tokens a reply to a prompt of ``prompt`` tokens may have."""
+        most = self._config.max_new_tokens
+        return most if self._decodes else min(most, self._longest() - prompt)
 
     def _longest(self) -> int:
         longest: int = self.tokenizer.model_max_length

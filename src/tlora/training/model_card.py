@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _FILES = ("train_file", "eval_file")
+_TEXTS = ("data.system", "data.prompt_template")
+"""Fields that are no names, even if they begin as paths do: Qwen's "/no_think"."""
 _OF_THE_MACHINE = ("output_dir", "resume")
 _LOCAL = ("/", "./", "../", "~")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -60,6 +63,7 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
     base = public(str(setup.config.model))
     code = loading_code.of(setup, adapter=fields is not None)
     vllm = _vllm(fields, ranks, base) if setup.task.kind == "causal" else None
+    again = command(setup.config, verb)
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front=_front_matter(setup, base, fields),
@@ -74,14 +78,15 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
         merges=code.merge,
         vllm=vllm,
         vllm_since=" from 0.32 on" if fields and _uneven(fields) else "",
-        command=command(setup.config, verb),
+        command=again,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", again)), default=0)),
     )
     return redacted(re.sub(r"\n{3,}", "\n\n", text))
 
 
 def public(path: str) -> str:
     """Return a name on the Hub as it is, and of a local path the last part."""
-    local = path.startswith(_LOCAL) or Path(path).exists()
+    local = path.startswith(_LOCAL) or os.path.exists(path)  # noqa: PTH110 - a long text raises
     return Path(path).name or Path(path).resolve().name if local else path
 
 
@@ -121,7 +126,8 @@ def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
             continue
         for inner, each in value.items():
             if inner not in default[name] or default[name][inner] != each:
-                yield f"{name}.{inner}", _word(each)
+                said = f"{name}.{inner}"
+                yield said, each if said in _TEXTS and each else _word(each)
 
 
 def _word(value: Any, files: bool = False) -> str:
