@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from tlora.models.pretrained import Pretrained, readable
@@ -16,8 +17,8 @@ _CLASSES = {
 """By PEFT's name of the kind of task; any other is a causal language model."""
 
 
-def layer_sizes(checkpoint: Pretrained, task_type: str | None = None) -> dict[str, tuple[int, int]]:
-    """Return d_out and d_in of each linear layer, by its full name in the model.
+def skeleton(checkpoint: Pretrained, task_type: str | None = None) -> Any:
+    """Return a checkpoint's model on the meta device, without quantization.
 
     Args:
         checkpoint: the base model.
@@ -27,19 +28,69 @@ def layer_sizes(checkpoint: Pretrained, task_type: str | None = None) -> dict[st
         ConfigError: there is no such model, or transformers cannot build it.
     """
     import torch
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
     config: Any = checkpoint.config()
     config.__dict__.pop("quantization_config", None)
     with readable(checkpoint.name, "model"), torch.device("meta"):
-        name = _CLASSES.get(str(task_type), "transformers:AutoModelForCausalLM")
-        kind = checkpoint.class_for(name, config)
-        model = kind.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+        kind = checkpoint.class_for(auto_class(config, task_type), config)
+        if not hasattr(kind, "from_config"):
+            return kind(config)
+        return kind.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def auto_class(config: Any, task_type: str | None) -> str:
+    """Return the class that loads a model for a kind of task, as "module:name".
+
+    Without a kind of task it is the class that saved the model, where transformers has it.
+    """
+    import transformers
+
+    if task_type is None:
+        for name in getattr(config, "architectures", None) or ():
+            if hasattr(transformers, name):
+                return f"transformers:{name}"
+    return _CLASSES.get(str(task_type), "transformers:AutoModelForCausalLM")
+
+
+def layer_sizes(checkpoint: Pretrained, task_type: str | None = None) -> dict[str, tuple[int, int]]:
+    """Return d_out and d_in of each linear layer, by its full name in the model.
+
+    Arguments and errors as of `skeleton`.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     sizes = {}
-    for name, module in model.named_modules():
+    for name, module in skeleton(checkpoint, task_type).named_modules():
         if isinstance(module, nn.Linear):
             sizes[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             sizes[name] = (module.nf, module.nx)
     return sizes
+
+
+def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Return what transformers makes of the names in a checkpoint's files.
+
+    Args:
+        model: as `skeleton` returns it.
+        keys: names of tensors in the files.
+
+    Returns:
+        By name in the files: the name in the model, and whether transformers computes that tensor
+        from the file's (fuses, splits or permutes it) and not only renames it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        found[key] = (name, pattern is not None)
+    return found

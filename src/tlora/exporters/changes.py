@@ -1,0 +1,211 @@
+"""What an adapter changes of its base, by the names of the base's parameters.
+
+PEFT's rules, read from its source (0.21): W + s B A; with DoRA the rows of that, or what a row is
+in a transposed weight, get the magnitudes as their norms; `modules_to_save` and trained biases
+replace the base's; trained rows of tokens replace the rows of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlora.adapter.saved import PREFIX, SavedLora, shape_of
+from tlora.errors import AdapterError, listed
+
+_MAGNITUDE = ".lora_magnitude_vector"
+_BIAS = ".lora_B.bias"
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_WRAPPED = (".token_adapter.base_layer.", ".original_module.", ".base_layer.")
+"""What stands between a module's name and its parameter's while an adapter is on it."""
+
+_NEVER = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+"""Fields of an adapter that no weight of the base's form can hold."""
+
+
+@dataclass
+class Change:
+    """What happens to one parameter, in this order."""
+
+    lora: SavedLora
+    stands_for: str | None = None
+    """Tensor that the base has in its place: a trained bias, a longer embedding. What is tied to
+    the parameter is tied to this."""
+    rows: str | None = None
+    """Tensor of trained rows."""
+    indices: tuple[int, ...] = ()
+    """Which rows these are."""
+    replaced: str | None = None
+    """Tensor of a module that trained in full (`modules_to_save`)."""
+    update: str | None = None
+    """Module whose s B A is added."""
+    shift: str | None = None
+    """Module whose s times B's bias is added."""
+    transposed: bool = False
+    """Whether the weight is d_in x d_out: of a Conv1D, of an embedding."""
+
+    @property
+    def own(self) -> bool:
+        """Whether a parameter that is tied to this one does not change with it."""
+        return self.replaced is not None or self.update is not None
+
+    def shape(self, before: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the sizes of the result.
+
+        Args:
+            before: the sizes in the base; None where it has no such parameter.
+        """
+        key = self.replaced or self.stands_for
+        shape = shape_of(self.lora.tensors, key) if key else before or ()
+        if self.indices:
+            shape = (max(shape[0], max(self.indices) + 1), *shape[1:])
+        return shape
+
+    def __call__(self, weight: Tensor | None) -> Tensor:
+        """Return the changed parameter in float32.
+
+        Args:
+            weight: the base's; not read where the adapter replaces it.
+        """
+        lora = self.lora
+        key = self.replaced or self.stands_for
+        if key:
+            weight = lora.tensors[key]
+        assert weight is not None  # `changes_of` and the caller see to it
+        weight = weight.to(torch.float32)
+        if self.rows and not self.replaced:
+            more = self.shape(tuple(weight.shape))[0] - weight.shape[0]
+            weight = torch.cat([weight, weight.new_zeros(more, *weight.shape[1:])])
+            weight[torch.tensor(self.indices)] = lora.tensors[self.rows].float()
+        if self.update:
+            weight = _updated(weight, lora, self.update, self.transposed)
+        if self.shift:
+            bias = lora.tensors[PREFIX + self.shift + _BIAS]
+            weight = weight + lora.scale(self.shift) * bias.float()
+        return weight
+
+
+def _updated(weight: Tensor, lora: SavedLora, module: str, transposed: bool) -> Tensor:
+    """Return W + s B A, or with DoRA m (W + s B A) / ||W + s B A||, norms by output.
+
+    Args:
+        weight: float32, d_out x d_in; of a convolution d_out x channels x kernel.
+        lora: the adapter.
+        module: the module's name in it.
+        transposed: the weight is d_in x d_out.
+    """
+    factors = lora.factors(module)
+    rows = weight.T if transposed else weight
+    b = (factors.b.double() * factors.scale).float().flatten(1)
+    update = b @ factors.a.float().flatten(1)
+    merged = rows + update.reshape(rows.shape)
+    magnitude = PREFIX + module + _MAGNITUDE
+    if magnitude in lora.tensors:
+        norms = merged.flatten(1).norm(dim=1)
+        ratio = lora.tensors[magnitude].float().flatten() / norms
+        merged = merged * ratio.reshape(-1, *[1] * (merged.dim() - 1))
+    return merged.T if transposed else merged
+
+
+def changes_of(lora: SavedLora, model: Any) -> dict[str, Change]:
+    """Return what an adapter changes, by the parameter's name in the model.
+
+    Args:
+        lora: the adapter.
+        model: the base, on the meta device.
+
+    Raises:
+        AdapterError: something in it cannot be merged, or the base has no such parameter.
+    """
+    if never := [f"`{name}`" for name in _NEVER if lora.fields.get(name)]:
+        raise AdapterError(
+            f"{lora.path} has {listed(never)}, which no merged weight can hold; export --format"
+            " native."
+        )
+    found: dict[str, Change] = {}
+
+    def change(parameter: str) -> Change:
+        return found.setdefault(parameter, Change(lora))
+
+    for module in lora.keys:
+        change(f"{module}.weight").update = module
+    for key in lora.others:
+        name = key.removeprefix(PREFIX)
+        if name.endswith(_ROWS):
+            module = name.removesuffix(_ROWS)
+            each = change(f"{module}.weight")
+            each.rows, each.indices = key, _indices(lora, module)
+        elif name.endswith(_BIAS):
+            module = name.removesuffix(_BIAS)
+            change(f"{module}.bias").shift = module
+        elif name.endswith(_MAGNITUDE):
+            continue
+        elif _in_full(lora, name):
+            change(name).replaced = key
+        else:
+            for middle in _WRAPPED:
+                name = name.replace(middle, ".")
+            change(name).stands_for = key
+    _check_known(lora, found, model)
+    return found
+
+
+def _indices(lora: SavedLora, module: str) -> tuple[int, ...]:
+    """Return the trained rows of a module; those of a tied head are the embedding's."""
+    given = lora.fields.get("trainable_token_indices") or []
+    if isinstance(given, Mapping):
+        own = [rows for name, rows in given.items() if f".{module}".endswith(f".{name}")]
+        given = (own or [*given.values()] or [[]])[0]
+    return tuple(given)
+
+
+def _in_full(lora: SavedLora, name: str) -> bool:
+    saved = lora.fields.get("modules_to_save") or []
+    parts = name.split(".")
+    modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(module.endswith(each) for module in modules for each in saved)
+
+
+def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
+    """Check names and sizes, and note which weights are transposed."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    known = model.state_dict()
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"{lora.path} changes {listed(unknown)}, which {type(model).__name__} does not have;"
+            " give the base that it was trained on by --model."
+        )
+    for name, change in found.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        change.transposed = isinstance(module, Conv1D | nn.Embedding)
+        if change.rows and len(change.indices) != shape_of(lora.tensors, change.rows)[0]:
+            raise AdapterError(
+                f"{lora.path}: {name} has {shape_of(lora.tensors, change.rows)[0]} trained rows,"
+                f" and {len(change.indices)} in `trainable_token_indices`; save the adapter again."
+            )
+
+
+def check_sizes(lora: SavedLora, name: str, change: Change, before: tuple[int, ...]) -> None:
+    """Check that an update has the sizes of the base's weight.
+
+    Raises:
+        AdapterError: it has not.
+    """
+    if change.update is None:
+        return
+    after = change.shape(before)
+    rows = (*after[::-1],) if change.transposed else after
+    a, b = (shape_of(lora.tensors, key) for key in lora.keys[change.update])
+    if (b[0], *a[1:]) != rows:
+        raise AdapterError(
+            f"{lora.path} does not fit: {name} is {'x'.join(map(str, rows))} in the base, and"
+            f" {'x'.join(map(str, (b[0], *a[1:])))} in the adapter; give the base that it was"
+            " trained on by --model."
+        )
