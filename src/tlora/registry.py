@@ -167,6 +167,7 @@ FORMATS = Registry(
         ("native", "native:Native", "ranks and scales per module, as trained: PEFT"),
         ("compact", "compact:Compact", "scales in B, own ranks: PEFT, its hot swap, vLLM"),
         ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every server of LoRA"),
+        ("merged", "merged:Merged", "W + s B A: a whole model, for whoever loads models"),
     ),
 )
 

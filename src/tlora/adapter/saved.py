@@ -66,6 +66,8 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor."""
+        if key not in self.shapes:
+            raise KeyError(key)
         with safe_open(self.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
             return tensor

@@ -17,6 +17,8 @@ from tlora.errors import AdapterError
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.files import seal_tensors
 
+BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+"""Endings of the files that lie beside weights and belong to them: tokenizer, template, code."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

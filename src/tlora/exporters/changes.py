@@ -53,6 +53,11 @@ class Change:
         """Whether a parameter that is tied to this one does not change with it."""
         return self.replaced is not None or self.update is not None
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the base's tensor does not matter."""
+        return self.replaced is not None or self.stands_for is not None
+
     def shape(self, before: tuple[int, ...] | None) -> tuple[int, ...]:
         """Return the sizes of the result.
 
@@ -192,16 +197,27 @@ def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
             )
 
 
-def check_sizes(lora: SavedLora, name: str, change: Change, before: tuple[int, ...]) -> None:
+def check_fit(name: str, change: Change, before: tuple[int, ...] | None) -> None:
     """Check that an update has the sizes of the base's weight.
 
+    Args:
+        name: of the parameter.
+        change: what happens to it.
+        before: its sizes in the base; None where it has no such parameter.
+
     Raises:
-        AdapterError: it has not.
+        AdapterError: the sizes differ, or nothing is there to be changed.
     """
+    lora = change.lora
+    if before is None and not change.replaces:
+        raise AdapterError(
+            f"{lora.path} adapts {name}, which the base's files do not have; give the base that it"
+            " was trained on by --model."
+        )
     if change.update is None:
         return
-    after = change.shape(before)
-    rows = (*after[::-1],) if change.transposed else after
+    shape = change.shape(before)
+    rows = shape[::-1] if change.transposed else shape
     a, b = (shape_of(lora.tensors, key) for key in lora.keys[change.update])
     if (b[0], *a[1:]) != rows:
         raise AdapterError(

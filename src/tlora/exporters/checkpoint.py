@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -15,15 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlora.errors import ArtifactError, ConfigError, DiskFullError, listed
+from tlora.exporters.base import BESIDE
 from tlora.files import read_json, seal_tensors, write_json
 from tlora.integrity import DIGEST_KEY, METADATA, read_header
 from tlora.models.pretrained import check_weights, readable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""What lies beside a model's weights and belongs to it."""
-
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -92,10 +91,11 @@ def base_folder(name: str, revision: str | None = None) -> Path:
             return Path(name)
         import huggingface_hub as hub
 
-        fetch = {"revision": revision, "ignore_patterns": ["*/*"]}
-        folder = Path(hub.snapshot_download(name, allow_patterns=[*BESIDE], **fetch))
-        shards = _shards(folder) or [SINGLE]
-        hub.snapshot_download(name, allow_patterns=shards, **fetch)
+        fetch = functools.partial(
+            hub.snapshot_download, name, revision=revision, ignore_patterns=["*/*"]
+        )
+        folder = Path(fetch(allow_patterns=[f"*{suffix}" for suffix in BESIDE]))
+        fetch(allow_patterns=_shards(folder) or [SINGLE])
         return folder
 
 

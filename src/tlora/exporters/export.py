@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlora import extras
-from tlora.adapter.saved import CONFIG, WEIGHTS, SavedLora, read_lora
+from tlora.adapter.head import HEAD_FILE
+from tlora.adapter.saved import CONFIG, SavedLora, read_lora
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
-from tlora.exporters.base import Export, Source
+from tlora.exporters.base import BESIDE, Export, Source
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import SERVERS, Artifact
 from tlora.exporters.truncate import Cut, truncated
@@ -19,9 +20,10 @@ from tlora.files import refuse_unusable, replacing_folder
 from tlora.models.pretrained import Pretrained
 from tlora.models.skeleton import layer_sizes
 from tlora.registry import FORMATS
+from tlora.training.checkpoints import MANIFEST
 from tlora.training.runfolder import RunFolder
 
-_NOT_COPIED = (CONFIG, WEIGHTS, card.CARD, "training_args.bin")
+_NOT_COPIED = (CONFIG, "trainer_state.json", MANIFEST)
 
 
 @dataclass
@@ -163,9 +165,14 @@ def _lost(cut: Cut, rank: int) -> list[str]:
 
 
 def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
-    """Copy tokenizer, chat template and labels, which lie beside the adapter."""
+    """Copy tokenizer, chat template and labels, which lie beside the adapter.
+
+    The labels of a merged model are in its configuration.
+    """
+    left = (*_NOT_COPIED, HEAD_FILE) if done.largest_rank is None else _NOT_COPIED
     for file in adapter.iterdir():
-        if file.is_file() and file.name not in _NOT_COPIED and not (folder / file.name).exists():
+        wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
+        if wanted and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

@@ -1,0 +1,268 @@
+"""`merged`: W + s B A in place of W, a whole model that needs no adapter.
+
+The base's files are written anew one tensor at a time: computed in float32, rounded once. A base
+whose weights cannot be read one by one is loaded instead: `tlora.exporters.loaded`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tlora.adapter.head import HEAD_FILE
+from tlora.adapter.saved import SavedLora
+from tlora.errors import AdapterError, ConfigError, listed
+from tlora.exporters import checkpoint, loaded
+from tlora.exporters.base import BESIDE, DTYPES, Export, Source
+from tlora.exporters.changes import Change, changes_of, check_fit
+from tlora.exporters.checkpoint import CODES, INDEX, Piece, Stored
+from tlora.exporters.ties import Ties
+from tlora.files import read_json, write_json
+from tlora.models.pretrained import Pretrained
+from tlora.models.skeleton import names_in_model, skeleton
+from tlora.training.runfolder import RunFolder
+
+CONFIG = "config.json"
+_SLACK = 2**26  # bytes for tokenizer and configuration
+_TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+"""What a tokenizer's files begin with."""
+
+
+@dataclass
+class Plan:
+    """What is written."""
+
+    files: dict[str, dict[str, Piece]]
+    """Tensors by file and name."""
+    fields: dict[str, Any]
+    """Of config.json, which become others."""
+    notes: list[str] = field(default_factory=list)
+
+
+class Merged:
+    """The base model with the adapter in its weights."""
+
+    needs: ClassVar[str | None] = None
+
+    def write(self, source: Source, folder: Path) -> Export:
+        """Write the folder; see `Exporter`."""
+        lora = source.lora
+        if not source.base:
+            raise AdapterError(f"{lora.path} names no base model; give --model.")
+        revision = lora.fields.get("revision") if source.base == lora.base else None
+        root = checkpoint.base_folder(source.base, revision)
+        base = Pretrained(name=str(root), trust_remote_code=source.config.trust_remote_code)
+        quantized = bool(read_json(root / CONFIG).get("quantization_config"))
+        if quantized and not source.config.dequantize:
+            raise ConfigError(
+                f"{source.base!r} is quantized, and its weights cannot hold an update; merge into"
+                " the full-precision model by --model, or give --dequantize.",
+                where="model",
+            )
+        model, head = skeleton(base, lora.fields.get("task_type")), _head(lora)
+        why = "the base is quantized" if quantized else None
+        if lora.fields.get("target_parameters"):
+            why = why or "PEFT merges adapters of fused experts (`target_parameters`)"
+        plan = why or _plan(source, root, model)
+        if isinstance(plan, Plan):
+            pieces = [piece for file in plan.files.values() for piece in file.values()]
+            checkpoint.check_space(folder, sum(piece.bytes for piece in pieces) + _SLACK)
+            single = (root / checkpoint.SINGLE).is_file()
+            checkpoint.write_weights(folder, plan.files, None if single else root / INDEX)
+        else:
+            whole = loaded.Loaded(source, base, model, head, quantized)
+            plan = Plan({}, {}, [f"Merged in memory: {plan}.", *whole.write(folder)])
+        _copy(root, lora.path, folder)
+        _configure(folder, plan.fields | head, source.config.dtype, model)
+        return Export([*plan.notes, *_trained_on(lora, quantized)])
+
+
+def _plan(source: Source, root: Path, model: Any) -> Plan | str:
+    """Return what is written; or why that cannot be said from the files.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, or does not fit.
+        ConfigError: a file of the base is missing or damaged, or does not fit its configuration.
+    """
+    files = checkpoint.stored_tensors(root)
+    if not files:
+        return "the base has no safetensors files"
+    lora = source.lora
+    changes = changes_of(lora, model)
+    stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
+    names = names_in_model(model, stored)
+    computed = {name for name, computes in names.values() if computes}
+    if hard := sorted(computed & changes.keys()):
+        return f"transformers computes {listed(hard)} from other tensors of the base"
+    in_model = {name: stored[key] for key, (name, computes) in names.items() if not computes}
+    ties = Ties(model, in_model, changes)
+    if ties.apart and model.config.is_encoder_decoder:
+        raise AdapterError(
+            f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties, and a"
+            " model of this kind computes differently without the tie; export --format native."
+        )
+    _check_whole(root, model, in_model, {*computed, *changes, *ties.stored})
+    plan = Plan({name: {} for name in files}, {})
+    dtype = source.config.dtype
+    other_head = type(model).__name__ not in (model.config.architectures or [])
+    known = model.state_dict()
+    for file, tensors in files.items():
+        for key, tensor in tensors.items():
+            if names[key][0] in known or not other_head:
+                change = ties.change(names[key][0])
+                plan.files[file][key] = _piece(key, tensor, change, tensor.code, dtype)
+    usual = Counter(each.code for each in stored.values()).most_common(1)[0][0]
+    for name in sorted((changes.keys() | ties.split) - in_model.keys()):
+        if not ties.follows(name):
+            origin = ties.stored.get(name)
+            file = origin.file.name if origin else [*files][-1]
+            code = origin.code if origin else usual
+            plan.files[file][name] = _piece(name, origin, ties.change(name), code, dtype)
+    plan.files = {file: tensors for file, tensors in plan.files.items() if tensors}
+    plan.fields |= _vocabulary(model, changes)
+    if ties.split:
+        plan.fields["tie_word_embeddings"] = False
+        plan.notes.append(
+            f"{listed(ties.apart)} shared its weights and has its own now; `tie_word_embeddings` is"
+            " false."
+        )
+    return plan
+
+
+def _vocabulary(model: Any, changes: Mapping[str, Change]) -> dict[str, int]:
+    """Return the field of a configuration that the rows of a longer embedding change, or {}."""
+    for name, change in changes.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding):
+            rows = change.shape(tuple(module.weight.shape))[0]
+            if rows != module.num_embeddings:
+                return {"vocab_size": rows}
+    return {}
+
+
+def _check_whole(
+    root: Path, model: Any, in_model: Mapping[str, Stored], given: Collection[str]
+) -> None:
+    """Check that the files hold the model that the configuration describes."""
+    optional = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
+    lost = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in in_model and name not in given
+        if not any(re.search(pattern, name) for pattern in optional)
+    ]
+    if lost:
+        raise ConfigError(
+            f"{str(root)!r} has no {listed(lost)}, which its {CONFIG} asks for; get the base model"
+            " anew.",
+            where="model",
+        )
+    for name, shape in ((name, tuple(each.shape)) for name, each in model.state_dict().items()):
+        if name in in_model and name not in given and in_model[name].shape != shape:
+            raise ConfigError(
+                f"{str(root)!r}: {name} is {_by(in_model[name].shape)} in its files, and"
+                f" {_by(shape)} by its {CONFIG}; get the base model anew.",
+                where="model",
+            )
+
+
+def _piece(name: str, stored: Stored | None, change: Change | None, code: str, dtype: str) -> Piece:
+    """Return what is written for a tensor.
+
+    Args:
+        name: of the tensor, for errors.
+        stored: the base's; None where it has none.
+        change: what the adapter does to it.
+        code: safetensors' name of the base's dtype.
+        dtype: what was asked for, by name.
+
+    Raises:
+        AdapterError: the adapter does not fit the tensor.
+    """
+    if code not in CODES.values():
+        if change is None and stored is not None:
+            return Piece(code, stored.shape, stored.bytes, stored.read)
+        raise AdapterError(
+            f"{name} is stored as {code}, which cannot hold an update; give --model."
+        )
+    wanted = DTYPES.get(dtype) or next(each for each, its in CODES.items() if its == code)
+    before = stored.shape if stored else None
+    shape = change.shape(before) if change else before or ()
+    if change:
+        check_fit(name, change, before)
+    make = functools.partial(_made, name, stored, change, wanted)
+    return checkpoint.floating(shape, CODES[wanted], make)
+
+
+def _made(name: str, stored: Stored | None, change: Change | None, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as it is written, rounded once."""
+    if change is None:
+        assert stored is not None  # one of the two is there
+        tensor = stored.read()
+    else:
+        tensor = change(None if stored is None or change.replaces else stored.read())
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all() and tensor.isfinite().all():
+        short = str(dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{name} has values beyond {short}; export with --dtype bfloat16 or float32."
+        )
+    return rounded
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def _head(lora: SavedLora) -> dict[str, Any]:
+    """Return the fields of a configuration that describe an adapter's classifier, or {}."""
+    file = lora.path / HEAD_FILE
+    return dict(read_json(file)) if file.is_file() else {}
+
+
+def _copy(root: Path, adapter: Path, folder: Path) -> None:
+    """Copy what lies beside the base's weights; the adapter's own comes from whoever exports it."""
+    own = {file.name for file in adapter.iterdir()}
+    brings_tokens = "tokenizer_config.json" in own
+    for file in root.iterdir():
+        left = file.name in (*own, INDEX) or (brings_tokens and file.name.startswith(_TOKENIZER))
+        if file.suffix in BESIDE and not left and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _configure(folder: Path, fields: dict[str, Any], dtype: str, model: Any) -> None:
+    """Write into config.json what the merged model does not share with its base."""
+    config = read_json(folder / CONFIG) | {"architectures": [type(model).__name__]}
+    texts = [config, *(each for name in ("text_config",) if (each := config.get(name)))]
+    for name in ("vocab_size", "tie_word_embeddings"):
+        for each in texts if name in fields else ():
+            if name in each or each is config:
+                each[name] = fields[name]
+    if dtype != "auto":
+        for each in (config, *(part for part in config.values() if isinstance(part, dict))):
+            for name in {"dtype", "torch_dtype"} & each.keys():
+                each[name] = dtype
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config["dtype"] = dtype
+    write_json(folder / CONFIG, config | fields)
+
+
+def _trained_on(lora: SavedLora, quantized: bool) -> Iterator[str]:
+    """Yield a note where training saw other weights than these."""
+    run = RunFolder(lora.path.parent)
+    if not quantized and run.exists and run.adapter.name == lora.path.name:
+        kind = run.config().get("quantization", "none")
+        if kind != "none":
+            yield (
+                f"The adapter was trained on weights quantized to {kind}, and is merged into the"
+                " full-precision ones, so that answers differ a little from those in training."
+            )
