@@ -65,7 +65,11 @@ class Tensors(Mapping[str, Tensor]):
             }
 
     def __getitem__(self, key: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
         if key not in self.shapes:
             raise KeyError(key)
         with safe_open(self.file, framework="pt") as opened:

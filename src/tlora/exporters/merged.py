@@ -33,6 +33,7 @@ from tlora.training.runfolder import RunFolder
 
 CONFIG = "config.json"
 _SLACK = 2**26  # bytes for tokenizer and configuration
+_TOKENS = "tokenizer_config.json"
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
 """What a tokenizer's files begin with."""
 
@@ -68,7 +69,8 @@ class Merged:
                 " the full-precision model by --model, or give --dequantize.",
                 where="model",
             )
-        model, head = skeleton(base, lora.fields.get("task_type")), _head(lora)
+        model = skeleton(base, lora.fields.get("task_type"))
+        head = _head(lora, model.config)
         why = "the base is quantized" if quantized else None
         if lora.fields.get("target_parameters"):
             why = why or "PEFT merges adapters of fused experts (`target_parameters`)"
@@ -101,16 +103,19 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
     stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
     names = names_in_model(model, stored)
     computed = {name for name, computes in names.values() if computes}
-    if hard := sorted(computed & changes.keys()):
-        return f"transformers computes {listed(hard)} from other tensors of the base"
     in_model = {name: stored[key] for key, (name, computes) in names.items() if not computes}
     ties = Ties(model, in_model, changes)
+    there = {*in_model, *ties.stored}
+    hard = [n for n in changes if n in computed or (n not in there and not changes[n].replaces)]
+    if computed and hard:
+        return f"transformers computes {listed(hard)} from other tensors of the base"
     if ties.apart and model.config.is_encoder_decoder:
         raise AdapterError(
             f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties, and a"
             " model of this kind computes differently without the tie; export --format native."
         )
-    _check_whole(root, model, in_model, {*computed, *changes, *ties.stored})
+    if not computed:
+        _check_whole(root, model, in_model, {*changes, *ties.stored})
     plan = Plan({name: {} for name in files}, {})
     dtype = source.config.dtype
     other_head = type(model).__name__ not in (model.config.architectures or [])
@@ -128,7 +133,7 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
             code = origin.code if origin else usual
             plan.files[file][name] = _piece(name, origin, ties.change(name), code, dtype)
     plan.files = {file: tensors for file, tensors in plan.files.items() if tensors}
-    plan.fields |= _vocabulary(model, changes)
+    plan.fields |= _sizes(model, changes)
     if ties.split:
         plan.fields["tie_word_embeddings"] = False
         plan.notes.append(
@@ -138,15 +143,19 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
     return plan
 
 
-def _vocabulary(model: Any, changes: Mapping[str, Change]) -> dict[str, int]:
-    """Return the field of a configuration that the rows of a longer embedding change, or {}."""
+def _sizes(model: Any, changes: Mapping[str, Change]) -> dict[str, Any]:
+    """Return the fields of a configuration that count rows of a longer embedding, or of a head."""
+    fields: dict[str, Any] = {}
     for name, change in changes.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Embedding):
-            rows = change.shape(tuple(module.weight.shape))[0]
-            if rows != module.num_embeddings:
-                return {"vocab_size": rows}
-    return {}
+        before = tuple(model.state_dict()[name].shape)
+        rows = change.shape(before)[:1]
+        if rows != before[:1] and isinstance(module, nn.Embedding):
+            fields["vocab_size"] = rows[0]
+        elif rows != before[:1] and change.replaced:
+            fields["id2label"] = {number: f"LABEL_{number}" for number in range(rows[0])}
+            fields["label2id"] = {label: number for number, label in fields["id2label"].items()}
+    return fields
 
 
 def _check_whole(
@@ -162,8 +171,8 @@ def _check_whole(
     ]
     if lost:
         raise ConfigError(
-            f"{str(root)!r} has no {listed(lost)}, which its {CONFIG} asks for; get the base model"
-            " anew.",
+            f"{str(root)!r} has no {listed(lost)}, and neither has the adapter; get the base model"
+            " anew, or give another by --model.",
             where="model",
         )
     for name, shape in ((name, tuple(each.shape)) for name, each in model.state_dict().items()):
@@ -223,16 +232,22 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def _head(lora: SavedLora) -> dict[str, Any]:
+def _head(lora: SavedLora, config: Any) -> dict[str, Any]:
     """Return the fields of a configuration that describe an adapter's classifier, or {}."""
     file = lora.path / HEAD_FILE
-    return dict(read_json(file)) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    fields = dict(read_json(file))
+    if config.get_text_config().pad_token_id is None and (lora.path / _TOKENS).is_file():
+        # Decoders find the last token of a text by it.
+        fields["pad_token_id"] = Pretrained(name=str(lora.path)).tokenizer().pad_token_id
+    return fields
 
 
 def _copy(root: Path, adapter: Path, folder: Path) -> None:
     """Copy what lies beside the base's weights; the adapter's own comes from whoever exports it."""
     own = {file.name for file in adapter.iterdir()}
-    brings_tokens = "tokenizer_config.json" in own
+    brings_tokens = _TOKENS in own
     for file in root.iterdir():
         left = file.name in (*own, INDEX) or (brings_tokens and file.name.startswith(_TOKENIZER))
         if file.suffix in BESIDE and not left and not (folder / file.name).exists():
