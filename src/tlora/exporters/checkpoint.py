@@ -30,7 +30,6 @@ CODES = {
     torch.bfloat16: "BF16",
 }
 """safetensors' names of the dtypes that weights are merged in."""
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ class Piece:
     shape: tuple[int, ...]
     bytes: int
     make: Callable[[], Tensor]
-
-
-def floating(shape: tuple[int, ...], code: str, make: Callable[[], Tensor]) -> Piece:
-    """Return a piece of one of the dtypes of `CODES`."""
-    return Piece(code, shape, math.prod(shape) * _BYTES[code], make)
 
 
 def base_folder(name: str, revision: str | None = None) -> Path:

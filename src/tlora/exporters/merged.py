@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tlora.adapter.head import HEAD_FILE
 from tlora.adapter.saved import SavedLora
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import checkpoint, loaded
-from tlora.exporters.base import BESIDE, DTYPES, Export, Source
-from tlora.exporters.changes import Change, changes_of, check_fit
-from tlora.exporters.checkpoint import CODES, INDEX, Piece, Stored
+from tlora.exporters.base import BESIDE, Export, Source
+from tlora.exporters.changes import Change, changes_of
+from tlora.exporters.checkpoint import INDEX, Piece, Stored
+from tlora.exporters.pieces import Rounding, piece
 from tlora.exporters.ties import Ties
 from tlora.files import read_json, write_json
 from tlora.models.pretrained import Pretrained
@@ -47,6 +47,7 @@ class Plan:
     fields: dict[str, Any]
     """Of config.json, which become others."""
     notes: list[str] = field(default_factory=list)
+    rounding: Rounding = field(default_factory=Rounding)
 
 
 class Merged:
@@ -76,8 +77,8 @@ class Merged:
             why = why or "PEFT merges adapters of fused experts (`target_parameters`)"
         plan = why or _plan(source, root, model)
         if isinstance(plan, Plan):
-            pieces = [piece for file in plan.files.values() for piece in file.values()]
-            checkpoint.check_space(folder, sum(piece.bytes for piece in pieces) + _SLACK)
+            pieces = [each for file in plan.files.values() for each in file.values()]
+            checkpoint.check_space(folder, sum(each.bytes for each in pieces) + _SLACK)
             single = (root / checkpoint.SINGLE).is_file()
             checkpoint.write_weights(folder, plan.files, None if single else root / INDEX)
         else:
@@ -85,7 +86,7 @@ class Merged:
             plan = Plan({}, {}, [f"Merged in memory: {plan}.", *whole.write(folder)])
         _copy(root, lora.path, folder)
         _configure(folder, plan.fields | head, source.config.dtype, model)
-        return Export([*plan.notes, *_trained_on(lora, quantized)])
+        return Export([*plan.notes, *plan.rounding.notes(), *_trained_on(lora, quantized)])
 
 
 def _plan(source: Source, root: Path, model: Any) -> Plan | str:
@@ -109,29 +110,25 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
     hard = [n for n in changes if n in computed or (n not in there and not changes[n].replaces)]
     if computed and hard:
         return f"transformers computes {listed(hard)} from other tensors of the base"
-    if ties.apart and model.config.is_encoder_decoder:
-        raise AdapterError(
-            f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties, and a"
-            " model of this kind computes differently without the tie; export --format native."
-        )
+    _refuse_scaled(lora, model, ties)
     if not computed:
         _check_whole(root, model, in_model, {*changes, *ties.stored})
     plan = Plan({name: {} for name in files}, {})
-    dtype = source.config.dtype
+    make = functools.partial(piece, dtype=source.config.dtype, rounding=plan.rounding)
     other_head = type(model).__name__ not in (model.config.architectures or [])
     known = model.state_dict()
     for file, tensors in files.items():
         for key, tensor in tensors.items():
             if names[key][0] in known or not other_head:
                 change = ties.change(names[key][0])
-                plan.files[file][key] = _piece(key, tensor, change, tensor.code, dtype)
+                plan.files[file][key] = make(key, tensor, change, tensor.code)
     usual = Counter(each.code for each in stored.values()).most_common(1)[0][0]
     for name in sorted((changes.keys() | ties.split) - in_model.keys()):
         if not ties.follows(name):
             origin = ties.stored.get(name)
             file = origin.file.name if origin else [*files][-1]
             code = origin.code if origin else usual
-            plan.files[file][name] = _piece(name, origin, ties.change(name), code, dtype)
+            plan.files[file][name] = make(name, origin, ties.change(name), code)
     plan.files = {file: tensors for file, tensors in plan.files.items() if tensors}
     plan.fields |= _sizes(model, changes)
     if ties.split:
@@ -141,6 +138,15 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
             " false."
         )
     return plan
+
+
+def _refuse_scaled(lora: SavedLora, model: Any, ties: Ties) -> None:
+    """Refuse to pull apart what is tied in an encoder and decoder: T5's scales a tied head."""
+    if ties.apart and model.config.is_encoder_decoder:
+        raise AdapterError(
+            f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties, and a"
+            " model of this kind computes differently without the tie; export --format native."
+        )
 
 
 def _sizes(model: Any, changes: Mapping[str, Change]) -> dict[str, Any]:
@@ -182,50 +188,6 @@ def _check_whole(
                 f" {_by(shape)} by its {CONFIG}; get the base model anew.",
                 where="model",
             )
-
-
-def _piece(name: str, stored: Stored | None, change: Change | None, code: str, dtype: str) -> Piece:
-    """Return what is written for a tensor.
-
-    Args:
-        name: of the tensor, for errors.
-        stored: the base's; None where it has none.
-        change: what the adapter does to it.
-        code: safetensors' name of the base's dtype.
-        dtype: what was asked for, by name.
-
-    Raises:
-        AdapterError: the adapter does not fit the tensor.
-    """
-    if code not in CODES.values():
-        if change is None and stored is not None:
-            return Piece(code, stored.shape, stored.bytes, stored.read)
-        raise AdapterError(
-            f"{name} is stored as {code}, which cannot hold an update; give --model."
-        )
-    wanted = DTYPES.get(dtype) or next(each for each, its in CODES.items() if its == code)
-    before = stored.shape if stored else None
-    shape = change.shape(before) if change else before or ()
-    if change:
-        check_fit(name, change, before)
-    make = functools.partial(_made, name, stored, change, wanted)
-    return checkpoint.floating(shape, CODES[wanted], make)
-
-
-def _made(name: str, stored: Stored | None, change: Change | None, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as it is written, rounded once."""
-    if change is None:
-        assert stored is not None  # one of the two is there
-        tensor = stored.read()
-    else:
-        tensor = change(None if stored is None or change.replaces else stored.read())
-    rounded = tensor.to(dtype)
-    if not rounded.isfinite().all() and tensor.isfinite().all():
-        short = str(dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{name} has values beyond {short}; export with --dtype bfloat16 or float32."
-        )
-    return rounded
 
 
 def _by(shape: tuple[int, ...]) -> str:
