@@ -227,3 +227,11 @@ def test_an_encoder_and_decoder_that_scale_a_tied_head_stay_together(tmp_path):
     with pytest.raises(AdapterError, match=r"lm_head.weight, which T5For\w+ ties"):
         merged(saved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_adapter_is_merged_as_it_is_exported(varied, tmp_path):
+    folder = merged(varied, tmp_path / "out", max_rank=2)
+    path = str(varied.adapter)
+    cut = tmp_path / "cut"
+    export.run(ExportConfig(path=path, output_dir=str(cut), format="native", max_rank=2))
+    torch.testing.assert_close(logits(folder), varied.logits(cut), atol=1e-5, rtol=1e-5)
