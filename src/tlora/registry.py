@@ -167,6 +167,7 @@ FORMATS = Registry(
         ("native", "native:Native", "ranks and scales per module, as trained: PEFT"),
         ("compact", "compact:Compact", "scales in B, own ranks: PEFT, its hot swap, vLLM"),
         ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every server of LoRA"),
+        ("gguf", "gguf:Gguf", "scales in B, own ranks, one file: llama.cpp, Ollama"),
     ),
 )
 
