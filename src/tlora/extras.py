@@ -18,6 +18,7 @@ MODULES = {
     "eval": _EVAL,
     "judge": (*_EVAL, "openai", "httpx2"),
     "quantized": ("bitsandbytes",),
+    "gguf": ("gguf",),
 }
 """What each extra of pyproject.toml installs, by the names that Python imports."""
 

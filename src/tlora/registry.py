@@ -168,6 +168,7 @@ FORMATS = Registry(
         ("compact", "compact:Compact", "scales in B, own ranks: PEFT, its hot swap, vLLM"),
         ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every server of LoRA"),
         ("merged", "merged:Merged", "W + s B A: a whole model, for whoever loads models"),
+        ("gguf", "gguf:Gguf", "scales in B, own ranks, one file: llama.cpp, Ollama"),
     ),
 )
 

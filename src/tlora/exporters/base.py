@@ -81,8 +81,8 @@ def scaled(b: Tensor, scale: float, dtype: str) -> Tensor:
     return in_dtype((b.double() * scale).to(b.dtype if dtype == "auto" else torch.float64), dtype)
 
 
-def write_lora(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a folder that PEFT reads, with a digest in the header of its weights.
+def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Check that all values are finite in the dtype that they were rounded to.
 
     Raises:
         AdapterError: a tensor does not fit the dtype that was asked for.
@@ -93,6 +93,15 @@ def write_lora(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Tenso
         raise AdapterError(
             f"{bad[0]} has values beyond {dtype}; export with --dtype bfloat16 or float32."
         )
+
+
+def write_lora(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a folder that PEFT reads, with a digest in the header of its weights.
+
+    Raises:
+        AdapterError: a tensor does not fit the dtype that was asked for.
+    """
+    refuse_infinite(tensors)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     seal_tensors(folder / WEIGHTS)

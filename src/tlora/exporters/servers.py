@@ -101,7 +101,8 @@ def _tensorrt(artifact: Artifact) -> str:
 
 
 def _llama_cpp(artifact: Artifact) -> str:
-    return _line("llama-server", "-m", "base.gguf", "--lora", f"{artifact.folder}/adapter.gguf")
+    base, adapter = (f"{artifact.folder}/{name}.gguf" for name in ("base", "adapter"))
+    return _line("llama-server", "-m", base, "--lora", adapter)
 
 
 def _ollama(artifact: Artifact) -> str:

@@ -1,0 +1,179 @@
+"""`--base_gguf`: the base itself as a GGUF file, so that llama.cpp and Ollama need nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tlora import files
+from tlora.exporters.checkpoint import Stored, stored_tensors
+from tlora.exporters.gguffamilies import (
+    Family,
+    family_of,
+    heads,
+    layer_count,
+    name_map,
+    reordered,
+    setting,
+    untested,
+)
+from tlora.exporters.gguftokens import add_tokens
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file, read when it is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+def write_base(
+    path: Path, folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write a base as a GGUF file; one tensor at a time is in memory.
+
+    Args:
+        path: the file.
+        folder: the base in Hugging Face's format, with a `tokenizer.json`.
+        config: its configuration.
+        dtype: float16, or float32 to round nothing; vectors are float32 either way.
+
+    Raises:
+        ConfigError: the base or its tokenizer is of a kind that has not been tested.
+    """
+    import gguf
+    import numpy
+
+    fields = config.to_dict()
+    family = family_of(fields)
+    if fields.get("quantization_config"):
+        raise untested("a quantized base")
+    entries = [*_rope_factors(config), *_weights(folder, family, fields, dtype)]
+    with files.replacing_file(path) as part:
+        writer = gguf.GGUFWriter(part, family.architecture)
+        try:
+            writer.add_type(gguf.GGUFType.MODEL)
+            _add_sizes(writer, family, fields)
+            add_tokens(writer, folder, fields["vocab_size"])
+            for entry in entries:
+                kind = numpy.dtype(str(entry.dtype).removeprefix("torch."))
+                size = numpy.prod(entry.shape, dtype=int) * kind.itemsize
+                writer.add_tensor_info(entry.name, entry.shape, kind, int(size))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for entry in entries:
+                tensor = entry.read().to(entry.dtype)
+                if not tensor.isfinite().all():
+                    raise untested(f"a base with values beyond float16 ({entry.name})")
+                writer.write_tensor_data(tensor.contiguous().numpy())
+        finally:
+            writer.close()
+
+
+def _add_sizes(writer: GGUFWriter, family: Family, config: Mapping[str, Any]) -> None:
+    """Add the sizes and constants that llama.cpp builds the model from."""
+    queries, keys = heads(config)
+    width = setting(config, "hidden_size", "n_embd")
+    head = setting(config, "head_dim") or width // queries
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    writer.add_block_count(layer_count(config))
+    writer.add_context_length(setting(config, "max_position_embeddings", "n_positions"))
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(setting(config, "intermediate_size", "n_inner") or 4 * width)
+    writer.add_head_count(queries)
+    writer.add_head_count_kv(keys)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config["vocab_size"])
+    if epsilon := setting(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(epsilon)
+    if epsilon := setting(config, "layer_norm_eps", "layer_norm_epsilon"):
+        writer.add_layer_norm_eps(epsilon)
+    if rope:
+        writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
+    for name, known in family.fields.items():
+        if (value := setting(config, name)) is not None:
+            getattr(writer, f"add_{known}")(value)
+
+
+def _rope_factors(config: PretrainedConfig) -> list[_Entry]:
+    """Return the divisors of the frequencies where Llama 3 changes them.
+
+    Raises:
+        ConfigError: the frequencies are changed in another way.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("full_attention", rope).get("rope_type", "default")
+    if kind == "default":
+        return []
+    if kind != "llama3":
+        raise untested(f"a base whose rotary positions are of type {kind}")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    changed, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(len(changed)) / len(changed))
+    factors = plain / changed
+    return [_Entry("rope_freqs.weight", (len(factors),), torch.float32, lambda: factors)]
+
+
+def _weights(
+    folder: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype
+) -> Iterator[_Entry]:
+    """Yield the tensors of a base, each by its name in the GGUF file.
+
+    Raises:
+        ConfigError: the base has tensors that the family has not.
+    """
+    table = name_map(family, config)
+    seen = set()
+    stored = [each for tensors in stored_tensors(folder).values() for each in tensors.values()]
+    if not stored:
+        raise untested("a base without safetensors files")
+    for each in stored:
+        if each.key.endswith((".attn.bias", ".attn.masked_bias")):  # GPT-2's causal masks
+            continue
+        found = table.get_name(each.key, (".weight", ".bias"))
+        if each.key == "lm_head.weight" and config.get("tie_word_embeddings", False):
+            found = "token_embd.weight"  # files have either name, or both
+        if found is None:
+            raise untested(f"a base with a tensor {each.key}")
+        if found in seen:
+            continue
+        seen.add(found)
+        is_matrix = len(each.shape) == 2 and not found.startswith("position_embd")
+        yield _Entry(
+            found,
+            each.shape[::-1] if _is_turned(each, family) else each.shape,
+            dtype if is_matrix else torch.float32,
+            partial(_read, each, family, config),
+        )
+
+
+def _is_turned(stored: Stored, family: Family) -> bool:
+    return len(stored.shape) == 2 and stored.key.split(".")[-2] in family.transposed
+
+
+def _read(stored: Stored, family: Family, config: Mapping[str, Any]) -> torch.Tensor:
+    """Return a tensor of the base as llama.cpp stores it, in float32."""
+    tensor = stored.read().float()
+    module = stored.key.rpartition(".")[0]
+    if _is_turned(stored, family):
+        return tensor.T
+    if module.endswith("norm"):
+        return tensor + family.norm_offset
+    return reordered(tensor, module, family, config)
