@@ -1,4 +1,25 @@
-"""Chat templates that behave as those of the models they are named after do, in few lines."""
+"""Chats, and templates that behave as those of the models they are named after do, in few lines."""
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "so long"},
+]
+THOUGHT = [
+    CHAT[0],
+    {"role": "assistant", "content": "<think>\ngreet\n</think>\n\nhello"},
+    CHAT[2],
+    {"role": "assistant", "content": "<think>\npart\n</think>\n\nso long"},
+]
+ASKED = {"type": "function", "function": {"name": "get", "arguments": {"city": "Rome"}}}
+CALLS = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [ASKED]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "sunny"},
+]
 
 SMOLLM2 = """\
 {%- for m in messages %}
@@ -40,6 +61,9 @@ MISTRAL = """\
 {%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}
 {%- endif %}
 {%- endfor %}"""
+
+# It does so in prompts alone: a chat that ends with an answer has no system message.
+MISTRAL_V3 = MISTRAL.replace(" or (loop.index0 == messages|length - 2)", "")
 
 # A whole chat, and so each of its prefixes, is closed by the end-of-sequence token.
 PHI3 = """\

@@ -6,6 +6,7 @@ import re
 
 import chat_templates
 import pytest
+from chat_templates import ASKED, CALLS, CHAT, SYSTEM, THOUGHT
 from datasets import Dataset
 
 from tlora.errors import ConfigError, DataError
@@ -13,26 +14,6 @@ from tlora.tasks import rendering, tokens
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-CHAT = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "hello"},
-    {"role": "user", "content": "bye"},
-    {"role": "assistant", "content": "so long"},
-]
-THOUGHT = [
-    CHAT[0],
-    {"role": "assistant", "content": "<think>\ngreet\n</think>\n\nhello"},
-    CHAT[2],
-    {"role": "assistant", "content": "<think>\npart\n</think>\n\nso long"},
-]
-ASKED = {"type": "function", "function": {"name": "get", "arguments": {"city": "Rome"}}}
-CALLS = [
-    {"role": "user", "content": "weather?"},
-    {"role": "assistant", "content": None, "tool_calls": [ASKED]},
-    {"role": "tool", "content": "sun"},
-    {"role": "assistant", "content": "sunny"},
-]
 SPECIAL = re.compile(r"<\|?[a-zA-Z_]+\|?>|\[/?INST\]")
 
 
@@ -99,6 +80,12 @@ def test_a_template_that_moves_the_system_message_gives_a_row_for_each_answer(en
     ]
 
 
+def test_a_system_message_that_only_prompts_have_is_trained_with_as_the_model_is_asked(encoded):
+    assert encoded("MISTRAL_V3", [SYSTEM, *CHAT]) == encoded("MISTRAL", [SYSTEM, *CHAT])
+    echo = [SYSTEM, CHAT[0], {"role": "assistant", "content": "hi hi"}]
+    assert encoded("MISTRAL_V3", echo) == ["<s>[INST] Be brief.\n\nhi[/INST]« hi hi</s>»"]
+
+
 def test_an_answer_is_learned_from_where_it_leaves_the_prompt_for_it(encoded):
     assert encoded("DEEPSEEK_R1", THOUGHT)[-1] == (
         "<s><User>hi<Assistant>\n\nhello</s><User>bye<Assistant>«\n\nso long</s>»"
@@ -112,15 +99,6 @@ def test_an_assistant_that_opens_the_chat_is_not_learned_nor_is_anything_the_use
     (row,) = encoded(template, [{"role": "assistant", "content": "Welcome!"}, *CHAT])
     learned = "".join(re.findall("«(.*?)»", row, re.DOTALL))
     assert SPECIAL.sub("", learned).replace("</s>", "").split() == ["helloso", "long"]
-
-
-def test_a_marked_turn_that_opens_the_chat_does_not_mark_the_rest(encoded):
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    messages = [{"role": "assistant", "content": "A"}, *CHAT]
-    assert encoded(template, messages) == ["«A»hi«hello»bye«so long»"]
 
 
 def test_turns_before_the_first_to_learn_are_prompt(encoded):
@@ -163,6 +141,17 @@ WHOLE = MARKED.replace("{% endgeneration %}{% generation %}", "")
 
 def test_turns_with_several_marks_before_the_first_to_learn_are_prompt(encoded):
     assert encoded(MARKED, CHAT, first=2) == ["hihello|bye«so long|»"]
+
+
+def test_marks_of_a_turn_that_opens_the_chat_are_not_learned(encoded):
+    messages = [{"role": "assistant", "content": "A"}, *CHAT]
+    assert encoded(MARKED, messages) == ["A|hi«hello|»bye«so long|»"]
+    assert encoded(WHOLE, messages, first=3) == ["A|hihello|bye«so long|»"]
+
+
+def test_a_template_with_marks_gets_the_chat_in_the_form_that_it_wants(encoded):
+    parts = WHOLE.replace("m.content }}", "m.content[0].text }}")
+    assert encoded(parts, CHAT) == ["hi«hello|»bye«so long|»"]
 
 
 @pytest.mark.parametrize("fault", ["{% endfr %}", "{{ 1 / 0 }}", "{{ [][0].x }}", ""])

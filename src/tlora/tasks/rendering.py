@@ -103,15 +103,15 @@ def rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Sp
         return _by_marks(tokenizer, row)
     whole = render(messages, False)
     spans = _spans(render, messages, first, tokenizer)
-    if spans is None and first == len(messages) - 1:
-        spans = _last_span(render, messages, whole)
-    if spans is None:
-        raise DataError(
-            "the chat template writes an answer in another way than it prompts for one, so what"
-            " the assistant says cannot be told apart; give --data.loss_on all, or another"
-            " --data.chat_template."
-        )
-    return whole, spans
+    if spans is not None:
+        return whole, spans
+    if first == len(messages) - 1 and (found := _last_answer(render, messages, whole)):
+        return found
+    raise DataError(
+        "the chat template writes an answer in another way than it prompts for one, so what"
+        " the assistant says cannot be told apart; give --data.loss_on all, or another"
+        " --data.chat_template."
+    )
 
 
 def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) -> str:
@@ -241,7 +241,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(map(_MARKED.search, _template_texts(tokenizer)))
 
 
-def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
+def _marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
     # The tokenizer's own mask takes a mark that ends in its first token for one without an end.
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -254,12 +254,16 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[S
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    before = row["messages"][: row.get("first", 0)]
-    asked = 0  # marks of the turns that belong to the prompt: a turn may have several
+    return texts[0], [(start, end) for start, end in marks[0]]
+
+
+def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
+    text, spans = _marks(tokenizer, row)
+    before = row["messages"][: max(row.get("first", 0), _opened(row["messages"]))]
+    asked = 0  # marks of the turns that are not learned: a turn may have several
     if any(turn["role"] == "assistant" for turn in before):
-        asked = len(_by_marks(tokenizer, row | {"messages": before, "first": 0})[1])
+        asked = len(_marks(tokenizer, row | {"messages": before})[1])
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
-    spans = [(start, end) for start, end in marks[0]]
     if not all(map(_counts, answers)):
         if len(spans) != len(answers):
             raise DataError(
@@ -269,7 +273,7 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[S
         spans = [
             span if _counts(turn) else (0, 0) for span, turn in zip(spans, answers, strict=True)
         ]
-    return texts[0], spans[asked:]
+    return text, spans[asked:]
 
 
 def _counts(turn: dict[str, Any]) -> bool:
@@ -277,17 +281,20 @@ def _counts(turn: dict[str, Any]) -> bool:
     return turn.get("weight") != 0
 
 
-def _answers(messages: Messages, first: int) -> list[int]:
-    """Return the places of the turns that are learned, from ``first`` on.
-
-    An assistant that opens the chat answers nobody: there is no prompt that it would go on from.
-    """
+def _opened(messages: Messages) -> int:
+    """Return how many turns of the assistant open a chat: they answer nobody."""
     speakers = [message["role"] for message in messages]
-    opened = next((i for i, who in enumerate(speakers) if who != "assistant"), len(speakers))
+    return next((i for i, who in enumerate(speakers) if who != "assistant"), len(speakers))
+
+
+def _answers(messages: Messages, first: int) -> list[int]:
+    """Return the places of the turns that are learned, from ``first`` on."""
     return [
         place
         for place, message in enumerate(messages)
-        if message["role"] == "assistant" and place >= max(first, opened) and _counts(message)
+        if message["role"] == "assistant"
+        and place >= max(first, _opened(messages))
+        and _counts(message)
     ]
 
 
@@ -312,18 +319,24 @@ def _spans(
     return found
 
 
-def _last_span(render: Render, messages: Messages, whole: str) -> list[Span] | None:
-    """Return what is learned of a last answer that does not go on from the prompt for it.
+def _last_answer(render: Render, messages: Messages, whole: str) -> tuple[str, list[Span]] | None:
+    """Return text and learned spans of a chat whose last answer does not continue its prompt.
 
     DeepSeek R1's template opens the thinking in its prompt and leaves it out of answers: learned is
-    what follows where both part.
+    what follows where both part. Mistral's writes the system message before a question at the very
+    end alone: the answer then follows the prompt, as at inference.
     """
-    if not whole.startswith(bare := render(messages[:-1], False)):
+    prompt, bare = render(messages[:-1], True), render(messages[:-1], False)
+    if whole.startswith(bare):
+        pairs = zip(prompt, whole, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
+        return (whole, _trimmed(whole, same, len(whole))) if same > len(bare) else None
+    asked = prompt[prompt.rfind(str(messages[-2]["content"]).strip()) :]
+    place = whole.rfind(asked)
+    if not asked or place < 0:
         return None
-    prompt = render(messages[:-1], True)
-    pairs = zip(prompt, whole, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
-    return _trimmed(whole, same, len(whole)) if same > len(bare) else None
+    text = prompt + whole[place + len(asked) :]
+    return text, _trimmed(text, len(prompt), len(text))
 
 
 def _trimmed(text: str, start: int, end: int) -> list[Span]:
