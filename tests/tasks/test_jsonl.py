@@ -159,6 +159,15 @@ def test_classes_are_the_sorted_labels_numbers_as_numbers(classification):
     assert task.label_names == ["9", "10", "a", "b"]
 
 
+def test_texts_with_labels_are_said_with_what_is_not_read(classification, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        classification([0, 1], text_column="stars", label_column="stars")
+    assert [row.getMessage() for row in caplog.records] == [
+        f"{tmp_path / 'rows.jsonl'}: 2 rows read as texts with labels.",
+        f"{tmp_path / 'rows.jsonl'}: not read: 'review'.",
+    ]
+
+
 def test_given_classes_keep_their_order_and_others_are_refused(classification):
     task, train = classification(["good", "bad", "odd"], label_names=["good", "bad"])
     assert [task.row(raw, "row")["label"] for raw in train.select(range(2))] == [0, 1]
@@ -215,7 +224,8 @@ def test_whole_numbers_written_as_floats_are_the_same_classes(classification):
 
 
 def test_lists_of_labels_are_one_sentence(classification):
-    with pytest.raises(DataError, match=r"row 1: column 'stars' is \[1, 2\]; a row has one class"):
+    found = r"rows\.jsonl, row 1: column 'stars' is \[1, 2\]; a row has one class"
+    with pytest.raises(DataError, match=found):
         classification([[1, 2], [3, 4]])
 
 

@@ -287,7 +287,7 @@ def test_an_empty_answer_is_called_that(chatml, caplog):
     assert "1 of 2 rows have nothing to learn (an empty response)" in caplog.text
     with pytest.raises(DataError, match="no row has anything to learn: the responses are empty"):
         tokenized("", "")
-    with pytest.raises(DataError, match=r"within 64 tokens; raise --data\.max_length"):
+    with pytest.raises(DataError, match=r"within 64 tokens; shorten the rows"):
         tokenized_long = "hi " * 99
         raw = Dataset.from_list([{"prompt": tokenized_long, "response": "yes"}])
         task = Jsonl(DataConfig(format="chat"))

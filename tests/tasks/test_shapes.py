@@ -120,12 +120,11 @@ def _file(caplog):
         ({"question": "a", "answer": "b"}, True, {}, "chat"),
         ({"question": "a", "answer": "b"}, False, {}, "alpaca"),
         ({"question": "a", "answer": "b"}, True, {"format": "alpaca"}, "alpaca"),
-        ({"question": "a", "answer": "b"}, False, {"format": "chat"}, "chat"),
         ({"question": "a", "answer": "b"}, True, {"kind": "seq2seq"}, "raw"),
         ({"prompt": "a", "completion": "b"}, True, {}, "raw"),
         ({"prompt": "a", "completion": "b"}, True, {"format": "chat"}, "chat"),
         ({"text": "a"}, True, {}, "raw"),
-        (CHAT, False, {}, "chat"),
+        (CHAT, True, {}, "chat"),
         (
             {"q": "a", "r": "b"},
             True,
@@ -148,6 +147,33 @@ def test_the_format_follows_rows_and_model_unless_it_is_given(
     keys = {"chat": {"messages"}, "alpaca": {"prompt", "response"}, "raw": {*made}}[wanted]
     assert {*made} == keys
     assert made.get("prompt", "").startswith("Below is an") == (wanted == "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("row", "data"), [(CHAT, {}), ({"question": "a", "answer": "b"}, {"format": "chat"})]
+)
+def test_chats_without_a_template_are_refused_before_a_line_says_how_they_are_written(
+    load, caplog, row, data
+):
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(DataError, match=r"rows\.jsonl: the model's tokenizer has no chat template"),
+    ):
+        load(row, template=False, **data)
+    assert "read as" not in caplog.text
+
+
+def test_a_chat_may_be_text_of_json_as_in_csv_files(load):
+    assert load({"messages": json.dumps([USER, ASSISTANT])}) == load(
+        {"messages": [USER, ASSISTANT]}
+    )
+
+
+def test_preference_pairs_are_named_by_their_file_before_any_row_is_read(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"chosen": "a", "rejected": "b"}))
+    with pytest.raises(DataError, match=r"pairs\.jsonl: the rows have the columns 'chosen'"):
+        Jsonl(DataConfig()).check_files(str(file), columns=True)
 
 
 def test_a_task_with_a_prompt_of_its_own_takes_no_other_format():

@@ -65,6 +65,29 @@ def test_what_is_too_long_loses_its_end(tiny_tokenizer):
     assert len(whole["input_ids"]) > 7
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "hi " * 200},
+        {"prompt": "hi " * 200, "response": "yo " * 200},
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "y" * 600},
+            ]
+        },
+    ],
+    ids=["text", "pair", "chat"],
+)
+def test_the_tokenizer_does_not_warn_of_what_is_cut_anyway(chat_tokenizer, row):
+    chat_tokenizer.deprecation_warnings.clear()
+    encode = tokens.seq2seq if "prompt" in row else tokens.causal
+    for make in {encode, tokens.causal}:
+        make(chat_tokenizer, row, DataConfig(max_length=64))
+    # The tokenizer warns once, and notes it.
+    assert not chat_tokenizer.deprecation_warnings
+
+
 def test_every_assistant_turn_of_a_chat_is_learned_and_nothing_else(chat_tokenizer):
     encoded = tokens.causal(chat_tokenizer, {"messages": CHAT}, DataConfig())
     text = chat_tokenizer.decode(encoded["input_ids"])

@@ -13,7 +13,7 @@ from tlora.checks import takes
 from tlora.errors import ConfigError, DataError
 from tlora.models.pretrained import load_class
 from tlora.tasks.dataconfig import DataConfig
-from tlora.training import dryrun, initialize, train
+from tlora.training import dryrun, initialize, setup, train
 from tlora.training.fieldrules import RULES
 from tlora.training.kinds import KINDS, check_trainer_fields
 from tlora.training.setup import Setup, settle
@@ -123,16 +123,17 @@ def test_all_faults_come_at_once():
     assert len(caught.value.faults) == 4
 
 
-def no_model(self, device):
-    raise AssertionError("the model was loaded")
+def nothing_read(*_):
+    raise AssertionError("a row or the model was read")
 
 
 @pytest.mark.parametrize("verb", [train, initialize])
 @pytest.mark.parametrize(("fields", "sentence"), REFUSED_LATER, ids=str)
-def test_what_is_missing_is_found_before_the_model_is_loaded(
+def test_what_is_missing_is_found_before_anything_is_read(
     config, monkeypatch, verb, fields, sentence
 ):
-    monkeypatch.setattr(Setup, "load_model", no_model)
+    monkeypatch.setattr(setup, "load_tokenizer", nothing_read)
+    monkeypatch.setattr(Setup, "load_model", nothing_read)
     run = config(trainer=fields)
     with pytest.raises(ConfigError) as caught:
         verb.run(run)
@@ -158,7 +159,7 @@ def test_an_optimizer_whose_package_is_missing(config, monkeypatch):
 
 
 def test_an_evaluation_at_the_start_needs_rows(config, monkeypatch):
-    monkeypatch.setattr(Setup, "load_model", no_model)
+    monkeypatch.setattr(Setup, "load_model", nothing_read)
     with pytest.raises(ConfigError, match="`eval_on_start` is True, but there are no evaluation"):
         train.run(config(trainer={"eval_on_start": True}))
 

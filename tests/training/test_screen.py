@@ -45,7 +45,7 @@ class Trainer:
         self.callbacks.append(callback)
 
 
-def shown(caplog, trainer, steps, evaluation=None, begin=0):
+def shown(caplog, trainer, steps, evaluation=None, begin=0, logs=True):
     """Train ``steps`` steps of a second; an evaluation takes 1000 seconds."""
     clock, state = Clock(), transformers.TrainerState(max_steps=steps, global_step=begin)
     state.is_world_process_zero = True
@@ -58,11 +58,13 @@ def shown(caplog, trainer, steps, evaluation=None, begin=0):
             clock.now += 1
             state.global_step = step
             callback.on_step_end(None, state, None)
-            callback.on_log(None, state, None, logs={"loss": 1 / step, "learning_rate": 1e-3})
+            if logs:
+                callback.on_log(None, state, None, logs={"loss": 1 / step, "learning_rate": 1e-3})
             if step == evaluation:
                 clock.now += 1000
                 callback.on_evaluate(None, state, None)
                 callback.on_log(None, state, None, logs={"eval_loss": 0.5})
+        callback.on_log(None, state, None, logs={"train_loss": 0.25})
         callback.on_train_end(None, state, None)
     return caplog.messages
 
@@ -83,6 +85,12 @@ def test_an_evaluation_is_shown_at_once_and_its_time_is_none_of_the_training(cap
     assert "step 3/20 (15%): loss 0.3333, lr 0.001, eval loss 0.5, 200 tokens/s" in lines[1]
     assert lines[1].endswith("0:00:17 left")
     assert "eval loss 0.5" in lines[-1]
+
+
+def test_a_run_too_short_for_a_line_still_tells_its_loss(caplog):
+    lines = shown(caplog, Trainer(), steps=3, evaluation=3, logs=False)
+    assert len(lines) == 2
+    assert lines[-1].startswith("trained 3 steps in 0:00:03: loss 0.25, eval loss 0.5, ")
 
 
 def test_a_resumed_run_counts_its_own_steps_and_a_group_all_its_processes(caplog):

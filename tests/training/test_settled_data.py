@@ -58,7 +58,8 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best_checkpoint(config, c
     assert max(line["step"] for line in log) == best + 4 < 40
     scores = json.loads(folder.metrics.read_text())
     assert scores["loss"] == pytest.approx(losses[best], rel=1e-4)
-    assert f"kept the best checkpoint, checkpoint-{best}" in caplog.text
+    said = f"checkpoint-{best}: evaluation loss {losses[best]:.4g}."
+    assert f"kept the best checkpoint, {said}" in caplog.text
 
 
 def test_a_model_that_reads_one_text_and_writes_another_is_told_its_kind(config, tiny_t5, saved):

@@ -169,7 +169,10 @@ class Task(ABC):
         for part in mixture.parts(files):
             self.check_file(part.path)
             if columns and (have := source.columns_of(part.path)):
-                self.check_columns(have)
+                try:
+                    self.check_columns(have)
+                except DataError as error:
+                    raise DataError(f"{part.path}: {error}") from None
 
     def check_sources(self, train_file: str | None, eval_file: str | None) -> None:
         """Check where rows come from, and the files that they come from; no row is read.

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from tlora.errors import ConfigError, DataError, did_you_mean, shortened
-from tlora.tasks import formats, labels, metrics, mixture
+from tlora.tasks import formats, labels, metrics, mixture, rendering
 from tlora.tasks.base import Row, Task, text_of
 from tlora.tasks.dataconfig import DataConfig, Format, Kind
 from tlora.tasks.shapes import Shape, known_shape, preference
@@ -48,7 +48,7 @@ class Jsonl(Task):
         self.label_names = data.label_names
         self._labeled_kind = self.kind in ("classification", "regression")
         self._shapes: dict[tuple[str, ...], Shape] = {}
-        self._has_template = False
+        self._has_template: bool | None = None
 
     def settle(self, has_template: bool, positions: int | None) -> None:
         """As `Task.settle`; "auto" waits for the shapes of the rows."""
@@ -64,7 +64,8 @@ class Jsonl(Task):
             self._meet(held_out, eval_file or "evaluation rows")
         if self.kind == "classification" and self.label_names is None:
             column = str(self.data.label_column)
-            self.label_names = labels.classes(mixture.placed(train, "training rows"), column)
+            name = train_file or self.data.dataset or "training rows"
+            self.label_names = labels.classes(mixture.placed(train, name), column)
         return train, held_out
 
     def held_out(self, file: str | None) -> tuple[Dataset, str]:
@@ -96,8 +97,11 @@ class Jsonl(Task):
         """Settle the shape of each file and the format of all; say both."""
         found = mixture.heads(raw, name)
         if self._labeled_kind:
-            for first, _ in found.values():
+            for file, (first, count) in found.items():
                 self.settle_columns([*first])
+                read = {self.data.text_column, self.data.text_pair_column, self.data.label_column}
+                logger.info("%s: %d rows read as texts with labels.", file, count)
+                _say_unread(file, first, read)
             return
         shapes = {}
         for file, (first, _) in found.items():
@@ -114,10 +118,11 @@ class Jsonl(Task):
                 isinstance(first.get(c), list) for c in shape.columns
             )
             style = "raw" if shape.form == "text" else "chat" if chat else style
+            if style == "chat" and self._has_template is False:
+                raise DataError(f"{file}: {rendering.NO_TEMPLATE}")
             logger.info("%s: %d rows read as %s, %s.", file, count, shape.name, formats.SAYS[style])
             read = {*shape.columns, *shape.optional, *_placeholders(self.data.prompt_template)}
-            if unread := [column for column in first if column not in read]:
-                logger.warning("%s: not read: %s.", file, ", ".join(map(repr, unread)))
+            _say_unread(file, first, read)
 
     def _settle_format(self, shapes: list[Shape]) -> None:
         data = self.data
@@ -262,6 +267,11 @@ class Jsonl(Task):
                 "f1_macro": metrics.f1(classes, labels, average="macro"),
             }
         return {}
+
+
+def _say_unread(file: str, first: Mapping[str, Any], read: Collection[str | None]) -> None:
+    if unread := [column for column in first if column not in read]:
+        logger.warning("%s: not read: %s.", file, ", ".join(map(repr, unread)))
 
 
 def _placeholders(template: str | None) -> list[str]:

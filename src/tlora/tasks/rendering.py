@@ -27,6 +27,11 @@ Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str]
 """(messages, whether to prompt for an answer) -> text."""
 
+NO_TEMPLATE = (
+    "the model's tokenizer has no chat template, which chats need; give --data.chat_template chatml"
+    " (or another name, or a file), or a chat model."
+)
+
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
 _WRITES_TOOLS = "--data.chat_template qwen, or another that does"
 _FIELDS = {
@@ -139,10 +144,7 @@ _RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
     if tokenizer.chat_template is None:
-        raise DataError(
-            "the model's tokenizer has no chat template, which chat rows need; give"
-            " --data.chat_template chatml (or another name, or a file), or a chat model."
-        )
+        raise DataError(NO_TEMPLATE)
 
     _check_fields(tokenizer, row)
     return lambda messages, prompt: _accepted(tokenizer, row, messages, prompt)[1]

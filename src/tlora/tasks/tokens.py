@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that does not count in the loss."""
 
+_ANY = {"verbose": False}
+"""Text of any length is tokenized without a warning: what is too long is cut and counted here."""
+
 CUT = "cut"
 """Whether something that is to be learned was cut off a row; `tokenized` counts it."""
 
@@ -90,8 +93,8 @@ def _say_lost(name: str, count: int, empty: int, cut: int, longest: int | None) 
         )
     if empty + cut == count:
         raise DataError(
-            f"{name}: no row has a token to learn from within {longest} tokens; raise"
-            " --data.max_length."
+            f"{name}: no row has a token to learn from within {longest} tokens; shorten the rows,"
+            " or raise --data.max_length where the model holds more."
         )
     if empty:
         logger.warning(
@@ -203,12 +206,12 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
     if "messages" in row:
         ids, learned = _chat(tokenizer, row, masked=data.loss_on == "response")
     elif "text" in row:
-        ids = _once_begun(tokenizer, tokenizer(row["text"])["input_ids"])
+        ids = _once_begun(tokenizer, tokenizer(row["text"], **_ANY)["input_ids"])
         ids += _end(tokenizer, ids)
         learned = [True] * len(ids)
     else:
         prompt = [*prompt_ids(tokenizer, row["prompt"])]
-        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"]]
+        response = [*tokenizer(row["response"], add_special_tokens=False, **_ANY)["input_ids"]]
         response += _end(tokenizer, response)
         ids = prompt + response
         learned = [False] * len(prompt) + [True] * len(response)
@@ -230,7 +233,7 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
     """
     short = {"truncation": True, "max_length": data.max_length or LONGEST}
     encoded = tokenizer(row["prompt"], **short)
-    labels = tokenizer(text_target=row["response"])["input_ids"]
+    labels = tokenizer(text_target=row["response"], **_ANY)["input_ids"]
     cut = len(labels) > short["max_length"]
     return {
         "input_ids": encoded["input_ids"],
@@ -277,7 +280,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenize with the opening special tokens, without a closing one."""
-    ids = _once_begun(tokenizer, tokenizer(prompt)["input_ids"])
+    ids = _once_begun(tokenizer, tokenizer(prompt, **_ANY)["input_ids"])
     closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed else ids
 
@@ -300,10 +303,10 @@ def _chat(
         spans = [(0, len(text))]
     # The template writes the opening token, if the model wants one.
     if tokenizer.is_fast:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, **_ANY)
         ids, places = encoded["input_ids"], encoded["offset_mapping"]
         return ids, [any(a <= i and j <= b and i < b for a, b in spans) for i, j in places]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, **_ANY)["input_ids"]
     learned = [False] * len(ids)
     for a, b in spans:
         start, end = (_shared(tokenizer, text[:place], ids) for place in (a, b))
@@ -313,6 +316,6 @@ def _chat(
 
 def _shared(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> int:
     """Return how many tokens the beginning of a text shares with the whole."""
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = tokenizer(text, add_special_tokens=False, **_ANY)["input_ids"]
     pairs = enumerate(zip(own, ids, strict=False))
     return next((place for place, (a, b) in pairs if a != b), len(own))

@@ -1,4 +1,4 @@
-"""Whether what the training arguments ask for is installed and can start, before a model is loaded.
+"""Whether what the user asks of the trainer is installed and can start, before any row is read.
 
 The trainer looks at these only when it is made or starts, after calibration. Here the libraries'
 own functions are asked.
@@ -6,10 +6,16 @@ own functions are asked.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from tlora.checks import fitted
 from tlora.errors import ConfigError, did_you_mean, first_line
+from tlora.models.pretrained import load_class
+from tlora.training.kinds import KindSpec
+from tlora.training.runconfig import RunConfig
 
 # Names of transformers' functions that differ from is_NAME_available.
 _AVAILABLE = {
@@ -19,13 +25,83 @@ _AVAILABLE = {
 }
 
 
-def check_arguments(arguments: Any) -> None:
-    """Check training arguments that the library took when they were made.
+def check_asked(kind: KindSpec, config: RunConfig) -> None:
+    """Check what a run asks of the trainer, before any row is read.
 
     Raises:
-        ConfigError: a package, a token or a backend is missing, or the optimizer or its schedule
-            cannot be made; all faults at once.
+        ConfigError: transformers or TRL refuse a value (their sentence says why), or what it asks
+            for is not installed.
     """
+    _check(made(kind, asked(kind, config) | {"output_dir": "unused"}))
+
+
+def asked(kind: KindSpec, config: RunConfig) -> dict[str, Any]:
+    """Return the training arguments that a run sets: the user's over our defaults."""
+    known = {field.name: field for field in dataclasses.fields(load_class(kind.arguments))}
+    # YAML reads a bare `no` as false, and "no" is the name of a strategy.
+    given = {
+        name: "no" if name.endswith("_strategy") and value is False else value
+        for name, value in config.trainer.items()
+    }
+    given |= {name: fitted(known[name].type, value) for name, value in given.items()}
+    stopping = _stopping_fields(given) if config.early_stopping else {}
+    return chosen(known, given) | stopping | given
+
+
+def made(kind: KindSpec, fields: dict[str, Any]) -> Any:
+    """Make the training arguments.
+
+    Raises:
+        ConfigError: transformers or TRL refuse a value; their sentence says why.
+    """
+    try:
+        return load_class(kind.arguments)(**fields)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise ConfigError(first_line(error), where="trainer") from error
+
+
+def chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return our defaults over the library's.
+
+    Args:
+        known: fields of the training arguments by name.
+        given: what the user gives.
+    """
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    chosen: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
+    # The filter waits for the device at every batch, and hides that a training diverges.
+    chosen["logging_nan_inf_filter"] = False
+    if known["bf16"].default is None and not is_torch_bf16_gpu_available():
+        chosen["bf16"] = False
+    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Left to themselves the ranks of a launch on a CPU would each train on their own.
+        chosen |= {"use_cpu": True, "ddp_backend": "gloo"}
+    if not torch.cuda.is_available():
+        chosen["dataloader_pin_memory"] = False
+        # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        if not any(name in given for name in names):
+            chosen[next(name for name in names if name in known)] = False
+    return chosen
+
+
+def _stopping_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's fields that keep the best checkpoint: evaluated whenever it is saved."""
+    steps = given.get("eval_steps", given.get("save_steps"))
+    asked = given.get("eval_strategy", given.get("save_strategy", "steps" if steps else "epoch"))
+    every = {"eval_steps": steps, "save_steps": steps} if steps else {}
+    return every | {
+        "eval_strategy": asked,
+        "save_strategy": asked,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+    }
+
+
+def _check(arguments: Any) -> None:
     faults = [
         *_reporting_faults(arguments),
         *_hub_faults(arguments),

@@ -92,6 +92,8 @@ class ScreenCallback(ProgressCallback):
         """Show the latest losses, on the bar or in a line."""
         found = logs or {}
         names = {"loss": "loss", "eval_loss": "eval loss", "learning_rate": "lr"}
+        if "loss" not in self._shown and "train_loss" in found:  # fewer steps than `logging_steps`
+            self._shown = {"loss": float(found["train_loss"])} | self._shown
         new = {said: float(found[name]) for name, said in names.items() if name in found}
         self._shown |= new
         if not state.is_world_process_zero or not new:

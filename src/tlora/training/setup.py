@@ -20,6 +20,7 @@ from tlora.tasks.heldout import held_out
 from tlora.tasks.rendering import set_template
 from tlora.tasks.tokens import show, tokenized
 from tlora.training import preflight
+from tlora.training.availability import check_asked
 from tlora.training.kinds import KINDS, KindSpec, with_task_type
 from tlora.training.runconfig import RunConfig
 
@@ -210,6 +211,7 @@ def settle(
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
     options = with_task_type(kind, config.options())
+    check_asked(kind, config)
     tokenizer = load_tokenizer(config)
     _check_reads(config, task)
     task.settle(tokenizer.chat_template is not None, positions(config, tokenizer))

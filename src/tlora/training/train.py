@@ -83,8 +83,11 @@ def _train(todo: Todo, folder: RunFolder) -> None:
             train_from(trainer, _resume_point(folder, trainer, todo.resumes))
     best = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and best:
-        loss = trainer.state.best_metric
-        logger.info("kept the best checkpoint, %s: evaluation %.4f.", Path(best).name, loss)
+        name = str(arguments.metric_for_best_model).removeprefix("eval_")
+        value = trainer.state.best_metric
+        logger.info(
+            "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
+        )
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
