@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import multimodal_bases
+from tlora.errors import ConfigError
 from tlora.evaluate import evaluate
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.registry import METHODS
@@ -105,6 +106,12 @@ def test_the_dry_run_reads_the_text_configuration(family, folders, config):
     assert found.training[0].trainable == sum(
         found.ranks[target.name] * target.d_out for target in found.targets
     )
+
+
+def test_a_run_on_text_does_not_adapt_the_tower_alone(folders, config):
+    run = config(model=folders["llava"], adapter={"r": 2, "target_modules": ["fc1", "fc2"]})
+    with pytest.raises(ConfigError, match=r"'model\.vision_tower\..* model\.language_model alone"):
+        train.run(run)
 
 
 def test_named_modules_of_the_tower_are_adapted(folders, config):

@@ -7,8 +7,10 @@ nothing from rows of text, and calibration would find no input.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +54,21 @@ def text_names(model: nn.Module, config: Any, names: Iterable[str]) -> list[str]
     """
     inner = language_model(model) if is_text_only(model, config) else None
     return [name for name in names if inner is None or name.startswith(f"{inner[0]}.")]
+
+
+def check_reached(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that rows of text reach some of the modules ``names``, by their full names.
+
+    Raises:
+        ConfigError: all of them lie outside a multimodal model's language model.
+    """
+    inner = language_model(model)
+    if inner and names and not any(name.startswith(f"{inner[0]}.") for name in names):
+        raise ConfigError(
+            f"`target_modules` chooses {names[0]!r} and the like, but rows are text, which reaches"
+            f" {inner[0]} alone; choose modules of it, or leave the field out.",
+            where="adapter",
+        )
 
 
 def say_what_is_left_alone(model: nn.Module, config: Any) -> None:

@@ -75,9 +75,10 @@ def check_targets(kind: KindSpec, options: Any, model: Any) -> None:
 
     Raises:
         ConfigError: a name matches nothing, or the output layer is chosen and the trainer of this
-            kind bypasses it.
+            kind bypasses it, or no module of a multimodal model's language model is chosen.
     """
     from tlora.adapter.stock import targets_of
+    from tlora.calibration.language_model import check_reached
 
     if not hasattr(options, "target_modules"):
         return
@@ -91,6 +92,7 @@ def check_targets(kind: KindSpec, options: Any, model: Any) -> None:
                 " train it in full by `modules_to_save`.",
                 where="adapter",
             )
+    check_reached(model, [target.name for target in targets])
 
 
 def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
