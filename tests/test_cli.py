@@ -2,6 +2,7 @@ import errno
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import yaml
@@ -388,3 +389,9 @@ def test_a_folder_that_cannot_be_made_is_named(tlora, verb, place, tmp_path, mon
     assert err.startswith("tlora: ")
     assert place[:80] in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_warning_is_its_text_alone(tlora, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    tlora("--version")
+    assert warnings.formatwarning("be careful", UserWarning, "file.py", 3) == "be careful\n"

@@ -286,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("tlora").setLevel(logging.INFO)
     # PEFT reads a property that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    warnings.formatwarning = lambda message, *_: f"{message}\n"  # without the line that warns
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = _run(argv)

@@ -283,8 +283,9 @@ def test_a_base_answers_too_and_a_chat_needs_a_template(llama_folder, made):
 def test_a_long_prompt_is_a_sentence_and_the_talk_goes_on(made, caplog, monkeypatch):
     found, prompts = partner(made("raw").path)
     monkeypatch.setattr(found, "_longest", lambda: 8)
-    chat.talk(found, iter(["so " * 9, "3?"]), lambda text: None)
+    chat.talk(found, iter(["so " * 900, "3?"]), lambda text: None)
     assert "the model holds 8 with the reply" in caplog.text
+    assert not found.tokenizer.deprecation_warnings  # where it notes that it warned
     assert len(prompts) == 1
 
 

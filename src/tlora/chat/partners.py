@@ -122,14 +122,14 @@ class Writer:
             start = [{"role": "system", "content": self._system}] if self._system else []
             row = {"messages": [*start, *asked]}
             words = rendering.written(self.tokenizer, row, prompt=True)
-            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
             if len(asked) == 1 or len(ids) + self._config.max_new_tokens <= self._longest():
                 return asked, self._fitting(ids)
             asked = asked[2:]
 
     def _single(self, text: str) -> list[int]:
         if self._decodes:
-            return list(self.tokenizer(self._filled(text))["input_ids"])
+            return list(self.tokenizer(self._filled(text), verbose=False)["input_ids"])
         if self.style == "alpaca":
             form = {"instruction": text, "response": ""}
             text = formats.write(form, "alpaca", self._system)["prompt"]
