@@ -132,6 +132,7 @@ def compare(config: CompareConfig) -> None:
 
 def evaluate(config: EvalConfig) -> None:
     """Evaluate models on tasks; make page and tables of what the folder holds."""
+    no_bars_in_batch_jobs()
     from tlora.evaluate.evaluate import run
 
     _show_evaluation(run(config, tell=_say))
