@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from chat_templates import CALLS, CHAT, SYSTEM, THOUGHT
+from chats import CALLS, CHAT, SYSTEM, THOUGHT
 
 from tlora.tasks import tokens
 from tlora.tasks.dataconfig import DataConfig

@@ -6,7 +6,7 @@ import re
 
 import chat_templates
 import pytest
-from chat_templates import ASKED, CALLS, CHAT, SYSTEM, THOUGHT
+from chats import ASKED, CALLS, CHAT, SYSTEM, THOUGHT
 from datasets import Dataset
 
 from tlora.errors import ConfigError, DataError

@@ -163,12 +163,6 @@ def test_chats_without_a_template_are_refused_before_a_line_says_how_they_are_wr
     assert "read as" not in caplog.text
 
 
-def test_a_chat_may_be_text_of_json_as_in_csv_files(load):
-    assert load({"messages": json.dumps([USER, ASSISTANT])}) == load(
-        {"messages": [USER, ASSISTANT]}
-    )
-
-
 def test_preference_pairs_are_named_by_their_file_before_any_row_is_read(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"chosen": "a", "rejected": "b"}))
