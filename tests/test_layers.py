@@ -85,7 +85,7 @@ LAYERS = (
     ("evaluations",),
     ("training",),
     ("compare", "evaluate", "exporters"),
-    ("chat",),
+    ("chat", "verify"),
     ("report",),
     ("demo",),
     ("verbconfig", "shortnames", "flags", "parsing"),

@@ -44,6 +44,7 @@ from tlora.verbconfig import (
     interrupted,
     no_bars_in_batch_jobs,
 )
+from tlora.verify.verifyconfig import VerifyConfig
 
 if TYPE_CHECKING:
     from tlora.compare.comparefolder import CompareFolder
@@ -200,6 +201,14 @@ def merge(config: MergeConfig) -> None:
     export(config.export())
 
 
+def verify(config: VerifyConfig) -> None:
+    """Check which readers get an adapter right, or whether an export of it is the same."""
+    no_bars_in_batch_jobs()
+    from tlora.verify.verify import run
+
+    run(config, _say)
+
+
 def list_registered(config: ListConfig) -> None:
     """List the names that --method, --task, --tasks and --preset take."""
     for title, registered in _REGISTERED.items():
@@ -261,6 +270,7 @@ VERBS = {
         ),
         Verb("export", "an adapter in the format that a server reads right", ExportConfig, export),
         Verb("merge", "an adapter merged into its base, a whole model", MergeConfig, merge),
+        Verb("verify", "which readers get an adapter or its export right", VerifyConfig, verify),
         Verb(
             "list",
             "list methods, tasks, formats, evaluations, presets",

@@ -82,6 +82,12 @@ class MisfitError(AdapterError):
         super().__init__(f"{path} does not fit {model}: {misfit}; {advice}")
 
 
+class VerificationError(TLoraError, RuntimeError):
+    """An artifact is not what it should be, or a reader that was asked for gets it wrong."""
+
+    exit_code = 1
+
+
 class DivergenceError(TLoraError, FloatingPointError):
     """A training diverged; ``step`` is the first one whose loss or gradients are not finite."""
 

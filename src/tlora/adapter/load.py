@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,7 @@ from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
+from tlora.calibration.targets import taken_for_experts
 from tlora.errors import AdapterError, MisfitError, TLoraError, damaged, listed
 from tlora.files import adapter_fields
 from tlora.integrity import has_digest
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 
 _SIDES = {"lora_A": ("in_features", 1), "lora_B": ("out_features", 0)}
+
+_PARTS = re.compile(r"\.(lora_|base_layer\b|modules_to_save\b|token_adapter\b)")
+"""What PEFT puts behind a module's name in the name of a tensor."""
+_CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def load_adapter(
@@ -49,14 +56,15 @@ def load_adapter(
         freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
 
     Raises:
-        AdapterError: the folder holds no adapter, its weights are damaged, not finite or not of
-            the model's sizes, or it is to train on and no gradient passes the model's 4-bit weights
-            any more; the model is as it was. Or PEFT does not load it; the model may be half
-            adapted then.
+        AdapterError: the folder holds no adapter, its weights are damaged, not finite, not of the
+            model's sizes or modules, or some are missing, or it is to train on and no gradient
+            passes the model's 4-bit weights any more; the model is as it was. Or PEFT does not load
+            it; the model may be half adapted then.
         ArtifactError: its adapter_config.json is damaged.
     """
     from peft import PeftConfig, PeftModel
 
+    fields: dict[str, Any] = {}
     local = Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")
     settings = Path(path) / "adapter_config.json"
     if local and not settings.is_file():
@@ -68,11 +76,13 @@ def load_adapter(
         with damaged(settings, "save or copy the adapter again"):
             _ = fields["peft_type"]
             PeftConfig.from_pretrained(str(path))
-    check_saved(path, model)
+    with _fitting(model, path):
+        check_saved(path, model, fields)
     if is_trainable:
         keep_gradients(model)
     load = load_onto_offloaded if loaded_by(model) else PeftModel.from_pretrained
     with _fitting(model, path), misleading_warnings_ignored():
+        warnings.filterwarnings("error", message=".*Found missing adapter keys")
         adapted = load(model, path, adapter_name=adapter_name, is_trainable=is_trainable)
     complete_heads(adapted)
     if freeze and any(lora_layers(adapted, adapter_name)):
@@ -97,15 +107,21 @@ def _fitting(model: nn.Module, path: str | Path) -> Iterator[None]:
         raise MisfitError(path, f"this {type(model).__name__}", said, advice) from error
 
 
-def check_saved(path: str | Path, model: nn.Module) -> None:
-    """Check that a folder's weights are whole, finite and of the sizes of the model's layers.
+def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> None:
+    """Check that a folder's weights are whole, finite and those of the model's layers.
 
     Layers without `in_features` are left to PEFT, and so is an adapter on the Hub.
+
+    Args:
+        path: the folder.
+        model: the base model.
+        fields: of the folder's adapter_config.json.
 
     Raises:
         AdapterError: a file is cut off or damaged, or does not match the digest that it carries,
             or a weight is not finite.
-        MisfitError: a matrix has other sizes.
+        MisfitError: a matrix has other sizes, a tensor belongs to no module, or a module that the
+            configuration adapts has no matrices.
     """
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
@@ -119,9 +135,16 @@ def check_saved(path: str | Path, model: nn.Module) -> None:
             f"{file}: cut off or damaged ({error}); save or copy the adapter again."
         ) from error
     check_finite(file, str(path))
+    where = f"this {type(model).__name__}"
     if misfit := next(_misfits(shapes, dict(model.named_modules())), None):
-        advice = "load it onto the base that it was trained on."
-        raise MisfitError(path, f"this {type(model).__name__}", misfit, advice)
+        raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
+    if fields.get("peft_type") == "LORA":
+        if foreign := _unmatched(shapes, model):
+            misfit = f"the model has no module {listed(foreign)}"
+            raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
+        if lacking := _lacking(shapes, model, fields):
+            misfit = f"its file has no matrices for {listed(lacking)}, which its configuration adapts"
+            raise MisfitError(path, where, misfit, "save or copy the adapter again.")
 
 
 def check_finite(file: Path, name: str) -> None:
@@ -153,6 +176,60 @@ def _misfits(shapes: dict[str, list[int]], layers: dict[str, nn.Module]) -> Iter
         has = getattr(layers.get(name), features, None)
         if isinstance(has, int) and shape[dimension] != has:
             yield f"{name} has {has} {features}, and its {side} takes {shape[dimension]}"
+
+
+def _unmatched(shapes: dict[str, list[int]], model: nn.Module) -> list[str]:
+    """Return the modules that a file names and the model does not have."""
+    if getattr(model, "_checkpoint_conversion_mapping", None):
+        return []  # PEFT renames the tensors
+    known = dict(model.named_modules(remove_duplicate=False))
+    foreign = [name for name in dict.fromkeys(map(module_of, shapes)) if name not in known]
+    taken = {*taken_for_experts(model, foreign)} if foreign else set()
+    return [name for name in foreign if name not in taken]
+
+
+def _lacking(shapes: dict[str, list[int]], model: nn.Module, fields: dict[str, Any]) -> list[str]:
+    """Return the modules that PEFT would adapt by a configuration and for which no tensor is."""
+    renamed = getattr(model, "_checkpoint_conversion_mapping", None)
+    if renamed or fields.get("layer_replication"):
+        return []
+    targeted = targeted_names(fields, (name for name, _ in model.named_modules()))
+    there = set(map(module_of, shapes))
+    lacking = [name for name in targeted if name not in there]
+    taken = {*taken_for_experts(model, lacking)} if lacking else set()
+    return [name for name in lacking if name not in taken]
+
+
+def module_of(key: str) -> str:
+    """Return the full name of the module that a tensor of an adapter belongs to.
+
+    Example:
+        >>> module_of("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+        'model.layers.0.mlp.up_proj'
+    """
+    name, *parts = _PARTS.split(key.removeprefix(_PREFIX), maxsplit=1)
+    return name if parts else name.rpartition(".")[0]
+
+
+def targeted_names(fields: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those of the modules' names that a saved configuration adapts, by PEFT's matching.
+
+    None where it says "all-linear", which is a matter of types.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    wanted = fields.get("target_modules")
+    if not wanted or str(wanted).lower() == "all-linear":
+        return []
+    heads = fields.get("modules_to_save") or []
+    rule = LoraConfig(**{name: fields.get(name) for name in _CHOOSING}, modules_to_save=heads)
+    return [
+        name
+        for name in names
+        # By the ends of names PEFT also finds what trains in full (DistilBERT's pre_classifier).
+        if name and not name.endswith(tuple(heads)) and check_target_module_exists(rule, name)
+    ]
 
 
 def load_onto_offloaded(

@@ -2,22 +2,26 @@
 
 A reader multiplies B A of a module by a scale of its own rule. Its error is the norm of the
 difference to s B A, s being PEFT's, over the norm of s B A, both over all modules: 0 is exact, 1 is
-as wrong as leaving the adapter out. The rules are read from the readers' sources, in the versions
-that docs/serving.md names.
+as wrong as leaving the adapter out. What is read may be another folder than the one that says what
+is meant, such as its export. The rules are read from the readers' sources, in the versions that
+docs/serving.md names.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tlora.adapter.saved import CONFIG, SavedLora, read_lora
 from tlora.errors import listed
 from tlora.exporters.servers import VLLM_RANKS, stacked_rank
 from tlora.exporters.uniform import gaps
+from tlora.exporters.updates import Pairs
 
+_NOISE = 1e-12
+"""Of the effect: what float64 itself loses."""
 Scales = dict[str, float]
 
 
@@ -33,6 +37,8 @@ class Reader:
     title: str
     scales: Callable[[SavedLora], Scales]
     """Returns what it multiplies B A of each module by; raises RefusedError."""
+    servers: tuple[str, ...] = ()
+    """The names that `--for` takes for it."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +48,45 @@ class Reading:
     reader: Reader
     error: float | None
     """Of the effect; None where it does not load the folder."""
-    refused: str | None
+    refused: str | None = None
+    rounding: float = 0.0
+    """The error that the precision of the matrices explains."""
+    modules: dict[str, float] = field(default_factory=dict)
+    """The error of each module that is off, of its own effect; infinite where that is none."""
 
     @property
     def exact(self) -> bool:
-        """Whether every module gets its own scale."""
-        return self.error == 0
+        """Whether every module gets its own update, but for the rounding of its matrices."""
+        return self.error is not None and self.error <= max(self.rounding, _NOISE)
 
 
-def reading(reader: Reader, lora: SavedLora) -> Reading:
-    """Return what a reader makes of a LoRA."""
+def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Reading:
+    """Return what a reader makes of a LoRA.
+
+    Args:
+        reader: who reads.
+        lora: what is read.
+        pairs: its updates beside those that are meant; None: it is what it means itself.
+    """
     try:
         scales = reader.scales(lora)
     except RefusedError as refusal:
         return Reading(reader, None, str(refusal))
-    wrong = {n: scales[n] - lora.scale(n) for n in lora.keys if scales[n] != lora.scale(n)}
-    if not wrong:
-        return Reading(reader, 0.0, None)
-    norms = {name: squared_norm(lora, name) for name in lora.keys}
-    off = sum(each**2 * norms[name] for name, each in wrong.items())
-    whole = sum(lora.scale(name) ** 2 * norms[name] for name in lora.keys)
-    return Reading(reader, math.sqrt(off / whole) if whole else 0.0, None)
-
-
-def squared_norm(lora: SavedLora, name: str) -> float:
-    """Return ||B A||_F^2 of a module, tr(B^T B A A^T), in float64: the product is not made."""
-    factors = lora.factors(name)
-    a, b = factors.a.double().flatten(1), factors.b.double().flatten(1)
-    return float(((b.T @ b) * (a @ a.T)).sum())
+    if pairs is None and all(scales[name] == lora.scale(name) for name in lora.keys):
+        return Reading(reader, 0.0)
+    pairs = pairs or Pairs.of(lora)
+    off = {name: pair.error(scales.get(name, 0.0)) for name, pair in pairs.items()}
+    whole = math.hypot(*(pair.effect for pair in pairs.values()))
+    error = math.hypot(*off.values())
+    rounding = math.hypot(*(pair.rounding for pair in pairs.values()))
+    modules = {
+        name: off[name] / pair.effect if pair.effect else math.inf
+        for name, pair in pairs.items()
+        if off[name] > max(pair.rounding, _NOISE * pair.effect)
+    }
+    if not whole:
+        return Reading(reader, math.inf if error else 0.0, None, 0.0, modules)
+    return Reading(reader, error / whole, None, rounding / whole, modules)
 
 
 def exact(folder: Path, _: SavedLora) -> list[str]:
@@ -184,14 +201,14 @@ def _root(lora: SavedLora, rank: int) -> float:
 
 
 READERS = (
-    Reader("peft", "PEFT and transformers", _peft),
+    Reader("peft", "PEFT and transformers", _peft, ("peft",)),
     Reader("peft-hotswap", "PEFT's hotswap_adapter", _hotswap),
-    Reader("vllm", "vLLM from 0.32", _vllm),
-    Reader("vllm-0.31", "vLLM to 0.31", _vllm_old),
-    Reader("sglang", "SGLang", _one_scale),
-    Reader("tgi", "TGI and LoRAX", _stacked),
-    Reader("lmdeploy", "LMDeploy", _lmdeploy),
-    Reader("tensorrt-llm", "TensorRT-LLM", _tensorrt),
-    Reader("llama.cpp", "llama.cpp's converter", _converted),
+    Reader("vllm", "vLLM from 0.32", _vllm, ("vllm",)),
+    Reader("vllm-0.31", "vLLM to 0.31", _vllm_old, ("vllm",)),
+    Reader("sglang", "SGLang", _one_scale, ("sglang",)),
+    Reader("tgi", "TGI and LoRAX", _stacked, ("tgi", "lorax")),
+    Reader("lmdeploy", "LMDeploy", _lmdeploy, ("lmdeploy",)),
+    Reader("tensorrt-llm", "TensorRT-LLM", _tensorrt, ("tensorrt-llm",)),
+    Reader("llama.cpp", "llama.cpp's converter", _converted, ("llama.cpp", "ollama")),
 )
-"""Every reader of LoRA folders; `verify` has a line for each."""
+"""Every reader of LoRA folders; `verify` has a line for each. The first is PEFT."""

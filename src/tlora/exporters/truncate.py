@@ -32,7 +32,7 @@ class Cut:
 
 def spectrum(factors: Factors) -> Tensor:
     """Return the r singular values of s B A, in descending order, float64."""
-    _, small, _ = _small(factors)
+    _, small, _ = small(factors)
     return torch.linalg.svdvals(small)
 
 
@@ -73,15 +73,15 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
 
 
 def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    q_b, small, q_a = _small(factors)
+    q_b, small, q_a = small(factors)
     u, values, v = torch.linalg.svd(small)
     a = v[:rank] @ q_a.T
     b = q_b @ (u[:, :rank] * values[:rank])
     return a.to(factors.a.dtype), b.to(factors.b.dtype)
 
 
-def _small(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def small(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q_B, s R_B R_A^T and Q_A, in float64."""
-    q_b, r_b = torch.linalg.qr(factors.b.double())
-    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    q_b, r_b = torch.linalg.qr(factors.b.double().flatten(1))
+    q_a, r_a = torch.linalg.qr(factors.a.double().flatten(1).T)
     return q_b, factors.scale * r_b @ r_a.T, q_a

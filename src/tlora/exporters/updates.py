@@ -1,0 +1,181 @@
+"""The updates s B A of adapters as numbers: norms, differences, spectra, overlaps.
+
+The product of d_out x d_in is never made. The two sides of a difference share one QR: with
+[B_1, B_2] = Q_B R_B and [A_1; A_2]^T = Q_A R_A, the norm of s_1 B_1 A_1 - s_2 B_2 A_2 is that of
+R_B diag(s_1, -s_2) R_A^T. All of it is float64; a difference of Gram matrices would lose half of
+the digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlora.adapter.saved import Factors, SavedLora
+from tlora.exporters.truncate import small
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of a module as it is read, and as it is meant.
+
+    Attributes:
+        read: R_B R_A^T of the matrices that are read, k x k with k = r_1 + r_2, or none.
+        meant: s R_B R_A^T of those that are meant, k x k, or none.
+        unit: the norm that rounding B and A once may put on B A.
+        scale: PEFT's, of what is read.
+    """
+
+    read: Tensor | None
+    meant: Tensor | None
+    unit: float
+    scale: float
+
+    @property
+    def effect(self) -> float:
+        """The norm of what is meant."""
+        return 0.0 if self.meant is None else float(self.meant.norm())
+
+    @property
+    def rounding(self) -> float:
+        """The norm of the difference that rounding explains."""
+        return self.unit * abs(self.scale)
+
+    def error(self, scale: float) -> float:
+        """Return the norm of the difference where a reader multiplies by ``scale``."""
+        if self.read is None:
+            return self.effect
+        return float((scale * self.read - (0.0 if self.meant is None else self.meant)).norm())
+
+
+class Pairs(Mapping[str, Pair]):
+    """The updates of two LoRAs by module, each computed once.
+
+    Args:
+        read: what is read.
+        meant: what it should be.
+    """
+
+    def __init__(self, read: SavedLora, meant: SavedLora) -> None:
+        self._read, self._meant = read, meant
+        self._made: dict[str, Pair] = {}
+
+    @classmethod
+    def of(cls, lora: SavedLora) -> Pairs:
+        """Return a LoRA beside itself."""
+        return cls(lora, lora)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the modules of both."""
+        return iter({**self._meant.keys, **self._read.keys})
+
+    def __len__(self) -> int:
+        """Return how many modules there are."""
+        return len({*self._meant.keys, *self._read.keys})
+
+    def __getitem__(self, name: str) -> Pair:
+        """Compute the pair of a module."""
+        if name not in self._made:
+            self._made[name] = self._pair(name)
+        return self._made[name]
+
+    def _pair(self, name: str) -> Pair:
+        if self._read is self._meant:
+            scale = self._read.scale(name)
+            plain = _unscaled(self._read.factors(name))
+            return Pair(plain, scale * plain, 0.0, scale)
+        if name not in self._read.keys:
+            return Pair(None, small(self._meant.factors(name))[1], 0.0, 0.0)
+        read = self._read.factors(name)
+        if name not in self._meant.keys:
+            return Pair(_unscaled(read), None, 0.0, read.scale)
+        ours, theirs = both(read, self._meant.factors(name))
+        return Pair(ours, theirs, rounding(read), read.scale)
+
+
+def _unscaled(factors: Factors) -> Tensor:
+    return small(Factors(factors.a, factors.b, 1.0))[1]
+
+
+def both(one: Factors, other: Factors) -> tuple[Tensor, Tensor]:
+    """Return B_1 A_1, without its scale, and s_2 B_2 A_2 in one orthonormal basis, k x k each.
+
+    Raises:
+        ValueError: they are of different sizes.
+    """
+    a = [each.a.double().flatten(1) for each in (one, other)]
+    b = [each.b.double().flatten(1) for each in (one, other)]
+    if a[0].shape[1] != a[1].shape[1] or b[0].shape[0] != b[1].shape[0]:
+        sizes = [f"{y.shape[0]} x {x.shape[1]}" for x, y in zip(a, b, strict=True)]
+        raise ValueError(f"{sizes[0]} in one and {sizes[1]} in the other")
+    r_b, r_a = (torch.linalg.qr(torch.cat(m, 1), mode="r")[1] for m in (b, [x.T for x in a]))
+    rank = one.rank
+    ours = r_b[:, :rank] @ r_a[:, :rank].T
+    return ours, other.scale * r_b[:, rank:] @ r_a[:, rank:].T
+
+
+def rounding(factors: Factors) -> float:
+    """Return the norm that rounding A and B to their dtypes may put on B A.
+
+    With errors of at most u |b_ij| that are independent of each other, the mean square of
+    ||dB A||_F is at most u^2 / 3 sum_j ||b_j||^2 ||a_j||^2, b_j and a_j being columns of B and rows
+    of A; that of B dA is the same. Returned is sqrt(3) times the root of both.
+    """
+    sums = [_squares(factors.a.flatten(1).T), _squares(factors.b.flatten(1))]
+    (a, off_a), (b, off_b) = sums
+    return math.sqrt(float((a * off_b + b * off_a).sum()))
+
+
+def _squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of the columns, and of the largest rounding errors in them."""
+    limits = torch.finfo(matrix.dtype)
+    values = matrix.double()
+    off = (values.abs() * limits.eps / 2).clamp_min(limits.tiny * limits.eps / 2)
+    return values.square().sum(0), off.square().sum(0)
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of the singular values, each over their sum; 0 where all are zero.
+
+    It is r where r of them are equal and the others zero.
+
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
+    """
+    total = values.sum()
+    if not total:
+        return 0.0
+    shares = values / total
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def overlap(one: Factors, other: Factors) -> tuple[float, float]:
+    """Return how far the row spaces of two updates agree: of their inputs, which ones they read.
+
+    Returns:
+        ||V_1^T V_2||_F^2 / min(r_1, r_2), from 0 (orthogonal) to 1 (one holds the other), V being
+        orthonormal bases; and the largest principal angle, in degrees. Zeros where one has no rank.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685, section 7.2; Golub and Van Loan, Matrix
+    Computations, 4th edition, section 6.4.3.
+    """
+    bases = [_row_space(each) for each in (one, other)]
+    least = min(basis.shape[1] for basis in bases)
+    if not least:
+        return 0.0, 0.0
+    cosines = torch.linalg.svdvals(bases[0].T @ bases[1])[:least].clamp(max=1.0)
+    angle = math.degrees(math.acos(float(cosines[-1])))
+    return float(cosines.square().sum()) / least, angle
+
+
+def _row_space(factors: Factors) -> Tensor:
+    """Return an orthonormal basis (d_in, rank) of the rows of s B A, by its numerical rank."""
+    _, core, q_a = small(factors)
+    _, values, v = torch.linalg.svd(core)
+    if not values[0]:
+        return q_a[:, :0]
+    kept = int((values > values[0] * max(core.shape) * torch.finfo(core.dtype).eps).sum())
+    return q_a @ v[:kept].T

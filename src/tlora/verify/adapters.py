@@ -1,0 +1,108 @@
+"""An adapter's folder, or an export of it, as each reader of adapters takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tlora.adapter.saved import SavedLora
+from tlora.errors import AdapterError, listed
+from tlora.exporters.readers import READERS, Reader, RefusedError, reading
+from tlora.exporters.updates import Pairs
+from tlora.verify.verdicts import Verdict
+
+
+def by_every_reader(lora: SavedLora, meant: SavedLora | None = None) -> list[Verdict]:
+    """Return a verdict for each reader of folders, PEFT first.
+
+    Args:
+        lora: what they read.
+        meant: what it should be, as PEFT reads it; None: itself.
+
+    Raises:
+        AdapterError: a module has another size in the two.
+    """
+    if meant is None:
+        return [Verdict.of(reading(reader, lora)) for reader in READERS]
+    pairs, faults = paired(lora, meant), [*_faults(lora, meant)]
+    return [Verdict.of(reading(reader, lora, pairs), faults) for reader in READERS]
+
+
+def by_llama_cpp(lora: SavedLora, meant: SavedLora) -> list[Verdict]:
+    """Return the verdicts on a GGUF file: llama.cpp's own, and that nothing else reads it.
+
+    Args:
+        lora: the file, its scales being llama.cpp's.
+        meant: the adapter.
+
+    Raises:
+        AdapterError: a module has another size in the two.
+    """
+    own = READERS[0]
+    llama = Reader("llama.cpp", "llama.cpp (GGUF)", own.scales, ("llama.cpp", "ollama"))
+    pairs = paired(lora, meant)
+    verdicts = [Verdict.of(reading(llama, lora, pairs), [*_faults(lora, meant)])]
+    return verdicts + [
+        Verdict.of(reading(Reader(each.name, each.title, _not_gguf, each.servers), lora))
+        for each in READERS
+        if not set(each.servers) & set(llama.servers)
+    ]
+
+
+def _not_gguf(_: SavedLora) -> dict[str, float]:
+    raise RefusedError("it reads no adapter.gguf")
+
+
+def paired(lora: SavedLora, meant: SavedLora) -> Pairs:
+    """Return the updates of both, computed.
+
+    Raises:
+        AdapterError: a module has another size in the two.
+    """
+    pairs = Pairs(lora, meant)
+    for name in pairs:
+        try:
+            pairs[name]
+        except ValueError as sizes:
+            raise AdapterError(
+                f"{lora.path} is no export of {meant.path}: {name} is {sizes}; give two adapters of"
+                " one base model."
+            ) from sizes
+    return pairs
+
+
+def _faults(lora: SavedLora, meant: SavedLora) -> Iterator[str]:
+    """Yield what differs beside the updates, a noun phrase each."""
+    if missing := [name for name in meant.keys if name not in lora.keys]:
+        yield f"{listed(missing)} missing"
+    extra = [n for n in lora.keys if n not in meant.keys and lora.tensors[lora.keys[n][1]].any()]
+    if extra:
+        yield f"{listed(extra)} not in the adapter"
+    ours, theirs = _beside(lora), _beside(meant)
+    if lost := [key for key in theirs if key not in ours]:
+        yield f"{listed(lost)} missing"
+    if more := [key for key in ours if key not in theirs]:
+        yield f"{listed(more)} not in the adapter"
+    shared = [key for key in theirs if key in ours]
+    if off := [k for k in shared if not _alike(lora, k, ours[k], meant.tensors[k], theirs[k])]:
+        yield f"{listed(off)} changed"
+
+
+def _beside(lora: SavedLora) -> dict[str, float]:
+    """Return the tensors beside A and B, and what each is multiplied by: a bias of B by s."""
+    biases = {b.removesuffix("weight") + "bias": name for name, (_, b) in lora.keys.items()}
+    return {key: lora.scale(biases[key]) if key in biases else 1.0 for key in lora.others}
+
+
+def _alike(lora: SavedLora, key: str, scale: float, meant: Tensor, other: float) -> bool:
+    """Return whether a tensor is the meant one, but for rounding."""
+    found = lora.tensors[key]
+    if found.shape != meant.shape:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, meant)
+    limits = torch.finfo(found.dtype)
+    right = meant.double() * other
+    return torch.allclose(found.double() * scale, right, rtol=limits.eps, atol=limits.tiny)

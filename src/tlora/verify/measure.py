@@ -1,0 +1,154 @@
+"""What models reply: the adapter under each reader's rule, an export of it, a GGUF in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlora.adapter.saved import SavedLora
+from tlora.exporters.readers import READERS
+from tlora.verify import llamacpp
+from tlora.verify.replies import Difference, Models, Replies, logs, scaled_as, written
+from tlora.verify.verdicts import Verdict
+from tlora.verify.verifyconfig import VerifyConfig
+
+BASE_GGUF = "base.gguf"
+LIMIT = 0.1
+"""Of the adapter's effect: an export whose replies are further off is wrong."""
+_NOISE = 3
+"""Times what llama.cpp's base is off from transformers' that its adapter may be off, at least."""
+
+
+@dataclass
+class Measured:
+    """What was found: for the screen, for JSON, and for the exit code."""
+
+    lines: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, title: str, difference: Difference, effect: Difference) -> None:
+        """Note the difference of a model to the adapter."""
+        self.lines.append(f"{title}: {difference.words(effect)}")
+        share = difference.of_effect(effect)
+        self.record[title] = {**vars(difference), "of_effect": share}
+
+
+@dataclass(frozen=True)
+class _Setting:
+    models: Models
+    prompts: list[list[int]]
+    count: int
+
+    @classmethod
+    def of(cls, config: VerifyConfig, lora: SavedLora, base: str) -> _Setting | None:
+        """Return what is asked; None where the model does not go on with texts."""
+        models = Models(base, config.trust_remote_code)
+        if not models.writes(str(lora.path)):
+            return None
+        prompts = models.prompts(str(lora.path), config.prompts)
+        return cls(models, prompts, config.max_new_tokens)
+
+    def adapted(self, model: Any, tokenizer: Any) -> Replies:
+        """Return the replies of the adapter on its base, which all others read."""
+        own = written(model, tokenizer, self.prompts, self.count)
+        return Replies(own, logs(model, self.prompts, own))
+
+    def replies(self, model: Any, tokenizer: Any, meant: Replies) -> Replies:
+        """Return the replies of another model."""
+        own = written(model, tokenizer, self.prompts, self.count)
+        return Replies(own, logs(model, self.prompts, meant.written))
+
+
+_NOT_RUN = "replies: not run, since the model does not continue texts; only files were compared"
+
+
+def readers(
+    config: VerifyConfig, lora: SavedLora, base: str, verdicts: Sequence[Verdict]
+) -> Measured:
+    """Measure what the scales of each reader that is off make of the replies."""
+    setting = _Setting.of(config, lora, base)
+    if setting is None:
+        return Measured([_NOT_RUN])
+    wrong = [verdict.reader for verdict in verdicts if verdict.error and not verdict.exact]
+    rules = {each.title: each.scales(lora) for each in READERS if each.name in wrong}
+    found: dict[str, Difference] = {}
+
+    def use(model: Any, tokenizer: Any) -> Replies:
+        meant = setting.adapted(model, tokenizer)
+        for title, scales in rules.items():
+            with scaled_as(model, scales):
+                found[title] = Difference.of(setting.replies(model, tokenizer, meant), meant)
+        return meant
+
+    meant = setting.models.run(str(lora.path), use)
+    effect = _effect(setting, base, meant)
+    measured = Measured()
+    measured.add("base without the adapter", effect, effect)
+    for title, difference in found.items():
+        measured.add(title, difference, effect)
+    return measured
+
+
+def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Measured:
+    """Measure how far an export's replies are from the adapter's, both by transformers."""
+    setting = _Setting.of(config, lora, base)
+    if setting is None:
+        return Measured([_NOT_RUN])
+    meant = setting.models.run(str(lora.path), setting.adapted)
+    effect = _effect(setting, base, meant)
+    found = setting.models.run(str(path), lambda *model: setting.replies(*model, meant))
+    measured, difference = Measured(), Difference.of(found, meant)
+    measured.add("base without the adapter", effect, effect)
+    measured.add(f"replies of {path}", difference, effect)
+    if (difference.of_effect(effect) or 0.0) > LIMIT:
+        measured.faults.append(f"replies of {path} are {difference.words(effect)}")
+    return measured
+
+
+def _effect(setting: _Setting, base: str, meant: Replies) -> Difference:
+    found = setting.models.run(base, lambda *model: setting.replies(*model, meant))
+    return Difference.of(found, meant)
+
+
+def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measured:
+    """Measure how far llama.cpp's next token is from the adapter's, and its base's from the base's.
+
+    The noise of llama.cpp's own base counts as no error.
+    """
+    stored = file.with_name(BASE_GGUF)
+    if not llamacpp.is_installed():
+        return Measured(["llama.cpp: not run; pip install xllamacpp"])
+    if not stored.is_file():
+        return Measured([f"llama.cpp: not run, since {stored} is not there; export --base_gguf"])
+    setting = _Setting.of(config, lora, base)
+    if setting is None:
+        return Measured([_NOT_RUN])
+
+    def first(model: Any, _: Any) -> list[Any]:
+        return logs(model, setting.prompts, [[0]] * len(setting.prompts))
+
+    def letter(tokenizer: Any) -> int:
+        return int(tokenizer("a", add_special_tokens=False)["input_ids"][-1])
+
+    meant, mark = setting.models.run(str(lora.path), lambda m, t: (first(m, t), letter(t)))
+    plain = setting.models.run(base, first)
+    rows = meant[0].shape[1]
+    ours = llamacpp.next_tokens(stored, file, setting.prompts, rows, mark)
+    theirs = llamacpp.next_tokens(stored, None, setting.prompts, rows, mark)
+    right, before = _first(meant), _first(plain)
+    effect = Difference.of(before, right)
+    noise, found = Difference.of(_first(theirs), before), Difference.of(_first(ours), right)
+    measured = Measured()
+    measured.add("base without the adapter, next token", effect, effect)
+    measured.add("llama.cpp's base against transformers', next token", noise, effect)
+    measured.add("llama.cpp with the adapter, next token", found, effect)
+    if found.norm > max(LIMIT * effect.norm, _NOISE * noise.norm):
+        measured.faults.append(f"llama.cpp's next token is {found.words(effect)}")
+    return measured
+
+
+def _first(found: list[Any]) -> Replies:
+    return Replies([[int(each[0].argmax())] for each in found], found)

@@ -1,0 +1,146 @@
+"""`tlora verify`: what each reader makes of an adapter, or whether an export of it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.errors import AdapterError, ArtifactError, ConfigError, VerificationError
+from tlora.exporters.export import adapter_folder
+from tlora.files import write_json
+from tlora.models.pretrained import Pretrained
+from tlora.training.runfolder import RunFolder
+from tlora.verify import adapters
+from tlora.verify.verdicts import Verdict, table
+from tlora.verify.verifyconfig import VerifyConfig
+
+if TYPE_CHECKING:
+    from tlora.verify.measure import Measured
+
+Tell = Callable[[str], None]
+GGUF = "adapter.gguf"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What is verified.
+
+    Attributes:
+        path: its folder, or the GGUF file.
+        kind: "adapter", "merged" or "gguf".
+    """
+
+    path: Path
+    kind: str
+
+
+def run(config: VerifyConfig, tell: Tell) -> None:
+    """Verify an artifact and print what was found.
+
+    Raises:
+        ConfigError: a path holds nothing that can be verified, or there is no base.
+        VerificationError: what was asked is wrong, or a file is damaged.
+    """
+    found = [artifact_at(path) for path in config.paths]
+    if found[0].kind != "adapter":
+        raise ConfigError(
+            f"{found[0].path} holds no adapter of PEFT to compare with; give that first: tlora"
+            f" verify ADAPTER {found[0].path}",
+            "paths",
+        )
+    subject = found[-1]
+    try:
+        lora = read_lora(found[0].path)
+        verdicts = _by_files(config, lora, subject if found[1:] else None)
+    except (AdapterError, ArtifactError) as error:
+        raise VerificationError(str(error)) from error
+    tell(table(verdicts))
+    measured = _by_replies(config, lora, subject if found[1:] else None, verdicts)
+    for line in measured.lines if measured else ():
+        tell(line)
+    if config.output:
+        record: dict[str, Any] = {
+            "adapter": str(found[0].path),
+            "compared": str(subject.path) if found[1:] else None,
+            "readers": [verdict.record() for verdict in verdicts],
+            "replies": measured.record if measured else None,
+        }
+        write_json(config.output, record)
+        tell(f"numbers: {config.output}")
+    faults = _wrong(config, verdicts) + (measured.faults if measured else [])
+    if faults:
+        raise VerificationError("; ".join(faults))
+
+
+def artifact_at(path: str) -> Artifact:
+    """Return what is at a path: a run stands for its adapter.
+
+    Raises:
+        ConfigError: nothing that can be verified.
+    """
+    folder = Path(path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Artifact(folder, "gguf")
+    if not (folder / CONFIG).is_file() and not RunFolder(folder).exists:
+        if (folder / GGUF).is_file():
+            return Artifact(folder / GGUF, "gguf")
+        if (folder / "config.json").is_file():
+            return Artifact(folder, "merged")
+    return Artifact(adapter_folder(path), "adapter")
+
+
+def _by_files(config: VerifyConfig, lora: SavedLora, subject: Artifact | None) -> list[Verdict]:
+    if subject is None:
+        return adapters.by_every_reader(lora)
+    if subject.kind == "adapter":
+        return adapters.by_every_reader(read_lora(subject.path), lora)
+    base = Pretrained(name=base_of(config, lora), trust_remote_code=config.trust_remote_code)
+    if subject.kind == "merged":
+        from tlora.verify import merged
+
+        return [merged.check(subject.path, base, lora)]
+    from tlora import extras
+    from tlora.verify import ggufs
+
+    extras.require("gguf", where="verify")
+    read = ggufs.read(subject.path, lora, base.config().to_dict())
+    return adapters.by_llama_cpp(read, lora)
+
+
+def base_of(config: VerifyConfig, lora: SavedLora) -> str:
+    """Return the base model.
+
+    Raises:
+        ConfigError: nothing names it.
+    """
+    base = config.model or lora.base
+    if not base:
+        raise ConfigError(f"{lora.path} names no base model; give --model.", "model")
+    return base
+
+
+def _by_replies(
+    config: VerifyConfig, lora: SavedLora, subject: Artifact | None, verdicts: list[Verdict]
+) -> Measured | None:
+    """Compare replies where a base or prompts are given."""
+    if not (config.model or config.prompts):
+        return None
+    from tlora.verify import measure
+
+    if subject is None:
+        return measure.readers(config, lora, base_of(config, lora), verdicts)
+    if subject.kind == "gguf":
+        return measure.gguf(config, lora, base_of(config, lora), subject.path)
+    return measure.export(config, lora, base_of(config, lora), subject.path)
+
+
+def _wrong(config: VerifyConfig, verdicts: list[Verdict]) -> list[str]:
+    """Return what is wrong of what was asked, a clause each."""
+    if config.server is None:
+        asked = verdicts[:1]
+    else:
+        asked = [verdict for verdict in verdicts if config.server in verdict.servers]
+    return [f"{verdict.title}: {verdict.words()}" for verdict in asked if not verdict.exact]
