@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import support
 from families import FAMILIES, Kind
+from tlora.adapter.saved import CONFIG, WEIGHTS, SavedLora
 
 COHERE = Kind("CohereConfig", "CohereForCausalLM", FAMILIES["llama"].fields)
 GRANITE = Kind("GraniteConfig", "GraniteForCausalLM", FAMILIES["llama"].fields)
@@ -44,6 +48,30 @@ class Saved:
         """Return the logits of a fixed prompt under an adapter."""
         with torch.no_grad():
             return self.load(adapter)(input_ids=PROMPT).logits
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite an adapter's weights, without a digest."""
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    """Edit an adapter's adapter_config.json."""
+    known = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(known | fields))
+
+
+def dense(lora: SavedLora) -> dict[str, torch.Tensor]:
+    """Return s B A of each module of a saved adapter, by PEFT's rule written anew."""
+    fields, found = lora.fields, {}
+    for name, (a, b) in lora.keys.items():
+        key = f"^{name.replace('.', chr(92) + '.')}"
+        rank = fields["rank_pattern"].get(key, fields["r"])
+        alpha = fields["alpha_pattern"].get(key, fields["lora_alpha"])
+        found[name] = lora.tensors[b].double() @ lora.tensors[a].double() * (alpha / rank)
+    return found
 
 
 PROMPT = torch.tensor([[1, 17, 42, 5, 99, 23, 8]])

@@ -16,15 +16,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tlora import __version__, extras, presets
 from tlora.chat.chatconfig import ChatConfig
 from tlora.compare.compareconfig import CompareConfig
 from tlora.credentials import RedactingFormatter, printable, redacted
 from tlora.errors import (
-    ArtifactError,
     ConfigError,
     RunsFailedError,
     TLoraError,
@@ -33,7 +31,6 @@ from tlora.errors import (
 )
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.exporters.exportconfig import ExportConfig, MergeConfig
-from tlora.files import refuse_missing
 from tlora.registry import CONVERSATIONS, EVALUATIONS, FORMATS, METHODS, TASKS, Entry
 from tlora.training.runconfig import RunConfig
 from tlora.verbconfig import (
@@ -45,10 +42,6 @@ from tlora.verbconfig import (
     no_bars_in_batch_jobs,
 )
 from tlora.verify.verifyconfig import VerifyConfig
-
-if TYPE_CHECKING:
-    from tlora.compare.comparefolder import CompareFolder
-    from tlora.evaluate.evalfolder import EvalFolder
 
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
@@ -121,9 +114,11 @@ def compare(config: CompareConfig) -> None:
     from datasets import disable_progress_bars
 
     disable_progress_bars()
+    from tlora.report.inspecting import show_comparison
+
     progress = run(config, tell=_say)
     _say(f"{progress.finished} of {progress.total} runs are finished")
-    _show_comparison(CompareFolder(config.output_dir))
+    show_comparison(CompareFolder(config.output_dir), _say)
     if progress.failed:
         raise RunsFailedError(
             "\n  ".join([f"{len(progress.failed)} runs failed:", *progress.failed])
@@ -135,57 +130,16 @@ def evaluate(config: EvalConfig) -> None:
     """Evaluate models on tasks; make page and tables of what the folder holds."""
     no_bars_in_batch_jobs()
     from tlora.evaluate.evaluate import run
+    from tlora.report.inspecting import show_evaluation
 
-    _show_evaluation(run(config, tell=_say))
-
-
-def _show_evaluation(folder: EvalFolder) -> None:
-    from tlora.report import evaluation
-
-    report = evaluation.write(folder.path)
-    _say(f"\n{report.text}\npage: {report.page}\ntable: {report.markdown}")
-
-
-def _show_comparison(folder: CompareFolder, against: str | None = None) -> None:
-    from tlora.report import comparison, plaintext
-
-    results = comparison.read(folder)
-    if against is not None:
-        _say(plaintext.against(results, against))
-        return
-    page, text, table = plaintext.write(results, folder.path)
-    _say(f"\n{plaintext.markdown(results)}\npage: {page}\ntables: {text}, {table}")
+    show_evaluation(run(config, tell=_say), _say)
 
 
 def inspect(config: InspectConfig) -> None:
-    """Show a plan, or make the page of a comparison or an evaluation again."""
-    from tlora.compare.comparefolder import CompareFolder
-    from tlora.evaluate.evalfolder import EvalFolder
+    """Show a plan or an adapter, or make the page of a comparison or an evaluation again."""
+    from tlora.report.inspecting import run
 
-    if CompareFolder(config.path).exists:
-        _show_comparison(CompareFolder(config.path), config.against)
-        return
-    if config.against is not None:
-        raise ConfigError(f"{config.path} holds no comparison; leave it out.", "against")
-    if EvalFolder(config.path).exists:
-        _show_evaluation(EvalFolder(config.path))
-        return
-    path = Path(config.path)
-    file = path / "plan.safetensors" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        raise ArtifactError(
-            f"{path}: there is no plan.safetensors; give a run's folder (an adapter's plan is one"
-            " folder up), of a method that plans."
-        )
-    refuse_missing(file)
-    from tlora import AdapterPlan
-    from tlora.report.heatmap import save
-    from tlora.report.tables import show
-
-    plan = AdapterPlan.load(file)
-    show(plan, by=config.by)
-    page = save(plan, file.with_name("plan.html"))
-    _say(f"\n{plan.summary()}\npage: {page}")
+    run(_say, **vars(config))
 
 
 def export(config: ExportConfig) -> None:
@@ -263,7 +217,7 @@ VERBS = {
         ),
         Verb(
             "inspect",
-            "show a plan; a comparison or an evaluation again",
+            "show a plan or any LoRA; a comparison or an evaluation again",
             InspectConfig,
             inspect,
             "compare",

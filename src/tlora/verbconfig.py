@@ -70,17 +70,28 @@ class InitConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class InspectConfig(Record):
-    """Show ranks, scales and captured energy of a plan, as a table and as a page; of a
-    comparison or an evaluation, make page and tables again from its files."""
+    """Show ranks, scales and captured energy of a plan, or ranks, scales, norms and spectra of any
+    LoRA, as a table and as a page; of a comparison or an evaluation, make page and tables again
+    from its files."""
 
     where: ClassVar[str] = "inspect"
 
     path: str = field(metadata={"positional": True})
-    """A run's folder, a plan.safetensors, or the folder of a comparison or an evaluation."""
+    """A run's folder, a plan.safetensors, the folder of an adapter, of a comparison or of an
+    evaluation. A run with a plan shows the plan; its adapter is the folder `adapter` in it."""
     by: Literal["module", "layer", "projection"] = "module"
     """What a line of the table is about."""
     against: str | None = None
-    """A method of a comparison, by its label: prints its paired difference to every other one."""
+    """Of an adapter: the folder of another, to show their difference. Of a comparison: a method by
+    its label, to print its paired difference to every other one."""
+    output: str | None = None
+    """HTML file of an adapter's page, with its numbers in a .json beside it; by default
+    FOLDER.inspect.html beside the adapter's folder, which stays as it is."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        if self.output is not None and not self.output.endswith(".html"):
+            yield f"`output` is {self.output!r}; give the name of an .html file."
 
 
 @dataclass(kw_only=True)

@@ -143,7 +143,9 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
             misfit = f"the model has no module {listed(foreign)}"
             raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
         if lacking := _lacking(shapes, model, fields):
-            misfit = f"its file has no matrices for {listed(lacking)}, which its configuration adapts"
+            misfit = (
+                f"its file has no matrices for {listed(lacking)}, which its configuration adapts"
+            )
             raise MisfitError(path, where, misfit, "save or copy the adapter again.")
 
 
@@ -214,7 +216,7 @@ def module_of(key: str) -> str:
 def targeted_names(fields: dict[str, Any], names: Iterable[str]) -> list[str]:
     """Return those of the modules' names that a saved configuration adapts, by PEFT's matching.
 
-    None where it says "all-linear", which is a matter of types.
+    An empty list where it says "all-linear", which is a matter of types.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

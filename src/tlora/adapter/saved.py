@@ -8,6 +8,7 @@ sqrt(rank). Tensors are read when they are asked for.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tlora.adapter.load import check_finite
+from tlora.adapter.load import check_finite, targeted_names
 from tlora.errors import AdapterError, listed
 from tlora.files import adapter_fields
 from tlora.integrity import has_digest
@@ -29,6 +30,8 @@ WEIGHTS = "adapter_model.safetensors"
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
 
+_NUMBER = re.compile(r"\.\d+\.")
+"""The number of a layer, which only the full name of a module has."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations of PEFT after which the adapter stands on changed base weights."""
 
@@ -211,6 +214,7 @@ def read_lora(path: str | Path) -> SavedLora:
         )
     lora = SavedLora(path, fields, tensors, _paired(path, tensors.shapes))
     _check_ranks(lora)
+    _check_complete(lora)
     return lora
 
 
@@ -248,3 +252,18 @@ def _check_ranks(lora: SavedLora) -> None:
                 f"{lora.path}: {name} has rank {lora.rank(name)} in {CONFIG}, and {rows} rows in A,"
                 f" {columns} columns in B; the folder was edited or mixed, save the adapter again."
             )
+
+
+def _check_complete(lora: SavedLora) -> None:
+    """Refuse a folder whose configuration names a module in full that its weights lack."""
+    if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
+        return  # their names are not those of modules
+    targets = lora.fields.get("target_modules") or []
+    full = [] if isinstance(targets, str) else [each for each in targets if _NUMBER.search(each)]
+    full = targeted_names(lora.fields, full)
+    lacking = [each for each in full if not any(f".{n}".endswith(f".{each}") for n in lora.keys)]
+    if lacking:
+        raise AdapterError(
+            f"{lora.path} has no matrices for {listed(sorted(lacking))}, which {CONFIG} names; the"
+            " file is incomplete, save or copy the adapter again."
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tlora import extras
 from tlora.adapter.head import HEAD_FILE
+from tlora.adapter.load import targeted_names
 from tlora.adapter.saved import CONFIG, SavedLora, read_lora
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
@@ -130,6 +131,11 @@ def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) ->
             f"{lora.path} adapts {listed(unknown)}, which {base!r} does not have; give the base"
             " that it was trained on by --model."
         )
+    if lacking := [n for n in targeted_names(lora.fields, sizes) if n not in lora.keys]:
+        raise AdapterError(
+            f"{lora.path} has no matrices for {listed(lacking)}, which its configuration adapts in"
+            f" {base!r}; save or copy the adapter again, or give its own base by --model."
+        )
     for name in plain:
         if name not in sizes:
             continue
@@ -168,11 +174,18 @@ def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
     """Copy tokenizer, chat template and labels, which lie beside the adapter.
 
     The labels of a merged model are in its configuration.
+
+    Raises:
+        AdapterError: one is a link out of the folder, which might lead to anything.
     """
     left = (*_NOT_COPIED, HEAD_FILE) if done.largest_rank is None else _NOT_COPIED
-    for file in adapter.iterdir():
+    # The Hub's cache keeps the files of a folder two levels up.
+    homes = (adapter.resolve(), adapter.resolve().parent.parent / "blobs")
+    for file in sorted(adapter.iterdir()):
         wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
         if wanted and not (folder / file.name).exists():
+            if file.resolve().parent not in homes:
+                raise AdapterError(f"{file} is a link out of its folder; remove it, or copy it in.")
             shutil.copyfile(file, folder / file.name)
 
 

@@ -32,8 +32,8 @@ class Cut:
 
 def spectrum(factors: Factors) -> Tensor:
     """Return the r singular values of s B A, in descending order, float64."""
-    _, small, _ = small(factors)
-    return torch.linalg.svdvals(small)
+    _, core, _ = small(factors)
+    return torch.linalg.svdvals(core)
 
 
 def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
@@ -73,8 +73,8 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
 
 
 def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    q_b, small, q_a = small(factors)
-    u, values, v = torch.linalg.svd(small)
+    q_b, core, q_a = small(factors)
+    u, values, v = torch.linalg.svd(core)
     a = v[:rank] @ q_a.T
     b = q_b @ (u[:, :rank] * values[:rank])
     return a.to(factors.a.dtype), b.to(factors.b.dtype)

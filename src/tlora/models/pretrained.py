@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora import extras
 from tlora.errors import ConfigError, TLoraError, first_line
+from tlora.files import read_json
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
 
@@ -258,8 +259,18 @@ def check_weights(model: str) -> None:
     """Check the weights in a model's folder against the digests that those of a run carry.
 
     Raises:
-        ConfigError: a file does not match.
+        ConfigError: a file does not match, or the index names one outside of the folder.
     """
+    for index in Path(model).glob("*.index.json"):
+        fields = read_json(index)
+        found = fields.get("weight_map") if isinstance(fields, dict) else None
+        names = {str(name) for name in found.values()} if isinstance(found, dict) else set()
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise ConfigError(
+                f"{model!r} cannot be loaded: {index.name} names {outside[0]!r}, which is not a file"
+                " in the folder; get it anew.",
+                "model",
+            )
     for file in sorted(Path(model).glob("*.safetensors")):
         try:
             has_digest(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,10 +31,30 @@ def save(plan: AdapterPlan, path: Path) -> Path:
         for field, values in measured.items()
         if None not in values.values()
     ]
+    return write_page(path, "Plan", plan.summary(), maps)
+
+
+def write_page(
+    path: Path,
+    title: str,
+    summary: str,
+    maps: Sequence[dict[str, Any]],
+    figures: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a page of heat maps, atomically; return its path.
+
+    Args:
+        path: the file.
+        title: the heading.
+        summary: a few lines of text.
+        maps: from `heat_map`.
+        figures: drawn charts by their headings.
+    """
     context = {
-        "title": "Plan",
-        "summary": plan.summary().replace("\n", "; "),
+        "title": title,
+        "summary": summary.replace("\n", "; "),
         "maps": maps,
+        "figures": figures or {},
         "data": "null",
     }
     with replacing_file(path) as part:

@@ -1,9 +1,9 @@
-"""A plan as a table: a line per module, per layer or per projection."""
+"""A plan as a table: a line per module, per layer or per projection; and tables of other things."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from tlora.report.heatmap import Grid
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from tlora.adapter.plan import AdapterPlan, ModulePlan
 
+Module = TypeVar("Module")
 VIEWS = ("module", "layer", "projection")
 
 
@@ -30,7 +31,9 @@ def table(plan: AdapterPlan, by: str = "module") -> Table:
     """
     counted = by != "module"
     head = [by, "modules", "rank", "scale", "sensitivity", "energy", "parameters"]
-    rows = [[name, *_line(plan, group, counted)] for name, group in _groups(plan, by).items()]
+    rows = [
+        [name, *_line(plan, group, counted)] for name, group in groups(plan.modules, by).items()
+    ]
     total = ["all", *_line(plan, list(plan.modules.values()), counted)]
     return plain(head if counted else [by, *head[2:]], rows, [total])
 
@@ -52,14 +55,15 @@ def plain(head: Sequence[str], *sections: Iterable[Sequence[str]]) -> Table:
     return made
 
 
-def _groups(plan: AdapterPlan, by: str) -> dict[str, list[ModulePlan]]:
+def groups(modules: Mapping[str, Module], by: str) -> dict[str, list[Module]]:
+    """Return what belongs to each line of a table, by the modules' full names."""
     if by == "module":
-        return {name: [module] for name, module in plan.modules.items()}
-    grid = Grid.of(plan.modules)
-    groups: dict[str, list[ModulePlan]] = {}
+        return {name: [module] for name, module in modules.items()}
+    grid = Grid.of(modules)
+    found: dict[str, list[Module]] = {}
     for place, module in grid.cells.items():
-        groups.setdefault(place[VIEWS.index(by) - 1], []).append(module)
-    return groups
+        found.setdefault(place[VIEWS.index(by) - 1], []).append(module)
+    return found
 
 
 def _line(plan: AdapterPlan, modules: list[ModulePlan], counted: bool) -> list[str]:

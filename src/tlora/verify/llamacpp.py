@@ -1,4 +1,4 @@
-"""llama.cpp itself, by the xllamacpp package: the next token's distribution under a GGUF adapter."""
+"""llama.cpp itself, by the xllamacpp package: the next token under a GGUF adapter."""
 
 from __future__ import annotations
 

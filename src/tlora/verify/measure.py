@@ -99,7 +99,7 @@ def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Meas
         return Measured([_NOT_RUN])
     meant = setting.models.run(str(lora.path), setting.adapted)
     effect = _effect(setting, base, meant)
-    found = setting.models.run(str(path), lambda *model: setting.replies(*model, meant))
+    found = setting.models.run(str(path), lambda m, t: setting.replies(m, t, meant))
     measured, difference = Measured(), Difference.of(found, meant)
     measured.add("base without the adapter", effect, effect)
     measured.add(f"replies of {path}", difference, effect)
@@ -109,7 +109,7 @@ def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Meas
 
 
 def _effect(setting: _Setting, base: str, meant: Replies) -> Difference:
-    found = setting.models.run(base, lambda *model: setting.replies(*model, meant))
+    found = setting.models.run(base, lambda m, t: setting.replies(m, t, meant))
     return Difference.of(found, meant)
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from tlora.checks import Record, at_least
+from tlora.exporters.exportconfig import Server
 
-Reader = Literal[
-    *("peft", "vllm", "sglang", "tgi", "lorax", "lmdeploy", "tensorrt-llm", "llama.cpp", "ollama")
-]
+Reader = Literal["peft"] | Server
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,236 @@
+"""A LoRA of any origin, module by module: table, page and JSON; and the difference of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from tlora.adapter.saved import SavedLora
+from tlora.errors import AdapterError, listed
+from tlora.exporters.truncate import spectrum
+from tlora.exporters.updates import both, effective_rank, overlap
+from tlora.files import write_json
+from tlora.report import svg
+from tlora.report.heatmap import heat_map, write_page
+from tlora.report.tables import groups, plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Module = TypeVar("Module", "Update", "Change")
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update s B A of one module.
+
+    Attributes:
+        rank: rows of A.
+        scale: s.
+        norm: its Frobenius norm.
+        effective_rank: exp of the entropy of its singular values, each over their sum.
+        bytes: of A and B as they are stored.
+        singular_values: in descending order.
+    """
+
+    rank: int
+    scale: float
+    norm: float
+    effective_rank: float
+    bytes: int
+    singular_values: list[float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The update of one module in two adapters, 1 and 2.
+
+    Attributes:
+        norm: of the first, ||s_1 B_1 A_1||.
+        other: of the second.
+        difference: the norm of the difference over ``norm``; None where that is zero.
+        overlap: ||V_1^T V_2||_F^2 / min(r_1, r_2) of the row spaces' orthonormal bases.
+        angle: the largest principal angle of the row spaces, in degrees.
+    """
+
+    norm: float
+    other: float
+    difference: float | None
+    overlap: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Inspection(Generic[Module]):
+    """What is shown of an adapter, or of two."""
+
+    title: str
+    summary: str
+    modules: dict[str, Module]
+    forms: Mapping[str, str]
+    """The fields that a map shows, and how."""
+
+
+def inspect(lora: SavedLora) -> Inspection[Update]:
+    """Measure an adapter."""
+    found = {}
+    for name in lora.keys:
+        factors = lora.factors(name)
+        values = spectrum(factors)
+        found[name] = Update(
+            rank=factors.rank,
+            scale=factors.scale,
+            norm=float(values.norm()),
+            effective_rank=effective_rank(values),
+            bytes=factors.a.nbytes + factors.b.nbytes,
+            singular_values=values.tolist(),
+        )
+    ranks, scales = [u.rank for u in found.values()], [u.scale for u in found.values()]
+    lines = [
+        f"base model {lora.base or '(not named)'}",
+        f"{len(found)} modules, ranks {min(ranks)} to {max(ranks)} ({sum(ranks)} in all)",
+        f"scales {min(scales):.3g} to {max(scales):.3g}",
+        f"norm of all updates {math.hypot(*(u.norm for u in found.values())):.4g}",
+        f"{sum(u.bytes for u in found.values()):,} bytes of A and B",
+    ]
+    lines += [f"also has {words}" for words in lora.lacks()]
+    forms = {"rank": "{}", "scale": "{:.2f}", "norm": "{:.3g}", "effective_rank": "{:.1f}"}
+    return Inspection("Adapter", "\n".join(lines), found, forms)
+
+
+def against(lora: SavedLora, other: SavedLora) -> Inspection[Change]:
+    """Compare two adapters module by module; modules of one alone are named in the summary.
+
+    Raises:
+        AdapterError: they share no module, or one has another size in the two.
+    """
+    shared = [name for name in lora.keys if name in other.keys]
+    if not shared:
+        raise AdapterError(f"{lora.path} and {other.path} adapt no module in common.")
+    changes = {name: _change(lora, other, name) for name in shared}
+    own = math.hypot(*(c.norm for c in changes.values()))
+    off = math.hypot(*((c.difference or 0.0) * c.norm for c in changes.values()))
+    lines = [f"{lora.path} against {other.path}: {len(shared)} modules"]
+    if own:
+        lines.append(f"difference {off / own:.3g} of the first's norm {own:.4g}")
+    for path, names, others in (
+        (lora.path, lora.keys, other.keys),
+        (other.path, other.keys, lora.keys),
+    ):
+        if alone := [name for name in names if name not in others]:
+            lines.append(f"only in {path}: {listed(alone)}")
+    forms = {"difference": "{:.2g}", "overlap": "{:.2f}", "angle": "{:.0f}"}
+    return Inspection("Two adapters", "\n".join(lines), changes, forms)
+
+
+def _change(lora: SavedLora, other: SavedLora, name: str) -> Change:
+    one, two = lora.factors(name), other.factors(name)
+    try:
+        plain_one, second = both(one, two)
+    except ValueError as sizes:
+        raise AdapterError(
+            f"{lora.path} and {other.path} are adapters of different models: {name} is {sizes}."
+        ) from sizes
+    first = one.scale * plain_one
+    norm = float(first.norm())
+    share, angle = overlap(one, two)
+    off = float((first - second).norm())
+    return Change(norm, float(second.norm()), off / norm if norm else None, share, angle)
+
+
+def table(found: Inspection[Any], by: str) -> Table:
+    """Return the table, a line per module, layer or projection."""
+    line = _update_line if found.title == "Adapter" else _change_line
+    head = _HEADS[line]
+    rows = [[name, *line(group)] for name, group in groups(found.modules, by).items()]
+    return plain([by, *head], rows, [["all", *line([*found.modules.values()])]])
+
+
+def _update_line(updates: Sequence[Update]) -> list[str]:
+    count = len(updates)
+    return [
+        f"{sum(u.rank for u in updates)}",
+        f"{sum(u.scale for u in updates) / count:.3f}",
+        f"{math.hypot(*(u.norm for u in updates)):.4g}",
+        f"{max((v for u in updates for v in u.singular_values[:1]), default=0.0):.3g}",
+        f"{sum(u.effective_rank for u in updates) / count:.1f}",
+        f"{sum(u.bytes for u in updates):,}",
+    ]
+
+
+def _change_line(changes: Sequence[Change]) -> list[str]:
+    count = len(changes)
+    norms = [
+        math.hypot(*values) for values in ([c.norm for c in changes], [c.other for c in changes])
+    ]
+    off = math.hypot(*((c.difference or 0.0) * c.norm for c in changes))
+    return [
+        *(f"{norm:.4g}" for norm in norms),
+        f"{off / norms[0]:.3g}" if norms[0] else "-",
+        f"{sum(c.overlap for c in changes) / count:.3f}",
+        f"{max(c.angle for c in changes):.0f}\N{DEGREE SIGN}",
+    ]
+
+
+_HEADS: dict[Any, list[str]] = {
+    _update_line: ["rank", "scale", "norm", "largest", "eff. rank", "bytes"],
+    _change_line: ["norm", "other", "difference", "overlap", "angle"],
+}
+
+
+def write(found: Inspection[Any], page: Path) -> tuple[Path, Path]:
+    """Write the page, and the same numbers as JSON beside it; return both paths."""
+    columns = {
+        field: {name: getattr(module, field) for name, module in found.modules.items()}
+        for field in found.forms
+    }
+    known = {f: {n: v for n, v in values.items() if v is not None} for f, values in columns.items()}
+    maps = [
+        heat_map(field.replace("_", " "), values, found.forms[field])
+        for field, values in known.items()
+        if values
+    ]
+    drawn = spectra(found.modules) if found.title == "Adapter" else {}
+    write_page(page, found.title, found.summary, maps, drawn)
+    rows = {name: asdict(module) for name, module in found.modules.items()}
+    numbers = page.with_suffix(".json")
+    write_json(numbers, {"summary": found.summary.splitlines(), "modules": rows})
+    return page, numbers
+
+
+def spectra(updates: Mapping[str, Update]) -> dict[str, str]:
+    """Return a chart of the singular values, each over its module's largest, by projection."""
+    curves: dict[str, list[list[svg.Point]]] = {}
+    for projection, members in groups(updates, "projection").items():
+        for update in members:
+            values = update.singular_values
+            points = [(k, v / values[0]) for k, v in enumerate(values, 1) if v > _FLOOR * values[0]]
+            if len(points) > 1:
+                curves.setdefault(projection, []).append([(float(k), v) for k, v in points])
+    every = [line for lines in curves.values() for line in lines]
+    if not every:
+        return {}
+    width, height = 320, 200
+    frame = svg.Frame(
+        svg.Scale.over([x for line in every for x, _ in line], 44, width - 12),
+        svg.Scale.over([y for line in every for _, y in line], height - 36, 18, log=True),
+        width,
+        height,
+    )
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(4) if value == int(value) > 0]
+    drawn = {}
+    for projection, lines in curves.items():
+        parts = frame.axes(ticks, frame.y.ticks(4))
+        for line in lines:
+            parts += svg.lines(frame, line, [], [])
+        parts += svg.caption(frame, "number of the singular value", "over the largest")
+        title = f"singular values, {projection}"
+        drawn[title] = svg.panel(frame, parts, f"{title}: {len(lines)} modules")
+    return drawn
+
+
+_FLOOR = 1e-8
+"""Of the largest: smaller singular values are what rounding leaves."""

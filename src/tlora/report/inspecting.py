@@ -1,0 +1,111 @@
+"""`tlora inspect`: what a folder holds, on the screen and as its page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlora.adapter.saved import CONFIG
+from tlora.compare.comparefolder import CompareFolder
+from tlora.errors import ArtifactError, ConfigError
+from tlora.evaluate.evalfolder import EvalFolder
+from tlora.files import refuse_missing
+
+if TYPE_CHECKING:
+    from tlora.report.adapters import Inspection
+
+Tell = Callable[[str], None]
+
+
+def run(
+    tell: Tell, *, path: str, by: str = "module", against: str | None, output: str | None
+) -> None:
+    """Show a comparison, an evaluation, a plan or an adapter, whichever is there.
+
+    Args:
+        tell: prints.
+        path: the folder, or a plan.safetensors.
+        by: what a line of a table is about.
+        against: a method of a comparison, or the folder of another adapter.
+        output: HTML file of an adapter's page.
+
+    Raises:
+        TLoraError: there is nothing to show, or a file is damaged.
+    """
+    if CompareFolder(path).exists:
+        show_comparison(CompareFolder(path), tell, against)
+        return
+    folder = Path(path)
+    file = folder / "plan.safetensors" if folder.is_dir() else folder
+    adapter = next((p for p in (folder, folder / "adapter") if (p / CONFIG).is_file()), None)
+    if adapter and (adapter == folder or against or output or not file.is_file()):
+        _show_adapter(adapter, tell, by, against, output)
+        return
+    if against is not None:
+        raise ConfigError(f"{path} holds no comparison and no adapter; leave it out.", "against")
+    if EvalFolder(path).exists:
+        show_evaluation(EvalFolder(path), tell)
+        return
+    if folder.is_dir() and not file.is_file():
+        raise ArtifactError(
+            f"{path}: there is no plan.safetensors and no adapter; give the folder of a run or of"
+            " an adapter."
+        )
+    _show_plan(file, tell, by)
+    if adapter:
+        tell(f"`tlora inspect {adapter}` shows what was trained.")
+
+
+def show_comparison(folder: CompareFolder, tell: Tell, against: str | None = None) -> None:
+    """Write a comparison's page and tables, and print them; or the differences to one method."""
+    from tlora.report import comparison, plaintext
+
+    results = comparison.read(folder)
+    if against is not None:
+        tell(plaintext.against(results, against))
+        return
+    page, text, table = plaintext.write(results, folder.path)
+    tell(f"\n{plaintext.markdown(results)}\npage: {page}\ntables: {text}, {table}")
+
+
+def show_evaluation(folder: EvalFolder, tell: Tell) -> None:
+    """Write an evaluation's page and table, and print it."""
+    from tlora.report import evaluation
+
+    report = evaluation.write(folder.path)
+    tell(f"\n{report.text}\npage: {report.page}\ntable: {report.markdown}")
+
+
+def _show_plan(file: Path, tell: Tell, by: str) -> None:
+    from tlora.adapter.plan import AdapterPlan
+    from tlora.report.heatmap import save
+    from tlora.report.tables import show
+
+    refuse_missing(file)
+    plan = AdapterPlan.load(file)
+    show(plan, by=by)
+    page = save(plan, file.with_name("plan.html"))
+    tell(f"\n{plan.summary()}\npage: {page}")
+
+
+def _show_adapter(
+    folder: Path, tell: Tell, by: str, against: str | None, output: str | None
+) -> None:
+    from rich.console import Console
+
+    from tlora.adapter.saved import read_lora
+    from tlora.exporters.export import adapter_folder
+    from tlora.report import adapters
+
+    lora = read_lora(folder)
+    found: Inspection[adapters.Update] | Inspection[adapters.Change] = (
+        adapters.inspect(lora)
+        if against is None
+        else adapters.against(lora, read_lora(adapter_folder(against)))
+    )
+    Console().print(adapters.table(found, by))
+    place = folder.absolute()
+    page = Path(output or place.with_name(f"{place.name}.inspect.html"))
+    page, numbers = adapters.write(found, page)
+    tell(f"\n{found.summary}\npage: {page}\nnumbers: {numbers}")
