@@ -41,7 +41,9 @@ READ = {reader.name: reader for reader in READERS}
 def test_old_vllm_multiplies_all_modules_by_one_scale(varied):
     lora = read_lora(varied.adapter)
     right = dense(lora)
-    read = {n: lora.tensors[b].double() @ lora.tensors[a].double() for n, (a, b) in lora.keys.items()}
+    read = {
+        n: lora.tensors[b].double() @ lora.tensors[a].double() for n, (a, b) in lora.keys.items()
+    }
     scale = lora.fields["lora_alpha"] / lora.fields["r"]
     expected = relative({name: scale * each for name, each in read.items()}, right)
     found = reading(READ["vllm-0.31"], lora)
@@ -54,7 +56,9 @@ def test_old_vllm_multiplies_all_modules_by_one_scale(varied):
 def test_readers_of_equal_ranks_multiply_by_alpha_over_r(name, tmp_path):
     lora = equal_ranks(tmp_path)
     right = dense(lora)
-    read = {n: lora.tensors[b].double() @ lora.tensors[a].double() for n, (a, b) in lora.keys.items()}
+    read = {
+        n: lora.tensors[b].double() @ lora.tensors[a].double() for n, (a, b) in lora.keys.items()
+    }
     expected = relative({n: each * (4 / 3) for n, each in read.items()}, right)
     assert reading(READ[name], lora).error == pytest.approx(expected, rel=1e-12)
 
@@ -95,9 +99,7 @@ def copy(folder, to):
 
 def exported(saved, folder, form="uniform", **fields):
     """Export an adapter; return the folder."""
-    export.run(
-        ExportConfig(path=str(saved.adapter), output_dir=str(folder), format=form, **fields)
-    )
+    export.run(ExportConfig(path=str(saved.adapter), output_dir=str(folder), format=form, **fields))
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.adapter.saved import SavedLora
+from tlora.errors import ConfigError
 from tlora.exporters.readers import READERS
 from tlora.verify import llamacpp
 from tlora.verify.replies import Difference, Models, Replies, logs, scaled_as, written
@@ -43,12 +44,17 @@ class _Setting:
     count: int
 
     @classmethod
-    def of(cls, config: VerifyConfig, lora: SavedLora, base: str) -> _Setting | None:
-        """Return what is asked; None where the model does not go on with texts."""
+    def of(cls, config: VerifyConfig, lora: SavedLora, base: str) -> _Setting | str:
+        """Return what is asked; or why nothing is, in a line."""
         models = Models(base, config.trust_remote_code)
         if not models.writes(str(lora.path)):
-            return None
-        prompts = models.prompts(str(lora.path), config.prompts)
+            return "replies: not run, since the model does not continue texts"
+        try:
+            prompts = models.prompts(str(lora.path), config.prompts)
+        except ConfigError as error:
+            if config.prompts:
+                raise
+            return f"replies: not run ({error.faults[0].rstrip('.')})"
         return cls(models, prompts, config.max_new_tokens)
 
     def adapted(self, model: Any, tokenizer: Any) -> Replies:
@@ -62,16 +68,13 @@ class _Setting:
         return Replies(own, logs(model, self.prompts, meant.written))
 
 
-_NOT_RUN = "replies: not run, since the model does not continue texts; only files were compared"
-
-
 def readers(
     config: VerifyConfig, lora: SavedLora, base: str, verdicts: Sequence[Verdict]
 ) -> Measured:
     """Measure what the scales of each reader that is off make of the replies."""
     setting = _Setting.of(config, lora, base)
-    if setting is None:
-        return Measured([_NOT_RUN])
+    if isinstance(setting, str):
+        return Measured([setting])
     wrong = [verdict.reader for verdict in verdicts if verdict.error and not verdict.exact]
     rules = {each.title: each.scales(lora) for each in READERS if each.name in wrong}
     found: dict[str, Difference] = {}
@@ -95,8 +98,8 @@ def readers(
 def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Measured:
     """Measure how far an export's replies are from the adapter's, both by transformers."""
     setting = _Setting.of(config, lora, base)
-    if setting is None:
-        return Measured([_NOT_RUN])
+    if isinstance(setting, str):
+        return Measured([setting])
     meant = setting.models.run(str(lora.path), setting.adapted)
     effect = _effect(setting, base, meant)
     found = setting.models.run(str(path), lambda m, t: setting.replies(m, t, meant))
@@ -124,8 +127,8 @@ def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measur
     if not stored.is_file():
         return Measured([f"llama.cpp: not run, since {stored} is not there; export --base_gguf"])
     setting = _Setting.of(config, lora, base)
-    if setting is None:
-        return Measured([_NOT_RUN])
+    if isinstance(setting, str):
+        return Measured([setting])
 
     def first(model: Any, _: Any) -> list[Any]:
         return logs(model, setting.prompts, [[0]] * len(setting.prompts))

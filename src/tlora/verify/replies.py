@@ -36,8 +36,6 @@ PROMPTS = (
     "Translate into German: The weather is nice today.",
 )
 """What is asked where no file of prompts is given."""
-LIMIT = 0.1
-"""Of the adapter's effect: a larger difference is an error."""
 
 
 @dataclass
