@@ -213,10 +213,10 @@ def spectra(updates: Mapping[str, Update]) -> dict[str, str]:
     every = [line for lines in curves.values() for line in lines]
     if not every:
         return {}
-    width, height = 320, 200
+    width, height = 232, 148
     frame = svg.Frame(
-        svg.Scale.over([x for line in every for x, _ in line], 44, width - 12),
-        svg.Scale.over([y for line in every for _, y in line], height - 36, 18, log=True),
+        svg.Scale.over([x for line in every for x, _ in line], 36, width - 12),
+        svg.Scale.over([y for line in every for _, y in line], height - 22, 8, log=True),
         width,
         height,
     )
@@ -226,9 +226,9 @@ def spectra(updates: Mapping[str, Update]) -> dict[str, str]:
         parts = frame.axes(ticks, frame.y.ticks(4))
         for line in lines:
             parts += svg.lines(frame, line, [], [])
-        parts += svg.caption(frame, "number of the singular value", "over the largest")
-        title = f"singular values, {projection}"
-        drawn[title] = svg.panel(frame, parts, f"{title}: {len(lines)} modules")
+        drawn[projection] = svg.panel(
+            frame, parts, f"{projection}: singular values of {len(lines)} modules over the largest"
+        )
     return drawn
 
 
