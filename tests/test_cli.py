@@ -238,7 +238,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         (["inspect"], "`path` is missing; `tlora inspect` needs a run's folder"),
         (["compare", "--learning_rates", "fast"], "`learning_rates` is ['fast']; give positive"),
         (["inspect", "nowhere"], "nowhere: there is no such file."),
-        (["inspect", "."], "there is no plan.safetensors; give a run's folder"),
+        (["inspect", "."], "there is no plan.safetensors and no adapter; give the folder of a run"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tlora, argv, message, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`tlora inspect` of any LoRA: numbers against dense products, the page, and where it is written."""
+"""`tlora inspect` of any LoRA: numbers against dense products, and the page."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-
 from browsing import WIDE, overhanging
+
 from served import SERVED, Saved, change_config, dense, save
 from tlora import cli
 from tlora.adapter.saved import Factors, read_lora

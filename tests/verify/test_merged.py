@@ -63,3 +63,11 @@ def test_a_weight_that_no_adapter_touches_must_be_the_base_s(saved, tmp_path, ca
     save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors", {"format": "pt"})
     assert run(saved.adapter, folder) == 1
     assert f"{name} changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_the_export_merges_is_right(saved, dtype, tmp_path):
+    folder = tmp_path / "merged"
+    words = ["merge", saved.adapter, "--output_dir", folder, "--dtype", dtype]
+    assert cli.main([*map(str, words)]) == 0
+    assert run(saved.adapter, folder, "--for", "sglang") == 0

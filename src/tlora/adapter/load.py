@@ -45,8 +45,7 @@ def load_adapter(
 ) -> PeftModel:
     """Load a saved adapter onto the base model; when it is to train on, A stays frozen.
 
-    Plain ``PeftModel.from_pretrained(..., is_trainable=True)`` loads the same weights but trains
-    A too, since a plain PEFT folder does not say that A is frozen.
+    Plain ``PeftModel.from_pretrained(..., is_trainable=True)`` trains A too.
 
     Args:
         model: the base model.
@@ -56,10 +55,9 @@ def load_adapter(
         freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
 
     Raises:
-        AdapterError: the folder holds no adapter, its weights are damaged, not finite, not of the
-            model's sizes or modules, or some are missing, or it is to train on and no gradient
-            passes the model's 4-bit weights any more; the model is as it was. Or PEFT does not load
-            it; the model may be half adapted then.
+        AdapterError: the folder holds no adapter, its weights are damaged, incomplete, not finite
+            or not of the model's modules and sizes, or no gradient passes the model's 4-bit weights
+            any more; the model is as it was. If PEFT does not load it, it may be half adapted.
         ArtifactError: its adapter_config.json is damaged.
     """
     from peft import PeftConfig, PeftModel

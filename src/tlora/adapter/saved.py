@@ -255,7 +255,11 @@ def _check_ranks(lora: SavedLora) -> None:
 
 
 def _check_complete(lora: SavedLora) -> None:
-    """Refuse a folder whose configuration names a module in full that its weights lack."""
+    """Refuse a folder whose configuration names a module in full that its weights lack.
+
+    Raises:
+        AdapterError: it does.
+    """
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
         return  # their names are not those of modules
     targets = lora.fields.get("target_modules") or []

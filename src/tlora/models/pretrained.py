@@ -267,8 +267,8 @@ def check_weights(model: str) -> None:
         names = {str(name) for name in found.values()} if isinstance(found, dict) else set()
         if outside := sorted(name for name in names if Path(name).name != name):
             raise ConfigError(
-                f"{model!r} cannot be loaded: {index.name} names {outside[0]!r}, which is not a file"
-                " in the folder; get it anew.",
+                f"{model!r} cannot be loaded: {index.name} names {outside[0]!r}, which is not a"
+                " file in the folder; get it anew.",
                 "model",
             )
     for file in sorted(Path(model).glob("*.safetensors")):

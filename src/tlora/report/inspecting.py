@@ -49,8 +49,8 @@ def run(
         return
     if folder.is_dir() and not file.is_file():
         raise ArtifactError(
-            f"{path}: there is no plan.safetensors and no adapter; give the folder of a run or of"
-            " an adapter."
+            f"{path}: there is no plan.safetensors and no adapter; give the folder of a run, of an"
+            " adapter, of a comparison or of an evaluation."
         )
     _show_plan(file, tell, by)
     if adapter:

@@ -32,22 +32,8 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
             counterpart.
         ConfigError: the base's family has not been tested.
     """
-    import gguf
-
     family = family_of(config)
-    try:
-        opened = gguf.GGUFReader(file)
-        found = {each.name: _tensor(each, gguf) for each in opened.tensors}
-        kind, architecture = (_value(opened, f"general.{n}") for n in ("type", "architecture"))
-        alpha = float(_value(opened, "adapter.lora.alpha") or 0.0)
-    except Exception as error:  # whatever a damaged file makes of its reader
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise AdapterError(f"{file}: cut off or damaged ({cause}); export it again.") from error
-    if kind != "adapter" or architecture != family.architecture:
-        raise AdapterError(
-            f"{file} is a {kind or 'file'} of {architecture}, no adapter of {family.architecture};"
-            " export the adapter again."
-        )
+    found, alpha = _opened(file, family.architecture)
     lone = [n for n in found if n.endswith(_SIDES) and not _pair(n) <= found.keys()]
     if lone or not found:
         raise AdapterError(
@@ -69,6 +55,30 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
         tensors[keys[module][1]] = b[order.argsort()]
     fields = {"rank_pattern": ranks, "alpha_pattern": scales}
     return SavedLora(file, fields, tensors, keys)
+
+
+def _opened(file: Path, architecture: str) -> tuple[dict[str, Tensor], float]:
+    """Return the tensors of a GGUF file, and its alpha.
+
+    Raises:
+        AdapterError: it is damaged, or no adapter of this architecture.
+    """
+    import gguf
+
+    try:
+        opened = gguf.GGUFReader(file)
+        found = {each.name: _tensor(each, gguf) for each in opened.tensors}
+        kind, own = (_value(opened, f"general.{name}") for name in ("type", "architecture"))
+        alpha = float(_value(opened, "adapter.lora.alpha") or 0.0)
+    except Exception as error:  # whatever a damaged file makes of its reader
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AdapterError(f"{file}: cut off or damaged ({cause}); export it again.") from error
+    if kind != "adapter" or own != architecture:
+        raise AdapterError(
+            f"{file} is a {kind or 'file'} of {own}, no adapter of {architecture}; export the"
+            " adapter again."
+        )
+    return found, alpha
 
 
 def _pair(name: str) -> set[str]:

@@ -38,12 +38,7 @@ def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
             weight of a module.
         ConfigError: a model's files are damaged, or there are none.
     """
-    lacking = [words for words in lora.lacks() if not words.startswith("adapters of embeddings")]
-    if lacking:
-        raise AdapterError(
-            f"{lora.path} has {'; '.join(lacking)}; only plain matrices can be compared with merged"
-            " weights from the files alone."
-        )
+    _refuse_more_than_matrices(lora)
     model = skeleton(base, lora.fields.get("task_type"))
     before, after = (_tensors(model, place) for place in (base_folder(base.name), folder))
     updated = {f"{name}.weight": name for name in lora.keys}
@@ -74,6 +69,15 @@ def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
         modules=wrong,
         faults=faults,
     )
+
+
+def _refuse_more_than_matrices(lora: SavedLora) -> None:
+    lacking = [words for words in lora.lacks() if not words.startswith("adapters of embeddings")]
+    if lacking:
+        raise AdapterError(
+            f"{lora.path} has {'; '.join(lacking)}; only plain matrices can be compared with merged"
+            " weights from the files alone."
+        )
 
 
 def _tensors(model: Any, folder: Path) -> dict[str, Stored]:
