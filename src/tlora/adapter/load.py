@@ -43,16 +43,14 @@ def load_adapter(
     adapter_name: str = "default",
     freeze: bool = True,
 ) -> PeftModel:
-    """Load a saved adapter onto the base model; when it is to train on, A stays frozen.
-
-    Plain ``PeftModel.from_pretrained(..., is_trainable=True)`` trains A too.
+    """Load a saved adapter onto the base model; when trained on, A stays frozen, unlike in PEFT.
 
     Args:
         model: the base model.
         path: a PEFT adapter folder (or a Hub name).
         is_trainable: whether to train it further.
         adapter_name: PEFT's name of the adapter.
-        freeze: freeze A; off for an adapter that was planned with ``freeze_a=False``.
+        freeze: freeze A; off for one that was planned with ``freeze_a=False``.
 
     Raises:
         AdapterError: the folder holds no adapter, its weights are damaged, incomplete, not finite
