@@ -122,7 +122,7 @@ def test_one_changed_scale_finds_the_module(varied, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rounding_is_told_apart_from_a_wrong_export(varied, dtype, tmp_path, capsys):
-    folder = exported(varied, tmp_path / "out", dtype=dtype)
+    folder = exported(varied, tmp_path / "out", dtype=dtype, server="tgi")
     assert run(varied.adapter, folder) == 0
     assert "wrong" not in capsys.readouterr().out
     step = {"float32": 1e-6, "bfloat16": 0.02, "float16": 0.004}[dtype]

@@ -9,13 +9,13 @@ from typing import Any
 
 from tlora.adapter.saved import SavedLora
 from tlora.errors import ConfigError
+from tlora.exporters.gguf import BASE
 from tlora.exporters.readers import READERS
 from tlora.verify import llamacpp
 from tlora.verify.replies import Difference, Models, Replies, logs, scaled_as, written
 from tlora.verify.verdicts import Verdict
 from tlora.verify.verifyconfig import VerifyConfig
 
-BASE_GGUF = "base.gguf"
 LIMIT = 0.1
 """Of the adapter's effect: an export whose replies are further off is wrong."""
 _NOISE = 3
@@ -121,7 +121,7 @@ def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measur
 
     The noise of llama.cpp's own base counts as no error.
     """
-    stored = file.with_name(BASE_GGUF)
+    stored = file.with_name(BASE)
     if not llamacpp.is_installed():
         return Measured(["llama.cpp: not run; pip install xllamacpp"])
     if not stored.is_file():

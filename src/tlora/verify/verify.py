@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.adapter.saved import CONFIG, SavedLora, read_lora
 from tlora.errors import AdapterError, ArtifactError, ConfigError, VerificationError
 from tlora.exporters.export import adapter_folder
+from tlora.exporters.gguf import ADAPTER
 from tlora.files import write_json
 from tlora.models.pretrained import Pretrained
 from tlora.training.runfolder import RunFolder
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tlora.verify.measure import Measured
 
 Tell = Callable[[str], None]
-GGUF = "adapter.gguf"
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def artifact_at(path: str) -> Artifact:
     if folder.suffix == ".gguf" and folder.is_file():
         return Artifact(folder, "gguf")
     if not (folder / CONFIG).is_file() and not RunFolder(folder).exists:
-        if (folder / GGUF).is_file():
-            return Artifact(folder / GGUF, "gguf")
+        if (folder / ADAPTER).is_file():
+            return Artifact(folder / ADAPTER, "gguf")
         if (folder / "config.json").is_file():
             return Artifact(folder, "merged")
     return Artifact(adapter_folder(path), "adapter")
@@ -99,9 +99,9 @@ def _by_files(config: VerifyConfig, lora: SavedLora, subject: Artifact | None) -
         return adapters.by_every_reader(read_lora(subject.path), lora)
     base = Pretrained(name=base_of(config, lora), trust_remote_code=config.trust_remote_code)
     if subject.kind == "merged":
-        from tlora.verify import merged
+        from tlora.verify import mergedweights
 
-        return [merged.check(subject.path, base, lora)]
+        return [mergedweights.check(subject.path, base, lora)]
     from tlora import extras
     from tlora.verify import ggufs
 
