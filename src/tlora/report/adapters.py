@@ -213,7 +213,7 @@ def spectra(updates: Mapping[str, Update]) -> dict[str, str]:
     every = [line for lines in curves.values() for line in lines]
     if not every:
         return {}
-    width, height = 232, 148
+    width, height = 178, 124
     frame = svg.Frame(
         svg.Scale.over([x for line in every for x, _ in line], 36, width - 12),
         svg.Scale.over([y for line in every for _, y in line], height - 22, 8, log=True),
