@@ -117,6 +117,16 @@ def test_for_picks_the_format_and_prints_the_line_that_serves_it(varied, tmp_pat
     assert read_lora(tmp_path / "v").fields["rank_pattern"] == {}
 
 
+@pytest.mark.parametrize(
+    "form, words",
+    [("uniform", "vllm serve"), ("compact", "peft.PeftModel"), ("merged", "vllm serve")],
+)
+def test_without_a_server_the_first_that_takes_the_format_is_shown(varied, tmp_path, form, words):
+    path, out = str(varied.adapter), str(tmp_path / "out")
+    done = export.run(ExportConfig(path=path, output_dir=out, format=form))
+    assert done.command.startswith(words)
+
+
 def test_a_format_that_a_server_reads_wrongly_is_refused_with_it(varied, tmp_path):
     with pytest.raises(ConfigError, match="SGLang does not read right"):
         exported(varied, tmp_path / "v", "native", server="sglang")
@@ -143,4 +153,5 @@ def test_the_card_names_no_local_path(varied, tmp_path):
     card = (folder / "README.md").read_text()
     assert "vllm serve base" in card
     assert str(varied.base.parent) not in card
+    assert str(tmp_path) not in card
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 5

@@ -17,7 +17,7 @@ def write(
     form: str,
     notes: list[str],
     exact: list[str],
-    command: str | None,
+    command: str,
 ) -> None:
     """Write README.md into an exported folder; of local paths only the last part is shown."""
     base = public(source.base) if source.base else "(not named)"
@@ -39,7 +39,6 @@ def write(
     if exact:
         lines.append(f"- read exactly by: {', '.join(exact)}")
     lines += [f"- {note}" for note in notes]
-    if command:
-        shown = command.replace(source.base, base) if source.base else command
-        lines += ["", "Serve it:", "", f"    {shown}"]
+    shown = command.replace(source.base, base) if source.base else command
+    lines += ["", "Serve it:", "", f"    {shown}"]
     (folder / CARD).write_text(redacted("\n".join(lines)) + "\n", encoding="utf-8")

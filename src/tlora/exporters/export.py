@@ -37,7 +37,7 @@ class Exported:
     notes: list[str]
     exact: list[str]
     """Readers that get it right, by their titles."""
-    command: str | None
+    command: str
     """The line that serves it."""
 
 
@@ -70,10 +70,18 @@ def run(config: ExportConfig) -> Exported:
             done.largest_rank or 0,
             merged=done.largest_rank is None,
         )
-        command = SERVERS[config.server].command(artifact) if config.server else None
-        card.write(part, source, name, notes, exact, command)
+        command = serving_line(name, config.server, artifact)
+        card.write(part, source, name, notes, exact, command.replace(artifact.folder, folder.name))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Exported(folder, name, size, notes, exact, command)
+
+
+def serving_line(form: str, server: str | None, artifact: Artifact) -> str:
+    """Return the line that serves a format, by the first server that takes it if none is named."""
+    serves = server or next((name for name, info in SERVERS.items() if form in info.formats), None)
+    if serves:
+        return SERVERS[serves].command(artifact)
+    return f"peft.PeftModel.from_pretrained(base, {artifact.folder!r})"
 
 
 def read_source(config: ExportConfig) -> Source:
@@ -199,5 +207,4 @@ def show(done: Exported, tell: Tell) -> None:
     tell(f"{done.format}: {done.folder} ({done.bytes / 2**20:.1f} MiB)")
     if done.exact:
         tell(f"exact in: {', '.join(done.exact)}")
-    if done.command:
-        tell(f"serve it: {done.command}")
+    tell(f"serve it: {done.command}")
