@@ -135,7 +135,7 @@ def test_the_second_turn_follows_the_models_own_first_answer(config, chatty):
         ]
         assert second["rendered"] == chosen.render(tokenizer, said)
         for line in (first, second):
-            assert line["reply"] == alone(chatty, line["rendered"], chosen.stops)
+            assert line["reply"] == alone(chatty, line["rendered"], chosen.stops(tokenizer))
     protocol = entry()["protocol"]
     assert protocol.startswith("MT-Bench, two turns (Zheng et al., arXiv 2306.05685), greedy, up")
     assert protocol.endswith(f"prompts: {chosen.says}; not graded")

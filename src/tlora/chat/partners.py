@@ -168,8 +168,7 @@ class Writer:
         """Return the texts that end a reply, besides the closing token."""
         if self.style == "alpaca":
             return [formats.TURN.partition("{")[0].strip()]
-        text = rendering.closing(self.tokenizer) if self.style == "chat" else ""
-        return [text] if text and text != self.tokenizer.eos_token else []
+        return rendering.stops(self.tokenizer) if self.style == "chat" else []
 
     def _ends(self) -> list[int]:
         return end_tokens(self.model, self.tokenizer)

@@ -16,6 +16,7 @@ from tlora.evaluate.harness_task import TaskResult, check_room
 from tlora.evaluations.rows import Source
 from tlora.scoring.mtbench.judging import answer_lines
 from tlora.scoring.mtbench.questions import Question, read_questions
+from tlora.tasks import rendering
 from tlora.tasks.base import INSTRUCTION_PROMPT
 
 if TYPE_CHECKING:
@@ -32,15 +33,15 @@ class ChatForm:
     """What it is, for a result's protocol line."""
     render: Callable[[Any, Messages], str]
     """(tokenizer, messages of which the user's is last) -> the prompt."""
-    stops: tuple[str, ...] = ()
-    """Texts that a reply ends before."""
+    stops: Callable[[Any], list[str]] = lambda _: []
+    """Tokenizer -> texts that a reply ends before."""
 
 
 _TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
 
 
 def _templated(tokenizer: Any, messages: Messages) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return rendering.written(tokenizer, {"messages": messages}, prompt=True)
 
 
 def _instructed(_: Any, messages: Messages) -> str:
@@ -56,13 +57,17 @@ def _instructed(_: Any, messages: Messages) -> str:
     return text
 
 
-TEMPLATE = ChatForm("the model's chat template", _templated)
+TEMPLATE = ChatForm("the model's chat template", _templated, rendering.stops)
 INSTRUCTION = ChatForm(
     "the instruction prompt of arXiv 2604.18124, the first turn standing before the second",
     _instructed,
-    stops=("### Instruction:",),
+    lambda _: ["### Instruction:"],
 )
-FORMS = {"template": TEMPLATE, "instruction": INSTRUCTION}
+RAW = ChatForm(
+    "the text as it is, a blank line after each turn",
+    lambda _, messages: "\n\n".join(message["content"] for message in messages),
+)
+FORMS = {"template": TEMPLATE, "instruction": INSTRUCTION, "raw": RAW}
 
 _TOKENS = 1024
 _FASTCHAT = "https://github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
@@ -143,17 +148,18 @@ class MtBench:
         Args:
             lm: the model, as the harness knows it.
         """
-        system = self._config.system_instruction
+        system = self._config.system_instruction or self._config.data.system
         start = [{"role": "system", "content": system}] if system else []
         chats: list[Messages] = [[*start] for _ in self._questions]
         form = self._form(lm.tokenizer)
+        stops = form.stops(lm.tokenizer)
         # vLLM cuts prompts where nobody counts them.
         before, prompts, replies = getattr(lm, "truncated", 0), [], []
         for turn in (0, 1):
             for chat, question in zip(chats, self._questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
             prompts.append([form.render(lm.tokenizer, chat) for chat in chats])
-            replies.append(self._written(lm, prompts[turn], form))
+            replies.append(self._written(lm, prompts[turn], stops))
             for chat, reply in zip(chats, replies[turn], strict=True):
                 chat.append({"role": "assistant", "content": reply})
         pairs = zip(zip(*replies, strict=True), zip(*prompts, strict=True), strict=True)
@@ -167,21 +173,21 @@ class MtBench:
         own = "template" if tokenizer.chat_template else "instruction"
         return FORMS[own if wanted == "auto" else wanted]
 
-    def _written(self, lm: Any, prompts: list[str], form: ChatForm) -> list[str]:
+    def _written(self, lm: Any, prompts: list[str], stops: list[str]) -> list[str]:
         import transformers
         from lm_eval.api.instance import Instance
 
         transformers.set_seed(self._config.seed)
         requests = []
         for index, (prompt, question) in enumerate(zip(prompts, self._questions, strict=True)):
-            options = self._options(question, form)
+            options = self._options(question, stops)
             requests.append(Instance("generate_until", {}, (prompt, options), index))
         return [reply.strip() for reply in lm.generate_until(requests)]
 
-    def _options(self, question: Question, form: ChatForm) -> dict[str, Any]:
+    def _options(self, question: Question, stops: list[str]) -> dict[str, Any]:
         temperature = 0.0 if self._greedy else question.temperature
         return {
-            "until": list(form.stops),
+            "until": stops,
             "max_gen_toks": self._tokens,
             "do_sample": temperature > 0,
             "temperature": temperature,

@@ -17,7 +17,7 @@ from tlora.tasks.dataconfig import DataConfig, split_names
 from tlora.training.runconfig import Dtype, Quantization
 
 Backend = Literal["hf", "vllm"]
-ChatPrompt = Literal["auto", "template", "instruction"]
+ChatPrompt = Literal["auto", "template", "instruction", "raw"]
 Sandbox = Literal["namespaces", "landlock"]
 
 SETTINGS = (
@@ -139,8 +139,9 @@ class EvalConfig(Record):
     seed: Annotated[int, SEED] = 1234
     """Seed of the choice of examples and of sampling."""
     chat_prompt: ChatPrompt = "auto"
-    """Prompts of conversations: the model's chat "template", the paper's "instruction" prompt,
-    which `--task chat` trains on, or "auto": the first where there is one."""
+    """Prompts of conversations: the run's or model's chat "template", the paper's "instruction"
+    prompt, which `--task chat` trains on, "raw" text, or "auto": as the run was trained, else the
+    template if there is one, else the instruction prompt."""
     data: DataConfig = field(default_factory=DataConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 

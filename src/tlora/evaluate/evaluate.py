@@ -114,7 +114,7 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
     from tlora.evaluations import catalog
 
     if preflight.of_a_task(config):
-        tokenizer = run_format.template_tokenizer(models[0], config)
+        tokenizer = run_format.template_tokenizer(models[0], config, models)
         return {config.tasks[0]: WrittenRows(config, tokenizer)}
     chats = [name for name in config.tasks if name in CONVERSATIONS.names()]
     settings = catalog.Settings(
@@ -142,7 +142,7 @@ def check(
     from lm_eval.models.utils import resolve_max_length
 
     for evaluated in models:
-        tokenizer = loading.load_tokenizer(evaluated, config)
+        tokenizer = run_format.template_tokenizer(evaluated, config, models)
         own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
         longest = config.max_length or resolve_max_length(own, tokenizer)
         for task in tasks.values():
@@ -156,7 +156,7 @@ def _evaluate(
     tell: Tell,
 ) -> None:
     """Load one model, evaluate it on the tasks, and let go of it."""
-    lm = _model(evaluated, record.config, tasks)
+    lm = _model(evaluated, record, tasks)
     for name, task in tasks.items():
         start = time.perf_counter()
         found = task.evaluate(lm)
@@ -175,8 +175,11 @@ def _evaluate(
     loading.release()
 
 
-def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, EvaluationTask]) -> Any:
-    tokenizer = loading.load_tokenizer(evaluated, config)
+def _model(
+    evaluated: EvaluatedModel, record: EvaluationRecord, tasks: dict[str, EvaluationTask]
+) -> Any:
+    config = record.config
+    tokenizer = run_format.template_tokenizer(evaluated, config, record.evaluated)
     if evaluated.head == "labeled":
         from tlora.evaluate.labeled import Labeler, Labels
 
@@ -186,7 +189,9 @@ def _model(evaluated: EvaluatedModel, config: EvalConfig, tasks: dict[str, Evalu
     if config.backend == "vllm":
         from tlora.evaluate.vllm import MergedVLLM
 
-        return MergedVLLM(evaluated, config)
+        lm = MergedVLLM(evaluated, config)
+        lm.tokenizer.chat_template = tokenizer.chat_template
+        return lm
     from tlora.evaluate.lm import TransformersLM
 
     return TransformersLM(loading.load(evaluated, config), tokenizer, config, evaluated.head)
@@ -206,14 +211,13 @@ class EvaluationRecord:
         Raises:
             ConfigError: it was made with other settings, or calls another model by a name.
         """
-        self.config = config
+        self.config, self.evaluated = config, models
         self._folder = folder
         self._identities = {evaluated.name: evaluated.identity() for evaluated in models}
         found = folder.read() if folder.exists else {}
         self._models: dict[str, Any] = {each["name"]: each for each in found.get("models", [])}
         self._tasks: dict[str, Any] = {each["name"]: each for each in found.get("tasks", [])}
         self._starts: list[Any] = found.get("starts", [])
-        self._evaluated = models
         self._refuse_mixing(found)
 
     def _refuse_mixing(self, found: dict[str, Any]) -> None:
@@ -226,7 +230,7 @@ class EvaluationRecord:
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
                     f" {before.get(name)!r}; give it as it was, or choose another --output_dir."
                 )
-        for evaluated in self._evaluated:
+        for evaluated in self.evaluated:
             known = self._models.get(evaluated.name, {})
             here = (evaluated.kind, evaluated.model, evaluated.adapter)
             if known and (known["kind"], known["model"], known["adapter"]) != here:
@@ -239,14 +243,14 @@ class EvaluationRecord:
 
     def start(self, tasks: dict[str, EvaluationTask]) -> None:
         """Write down what is about to run; results of models that have changed are dropped."""
-        for evaluated in self._evaluated:
+        for evaluated in self.evaluated:
             identity = self._identities[evaluated.name]
             known = self._models.get(evaluated.name)
             if known and known["identity"] != identity:
                 logger.warning("%s has changed, and is evaluated anew.", evaluated.name)
                 self._forget(evaluated.name)
-        named = {evaluated.name: self._entry(evaluated) for evaluated in self._evaluated}
-        first = self._evaluated[0]
+        named = {evaluated.name: self._entry(evaluated) for evaluated in self.evaluated}
+        first = self.evaluated[0]
         # What was there keeps its place, but a base leads: the others are compared with it.
         lead = {first.name: named[first.name]} if first.kind == "base" else {}
         self._models = lead | {k: v for k, v in (self._models | named).items() if k not in lead}

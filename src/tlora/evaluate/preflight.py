@@ -87,7 +87,12 @@ def of_a_task(config: EvalConfig) -> bool:
     """
     if config.test_file or config.data.kind or config.data.dataset:
         return True
-    if given := [name for name in config.data.given() if name != "format"]:
+    prompts = {"format"}
+    if config.apply_chat_template:
+        prompts |= {"chat_template"}
+    if any(name in CONVERSATIONS.names() for name in config.tasks):
+        prompts |= {"chat_template", "system"}
+    if given := [name for name in config.data.given() if name not in prompts]:
         raise ConfigError(
             f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
             " give --test_file or --data.dataset too, or leave it out.",

@@ -1,30 +1,34 @@
 """The format of prompts in an evaluation: that of the runs, unless `data.format` asks for another.
 
-A run records how its rows were written (`data.format`, `data.system`). Rows of a task are written
-the same way; the evaluations of `tlora list evaluations` ask in the paper's Alpaca prompt, and
-MT-Bench in the form that the run was trained in.
+A run records how its rows were written (`data.format`, `data.system`) and saves its chat template.
+Rows of a task and the questions of MT-Bench are written the same way; the evaluations of `tlora
+list evaluations` ask in the paper's Alpaca prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, shortened
 from tlora.evaluate import loading, preflight
 from tlora.evaluate.class_order import run_of
 from tlora.evaluate.evalconfig import ChatPrompt, EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.registry import EVALUATIONS, TASKS
+from tlora.registry import CONVERSATIONS, EVALUATIONS, TASKS
 from tlora.tasks.base import Row
 from tlora.tasks.rendering import set_template, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHAT_PROMPTS: dict[str, ChatPrompt] = {"chat": "template", "alpaca": "instruction"}
+_CHAT_PROMPTS: dict[str, ChatPrompt] = {
+    "chat": "template",
+    "alpaca": "instruction",
+    "raw": "raw",
+}
 
 
 def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
@@ -35,35 +39,64 @@ def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
         models: what it evaluates.
 
     Raises:
-        ConfigError: runs differ in their format, or an evaluation asks in another one.
+        ConfigError: runs differ in their format, system message or chat template, or an evaluation
+            asks in another format.
     """
+    if all(each.head == "labeled" for each in models):
+        return config  # no prompts
     runs = {m.name: found for m in models if (found := recorded(m))}
     formats = {name: run["format"] for name, run in runs.items()}
-    if not formats or config.data.format != "auto":
-        return config
-    of_a_task = preflight.of_a_task(config)
-    said = ", ".join(f"{name}: {style}" for name, style in formats.items())
-    if len(set(formats.values())) > 1 and of_a_task:
-        raise ConfigError(
-            f"the runs were trained in different formats ({said}); evaluate them apart, or give"
-            " --data.format.",
-            where="data.format",
-        )
-    style = next(iter(formats.values()))
-    if of_a_task:
-        system = config.data.system or next(iter(runs.values())).get("system")
-        data = dataclasses.replace(config.data, format=style, system=system)
-        return dataclasses.replace(config, data=data)
+    asked, of_a_task = config.data, preflight.of_a_task(config)
     pinned = [name for name in config.tasks if name in EVALUATIONS.names()]
-    if pinned and set(formats.values()) != {"alpaca"}:
+    if pinned and not of_a_task and asked.format == "auto" and {*formats.values()} - {"alpaca"}:
         raise ConfigError(
             f"{', '.join(pinned)} asks in the Alpaca prompt, and the runs were trained in another"
-            f" format ({said}); give --data.format alpaca to ask all the same.",
+            f" format ({_said(formats)}); give --data.format alpaca to ask all the same.",
             where="data.format",
         )
-    if config.chat_prompt == "auto" and len(set(formats.values())) == 1:
-        return dataclasses.replace(config, chat_prompt=_CHAT_PROMPTS.get(style, "auto"))
-    return config
+    if not (of_a_task or _converses(config)):
+        return config
+    style, system = asked.format, asked.system
+    if style == "auto" and (of_a_task or config.chat_prompt == "auto"):
+        style = _common(formats, "format") or style
+    if not (system or config.system_instruction) and asked.format == "auto":
+        system = _common({name: run.get("system") for name, run in runs.items()}, "system")
+    if of_a_task and style == "chat" and not asked.chat_template:
+        saved = {m.name: text for m in models if (text := _saved_template(m))}
+        _common(saved, "chat_template", said=", ".join(saved))
+    if not of_a_task and config.chat_prompt == "auto":
+        prompt = _CHAT_PROMPTS.get(style, "auto")
+        config, style = dataclasses.replace(config, chat_prompt=prompt), asked.format
+    data = dataclasses.replace(asked, format=style, system=system)
+    return dataclasses.replace(config, data=data)
+
+
+def _converses(config: EvalConfig) -> bool:
+    return any(name in CONVERSATIONS.names() for name in config.tasks)
+
+
+def _said(values: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name}: {shortened(value or 'none', 40)}" for name, value in values.items())
+
+
+def _common(values: Mapping[str, Any], field: str, said: str = "") -> Any:
+    """Return the one value that all runs have; None where there are no runs.
+
+    Args:
+        values: by the names of the runs.
+        field: of `data`.
+        said: what a message shows in place of the values.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if len(set(values.values())) > 1:
+        raise ConfigError(
+            f"the runs were trained with different values ({said or _said(values)}); evaluate them"
+            f" separately, or give --data.{field}.",
+            where=f"data.{field}",
+        )
+    return next(iter(values.values()), None)
 
 
 def recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
@@ -78,17 +111,28 @@ def recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
     return data if known and evaluated.head != "labeled" else None
 
 
-def template_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer whose chat template writes the prompts.
+def template_tokenizer(
+    evaluated: EvaluatedModel, config: EvalConfig, models: Sequence[EvaluatedModel] = ()
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, with the chat template that writes its prompts.
 
-    It is that of `data.chat_template`, else that of the run, which is saved with the adapter.
+    The template is that of `data.chat_template`, else that of the run, which is saved with the
+    adapter. A base takes that of the first of ``models`` that was trained on it: they are compared.
     """
     tokenizer = loading.load_tokenizer(evaluated, config)
     if config.data.chat_template:
         set_template(tokenizer, config.data.chat_template)
-    elif evaluated.adapter and (file := Path(evaluated.adapter) / "chat_template.jinja").is_file():
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return tokenizer
+    compared = models if evaluated.adapter is None else ()
+    runs = [evaluated, *(each for each in compared if each.model == evaluated.model)]
+    if saved := next(filter(None, map(_saved_template, runs)), None):
+        tokenizer.chat_template = saved
     return tokenizer
+
+
+def _saved_template(evaluated: EvaluatedModel) -> str | None:
+    file = Path(evaluated.adapter or "") / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if evaluated.adapter and file.is_file() else None
 
 
 def as_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:

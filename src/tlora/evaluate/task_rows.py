@@ -15,7 +15,7 @@ from tlora.evaluate.loading import unheard
 from tlora.evaluate.run_format import as_prompt
 from tlora.scoring.closeness import ROUGE, chrf, rouge
 from tlora.tasks.base import Row, Task
-from tlora.tasks.rendering import closing
+from tlora.tasks.rendering import stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +124,7 @@ def of_rows(
         row = as_prompt(written, tokenizer)
         docs.append({"item": str(number), "prompt": row["prompt"], "target": row["response"]})
     chat = any("messages" in row for row in rows)
-    end = closing(tokenizer) if chat else ""
-    until = [end] if end and end != tokenizer.eos_token else []
+    until = stops(tokenizer) if chat else []
     return rows_task(name, docs, task if task.reads_replies else None, until)
 
 

@@ -128,14 +128,16 @@ def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) 
     return _renderer(tokenizer, row)(row["messages"], prompt)
 
 
-def closing(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the chat template writes behind an answer; "" where it writes nothing.
+def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what the chat template writes after an answer, without the closing token; maybe [].
 
     Raises:
         DataError: the tokenizer has no template.
     """
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-    return written(tokenizer, {"messages": turns}).rpartition("reply")[2].strip()
+    text = written(tokenizer, {"messages": turns}).rpartition("reply")[2].strip()
+    text = text.removesuffix(tokenizer.eos_token or "").strip()
+    return [text] if text else []
 
 
 _RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
