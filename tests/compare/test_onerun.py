@@ -269,6 +269,12 @@ def test_the_identity_of_an_experiment_is_in_its_contents(shared, tmp_path):
         {"data": DataConfig(overlap="allow", guard="gsm8k-paper", guard_dir="data")},
     ):
         assert experiment(CompareConfig(**shared | same)) == first
+    templates = []
+    for name, text in (("a.jinja", "one"), ("b.jinja", "one"), ("c.jinja", "two")):
+        (tmp_path / name).write_text(text)
+        data = DataConfig(format="chat", chat_template=str(tmp_path / name))
+        templates.append(experiment(CompareConfig(**shared | {"data": data})))
+    assert templates[0] == templates[1] != templates[2]
     assert model_identity("a/name-on-the-hub") == "a/name-on-the-hub"
     assert first["model"] == model_identity(shared["model"]) != shared["model"]
     assert first["files"]["train_file"] == file_digest(shared["train_file"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.evaluate import evaluate
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
@@ -41,9 +41,11 @@ def messages(chat) -> dict:
 
 def scores(**fields):
     """Return the scores by model, and the samples of the base."""
-    config = EvalConfig(tasks=["jsonl"], output_dir="out", **fields)
+    config = EvalConfig(**{"tasks": ["jsonl"], "output_dir": "out"} | fields)
     (task,) = evaluate.run(config).read()["tasks"]
-    return task["scores"], EvalFolder("out").read_samples(next(iter(task["scores"])), "jsonl")
+    return task["scores"], EvalFolder(config.output_dir).read_samples(
+        next(iter(task["scores"])), "jsonl"
+    )
 
 
 def loss(model, rows) -> float:
@@ -161,3 +163,34 @@ def test_texts_need_a_backend_that_tells_their_loss(llama_folder, here):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
     with pytest.raises(DataError, match="jsonl: texts have a loss alone, which vLLM does not"):
         WrittenRows(config, tokenizer)
+
+
+def test_several_files_and_globs_are_scored_as_they_are_trained_on(llama_folder, here):
+    rows = [{"prompt": f"{n}+1?", "response": str(n + 1)} for n in range(4)]
+    whole = written("whole.jsonl", [*rows, rows[0], rows[0]])
+    written("part-1.jsonl", rows[:2])
+    written("part-2.jsonl", rows[2:])
+    Path("more.csv").write_text("instruction,output\n0+1?,1\n")
+    files = ["part-*.jsonl", {"path": "more.csv", "weight": 2}]
+    fields = {"models": [llama_folder], "data": DataConfig(format="raw")}
+    found, samples = scores(test_file=files, **fields)
+    assert [sample["target"] for sample in samples] == ["1", "2", "3", "4", "1", "1"]
+    (expected,) = scores(test_file=whole, **fields | {"output_dir": "whole"})[0].values()
+    assert next(iter(found.values())) == pytest.approx(expected)
+
+
+def test_texts_and_prompts_are_not_scored_together(llama_folder, here):
+    written("a.jsonl", [{"text": "so it is"}])
+    written("b.jsonl", [{"prompt": "1+1?", "response": "2"}])
+    with pytest.raises(DataError, match=r"a.jsonl,b.jsonl: 1 of 2 rows are plain text"):
+        scores(models=[llama_folder], test_file="a.jsonl,b.jsonl")
+
+
+def test_results_of_other_rows_under_the_same_name_are_not_kept(llama_folder, here):
+    fields = {"models": [llama_folder], "data": DataConfig(format="raw")}
+    file = written("texts.jsonl", [{"text": "so it is"}])
+    first, _ = scores(test_file=file, **fields)
+    assert scores(test_file=file, **fields)[0] == first
+    written("texts.jsonl", [{"text": "so it was"}])
+    with pytest.raises(ConfigError, match="the file of `test_file` has changed since out was made"):
+        scores(test_file=file, **fields)

@@ -37,6 +37,8 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
         # Whether rows are refused or allowed changes nothing in a run that is made.
         del shared["data"]["overlap"], shared["data"]["guard"]
     del shared["data"]["guard_dir"]
+    if template := config.data.chat_template:
+        shared["data"]["chat_template"] = input_digest(template) or template
     shared = comparedefaults.differing(shared, comparedefaults.SHARED)
     if trainer := _trainer(config):
         shared["trainer"] = trainer

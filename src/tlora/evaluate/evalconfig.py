@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from tlora.checks import FOLDER, SEED, Record, Rule, at_least, fault
 from tlora.scoring.mtbench.judgeconfig import JudgeConfig
 from tlora.tasks.dataconfig import DataConfig, split_names
+from tlora.tasks.mixture import written
 from tlora.training.runconfig import Dtype, Quantization
 
 Backend = Literal["hf", "vllm"]
@@ -147,6 +148,7 @@ class EvalConfig(Record):
 
     def __post_init__(self) -> None:
         self.tasks = split_names(self.tasks)
+        self.test_file = written(self.test_file, "test_file")
         if isinstance(self.limit, float) and self.limit >= 1 and self.limit.is_integer():
             self.limit = int(self.limit)
         super().__post_init__()
@@ -178,7 +180,8 @@ class EvalConfig(Record):
         for name in self.data.given():
             if name in _OF_TRAINING:
                 yield f"`data.{name}` is for training only; leave it out."
-        yield from self.data.undrawn()
+        if ":" not in str(self.test_file):
+            yield from self.data.undrawn()
         for name, kind in _GENERATION.items():
             if name in self.gen_kwargs:
                 yield from fault(f"gen_kwargs.{name}", kind, self.gen_kwargs[name])

@@ -21,6 +21,7 @@ from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.grade import grade
 from tlora.models.pretrained import Pretrained
 from tlora.registry import CONVERSATIONS
+from tlora.training.digests import input_digest
 from tlora.training.runfolder import provenance
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ class EvaluationRecord:
         self._models: dict[str, Any] = {each["name"]: each for each in found.get("models", [])}
         self._tasks: dict[str, Any] = {each["name"]: each for each in found.get("tasks", [])}
         self._starts: list[Any] = found.get("starts", [])
+        files = {"test_file": config.test_file, "data.chat_template": config.data.chat_template}
+        self._inputs = {name: input_digest(path) for name, path in files.items()}
         self._refuse_mixing(found)
 
     def _refuse_mixing(self, found: dict[str, Any]) -> None:
@@ -229,6 +232,13 @@ class EvaluationRecord:
                 faults.append(
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
                     f" {before.get(name)!r}; give it as it was, or choose another --output_dir."
+                )
+        for name, digest in self._inputs.items():
+            # A file may have other content under the same name.
+            if finished and not faults and found["inputs"].get(name) != digest:
+                faults.append(
+                    f"the file of `{name}` has changed since {self._folder.path} was made; put it"
+                    " back as it was, or choose another --output_dir."
                 )
         for evaluated in self.evaluated:
             known = self._models.get(evaluated.name, {})
@@ -301,6 +311,7 @@ class EvaluationRecord:
         self._folder.write(
             {
                 "config": self.config.to_dict(),
+                "inputs": self._inputs,
                 "provenance": self._starts[-1],
                 "starts": self._starts,
                 "models": list(self._models.values()),

@@ -284,7 +284,7 @@ def _digest(path: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".safetensors", ".json", ".bin", ".model"):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".bin", ".model"):
             size = file.stat().st_size
             digest.update(f"{file.name} {size};".encode())
             with file.open("rb") as content:

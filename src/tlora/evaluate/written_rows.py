@@ -45,7 +45,13 @@ class WrittenRows:
         # Tasks that read replies have scores of their own; vLLM keeps its model to itself.
         self._likely = not self._task.reads_replies and config.backend == "hf"
         self._replies = None
-        if "text" not in rows[0]:  # rows of a file have one shape
+        texts = sum("text" in row for row in self._rows)
+        if 0 < texts < len(self._rows):
+            raise DataError(
+                f"{config.test_file}: {texts} of {len(self._rows)} rows are plain text, the others"
+                " have prompts; evaluate them separately."
+            )
+        if not texts:
             self._replies = HarnessTask(of_rows(name, rows, self._task, tokenizer), config)
         elif not self._likely:
             raise DataError(f"{name}: texts have a loss alone, which vLLM does not tell.")

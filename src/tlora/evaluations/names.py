@@ -115,19 +115,20 @@ def check_guard(names: Iterable[str], where: str) -> None:
         raise ConfigError(faults, where=where)
 
 
-def check_files(names: Iterable[str], data_dir: str | None) -> None:
-    """Check that the rows of our evaluations are in the user's folder, or on the Hub.
+def check_files(names: Iterable[str], data_dir: str | None) -> list[Path]:
+    """Return the files in the user's folder with the rows of our evaluations; [] for the Hub.
 
     Raises:
         DataError: they are not there.
     """
     own, wanted = _ours(names)
-    faults = Faults("data_dir")
+    faults, files = Faults("data_dir"), []
     for name in wanted:
         with faults:
             if given := own.get(name, {}).get("dataset_kwargs"):
-                Source.of(given).check(name, data_dir)
+                files.append(Source.of(given).check(name, data_dir))
     faults.raise_found()
+    return [file for file in files if file]
 
 
 def expanded(names: Iterable[str]) -> list[str]:

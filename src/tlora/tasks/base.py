@@ -234,7 +234,8 @@ class Task(ABC):
         """Read the raw rows that an evaluation without training scores, and say what they are.
 
         Args:
-            file: their file; without one they are those of `data.dataset`, or of the task's own.
+            file: their files, as `mixture.parts` reads them; without any they are those of
+                `data.dataset`, or of the task's own.
 
         Returns:
             Raw rows, as many as `data.max_eval_rows` leaves, and a name of them for messages.
@@ -247,7 +248,7 @@ class Task(ABC):
         data = self.data
         name, subset, split = self._dataset()
         if file:
-            rows, where = self.read_file(file), file
+            rows, where = self.read_files(file), file
         else:
             rows, where = source.read_hub(name, subset, str(split)), f"{name}, {split}"
         return _some(rows, data.max_eval_rows, data.subset_seed), where

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from tlora.errors import DataError
+from tlora.evaluations.names import check_files
 from tlora.integrity import file_digest
 from tlora.tasks.mixture import parts
 from tlora.training.runconfig import RunConfig
 
 _EDGE_BYTES = 2**20
+_FIELDS = (
+    *("train_file", "eval_file", "model", "continue_from", "data.chat_template"),
+    *("trainer.deepspeed", "trainer.fsdp_config", "trainer.accelerator_config"),
+)
+"""Fields that may name a file whose content decides the weights."""
 _SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
-    """Return the digests of what a run reads from this machine, by field: rows and base model.
+    """Return the digests of what a run reads from this machine, by the dotted name of the field.
 
     What is not a local file or folder (a name on the Hub, a file that is gone) is left out.
     """
-    names = ("train_file", "eval_file", "model", "continue_from")
-    found = {name: input_digest(getattr(config, name)) for name in names}
+    values = config.to_dict()
+    found = {name: input_digest(field_at(values, name)) for name in _FIELDS}
+    if config.data.guard and config.data.guard_dir:
+        with contextlib.suppress(DataError):
+            found["data.guard_dir"] = _digest_of(
+                check_files(config.data.guard, config.data.guard_dir)
+            )
     return {name: digest for name, digest in found.items() if digest}
 
 
-def input_digest(path: str | None) -> str | None:
+def field_at(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a dotted field in a configuration's values; None if it is not there."""
+    section, _, field = name.rpartition(".")
+    return (values[section] if section else values).get(field)
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+
+
+def input_digest(path: Any) -> str | None:
     """Return the digest of a model's folder, or of rows: one file, or several read as one.
 
-    None where one of them is not there.
+    None where one of them is not there, or no path is given.
     """
+    if not isinstance(path, str):
+        return None
     if not path or Path(path).is_dir():
         return model_identity(path) if path else None
     named = parts(path)

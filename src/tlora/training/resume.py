@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from tlora.checks import takes
 from tlora.errors import ConfigError
 from tlora.files import read_json
-from tlora.training.digests import input_digest, inputs_of
+from tlora.training.digests import field_at, inputs_of
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import RunFolder
 
@@ -109,12 +108,11 @@ def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:
 
 def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
     """Return the given paths, by field, of what lies elsewhere now and is still the same."""
-    paths = {name: getattr(config, name) for name in digests}
-    return {
-        name: path
-        for name, path in paths.items()
-        if path not in (None, getattr(saved, name)) and input_digest(path) == digests[name]
-    }
+    given, before = config.to_dict(), saved.to_dict()
+    paths = {name: field_at(given, name) for name in digests}
+    paths = {n: path for n, path in paths.items() if path not in (None, field_at(before, n))}
+    now = inputs_of(config) if paths else {}
+    return {name: path for name, path in paths.items() if now.get(name) == digests[name]}
 
 
 def merge_saved(
@@ -162,8 +160,11 @@ def merge_saved(
     if faults:
         raise ConfigError(faults, where="run")
     trainer = {n.removeprefix("trainer."): v for n, v in given.items() if n.startswith("trainer.")}
-    own_paths: dict[str, Any] = {**(moved or {}), "output_dir": config.output_dir}
-    return dataclasses.replace(saved, resume=config.resume, trainer=trainer, **own_paths)
+    fields = saved.to_dict() | {"resume": config.resume, "trainer": trainer}
+    for name, path in {**(moved or {}), "output_dir": config.output_dir}.items():
+        section, _, field = name.rpartition(".")
+        (fields[section] if section else fields)[field] = path
+    return RunConfig.from_dict(fields)
 
 
 def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:

@@ -49,6 +49,7 @@ from tlora.files import (
 )
 from tlora.integrity import file_digest
 from tlora.training.checkpoints import last_whole
+from tlora.training.digests import field_at
 
 if TYPE_CHECKING:
     from tlora.methods.base import Plan
@@ -189,11 +190,11 @@ class RunFolder:
         """
         config = self.config()
         faults = [
-            f"`{name}`, {config.get(name)}, has changed since the run was started; put it back as"
-            " it was, or start a new run in another --output_dir."
+            f"`{name}`, {field_at(config, name)}, has changed since the run was started; put it"
+            " back as it was, or start a new run in another --output_dir."
             if name in inputs
-            else f"`{name}`, {config.get(name)}, is gone; put it back, or give its new path by"
-            f" --{name}."
+            else f"`{name}`, {field_at(config, name)}, is gone; put it back, or give its new path"
+            f" by --{name}."
             for name, before in self.inputs().items()
             if inputs.get(name) != before
         ]
