@@ -43,8 +43,11 @@ COMMANDS = (
     (f"{TRAIN} --calibration.cache {{}}/rows.jsonl/c", "cannot be written; give another file"),
     (f"{TRAIN} --preset nosuch", "there is no preset 'nosuch'"),
     # Columns.
-    (f"{TRAIN} --data.prompt_column q", "`data.prompt_column` is 'q', which is no column"),
-    (f"{TRAIN} --data.prompt_template {{a}}", "has {a}, which is no column of the rows"),
+    (
+        f"{TRAIN} --data.prompt_column q",
+        "`data.prompt_column` is 'q', but the rows have no such column",
+    ),
+    (f"{TRAIN} --data.prompt_template {{a}}", "has {a}, but the rows have no such column"),
     (f"{TRAIN} --data.kind classification", "`data.text_column` is missing"),
     # Method, task and trainer.
     (f"{TRAIN} --method tlroa", "there is no method 'tlroa'. Did you mean 'tlora'?"),
@@ -61,7 +64,7 @@ COMMANDS = (
     (f"{COMPARE} --trainer.per_device_train_batch_size 0", "give a whole number, 1 or more"),
     (f"{TRAIN} --trainer.fp16 maybe", "`fp16` is 'maybe'; give true or false"),
     (f"{TRAIN} --trainer.eval_strategy epoch", "`eval_strategy` is 'epoch', but there are no"),
-    (f"{TRAIN} --data.guard nosuch", "there is no evaluation of ours 'nosuch'"),
+    (f"{TRAIN} --data.guard nosuch", "there is no built-in evaluation 'nosuch'"),
     (f"{TRAIN} --data.guard humaneval-paper", "'humaneval-paper' asks for programs"),
     (f"{TRAIN} --data.guard gsm8k-paper --data.guard_dir {{}}", "has none of gsm8k/test.jsonl"),
     ("train --resume --output_dir {}/new", "there is no run in {}/new to resume"),

@@ -107,15 +107,11 @@ def chat(config: ChatConfig) -> None:
 
 def compare(config: CompareConfig) -> None:
     """Run what is missing of a comparison; write its page and its tables."""
-    from tlora.compare.compare import preflight, run
+    from tlora.compare.compare import run
     from tlora.compare.comparefolder import CompareFolder
-
-    preflight(config)
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
     from tlora.report.inspecting import show_comparison
 
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     progress = run(config, tell=_say)
     _say(f"{progress.finished} of {progress.total} runs are finished")
     show_comparison(CompareFolder(config.output_dir), _say)

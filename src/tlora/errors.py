@@ -146,8 +146,8 @@ def system_fault(error: BaseException) -> TLoraError | None:
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in _FULL):
         return DiskFullError(
-            f"no space left on the disk{f' for {file}' if file else ''}; make room and rerun the"
-            " same command: what was finished is kept."
+            f"no space left on the disk{f' for {file}' if file else ''}; free some space and"
+            " rerun the same command to resume: finished work is kept."
         )
     if isinstance(error, OSError) and number is not None and file is not None:
         short = str(file) if len(str(file)) < 200 else f"{str(file)[:80]}..."

@@ -134,7 +134,7 @@ def refuse_unless_free(folder: Path, own: bool) -> None:
 
     Args:
         folder: the `output_dir`.
-        own: whether it already holds results of this kind, which are gone on with.
+        own: whether it already holds results of this kind, to be resumed.
 
     Raises:
         ConfigError: it is a file, cannot be written to, or holds something else.
@@ -315,7 +315,7 @@ def read_tensors(
         version: what the header's "format" should be; None: the kind has no formats.
 
     Raises:
-        ArtifactError: the file is missing, does not match its digest, is of another format, or
+        ArtifactError: the file is missing, does not match its digest, has another format, or
             holds another kind of artifact.
     """
     from safetensors import SafetensorError, safe_open

@@ -61,7 +61,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict) or not isinstance(header.get(METADATA, {}), dict):
-        raise ValueError("its header is no table of tensors")
+        raise ValueError("its header is not a list of tensors")
     return header
 
 

@@ -46,6 +46,18 @@ def test_another_size_is_named_and_the_model_stays(folder, sizes, says):
     assert parts(other) == before
 
 
+def test_a_rank_that_is_not_the_saved_one_is_named_with_both_shapes(folder):
+    settings = folder / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"r": 2', '"r": 3'))
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model(), folder)
+    assert str(caught.value) == (
+        f"{folder}: base_model.model.0.lora_A.default.weight has shape [2, 6] in the file, and"
+        " [3, 6] by adapter_config.json (`r`, `rank_pattern`); restore adapter_config.json, or copy"
+        " the adapter again."
+    )
+
+
 @pytest.mark.parametrize("kept", [0, 7, 200, -8])
 def test_weights_that_are_cut_off_are_named_and_the_model_stays(folder, kept):
     file = folder / "adapter_model.safetensors"

@@ -172,7 +172,7 @@ def test_weights_rewritten_for_inference_are_refused(folder, form):
 
     with pytest.raises(CalibrationError, match=rf"{first.name}: .*no gradient passes.*load"):
         calibrate(model, batches(5), CONFIG)
-    with pytest.raises(AdapterError, match=rf"{first.name}: .*eval mode.*load the model anew"):
+    with pytest.raises(AdapterError, match=rf"{first.name}: .*eval mode.*reload the model"):
         plan(model, stats, CONFIG)
 
 

@@ -33,3 +33,12 @@ def test_a_changed_score_is_refused(folder):
     file.write_text(file.read_text().replace("0.25", "0.75"))
     with pytest.raises(ArtifactError, match=r"eval\.json: its content does not match its digest"):
         folder.read()
+
+
+def test_changed_samples_are_refused(folder):
+    digest = folder.write_samples("base", "sums", [{"item": "1", "scores": {"right": 0.0}}])
+    assert folder.read_samples("base", "sums", digest) == folder.read_samples("base", "sums")
+    file = folder.samples_file("base", "sums")
+    file.write_text(file.read_text().replace("0.0", "1.0"))
+    with pytest.raises(ArtifactError, match=r"sums\.jsonl: its content does not match its digest"):
+        folder.read_samples("base", "sums", digest)

@@ -10,13 +10,14 @@ from lm_eval.tasks import TaskManager
 
 from tlora import cli
 from tlora.demo.run import BASE_MODEL
-from tlora.errors import AdapterError, ConfigError
+from tlora.errors import AdapterError, ArtifactError, ConfigError
 from tlora.evaluate import evaluate, loading
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.evaluate.harness_task import HarnessTask
 from tlora.evaluations import catalog
 from tlora.files import seal_tensors
+from tlora.report import evaluation as report
 from tlora.tasks.dataconfig import DataConfig
 
 
@@ -87,6 +88,15 @@ def test_one_table_of_base_adapter_and_merged(config, loaded, demo_file):
     assert found["config"]["with_merged"] is True
     assert found["provenance"]["packages"]["lm_eval"]
     assert len(said) == 3
+
+
+def test_edited_samples_are_not_reported(config):
+    evaluate.run(config(with_base=False))
+    assert report.write("out").text
+    file = EvalFolder("out").samples_file("drawn", "jsonl")
+    file.write_text(file.read_text().replace('"exact_match": 0.0', '"exact_match": 1.0'))
+    with pytest.raises(ArtifactError, match=r"jsonl\.jsonl: its content does not match its digest"):
+        report.write("out")
 
 
 def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatch):

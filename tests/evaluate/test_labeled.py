@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tlora.errors import AdapterError, ConfigError
 from tlora.evaluate import evaluate
@@ -160,7 +161,7 @@ def test_what_cannot_be_labeled_is_refused(saved, tiny_bert_classifier, here):
     for texts in ("gsm8k", "gsm8k-paper", "mtbench"):
         assert f"{texts!r} asks for text" in refused(tasks=[texts])
     assert "Did you mean 'sst2'" in refused(tasks=["sst3"])
-    assert "--test_file is of one task" in refused(tasks=["sst2", "cola"])
+    assert "--test_file gives rows of one task" in refused(tasks=["sst2", "cola"])
     named = DataConfig(kind="classification", label_names=["bad", "good"])
     assert "no rows of its own" in refused(tasks=["jsonl"], test_file=None, data=named)
 
@@ -315,3 +316,24 @@ def test_a_checkpoint_of_other_classes_is_refused(classifier, here):
     models = [f"one={classifier(['neg', 'pos'])}", f"two={classifier(['pos', 'neg'], [1, 0])}"]
     scores = accuracy("own", models=models, test_file=reviews("test.jsonl", 12))
     assert scores["one"] == scores["two"]
+
+
+def test_rows_longer_than_the_table_of_positions_are_cut_and_counted(
+    saved, tiny_bert_classifier, here, caplog
+):
+    base = saved(tiny_bert_classifier(max_position_embeddings=12).bert)
+    run, dev, _ = trained("sst2", base, here)
+    found = []
+    for length in (12, 64):
+        data = DataConfig(max_length=length)
+        config = EvalConfig(
+            models=[run], tasks=["sst2"], test_file=dev, data=data, output_dir=f"out{length}"
+        )
+        (task,) = evaluate.run(config).read()["tasks"]
+        found.append((task["scores"], task["truncated"]["run"]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    texts = [line.split("\t")[0] for line in Path(dev).read_text().splitlines()[1:]]
+    longer = sum(len(tokenizer(text)["input_ids"]) > 12 for text in texts)
+    assert longer > 0
+    assert found[0] == found[1] == (found[0][0], longer)
+    assert f"{longer} prompts of sst2 are longer than the model holds and were trunc" in caplog.text

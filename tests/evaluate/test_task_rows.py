@@ -164,7 +164,7 @@ def test_what_is_of_training_alone_is_refused():
 def test_how_rows_are_read_is_refused_where_the_rows_are_an_evaluations():
     data = DataConfig(max_eval_rows=5)
     config = EvalConfig(models=["m"], tasks=["gsm8k-paper"], data=data)
-    with pytest.raises(ConfigError, match=r"`data\.max_eval_rows` says how rows of yours are read"):
+    with pytest.raises(ConfigError, match=r"`data\.max_eval_rows` says how to read your own rows"):
         evaluation.make_tasks(config, [CAUSAL])
 
 

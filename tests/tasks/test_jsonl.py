@@ -5,7 +5,10 @@ import pytest
 
 from tlora.errors import ConfigError, DataError
 from tlora.tasks.dataconfig import DataConfig
+from tlora.tasks.glue import Sst2
+from tlora.tasks.gsm8k import Gsm8k
 from tlora.tasks.jsonl import Jsonl
+from tlora.training.runconfig import RunConfig
 
 
 @pytest.fixture
@@ -232,3 +235,55 @@ def test_lists_of_labels_are_one_sentence(classification):
 def test_a_message_shows_the_first_200_characters_of_a_value(classification):
     with pytest.raises(DataError, match=r"row 1: column 'stars' is \[7, .{196}\.\.\.; a row has"):
         classification([[7] * 1000])
+
+
+def test_an_option_without_effect_on_the_rows_is_said(first_row, caplog):
+    first_row({"text": "a"}, system="Be brief.", chat_template="chatml", format="auto")
+    assert "`data.system` has no effect on plain text." in caplog.text
+    assert "`data.chat_template` has no effect on these rows." in caplog.text
+    caplog.clear()
+    first_row({"prompt": "a", "response": "b"}, system="Be brief.")
+    first_row({"prompt": "a", "response": "b"}, chat_template="chatml", format="chat")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "names"),
+    [
+        (Jsonl, {"label_column": "a", "label_names": ["b"]}, ["label_column", "label_names"]),
+        (Jsonl, {"kind": "classification", "system": "a"}, ["system"]),
+        (Jsonl, {"kind": "regression", "loss_on": "all"}, ["loss_on"]),
+        (Jsonl, {"kind": "seq2seq", "chat_template": "chatml"}, ["chat_template"]),
+        (Gsm8k, {"prompt_column": "a", "system": "b"}, ["prompt_column", "system"]),
+        (Sst2, {"text_column": "a"}, ["text_column"]),
+    ],
+)
+def test_an_option_that_a_task_does_not_read_is_refused(task, data, names):
+    with pytest.raises(ConfigError) as caught:
+        task(DataConfig(**data)).check_fields()
+    assert caught.value.faults == tuple(
+        f"`data.{name}` has no effect on this task; leave it out." for name in names
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages_column": "a", "text_column": "b"},
+        {"text_column": "a", "prompt_column": "b"},
+        {"prompt_column": "a", "prompt_template": "{b}"},
+        {"messages_column": "a", "response_column": "b"},
+    ],
+)
+def test_rows_are_read_in_one_way(data):
+    one, other = (f"`data.{name}`" for name in data)
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(data=DataConfig(**data))
+    (fault,) = caught.value.faults
+    assert one in fault and other in fault and fault.endswith("are both given; give one of them.")
+
+
+def test_a_format_without_effect_is_refused():
+    with pytest.raises(ConfigError, match="'alpaca', which has no effect on a regression task"):
+        Jsonl(DataConfig(kind="regression", format="alpaca"))
+    Jsonl(DataConfig(kind="seq2seq", format="alpaca"))

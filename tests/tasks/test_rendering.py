@@ -193,7 +193,7 @@ def test_a_template_that_raises_is_one_sentence_with_the_row(tiny_tokenizer):
         tokens.tokenized(raw, rows, task, tokens.causal, tokenizer, "train.jsonl")
     assert re.fullmatch(
         r"train\.jsonl, row 2: the chat template refuses the chat \(Conversation roles must"
-        r" alternate user/assistant/user/assistant/\): \[\{'role': 'user'.{170,190}\.\.\.; mend or"
+        r" alternate user/assistant/user/assistant/\): \[\{'role': 'user'.{170,190}\.\.\.; fix or"
         r" drop the row, or give another --data\.chat_template\.",
         str(error.value),
     )

@@ -6,6 +6,7 @@ import logging
 import math
 
 import huggingface_hub
+import pyarrow
 import pytest
 from datasets import Dataset
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -46,6 +47,34 @@ def test_columns_are_those_of_all_rows(rows, tmp_path):
 def test_columns_that_only_the_reader_tells_are_left_to_it(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert source.columns_of(str(tmp_path / name)) is None
+
+
+def packed(file, text):
+    with pyarrow.output_stream(str(file), compression="zstd") as stream:
+        stream.write(text.encode())
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl.zst", '{"text": "one"}\n{"text": "two"}\n'),
+        ("rows.csv.zst", "text\none\ntwo\n"),
+        ("rows.txt.zst", "one\n\ntwo\n"),
+    ],
+)
+def test_files_packed_by_zstandard_are_read(name, text, tmp_path):
+    rows = read_file(packed(tmp_path / name, text))
+    assert rows["text"][:] == ["one", "two"]
+
+
+def test_a_damaged_zstandard_file_is_named(tmp_path):
+    for content in (b"no zstandard", None):
+        file = tmp_path / "rows.jsonl.zst"
+        packed(file, '{"text": "one"}\n' * 1000)
+        file.write_bytes(content or file.read_bytes()[:20])
+        with pytest.raises(DataError, match=r"rows.jsonl.zst: cannot be read"):
+            read_file(str(file))
 
 
 def test_checking_columns_settles_nothing(tmp_path):

@@ -178,7 +178,7 @@ def test_a_trainer_seals_before_it_deletes_and_pickles_no_arguments(tmp_path):
         assert trainer.args.save_total_limit == 1
         (left,) = tmp_path.iterdir()
         assert damage(left, "mine") is None
-        assert damage(left, "other") == f"{left / MANIFEST} is of another run"
+        assert damage(left, "other") == f"{left / MANIFEST} belongs to another run"
         assert left.name == f"checkpoint-{step}"
         assert not [*left.rglob("training_args*")]
         assert all(b"hf_secret" not in f.read_bytes() for f in left.rglob("*") if f.is_file())

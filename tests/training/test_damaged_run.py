@@ -89,7 +89,7 @@ def test_the_checkpoint_of_another_run_is_passed_over(cut, other_run, whole, cap
     shutil.rmtree(newest)
     shutil.copytree(other_run("lora", seed=1).checkpoints / "checkpoint-4", newest)
     assert weights(resumed(folder)) == whole("lora")
-    assert "manifest.json is of another run; the run resumes from checkpoint-2." in caplog.text
+    assert "manifest.json belongs to another run; the run resumes from checkpoint-2." in caplog.text
 
 
 def test_a_copied_and_a_resumed_run_keep_their_id(cut):
@@ -116,7 +116,7 @@ def test_broken_notes_of_a_run_do_not_stop_it(cut, whole, caplog):
     lines = folder.log.read_bytes().splitlines(keepends=True)
     folder.log.write_bytes(b"".join([lines[0], b"\xff\xfe\n[1]\n", *lines[1:], b'{"step": 3, "l']))
     assert weights(resumed(folder)) == whole("tlora")
-    assert "provenance.json is damaged; it begins anew with this start." in caplog.text
+    assert "provenance.json is damaged; it starts over with this start." in caplog.text
     assert "log.jsonl: lines [2, 3, " in caplog.text
     assert len(json.loads((folder.path / "provenance.json").read_text())["starts"]) == 1
     steps = [json.loads(line) for line in folder.log.read_text().splitlines()]

@@ -275,3 +275,8 @@ def test_a_run_that_fails_under_way_stays_and_can_be_resumed(config, monkeypatch
         with pytest.raises(RuntimeError, match="no power"):
             train.run(run)
     assert train.run(dataclasses.replace(run, resume=True)).finished
+
+
+def test_fp16_without_a_gpu_is_refused(config):
+    with pytest.raises(ConfigError, match="`fp16` needs a GPU, and this run trains on the CPU"):
+        train.run(config(trainer={"fp16": True}))

@@ -262,7 +262,7 @@ def test_machines_that_do_not_share_the_folder_are_named(cut, config, monkeypatc
 @pytest.mark.parametrize("stage", [train, initialize])
 def test_a_folder_that_a_process_is_at_is_refused(config, stage):
     started = RunFolder(config("new").output_dir)
-    with started.locked(), pytest.raises(ConfigError, match="another process is at the run in it"):
+    with started.locked(), pytest.raises(ConfigError, match="another process is using this run"):
         stage.run(config("new"))
 
 

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _PREFIX = "base_model.model."
+_SIZES = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the"
+    r" shape in current model is torch\.Size\((.*?)\)"
+)
+"""How torch names a tensor, its shape in a file and the model's own."""
 
 _SIDES = {"lora_A": ("in_features", 1), "lora_B": ("out_features", 0)}
 
@@ -92,12 +97,20 @@ def _fitting(model: nn.Module, path: str | Path) -> Iterator[None]:
 
     Raises:
         MisfitError: PEFT cannot.
+        AdapterError: the saved ranks are not those of adapter_config.json.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, TLoraError | MemoryError | torch.OutOfMemoryError):
             raise
+        sizes = _SIZES.search(str(error))
+        if sizes and ".lora_" in sizes[1]:
+            raise AdapterError(
+                f"{path}: {sizes[1]} has shape {sizes[2]} in the file, and {sizes[3]} by"
+                " adapter_config.json (`r`, `rank_pattern`); restore adapter_config.json, or copy"
+                " the adapter again."
+            ) from error
         said = " ".join(str(error).split())[:300] or type(error).__name__
         advice = "load it onto the base that it was trained on, or save or copy it again."
         raise MisfitError(path, f"this {type(model).__name__}", said, advice) from error

@@ -72,9 +72,10 @@ def _refuse_another(model: nn.Module, stats: Calibration) -> None:
     refuse_repacked(model, AdapterError)
     if stats.key is not None and stats.key.model != model_key(model):
         raise PlanError(
-            f"the calibration is of another model ({stats.info.get('model', 'unknown class')}, with"
-            f" other parameters than this {class_name(model)}), or of this one loaded another way"
-            " (whole, offloaded or sharded); calibrate this model, loaded as it is now."
+            "the calibration was made with another model"
+            f" ({stats.info.get('model', 'unknown class')}, with other parameters than this"
+            f" {class_name(model)}), or with this one loaded another way (whole, offloaded or"
+            " sharded); calibrate this model, loaded as it is now."
         )
 
 

@@ -26,6 +26,11 @@ def table_of_positions(model: Any) -> int | None:
     return min(found, default=None)
 
 
+def within_positions(model: Any, longest: int) -> int:
+    """Return ``longest``, or the size of the model's table of positions if that is less."""
+    return min(longest, table_of_positions(model) or longest)
+
+
 def fault_of_ids(model: Any, longest: int, largest: int) -> str | None:
     """Return what rows of tokens do not fit in a model, as the end of a sentence; None if they fit.
 

@@ -193,6 +193,6 @@ def refuse_repacked(model: nn.Module, error: type[TLoraError]) -> None:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise error(
             f"{names[0]}{more}: bitsandbytes has rewritten its 4-bit weight for inference on this"
-            " CPU (a call in eval mode without gradient), and no gradient passes it any more; load"
-            " the model anew, and calibrate and attach before running it."
+            " CPU (a call in eval mode without gradient), and no gradient passes it any more;"
+            " reload the model, and calibrate and attach before running it."
         )

@@ -134,7 +134,7 @@ def _read(target: Target) -> Tensor:
     if weight.shape != (target.d_out, target.d_in):
         raise AdapterError(
             f"{target.name}: its {storage.name} weight reads as {tuple(weight.shape)}, but it maps"
-            f" {target.d_in} to {target.d_out} features; load the model anew."
+            f" {target.d_in} to {target.d_out} features; reload the model."
         )
     return weight
 
@@ -229,7 +229,7 @@ def _read_4bit(module: Any) -> Tensor:
     if repacked(module):
         raise _Unreadable(
             "bitsandbytes has rewritten its 4-bit weight for inference on this CPU (a call in eval"
-            " mode without gradient); load the model anew, and plan before running it"
+            " mode without gradient); reload the model, and plan before running it"
         )
     dense: Tensor = dequantize_4bit(module.weight.data, _quant_state(module))
     return dense

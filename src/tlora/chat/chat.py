@@ -65,7 +65,7 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
         partner.answer(prompt.strip(), show)
         show("\n")
         return
-    logger.info("%s /clear starts anew, /exit leaves.", partner.says)
+    logger.info("%s /clear starts a new conversation, /exit quits.", partner.says)
     talk(partner, _lines(), show)
 
 
@@ -111,7 +111,7 @@ def talk(partner: Partner, lines: Iterator[str], show: Show) -> None:
                 partner.clear()
                 logger.info("a new conversation begins.")
             elif text == _HELP:
-                logger.info("%s /clear starts anew, /exit leaves.", partner.says)
+                logger.info("%s /clear starts a new conversation, /exit quits.", partner.says)
             elif text:
                 _answer(partner, text, show)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from tlora.calibration.limits import within_positions
 from tlora.chat.chatconfig import ChatConfig
 from tlora.errors import ConfigError, DataError
 from tlora.evaluate import loading, run_format
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 Show = Callable[[str], None]
 _SAYS: dict[str, str] = {
-    "chat": "prompts are written by the chat template, and what was said before counts.",
-    "alpaca": "each prompt is written as an Alpaca instruction, and answered by itself.",
-    "raw": "each prompt is continued as it is, by itself.",
+    "chat": "The chat template formats each prompt; the model sees the conversation so far.",
+    "alpaca": "Each prompt becomes an Alpaca instruction; the model does not see earlier ones.",
+    "raw": "The model continues each prompt as it is; it does not see earlier ones.",
 }
 
 
@@ -235,14 +236,14 @@ class Classifier:
         head: dict[str, Any] = task.head if task is not None else {}
         if names:
             head |= {"num_labels": len(names), "problem_type": "single_label_classification"}
-        self._longest = data.max_length or LONGEST
         self.tokenizer = loading.load_tokenizer(evaluated, given)
         self.model = loading.load(evaluated, given, **head)
+        self._longest = within_positions(self.model, data.max_length or LONGEST)
         set_token_ids(self.model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         by_id = self.model.config.id2label
         self._names = names or [str(by_id[number]) for number in sorted(by_id)]
         self._numbers = self._numbers or len(self._names) == 1
-        self.says = "each text gets a number." if self._numbers else "each text gets a label."
+        self.says = "Each text gets a number." if self._numbers else "Each text gets a label."
         self.says += " A tab separates the texts of a pair."
 
     def clear(self) -> None:

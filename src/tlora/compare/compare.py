@@ -119,11 +119,11 @@ def check(config: CompareConfig) -> Setup:
     Raises:
         ConfigError, DataError: as in `run`.
     """
+    preflight(config)
     from tlora.compare.onerun import split
     from tlora.training.arguments import training_arguments
     from tlora.training.setup import settle
 
-    preflight(config)
     setup = settle(_first_run(config), _validation_file(config))
     training_arguments(setup, CompareFolder(config.output_dir).work)
     _check_entries(config, setup)

@@ -82,7 +82,7 @@ class EvalConfig(Record):
     """Tasks, "a,b": those of `tlora list evaluations`, any of lm-evaluation-harness; for models
     with a head, and with `test_file`, those of `tlora list tasks`."""
     output_dir: Annotated[str, FOLDER] = "tlora-eval"
-    """Folder of the result; the same command goes on where it was stopped."""
+    """Folder of the result; rerun the same command to resume."""
     model: str | None = None
     """Base model of the adapters, in place of the one that they name; alone: what to evaluate."""
     adapter: str | None = None

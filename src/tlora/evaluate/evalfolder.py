@@ -28,6 +28,7 @@ from tlora.files import (
     replacing_file,
     write_state,
 )
+from tlora.integrity import MISMATCH, file_digest
 
 _MADE_BY = ("tlora evaluation", 1)
 _FILES = ("eval.json", "report.html", "report.md", "report.csv")
@@ -74,7 +75,7 @@ class EvalFolder:
         """Keep a second process from writing here, for as long as this one lives.
 
         Raises:
-            ConfigError: one is at it.
+            ConfigError: one is.
         """
         refusal = ConfigError(
             f"{self.path}: another process is evaluating into it; wait for it, or give each its"
@@ -96,22 +97,37 @@ class EvalFolder:
         """Return where the samples of a pair are, or will be."""
         return self.samples / model / f"{file_name(task)}.jsonl"
 
-    def write_samples(self, model: str, task: str, lines: list[dict[str, Any]]) -> None:
-        """Write the samples of a finished pair, atomically."""
+    def write_samples(self, model: str, task: str, lines: list[dict[str, Any]]) -> str:
+        """Write the samples of a finished pair, atomically; return the digest of the file."""
         with replacing_file(self.samples_file(model, task)) as part:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             part.write_text(text, encoding="utf-8")
+            return file_digest(part)
 
-    def read_samples(self, model: str, task: str) -> list[dict[str, Any]]:
+    def read_samples(
+        self, model: str, task: str, digest: str | None = None
+    ) -> list[dict[str, Any]]:
         """Return the samples of a finished pair.
+
+        Args:
+            model: name of the model.
+            task: name of the task.
+            digest: what `write_samples` returned, as eval.json has it; None: it is not checked.
 
         Raises:
             ArtifactError: the file is missing or damaged.
         """
         file = self.samples_file(model, task)
         try:
+            if digest not in (None, file_digest(file)):
+                raise ArtifactError(
+                    f"{file}: {MISMATCH}, so it was edited or is damaged; put it back as it was, or"
+                    " evaluate into another folder."
+                )
             with file.open(encoding="utf-8") as lines:
                 return [json.loads(line) for line in lines]
+        except ArtifactError:
+            raise
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{file}: missing or damaged ({error}).") from error
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
-_BY_MODEL = ("scores", "seconds", "truncated")
+_BY_MODEL = ("scores", "samples", "seconds", "truncated")
 """What a task of eval.json holds by model."""
 
 
@@ -165,7 +165,7 @@ def _evaluate(
         record.add(evaluated, name, found, seconds)
         if found.truncated:
             logger.warning(
-                "%s: %d prompts of %s are longer than the model holds and lost their beginning.",
+                "%s: %d prompts of %s are longer than the model holds and were truncated.",
                 evaluated.name,
                 found.truncated,
                 name,
@@ -257,7 +257,7 @@ class EvaluationRecord:
             identity = self._identities[evaluated.name]
             known = self._models.get(evaluated.name)
             if known and known["identity"] != identity:
-                logger.warning("%s has changed, and is evaluated anew.", evaluated.name)
+                logger.warning("%s has changed, and is evaluated again.", evaluated.name)
                 self._forget(evaluated.name)
         named = {evaluated.name: self._entry(evaluated) for evaluated in self.evaluated}
         first = self.evaluated[0]
@@ -285,8 +285,9 @@ class EvaluationRecord:
 
     def add(self, evaluated: EvaluatedModel, task: str, found: TaskResult, seconds: float) -> None:
         """Write a finished pair."""
-        self._folder.write_samples(evaluated.name, task, found.lines)
         entry = self._tasks[task]
+        digest = self._folder.write_samples(evaluated.name, task, found.lines)
+        entry["samples"][evaluated.name] = digest
         entry["metrics"] = entry["metrics"] or list(found.scores)
         entry["scores"][evaluated.name] = found.scores
         entry["seconds"][evaluated.name] = round(seconds, 3)

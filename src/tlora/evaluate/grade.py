@@ -81,12 +81,13 @@ def _grade(
     took: dict[str, Any] = {}
     scores = {}
     for model in entry["scores"]:
+        # Unchecked: a grading that was killed may have written them, and not yet eval.json.
         lines = folder.read_samples(model, entry["name"])
         replies = judge(lines, config.judge, folder.judgments, f"{model}: judging")
         lines = [graded(*each) for each in zip(lines, replies, strict=True)]
         took[model], scores[model] = counts(replies), means(lines)
         entry["metrics"] = metric_names(lines)
-        folder.write_samples(model, entry["name"], lines)
+        entry["samples"][model] = folder.write_samples(model, entry["name"], lines)
         if unrated := took[model]["unrated"]:
             logger.warning(
                 "%s: %d of %d answers to %s got no grade and count in no mean: %s.",

@@ -32,7 +32,7 @@ class TaskResult:
     scores: dict[str, float]
     """The task's scores, the main one first; higher is better for all."""
     truncated: int = 0
-    """Prompts that lost their beginning."""
+    """Prompts that were longer than the model holds, and cut."""
 
 
 class HarnessTask:

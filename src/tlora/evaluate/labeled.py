@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tlora.calibration.limits import within_positions
 from tlora.errors import ConfigError
 from tlora.evaluate.class_order import class_names, order_of
 from tlora.evaluate.evalconfig import EvalConfig
@@ -109,8 +111,15 @@ class Labels:
         import numpy as np
         import torch
 
-        data = self.task.data
+        longest = within_positions(lm.model, self.task.data.max_length or LONGEST)
+        data = dataclasses.replace(self.task.data, max_length=longest)
         encoded = [labeled(lm.tokenizer, row, data) for row in self._rows]
+        one_more = dataclasses.replace(data, max_length=longest + 1)
+        truncated = sum(
+            len(labeled(lm.tokenizer, row, one_more)["input_ids"]) > longest
+            for row, found in zip(self._rows, encoded, strict=True)
+            if len(found["input_ids"]) == longest
+        )
         order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
         collate = labeled_collator(lm.tokenizer)
         logits: dict[int, Any] = {}
@@ -126,7 +135,7 @@ class Labels:
         if self.task.label_names:
             predictions = predictions[:, self._order(lm.name)]
         labels = np.array([row["label"] for row in self._rows])
-        return self._answers(predictions, labels)
+        return dataclasses.replace(self._answers(predictions, labels), truncated=truncated)
 
     def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> TaskResult:
         scores = self.task.metrics(predictions, labels)
@@ -167,7 +176,8 @@ def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labe
     tasks = {name: Labels(name, config, models) for name in config.tasks}
     if len({str(task.head) for task in tasks.values()}) > 1:
         raise ConfigError(
-            f"{', '.join(tasks)} have different heads, and a model has one; evaluate them apart.",
+            f"{', '.join(tasks)} have different heads, and a model has one; evaluate them"
+            " separately.",
             where="tasks",
         )
     return tasks

@@ -56,12 +56,16 @@ def _check_tasks(config: EvalConfig, models: list[EvaluatedModel] | None) -> Non
         faults = Faults("tasks")
         for name in config.tasks:
             with faults:
-                labeled_task(name, config).check_held_out(config.test_file)
+                task = labeled_task(name, config)
+                task.check_fields()
+                task.check_held_out(config.test_file)
         faults.raise_found()
     elif models is None and any(name in TASKS.names() for name in config.tasks):
         return  # right or wrong by the head of a model on the Hub
     elif of_a_task(config):
-        replied_task(config).check_held_out(config.test_file)
+        task = replied_task(config)
+        task.check_fields()
+        task.check_held_out(config.test_file)
     else:
         asked = [name for name in config.tasks if name not in CONVERSATIONS.names()]
         names.check_tasks(asked, config.allow_code_execution, config.trust_remote_code)
@@ -76,7 +80,7 @@ def check_labeled_rows(config: EvalConfig) -> None:
     """
     if (config.test_file or config.data.dataset) and len(config.tasks) > 1:
         flag = "--test_file" if config.test_file else "--data.dataset"
-        raise ConfigError(f"{flag} is of one task; give one.", where="tasks")
+        raise ConfigError(f"{flag} gives rows of one task; name one in --tasks.", where="tasks")
 
 
 def of_a_task(config: EvalConfig) -> bool:
@@ -94,8 +98,8 @@ def of_a_task(config: EvalConfig) -> bool:
         prompts |= {"chat_template", "system"}
     if given := [name for name in config.data.given() if name not in prompts]:
         raise ConfigError(
-            f"`data.{given[0]}` says how rows of yours are read, and evaluations have their own;"
-            " give --test_file or --data.dataset too, or leave it out.",
+            f"`data.{given[0]}` says how to read your own rows, but no rows are given; add"
+            " --test_file or --data.dataset, or leave it out.",
             where="data",
         )
     return False
@@ -110,7 +114,8 @@ def replied_task(config: EvalConfig) -> Task:
     """
     if len(config.tasks) > 1:
         raise ConfigError(
-            "--test_file, --data.dataset and --data.kind are of one task; give one.", where="tasks"
+            "--test_file, --data.dataset and --data.kind describe one task; name one in --tasks.",
+            where="tasks",
         )
     name = config.tasks[0]
     task: Task = TASKS.load(name)(config.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from tlora.calibration.limits import within_positions
 from tlora.errors import DataError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
@@ -84,7 +85,8 @@ class WrittenRows:
         if not self._likely:
             return found
         lm.tokenizer.chat_template = self._template
-        size = self._config.batch_size
+        size, data = self._config.batch_size, self._task.data
+        data.max_length = within_positions(lm.model, data.max_length or LONGEST)
         scores = likelihood(lm.model, lm.tokenizer, self._rows, self._task, size)
         return dataclasses.replace(found, scores=found.scores | scores)
 

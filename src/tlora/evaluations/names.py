@@ -101,7 +101,7 @@ def check_guard(names: Iterable[str], where: str) -> None:
     own, wanted = _ours(names)
     known = EVALUATIONS.names()
     faults = [
-        f"there is no evaluation of ours {name!r}."
+        f"there is no built-in evaluation {name!r}."
         f"{did_you_mean(name, known) or ' Run `tlora list evaluations`.'}"
         for name in wanted
         if name not in own
@@ -140,7 +140,7 @@ def unsandboxed(name: str) -> str:
     """Return why a task of lm-evaluation-harness that runs programs is refused."""
     return (
         f"{name!r} of lm-evaluation-harness runs programs, and without a sandbox; pass"
-        " allow_code_execution if that is meant, or use one of ours."
+        " allow_code_execution if you mean to, or use a built-in evaluation."
     )
 
 

@@ -101,5 +101,5 @@ def read_json(path: Path) -> list[Raw]:
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = rows[0]
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: there are no rows with named columns; get the file anew.")
+        raise DataError(f"{path}: there are no rows with named columns; get the file again.")
     return rows

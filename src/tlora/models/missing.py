@@ -47,7 +47,7 @@ def drawn_weights(
         stored, needed = map(_by, sizes[unlike[0]])
         faults.append(
             f"{name!r} cannot be loaded: {unlike[0]} is {stored} in its files and {needed} by its"
-            f" config ({len(unlike)} differ); correct the config, or get the model anew."
+            f" config ({len(unlike)} differ); correct the config, or get the model again."
         )
     if faults:
         raise ConfigError(faults, where="model")

@@ -235,7 +235,7 @@ def readable(name: str, part: str) -> Iterator[None]:
         what = repr(name) if part == "model" else f"the {part} of {name!r}"
         raise ConfigError(
             f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another folder or"
-            " name, or get it anew.",
+            " name, or get it again.",
             where="model",
         ) from error
 

@@ -87,7 +87,7 @@ def remarks(results: EvaluationResults) -> list[str]:
         if (lacking := sum(row.metric not in sample.scores for sample in samples))
     ]
     said += [
-        f"{found.name}: {count(lost)} of {count(found.items)} prompts lost their beginning, being"
+        f"{found.name}: {count(lost)} of {count(found.items)} prompts were truncated, being"
         f" too long for {model}."
         for found in results.evaluation.tasks
         for model, lost in found.truncated.items()

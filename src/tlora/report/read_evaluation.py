@@ -51,7 +51,7 @@ class TaskSamples:
     scores: dict[str, dict[str, float]]
     """By model and metric, as eval.json has them; a model that it does not name is not done."""
     truncated: dict[str, int]
-    """By model, how many prompts were too long for it and lost their beginning."""
+    """By model, how many prompts were too long for it and were truncated."""
     samples: dict[str, list[Sample]]
     """By model that is done, items in the same order for all."""
 
@@ -94,10 +94,13 @@ def read(folder: str | Path) -> Evaluation:
 
 
 def _task(files: EvalFolder, task: dict[str, Any], models: list[ModelEntry]) -> TaskSamples:
-    name, scores = task["name"], task["scores"]
+    name, scores, digests = task["name"], task["scores"], task.get("samples", {})
     done = [model.name for model in models if model.name in scores]
     samples = {
-        model: {line["item"]: _sample(line) for line in files.read_samples(model, name)}
+        model: {
+            line["item"]: _sample(line)
+            for line in files.read_samples(model, name, digests.get(model))
+        }
         for model in done
     }
     for model in done[1:]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, DataError, Faults, shortened
 from tlora.tasks import mixture, source
-from tlora.tasks.dataconfig import DataConfig, Format, Kind
+from tlora.tasks.dataconfig import ABOUT_TEXT, DataConfig, Format, Kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,8 @@ class Task(ABC):
     """Whether a reply is right just if it is the row's response, word for word."""
     formats: tuple[Format, ...] = ("raw",)
     """Values of `data.format` that the task takes, besides "auto"; the first is what it writes."""
+    reads: tuple[str, ...] = ABOUT_TEXT
+    """Fields of `data` among `ABOUT_TEXT` that have an effect on the task."""
     hub: tuple[str, str | None] | None = None
     """Dataset on the Hub, (name, configuration), used when no file is given."""
     hub_eval_split: str | None = None
@@ -178,10 +180,13 @@ class Task(ABC):
         """Check where rows come from, and the files that they come from; no row is read.
 
         Raises:
-            ConfigError: no source of training rows is given, or a file lacks a column.
+            ConfigError: no source of training rows is given, a file lacks a column, or a field of
+                `data` has no effect on the task.
             DataError: a file is missing, of an unknown kind or empty.
         """
         faults = Faults("data")
+        with faults:
+            self.check_fields()
         with faults:
             if not (train_file or self._dataset()[0]):
                 raise ConfigError(
@@ -197,6 +202,19 @@ class Task(ABC):
             with faults:
                 self.check_files(files, columns=files == train_file)
         faults.raise_found()
+
+    def check_fields(self) -> None:
+        """Check that the task reads the fields of `data` that are given.
+
+        Raises:
+            ConfigError: a field has no effect.
+        """
+        ignored = [n for n in self.data.given() if n in ABOUT_TEXT and n not in self.reads]
+        if ignored:
+            raise ConfigError(
+                [f"`data.{name}` has no effect on this task; leave it out." for name in ignored],
+                where="data",
+            )
 
     def evaluates(self, train_file: str | None, eval_file: str | None) -> bool:
         """Return whether `load` gives evaluation rows."""
@@ -326,6 +344,6 @@ def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
     endless = isinstance(value, float) and not math.isfinite(value)
     if value is None or endless or isinstance(value, (list, dict, bytes)):
         raise DataError(
-            f"{where}: column {column!r} is {shortened(value)}, not text; mend or drop the row."
+            f"{where}: column {column!r} is {shortened(value)}, not text; fix or drop the row."
         )
     return str(value)

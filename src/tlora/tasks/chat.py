@@ -33,5 +33,5 @@ def _first_turn(turns: Any, where: str) -> dict[str, str]:
             if speaker == "human" and answerer == "gpt" and question and answer:
                 return {"instruction": question, "output": answer}
     raise DataError(
-        f"{where}: `conversations` holds no human turn that gpt answers; mend or drop the row."
+        f"{where}: `conversations` holds no human turn that gpt answers; fix or drop the row."
     )

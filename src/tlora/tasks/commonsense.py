@@ -26,6 +26,6 @@ class Commonsense(Instruct):
         if not _ANSWER.search(text):
             raise DataError(
                 f"{where}: column 'output' is {shortened(text)!r}, which does not end in"
-                " 'the correct answer is ...'; mend or drop the row."
+                " 'the correct answer is ...'; fix or drop the row."
             )
         return text

@@ -120,7 +120,7 @@ def _text(content: Any, where: str) -> str:
             )
         return "\n".join(str(part["text"]) for part in content)
     if isinstance(content, dict):
-        raise DataError(f"{where}: a turn is {shortened(content)}, not text; mend or drop the row.")
+        raise DataError(f"{where}: a turn is {shortened(content)}, not text; fix or drop the row.")
     return str(content)
 
 

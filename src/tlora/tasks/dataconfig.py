@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
 from tlora.checks import SEED, Rule, Section, at_least
@@ -22,6 +23,13 @@ HeldOut = Annotated[
         lambda size: 0 < size < 1 or (size >= 1 and float(size).is_integer()),
     ),
 ]
+
+_SOURCES = ("messages_column", "text_column", "prompt_column", "prompt_template")
+"""Fields of which one says what is read of a row."""
+_TEXT = ("response_column", "system", "chat_template", "loss_on")
+_LABELS = ("text_pair_column", "label_column", "label_names")
+ABOUT_TEXT = (*_SOURCES, *_TEXT, *_LABELS)
+"""Fields of `data` on columns and on how rows become text, which not every task reads."""
 
 
 @dataclass(kw_only=True)
@@ -115,6 +123,10 @@ class DataConfig(Section):
         """Yield what is wrong between fields."""
         if self.val_size is not None and self.eval_split:
             yield "`data.val_size` and `data.eval_split` are both given; give one of them."
+        pairs = (*combinations(_SOURCES, 2), *(("response_column", name) for name in _SOURCES[:2]))
+        for one, other in pairs:
+            if getattr(self, one) and getattr(self, other):
+                yield f"`data.{one}` and `data.{other}` are both given; give one of them."
 
 
 def split_names(names: Any) -> Any:

@@ -49,6 +49,7 @@ class Glue(Task):
     kind: Kind = "classification"
     classifies = True
     other_kinds: tuple[Kind, ...] = ("seq2seq",)
+    reads = ("label_names",)
     hub: tuple[str, str]
     hub_eval_split = "validation"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
@@ -168,7 +169,7 @@ def _named(
             widths = " or ".join(map(str, by_width))
             raise DataError(
                 f"{path}: line {number} has {len(fields)} tab-separated fields, not {widths};"
-                " mend the line."
+                " fix the line."
             )
         rows.append({name: field for name, field in zip(names, fields, strict=True) if name})
     return rows

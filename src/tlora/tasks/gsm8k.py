@@ -33,6 +33,7 @@ class Gsm8k(Task):
     """Columns question and answer; prompt and scoring string as in the paper."""
 
     formats = ("alpaca", "raw")
+    reads = ("loss_on",)
     hub = ("openai/gsm8k", "main")
     hub_eval_split = "test"
 
@@ -42,5 +43,5 @@ class Gsm8k(Task):
         try:
             response = worked_answer(text_of(raw, "answer", where))
         except ValueError as error:
-            raise DataError(f"{where}: column 'answer': {error}; mend or drop the row.") from None
+            raise DataError(f"{where}: column 'answer': {error}; fix or drop the row.") from None
         return {"prompt": INSTRUCTION_PROMPT.format(instruction=question), "response": response}

@@ -30,6 +30,7 @@ class Instruct(Task):
 
     kind: Kind = "causal"
     formats: tuple[Format, ...] = ("alpaca", "raw")
+    reads = ("loss_on",)
     layouts: tuple[Layout, ...] = (Layout("instruction", "output", "input"),)
 
     def row(self, raw: Mapping[str, Any], where: str) -> Row:

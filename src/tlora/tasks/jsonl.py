@@ -26,6 +26,21 @@ logger = logging.getLogger(__name__)
 
 
 _RESPONSES = ("response", "completion", "output", "answer")
+_PROMPTS = ("prompt_column", "response_column", "prompt_template", "system")
+_LABELS = ("text_column", "text_pair_column", "label_column", "label_names")
+_READS: dict[Kind, tuple[str, ...]] = {
+    "causal": (*_PROMPTS, "messages_column", "text_column", "chat_template", "loss_on"),
+    "seq2seq": _PROMPTS,
+    "classification": _LABELS,
+    "regression": _LABELS[:-1],
+}
+_ALSO_WRITTEN: dict[Kind, tuple[Format, ...]] = {
+    "causal": ("alpaca", "chat"),
+    "seq2seq": ("alpaca",),
+    "classification": (),
+    "regression": (),
+}
+"""The formats of a kind besides "raw"."""
 
 
 class Jsonl(Task):
@@ -40,13 +55,15 @@ class Jsonl(Task):
             raise ConfigError(f"`data.kind` is {data.kind!r}; choose one of {kinds}.", where="data")
         self.kind = data.kind or "causal"
         super().__init__(data)
-        if self.kind != "causal" and data.format == "chat":
+        self._labeled_kind = self.kind in ("classification", "regression")
+        if data.format not in ("auto", "raw", *_ALSO_WRITTEN[self.kind]):
             raise ConfigError(
-                f'`data.format` "chat" is for causal tasks, not {self.kind!r}; leave it out.',
+                f"`data.format` is {data.format!r}, which has no effect on a {self.kind} task;"
+                " leave it out.",
                 "data",
             )
+        self.reads = _READS[self.kind]
         self.label_names = data.label_names
-        self._labeled_kind = self.kind in ("classification", "regression")
         self._shapes: dict[tuple[str, ...], Shape] = {}
         self._has_template: bool | None = None
 
@@ -121,6 +138,10 @@ class Jsonl(Task):
             if style == "chat" and self._has_template is False:
                 raise DataError(f"{file}: {rendering.NO_TEMPLATE}")
             logger.info("%s: %d rows read as %s, %s.", file, count, shape.name, formats.SAYS[style])
+            if self.data.system and shape.form == "text":
+                logger.warning("%s: `data.system` has no effect on plain text.", file)
+            if self.data.chat_template and style != "chat":
+                logger.warning("%s: `data.chat_template` has no effect on these rows.", file)
             read = {*shape.columns, *shape.optional, *_placeholders(self.data.prompt_template)}
             _say_unread(file, first, read)
 
@@ -203,7 +224,8 @@ class Jsonl(Task):
             for name in _placeholders(data.prompt_template)
         }
         return [
-            f"{said}, which is no column of the rows ({', '.join(have)}).{did_you_mean(name, have)}"
+            f"{said}, but the rows have no such column ({', '.join(have)})."
+            f"{did_you_mean(name, have)}"
             for said, name in named.items()
             if name not in have
         ]

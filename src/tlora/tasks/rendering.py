@@ -183,7 +183,7 @@ def _accepted(
         fault = ValueError("it leaves out a tool call")
     raise DataError(
         f"the chat template refuses the chat ({first_line(fault or ValueError()).rstrip('.')}):"
-        f" {shortened(row['messages'])}; mend or drop the row, or give another"
+        f" {shortened(row['messages'])}; fix or drop the row, or give another"
         " --data.chat_template."
     ) from fault
 

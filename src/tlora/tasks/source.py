@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _CSV = {"keep_default_na": False, "na_values": [""]}
 _TSV = _CSV | {"sep": "\t", "quoting": 3}
 
+_PACKED = (".gz", ".zst")
 _SMALL = 2**22
 """Bytes that `columns_of` reads at most."""
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -49,7 +50,7 @@ def existing_file(path: str) -> Path:
 
 
 def decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file, be it packed by gzip, in pieces; every line ends in a newline.
+    """Yield the text of a file, also a .gz or .zst, in pieces; every line ends in a newline.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8.
@@ -58,7 +59,7 @@ def decoded(path: Path) -> Iterator[str]:
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     line = 1
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _opened(path) as file:
             while piece := file.read(1 << 20):
                 yield decoder.decode(piece)
                 line += piece.count(b"\n")
@@ -70,11 +71,19 @@ def decoded(path: Path) -> Iterator[str]:
             " file as UTF-8."
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); get the file anew.") from error
+        raise DataError(f"{path}: cannot be read ({error}); get the file again.") from error
+
+
+def _opened(path: Path) -> Any:
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def read_file(path: str) -> Dataset:
-    """Read a file of rows by its suffix (a further `.gz` is unpacked).
+    """Read a file of rows by its suffix (a further `.gz` or `.zst` is unpacked).
 
     Raises:
         DataError: the file is missing, of an unknown kind, damaged or without rows.
@@ -92,7 +101,7 @@ def reader_of(path: str) -> Callable[[str], Dataset]:
         DataError: the file is missing, of an unknown kind or empty.
     """
     file = existing_file(path)
-    suffix = next((part for part in reversed(file.suffixes) if part != ".gz"), "").lower()
+    suffix = next((part for part in reversed(file.suffixes) if part not in _PACKED), "").lower()
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"{path}: files of kind {suffix or file.name!r} are not read; use {known}.")
@@ -166,7 +175,7 @@ def _check_whole(rows: list[dict[str, Any]], path: str) -> None:
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
             raise DataError(
-                f"{path}: row {number} has {half}, half of a character; mend or drop the row."
+                f"{path}: row {number} has {half}, half of a character; fix or drop the row."
             ) from None
 
 

@@ -108,6 +108,7 @@ def _check(arguments: Any) -> None:
         *_compile_faults(arguments),
         *_level_faults(arguments),
         *_memory_faults(arguments),
+        *_precision_faults(arguments),
         *_optimizer_faults(arguments),
     ]
     if faults:
@@ -190,6 +191,12 @@ def _memory_faults(arguments: Any) -> Iterator[str]:
         checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **kwargs})
     except Exception as error:  # a keyword that it lacks, a value that it refuses
         yield f"`gradient_checkpointing_kwargs` cannot be used: {first_line(error)}"
+
+
+def _precision_faults(arguments: Any) -> Iterator[str]:
+    # accelerate would train in float32 without a word.
+    if arguments.fp16 and arguments.device.type == "cpu":
+        yield "`fp16` needs a GPU, and this run trains on the CPU; leave it out, or give `bf16`."
 
 
 def _optimizer_faults(arguments: Any) -> Iterator[str]:

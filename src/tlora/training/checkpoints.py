@@ -166,7 +166,7 @@ def damage(checkpoint: Path, run_id: str | None = None) -> str | None:
     except ArtifactError:
         return f"{manifest} is damaged"
     if run_id is not None and found["run"] != run_id:
-        return f"{manifest} is of another run"
+        return f"{manifest} belongs to another run"
     if found["step"] != _step(checkpoint):
         return f"{manifest} is of step {found['step']}"
     return next(_changed(checkpoint, found["files"]), None)

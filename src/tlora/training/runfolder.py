@@ -146,7 +146,7 @@ class RunFolder:
         path = self.path.absolute()
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         refusal = ConfigError(
-            f"{self.path}: another process is at the run in it; wait for it, or choose another"
+            f"{self.path}: another process is using this run; wait for it, or choose another"
             " --output_dir.",
             where="output_dir",
         )
@@ -239,7 +239,7 @@ class RunFolder:
         try:
             return list(read_json(self._provenance)["starts"])
         except (ArtifactError, KeyError, TypeError):
-            logger.warning("%s is damaged; it begins anew with this start.", self._provenance)
+            logger.warning("%s is damaged; it starts over with this start.", self._provenance)
             return []
 
     def holds_weights(self) -> bool:
