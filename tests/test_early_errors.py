@@ -97,7 +97,7 @@ COMMANDS = (
     (f"{EVAL} --tasks jsonl", "'jsonl' is one to train on; give --test_file"),
     (f"{EVAL} --tasks jsonl --test_file {{}}/no.jsonl", "{}/no.jsonl: there is no such file"),
     (f"{EVAL} --tasks sst2 --test_file {{}}/rows.jsonl", "'sst2' has labels, and the models"),
-    (f"{EVAL} --tasks swag --data.prompt_column q", "evaluations have their own; give --test_file"),
+    (f"{EVAL} --tasks swag --data.prompt_column q", "no rows are given; add --test_file"),
     ("eval {}/empty --tasks swag", "{}/empty holds no model (config.json), no adapter"),
     ("eval {}/gone --tasks swag", "there is no folder '{}/gone'"),
     ("eval ./gone --tasks swag", "there is no folder './gone'"),
