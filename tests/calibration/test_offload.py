@@ -221,5 +221,5 @@ def test_a_saved_calibration_fits_the_model_loaded_anew(request, way, tmp_path):
 
 
 def test_reading_a_weight_that_nobody_loads_is_refused(tiny_llama):
-    with pytest.raises(AdapterError, match="is on `meta`; reload the model"):
+    with pytest.raises(AdapterError, match="is on `meta`; load the model"):
         dense_weight(find_targets(tiny_llama().to("meta"), config())[0])
