@@ -124,7 +124,7 @@ class EvalConfig(Record):
     n_samples: Annotated[int, at_least(1)] = 1
     """Programs for each problem of code; more than 1 are drawn, not greedy."""
     backend: Backend = "hf"
-    """What generates: transformers, or vLLM where it is installed, which takes adapters merged."""
+    """What generates: transformers, or vLLM where it is installed."""
     dtype: Dtype = "auto"
     """Precision to load models in; "auto" takes the checkpoint's own, on a CPU float32."""
     quantization: Quantization = "none"

@@ -188,9 +188,9 @@ def _model(
         model = loading.load(evaluated, config, **head)
         return Labeler(evaluated.name, model, tokenizer)
     if config.backend == "vllm":
-        from tlora.evaluate.vllm import MergedVLLM
+        from tlora.evaluate.vllm import ServedLM
 
-        lm = MergedVLLM(evaluated, config)
+        lm = ServedLM(evaluated, config)
         lm.tokenizer.chat_template = tokenizer.chat_template
         return lm
     from tlora.evaluate.lm import TransformersLM

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
@@ -70,18 +71,42 @@ def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
         return
     faults = []
     if importlib.util.find_spec("vllm") is None:
-        faults.append("'vllm' is not installed; pip install vllm, or leave --backend out.")
-    faults += [
-        f"vLLM knows one rank and one scale, and {evaluated.name} may have many; add --merge."
-        for evaluated in models
-        if evaluated.kind == "adapter"
-    ]
+        faults.append("'vllm' is not installed; run `pip install vllm`, or leave --backend out.")
+    for evaluated in models:
+        if evaluated.kind == "adapter" and (why := _unserved(evaluated)):
+            faults.append(f"vLLM cannot serve {evaluated.name}: {why}; add --merge.")
     if any(evaluated.head == "labeled" for evaluated in models):
         faults.append("vLLM writes texts, and these models label them; leave --backend out.")
     if config.quantization != "none" or config.parallelize:
         faults.append("`quantization` and `parallelize` never reach vLLM; leave them out.")
     if faults:
         raise ConfigError(faults, where="backend")
+
+
+def _unserved(evaluated: EvaluatedModel) -> str | None:
+    """Return why vLLM does not read an adapter."""
+    from tlora.adapter.saved import read_lora
+    from tlora.exporters.readers import READERS, reading
+
+    vllm = next(reader for reader in READERS if reader.name == "vllm")
+    return reading(vllm, read_lora(local_adapter(evaluated))).refused
+
+
+def local_adapter(evaluated: EvaluatedModel) -> str:
+    """Return the folder of an adapter; one on the Hub is downloaded."""
+    adapter = str(evaluated.adapter)
+    if Path(adapter).is_dir():
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(adapter)
+
+
+def dtype_of(config: EvalConfig) -> str:
+    """Return the precision to compute in; on a CPU "auto" is float32."""
+    if config.dtype == "auto" and device_of(config).type == "cpu":
+        return "float32"  # as fast there, and the batch cannot be seen in the replies
+    return config.dtype
 
 
 def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
@@ -141,12 +166,9 @@ def _load_base(
     evaluated: EvaluatedModel, config: EvalConfig, device: torch.device, head: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """Return the model, and the parameters of its head that its files do not have."""
-    dtype = config.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"  # as fast there, and the batch cannot be seen in the replies
     checkpoint = Pretrained(
         name=evaluated.model,
-        dtype=dtype,
+        dtype=dtype_of(config),
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
     )

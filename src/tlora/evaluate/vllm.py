@@ -1,45 +1,98 @@
-"""vLLM as lm-evaluation-harness asks it: models as they are, adapters merged into a folder first.
+"""vLLM as lm-evaluation-harness asks it: models as they are, adapters served beside their base.
 
-vLLM gives all modules of an adapter one rank and one scale, and would silently answer for another
-model than the one that was trained (docs/evaluation.md).
+An adapter is exported as `uniform` into a temporary folder: before version 0.32 vLLM gives all
+modules one scale, and reads that format alone right (docs/serving.md).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lm_eval.models.vllm_causallms import VLLM
-
+from tlora.adapter.saved import CONFIG
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.evaluate.loading import load, load_tokenizer, release
+from tlora.evaluate.loading import dtype_of, load, load_tokenizer, local_adapter, release
+from tlora.exporters.export import run
+from tlora.exporters.exportconfig import ExportConfig
+from tlora.exporters.servers import vllm_rank
+from tlora.files import adapter_fields
 from tlora.models.pretrained import check_weights
 
 
-class MergedVLLM(VLLM):
+def _version(name: str) -> str:
+    """Return the version of a distribution; vLLM's builds for other devices are named otherwise."""
+    try:
+        return _installed_version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        import vllm
+
+        return str(vllm.__version__)
+
+
+_installed_version = importlib.metadata.version
+# The harness takes `version` from here as it is imported, and asks it for "vllm" by name.
+importlib.metadata.version = _version
+try:
+    from lm_eval.models.vllm_causallms import VLLM
+finally:
+    importlib.metadata.version = _installed_version
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class ServedLM(VLLM):
     """One model of an evaluation in vLLM.
 
     Args:
-        evaluated: the model; an adapter is merged on the device of `config`, and the merged model
-            written to a temporary folder for as long as this object lives.
+        evaluated: the model. An adapter is served beside its base, through a LoRA request; a
+            merged model is made on the device of `config`. What is written for vLLM lies in a
+            temporary folder for as long as this object lives.
         config: precision, batch size and greatest length.
+
+    Raises:
+        TLoraError: the adapter or its base cannot be loaded, exported or merged.
     """
 
     def __init__(self, evaluated: EvaluatedModel, config: EvalConfig) -> None:
-        place = evaluated.model
-        check_weights(place)
+        check_weights(evaluated.model)
+        self._written = tempfile.TemporaryDirectory(prefix="tlora-vllm-")
+        folder = Path(self._written.name)
+        place, lora = evaluated.model, {}
         if evaluated.kind == "merged":
-            self._merged = tempfile.TemporaryDirectory(prefix="tlora-merged-")
-            place = self._merged.name
+            place = str(folder / "merged")
             load(evaluated, config).save_pretrained(place)
             load_tokenizer(evaluated, config).save_pretrained(place)
             release()
+        elif evaluated.kind == "adapter":
+            lora = _uniform(evaluated, config, folder / "uniform")
         super().__init__(
             pretrained=place,
             tokenizer=config.tokenizer or place,
-            dtype=config.dtype,
+            dtype=dtype_of(config),
             batch_size=config.batch_size,
             max_length=config.max_length,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
+            **lora,
         )
+
+
+def _uniform(evaluated: EvaluatedModel, config: EvalConfig, folder: Path) -> dict[str, Any]:
+    """Export an adapter, and return what the harness has to know of it."""
+    run(
+        ExportConfig(
+            path=local_adapter(evaluated),
+            output_dir=str(folder),
+            format="uniform",
+            model=evaluated.model,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+    rank = vllm_rank(adapter_fields(folder / CONFIG)["r"])
+    return {"lora_local_path": str(folder), "max_lora_rank": rank}

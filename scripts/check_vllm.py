@@ -1,0 +1,207 @@
+"""Serve an adapter by a real vLLM, and compare its answers with PEFT's::
+
+    pip install vllm            # or, without a GPU, a CPU build of it
+    python scripts/check_vllm.py --model BASE --data_dir DATA [--adapter ADAPTER]
+
+DATA holds HumanEval (code/HumanEval.jsonl.gz). Without ``--adapter`` one of varied ranks and scales
+is trained for a few steps. Each format is served through a LoRA request, and so is the base alone:
+what differs there are vLLM's own kernels. Then `tlora eval` answers the same problems through
+transformers and through vLLM. Prints tables in Markdown; docs/serving.md holds its output. Not
+among the tests: vLLM is large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import json
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from tlora import TLoraConfig, calibration_batches, get_tlora_model
+from tlora.adapter.saved import read_lora
+from tlora.evaluate.evalconfig import EvalConfig
+from tlora.evaluate.evaluate import run as evaluate
+from tlora.exporters.export import run as export
+from tlora.exporters.exportconfig import ExportConfig
+from tlora.exporters.readers import READERS, reading
+from tlora.exporters.servers import vllm_rank
+
+FORMATS = ("native", "compact", "uniform")
+STEPS, LEARNING_RATE = 12, 3e-3
+Answers = list[tuple[list[int], torch.Tensor]]
+"""Of each prompt the greedy tokens, and the log probability of each token (float64)."""
+
+
+def problems(data_dir: str) -> list[dict[str, str]]:
+    """Return HumanEval's problems."""
+    with gzip.open(Path(data_dir) / "code" / "HumanEval.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def trained(base: str, rows: list[dict[str, str]], folder: str) -> str:
+    """Train an adapter for a few steps; return its folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    pairs = [{"prompt": row["prompt"], "response": row["canonical_solution"]} for row in rows]
+    batches = list(calibration_batches(tokenizer, pairs))
+    torch.manual_seed(0)
+    adapted = get_tlora_model(model, TLoraConfig(r=8, lora_alpha=8), batches)
+    optimizer = torch.optim.AdamW(
+        (each for each in adapted.parameters() if each.requires_grad), lr=LEARNING_RATE
+    )
+    for step in range(STEPS):
+        adapted(**batches[step % len(batches)]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def expected(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
+    """Answer greedily by transformers, a prompt at a time."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        reply = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)[0]
+        answers.append((reply[len(prompt) :].tolist(), log_probabilities(model, prompt, reply)))
+    return answers
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, prompt: list[int], whole: torch.Tensor) -> torch.Tensor:
+    """Return the log probability of each token after the prompt, in float64."""
+    logits = model(input_ids=whole[None]).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, whole[len(prompt) :, None])[:, 0]
+
+
+def served(engine: Any, folder: str | None, prompts: list[list[int]], target: Answers) -> Answers:
+    """Answer by vLLM: its own greedy tokens, and the log probabilities of the target's."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(folder, abs(hash(folder)) % 2**31 + 1, folder) if folder else None
+    most = max(len(tokens) for tokens, _ in target)
+    greedy = SamplingParams(temperature=0, max_tokens=most)
+    forced = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    starts = [{"prompt_token_ids": each} for each in prompts]
+    wholes = [
+        {"prompt_token_ids": each + tokens}
+        for each, (tokens, _) in zip(prompts, target, strict=True)
+    ]
+    replies = engine.generate(starts, greedy, use_tqdm=False, lora_request=request)
+    scored = engine.generate(wholes, forced, use_tqdm=False, lora_request=request)
+    answers = []
+    for reply, whole, (tokens, _) in zip(replies, scored, target, strict=True):
+        found = [
+            at[token].logprob
+            for at, token in zip(whole.prompt_logprobs[-len(tokens) :], tokens, strict=True)
+        ]
+        answers.append((list(reply.outputs[0].token_ids), torch.tensor(found).double()))
+    return answers
+
+
+def row(title: str, found: Answers, target: Answers, foretold: str) -> str:
+    """Return a row of the table."""
+    same = sum(a[0] == b[0] for a, b in zip(found, target, strict=True))
+    off = max((a[1] - b[1]).abs().max().item() for a, b in zip(found, target, strict=True))
+    return f"| {title} | {same} of {len(found)} | {off:.1e} | {foretold} |"
+
+
+def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens: int) -> None:
+    """Print how each format's answers differ from PEFT's."""
+    import vllm
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    prompts = [tokenizer(each["prompt"])["input_ids"] for each in rows]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    bare = expected(model, prompts, tokens)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    target = expected(model, prompts, tokens)
+    with model.disable_adapter():
+        without = [
+            (bare[i][0], log_probabilities(model, prompt, torch.tensor(prompt + target[i][0])))
+            for i, prompt in enumerate(prompts)
+        ]
+    del model
+    lora = read_lora(adapter)
+    ranks = [lora.rank(name) for name in lora.keys]
+    scales = [lora.scale(name) for name in lora.keys]
+    engine = vllm.LLM(
+        model=base,
+        dtype="float32",
+        max_model_len=max(map(len, prompts)) + tokens + 1,
+        max_num_seqs=len(prompts),
+        enable_lora=True,
+        max_lora_rank=vllm_rank(max(ranks)),
+    )
+    print(
+        f"vLLM {vllm.__version__}, float32: {len(lora.keys)} modules, ranks {min(ranks)} to"
+        f" {max(ranks)}, scales {min(scales):.2g} to {max(scales):.2g}\n"
+    )
+    print("| served | same greedy tokens | log probability off by | by its rule |\n|---|---|---|---|")
+    print(row("base, without the adapter", served(engine, None, prompts, bare), bare, "exact"))
+    name = "vllm" if vllm.__version_tuple__ >= (0, 32) else "vllm-0.31"
+    reader = next(each for each in READERS if each.name == name)
+    with tempfile.TemporaryDirectory() as place:
+        for form in FORMATS:
+            folder = f"{place}/{form}"
+            export(ExportConfig(path=adapter, output_dir=folder, format=form, model=base))
+            error = reading(reader, read_lora(folder)).error
+            rule = "exact" if error == 0 else f"wrong by {error:.2g} of the effect"
+            print(row(f"`{form}`", served(engine, folder, prompts, target), target, rule))
+    print(row("(the base in place of the adapter)", without, target, "-"), flush=True)
+
+
+def compare_evaluations(base: str, adapter: str, data_dir: str, items: int, tokens: int) -> None:
+    """Print how many replies of `tlora eval` are the same through transformers and vLLM."""
+    replies = {}
+    with tempfile.TemporaryDirectory() as place:
+        for backend in ("hf", "vllm"):
+            config = EvalConfig(
+                models=[f"adapted={adapter}"],
+                model=base,
+                tasks=["humaneval-paper"],
+                data_dir=data_dir,
+                backend=backend,
+                limit=items,
+                gen_kwargs={"max_gen_toks": tokens},
+                allow_code_execution=True,
+                output_dir=f"{place}/{backend}",
+            )
+            folder = Path(evaluate(config).path)
+            lines = (folder / "samples/adapted/humaneval-paper.jsonl").read_text().splitlines()
+            replies[backend] = [json.loads(line)["reply"] for line in lines]
+    same = sum(a == b for a, b in zip(replies["hf"], replies["vllm"], strict=True))
+    print(
+        f"\n`tlora eval --backend vllm`: {same} of {items} replies to HumanEval are transformers'."
+    )
+
+
+def main() -> None:
+    """Read the command line, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--items", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64)
+    given = parser.parse_args()
+    rows = problems(given.data_dir)
+    importlib.import_module("vllm")  # before the training, that it is missing
+    with tempfile.TemporaryDirectory() as place:
+        adapter = given.adapter or trained(given.model, rows[-8:], place)
+        compare_formats(given.model, adapter, list(islice(rows, given.items)), given.tokens)
+        compare_evaluations(given.model, adapter, given.data_dir, given.items, given.tokens)
+
+
+if __name__ == "__main__":
+    main()
