@@ -147,7 +147,8 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
         f"vLLM {vllm.__version__}, float32: {len(lora.keys)} modules, ranks {min(ranks)} to"
         f" {max(ranks)}, scales {min(scales):.2g} to {max(scales):.2g}\n"
     )
-    print("| served | same greedy tokens | log probability off by | by its rule |\n|---|---|---|---|")
+    print("| served | same greedy tokens | log probability off by | by its rule |")
+    print("|---|---|---|---|")
     print(row("base, without the adapter", served(engine, None, prompts, bare), bare, "exact"))
     name = "vllm" if vllm.__version_tuple__ >= (0, 32) else "vllm-0.31"
     reader = next(each for each in READERS if each.name == name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel, Head
+from tlora.files import adapter_fields
 from tlora.models.pretrained import Pretrained
 from tlora.models.tokens import make_rows
 
@@ -85,11 +86,15 @@ def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
 
 def _unserved(evaluated: EvaluatedModel) -> str | None:
     """Return why vLLM does not read an adapter."""
-    from tlora.adapter.saved import read_lora
+    from tlora.adapter.saved import CONFIG, read_lora
     from tlora.exporters.readers import READERS, reading
 
+    folder = Path(local_adapter(evaluated))
+    kind = adapter_fields(folder / CONFIG).get("peft_type")
+    if kind != "LORA":
+        return f"it is of type {kind}, not a LoRA"
     vllm = next(reader for reader in READERS if reader.name == "vllm")
-    return reading(vllm, read_lora(local_adapter(evaluated))).refused
+    return reading(vllm, read_lora(folder)).refused
 
 
 def local_adapter(evaluated: EvaluatedModel) -> str:
