@@ -6,6 +6,7 @@ modules one scale, and reads that format alone right (docs/serving.md).
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import tempfile
 from pathlib import Path
@@ -22,16 +23,14 @@ from tlora.files import adapter_fields
 from tlora.models.pretrained import check_weights
 
 
-def _version(name: str) -> str:
-    """Return the version of a distribution; vLLM's builds for other devices are named otherwise."""
+def _version(distribution_name: str) -> str:
+    """Return a distribution's version; vLLM's builds for other devices have names of their own."""
     try:
-        return _installed_version(name)
+        return _installed_version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
-        if name != "vllm":
+        if distribution_name != "vllm":
             raise
-        import vllm
-
-        return str(vllm.__version__)
+        return str(importlib.import_module("vllm").__version__)
 
 
 _installed_version = importlib.metadata.version
