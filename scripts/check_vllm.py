@@ -36,8 +36,8 @@ from tlora.exporters.servers import vllm_rank
 
 FORMATS = ("native", "compact", "uniform")
 STEPS, LEARNING_RATE = 12, 3e-3
-Answers = list[tuple[list[int], torch.Tensor]]
-"""Of each prompt the greedy tokens, and the log probability of each token (float64)."""
+Answers = list[tuple[list[int], list[float]]]
+"""Of each prompt the greedy tokens and their log probabilities."""
 
 
 def problems(data_dir: str) -> list[dict[str, str]]:
@@ -70,49 +70,65 @@ def expected(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
     """Answer greedily by transformers, a prompt at a time."""
     answers = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
-        reply = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)[0]
-        answers.append((reply[len(prompt) :].tolist(), log_probabilities(model, prompt, reply)))
+        made = model.generate(
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        reply = made.sequences[0, len(prompt) :]
+        found = torch.cat(made.logits).double().log_softmax(-1)
+        answers.append((reply.tolist(), found.gather(1, reply[:, None])[:, 0].tolist()))
     return answers
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, prompt: list[int], whole: torch.Tensor) -> torch.Tensor:
-    """Return the log probability of each token after the prompt, in float64."""
-    logits = model(input_ids=whole[None]).logits[0, len(prompt) - 1 : -1].double()
-    return logits.log_softmax(-1).gather(1, whole[len(prompt) :, None])[:, 0]
+def rated(model: Any, prompts: list[list[int]], answers: Answers) -> Answers:
+    """Return answers of another model with the log probabilities that this one gives them."""
+    found = []
+    for prompt, (tokens, _) in zip(prompts, answers, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        each = logits.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+        found.append((tokens, each[:, 0].tolist()))
+    return found
 
 
 def served(engine: Any, folder: str | None, prompts: list[list[int]], target: Answers) -> Answers:
-    """Answer by vLLM: its own greedy tokens, and the log probabilities of the target's."""
+    """Answer greedily by vLLM; log probabilities are the target's tokens', as far as it follows.
+
+    A token beyond the likeliest 20 counts as the last of them, so what is off there is at least
+    that much.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(folder, abs(hash(folder)) % 2**31 + 1, folder) if folder else None
-    most = max(len(tokens) for tokens, _ in target)
-    greedy = SamplingParams(temperature=0, max_tokens=most)
-    forced = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    greedy = SamplingParams(temperature=0, max_tokens=max(len(t) for t, _ in target), logprobs=20)
     starts = [{"prompt_token_ids": each} for each in prompts]
-    wholes = [
-        {"prompt_token_ids": each + tokens}
-        for each, (tokens, _) in zip(prompts, target, strict=True)
-    ]
-    replies = engine.generate(starts, greedy, use_tqdm=False, lora_request=request)
-    scored = engine.generate(wholes, forced, use_tqdm=False, lora_request=request)
     answers = []
-    for reply, whole, (tokens, _) in zip(replies, scored, target, strict=True):
-        found = [
-            at[token].logprob
-            for at, token in zip(whole.prompt_logprobs[-len(tokens) :], tokens, strict=True)
-        ]
-        answers.append((list(reply.outputs[0].token_ids), torch.tensor(found).double()))
+    replies = engine.generate(starts, greedy, use_tqdm=False, lora_request=request)
+    for reply, (tokens, _) in zip(replies, target, strict=True):
+        found: list[float] = []
+        for token, own, likely in zip(
+            tokens, reply.outputs[0].token_ids, reply.outputs[0].logprobs, strict=False
+        ):
+            least = min(each.logprob for each in likely.values())
+            found.append(likely[token].logprob if token in likely else least)
+            if own != token:
+                break
+        answers.append((list(reply.outputs[0].token_ids), found))
     return answers
 
 
 def row(title: str, found: Answers, target: Answers, foretold: str) -> str:
     """Return a row of the table."""
     same = sum(a[0] == b[0] for a, b in zip(found, target, strict=True))
-    off = max((a[1] - b[1]).abs().max().item() for a, b in zip(found, target, strict=True))
+    off = max(
+        abs(x - y)
+        for a, b in zip(found, target, strict=True)
+        for x, y in zip(a[1], b[1], strict=False)
+    )
     return f"| {title} | {same} of {len(found)} | {off:.1e} | {foretold} |"
 
 
@@ -127,9 +143,9 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
     model = PeftModel.from_pretrained(model, adapter).eval()
     target = expected(model, prompts, tokens)
     with model.disable_adapter():
-        without = [
-            (bare[i][0], log_probabilities(model, prompt, torch.tensor(prompt + target[i][0])))
-            for i, prompt in enumerate(prompts)
+        left_out = [
+            (own, found)
+            for (own, _), (_, found) in zip(bare, rated(model, prompts, target), strict=True)
         ]
     del model
     lora = read_lora(adapter)
@@ -149,7 +165,7 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
     )
     print("| served | same greedy tokens | log probability off by | by its rule |")
     print("|---|---|---|---|")
-    print(row("base, without the adapter", served(engine, None, prompts, bare), bare, "exact"))
+    print(row("the base alone, against itself", served(engine, None, prompts, bare), bare, "exact"))
     name = "vllm" if vllm.__version_tuple__ >= (0, 32) else "vllm-0.31"
     reader = next(each for each in READERS if each.name == name)
     with tempfile.TemporaryDirectory() as place:
@@ -158,8 +174,10 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
             export(ExportConfig(path=adapter, output_dir=folder, format=form, model=base))
             error = reading(reader, read_lora(folder)).error
             rule = "exact" if error == 0 else f"wrong by {error:.2g} of the effect"
-            print(row(f"`{form}`", served(engine, folder, prompts, target), target, rule))
-    print(row("(the base in place of the adapter)", without, target, "-"), flush=True)
+            print(
+                row(f"`{form}`", served(engine, folder, prompts, target), target, rule), flush=True
+            )
+    print(row("the base alone, by transformers", left_out, target, "-"), flush=True)
 
 
 def compare_evaluations(base: str, adapter: str, data_dir: str, items: int, tokens: int) -> None:
@@ -194,7 +212,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--adapter")
     parser.add_argument("--items", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
     given = parser.parse_args()
     rows = problems(given.data_dir)
     importlib.import_module("vllm")  # before the training, that it is missing
