@@ -28,6 +28,9 @@ def served(monkeypatch):
         def __init__(self, **made):
             self.made = made
 
+        def _loglikelihood_tokens(self, requests):
+            return [(-1.0, True) for _ in requests]
+
     module = types.ModuleType("lm_eval.models.vllm_causallms")
     module.VLLM = VLLM
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -61,7 +64,7 @@ def test_an_adapter_is_merged_into_a_folder_that_goes_with_the_model(served, dem
 
 
 def test_an_adapter_is_served_beside_its_base_with_one_rank_and_one_scale(served, demo_adapter):
-    config = config_of(demo_adapter)
+    config = config_of(demo_adapter, device="cpu")
     (adapted,) = resolve(config)
     lm = served.ServedLM(adapted, config)
     assert (lm.made["pretrained"], lm.made["tokenizer"]) == (BASE_MODEL, BASE_MODEL)
@@ -79,6 +82,14 @@ def test_an_adapter_is_served_beside_its_base_with_one_rank_and_one_scale(served
     assert torch.allclose(found, logits(loading.load(adapted, config)), atol=1e-4)
     del lm
     assert not Path(folder).exists()
+
+
+def test_on_a_cpu_texts_are_not_scored_beside_a_lora(served, demo_adapter):
+    config = config_of(demo_adapter, with_base=True, device="cpu")
+    base, adapted = resolve(config)
+    assert served.ServedLM(base, config)._loglikelihood_tokens(["a"]) == [(-1.0, True)]
+    with pytest.raises(ConfigError, match="cannot score texts while it serves a LoRA; add --merge"):
+        served.ServedLM(adapted, config)._loglikelihood_tokens(["a"])
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlora.adapter.saved import CONFIG
+from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.evaluate.loading import dtype_of, load, load_tokenizer, local_adapter, release
+from tlora.evaluate.loading import (
+    device_of,
+    dtype_of,
+    load,
+    load_tokenizer,
+    local_adapter,
+    release,
+)
 from tlora.exporters.export import run
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import vllm_rank
@@ -80,6 +88,15 @@ class ServedLM(VLLM):
             seed=config.seed,
             **lora,
         )
+        self._scores = not lora or device_of(config).type != "cpu"
+
+    def _loglikelihood_tokens(self, *given: Any, **named: Any) -> list[tuple[float, bool]]:
+        if not self._scores:
+            raise ConfigError(
+                "vLLM's CPU build cannot score texts while it serves a LoRA; add --merge.",
+                where="backend",
+            )
+        return super()._loglikelihood_tokens(*given, **named)
 
 
 def _uniform(evaluated: EvaluatedModel, config: EvalConfig, folder: Path) -> dict[str, Any]:
