@@ -156,6 +156,7 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
         dtype="float32",
         max_model_len=max(map(len, prompts)) + tokens + 1,
         max_num_seqs=len(prompts),
+        max_num_batched_tokens=128,  # a CPU copies the LoRA's matrices for each token of a batch
         enable_lora=True,
         max_lora_rank=vllm_rank(max(ranks)),
     )
