@@ -1,6 +1,6 @@
 """Serve an adapter by a real vLLM, and compare its answers with PEFT's::
 
-    pip install vllm            # or, without a GPU, a CPU build of it
+    pip install ".[eval]" vllm  # without a GPU, a CPU build of vLLM: docs/serving.md
     python scripts/check_vllm.py --model BASE --data_dir DATA [--adapter ADAPTER]
 
 DATA holds HumanEval (code/HumanEval.jsonl.gz). Without ``--adapter`` one of varied ranks and scales
@@ -200,7 +200,7 @@ def compare_evaluations(base: str, adapter: str, data_dir: str, items: int, toke
             folder = Path(evaluate(config).path)
             lines = (folder / "samples/adapted/humaneval-paper.jsonl").read_text().splitlines()
             replies[backend] = [json.loads(line)["reply"] for line in lines]
-    same = sum(a == b for a, b in zip(replies["hf"], replies["vllm"], strict=True))
+    same = sum(a == b and bool(a) for a, b in zip(replies["hf"], replies["vllm"], strict=True))
     print(
         f"\n`tlora eval --backend vllm`: {same} of {items} replies to HumanEval are transformers'."
     )
