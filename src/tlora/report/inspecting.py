@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlora.adapter.saved import CONFIG
 from tlora.compare.comparefolder import CompareFolder
 from tlora.errors import ArtifactError, ConfigError
 from tlora.evaluate.evalfolder import EvalFolder
@@ -33,6 +32,8 @@ def run(
     Raises:
         TLoraError: there is nothing to show, or a file is damaged.
     """
+    from tlora.adapter.saved import CONFIG
+
     if CompareFolder(path).exists:
         show_comparison(CompareFolder(path), tell, against)
         return
