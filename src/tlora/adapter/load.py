@@ -15,6 +15,7 @@ from torch import nn
 
 from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
+from tlora.adapter.savedconfig import check_fields
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import taken_for_experts
@@ -77,6 +78,8 @@ def load_adapter(
         with damaged(settings, "save or copy the adapter again"):
             _ = fields["peft_type"]
             PeftConfig.from_pretrained(str(path))
+    if fields.get("peft_type") == "LORA":
+        check_fields(path, fields)
     with _fitting(model, path):
         check_saved(path, model, fields)
     if is_trainable:

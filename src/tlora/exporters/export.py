@@ -10,7 +10,7 @@ from pathlib import Path
 from tlora import extras
 from tlora.adapter.head import HEAD_FILE
 from tlora.adapter.load import targeted_names
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.adapter.saved import CONFIG, SavedLora, read_lora, shape_of
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
 from tlora.exporters.base import BESIDE, Export, Source
@@ -94,8 +94,7 @@ def read_source(config: ExportConfig) -> Source:
     lora = read_lora(adapter_folder(config.path))
     base = config.model or lora.base or ""
     sizes = None
-    local = Path(base).is_dir()
-    if local or config.model:
+    if config.model or (base and Path(base).is_dir()):
         checkpoint = Pretrained(name=base, trust_remote_code=config.trust_remote_code)
         sizes = layer_sizes(checkpoint, lora.fields.get("task_type"))
         _check_fit(lora, sizes, base)
@@ -132,9 +131,8 @@ def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) ->
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
         return  # their names are not those of layers
     plain = {name: pair for name, pair in lora.keys.items() if pair[0].endswith(".lora_A.weight")}
-    unknown = [name for name in plain if name not in sizes]
-    beyond_linear = set(lora.keys) - set(plain)
-    if unknown and not beyond_linear:
+    unknown = [n for n in plain if n not in sizes and len(shape_of(lora.tensors, plain[n][0])) == 2]
+    if unknown:
         raise AdapterError(
             f"{lora.path} adapts {listed(unknown)}, which {base!r} does not have; give the base"
             " that it was trained on by --model."

@@ -24,7 +24,7 @@ from tlora.exporters.servers import SERVERS, stacked_rank
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a module's name."""
-_CARRIED = ("trained modules", "trained rows")
+_CARRIED = ("trained modules", "trained rows", "other tensors")
 """What PEFT and the servers of classifiers read beside the matrices."""
 
 
