@@ -137,18 +137,19 @@ class SavedLora:
 
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives a module."""
-        return int(self._pattern("rank_pattern", module, self.fields.get("r", 8)))
+        return int(self.pattern("rank_pattern", module, self.fields.get("r", 8)))
 
     def alpha(self, module: str) -> float:
         """Return the alpha that the configuration gives a module."""
-        return float(self._pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
+        return float(self.pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
 
     def scale(self, module: str) -> float:
         """Return s of a module, as PEFT computes it."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
-    def _pattern(self, field: str, module: str, otherwise: Any) -> Any:
+    def pattern(self, field: str, module: str, otherwise: Any) -> Any:
+        """Return what `rank_pattern` or `alpha_pattern` has for a name, by PEFT's matching."""
         pattern = self.fields.get(field) or {}
         return pattern.get(get_pattern_key(list(pattern), module), otherwise)
 
@@ -284,7 +285,13 @@ def _check_ranks(lora: SavedLora) -> None:
     if lora.fields.get("target_parameters"):
         return  # one A for all experts: its rows are not the rank
     for name, (a, b) in lora.keys.items():
-        rows, columns = shape_of(lora.tensors, a)[:1], shape_of(lora.tensors, b)[1:2]
+        shapes = [shape_of(lora.tensors, key) for key in (a, b)]
+        if any(len(shape) < 2 for shape in shapes):
+            raise AdapterError(
+                f"{lora.path}: A and B of {name} are of shape {shapes[0]} and {shapes[1]}, no"
+                " matrices; save or copy the adapter again."
+            )
+        rows, columns = shapes[0][0], shapes[1][1]
         if rows != columns or rows != lora.rank(name):
             raise AdapterError(
                 f"{lora.path}: {name} has rank {lora.rank(name)} in {CONFIG}, and {rows} rows in A,"

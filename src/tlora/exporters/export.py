@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from tlora.adapter.load import targeted_names
 from tlora.adapter.saved import CONFIG, SavedLora, read_lora, shape_of
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
-from tlora.exporters.base import BESIDE, Export, Source
+from tlora.exporters.base import Export, Source, copy_beside
+from tlora.exporters.checkpoint import INDEX
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import SERVERS, Artifact
 from tlora.exporters.truncate import Cut, truncated
@@ -24,7 +24,7 @@ from tlora.registry import FORMATS
 from tlora.training.checkpoints import MANIFEST
 from tlora.training.runfolder import RunFolder
 
-_NOT_COPIED = (CONFIG, "trainer_state.json", MANIFEST)
+_NOT_COPIED = (CONFIG, INDEX, "trainer_state.json", MANIFEST)
 
 
 @dataclass
@@ -185,14 +185,7 @@ def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
         AdapterError: one is a link out of the folder, which might lead to anything.
     """
     left = (*_NOT_COPIED, HEAD_FILE) if done.largest_rank is None else _NOT_COPIED
-    # The Hub's cache keeps the files of a folder two levels up.
-    homes = (adapter.resolve(), adapter.resolve().parent.parent / "blobs")
-    for file in sorted(adapter.iterdir()):
-        wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
-        if wanted and not (folder / file.name).exists():
-            if file.resolve().parent not in homes:
-                raise AdapterError(f"{file} is a link out of its folder; remove it, or copy it in.")
-            shutil.copyfile(file, folder / file.name)
+    copy_beside(adapter, folder, left)
 
 
 Tell = Callable[[str], None]
