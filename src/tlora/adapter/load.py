@@ -78,8 +78,6 @@ def load_adapter(
         with damaged(settings, "save or copy the adapter again"):
             _ = fields["peft_type"]
             PeftConfig.from_pretrained(str(path))
-    if fields.get("peft_type") == "LORA":
-        check_fields(path, fields)
     with _fitting(model, path):
         check_saved(path, model, fields)
     if is_trainable:
@@ -130,11 +128,13 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
         fields: of the folder's adapter_config.json.
 
     Raises:
-        AdapterError: a file is cut off or damaged, or does not match the digest that it carries,
-            or a weight is not finite.
+        AdapterError: a field of the configuration makes no sense, a file is cut off or damaged, or
+            does not match the digest that it carries, or a weight is not finite.
         MisfitError: a matrix has other sizes, a tensor belongs to no module, or a module that the
             configuration adapts has no matrices.
     """
+    if fields.get("peft_type") == "LORA":
+        check_fields(path, fields)
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         return

@@ -247,7 +247,11 @@ def read_lora(path: str | Path) -> SavedLora:
 
 
 def _check_numbers(path: Path, tensors: Tensors) -> None:
-    """Refuse matrices that are not floating-point numbers of at least 16 bits."""
+    """Check that matrices hold floating-point numbers of at least 16 bits.
+
+    Raises:
+        AdapterError: one does not.
+    """
     odd = {key: code for key, code in tensors.codes.items() if code not in _FLOATS}
     odd = {key: code for key, code in odd.items() if key.endswith((*_A, *_B))}
     if odd:
@@ -317,8 +321,8 @@ def _check_complete(lora: SavedLora) -> None:
             )
     if lora.fields.get("modules_to_save") and not any(map(lora.in_full, lora.others)):
         raise AdapterError(
-            f"{lora.path} has no weights of {listed(lora.fields['modules_to_save'])}, which {CONFIG}"
-            " names in `modules_to_save`; save the adapter again."
+            f"{lora.path} has no weights of {listed(lora.fields['modules_to_save'])}, which"
+            f" {CONFIG} names in `modules_to_save`; save the adapter again."
         )
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
         return  # their names are not those of modules

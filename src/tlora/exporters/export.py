@@ -9,7 +9,8 @@ from pathlib import Path
 from tlora import extras
 from tlora.adapter.head import HEAD_FILE
 from tlora.adapter.load import targeted_names
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora, shape_of
+from tlora.adapter.saved import SavedLora, read_lora, shape_of
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
 from tlora.exporters.base import Export, Source, copy_beside

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.adapter.saved import SavedLora, read_lora
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, listed
 from tlora.exporters.servers import VLLM_RANKS, stacked_rank
 from tlora.exporters.uniform import gaps

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlora.adapter.saved import CONFIG
+from tlora.adapter.savedconfig import CONFIG
 from tlora.compare.comparefolder import CompareFolder
 from tlora.errors import ArtifactError, ConfigError
 from tlora.evaluate.evalfolder import EvalFolder

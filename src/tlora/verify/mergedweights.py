@@ -107,7 +107,7 @@ def _off(before: Tensor, after: Tensor, factors: Factors, transposed: bool) -> t
     """Return ||W_merged - W - s B A||, ||s B A||, the bound of rounding, and the norm beyond it.
 
     The last is that of what each entry of the difference has beyond its own bound: where an update
-    is smaller than the rounding of the large weights, the small ones still tell whether it is there.
+    is smaller than the rounding of the large weights, the small ones tell whether it is there.
     """
     a, b = factors.a.double().flatten(1), factors.scale * factors.b.double().flatten(1)
     if transposed:
