@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from served import SERVED, change_config, change_weights, save
 from tlora import cli
-from tlora.adapter.saved import WEIGHTS, read_lora
+from tlora.adapter.saved import read_lora
 from tlora.exporters import export
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.readers import READERS, RefusedError
@@ -195,7 +195,3 @@ def test_a_merged_model_that_computes_otherwise_is_found(saved, damage, says, tm
     damage(out)
     assert cli.main(["verify", str(saved.adapter), str(out)]) == 1
     assert says in capsys.readouterr().err
-
-
-def test_the_weights_file_of_this_test_has_two_factors_a_module(saved):
-    assert len(load_file(saved.adapter / WEIGHTS)) == 26
