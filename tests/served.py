@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import support
 from families import FAMILIES, Kind
-from tlora.adapter.saved import CONFIG, WEIGHTS, SavedLora
+from tlora.adapter.saved import WEIGHTS, SavedLora
+from tlora.adapter.savedconfig import CONFIG
 
 COHERE = Kind("CohereConfig", "CohereForCausalLM", FAMILIES["llama"].fields)
 GRANITE = Kind("GraniteConfig", "GraniteForCausalLM", FAMILIES["llama"].fields)

@@ -90,6 +90,18 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path, existed
     assert not existed or (path / "kept").read_text() == "old"
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "target")
+    with replacing_folder(tmp_path / "run") as part:
+        (part / "new").write_text("new")
+    assert names(tmp_path) == ["run", "target"]
+    assert (tmp_path / "run").is_symlink()
+    assert names(tmp_path / "target") == ["new"]
+
+
 def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("mine")

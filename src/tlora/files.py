@@ -50,10 +50,14 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on a clean exit it replaces ``path``.
 
+    Where ``path`` is a link, this is about what it leads to.
+
     Raises:
         ArtifactError: ``path`` is a file.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path}: this is a file; name a folder, or move the file away.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from llamacpp import LlamaCpp, byte_tokenizer, distance, kind_of, next_token_of
+from llamacpp import (
+    LlamaCpp,
+    byte_tokenizer,
+    distance,
+    kind_of,
+    next_token_of,
+    save_with_tokenizer,
+)
 from tlora.errors import ConfigError
+from tlora.exporters import ggufbase
 from tlora.exporters.ggufbase import write_base
 from tlora.exporters.gguftokens import _GPT4
 
@@ -207,3 +215,41 @@ def test_other_bases_are_refused(change, what, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=rf"{what} is not supported; .* convert_hf_to_gguf\.py"):
         written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma2", {"query_pre_attn_scalar": 77}, "query_pre_attn_scalar"),
+        ("gemma3", {"head_dim": 32, "query_pre_attn_scalar": 16}, "query_pre_attn_scalar"),
+        ("gemma3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "no_rope_layers"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ],
+)
+def test_constants_that_llama_cpp_does_not_read_are_refused(family, change, named, tmp_path):
+    save_with_tokenizer(kind_of(family), tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=rf"a base with `{named}: .*, where llama\.cpp takes"):
+        write_base(
+            tmp_path / "base.gguf",
+            tmp_path / "base",
+            transformers.AutoConfig.from_pretrained(tmp_path / "base"),
+        )
+    assert not (tmp_path / "base.gguf").exists()
+
+
+def test_an_ignored_scale_would_make_llama_cpp_wrong(tmp_path, monkeypatch):
+    saved = save_with_tokenizer(kind_of("gemma2"), tmp_path)
+    config = transformers.AutoConfig.from_pretrained(saved.base)
+    config.query_pre_attn_scalar = 1
+    config.save_pretrained(saved.base)
+    monkeypatch.setattr(ggufbase, "_refuse_other_constants", lambda *_: None)
+    write_base(tmp_path / "base.gguf", saved.base, config, torch.float32)
+    with torch.no_grad(), (model := saved.load()).disable_adapter():
+        right = next_token_of(model)
+    assert distance(LlamaCpp(tmp_path / "base.gguf").next_token(), right) > 0.01

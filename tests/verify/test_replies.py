@@ -12,7 +12,7 @@ import transformers
 
 from served import SERVED, Saved, change_config, save
 from tlora import cli
-from tlora.adapter.saved import CONFIG
+from tlora.adapter.savedconfig import CONFIG
 from tlora.exporters import export
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.verify.replies import PROMPTS

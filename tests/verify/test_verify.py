@@ -12,7 +12,8 @@ import torch
 
 from served import SERVED, change_config, change_weights, dense, save
 from tlora import cli
-from tlora.adapter.saved import CONFIG, WEIGHTS, read_lora
+from tlora.adapter.saved import WEIGHTS, read_lora
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import ConfigError
 from tlora.exporters import export
 from tlora.exporters.exportconfig import ExportConfig

@@ -15,6 +15,7 @@ from torch import nn
 
 from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
+from tlora.adapter.savedconfig import check_fields
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import taken_for_experts
@@ -127,11 +128,13 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
         fields: of the folder's adapter_config.json.
 
     Raises:
-        AdapterError: a file is cut off or damaged, or does not match the digest that it carries,
-            or a weight is not finite.
+        AdapterError: a field of the configuration makes no sense, a file is cut off or damaged, or
+            does not match the digest that it carries, or a weight is not finite.
         MisfitError: a matrix has other sizes, a tensor belongs to no module, or a module that the
             configuration adapts has no matrices.
     """
+    if fields.get("peft_type") == "LORA":
+        check_fields(path, fields)
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         return

@@ -19,19 +19,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlora.adapter.load import check_finite, targeted_names
+from tlora.adapter.savedconfig import CONFIG, check_fields
 from tlora.errors import AdapterError, listed
 from tlora.files import adapter_fields
 from tlora.integrity import has_digest
 
 PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
 
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _NUMBER = re.compile(r"\.\d+\.")
 """The number of a layer, which only the full name of a module has."""
+VARIANTS = {
+    "layer_replication": "replicated layers (`layer_replication`)",
+    "alora_invocation_tokens": "an activation by tokens (aLoRA)",
+    "use_qalora": "pooled inputs (QALoRA)",
+    "use_bdlora": "block-diagonal matrices (BD-LoRA)",
+    "arrow_config": "a router of adapters (Arrow)",
+    "kasa_config": "a truncated base (KaSA)",
+    "monteclora_config": "random updates (MonteCLoRA)",
+}
+"""Fields of PEFT under which A and B mean something else than W + s B A, and what that is."""
+MAGNITUDE = ".lora_magnitude_vector"
+BIAS = ".lora_B.bias"
+ROWS = ".token_adapter.trainable_tokens_delta"
+_BESIDE = {"use_dora": MAGNITUDE, "lora_bias": BIAS, "trainable_token_indices": ROWS}
+"""Fields of PEFT that add tensors to an adapter's file, and how their names end."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations of PEFT after which the adapter stands on changed base weights."""
 
@@ -62,10 +78,9 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, file: Path) -> None:
         self.file = file
         with safe_open(file, framework="pt") as opened:
-            self.shapes = {
-                key: tuple(opened.get_slice(key).get_shape())
-                for key in opened.keys()  # noqa: SIM118 - it is no mapping
-            }
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            self.shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+            self.codes = {key: each.get_dtype() for key, each in slices.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor.
@@ -122,18 +137,19 @@ class SavedLora:
 
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives a module."""
-        return int(self._pattern("rank_pattern", module, self.fields.get("r", 8)))
+        return int(self.pattern("rank_pattern", module, self.fields.get("r", 8)))
 
     def alpha(self, module: str) -> float:
         """Return the alpha that the configuration gives a module."""
-        return float(self._pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
+        return float(self.pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
 
     def scale(self, module: str) -> float:
         """Return s of a module, as PEFT computes it."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
-    def _pattern(self, field: str, module: str, otherwise: Any) -> Any:
+    def pattern(self, field: str, module: str, otherwise: Any) -> Any:
+        """Return what `rank_pattern` or `alpha_pattern` has for a name, by PEFT's matching."""
         pattern = self.fields.get(field) or {}
         return pattern.get(get_pattern_key(list(pattern), module), otherwise)
 
@@ -146,10 +162,7 @@ class SavedLora:
             "target_parameters": "adapters of fused parameters (`target_parameters`)",
             "trainable_token_indices": "trained rows of embeddings (`trainable_token_indices`)",
             "modules_to_save": f"trained modules ({listed(fields.get('modules_to_save') or [])})",
-            "layer_replication": "replicated layers (`layer_replication`)",
-            "alora_invocation_tokens": "an activation by tokens (aLoRA)",
-            "use_qalora": "pooled inputs (QALoRA)",
-            "use_bdlora": "block-diagonal matrices (BD-LoRA)",
+            **VARIANTS,
         }
         yield from (words for name, words in named.items() if fields.get(name))
         if fields.get("bias", "none") != "none":
@@ -157,9 +170,22 @@ class SavedLora:
         embeddings = [name for name, (a, _) in self.keys.items() if "lora_embedding_A" in a]
         if embeddings:
             yield f"adapters of embeddings ({listed(embeddings)})"
+        if more := [name for name in self.others if not self._is_named(name)]:
+            yield f"other tensors ({listed(more)})"
         deep = [n for n, (a, _) in self.keys.items() if n not in embeddings and self._dims(a) != 2]
         if deep:
             yield f"adapters of convolutions ({listed(deep)})"
+
+    def in_full(self, key: str) -> bool:
+        """Return whether a tensor is one of a module that trained in full (`modules_to_save`)."""
+        parts = key.removeprefix(PREFIX).split(".")
+        modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return any(m.endswith(s) for m in modules for s in self.fields.get("modules_to_save") or [])
+
+    def _is_named(self, key: str) -> bool:
+        """Return whether a field of the configuration says that there is this tensor."""
+        is_bias = key.endswith(".bias") and self.fields.get("bias", "none") != "none"
+        return is_bias or key.endswith((*_BESIDE.values(),)) or self.in_full(key)
 
     def _dims(self, key: str) -> int:
         return len(shape_of(self.tensors, key))
@@ -190,6 +216,7 @@ def read_lora(path: str | Path) -> SavedLora:
             f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; only LoRA"
             " adapters can be exported."
         )
+    check_fields(path, fields)
     file = path / WEIGHTS
     if not file.is_file():
         pickled = (path / "adapter_model.bin").is_file()
@@ -205,6 +232,7 @@ def read_lora(path: str | Path) -> SavedLora:
         raise AdapterError(
             f"{file}: cut off or damaged ({error}); save or copy the adapter again."
         ) from error
+    _check_numbers(path, tensors)
     check_finite(file, str(path))
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
@@ -216,6 +244,21 @@ def read_lora(path: str | Path) -> SavedLora:
     _check_ranks(lora)
     _check_complete(lora)
     return lora
+
+
+def _check_numbers(path: Path, tensors: Tensors) -> None:
+    """Check that matrices hold floating-point numbers of at least 16 bits.
+
+    Raises:
+        AdapterError: one does not.
+    """
+    odd = {key: code for key, code in tensors.codes.items() if code not in _FLOATS}
+    odd = {key: code for key, code in odd.items() if key.endswith((*_A, *_B))}
+    if odd:
+        raise AdapterError(
+            f"{path}: {listed([*odd])} is stored as {next(iter(odd.values()))}, not in floating"
+            " point of 16 bits or more; save the adapter again."
+        )
 
 
 def _paired(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
@@ -246,7 +289,13 @@ def _check_ranks(lora: SavedLora) -> None:
     if lora.fields.get("target_parameters"):
         return  # one A for all experts: its rows are not the rank
     for name, (a, b) in lora.keys.items():
-        rows, columns = shape_of(lora.tensors, a)[0], shape_of(lora.tensors, b)[1]
+        shapes = [shape_of(lora.tensors, key) for key in (a, b)]
+        if any(len(shape) < 2 for shape in shapes):
+            raise AdapterError(
+                f"{lora.path}: A and B of {name} are of shape {shapes[0]} and {shapes[1]}, no"
+                " matrices; save or copy the adapter again."
+            )
+        rows, columns = shapes[0][0], shapes[1][1]
         if rows != columns or rows != lora.rank(name):
             raise AdapterError(
                 f"{lora.path}: {name} has rank {lora.rank(name)} in {CONFIG}, and {rows} rows in A,"
@@ -255,11 +304,26 @@ def _check_ranks(lora: SavedLora) -> None:
 
 
 def _check_complete(lora: SavedLora) -> None:
-    """Refuse a folder whose configuration names a module in full that its weights lack.
+    """Refuse a folder whose weights are not those that its configuration describes.
 
     Raises:
-        AdapterError: it does.
+        AdapterError: a module that it names in full has no matrices, or a field no tensors.
     """
+    for field, ending in _BESIDE.items():
+        said, there = lora.fields.get(field), [k for k in lora.others if k.endswith(ending)]
+        with_it = {key.removeprefix(PREFIX).removesuffix(ending) for key in there}
+        plain = [n for n, (a, _) in lora.keys.items() if a.endswith(_A[0])]
+        without = [n for n in plain if n not in with_it and ending != ROWS]
+        if bool(said) != bool(there) or (said and without):
+            raise AdapterError(
+                f"{lora.path}: {CONFIG} has `{field}: {said}`, and {len(there)} tensors of the"
+                f" weights end in {ending}; the folder was edited or mixed, save the adapter again."
+            )
+    if lora.fields.get("modules_to_save") and not any(map(lora.in_full, lora.others)):
+        raise AdapterError(
+            f"{lora.path} has no weights of {listed(lora.fields['modules_to_save'])}, which"
+            f" {CONFIG} names in `modules_to_save`; save the adapter again."
+        )
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
         return  # their names are not those of modules
     targets = lora.fields.get("target_modules") or []

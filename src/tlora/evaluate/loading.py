@@ -86,7 +86,8 @@ def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
 
 def _unserved(evaluated: EvaluatedModel) -> str | None:
     """Return why vLLM does not read an adapter."""
-    from tlora.adapter.saved import CONFIG, read_lora
+    from tlora.adapter.saved import read_lora
+    from tlora.adapter.savedconfig import CONFIG
     from tlora.exporters.readers import READERS, reading
 
     folder = Path(local_adapter(evaluated))

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlora.adapter.saved import CONFIG
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel

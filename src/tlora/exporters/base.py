@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tlora.adapter.saved import CONFIG, WEIGHTS, SavedLora
+from tlora.adapter.saved import WEIGHTS, SavedLora
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.files import seal_tensors
@@ -69,6 +71,22 @@ def refuse(lora: SavedLora, form: str, lacking: list[str], way_out: str) -> None
         raise AdapterError(
             f"{lora.path} has {'; '.join(lacking)}; {form} cannot hold it: {way_out}."
         )
+
+
+def copy_beside(source: Path, folder: Path, left: Collection[str]) -> None:
+    """Copy what lies beside weights and is not there yet, but for the names that are left out.
+
+    Raises:
+        AdapterError: one is a link out of the folder, which might lead to anything.
+    """
+    # The Hub's cache keeps the files of a folder two levels up.
+    homes = (source.resolve(), source.resolve().parent.parent / "blobs")
+    for file in sorted(source.iterdir()):
+        wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
+        if wanted and not (folder / file.name).exists():
+            if file.resolve().parent not in homes:
+                raise AdapterError(f"{file} is a link out of its folder; remove it, or copy it in.")
+            shutil.copyfile(file, folder / file.name)
 
 
 def in_dtype(tensor: Tensor, name: str) -> Tensor:

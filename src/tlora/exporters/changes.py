@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlora.adapter.saved import PREFIX, SavedLora, shape_of
+from tlora.adapter.saved import BIAS, MAGNITUDE, PREFIX, ROWS, VARIANTS, SavedLora, shape_of
 from tlora.errors import AdapterError, listed
 
-_MAGNITUDE = ".lora_magnitude_vector"
-_BIAS = ".lora_B.bias"
-_ROWS = ".token_adapter.trainable_tokens_delta"
 _WRAPPED = (".token_adapter.base_layer.", ".original_module.", ".base_layer.")
 """What stands between a module's name and its parameter's while an adapter is on it."""
-
-_NEVER = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-"""Fields of an adapter that no weight of the base's form can hold."""
 
 
 @dataclass
@@ -89,7 +83,7 @@ class Change:
         if self.update:
             weight = _updated(weight, lora, self.update, self.transposed)
         if self.shift:
-            bias = lora.tensors[PREFIX + self.shift + _BIAS]
+            bias = lora.tensors[PREFIX + self.shift + BIAS]
             weight = weight + lora.scale(self.shift) * bias.float()
         return weight
 
@@ -108,7 +102,7 @@ def _updated(weight: Tensor, lora: SavedLora, module: str, transposed: bool) -> 
     b = (factors.b.double() * factors.scale).float().flatten(1)
     update = b @ factors.a.float().flatten(1)
     merged = rows + update.reshape(rows.shape)
-    magnitude = PREFIX + module + _MAGNITUDE
+    magnitude = PREFIX + module + MAGNITUDE
     if magnitude in lora.tensors:
         norms = merged.flatten(1).norm(dim=1)
         ratio = lora.tensors[magnitude].float().flatten() / norms
@@ -126,7 +120,7 @@ def changes_of(lora: SavedLora, model: Any) -> dict[str, Change]:
     Raises:
         AdapterError: something in it cannot be merged, or the base has no such parameter.
     """
-    if never := [f"`{name}`" for name in _NEVER if lora.fields.get(name)]:
+    if never := [f"`{name}`" for name in VARIANTS if lora.fields.get(name)]:
         raise AdapterError(
             f"{lora.path} has {listed(never)}, which no merged weight can hold; export --format"
             " native."
@@ -140,16 +134,16 @@ def changes_of(lora: SavedLora, model: Any) -> dict[str, Change]:
         change(f"{module}.weight").update = module
     for key in lora.others:
         name = key.removeprefix(PREFIX)
-        if name.endswith(_ROWS):
-            module = name.removesuffix(_ROWS)
+        if name.endswith(ROWS):
+            module = name.removesuffix(ROWS)
             each = change(f"{module}.weight")
             each.rows, each.indices = key, _indices(lora, module)
-        elif name.endswith(_BIAS):
-            module = name.removesuffix(_BIAS)
+        elif name.endswith(BIAS):
+            module = name.removesuffix(BIAS)
             change(f"{module}.bias").shift = module
-        elif name.endswith(_MAGNITUDE):
+        elif name.endswith(MAGNITUDE):
             continue
-        elif _in_full(lora, name):
+        elif lora.in_full(name):
             change(name).replaced = key
         else:
             for middle in _WRAPPED:
@@ -166,13 +160,6 @@ def _indices(lora: SavedLora, module: str) -> tuple[int, ...]:
         own = [rows for name, rows in given.items() if f".{module}".endswith(f".{name}")]
         given = (own or [*given.values()] or [[]])[0]
     return tuple(given)
-
-
-def _in_full(lora: SavedLora, name: str) -> bool:
-    saved = lora.fields.get("modules_to_save") or []
-    parts = name.split(".")
-    modules = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(module.endswith(each) for module in modules for each in saved)
 
 
 def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:

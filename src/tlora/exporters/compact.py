@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tlora.adapter.saved import SavedLora
+from tlora.adapter.saved import VARIANTS, SavedLora
 from tlora.exporters.base import Export, Source, in_dtype, refuse, scaled, write_lora
 
-_ONE_SCALE = ("alora_invocation_tokens", "target_parameters", "layer_replication", "use_bdlora")
+_NOT_BAKED = ("target_parameters", *VARIANTS)
 
 
 class Compact:
@@ -60,4 +60,4 @@ def baked(lora: SavedLora, dtype: str) -> dict[str, Tensor]:
 
 
 def _beyond_matrices(lora: SavedLora) -> list[str]:
-    return [f"`{name}`" for name in _ONE_SCALE if lora.fields.get(name)]
+    return [f"`{name}`" for name in _NOT_BAKED if lora.fields.get(name)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 from tlora import extras
 from tlora.adapter.head import HEAD_FILE
 from tlora.adapter.load import targeted_names
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.adapter.saved import SavedLora, read_lora, shape_of
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
-from tlora.exporters.base import BESIDE, Export, Source
+from tlora.exporters.base import Export, Source, copy_beside
+from tlora.exporters.checkpoint import INDEX
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import SERVERS, Artifact
 from tlora.exporters.truncate import Cut, truncated
@@ -24,7 +25,7 @@ from tlora.registry import FORMATS
 from tlora.training.checkpoints import MANIFEST
 from tlora.training.runfolder import RunFolder
 
-_NOT_COPIED = (CONFIG, "trainer_state.json", MANIFEST)
+_NOT_COPIED = (CONFIG, INDEX, "trainer_state.json", MANIFEST)
 
 
 @dataclass
@@ -94,8 +95,7 @@ def read_source(config: ExportConfig) -> Source:
     lora = read_lora(adapter_folder(config.path))
     base = config.model or lora.base or ""
     sizes = None
-    local = Path(base).is_dir()
-    if local or config.model:
+    if config.model or (base and Path(base).is_dir()):
         checkpoint = Pretrained(name=base, trust_remote_code=config.trust_remote_code)
         sizes = layer_sizes(checkpoint, lora.fields.get("task_type"))
         _check_fit(lora, sizes, base)
@@ -132,9 +132,8 @@ def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) ->
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
         return  # their names are not those of layers
     plain = {name: pair for name, pair in lora.keys.items() if pair[0].endswith(".lora_A.weight")}
-    unknown = [name for name in plain if name not in sizes]
-    beyond_linear = set(lora.keys) - set(plain)
-    if unknown and not beyond_linear:
+    unknown = [n for n in plain if n not in sizes and len(shape_of(lora.tensors, plain[n][0])) == 2]
+    if unknown:
         raise AdapterError(
             f"{lora.path} adapts {listed(unknown)}, which {base!r} does not have; give the base"
             " that it was trained on by --model."
@@ -187,14 +186,7 @@ def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
         AdapterError: one is a link out of the folder, which might lead to anything.
     """
     left = (*_NOT_COPIED, HEAD_FILE) if done.largest_rank is None else _NOT_COPIED
-    # The Hub's cache keeps the files of a folder two levels up.
-    homes = (adapter.resolve(), adapter.resolve().parent.parent / "blobs")
-    for file in sorted(adapter.iterdir()):
-        wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
-        if wanted and not (folder / file.name).exists():
-            if file.resolve().parent not in homes:
-                raise AdapterError(f"{file} is a link out of its folder; remove it, or copy it in.")
-            shutil.copyfile(file, folder / file.name)
+    copy_beside(adapter, folder, left)
 
 
 Tell = Callable[[str], None]

@@ -60,6 +60,7 @@ def write_base(
     family = family_of(fields)
     if fields.get("quantization_config"):
         raise untested("a quantized base")
+    _refuse_other_constants(family, fields)
     entries = [*_rope_factors(config), *_weights(folder, family, fields, dtype)]
     with files.replacing_file(path) as part:
         writer = gguf.GGUFWriter(part, family.architecture)
@@ -109,6 +110,43 @@ def _add_sizes(writer: GGUFWriter, family: Family, config: Mapping[str, Any]) ->
     for name, known in family.fields.items():
         if (value := setting(config, name)) is not None:
             getattr(writer, f"add_{known}")(value)
+
+
+def _refuse_other_constants(family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse a base whose constants are not those that llama.cpp has built in for its family.
+
+    Raises:
+        ConfigError: llama.cpp would load the file, and compute something else.
+    """
+    layers, width = range(1, layer_count(config) + 1), setting(config, "hidden_size", "n_embd")
+    count = heads(config)[0]
+    head = setting(config, "head_dim") or width // count
+    kinds = [
+        "full_attention" if i % (family.full_every or 1) == 0 else "sliding_attention"
+        for i in layers
+    ]
+    rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    # llama.cpp knows the largest Gemmas by their layers, and divides by the width of a head there.
+    largest = len(layers) == {2: 46, 6: 62}.get(family.full_every)
+    known: dict[str, Any] = {
+        "hidden_act": family.activation,
+        "hidden_activation": family.activation,
+        "activation_function": family.activation,
+        "query_pre_attn_scalar": width // count if largest else head,
+        "no_rope_layers": [int(i % 4 != 0) for i in layers],
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+    }
+    if family.full_every:
+        known["layer_types"] = kinds
+    for name, right in known.items():
+        if config.get(name, right) not in (right, None):
+            raise untested(f"a base with `{name}: {config[name]}`, where llama.cpp takes {right},")
+    if rope.get("rope_theta", _LOCAL) != _LOCAL:
+        raise untested(f"a base whose windows have a `rope_theta` of {rope['rope_theta']}")
+
+
+_LOCAL = 10_000
 
 
 def _rope_factors(config: PretrainedConfig) -> list[_Entry]:

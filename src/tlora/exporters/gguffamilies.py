@@ -33,6 +33,10 @@ class Family:
     """The fields of the base's configuration that this family has besides, and GGUF's names."""
     norm_offset: float = 0.0
     """What is added to the weights of the norms."""
+    activation: str = "silu"
+    """The one that llama.cpp computes, whatever the configuration says."""
+    full_every: int = 0
+    """Every how many layers one attends to all positions, the others to a window; 0: all do."""
     transposed: tuple[str, ...] = ()
     """The last parts of the names of the base's Conv1D modules, whose weights are (d_in, d_out)."""
 
@@ -61,8 +65,16 @@ FAMILIES = {
             "sliding_window": "sliding_window",
         },
         norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        full_every=2,
     ),
-    "gemma3_text": Family("gemma3", fields={"sliding_window": "sliding_window"}, norm_offset=1.0),
+    "gemma3_text": Family(
+        "gemma3",
+        fields={"sliding_window": "sliding_window"},
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        full_every=6,
+    ),
     "olmo2": Family("olmo2"),
     "cohere": Family("command-r", fields={"logit_scale": "logit_scale"}),
     "phi3": Family(
@@ -72,7 +84,7 @@ FAMILIES = {
             "original_max_position_embeddings": "rope_scaling_orig_ctx_len",
         },
     ),
-    "gpt2": Family("gpt2", transposed=("c_attn", "c_proj", "c_fc")),
+    "gpt2": Family("gpt2", activation="gelu_new", transposed=("c_attn", "c_proj", "c_fc")),
 }
 """By the `model_type` of the base's configuration."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from tlora.adapter.head import HEAD_FILE
 from tlora.adapter.saved import SavedLora
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import checkpoint, loaded
-from tlora.exporters.base import BESIDE, Export, Source
+from tlora.exporters.base import Export, Source, copy_beside
 from tlora.exporters.changes import Change, changes_of
 from tlora.exporters.checkpoint import INDEX, Piece, Stored
 from tlora.exporters.pieces import Rounding, piece
@@ -208,12 +207,11 @@ def _head(lora: SavedLora, config: Any) -> dict[str, Any]:
 
 def _copy(root: Path, adapter: Path, folder: Path) -> None:
     """Copy what lies beside the base's weights; the adapter's own comes from whoever exports it."""
-    own = {file.name for file in adapter.iterdir()}
-    brings_tokens = _TOKENS in own
-    for file in root.iterdir():
-        left = file.name in (*own, INDEX) or (brings_tokens and file.name.startswith(_TOKENIZER))
-        if file.suffix in BESIDE and not left and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+    own = {file.name for file in adapter.iterdir()} - {CONFIG}
+    left = {INDEX, *own}
+    if _TOKENS in own:
+        left |= {file.name for file in root.iterdir() if file.name.startswith(_TOKENIZER)}
+    copy_beside(root, folder, left)
 
 
 def _configure(folder: Path, fields: dict[str, Any], dtype: str, model: Any) -> None:

@@ -10,18 +10,22 @@ docs/serving.md names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora
-from tlora.errors import listed
+from tlora.adapter.saved import SavedLora, read_lora
+from tlora.adapter.savedconfig import CONFIG
+from tlora.errors import AdapterError, listed
 from tlora.exporters.servers import VLLM_RANKS, stacked_rank
 from tlora.exporters.uniform import gaps
 from tlora.exporters.updates import Pairs
 
 _NOISE = 1e-12
 """Of the effect: what float64 itself loses."""
+_MOST = 0.1
+"""Of a module's effect: what is lost to rounding beyond that is lost."""
 Scales = dict[str, float]
 
 
@@ -57,7 +61,7 @@ class Reading:
     @property
     def exact(self) -> bool:
         """Whether every module gets its own update, but for the rounding of its matrices."""
-        return self.error is not None and self.error <= max(self.rounding, _NOISE)
+        return self.error is not None and not self.modules and math.isfinite(self.error)
 
 
 def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Reading:
@@ -82,19 +86,30 @@ def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Read
     modules = {
         name: off[name] / pair.effect if pair.effect else math.inf
         for name, pair in pairs.items()
-        if off[name] > max(pair.rounding, _NOISE * pair.effect)
+        if not off[name] <= max(min(pair.rounding, _MOST * pair.effect), _NOISE * pair.effect)
     }
     if not whole:
         return Reading(reader, math.inf if error else 0.0, None, 0.0, modules)
     return Reading(reader, error / whole, None, rounding / whole, modules)
 
 
-def exact(folder: Path, _: SavedLora) -> list[str]:
-    """Return the titles of the readers that read an exported folder as PEFT does."""
+def exact(folder: Path, meant: SavedLora) -> list[str]:
+    """Return the titles of the readers that read an exported folder as PEFT reads the adapter.
+
+    Raises:
+        AdapterError: not even PEFT does, since the precision of the folder lost an update.
+    """
     if not (folder / CONFIG).is_file():
         return []
     lora = read_lora(folder)
-    return [reader.title for reader in READERS if reading(reader, lora).exact]
+    pairs = Pairs(lora, meant)
+    peft, *others = [reading(reader, lora, pairs) for reader in READERS]
+    if not peft.exact:
+        raise AdapterError(
+            f"{meant.path}: rounding takes more than {_MOST:.0%} of the update of"
+            f" {listed([*peft.modules])}; export with --dtype bfloat16 or float32."
+        )
+    return [each.reader.title for each in (peft, *others) if each.exact]
 
 
 def _peft(lora: SavedLora) -> Scales:
@@ -102,8 +117,13 @@ def _peft(lora: SavedLora) -> Scales:
 
 
 def _hotswap(lora: SavedLora) -> Scales:
-    """`hotswap_adapter` looks patterns up by the name of the tensor, which no key of ours fits."""
-    return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
+    """`hotswap_adapter` looks patterns up by the tensor's name: B's, which comes last, decides."""
+    scales = {}
+    for name, (_, b) in lora.keys.items():
+        key = re.sub(r"(\.weight)?$", r".default\1", b, count=1)
+        rank, alpha = lora.pattern("rank_pattern", key, _r(lora)), _alpha(lora)
+        scales[name] = lora.pattern("alpha_pattern", key, alpha) / _root(lora, rank)
+    return scales
 
 
 def _vllm_old(lora: SavedLora) -> Scales:

@@ -58,7 +58,8 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         if factors.rank > rank:
             lost[name] = float(energy[rank:].sum()) / energies[name] if energies[name] else 0.0
             tensors[a], tensors[b] = _cut(factors, rank)
-            ranks[name], alphas[name] = rank, float(rank)
+            ranks[name] = len(tensors[a])  # less than `rank` in a layer that is smaller
+            alphas[name] = float(ranks[name])
     whole = sum(energies.values())
     in_all = sum(lost[name] * energies[name] for name in lost) / whole if whole else 0.0
     fields = lora.fields | {

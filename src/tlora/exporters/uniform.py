@@ -24,7 +24,7 @@ from tlora.exporters.servers import SERVERS, stacked_rank
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a module's name."""
-_CARRIED = ("trained modules", "trained rows")
+_CARRIED = ("trained modules", "trained rows", "other tensors")
 """What PEFT and the servers of classifiers read beside the matrices."""
 
 
@@ -96,8 +96,8 @@ def gaps(lora: SavedLora, sizes: dict[str, tuple[int, int]] | None) -> dict[str,
 
     Args:
         lora: what is adapted.
-        sizes: of the base's linear layers; None: a module is missing where another projection of
-            its layer is adapted, and has the size that it has elsewhere.
+        sizes: of the base's linear layers; None: a module is missing where a later layer is
+            adapted, or another projection of its own, and has the size that it has elsewhere.
     """
     forms: dict[str, tuple[int, int]] = {}
     for name, (a, b) in lora.keys.items():
@@ -111,14 +111,15 @@ def gaps(lora: SavedLora, sizes: dict[str, tuple[int, int]] | None) -> dict[str,
             for name, size in sizes.items()
             if name not in lora.keys and _LAYER.sub("*", name) in forms
         }
-    layers: dict[str, set[str]] = {}
+    last: dict[str, int] = {}
     for name in lora.keys:
         if match := _LAYER.search(name):
-            layers.setdefault(name[: match.start()], set()).add(match[0])
+            stem = name[: match.start()]
+            last[stem] = max(last.get(stem, 0), int(match[0]))
     found = {}
     for form, size in forms.items():
         stem, star, rest = form.partition("*")
-        for number in sorted(layers.get(stem, ()), key=int) if star and "*" not in rest else ():
+        for number in range(last[stem] + 1) if star and "*" not in rest else ():
             name = f"{stem}{number}{rest}"
             if name not in lora.keys:
                 found[name] = size

@@ -32,7 +32,7 @@ def run(
     Raises:
         TLoraError: there is nothing to show, or a file is damaged.
     """
-    from tlora.adapter.saved import CONFIG
+    from tlora.adapter.savedconfig import CONFIG
 
     if CompareFolder(path).exists:
         show_comparison(CompareFolder(path), tell, against)

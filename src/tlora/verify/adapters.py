@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tlora.adapter.saved import SavedLora
+from tlora.adapter.saved import VARIANTS, SavedLora
 from tlora.errors import AdapterError, listed
 from tlora.exporters.readers import READERS, Reader, RefusedError, reading
 from tlora.exporters.updates import Pairs
@@ -85,6 +85,9 @@ def _faults(lora: SavedLora, meant: SavedLora) -> Iterator[str]:
         yield f"{listed(lost)} missing"
     if more := [key for key in ours if key not in theirs]:
         yield f"{listed(more)} not in the adapter"
+    fields = (*VARIANTS, "target_parameters", "trainable_token_indices")
+    if other := [f for f in fields if (lora.fields.get(f) or 0) != (meant.fields.get(f) or 0)]:
+        yield f"{listed(other)} of the configuration changed"
     shared = [key for key in theirs if key in ours]
     if off := [k for k in shared if not _alike(lora, k, ours[k], meant.tensors[k], theirs[k])]:
         yield f"{listed(off)} changed"

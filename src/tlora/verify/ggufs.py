@@ -34,10 +34,11 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
     """
     family = family_of(config)
     found, alpha = _opened(file, family.architecture)
-    lone = [n for n in found if n.endswith(_SIDES) and not _pair(n) <= found.keys()]
+    lone = [n for n in found if not n.endswith(_SIDES) or not _pair(n) <= found.keys()]
     if lone or not found:
         raise AdapterError(
-            f"{file}: {listed(lone) or 'nothing'} has only one of A and B; export it again."
+            f"{file}: {listed(lone) or 'nothing'} is not one of A and B of a module; export it"
+            " again."
         )
     table = name_map(family, config)
     names = {table.get_name(f"{name}.weight", (".weight",)): name for name in meant.keys}

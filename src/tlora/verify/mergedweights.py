@@ -7,6 +7,7 @@ rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -47,17 +48,19 @@ def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
             f"the files of {base.name!r} have no {listed(unknown)}; give the adapter's own base by"
             " --model."
         )
-    faults = [*_elsewhere(before, after, updated)]
-    found: dict[str, tuple[float, float, float]] = {}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    faults = [*_elsewhere(before, after, updated, ties), *_settings(base, folder)]
+    found: dict[str, tuple[float, ...]] = {}
     for key, name in updated.items():
         if key in after and after[key].shape == before[key].shape:
             turned = isinstance(model.get_submodule(name), Conv1D | nn.Embedding)
             found[name] = _off(before[key].read(), after[key].read(), lora.factors(name), turned)
-    error, effect, rounding = (math.hypot(*each) for each in zip(*found.values(), strict=True))
+    columns = [*zip(*found.values(), strict=True)] or [()] * 4
+    error, effect, rounding, _ = (math.hypot(*each) for each in columns)
     wrong = {
         name: off / own if own else math.inf
-        for name, (off, own, limit) in found.items()
-        if off > limit
+        for name, (off, own, limit, beyond) in found.items()
+        if not (off <= limit and beyond <= _SLACK * own)
     }
     return Verdict(
         "merged",
@@ -94,19 +97,23 @@ def _tensors(model: Any, folder: Path) -> dict[str, Stored]:
     return {name: found[key] for key, (name, is_computed) in names.items() if not is_computed}
 
 
+_SLACK = 0.02
+"""Of a module's update: what merging in half precision may be off beyond one rounding an entry."""
 _BLOCK = 4096
 """Rows of a weight at a time."""
 
 
-def _off(
-    before: Tensor, after: Tensor, factors: Factors, transposed: bool
-) -> tuple[float, float, float]:
-    """Return ||W_merged - W - s B A||, ||s B A|| and the bound of rounding, in float64."""
+def _off(before: Tensor, after: Tensor, factors: Factors, transposed: bool) -> tuple[float, ...]:
+    """Return ||W_merged - W - s B A||, ||s B A||, the bound of rounding, and the norm beyond it.
+
+    The last is that of what each entry of the difference has beyond its own bound: where an update
+    is smaller than the rounding of the large weights, the small ones tell whether it is there.
+    """
     a, b = factors.a.double().flatten(1), factors.scale * factors.b.double().flatten(1)
     if transposed:
         a, b = b.T, a.T
     limits = torch.finfo(after.dtype)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(before), _BLOCK):
         rows = slice(start, start + _BLOCK)
         found, update = after[rows].double().flatten(1), b[rows] @ a
@@ -114,20 +121,23 @@ def _off(
         bound = (found.abs() * limits.eps / 2).clamp_min(limits.tiny * limits.eps)
         # The sum itself is made in float32.
         bound += found.abs() * _FLOAT32
-        sums += torch.stack([each.square().sum() for each in (off, update, bound)])
-    error, effect, bound = sums.sqrt().tolist()
-    return error, effect, bound
+        beyond = (off.abs() - bound).clamp_min(0)
+        sums += torch.stack([each.square().sum() for each in (off, update, bound, beyond)])
+    return tuple(sums.sqrt().tolist())
 
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def _elsewhere(
-    before: Mapping[str, Stored], after: Mapping[str, Stored], updated: Collection[str]
+    before: Mapping[str, Stored],
+    after: Mapping[str, Stored],
+    updated: Collection[str],
+    ties: Mapping[str, str],
 ) -> Iterator[str]:
     """Yield what differs outside of the weights that the adapter updates, a noun phrase each."""
     # A tied head may be written out, or left out.
-    lost = [k for k in before if k not in after and not k.endswith("lm_head.weight")]
+    lost = [k for k in before if k not in after and ties.get(k) not in after]
     if lost:
         yield f"{listed(lost)} missing"
     shared = before.keys() & after.keys()
@@ -136,6 +146,29 @@ def _elsewhere(
     alone = shared - set(other) - set(updated)
     if changed := sorted(key for key in alone if not _same(before[key].read(), after[key].read())):
         yield f"{listed(changed)} changed"
+
+
+_FREE = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config"),
+    *("tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""Fields of a configuration that may change in merging: `_elsewhere` looks after the tie."""
+
+
+def _settings(base: Pretrained, folder: Path) -> Iterator[str]:
+    """Yield which fields of the configuration differ from the base's, as a noun phrase."""
+    old, new = (
+        _bound(dataclasses.replace(base, name=name).config().to_diff_dict())
+        for name in (base.name, str(folder))
+    )
+    if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        yield f"{listed(changed)} of config.json changed"
+
+
+def _bound(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that may not change, those of parts included."""
+    kept = {k: v for k, v in fields.items() if k not in _FREE and not k.startswith("_")}
+    return {key: _bound(each) if isinstance(each, dict) else each for key, each in kept.items()}
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

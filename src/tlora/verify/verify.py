@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.adapter.saved import CONFIG, SavedLora, read_lora
+from tlora.adapter.saved import SavedLora, read_lora
+from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ArtifactError, ConfigError, VerificationError
 from tlora.exporters.export import adapter_folder
 from tlora.exporters.gguf import ADAPTER
