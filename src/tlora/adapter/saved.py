@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from tlora.adapter.load import check_finite, targeted_names
+from tlora.adapter import load
+from tlora.adapter.load import sound_shapes, targeted_names
 from tlora.errors import AdapterError, listed
 from tlora.files import adapter_fields
-from tlora.integrity import has_digest
 
-PREFIX = "base_model.model."
+PREFIX = load.PREFIX
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -57,15 +57,14 @@ class Factors:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of an adapter's file, all checked, each read when it is asked for.
+
+    Raises:
+        AdapterError: as `sound_shapes`.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        with safe_open(file, framework="pt") as opened:
-            self.shapes = {
-                key: tuple(opened.get_slice(key).get_shape())
-                for key in opened.keys()  # noqa: SIM118 - it is no mapping
-            }
+        self.file, self.shapes = file, sound_shapes(file)
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor.
@@ -114,6 +113,11 @@ class SavedLora:
         """The tensors beside A and B: heads, biases, magnitudes, rows of tokens."""
         ours = {key for pair in self.keys.values() for key in pair}
         return [key for key in self.tensors if key not in ours]
+
+    @property
+    def biases(self) -> dict[str, str]:
+        """The module by the name that its B's bias has, if there is one: it is scaled as B is."""
+        return {b.removesuffix("weight") + "bias": name for name, (_, b) in self.keys.items()}
 
     def factors(self, module: str) -> Factors:
         """Read the update of a module."""
@@ -198,14 +202,7 @@ def read_lora(path: str | Path) -> SavedLora:
             f"{path} has no {WEIGHTS} ({why}); save the adapter by `model.save_pretrained`, which"
             " writes safetensors."
         )
-    try:
-        has_digest(file)  # an adapter that others saved has none
-        tensors = Tensors(file)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterError(
-            f"{file}: cut off or damaged ({error}); save or copy the adapter again."
-        ) from error
-    check_finite(file, str(path))
+    tensors = Tensors(file)
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise AdapterError(
@@ -239,7 +236,12 @@ def _paired(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
         )
     if not sides[0]:
         raise AdapterError(f"{path} holds no matrices of LoRA; give the folder of an adapter.")
-    return {name: (key, sides[1][name]) for name, key in sides[0].items()}
+    return {name: (sides[0][name], sides[1][name]) for name in sorted(sides[0], key=_in_order)}
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _check_ranks(lora: SavedLora) -> None:

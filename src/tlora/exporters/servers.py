@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes."""
+from tlora.integrations.vllm import VLLM_RANKS, vllm_rank
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,6 @@ class ServerInfo:
     """Returns the line that serves an artifact."""
     padded: Callable[[int], int] = int
     """Returns the rank to pad to, by the largest one."""
-
-
-def vllm_rank(rank: int) -> int | None:
-    """Return the smallest `--max-lora-rank` of vLLM that holds a rank; None where it has none."""
-    return next((each for each in VLLM_RANKS if each >= rank), None)
 
 
 def stacked_rank(rank: int) -> int:
@@ -115,7 +109,7 @@ def _line(*words: str) -> str:
 
 SERVERS: Mapping[str, ServerInfo] = MappingProxyType(
     {
-        "vllm": ServerInfo("vLLM", ("uniform", "merged"), _vllm),
+        "vllm": ServerInfo("vLLM", ("uniform", "compact", "merged"), _vllm),
         "sglang": ServerInfo("SGLang", ("uniform", "merged"), _sglang),
         "tgi": ServerInfo("TGI", ("uniform", "merged"), _tgi, stacked_rank),
         "lorax": ServerInfo("LoRAX", ("uniform", "merged"), _lorax, stacked_rank),
