@@ -32,7 +32,7 @@ from tlora.evaluate.evaluate import run as evaluate
 from tlora.exporters.export import run as export
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.readers import READERS, reading
-from tlora.exporters.servers import vllm_rank
+from tlora.integrations.vllm import vllm_rank
 
 FORMATS = ("native", "compact", "uniform")
 STEPS, LEARNING_RATE = 12, 3e-3

@@ -166,8 +166,8 @@ FORMATS = Registry(
         "tlora.exporters",
         ("native", "native:Native", "ranks and scales per module, as trained: PEFT"),
         ("compact", "compact:Compact", "scales in B, own ranks: PEFT, its hot swap, vLLM"),
-        ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every server of LoRA"),
-        ("merged", "merged:Merged", "W + s B A: a whole model, for whoever loads models"),
+        ("uniform", "uniform:Uniform", "one rank, scale 1, no gaps: every LoRA server"),
+        ("merged", "merged:Merged", "W + s B A: a whole model, no adapter needed"),
         ("gguf", "gguf:Gguf", "scales in B, own ranks, one file: llama.cpp, Ollama"),
     ),
 )

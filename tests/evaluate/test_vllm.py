@@ -17,7 +17,7 @@ from tlora.errors import ConfigError
 from tlora.evaluate import evaluate, loading
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import resolve
-from tlora.exporters.servers import vllm_rank
+from tlora.integrations.vllm import vllm_rank
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(rank, told):
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (LoraConfig(r=2, use_dora=True), "it does not read DoRA's magnitudes"),
-        (LoraConfig(r=2, modules_to_save=["lm_head"]), "it does not read trained modules"),
-        (LoraConfig(r=513), "rank 513 is more than the 512"),
+        (LoraConfig(r=2, use_dora=True), "it does not support DoRA's magnitudes"),
+        (LoraConfig(r=2, modules_to_save=["lm_head"]), "it does not support trained modules"),
+        (LoraConfig(r=513), "rank 513 is above its limit of 512"),
         (IA3Config(feedforward_modules=[]), "it is of type IA3, not a LoRA"),
     ],
 )

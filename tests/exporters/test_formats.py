@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 
 import pytest
 import torch
 
 from families import FAMILIES
-from served import save
+from served import change_config, save
 from tlora import cli
 from tlora.adapter.saved import read_lora
 from tlora.errors import AdapterError, ConfigError
 from tlora.exporters import export
+from tlora.exporters.base import Export
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.readers import READERS, reading
+from tlora.models.pretrained import Pretrained
+from tlora.models.skeleton import layer_sizes
 
 
 def exported(saved, folder, form, **fields):
@@ -119,7 +124,7 @@ def test_for_picks_the_format_and_prints_the_line_that_serves_it(varied, tmp_pat
 
 @pytest.mark.parametrize(
     "form, words",
-    [("uniform", "vllm serve"), ("compact", "peft.PeftModel"), ("merged", "vllm serve")],
+    [("uniform", "vllm serve"), ("compact", "vllm serve"), ("native", "peft.PeftModel")],
 )
 def test_without_a_server_the_first_that_takes_the_format_is_shown(varied, tmp_path, form, words):
     path, out = str(varied.adapter), str(tmp_path / "out")
@@ -128,7 +133,7 @@ def test_without_a_server_the_first_that_takes_the_format_is_shown(varied, tmp_p
 
 
 def test_a_format_that_a_server_reads_wrongly_is_refused_with_it(varied, tmp_path):
-    with pytest.raises(ConfigError, match="SGLang does not read right"):
+    with pytest.raises(ConfigError, match="not every version of SGLang reads"):
         exported(varied, tmp_path / "v", "native", server="sglang")
 
 
@@ -155,3 +160,89 @@ def test_the_card_names_no_local_path(varied, tmp_path):
     assert str(varied.base.parent) not in card
     assert str(tmp_path) not in card
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 5
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_cut_keeps_the_largest_singular_values_and_reports_the_energy_lost(
+    varied, rank, tmp_path, capsys
+):
+    words = ["export", str(varied.adapter), "--format", "compact", "--max_rank", str(rank)]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "v")]) == 0
+    before, after = read_lora(varied.adapter), read_lora(tmp_path / "v")
+    card = (tmp_path / "v" / "README.md").read_text()
+    lost = whole = 0.0
+    for name in before.keys:
+        right = update(before.factors(name))
+        u, values, v = torch.linalg.svd(right, full_matrices=False)
+        best = u[:, :rank] * values[:rank] @ v[:rank]
+        torch.testing.assert_close(update(after.factors(name)), best, atol=1e-5, rtol=1e-5)
+        energy = float(values[rank:].square().sum())
+        lost, whole = lost + energy, whole + float(values.square().sum())
+        if before.rank(name) > rank:
+            assert f"{name} {energy / float(values.square().sum()):.2%}" in card
+    assert f"loses {lost / whole:.2%} of the energy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=str
+)
+def test_an_adapter_that_a_server_does_not_read_is_not_exported_for_it(fields, tmp_path, capsys):
+    saved = save(FAMILIES["llama"], tmp_path, **fields)
+    words = ["export", str(saved.adapter), "--output_dir", str(tmp_path / "v")]
+    assert cli.main([*words, "--for", "vllm"]) == 2
+    assert "vLLM from 0.32 does not read this adapter correctly" in capsys.readouterr().err
+    assert not (tmp_path / "v").exists()
+    assert cli.main([*words, "--format", "uniform"]) == 0  # for PEFT
+    shown = capsys.readouterr().out
+    assert "exact in: PEFT and transformers, PEFT's hotswap_adapter\n" in shown
+    assert "vllm serve" not in shown
+
+
+@pytest.mark.parametrize(
+    "form, exact", [("gguf", "llama.cpp, Ollama"), ("merged", "transformers, vLLM, SGLang, TGI")]
+)
+def test_readers_of_other_files_are_named_too(varied, form, exact, tmp_path, capsys):
+    words = ["export", str(varied.adapter), "--format", form, "--output_dir", str(tmp_path / "v")]
+    assert cli.main(words) == 0
+    assert f"exact in: {exact}" in capsys.readouterr().out
+    assert f"read exactly by: {exact}" in (tmp_path / "v" / "README.md").read_text()
+
+
+def test_a_base_on_the_hub_is_asked_for_its_layers(varied, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(varied.adapter, tmp_path / "adapter")
+    change_config(folder, base_model_name_or_path="someone/base")
+    words = ["export", str(folder), "--format", "uniform", "--output_dir"]
+    assert cli.main([*words, str(tmp_path / "blind")]) == 0
+    assert "configuration was not found" in capsys.readouterr().out
+    sizes = layer_sizes(Pretrained(name=str(varied.base)), "CAUSAL_LM")
+    monkeypatch.setattr(export, "layer_sizes", lambda checkpoint, _: sizes)
+    assert cli.main([*words, str(tmp_path / "seen")]) == 0
+    assert "configuration was not found" not in capsys.readouterr().out
+
+
+class Rows:
+    """Somebody else's format: the ranks as text."""
+
+    needs = None
+
+    def write(self, source, folder):
+        """Write the folder."""
+        lora = source.lora
+        text = "\n".join(f"{name} {lora.rank(name)}" for name in lora.keys)
+        (folder / "ranks.txt").write_text(text)
+        return Export(["Only the ranks."], 5)
+
+
+def test_a_format_of_another_package_is_written_beside_its_card(
+    varied, tmp_path, monkeypatch, capsys
+):
+    entry = importlib.metadata.EntryPoint("rows", f"{__name__}:Rows", "tlora.formats")
+    found = {entry.group: [entry]}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found.get(group, []))
+    words = ["export", str(varied.adapter), "--format", "rows", "--output_dir", str(tmp_path / "v")]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "Only the ranks.\nrows: " in shown
+    assert "exact in" not in shown  # by no rule known here
+    assert "serve it" not in shown
+    assert sorted(each.name for each in (tmp_path / "v").iterdir()) == ["README.md", "ranks.txt"]

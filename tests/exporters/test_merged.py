@@ -235,3 +235,9 @@ def test_a_cut_adapter_is_merged_as_it_is_exported(varied, tmp_path):
     cut = tmp_path / "cut"
     export.run(ExportConfig(path=path, output_dir=str(cut), format="native", max_rank=2))
     torch.testing.assert_close(logits(folder), varied.logits(cut), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_of_b_need_biases_in_the_base(tmp_path):
+    saved = save(FAMILIES["llama"], tmp_path, lora_bias=True)
+    with pytest.raises(AdapterError, match="has biases of B, which become model"):
+        merged(saved, tmp_path / "out")

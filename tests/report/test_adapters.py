@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -44,7 +45,7 @@ def test_norms_and_spectra_are_those_of_the_dense_products(own, capsys):
         )
         assert found["bytes"] == 4 * found["rank"] * sum(update.shape)
     assert sorted(path.name for path in own.adapter.iterdir()) == before
-    assert "norm of all updates" in capsys.readouterr().out
+    assert "norm of the whole update" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("by", ["layer", "projection"])
@@ -105,3 +106,11 @@ def test_the_page_shows_maps_and_spectra(own, tmp_path, browser):
     assert tab.locator("svg").count() >= 1
     assert overhanging(tab) == []
     tab.close()
+
+
+def test_layers_are_in_the_order_of_the_model(tmp_path):
+    llama = SERVED["llama"]
+    kind = dataclasses.replace(llama, fields=llama.fields | {"num_hidden_layers": 11})
+    saved = save(kind, tmp_path, targets=["q_proj"], rank_pattern={}, alpha_pattern={})
+    names = [*read_lora(saved.adapter).keys]
+    assert [int(name.split(".")[2]) for name in names] == [*range(11)]

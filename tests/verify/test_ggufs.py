@@ -50,7 +50,7 @@ def test_an_export_is_exact_but_for_rounding(saved, folder, tmp_path):
 def test_another_reader_of_the_file_is_refused(saved, folder, capsys):
     words = ["verify", str(saved.adapter), str(folder / "adapter.gguf"), "--for", "vllm"]
     assert cli.main(words) == 1
-    assert "it reads no adapter.gguf" in capsys.readouterr().err
+    assert "it does not read GGUF adapters" in capsys.readouterr().err
 
 
 def test_rows_in_the_base_s_order_are_found(saved, tmp_path, monkeypatch):
@@ -107,4 +107,4 @@ def test_without_llama_cpp_the_files_are_checked_and_that_is_said(
 ):
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     assert run(tmp_path, saved.adapter, folder, "--model", saved.base)[0] == 0
-    assert "llama.cpp: not run; pip install xllamacpp" in capsys.readouterr().out
+    assert "llama.cpp: not run; it needs `pip install xllamacpp`" in capsys.readouterr().out

@@ -46,14 +46,14 @@ def turned(saved):
 def test_a_right_merge_is_exact_but_for_rounding(saved, dtype, tmp_path, capsys):
     folder = merge(saved, tmp_path / "merged", dtype, transposed=turned(saved))
     assert run(saved.adapter, folder) == 0
-    assert "exact but for rounding" in capsys.readouterr().out
+    assert "exact up to rounding" in capsys.readouterr().out
 
 
 def test_a_merge_at_another_scale_is_wrong_by_that(saved, tmp_path, capsys):
     folder = merge(saved, tmp_path / "merged", scale=1.3, transposed=turned(saved))
     assert run(saved.adapter, folder, "--for", "vllm") == 1
     count = len(dense(read_lora(saved.adapter)))
-    assert f"wrong by 0.3 of the effect ({count} modules" in capsys.readouterr().out
+    assert f"wrong by 0.3 of the update ({count} modules" in capsys.readouterr().out
 
 
 def test_a_weight_that_no_adapter_touches_must_be_the_base_s(saved, tmp_path, capsys):
@@ -71,3 +71,9 @@ def test_what_the_export_merges_is_right(saved, dtype, tmp_path):
     words = ["merge", saved.adapter, "--output_dir", folder, "--dtype", dtype]
     assert cli.main([*map(str, words)]) == 0
     assert run(saved.adapter, folder, "--for", "sglang") == 0
+
+
+def test_a_reader_of_other_formats_does_not_pass(saved, tmp_path, capsys):
+    folder = merge(saved, tmp_path / "merged", transposed=turned(saved))
+    assert run(saved.adapter, folder, "--for", "llama.cpp") == 1
+    assert "llama.cpp does not read this format" in capsys.readouterr().err

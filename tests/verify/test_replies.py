@@ -58,7 +58,7 @@ def test_an_export_of_another_scale_replies_otherwise(talking, prompts, tmp_path
     code, found = run(tmp_path, talking.adapter, other, "--prompts", prompts)
     assert code == 1
     assert found[f"replies of {other}"]["of_effect"] > 0.1
-    assert f"replies of {other} are off by" in capsys.readouterr().err
+    assert f"replies of {other}: differs by" in capsys.readouterr().err
 
 
 def test_the_scales_of_a_reader_are_tried_on_the_loaded_adapter(talking, tmp_path):

@@ -27,13 +27,15 @@ from tlora.linalg.matrices import not_finite
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SIZES = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the"
     r" shape in current model is torch\.Size\((.*?)\)"
 )
 """How torch names a tensor, its shape in a file and the model's own."""
 
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""What safetensors calls floating-point numbers of 16 bits or more."""
 _SIDES = {"lora_A": ("in_features", 1), "lora_B": ("out_features", 0)}
 
 _PARTS = re.compile(r"\.(lora_|base_layer\b|modules_to_save\b|token_adapter\b)")
@@ -138,15 +140,7 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         return
-    try:
-        has_digest(file)  # an adapter that others saved has none
-        with safe_open(file, framework="pt") as tensors:
-            shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise AdapterError(
-            f"{file}: cut off or damaged ({error}); save or copy the adapter again."
-        ) from error
-    check_finite(file, str(path))
+    shapes = sound_shapes(file)
     where = f"this {type(model).__name__}"
     if misfit := next(_misfits(shapes, dict(model.named_modules())), None):
         raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
@@ -161,6 +155,26 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
             raise MisfitError(path, where, misfit, "save or copy the adapter again.")
 
 
+def sound_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in an adapter's file of weights, whose values are checked.
+
+    Raises:
+        AdapterError: it is cut off or damaged, or does not match the digest that it carries, or a
+            tensor is not finite.
+    """
+    try:
+        has_digest(file)  # an adapter that others saved has none
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(
+            f"{file}: cut off or damaged ({error}); save or copy the adapter again."
+        ) from error
+    check_finite(file, str(file.parent))
+    return shapes
+
+
 def check_finite(file: Path, name: str) -> None:
     """Check that every tensor of a safetensors file is finite.
 
@@ -172,7 +186,7 @@ def check_finite(file: Path, name: str) -> None:
         AdapterError: one is not.
     """
     with safe_open(file, framework="pt") as tensors:
-        keys = list(tensors.keys())
+        keys = [k for k in tensors.keys() if tensors.get_slice(k).get_dtype() in FLOATS]  # noqa: SIM118
         bad = [key for key in keys if not_finite({key: tensors.get_tensor(key)})]
     if bad:
         raise AdapterError(
@@ -181,9 +195,9 @@ def check_finite(file: Path, name: str) -> None:
         )
 
 
-def _misfits(shapes: dict[str, list[int]], layers: dict[str, nn.Module]) -> Iterator[str]:
+def _misfits(shapes: dict[str, tuple[int, ...]], layers: dict[str, nn.Module]) -> Iterator[str]:
     for key, shape in shapes.items():
-        name, _, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        name, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if side not in _SIDES:
             continue
         features, dimension = _SIDES[side]
@@ -192,7 +206,7 @@ def _misfits(shapes: dict[str, list[int]], layers: dict[str, nn.Module]) -> Iter
             yield f"{name} has {has} {features}, and its {side} takes {shape[dimension]}"
 
 
-def _unmatched(shapes: dict[str, list[int]], model: nn.Module) -> list[str]:
+def _unmatched(shapes: dict[str, tuple[int, ...]], model: nn.Module) -> list[str]:
     """Return the modules that a file names and the model does not have."""
     if getattr(model, "_checkpoint_conversion_mapping", None):
         return []  # PEFT renames the tensors
@@ -202,7 +216,9 @@ def _unmatched(shapes: dict[str, list[int]], model: nn.Module) -> list[str]:
     return [name for name in foreign if name not in taken]
 
 
-def _lacking(shapes: dict[str, list[int]], model: nn.Module, fields: dict[str, Any]) -> list[str]:
+def _lacking(
+    shapes: dict[str, tuple[int, ...]], model: nn.Module, fields: dict[str, Any]
+) -> list[str]:
     """Return the modules that PEFT would adapt by a configuration and for which no tensor is."""
     renamed = getattr(model, "_checkpoint_conversion_mapping", None)
     if renamed or fields.get("layer_replication"):
@@ -221,7 +237,7 @@ def module_of(key: str) -> str:
         >>> module_of("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
         'model.layers.0.mlp.up_proj'
     """
-    name, *parts = _PARTS.split(key.removeprefix(_PREFIX), maxsplit=1)
+    name, *parts = _PARTS.split(key.removeprefix(PREFIX), maxsplit=1)
     return name if parts else name.rpartition(".")[0]
 
 

@@ -15,22 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from tlora.adapter.load import check_finite, targeted_names
+from tlora.adapter import load
+from tlora.adapter.load import FLOATS, sound_shapes, targeted_names
 from tlora.adapter.savedconfig import CONFIG, check_fields
 from tlora.errors import AdapterError, listed
 from tlora.files import adapter_fields
-from tlora.integrity import has_digest
 
-PREFIX = "base_model.model."
+PREFIX = load.PREFIX
 WEIGHTS = "adapter_model.safetensors"
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
 
-_FLOATS = ("F16", "BF16", "F32", "F64")
 _NUMBER = re.compile(r"\.\d+\.")
 """The number of a layer, which only the full name of a module has."""
 VARIANTS = {
@@ -73,14 +72,16 @@ class Factors:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of an adapter's file, all checked, each read when it is asked for.
+
+    Raises:
+        AdapterError: as `sound_shapes`.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.shapes = file, sound_shapes(file)
         with safe_open(file, framework="pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            self.shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
-            self.codes = {key: each.get_dtype() for key, each in slices.items()}
+            self.codes = {key: opened.get_slice(key).get_dtype() for key in self.shapes}
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor.
@@ -129,6 +130,11 @@ class SavedLora:
         """The tensors beside A and B: heads, biases, magnitudes, rows of tokens."""
         ours = {key for pair in self.keys.values() for key in pair}
         return [key for key in self.tensors if key not in ours]
+
+    @property
+    def biases(self) -> dict[str, str]:
+        """The module by the name that its B's bias has, if there is one: it is scaled as B is."""
+        return {b.removesuffix("weight") + "bias": name for name, (_, b) in self.keys.items()}
 
     def factors(self, module: str) -> Factors:
         """Read the update of a module."""
@@ -225,15 +231,8 @@ def read_lora(path: str | Path) -> SavedLora:
             f"{path} has no {WEIGHTS} ({why}); save the adapter by `model.save_pretrained`, which"
             " writes safetensors."
         )
-    try:
-        has_digest(file)  # an adapter that others saved has none
-        tensors = Tensors(file)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterError(
-            f"{file}: cut off or damaged ({error}); save or copy the adapter again."
-        ) from error
+    tensors = Tensors(file)
     _check_numbers(path, tensors)
-    check_finite(file, str(path))
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise AdapterError(
@@ -252,7 +251,7 @@ def _check_numbers(path: Path, tensors: Tensors) -> None:
     Raises:
         AdapterError: one does not.
     """
-    odd = {key: code for key, code in tensors.codes.items() if code not in _FLOATS}
+    odd = {key: code for key, code in tensors.codes.items() if code not in FLOATS}
     odd = {key: code for key, code in odd.items() if key.endswith((*_A, *_B))}
     if odd:
         raise AdapterError(
@@ -282,7 +281,12 @@ def _paired(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
         )
     if not sides[0]:
         raise AdapterError(f"{path} holds no matrices of LoRA; give the folder of an adapter.")
-    return {name: (key, sides[1][name]) for name, key in sides[0].items()}
+    return {name: (sides[0][name], sides[1][name]) for name in sorted(sides[0], key=_in_order)}
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _check_ranks(lora: SavedLora) -> None:

@@ -25,8 +25,8 @@ from tlora.evaluate.loading import (
 )
 from tlora.exporters.export import run
 from tlora.exporters.exportconfig import ExportConfig
-from tlora.exporters.servers import vllm_rank
 from tlora.files import adapter_fields
+from tlora.integrations.vllm import vllm_rank
 from tlora.models.pretrained import check_weights
 
 

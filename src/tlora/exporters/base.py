@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,11 @@ class Exporter(Protocol):
         """
 
 
+def counted(things: Sized, noun: str) -> str:
+    """Return "1 module", or "2 modules"."""
+    return f"{len(things)} {noun}{'s' if len(things) != 1 else ''}"
+
+
 def refuse(lora: SavedLora, form: str, lacking: list[str], way_out: str) -> None:
     """Raise if there is anything in ``lacking`` that a format cannot hold.
 
@@ -69,7 +74,7 @@ def refuse(lora: SavedLora, form: str, lacking: list[str], way_out: str) -> None
     """
     if lacking:
         raise AdapterError(
-            f"{lora.path} has {'; '.join(lacking)}; {form} cannot hold it: {way_out}."
+            f"{lora.path} has {'; '.join(lacking)}; {form} cannot hold that: {way_out}."
         )
 
 

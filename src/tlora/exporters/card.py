@@ -6,9 +6,7 @@ from pathlib import Path
 
 from tlora.credentials import redacted
 from tlora.exporters.base import Source
-from tlora.training.model_card import public
-
-CARD = "README.md"
+from tlora.training.model_card import CARD, public, span
 
 
 def write(
@@ -22,7 +20,6 @@ def write(
     """Write README.md into an exported folder; of local paths only the last part is shown."""
     base = public(source.base) if source.base else "(not named)"
     ranks = [source.lora.rank(name) for name in source.lora.keys]
-    span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
     lines = [
         "---",
         f"base_model: {base}",
@@ -33,12 +30,12 @@ def write(
         f"# {base}, adapted: `{form}`",
         "",
         f"- base model: `{base}`",
-        f"- ranks: {span} in {len(ranks)} modules",
+        f"- ranks: {span(ranks)} in {len(ranks)} modules",
         f"- format: `{form}`, written by `tlora export`",
     ]
     if exact:
         lines.append(f"- read exactly by: {', '.join(exact)}")
     lines += [f"- {note}" for note in notes]
     shown = command.replace(source.base, base) if source.base else command
-    lines += ["", "Serve it:", "", f"    {shown}"]
+    lines += ["", "Serve it:", "", f"    {shown}"] if shown else []
     (folder / CARD).write_text(redacted("\n".join(lines)) + "\n", encoding="utf-8")

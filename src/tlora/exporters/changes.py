@@ -169,6 +169,11 @@ def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
 
     known = model.state_dict()
     unknown = [name for name in found if name not in known]
+    if shifted := [name for name in unknown if found[name].shift]:
+        raise AdapterError(
+            f"{lora.path} has biases of B, which become {listed(shifted)}; {type(model).__name__}"
+            " has no such parameters: use --format native or compact."
+        )
     if unknown:
         raise AdapterError(
             f"{lora.path} changes {listed(unknown)}, which {type(model).__name__} does not have;"

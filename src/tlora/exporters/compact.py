@@ -26,7 +26,7 @@ class Compact:
     def write(self, source: Source, folder: Path) -> Export:
         """Write the folder; see `Exporter`."""
         lora = source.lora
-        refuse(lora, "`compact`", _beyond_matrices(lora), "export --format native")
+        refuse(lora, "`compact`", _beyond_matrices(lora), "use --format native")
         ranks = {name: lora.rank(name) for name in lora.keys}
         usual = Counter(ranks.values()).most_common(1)[0][0]
         pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
@@ -49,10 +49,10 @@ def baked(lora: SavedLora, dtype: str) -> dict[str, Tensor]:
         factors = lora.factors(name)
         tensors[a] = in_dtype(factors.a, dtype)
         tensors[b] = scaled(factors.b, factors.scale, dtype)
-    biases = {b.removesuffix("weight") + "bias": name for name, (_, b) in lora.keys.items()}
+    biases = lora.biases
     for key in lora.others:
         tensor: Any = lora.tensors[key]
-        if key in biases:  # B's own bias is scaled with it
+        if key in biases:
             tensors[key] = scaled(tensor, lora.scale(biases[key]), dtype)
         else:
             tensors[key] = in_dtype(tensor, dtype) if tensor.is_floating_point() else tensor

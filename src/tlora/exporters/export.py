@@ -13,7 +13,7 @@ from tlora.adapter.saved import SavedLora, read_lora, shape_of
 from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ConfigError, listed
 from tlora.exporters import card, readers
-from tlora.exporters.base import Export, Source, copy_beside
+from tlora.exporters.base import Export, Source, copy_beside, counted
 from tlora.exporters.checkpoint import INDEX
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import SERVERS, Artifact
@@ -62,7 +62,7 @@ def run(config: ExportConfig) -> Exported:
     with replacing_folder(folder) as part:
         done = exporter.write(source, part)
         notes += done.notes
-        exact = readers.exact(part, source.lora)
+        exact = readers.exact(part, source.lora, name, config.server)
         _copy_beside(source.lora.path, part, done)
         artifact = Artifact(
             str(folder.absolute()),
@@ -71,18 +71,21 @@ def run(config: ExportConfig) -> Exported:
             done.largest_rank or 0,
             merged=done.largest_rank is None,
         )
-        command = serving_line(name, config.server, artifact)
-        card.write(part, source, name, notes, exact, command.replace(artifact.folder, folder.name))
+        command = serving_line(name, config.server, artifact, exact)
+        shown = command.replace(artifact.folder, folder.name)
+        card.write(part, source, name, [*notes, *_each_lost(cut)], exact, shown)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Exported(folder, name, size, notes, exact, command)
 
 
-def serving_line(form: str, server: str | None, artifact: Artifact) -> str:
-    """Return the line that serves a format, by the first server that takes it if none is named."""
-    serves = server or next((name for name, info in SERVERS.items() if form in info.formats), None)
-    if serves:
+def serving_line(form: str, server: str | None, artifact: Artifact, exact: list[str]) -> str:
+    """Return the line that serves a format: by the server that is named, else by the first that
+    takes it, else in PEFT; "" for files that none of them reads."""
+    others = [title for title in exact if "PEFT" not in title]
+    serves = server or next((n for n, info in SERVERS.items() if form in info.formats), None)
+    if serves and others:
         return SERVERS[serves].command(artifact)
-    return f"peft.PeftModel.from_pretrained(base, {artifact.folder!r})"
+    return f"peft.PeftModel.from_pretrained(base, {artifact.folder!r})" if exact else ""
 
 
 def read_source(config: ExportConfig) -> Source:
@@ -94,11 +97,16 @@ def read_source(config: ExportConfig) -> Source:
     """
     lora = read_lora(adapter_folder(config.path))
     base = config.model or lora.base or ""
-    sizes = None
-    if config.model or (base and Path(base).is_dir()):
-        checkpoint = Pretrained(name=base, trust_remote_code=config.trust_remote_code)
+    if not base:
+        return Source(lora, base, None, config)
+    checkpoint = Pretrained(name=base, trust_remote_code=config.trust_remote_code)
+    try:
         sizes = layer_sizes(checkpoint, lora.fields.get("task_type"))
-        _check_fit(lora, sizes, base)
+    except ConfigError:
+        if config.model or Path(base).is_dir():
+            raise
+        return Source(lora, base, None, config)
+    _check_fit(lora, sizes, base)
     return Source(lora, base, sizes, config)
 
 
@@ -112,9 +120,11 @@ def adapter_folder(path: str) -> Path:
     if RunFolder(folder).exists and not (folder / CONFIG).is_file():
         folder = RunFolder(folder).adapter
     if not (folder / CONFIG).is_file():
-        what = "holds no adapter" if folder.is_dir() else "is no folder"
+        what = "holds no adapter" if folder.is_dir() else "is not a folder"
         raise ConfigError(
-            f"{path} {what}; give the folder of a run, or of an adapter ({CONFIG}).", "path"
+            f"{path} {what}; give the folder of a run or of an adapter, with {CONFIG} (`hf"
+            " download` fetches one from the Hub).",
+            "path",
         )
     return folder
 
@@ -123,7 +133,7 @@ def _check_free(folder: Path) -> None:
     refuse_unusable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} is there already; choose another --output_dir, or remove it.", "output_dir"
+            f"{folder} already exists; choose another --output_dir, or remove it.", "output_dir"
         )
 
 
@@ -169,12 +179,18 @@ def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
 def _lost(cut: Cut, rank: int) -> list[str]:
     worst = sorted(((lost, name) for name, lost in cut.lost.items() if lost), reverse=True)
     if not worst:
-        return [f"No module has more than rank {rank}: nothing was cut."]
+        return [f"No module has a rank above {rank}, so nothing was cut."]
     most = ", ".join(f"{name} {lost:.2%}" for lost, name in worst[:3])
     return [
-        f"{len(worst)} modules cut to rank {rank}: {cut.in_all:.2%} of the energy of all updates is"
-        f" lost (most of all: {most})."
+        f"Cut to rank {rank} in {counted(worst, 'module')}: this loses {cut.in_all:.2%} of the"
+        f" energy of all updates (the most in {most})."
     ]
+
+
+def _each_lost(cut: Cut | None) -> list[str]:
+    lost = {name: share for name, share in cut.lost.items() if share} if cut else {}
+    each = ", ".join(f"{name} {share:.2%}" for name, share in lost.items())
+    return [f"Energy lost by module: {each}."] if each else []
 
 
 def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
@@ -199,4 +215,5 @@ def show(done: Exported, tell: Tell) -> None:
     tell(f"{done.format}: {done.folder} ({done.bytes / 2**20:.1f} MiB)")
     if done.exact:
         tell(f"exact in: {', '.join(done.exact)}")
-    tell(f"serve it: {done.command}")
+    if done.command:
+        tell(f"serve it: {done.command}")

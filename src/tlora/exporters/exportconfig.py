@@ -27,15 +27,15 @@ class MergeConfig(Record):
     path: str = field(metadata={"positional": True})
     """Folder of `tlora train`, or of any LoRA that PEFT has saved."""
     output_dir: Annotated[str, FOLDER]
-    """Folder of the result, which must not be there yet."""
+    """Folder to write, which must not exist yet."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of what is written; "auto" keeps the adapter's, in a merged model the base's."""
+    """Precision of the result; "auto" keeps the adapter's, in a merged model the base's."""
     max_rank: Annotated[int, at_least(1)] | None = None
-    """Cut each module's update to this rank, by its singular values; what is lost is printed."""
+    """Truncate each module's update to this rank by SVD; the energy lost is printed."""
     model: str | None = None
-    """Base model, in place of the one that the adapter names."""
+    """Base model, if not the one that the adapter names."""
     dequantize: bool = False
-    """Merge into a quantized base: write it out in full precision, and say how far that is off."""
+    """Merge into a quantized base: dequantize it, and print how much that changes the outputs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
 
@@ -46,7 +46,7 @@ class MergeConfig(Record):
 
 @dataclass(kw_only=True)
 class ExportConfig(MergeConfig):
-    """Write an adapter in the format that a server reads right.
+    """Write an adapter in a format that your server reads correctly.
 
     Raises:
         ConfigError: values are missing or out of range; all faults are collected into one error.
@@ -57,7 +57,7 @@ class ExportConfig(MergeConfig):
     format: str | None = None
     """Format of the result; `tlora list formats` lists them."""
     server: Server | None = None
-    """Who will read it: picks the format, and prints the line that serves it."""
+    """The server that will read it: picks the format, and prints the command that serves it."""
     base_gguf: bool = False
     """Beside the adapter's GGUF, write the base model as one (float16)."""
 
@@ -69,8 +69,8 @@ class ExportConfig(MergeConfig):
         if self.format and self.server and self.format not in SERVERS[self.server].formats:
             right = SERVERS[self.server]
             yield (
-                f"`format` is {self.format!r}, which {right.title} does not read right in every"
-                f" version; give {' or '.join(right.formats)}, or leave it out."
+                f"`format` is {self.format!r}, which not every version of {right.title} reads"
+                f" correctly; choose from {', '.join(right.formats)}, or leave it out."
             )
         if self.base_gguf and self.chosen != "gguf":
             yield "`base_gguf` goes with --format gguf; leave it out."

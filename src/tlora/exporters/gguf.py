@@ -51,7 +51,10 @@ class Gguf:
         (folder / MODELFILE).write_text(modelfile(), encoding="utf-8")
         notes = []
         if not source.config.base_gguf:
-            notes = [f"Put the base model's GGUF file beside the adapter as {BASE}."]
+            notes = [
+                f"Put the base model's GGUF file beside the adapter as {BASE}, or export with"
+                " --base_gguf."
+            ]
         return Export(notes, max(lora.rank(name) for name in lora.keys))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tlora.errors import AdapterError
-from tlora.exporters.base import DTYPES
+from tlora.exporters.base import DTYPES, refuse_infinite
 from tlora.exporters.changes import Change, check_fit
 from tlora.exporters.checkpoint import CODES, Piece, Stored
 
@@ -89,11 +89,8 @@ def _made(
     tensor = before if change is None else change(before)
     assert tensor is not None  # without a change there is a stored tensor
     rounded = tensor.to(dtype)
-    if not rounded.isfinite().all() and tensor.isfinite().all():
-        short = str(dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{name} has values beyond {short}; export with --dtype bfloat16 or float32."
-        )
+    if tensor.isfinite().all():
+        refuse_infinite({name: rounded})
     if change and change.update and before is not None and before.shape == tensor.shape:
         rounding.add(before, tensor, rounded)
     return rounded

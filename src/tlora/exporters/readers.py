@@ -18,9 +18,10 @@ from pathlib import Path
 from tlora.adapter.saved import SavedLora, read_lora
 from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, listed
-from tlora.exporters.servers import VLLM_RANKS, stacked_rank
+from tlora.exporters.servers import SERVERS, stacked_rank
 from tlora.exporters.uniform import gaps
 from tlora.exporters.updates import Pairs
+from tlora.integrations.vllm import VLLM_RANKS
 
 _NOISE = 1e-12
 """Of the effect: what float64 itself loses."""
@@ -93,23 +94,38 @@ def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Read
     return Reading(reader, error / whole, None, rounding / whole, modules)
 
 
-def exact(folder: Path, meant: SavedLora) -> list[str]:
+def exact(folder: Path, meant: SavedLora, form: str, server: str | None = None) -> list[str]:
     """Return the titles of the readers that read an exported folder as PEFT reads the adapter.
 
+    Args:
+        folder: what was exported.
+        meant: the adapter.
+        form: its format.
+        server: who has to read it.
+
     Raises:
-        AdapterError: not even PEFT does, since the precision of the folder lost an update.
+        AdapterError: the server does not, or not even PEFT, since the precision of the folder lost
+            an update.
     """
     if not (folder / CONFIG).is_file():
-        return []
+        own = ["transformers"] if form == "merged" else []
+        return own + [info.title for info in SERVERS.values() if form in info.formats]
     lora = read_lora(folder)
     pairs = Pairs(lora, meant)
-    peft, *others = [reading(reader, lora, pairs) for reader in READERS]
-    if not peft.exact:
+    readings = [reading(reader, lora, pairs) for reader in READERS]
+    if not readings[0].exact:
         raise AdapterError(
             f"{meant.path}: rounding takes more than {_MOST:.0%} of the update of"
-            f" {listed([*peft.modules])}; export with --dtype bfloat16 or float32."
+            f" {listed([*readings[0].modules])}; export with --dtype bfloat16 or float32."
         )
-    return [each.reader.title for each in (peft, *others) if each.exact]
+    for each in readings:
+        if server in each.reader.servers and not each.exact:
+            raise AdapterError(
+                f"{each.reader.title} does not read this adapter correctly"
+                f" ({each.refused or f'its error is {each.error:.2g} of the update'}); merge it"
+                " instead: tlora merge."
+            )
+    return [each.reader.title for each in readings if each.exact]
 
 
 def _peft(lora: SavedLora) -> Scales:
@@ -135,14 +151,14 @@ def _vllm(lora: SavedLora) -> Scales:
     _plain(lora, but=_HEADS)
     most = max(lora.rank(name) for name in lora.keys)
     if most > VLLM_RANKS[-1]:
-        raise RefusedError(f"rank {most} is more than the {VLLM_RANKS[-1]} that it takes")
+        raise RefusedError(f"rank {most} is above its limit of {VLLM_RANKS[-1]}")
     return _peft(lora)
 
 
 def _one_scale(lora: SavedLora) -> Scales:
     """SGLang: one buffer of rank r, and alpha / r for all."""
     _plain(lora)
-    _equal_ranks(lora, "an assertion")
+    _equal_ranks(lora, "it asserts that they are equal")
     return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
 
 
@@ -153,7 +169,7 @@ def _stacked(lora: SavedLora) -> Scales:
     projection gets alpha / r, the others alpha / padded.
     """
     _plain(lora)
-    _equal_ranks(lora, "layers are stacked")
+    _equal_ranks(lora, "it stacks the layers")
     first, padded = _kind(next(iter(lora.keys))), stacked_rank(_r(lora))
     scales = {
         name: _alpha(lora) / _root(lora, _r(lora) if _kind(name) == first else padded)
@@ -165,9 +181,9 @@ def _stacked(lora: SavedLora) -> Scales:
 
 def _lmdeploy(lora: SavedLora) -> Scales:
     _plain(lora)
-    _equal_ranks(lora, "ranks are copied into one buffer")
+    _equal_ranks(lora, "it copies them into one buffer")
     if missing := [*gaps(lora, None)]:
-        raise RefusedError(f"{listed(missing)} is not adapted, and reads memory nobody has written")
+        raise RefusedError(f"{listed(missing)} has no adapter, and it reads uninitialized memory")
     return dict.fromkeys(lora.keys, _alpha(lora) / _r(lora))
 
 
@@ -195,13 +211,14 @@ def _plain(lora: SavedLora, but: tuple[str, ...] = ()) -> None:
         if not (words.startswith("trained modules") and set(saved) <= set(but))
     ]
     if lacking:
-        raise RefusedError(f"it does not read {'; '.join(lacking)}")
+        raise RefusedError(f"it does not support {'; '.join(lacking)}")
 
 
 def _equal_ranks(lora: SavedLora, why: str) -> None:
     ranks = {lora.rank(name) for name in lora.keys}
     if ranks != {_r(lora)}:
-        raise RefusedError(f"ranks differ ({min(ranks)} to {max(ranks)}, r = {_r(lora)}; {why})")
+        own = f"{min(ranks)} to {max(ranks)}, with r = {_r(lora)}"
+        raise RefusedError(f"ranks differ ({own}), and {why}")
 
 
 def _kind(name: str) -> str:

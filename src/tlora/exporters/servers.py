@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes."""
+from tlora.integrations.vllm import VLLM_RANKS, vllm_rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Artifact:
     merged: bool
 
 
+def stacked_rank(rank: int) -> int:
+    """Return the rank that TGI and LoRAX pad to on one device: 8, or the next multiple of 16."""
+    return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
 @dataclass(frozen=True)
 class ServerInfo:
     """One server."""
@@ -33,95 +37,73 @@ class ServerInfo:
     title: str
     formats: tuple[str, ...]
     """Formats that every version of it reads right, the one that `--for` picks first."""
-    command: Callable[[Artifact], str]
-    """Returns the line that serves an artifact."""
+    adapter: str
+    """The line that serves an adapter; `raw` is the `Artifact`, the other fields are quoted."""
+    whole: str = ""
+    """The line that serves a merged model."""
     padded: Callable[[int], int] = int
     """Returns the rank to pad to, by the largest one."""
 
-
-def vllm_rank(rank: int) -> int | None:
-    """Return the smallest `--max-lora-rank` of vLLM that holds a rank; None where it has none."""
-    return next((each for each in VLLM_RANKS if each >= rank), None)
-
-
-def stacked_rank(rank: int) -> int:
-    """Return the rank that TGI and LoRAX pad to on one device: 8, or the next multiple of 16."""
-    return 8 if rank <= 8 else -(-rank // 16) * 16
-
-
-def _vllm(artifact: Artifact) -> str:
-    if artifact.merged:
-        return _line("vllm", "serve", artifact.folder)
-    rank = vllm_rank(artifact.rank)
-    if rank is None:
-        return (
-            f"vLLM serves ranks up to {VLLM_RANKS[-1]}; export with --max_rank {VLLM_RANKS[-1]}, or"
-            " merge."
-        )
-    flags = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
-    return _line("vllm", "serve", artifact.base, *flags, f"{artifact.name}={artifact.folder}")
+    def command(self, artifact: Artifact) -> str:
+        """Return the line that serves an artifact."""
+        line = self.whole if artifact.merged else self.adapter
+        most, rank = VLLM_RANKS[-1], vllm_rank(artifact.rank)
+        if rank is None and "{vllm_rank}" in line:
+            return f"vLLM serves ranks up to {most}; export with --max_rank {most}, or merge."
+        quoted = {name: shlex.quote(getattr(artifact, name)) for name in ("folder", "name", "base")}
+        return line.format(raw=artifact, vllm_rank=rank, **quoted)
 
 
-def _sglang(artifact: Artifact) -> str:
-    start = ["python", "-m", "sglang.launch_server", "--model-path"]
-    if artifact.merged:
-        return _line(*start, artifact.folder)
-    lora = ["--enable-lora", "--lora-paths", f"{artifact.name}={artifact.folder}"]
-    return _line(*start, artifact.base, *lora)
-
-
-def _tgi(artifact: Artifact) -> str:
-    start = ["text-generation-launcher", "--model-id"]
-    if artifact.merged:
-        return _line(*start, artifact.folder)
-    return _line(*start, artifact.base, "--lora-adapters", f"{artifact.name}={artifact.folder}")
-
-
-def _lorax(artifact: Artifact) -> str:
-    start = ["lorax-launcher", "--model-id"]
-    if artifact.merged:
-        return _line(*start, artifact.folder)
-    return _line(
-        *start, artifact.base, "--adapter-id", artifact.folder, "--adapter-source", "local"
-    )
-
-
-def _lmdeploy(artifact: Artifact) -> str:
-    start = ["lmdeploy", "serve", "api_server"]
-    if artifact.merged:
-        return _line(*start, artifact.folder)
-    return _line(*start, artifact.base, "--adapters", f"{artifact.name}={artifact.folder}")
-
-
-def _tensorrt(artifact: Artifact) -> str:
-    if artifact.merged:
-        return _line("trtllm-serve", artifact.folder)
-    config = f"LoraConfig(lora_dir=[{artifact.folder!r}], max_lora_rank={artifact.rank})"
-    return f"tensorrt_llm.LLM(model={artifact.base!r}, lora_config={config})"
-
-
-def _llama_cpp(artifact: Artifact) -> str:
-    base, adapter = (f"{artifact.folder}/{name}.gguf" for name in ("base", "adapter"))
-    return _line("llama-server", "-m", base, "--lora", adapter)
-
-
-def _ollama(artifact: Artifact) -> str:
-    return _line("ollama", "create", artifact.name, "-f", f"{artifact.folder}/Modelfile")
-
-
-def _line(*words: str) -> str:
-    return shlex.join(words)
-
+_SERVED = ("uniform", "merged")
 
 SERVERS: Mapping[str, ServerInfo] = MappingProxyType(
     {
-        "vllm": ServerInfo("vLLM", ("uniform", "merged"), _vllm),
-        "sglang": ServerInfo("SGLang", ("uniform", "merged"), _sglang),
-        "tgi": ServerInfo("TGI", ("uniform", "merged"), _tgi, stacked_rank),
-        "lorax": ServerInfo("LoRAX", ("uniform", "merged"), _lorax, stacked_rank),
-        "lmdeploy": ServerInfo("LMDeploy", ("uniform", "merged"), _lmdeploy),
-        "tensorrt-llm": ServerInfo("TensorRT-LLM", ("uniform", "merged"), _tensorrt),
-        "llama.cpp": ServerInfo("llama.cpp", ("gguf",), _llama_cpp),
-        "ollama": ServerInfo("Ollama", ("gguf",), _ollama),
+        "vllm": ServerInfo(
+            "vLLM",
+            ("uniform", "compact", "merged"),
+            "vllm serve {base} --enable-lora --max-lora-rank {vllm_rank}"
+            " --lora-modules {name}={folder}",
+            "vllm serve {folder}",
+        ),
+        "sglang": ServerInfo(
+            "SGLang",
+            _SERVED,
+            "python -m sglang.launch_server --model-path {base} --enable-lora"
+            " --lora-paths {name}={folder}",
+            "python -m sglang.launch_server --model-path {folder}",
+        ),
+        "tgi": ServerInfo(
+            "TGI",
+            _SERVED,
+            "text-generation-launcher --model-id {base} --lora-adapters {name}={folder}",
+            "text-generation-launcher --model-id {folder}",
+            stacked_rank,
+        ),
+        "lorax": ServerInfo(
+            "LoRAX",
+            _SERVED,
+            "lorax-launcher --model-id {base} --adapter-id {folder} --adapter-source local",
+            "lorax-launcher --model-id {folder}",
+            stacked_rank,
+        ),
+        "lmdeploy": ServerInfo(
+            "LMDeploy",
+            _SERVED,
+            "lmdeploy serve api_server {base} --adapters {name}={folder}",
+            "lmdeploy serve api_server {folder}",
+        ),
+        "tensorrt-llm": ServerInfo(
+            "TensorRT-LLM",
+            _SERVED,
+            "tensorrt_llm.LLM(model={raw.base!r}, lora_config=LoraConfig("
+            "lora_dir=[{raw.folder!r}], max_lora_rank={raw.rank}))",
+            "trtllm-serve {folder}",
+        ),
+        "llama.cpp": ServerInfo(
+            "llama.cpp",
+            ("gguf",),
+            "llama-server -m {folder}/base.gguf --lora {folder}/adapter.gguf",
+        ),
+        "ollama": ServerInfo("Ollama", ("gguf",), "ollama create {name} -f {folder}/Modelfile"),
     }
 )

@@ -18,9 +18,10 @@ import torch
 
 from tlora.adapter.saved import PREFIX, SavedLora, shape_of
 from tlora.errors import listed
-from tlora.exporters.base import Export, Source, refuse, write_lora
+from tlora.exporters.base import Export, Source, counted, refuse, write_lora
 from tlora.exporters.compact import baked
 from tlora.exporters.servers import SERVERS, stacked_rank
+from tlora.training.model_card import span
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a module's name."""
@@ -37,7 +38,7 @@ class Uniform:
         """Write the folder; see `Exporter`."""
         lora = source.lora
         lacking = [words for words in lora.lacks() if not words.startswith(_CARRIED)]
-        refuse(lora, "`uniform`", lacking, "export --format native, or merged")
+        refuse(lora, "`uniform`", lacking, "use --format native or merged")
         ranks = {name: lora.rank(name) for name in lora.keys}
         server = source.config.server
         rank = (SERVERS[server].padded if server else int)(max(ranks.values()))
@@ -65,28 +66,32 @@ class Uniform:
             "init_lora_weights": True,
         }
         write_lora(folder, fields, tensors)
-        return Export(_notes(ranks, rank, missing, source.sizes is None), rank)
+        notes = _notes(ranks, rank, missing)
+        if not server and rank != stacked_rank(rank):
+            notes.append(
+                f"TGI and LoRAX pad rank {rank} to {stacked_rank(rank)} and divide alpha by that;"
+                " for them, export with --for tgi."
+            )
+        if source.sizes is None:
+            notes.append(
+                "The base model's configuration was not found, so layers above the last adapted one"
+                " were not filled with zeros; give --model."
+            )
+        return Export(notes, rank)
 
 
-def _notes(
-    ranks: dict[str, int], rank: int, missing: dict[str, tuple[int, int]], blind: bool
-) -> list[str]:
+def _notes(ranks: dict[str, int], rank: int, missing: dict[str, tuple[int, int]]) -> list[str]:
     notes = []
-    padded = [name for name in ranks if ranks[name] < rank]
+    padded = [each for each in ranks.values() if each < rank]
     if padded:
-        low = min(ranks.values())
-        notes.append(f"{len(padded)} of {len(ranks)} modules padded from rank {low}+ to {rank}.")
-    if missing:
-        notes.append(f"{len(missing)} modules filled with zeros ({listed([*missing])}).")
-    if rank != stacked_rank(rank):
         notes.append(
-            f"TGI and LoRAX pad rank {rank} to {stacked_rank(rank)} and divide alpha by that; for"
-            " them export with --for tgi."
+            f"Padded with zeros to rank {rank}: {len(padded)} of {len(ranks)} modules (of rank"
+            f" {span(padded)})."
         )
-    if blind:
+    if missing:
         notes.append(
-            "The base model's configuration is out of reach, so layers above the last adapted one"
-            " were not looked for; give --model."
+            f"Filled with zeros: {counted(missing, 'module')} without an adapter"
+            f" ({listed([*missing])})."
         )
     return notes
 

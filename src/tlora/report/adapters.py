@@ -16,6 +16,7 @@ from tlora.files import write_json
 from tlora.report import svg
 from tlora.report.heatmap import heat_map, write_page
 from tlora.report.tables import groups, plain
+from tlora.training.model_card import span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,9 +92,9 @@ def inspect(lora: SavedLora) -> Inspection[Update]:
     ranks, scales = [u.rank for u in found.values()], [u.scale for u in found.values()]
     lines = [
         f"base model {lora.base or '(not named)'}",
-        f"{len(found)} modules, ranks {min(ranks)} to {max(ranks)} ({sum(ranks)} in all)",
-        f"scales {min(scales):.3g} to {max(scales):.3g}",
-        f"norm of all updates {math.hypot(*(u.norm for u in found.values())):.4g}",
+        f"{len(found)} modules, rank {span(ranks)} ({sum(ranks)} in total)",
+        f"scale {span(scales)}",
+        f"norm of the whole update {math.hypot(*(u.norm for u in found.values())):.4g}",
         f"{sum(u.bytes for u in found.values()):,} bytes of A and B",
     ]
     lines += [f"also has {words}" for words in lora.lacks()]

@@ -10,13 +10,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.credentials import redacted
 from tlora.files import read_json, replacing_file
+from tlora.integrations.vllm import vllm_rank
 from tlora.training import loading_code
 from tlora.training.runconfig import RunConfig
 
@@ -30,8 +31,6 @@ _TEXTS = ("data.system", "data.prompt_template")
 """Fields that are no names, even if they begin as paths do: Qwen's "/no_think"."""
 _OF_THE_MACHINE = ("output_dir", "resume")
 _LOCAL = ("/", "./", "../", "~")
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes."""
 _NO_SCORES = ("epoch", "num_tokens")
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
 
@@ -102,17 +101,20 @@ def command(config: RunConfig, verb: str = "train") -> str:
 
 def ranks_of(folder: Path) -> dict[str, int]:
     """Return the rank of each adapted module that a folder of PEFT holds, by the module's name."""
-    from safetensors import safe_open
+    from tlora.adapter.saved import PREFIX, WEIGHTS, Tensors
 
-    ranks = {}
-    for file in folder.glob("adapter_model.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
-                module, found, _ = key.partition(".lora_A")
-                if found:
-                    name = module.removeprefix("base_model.model.")
-                    ranks[name] = tensors.get_slice(key).get_shape()[0]
-    return ranks
+    return {
+        key.removeprefix(PREFIX).partition(".lora_A")[0]: shape[0]
+        for file in folder.glob(WEIGHTS)
+        for key, shape in Tensors(file).shapes.items()
+        if ".lora_A" in key
+    }
+
+
+def span(numbers: Collection[float]) -> str:
+    """Return "2", or "2 to 3.5"."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -173,9 +175,7 @@ def _facts(
     yield "method", f"`{config.method}`: {setup.method.traits.formula}"
     if ranks:
         kinds = sorted({name.rpartition(".")[2] for name in ranks})
-        low, high = min(ranks.values()), max(ranks.values())
-        span = str(low) if low == high else f"{low} to {high}"
-        yield "ranks", f"{span} in {len(ranks)} modules ({', '.join(kinds)})"
+        yield "ranks", f"{span(ranks.values())} in {len(ranks)} modules ({', '.join(kinds)})"
     if fields and fields.get("lora_alpha") is not None:
         own = ", and scales of their own" if fields.get("alpha_pattern") else ""
         yield "lora_alpha", f"{fields['lora_alpha']}{own}"
@@ -215,7 +215,7 @@ def _vllm(fields: Mapping[str, Any] | None, ranks: Mapping[str, int], base: str)
     plain = fields is not None and fields["peft_type"] == "LORA" and fields["bias"] == "none"
     if not plain or not ranks or any((fields or {}).get(name) for name in lacking):
         return None
-    most = next((rank for rank in _VLLM_RANKS if rank >= max(ranks.values())), None)
+    most = vllm_rank(max(ranks.values()))
     if most is None:
         return None
     lora = f"--enable-lora --max-lora-rank {most} --lora-modules adapted=adapter"

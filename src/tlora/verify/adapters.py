@@ -52,7 +52,7 @@ def by_llama_cpp(lora: SavedLora, meant: SavedLora) -> list[Verdict]:
 
 
 def _not_gguf(_: SavedLora) -> dict[str, float]:
-    raise RefusedError("it reads no adapter.gguf")
+    raise RefusedError("it does not read GGUF adapters")
 
 
 def paired(lora: SavedLora, meant: SavedLora) -> Pairs:
@@ -95,7 +95,7 @@ def _faults(lora: SavedLora, meant: SavedLora) -> Iterator[str]:
 
 def _beside(lora: SavedLora) -> dict[str, float]:
     """Return the tensors beside A and B, and what each is multiplied by: a bias of B by s."""
-    biases = {b.removesuffix("weight") + "bias": name for name, (_, b) in lora.keys.items()}
+    biases = lora.biases
     return {key: lora.scale(biases[key]) if key in biases else 1.0 for key in lora.others}
 
 

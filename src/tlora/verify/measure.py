@@ -48,7 +48,7 @@ class _Setting:
         """Return what is asked; or why nothing is, in a line."""
         models = Models(base, config.trust_remote_code)
         if not models.writes(str(lora.path)):
-            return "replies: not run, since the model does not continue texts"
+            return "replies: not run, since the model does not generate text"
         try:
             prompts = models.prompts(str(lora.path), config.prompts)
         except ConfigError as error:
@@ -107,7 +107,7 @@ def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Meas
     measured.add("base without the adapter", effect, effect)
     measured.add(f"replies of {path}", difference, effect)
     if (difference.of_effect(effect) or 0.0) > LIMIT:
-        measured.faults.append(f"replies of {path} are {difference.words(effect)}")
+        measured.faults.append(f"replies of {path}: {difference.words(effect)}")
     return measured
 
 
@@ -123,9 +123,11 @@ def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measur
     """
     stored = file.with_name(BASE)
     if not llamacpp.is_installed():
-        return Measured(["llama.cpp: not run; pip install xllamacpp"])
+        return Measured(["llama.cpp: not run; it needs `pip install xllamacpp`"])
     if not stored.is_file():
-        return Measured([f"llama.cpp: not run, since {stored} is not there; export --base_gguf"])
+        return Measured(
+            [f"llama.cpp: not run, since {stored} does not exist; export with --base_gguf"]
+        )
     setting = _Setting.of(config, lora, base)
     if isinstance(setting, str):
         return Measured([setting])
@@ -149,7 +151,7 @@ def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measur
     measured.add("llama.cpp's base against transformers', next token", noise, effect)
     measured.add("llama.cpp with the adapter, next token", found, effect)
     if found.norm > max(LIMIT * effect.norm, _NOISE * noise.norm):
-        measured.faults.append(f"llama.cpp's next token is {found.words(effect)}")
+        measured.faults.append(f"llama.cpp's next token: {found.words(effect)}")
     return measured
 
 

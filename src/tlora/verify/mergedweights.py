@@ -64,8 +64,8 @@ def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
     }
     return Verdict(
         "merged",
-        "any reader of the merged model",
-        ("peft", *SERVERS),
+        "every reader of merged models",
+        ("peft", *(name for name, info in SERVERS.items() if "merged" in info.formats)),
         error / effect if effect else float(bool(wrong)),
         rounding=rounding / effect if effect else 0.0,
         exact=not wrong and not faults,

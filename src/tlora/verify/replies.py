@@ -87,10 +87,10 @@ class Difference:
     def words(self, effect: Difference) -> str:
         """Return the difference in words."""
         share = self.of_effect(effect)
-        size = "off" if share is None else f"off by {share:.2g} of the adapter's effect"
+        size = "" if share is None or self is effect else f"{share:.2g} of the adapter's effect, "
         return (
-            f"{size}, by {self.largest:.2g} at most in a token's log probability; greedy replies"
-            f" alike on {self.alike} of {self.prompts} prompts"
+            f"differs by {size}at most {self.largest:.2g} in a token's log probability;"
+            f" {self.alike} of {self.prompts} greedy replies are the same"
         )
 
 

@@ -58,13 +58,13 @@ class Verdict:
             return f"refused: {self.refused}"
         if self.exact:
             tiny = not self.error or self.error < _SHOWN
-            return "exact" if tiny else f"exact but for rounding ({self.error:.1e} of the effect)"
+            return "exact" if tiny else f"exact up to rounding ({self.error:.1e} of the update)"
         said = []
         if self.modules:
-            size = "all of it" if self.error == math.inf else f"{self.error:.2g} of the effect"
+            size = "all of it" if self.error == math.inf else f"{self.error:.2g} of the update"
             worst = sorted(self.modules, key=lambda name: -self.modules[name])
             said.append(f"wrong by {size} ({len(worst)} modules: {listed(worst, _WORST)})")
-        return "; ".join([*said, *self.faults]) or f"wrong by {self.error:.2g} of the effect"
+        return "; ".join([*said, *self.faults]) or f"wrong by {self.error:.2g} of the update"
 
     def record(self) -> dict[str, Any]:
         """Return plain JSON values; an infinite error is null."""

@@ -12,6 +12,7 @@ from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ArtifactError, ConfigError, VerificationError
 from tlora.exporters.export import adapter_folder
 from tlora.exporters.gguf import ADAPTER
+from tlora.exporters.servers import SERVERS
 from tlora.files import write_json
 from tlora.models.pretrained import Pretrained
 from tlora.training.runfolder import RunFolder
@@ -48,7 +49,7 @@ def run(config: VerifyConfig, tell: Tell) -> None:
     found = [artifact_at(path) for path in config.paths]
     if found[0].kind != "adapter":
         raise ConfigError(
-            f"{found[0].path} holds no adapter of PEFT to compare with; give that first: tlora"
+            f"{found[0].path} holds no PEFT adapter to compare with; give one first: tlora"
             f" verify ADAPTER {found[0].path}",
             "paths",
         )
@@ -73,7 +74,8 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         tell(f"numbers: {config.output}")
     faults = _wrong(config, verdicts) + (measured.faults if measured else [])
     if faults:
-        raise VerificationError("; ".join(faults))
+        again = f"; `tlora export {config.paths[0]} --for {config.server}` writes what it reads"
+        raise VerificationError("; ".join(faults) + (again if config.server in SERVERS else ""))
 
 
 def artifact_at(path: str) -> Artifact:
@@ -144,4 +146,6 @@ def _wrong(config: VerifyConfig, verdicts: list[Verdict]) -> list[str]:
         asked = verdicts[:1]
     else:
         asked = [verdict for verdict in verdicts if config.server in verdict.servers]
+    if not asked:
+        return [f"{config.server} does not read this format"]
     return [f"{verdict.title}: {verdict.words()}" for verdict in asked if not verdict.exact]
