@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlora.adapter.savedconfig import CONFIG
 from tlora.compare.comparefolder import CompareFolder
 from tlora.errors import ArtifactError, ConfigError
 from tlora.evaluate.evalfolder import EvalFolder
@@ -32,8 +33,6 @@ def run(
     Raises:
         TLoraError: there is nothing to show, or a file is damaged.
     """
-    from tlora.adapter.savedconfig import CONFIG
-
     if CompareFolder(path).exists:
         show_comparison(CompareFolder(path), tell, against)
         return
@@ -53,6 +52,7 @@ def run(
             f"{path}: there is no plan.safetensors and no adapter; give the folder of a run, of an"
             " adapter, of a comparison or of an evaluation."
         )
+    refuse_missing(file)
     _show_plan(file, tell, by)
     if adapter:
         tell(f"`tlora inspect {adapter}` shows what was trained.")
@@ -83,7 +83,6 @@ def _show_plan(file: Path, tell: Tell, by: str) -> None:
     from tlora.report.heatmap import save
     from tlora.report.tables import show
 
-    refuse_missing(file)
     plan = AdapterPlan.load(file)
     show(plan, by=by)
     page = save(plan, file.with_name("plan.html"))
