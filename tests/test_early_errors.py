@@ -115,7 +115,10 @@ COMMANDS = (
     # The rest.
     ("inspect {}/nowhere", "{}/nowhere: there is no such file"),
     ("inspect {}/model", "{}/model: there is no plan.safetensors"),
-    ("inspect {}/model --against lora", "{}/model holds no comparison and no adapter; leave it out"),
+    (
+        "inspect {}/model --against lora",
+        "{}/model holds no comparison and no adapter; leave it out",
+    ),
     ("demo --output_dir {}/model", "{}/model is not empty and holds no run"),
 )
 
