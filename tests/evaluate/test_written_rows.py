@@ -48,6 +48,13 @@ def scores(**fields):
     )
 
 
+def test_rows_without_a_task_are_your_own():
+    assert EvalConfig(models=["m"], test_file="rows.jsonl").tasks == ["jsonl"]
+    assert EvalConfig(models=["m"], test_file="dev.tsv", tasks="sst2").tasks == ["sst2"]
+    with pytest.raises(ConfigError, match="`tasks` is empty"):
+        EvalConfig(models=["m"])
+
+
 def loss(model, rows) -> float:
     """Return the mean of -log p over the tokens that count, a row at a time.
 

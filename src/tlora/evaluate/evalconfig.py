@@ -80,7 +80,7 @@ class EvalConfig(Record):
     train`; NAME=PATH says what tables call it."""
     tasks: list[str] | str = field(default_factory=list)
     """Tasks, "a,b": those of `tlora list evaluations`, any of lm-evaluation-harness; for models
-    with a head, and with `test_file`, those of `tlora list tasks`."""
+    with a head, and with `test_file`, those of `tlora list tasks`, by default jsonl."""
     output_dir: Annotated[str, FOLDER] = "tlora-eval"
     """Folder of the result; rerun the same command to resume."""
     model: str | None = None
@@ -149,6 +149,8 @@ class EvalConfig(Record):
     def __post_init__(self) -> None:
         self.tasks = split_names(self.tasks)
         self.test_file = written(self.test_file, "test_file")
+        if self.test_file and not self.tasks:
+            self.tasks = ["jsonl"]
         if isinstance(self.limit, float) and self.limit >= 1 and self.limit.is_integer():
             self.limit = int(self.limit)
         super().__post_init__()
