@@ -236,8 +236,9 @@ def read_lora(path: str | Path) -> SavedLora:
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise AdapterError(
-            f"{path}: `init_lora_weights` is {start!r}, so it stands on changed base weights; save"
-            " it with `path_initial_model_for_weight_conversion`, which makes it a plain LoRA."
+            f"{path}: `init_lora_weights` is {start!r}, so it was trained on changed base"
+            " weights; save it with `path_initial_model_for_weight_conversion`, which makes it"
+            " a plain LoRA."
         )
     lora = SavedLora(path, fields, tensors, _paired(path, tensors.shapes))
     _check_ranks(lora)

@@ -156,7 +156,7 @@ def _stored(file: Path) -> dict[str, Stored]:
 
 
 def _broken(folder: Path, what: str) -> ConfigError:
-    return ConfigError(f"{str(folder)!r}: {what}; get the base model anew.", where="model")
+    return ConfigError(f"{str(folder)!r}: {what}; download the base model again.", where="model")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -176,15 +176,15 @@ def _check_whole(
     ]
     if lost:
         raise ConfigError(
-            f"{str(root)!r} has no {listed(lost)}, and neither has the adapter; get the base model"
-            " anew, or give another by --model.",
+            f"{str(root)!r} has no {listed(lost)}, and neither has the adapter; download the"
+            " base model again, or give another by --model.",
             where="model",
         )
     for name, shape in ((name, tuple(each.shape)) for name, each in model.state_dict().items()):
         if name in in_model and name not in given and in_model[name].shape != shape:
             raise ConfigError(
                 f"{str(root)!r}: {name} is {_by(in_model[name].shape)} in its files, and"
-                f" {_by(shape)} by its {CONFIG}; get the base model anew.",
+                f" {_by(shape)} by its {CONFIG}; download the base model again.",
                 where="model",
             )
 

@@ -268,7 +268,7 @@ def check_weights(model: str) -> None:
         if outside := sorted(name for name in names if Path(name).name != name):
             raise ConfigError(
                 f"{model!r} cannot be loaded: {index.name} names {outside[0]!r}, which is not a"
-                " file in the folder; get it anew.",
+                " file in the folder; download it again.",
                 "model",
             )
     for file in sorted(Path(model).glob("*.safetensors")):
