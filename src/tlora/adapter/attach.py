@@ -118,7 +118,13 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     config = lora_config(plan, model)
     keys = parameter_keys(model, plan.modules)
     with torch.random.fork_rng(devices=[]), misleading_warnings_ignored():
-        adapted = get_peft_model(model, config, adapter_name=adapter_name)
+        # On `meta`, since every value is written below; what else trains starts from the base's.
+        adapted = get_peft_model(
+            model,
+            config,
+            adapter_name=adapter_name,
+            low_cpu_mem_usage=not (config.trainable_token_indices or config.modules_to_save),
+        )
     complete_heads(adapted)
     make_room(adapted, adapter_name)
     with torch.no_grad():
@@ -274,4 +280,8 @@ def make_room(adapted: PeftModel, adapter_name: str) -> None:
     for _, layer in lora_layers(adapted, adapter_name):
         for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
             if matrix.weight.is_meta:
-                matrix.to_empty(device=device_of(layer.get_base_layer()))
+                base = layer.get_base_layer()
+                # As PEFT: float32, but for a base of more precision.
+                wide = getattr(getattr(base, "weight", None), "dtype", None) == torch.float64
+                matrix.to_empty(device=device_of(base))
+                matrix.to(torch.float64 if wide else torch.float32)
