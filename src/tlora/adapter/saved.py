@@ -41,7 +41,7 @@ VARIANTS = {
     "kasa_config": "a truncated base (KaSA)",
     "monteclora_config": "random updates (MonteCLoRA)",
 }
-"""Fields of PEFT under which A and B mean something else than W + s B A, and what that is."""
+"""Fields of PEFT under which a layer does not compute W + s B A, and how messages call them."""
 MAGNITUDE = ".lora_magnitude_vector"
 BIAS = ".lora_B.bias"
 ROWS = ".token_adapter.trainable_tokens_delta"

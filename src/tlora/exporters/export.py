@@ -153,12 +153,9 @@ def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) ->
             f"{lora.path} has no matrices for {listed(lacking)}, which its configuration adapts in"
             f" {base!r}; save or copy the adapter again, or give its own base by --model."
         )
-    for name in plain:
-        if name not in sizes:
-            continue
-        factors = lora.factors(name)
-        found = (factors.b.shape[0], factors.a.shape[1])
-        if found != sizes[name]:
+    for name, (a, b) in plain.items():
+        found = (shape_of(lora.tensors, b)[0], shape_of(lora.tensors, a)[1])
+        if found != sizes.get(name, found):
             raise AdapterError(
                 f"{lora.path} does not fit {base!r}: {name} is {sizes[name][0]} x {sizes[name][1]}"
                 f" there, and {found[0]} x {found[1]} in the adapter; give the base that it was"

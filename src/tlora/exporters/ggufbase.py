@@ -51,7 +51,7 @@ def write_base(
         dtype: float16, or float32 to round nothing; vectors are float32 either way.
 
     Raises:
-        ConfigError: the base or its tokenizer is of a kind that has not been tested.
+        ConfigError: this kind of base or tokenizer is not tested.
     """
     import gguf
     import numpy
@@ -160,7 +160,7 @@ def _rope_factors(config: PretrainedConfig) -> list[_Entry]:
     if kind == "default":
         return []
     if kind != "llama3":
-        raise untested(f"a base whose rotary positions are of type {kind}")
+        raise untested(f"a base with rotary positions of type {kind}")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     changed, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

@@ -42,7 +42,7 @@ def add_tokens(writer: GGUFWriter, folder: Path, rows: int) -> None:
         rows: rows of its embedding; those without a token are filled.
 
     Raises:
-        ConfigError: the tokenizer is of a kind that has not been tested.
+        ConfigError: this kind of tokenizer is not tested.
     """
     if not (folder / "tokenizer.json").is_file():
         raise untested(f"{folder} without a tokenizer.json")

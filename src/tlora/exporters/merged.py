@@ -206,7 +206,7 @@ def _head(lora: SavedLora, config: Any) -> dict[str, Any]:
 
 
 def _copy(root: Path, adapter: Path, folder: Path) -> None:
-    """Copy what lies beside the base's weights; the adapter's own comes from whoever exports it."""
+    """Copy the files beside the base's weights; the export copies the adapter's own."""
     own = {file.name for file in adapter.iterdir()} - {CONFIG}
     left = {INDEX, *own}
     if _TOKENS in own:

@@ -2,7 +2,7 @@
 
 s B A = Q_B (R_B R_A^T) Q_A^T by QR of B and A^T, so the SVD is of an r x r matrix and the product
 of d_out x d_in is never made. Cutting it at R is the best approximation of rank R in the Frobenius
-norm (Eckart and Young, 1936); what it loses is the sum of the squared singular values beyond R.
+norm (Eckart and Young, 1936); the lost energy is the sum of the squared singular values beyond R.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def spectrum(factors: Factors) -> Tensor:
 
 
 def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
-    """Return the LoRA with at most ``rank`` ranks a module, and what that lost.
+    """Return the LoRA cut to at most ``rank`` in each module, and the energy that this loses.
 
     A module that has no more is left as it is. A cut one has orthonormal rows in A, and its scale
     is one, in B; matrices are computed in float64 and rounded to their dtype.

@@ -4,7 +4,7 @@ A's rows and B's columns are padded with zeros to R, the largest rank; B holds t
 `r` and `lora_alpha` are R, and there are no patterns. TGI and LoRAX pad ranks themselves, and then
 divide alpha by the padded one: for them R is what they pad to. Every projection that is adapted
 somewhere is there in every layer, with zeros where training left it alone: TGI and LoRAX leave a
-projection out that one layer lacks, and LMDeploy reads memory that nobody has written.
+projection out that one layer lacks, and LMDeploy reads uninitialized memory.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def both(one: Factors, other: Factors) -> tuple[Tensor, Tensor]:
     """Return B_1 A_1, without its scale, and s_2 B_2 A_2 in one orthonormal basis, k x k each.
 
     Raises:
-        ValueError: they are of different sizes.
+        ValueError: their sizes differ.
     """
     a = [each.a.double().flatten(1) for each in (one, other)]
     b = [each.b.double().flatten(1) for each in (one, other)]

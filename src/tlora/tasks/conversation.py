@@ -61,7 +61,7 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
 
 
 def parsed(value: Any) -> Any:
-    """Return what a text is JSON of, as cells of tables hold lists; anything else as it is."""
+    """Return what a JSON text holds, as cells of tables do; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -40,7 +40,7 @@ _FIELDS = {
         ("reasoning_content", "reasoning", "thinking"), "another template, or make them `content`"
     ),
 }
-"""What an assistant may do besides answering, and what to give where a template leaves it out."""
+"""What an assistant may do besides answering, and what to do where a template does not write it."""
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
