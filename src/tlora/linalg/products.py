@@ -1,0 +1,73 @@
+"""Products with float32 sums and float32 results, of 16-bit factors where a device is made for them.
+
+Tensor cores multiply 16-bit numbers an order of magnitude faster than float32 ones. The product of
+two bfloat16 (or two float16) numbers is exact in float32, so summing such products in float32 loses
+nothing against converting the factors first. A float32 number is the sum of three bfloat16 terms of
+8 bits each, exactly unless its magnitude is below 2^-110: a product with float32 factors becomes a
+few products of their terms (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
+
+Where a device has no such product, the factors are converted to float32: the same products, summed
+in another order. That is the path on a CPU, and the one the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def multiplies_narrow(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 matrices into a float32 one."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` in float32: exact products, float32 sums.
+
+    Args:
+        left: m x k, any floating dtype.
+        right: k x n.
+    """
+    if left.dtype == right.dtype and left.dtype in NARROW and multiplies_narrow(left.device):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def terms(matrix: Tensor, count: int) -> list[Tensor]:
+    """Return bfloat16 matrices whose sum is ``matrix``, up to 2^(-8 count) of each entry.
+
+    Args:
+        matrix: any floating dtype; a bfloat16 one is its own single term.
+        count: terms at the most. Three hold a float32 number, two a float16 one.
+    """
+    if matrix.dtype == torch.bfloat16:
+        return [matrix]
+    rest, found = matrix.float(), []
+    for _ in range(count):
+        found.append(rest.bfloat16())
+        rest = rest - found[-1].float()
+    return found
+
+
+def product_of_terms(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return (sum of ``left``) @ (sum of ``right``) in float32, from their `terms`.
+
+    Pairs below the last term of the longer list are left out: they are as small as what the terms
+    leave out themselves.
+    """
+    most = max(len(left), len(right))
+    pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < most]
+    total = None
+    # The smallest first, so that they are not lost beside the largest.
+    for i, j in sorted(pairs, key=sum, reverse=True):
+        part = product(left[i], right[j])
+        total = part if total is None else total.add_(part)
+    if total is None:
+        raise ValueError("a factor has no term")
+    return total
