@@ -1,4 +1,4 @@
-"""Products with float32 sums and float32 results, of 16-bit factors where a device is made for them.
+"""Products with float32 sums and results, of 16-bit factors where a device is made for them.
 
 Tensor cores multiply 16-bit numbers an order of magnitude faster than float32 ones. The product of
 two bfloat16 (or two float16) numbers is exact in float32, so summing such products in float32 loses
@@ -60,6 +60,9 @@ def product_of_terms(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
     Pairs below the last term of the longer list are left out: they are as small as what the terms
     leave out themselves.
+
+    Raises:
+        ValueError: a factor has no term.
     """
     most = max(len(left), len(right))
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < most]
