@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tlora.linalg.moments import SecondMoment, mirror
+from tlora.linalg.moments import SecondMoment
+from tlora.linalg.packed import packed_numbers
 
 DIM = 5
 LENGTHS = (4, 1, 7, 3)
@@ -208,7 +209,7 @@ def test_the_parts_rebuild_the_accumulator(wide: bool) -> None:
     moment = one_at_a_time(samples[:2])
     assert set(moment.parts()) == {"means", "rows"}  # 5 tokens of 5 columns
     if wide:
-        assert moment.scatter.shape == (DIM, DIM)
+        assert len(moment.scatter.numbers) == packed_numbers(DIM)
         assert set(moment.parts()) == {"means", "scatter"}
     rebuilt = SecondMoment.from_parts(moment.parts(), moment.samples, moment.tokens)
     rebuilt.update(samples[2][None])
@@ -264,34 +265,21 @@ def test_rows_turn_into_c_when_they_outgrow_it_and_nothing_is_lost() -> None:
     assert_close(moment.weighted(weight).dense(), weight.double().numpy() @ definition(samples))
 
 
-@pytest.mark.parametrize("columns", [1, 5, 255, 256, 257, 600])
-def test_mirroring_copies_the_lower_triangle_alone(columns: int) -> None:
-    matrix = torch.randn(columns, columns)
-    lower = matrix.tril()
-    expected = lower + lower.tril(-1).T
-    assert torch.equal(mirror(matrix), expected)
-    assert torch.equal(matrix, expected)
-
-
-@pytest.mark.parametrize("columns", [5, 300])
-def test_what_lies_above_the_diagonal_does_not_count(columns: int) -> None:
-    rows = torch.randn(2 * columns, columns)
-    moment = SecondMoment(columns)
-    moment.update(rows[None])
-    parts = {name: part.clone() for name, part in moment.parts().items()}
-    spoilt = SecondMoment.from_parts(parts, moment.samples, moment.tokens)
-    spoilt.scatter.add_(torch.full_like(moment.scatter, 9.0).triu(1))
-    weight = torch.randn(3, columns)
-    assert torch.equal(spoilt.covariance(), moment.covariance())
-    assert torch.equal(spoilt.uncentered(), moment.uncentered())
-    assert torch.equal(spoilt.weighted(weight).dense(), moment.weighted(weight).dense())
+def test_rows_are_kept_while_they_take_no_more_room_than_c() -> None:
+    moment = SecondMoment(600)
+    most = packed_numbers(600) // 600
+    assert 300 < most < 600
+    moment.update(torch.randn(1, most, 600))
+    assert moment.rows is not None
+    moment.update(torch.randn(1, 1, 600))
+    assert moment.rows is None
 
 
 @pytest.mark.parametrize("count", [2, 4, 7, 12])
 def test_space_that_is_given_holds_rows_and_then_c_the_same_to_the_bit(count: int) -> None:
     samples = [*wide_samples(), *wide_samples(1), *wide_samples(2)][:count]
-    space = torch.zeros(WIDE, WIDE)
-    given, own = SecondMoment(WIDE, scatter=space), SecondMoment(WIDE)
+    space = torch.zeros(packed_numbers(WIDE))
+    given, own = SecondMoment(WIDE, space=space), SecondMoment(WIDE)
     for sample in samples:
         given.update(sample[None])
         own.update(sample[None])
@@ -303,9 +291,58 @@ def test_space_that_is_given_holds_rows_and_then_c_the_same_to_the_bit(count: in
     weight = torch.randn(7, WIDE)
     assert torch.equal(given.weighted(weight).dense(), own.weighted(weight).dense())
     assert torch.equal(given.covariance(), own.covariance())
-    assert torch.equal(given.scatter, own.scatter)
-    into = torch.zeros(WIDE, WIDE)
-    copy = SecondMoment(WIDE, scatter=into)
+    assert torch.equal(given.scatter.numbers, own.scatter.numbers)
+    into = torch.zeros(packed_numbers(WIDE))
+    copy = SecondMoment(WIDE, space=into)
     copy.take(given.parts(), given.samples, given.tokens)
-    assert torch.equal(copy.scatter, own.scatter)
-    assert copy.scatter.data_ptr() == into.data_ptr()
+    assert torch.equal(copy.scatter.numbers, own.scatter.numbers)
+    assert copy.scatter.numbers.data_ptr() == into.data_ptr()
+
+
+# --- 16-bit products, as on an accelerator
+
+
+def offset(spread: float) -> torch.Tensor:
+    """Tokens of unit variance but for one feature, which lies at 1e4 and moves by ``spread``."""
+    rows = torch.randn(1, 200, 300, generator=torch.Generator().manual_seed(0))
+    rows[..., 7] = 1e4 + spread * rows[..., 7]
+    return rows.bfloat16()
+
+
+def outlier() -> torch.Tensor:
+    """Tokens of unit variance, and one massive activation of 1e4."""
+    rows = torch.randn(1, 200, 300, generator=torch.Generator().manual_seed(1))
+    rows[0, 0, 7] = 1e4
+    return rows.bfloat16()
+
+
+@pytest.mark.parametrize("inputs", [outlier(), offset(1.0), offset(1e3)])
+def test_two_terms_of_centered_rows_hold_the_moment(
+    inputs: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlora.linalg.packed.multiplies_narrow", lambda device: True)
+    moment = SecondMoment(300)
+    moment.update(inputs)
+    centered = inputs[0].double() - inputs[0].double().mean(dim=0)
+    exact = centered.T @ centered
+    found = moment.covariance().double()
+    # Relative to each pair of features, so that the massive one hides nothing.
+    size = exact.diagonal().sqrt()
+    assert ((found - exact).abs() <= 2e-5 * size[:, None] * size + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [20, 400])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_16_bit_weight_gives_the_float32_product(
+    dtype: torch.dtype, tokens: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("packed", "moments"):
+        monkeypatch.setattr(f"tlora.linalg.{module}.multiplies_narrow", lambda device: narrow)
+    moment = SecondMoment(300)
+    moment.update(torch.randn(1, tokens, 300))
+    weight = torch.randn(7, 300).to(dtype)
+    product = moment.weighted(weight).dense()
+    exact = weight.double() @ moment.covariance().double()
+    assert product.dtype == torch.float32
+    assert (product.double() - exact).norm() <= 1e-6 * exact.norm()

@@ -23,6 +23,7 @@ from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.linalg.matrices import Pairs, add_gradient, gradient_weighted, of_own_losses
 from tlora.linalg.moments import SecondMoment
+from tlora.linalg.packed import packed_numbers
 
 
 class Accumulator(Protocol):
@@ -38,8 +39,8 @@ class Accumulator(Protocol):
 
 
 def moment_bytes(columns: int) -> int:
-    """Return the bytes of one float32 second moment of ``columns`` inputs."""
-    return 4 * columns**2
+    """Return the bytes of one float32 second moment of ``columns`` inputs, packed."""
+    return 4 * packed_numbers(columns)
 
 
 class MomentAccumulator:
@@ -132,7 +133,7 @@ def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMomen
     if device.type == "cpu":
         # One place for rows and then C: pages that are not written take no memory, and rows
         # that go when C comes would leave holes between what a pass keeps.
-        moment = SecondMoment(target.d_in, scatter=torch.zeros(target.d_in, target.d_in))
+        moment = SecondMoment(target.d_in, space=torch.zeros(packed_numbers(target.d_in)))
     else:
         moment = SecondMoment(target.d_in, device=device)
     if start is not None:
@@ -146,10 +147,14 @@ def sum_over(group: ProcessGroup, moment: SecondMoment) -> SecondMoment:
     told = group.all_gather((moment.samples, moment.tokens, moment.rows is None, len(own)))
     samples, tokens, formed, held = zip(*told, strict=True)
     parts = {"means": group.all_gather_rows(own, held)}
-    if not any(formed) and sum(tokens) <= moment.dim and moment.rows is not None:
+    if (
+        not any(formed)
+        and sum(tokens) * moment.dim <= packed_numbers(moment.dim)
+        and moment.rows is not None
+    ):
         parts["rows"] = group.all_gather_rows(moment.rows, tokens)
     else:
-        parts["scatter"] = group.all_reduce_sum(moment.scatter)
+        parts["scatter"] = group.all_reduce_sum(moment.scatter.numbers)
     return SecondMoment.from_parts(parts, sum(samples), sum(tokens))
 
 

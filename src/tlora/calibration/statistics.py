@@ -28,7 +28,7 @@ from tlora.linalg.moments import SecondMoment
 
 _KIND = "calibration"
 
-_FORMAT = 5
+_FORMAT = 6
 
 _FILE = "calibration.safetensors"
 

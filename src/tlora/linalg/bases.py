@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tlora.linalg.matrices import FactoredMatrix, full_precision
-from tlora.linalg.moments import SecondMoment, mirror
+from tlora.linalg.moments import SecondMoment
 
 
 @full_precision
@@ -25,7 +25,7 @@ def moment_itself(moment: SecondMoment, like: Tensor) -> FactoredMatrix:
     """
     count, rows = max(moment.samples, 1), moment.rows
     if rows is None:
-        return FactoredMatrix(mirror(moment.total().to(like).div_(count)))
+        return FactoredMatrix(moment.total().to(like).div_(count))
     rows = rows.to(like)
     return FactoredMatrix(rows.T / count, rows)
 
@@ -44,7 +44,7 @@ def half_weighted(weight: Tensor, moment: SecondMoment) -> FactoredMatrix:
     """
     count, rows = max(moment.samples, 1), moment.rows
     if rows is None:
-        matrix = mirror(moment.total().to(weight).div_(count))
+        matrix = moment.total().to(weight).div_(count)
         values, vectors = torch.linalg.eigh(matrix)
         kept = _above_rounding(values)
         directions = vectors[:, kept].T

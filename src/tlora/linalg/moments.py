@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tlora.linalg.matrices import FactoredMatrix, full_precision
-
-_BLOCK = 256  # rows of C that are updated at once
+from tlora.linalg.packed import PackedTriangle, packed_numbers
+from tlora.linalg.products import NARROW, multiplies_narrow, product_of_terms, terms
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,16 @@ class SecondMoment:
     The means are kept beside the centered moment as the rows sqrt(T_s) mean_t X_s, because
     C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentered moment for n x d numbers.
 
-    While the tokens are no more than d, their centered rows are kept and C is not formed: they take
-    less room, and W C is cheaper from them (`weighted`). C is symmetric: only the lower triangle
-    of ``scatter`` (n C) is kept up to date.
+    While the centered rows take no more room than C (about d / 2 tokens), they are kept and C is
+    not formed: W C is cheaper from them (`weighted`). C is symmetric: its lower triangle is kept,
+    packed (`PackedTriangle`).
 
     Args:
         dim: d, the module's input columns.
         dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
         device: where to accumulate; that of the inputs avoids a copy per batch.
-        scatter: zeros to accumulate in, d x d, in place of new ones. The rows are kept in it too.
+        space: `packed_numbers(d)` zeros to accumulate in, in place of new ones. The rows are kept
+            in it too.
     """
 
     def __init__(
@@ -84,15 +85,15 @@ class SecondMoment:
         dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        scatter: Tensor | None = None,
+        space: Tensor | None = None,
     ) -> None:
-        like = torch.zeros(0, dim, dtype=dtype, device=device) if scatter is None else scatter[:0]
+        like = space if space is not None else torch.zeros(0, dtype=dtype, device=device)
         self.samples = 0
         self.tokens = 0
-        self._space = scatter
-        self._formed = False
-        self._rows = [like]
-        self._means = [like]
+        self._space = space
+        self._formed: PackedTriangle | None = None
+        self._rows = [like.new_zeros(0, dim)]
+        self._means = [like.new_zeros(0, dim)]
 
     @property
     def dim(self) -> int:
@@ -107,10 +108,10 @@ class SecondMoment:
     @property
     def rows(self) -> Tensor | None:
         """The centered rows of all samples, tokens x d; None once C is formed."""
-        if self._formed:
+        if self._formed is not None:
             return None
         if self._space is not None:
-            return self._space[: self._held]
+            return self._space_rows(0, self._held)
         return _joined(self._rows)
 
     @property
@@ -119,10 +120,9 @@ class SecondMoment:
 
     @property
     @full_precision
-    def scatter(self) -> Tensor:
-        """n C, of which the lower triangle counts; forms C for good where only rows were kept."""
-        self._form()
-        return self._space  # type: ignore[return-value]
+    def scatter(self) -> PackedTriangle:
+        """n C; forms C for good where only rows were kept."""
+        return self._form()
 
     @property
     def weighted_means(self) -> Tensor:
@@ -138,7 +138,7 @@ class SecondMoment:
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
         """
         rows = centered_rows(inputs, mask, self._means[0].dtype)
-        self._add(rows.centered)
+        self._add(rows.centered, inputs.dtype in NARROW)
         self._means.append(rows.weighted_means.to(self.device))
         self.samples += inputs.shape[0]
         self.tokens += rows.tokens
@@ -150,56 +150,63 @@ class SecondMoment:
         A moment takes either these or samples (`update`). ``samples``, the divisor, is the
         caller's to set.
         """
-        self._add(rows.to(self._means[0].dtype))
+        self._add(rows.to(self._means[0].dtype), rows.dtype in NARROW)
         self.tokens += len(rows)
 
-    def _add(self, rows: Tensor) -> None:
-        if self._formed or self._held + len(rows) > self.dim:
-            self._form()
-            _add_product(self.scatter, rows)
-        else:
+    def _add(self, rows: Tensor, narrow: bool) -> None:
+        if self._formed is None and (self._held + len(rows)) * self.dim <= packed_numbers(self.dim):
             self._keep(rows)
+        else:
+            self._form().add_gram(rows, narrow)
 
     def _keep(self, rows: Tensor) -> None:
         if self._space is not None:
-            held = self._held
-            rows = self._space[held : held + len(rows)].copy_(rows)
+            rows = self._space_rows(self._held, len(rows)).copy_(rows)
         self._rows.append(rows.to(self.device))
 
-    def _form(self) -> None:
-        """Put n C in the place of the rows."""
-        if self._formed:
-            return
-        rows = _joined(self._rows)
-        if self._space is None:
-            self._space = rows.new_zeros(self.dim, self.dim)
-        elif len(rows):
-            # They lie where C is to be; joined, they are a copy.
-            rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
-            self._space.zero_()
-        _add_product(self._space, rows)
-        self._rows, self._formed = [self._means[0][:0]], True
+    def _space_rows(self, first: int, count: int) -> Tensor:
+        """Return the place of ``count`` rows in the space, from row ``first`` on."""
+        return self._space[first * self.dim :][: count * self.dim].view(count, self.dim)  # type: ignore[index]
+
+    def _form(self) -> PackedTriangle:
+        """Put n C in the place of the rows, if that is still to be done; return it."""
+        if self._formed is None:
+            rows = _joined(self._rows)
+            if self._space is None:
+                self._space = rows.new_zeros(packed_numbers(self.dim))
+            elif len(rows):
+                # They lie where C is to be; joined, they are a copy.
+                rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
+                self._space.zero_()
+            self._formed = PackedTriangle(self._space, self.dim)
+            self._formed.add_gram(rows)
+            self._rows = [self._means[0][:0]]
+        return self._formed
 
     @full_precision
     def covariance(self) -> Tensor:
         """Return C, d x d in the accumulator's dtype: symmetric, positive semi-definite."""
-        return mirror(self.total().div_(max(self.samples, 1)))
+        return self.total().div_(max(self.samples, 1))
 
     @full_precision
     def uncentered(self) -> Tensor:
         """Return C0 = (1/n) sum_s X_s^T X_s, d x d, from the centered moment and the means."""
-        total = self.total()
-        _add_product(total, self.weighted_means)
-        return mirror(total.div_(max(self.samples, 1)))
+        total, means = self._total(), self.weighted_means
+        total.add_gram(means)
+        return total.dense().div_(max(self.samples, 1))
 
     @full_precision
     def total(self) -> Tensor:
-        """Return n C as a new tensor, of which the lower triangle counts; rows stay rows."""
+        """Return n C as a new d x d tensor; rows stay rows."""
+        return self._total().dense()
+
+    def _total(self) -> PackedTriangle:
+        """Return a copy of n C."""
         rows = self.rows
         if rows is None:
-            return self.scatter.clone()
-        total = rows.new_zeros(self.dim, self.dim)
-        _add_product(total, rows)
+            return PackedTriangle(self.scatter.numbers.clone(), self.dim)
+        total = PackedTriangle(rows.new_zeros(packed_numbers(self.dim)), self.dim)
+        total.add_gram(rows)
         return total
 
     @full_precision
@@ -207,18 +214,26 @@ class SecondMoment:
         """Return W C: in factors where there are only rows, and never by a copy of C.
 
         Args:
-            weight: W, m x d; its dtype and device are those of the product.
+            weight: W, m x d; its device is that of the product, its dtype too unless it is 16-bit,
+                whose product is float32.
         """
         count, rows = max(self.samples, 1), self.rows
         if rows is None:
-            return FactoredMatrix(_times_symmetric(weight, self.scatter).div_(count))
-        rows = rows.to(weight)
-        return FactoredMatrix((weight @ rows.T).div_(count), rows)
+            return FactoredMatrix(self.scatter.left_times(weight).div_(count))
+        if weight.dtype not in NARROW:
+            rows = rows.to(weight)
+            return FactoredMatrix((weight @ rows.T).div_(count), rows)
+        rows = rows.to(weight.device, torch.float32)
+        if multiplies_narrow(weight.device):
+            left = product_of_terms(terms(weight, 2), [part.T for part in terms(rows, 3)])
+        else:
+            left = weight.float() @ rows.T
+        return FactoredMatrix(left.div_(count), rows)
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the tensors that `take` takes: the mean rows, and the rows or n C."""
+        """Return the tensors that `take` takes: the mean rows, and the rows or n C, packed."""
         rows = self.rows
-        kept = {"scatter": self.scatter} if rows is None else {"rows": rows}
+        kept = {"scatter": self.scatter.numbers} if rows is None else {"rows": rows}
         return {"means": self.weighted_means} | kept
 
     def take(self, parts: Mapping[str, Tensor], samples: int, tokens: int) -> None:
@@ -226,7 +241,7 @@ class SecondMoment:
         if "rows" in parts:
             self._keep(parts["rows"].to(self.device, copy=True))
         else:
-            self.scatter.copy_(parts["scatter"])
+            self.scatter.numbers.copy_(parts["scatter"])
         self._means = [parts["means"].to(self.device, copy=True)]
         self.samples, self.tokens = samples, tokens
 
@@ -237,43 +252,11 @@ class SecondMoment:
         moment = cls(means.shape[1], means.dtype, means.device, scatter)
         if scatter is None:
             moment._rows = [parts["rows"]]
-        moment._formed = scatter is not None
+        else:
+            moment._formed = PackedTriangle(scatter, moment.dim)
         moment._means = [means]
         moment.samples, moment.tokens = samples, tokens
         return moment
-
-
-def _add_product(scatter: Tensor, rows: Tensor) -> None:
-    """Add X^T X to the lower triangle, block row by block row: about half of the products."""
-    for start in range(0, len(scatter), _BLOCK):
-        stop = start + _BLOCK
-        scatter[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
-
-
-def _times_symmetric(weight: Tensor, scatter: Tensor) -> Tensor:
-    """Return W S, m x d, for S = S^T of which the lower triangle is given: it is read alone.
-
-    Blocks of S go to the weight's device and dtype one at a time.
-    """
-    product = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for start in range(0, len(scatter), _BLOCK):
-        stop = start + _BLOCK
-        column = scatter[start:, start:stop].to(weight, copy=True)
-        mirror(column[:_BLOCK])
-        block = weight[:, start:] @ column
-        row = scatter[start:stop, :start].to(weight)
-        product[:, start:stop] = block.addmm_(weight[:, :start], row.T)
-    return product
-
-
-def mirror(matrix: Tensor) -> Tensor:
-    """Write the lower triangle of a square matrix over its upper one, in place; return it."""
-    for start in range(0, len(matrix), _BLOCK):
-        stop = start + _BLOCK
-        matrix[:start, start:stop] = matrix[start:stop, :start].T
-        corner = matrix[start:stop, start:stop].tril()
-        matrix[start:stop, start:stop] = corner + corner.tril(-1).T
-    return matrix
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
