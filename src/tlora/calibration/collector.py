@@ -247,6 +247,8 @@ class Collector:
         self.stage = "the forward pass"
         layout = reading.token_layout(micro_batch.batch, self.model)
         records = records_of(self.targets)
+        if self.accumulator is not None:
+            self.accumulator.prepare(records)
         self.lockstep.begin_pass(micro_batch.batch)
         outputs = self._forward(micro_batch, records, layout)
         micro_batch.calls = micro_batch.calls or {name: len(r.calls) for name, r in records.items()}

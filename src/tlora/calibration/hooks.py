@@ -33,6 +33,8 @@ class Call:
         mask: B x T, true at real tokens; None: all are real.
         delta: the loss's gradient at ``output``, once the backward pass has reached it.
         others: the further tensors that the module was given (of experts: who reads which row).
+        result: what it returned, where its record keeps that, and how often it had been written to:
+            the model may overwrite it later.
     """
 
     inputs: Tensor
@@ -41,14 +43,29 @@ class Call:
     mask: Tensor | None = None
     delta: Tensor | None = None
     others: tuple[Tensor, ...] = ()
+    result: tuple[Tensor, int] | None = None
+
+    def outputs(self, target: Target) -> Tensor:
+        """Return what the target gave, B x T x m float32; computed anew if it was overwritten."""
+        values, version = self.result or (self.inputs, None)
+        if values._version != version or values.dtype != torch.float32:
+            values = target.module.forward(self.inputs.float()).detach()
+        return values.reshape(*self.rows.shape[:2], values.shape[-1])
 
 
 @dataclass
 class ModuleRecord:
-    """What the hooks saw of one target in the current batch."""
+    """What the hooks saw of one target in the current batch.
+
+    Attributes:
+        target: the module.
+        calls: of it, in order.
+        keeps_outputs: whether the calls keep what the module returned.
+    """
 
     target: Target
     calls: list[Call] = field(default_factory=list)
+    keeps_outputs: bool = False
 
     @property
     def source(self) -> tuple[Any, ...]:
@@ -80,6 +97,12 @@ class ModuleRecord:
             for call in self.calls
         ]
         return torch.cat([call.rows for call in self.calls], dim=1), torch.cat(masks, dim=1)
+
+    def joined_outputs(self, size: int) -> Tensor:
+        """Return the outputs of all calls as one B x T x m tensor, in the order of `joined`."""
+        if not self.calls:
+            return torch.zeros(size, 0, self.target.d_out)
+        return torch.cat([call.outputs(self.target) for call in self.calls], dim=1)
 
 
 def check_inputs(records: Mapping[str, ModuleRecord]) -> None:
@@ -177,6 +200,7 @@ def _on_target(
     given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     inputs, *others = (value.detach() for value in given)
     started = None
+    result = (output.detach(), output._version) if record.keeps_outputs else None
     if backward and not (torch.is_grad_enabled() and output.requires_grad):
         _refuse_checkpointed(record.target)
     # Where the model itself switches gradients off, the loss does not depend on the target.
@@ -185,7 +209,7 @@ def _on_target(
         # A clone, because a model may write into the output in place, which a leaf forbids.
         output = started = output.detach().requires_grad_().clone()
     edge = _edge(output) if backward else None
-    record.calls.append(Call(inputs, edge, rows=inputs, others=tuple(others)))
+    record.calls.append(Call(inputs, edge, inputs, others=tuple(others), result=result))
     if countdown is not None and not next(countdown, 0):
         raise AllSeen
     return started

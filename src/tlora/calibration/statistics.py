@@ -23,6 +23,7 @@ from tlora.checks import from_row
 from tlora.config import SensitivityRule, TLoraConfig
 from tlora.errors import CalibrationError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
+from tlora.linalg.crossmoment import CrossMoment
 from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.moments import SecondMoment
 
@@ -73,8 +74,8 @@ class ModuleStatistics:
         d_out: m, rows of the weight.
         samples: n, calibration samples.
         sensitivity: S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, or None if no backward was run.
-        moment: second moment of the inputs, shared with the modules that read the same tensor;
-            None if the configuration needs none.
+        moment: second moment of the inputs, shared with the modules that read the same tensor; or
+            W C alone, while planning in one go; None if the configuration needs none.
         moment_id: equal for modules that share ``moment``.
         fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, where the configuration asks for it.
         gradient: G = (1/n) sum_s dL_s/dW, m x d float32, where the configuration asks for it.
@@ -87,7 +88,7 @@ class ModuleStatistics:
     d_out: int
     samples: int
     sensitivity: float | None
-    moment: SecondMoment | None = None
+    moment: SecondMoment | CrossMoment | None = None
     moment_id: int = -1
     fisher: float | None = None
     gradient: Tensor | None = None
@@ -222,7 +223,9 @@ class Calibration:
     def _moments(self) -> dict[str, SecondMoment]:
         """Return every second moment once, by the name it has in a file."""
         each = self.modules.values()
-        shared = {f"moment/{m.moment_id}": m.moment for m in each if m.moment is not None}
+        shared = {
+            f"moment/{m.moment_id}": m.moment for m in each if isinstance(m.moment, SecondMoment)
+        }
         own = {
             f"gradient-moment/{m.name}": m.gradient_moment
             for m in each

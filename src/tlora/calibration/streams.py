@@ -42,6 +42,9 @@ class StreamAccumulator:
         """Whether all passes are made."""
         return all(space.finished for space in self.spaces.values())
 
+    def prepare(self, records: Mapping[str, ModuleRecord]) -> None:
+        """Keep nothing more of a batch than its inputs."""
+
     def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples; inputs that modules share are centered once."""
         centered: dict[tuple[object, ...], Tensor] = {}

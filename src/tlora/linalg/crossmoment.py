@@ -1,0 +1,53 @@
+"""W C of a module that shares its input with no other one, from its own outputs.
+
+With Y_s = X_s W^T + b, centering takes b away: W C = (1/n) sum_s (Y_s - mean)^T (X_s - mean). That
+is m d products a token, where C takes d^2 / 2 of them, and W C then m d^2 more: less work, and less
+room, wherever m <= d / 2 (down projections). C itself is not known then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tlora.linalg.matrices import FactoredMatrix, full_precision
+from tlora.linalg.moments import centered_rows
+
+
+class CrossMoment:
+    """n W C, accumulated batch by batch from inputs and float32 outputs.
+
+    Args:
+        rows: m.
+        columns: d.
+        device: where to accumulate.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str | None = None) -> None:
+        self.total = torch.zeros(rows, columns, device=device)
+        self.samples = 0
+        self.tokens = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it accumulates."""
+        return self.total.device
+
+    @full_precision
+    def update(self, inputs: Tensor, outputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch of samples.
+
+        Args:
+            inputs: B x T x d float32: what the module was given.
+            outputs: B x T x m float32: what it returned.
+            mask: B x T, true at real tokens; None: every token is real.
+        """
+        x = centered_rows(inputs, mask, torch.float32)
+        y = centered_rows(outputs, mask, torch.float32)
+        self.total.addmm_(y.centered.T, x.centered)
+        self.samples += len(inputs)
+        self.tokens += x.tokens
+
+    def weighted(self, weight: Tensor) -> FactoredMatrix:
+        """Return W C on the device and in the dtype of ``weight``."""
+        return FactoredMatrix(self.total.to(weight, copy=True).div_(max(self.samples, 1)))
