@@ -219,13 +219,15 @@ class TLoraConfig(Record):
 
     covariance: CovarianceMode = "auto"
     """How second moments are made: "exact" (d x d each; in blocks beyond the budget), "streamed"
-    (never: subspace iteration over the samples), or "auto" (exact, but streamed for a module
-    whose own moment exceeds the budget)."""
+    (never: subspace iteration over the samples), or "auto" (exact without a budget; within one,
+    the widest modules are streamed where that saves work or their own moment exceeds it)."""
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
-    memory_budget: Annotated[int | float | str, _SIZE] | None = None
+    memory_budget: Literal["auto"] | Annotated[int | float | str, _SIZE] | None = "auto"
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
-    or "2GiB"; None: no limit. The mean of each sample, d numbers a moment, comes on top."""
+    or "2GiB"; None: no limit; "auto": no limit on the CPU, on an accelerator 1/20 of the memory
+    that the weights leave, at most 3 GiB. The mean of each sample, d numbers a moment, comes on
+    top."""
     seed: Annotated[int, SEED] = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
@@ -276,14 +278,15 @@ class TLoraConfig(Record):
             yield "`layers_pattern` needs `layers_to_transform`; give it too, or leave it out."
 
     @property
-    def plans_in_blocks(self) -> bool:
-        """Whether second moments are bounded, so that no calibration can hold all of them."""
-        return self.memory_budget is not None or self.covariance == "streamed"
+    def bounds_moments(self) -> bool:
+        """Whether the user bounds second moments, so that no calibration can hold all of them."""
+        return self.memory_budget_bytes is not None or self.covariance == "streamed"
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """`memory_budget` in bytes, or None for no limit."""
-        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        """`memory_budget` in bytes; None for no limit, and for "auto", which is to be resolved."""
+        unset = self.memory_budget in (None, "auto")
+        return None if unset else parse_bytes(self.memory_budget)  # type: ignore[arg-type]
 
     @property
     def needs_sensitivity(self) -> bool:

@@ -60,9 +60,8 @@ def get_tlora_model(
 ) -> PeftModel:
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
-    ``attach(model, plan(model, calibrate(model, batches, config), config))``, unless ``config``
-    bounds the second moments (`memory_budget`, streamed): then they are made block by block, and
-    in blocks the plan is the same to the bit.
+    ``attach(model, plan(model, calibrate(model, batches, config), config))``, but within
+    `memory_budget`; unless modules are streamed, the plan is the same to the bit.
 
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
@@ -84,9 +83,9 @@ def made_plan(
     config: TLoraConfig,
     **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
-    """Calibrate and plan; in blocks where ``config`` bounds the moments and no cache keeps them."""
+    """Calibrate and plan in one go, or by a calibration that a cache keeps."""
     check_config(config)
-    if config.plans_in_blocks and reading.get("cache") is None:
+    if reading.get("cache") is None:
         return plan_in_blocks(model, batches, config, **reading)
     stats = calibrate(model, batches, config, **reading)
     return plan(model, stats, config, progress=reading.get("progress", True))

@@ -1,31 +1,40 @@
-"""Planning without holding all second moments and gradients, within a memory budget.
+"""Calibrating and planning in one go, within a memory budget for second moments and gradients.
 
 One pass over the samples measures the sensitivities and keeps the second moments of a first block
 of modules. Ranks and scales are settled, those modules are solved, their moments freed; then a
 forward pass over the same samples, which stops after the last module it is for, does the next
-block, until none is left (for a basis of gradients a whole pass, forward and backward). A module
-whose own second moment exceeds the budget is solved by subspace iteration over the samples
-instead. `strategy.py` says which module is done when.
+block, until none is left (for a basis of gradients a whole pass, forward and backward). Without a
+budget the first block is all. A module whose own second moment exceeds the budget, or that costs
+less so, is solved by subspace iteration over the samples instead. `strategy.py` says which module
+is done when.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tlora.adapter.costs import work_of
 from tlora.adapter.plan import AdapterPlan, ModulePlan
 from tlora.adapter.planning import Solve, plan_info, solve_each
 from tlora.adapter.solve import ModuleJob, allocate, joined, planned, solve
 from tlora.adapter.strategy import Strategy, choose, stream_runs
 from tlora.calibration.accumulators import Accumulator, GradientAccumulator, MomentAccumulator
 from tlora.calibration.backward import Backward, backward_again, backward_for
-from tlora.calibration.batches import as_batch, batch_size, numbered, token_layout
+from tlora.calibration.batches import (
+    as_batch,
+    batch_size,
+    numbered,
+    real_tokens,
+    token_layout,
+)
+from tlora.calibration.budget import MemoryBudget, resolved
 from tlora.calibration.collector import Collector, forward_options
 from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import ModuleRecord, recording
@@ -57,10 +66,12 @@ def plan_in_blocks(
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
-    In blocks the plan is the one that `calibrate` and `plan` give, to the bit.
-    `covariance` says what happens to a module whose own moment exceeds the budget: "auto" streams
-    it (whitening and other bases need the moment itself, and go over budget instead), "exact" goes
-    over budget, "streamed" streams every module. What is held in which pass is settled first.
+    Exact, at once or in blocks, the plan is the one that `calibrate` and `plan` give, to the bit.
+    `covariance` says what happens within a budget: "auto" streams modules where that is cheaper,
+    and one whose own moment exceeds the budget (whitening and other bases need the moment itself,
+    and go over budget instead), "exact" goes over budget, "streamed" streams every module. The
+    budget and what is held in which pass are settled first, and noted in the plan's
+    ``info["calibration"]``.
 
     Args:
         model: as for `calibrate`.
@@ -74,8 +85,10 @@ def plan_in_blocks(
     """
     progress = reading.get("progress", True)
     group, model, targets = begin(model, config)
+    budget = resolved(config, model, targets, group)
+    settling = _Settling(targets, config, budget, Lockstep(model, group), group)
     with probing(model), torch.no_grad():
-        strategy, batches = _settle(Lockstep(model, group), targets, batches, config, group)
+        strategy, batches = settling.strategy(batches)
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
         others = {target.name for target in targets} - kept
@@ -85,8 +98,8 @@ def plan_in_blocks(
         first = Collector(model, targets, accumulator, asked, skips, group)
         first.keep_micro_batches = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:
-            first_pass(first, batches, config, bar)
-        planner = _Planner(targets, first, config, progress)
+            first_pass(first, batches, budget, bar)
+        planner = _Planner(first, settling, strategy, progress)
         begun = blocks[0] if blocks else [t for t in targets if accumulator is None]
         planner.take(begun, accumulator, first.gradients)
         # Frees the moments of this block before the next one is made.
@@ -94,37 +107,67 @@ def plan_in_blocks(
         planner.take_rest(blocks)
         planner.stream([t for t in targets if t.name in strategy.streamed])
     warn_of_skipped(first.skipped if group.is_main_process else {}, first.given, stacklevel=2)
-    return planner.plan(targets)
+    return planner.plan()
 
 
-def _settle(
-    lockstep: Lockstep,
-    targets: Sequence[Target],
-    batches: Iterable[Mapping[str, Any]],
-    config: TLoraConfig,
-    group: ProcessGroup,
-) -> tuple[Strategy, Iterable[Mapping[str, Any]]]:
-    """Choose the strategy; where moments have to share a budget, see first which are shared."""
-    sources: dict[str, int] = {}
-    if config.needs_moments and config.memory_budget is not None:
-        with group.raise_on_all():
-            batches = list(batches)
+@dataclass(frozen=True)
+class _Settling:
+    """What is known before anything is measured.
+
+    Attributes:
+        targets: the modules.
+        config: as the user gave it.
+        budget: resolved.
+        lockstep: runs the batch that shows which modules share an input.
+        group: the processes that share the samples.
+    """
+
+    targets: Sequence[Target]
+    config: TLoraConfig
+    budget: MemoryBudget
+    lockstep: Lockstep
+    group: ProcessGroup
+
+    def strategy(
+        self, batches: Iterable[Mapping[str, Any]]
+    ) -> tuple[Strategy, Iterable[Mapping[str, Any]]]:
+        """Choose the strategy; where moments share a budget, see first which are shared.
+
+        Returns:
+            The strategy, and the batches, which may have been read.
+        """
+        sources: dict[str, int] = {}
+        work = None
+        if self.config.needs_moments and self.budget.bytes is not None:
+            with self.group.raise_on_all():
+                batches = list(batches)
+                tokens = sum(map(real_tokens, batches))
+            sources = self._sources(batches)
+            tokens = sum(self.group.all_gather(tokens))
+            work = work_of(self.lockstep.model, self.targets, self.config, tokens)
+        config = replace(self.config, memory_budget=self.budget.bytes)
+        strategy = choose(self.targets, sources, config, work)
+        if self.group.is_main_process and (strategy.passes > 1 or self.budget.bytes is not None):
+            logger.info("%s; `memory_budget`: %s", strategy.summary(), self.budget.explained())
+        return strategy, batches
+
+    def _sources(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        with self.group.raise_on_all():
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
         # All processes run the same batch, and one of them reports what it sees.
-        if (lent := group.broadcast_first(own)) is not None:
-            with group.raise_on_all(), lockstep.group.inside_collectives():
-                batch = as_batch(lent, device_of(lockstep.model))
-                sources = within_memory(
-                    partial(input_sources, lockstep.model, targets, batch),
-                    lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
-                    batch_size(batch),
-                    config,
-                )
-            sources = group.broadcast(sources, 0)
-    strategy = choose(targets, sources, config)
-    if strategy.passes > 1 and group.is_main_process:
-        logger.info("%s", strategy.summary())
-    return strategy, batches
+        if (lent := self.group.broadcast_first(own)) is None:
+            return {}
+        model = self.lockstep.model
+        with self.group.raise_on_all(), self.lockstep.group.inside_collectives():
+            batch = as_batch(lent, device_of(model))
+            sources = within_memory(
+                partial(input_sources, model, self.targets, batch),
+                lambda: f"the forward pass of {numbered(0, batch_size(batch))}",
+                batch_size(batch),
+                self.budget,
+            )
+        found: dict[str, int] = self.group.broadcast(sources, 0)
+        return found
 
 
 class _Planner:
@@ -132,17 +175,20 @@ class _Planner:
 
     def __init__(
         self,
-        targets: Sequence[Target],
         first: Collector,
-        config: TLoraConfig,
+        settled: _Settling,
+        strategy: Strategy,
         progress: bool,
     ) -> None:
         self.first = first
+        self.targets = targets = settled.targets
+        self.strategy = strategy
         self.group = first.group
-        self.config = config
+        self.config = settled.config
+        self.budget = settled.budget
         self.progress = progress
         self.statistics = {target.name: first.measured(target) for target in targets}
-        shares = allocate(targets, list(self.statistics.values()), config)
+        shares = allocate(targets, list(self.statistics.values()), self.config)
         self.shares = self.group.broadcast(shares, 0)
         self.done: dict[str, ModulePlan] = {}
         self.passes = 1
@@ -159,11 +205,20 @@ class _Planner:
             lambda job, weight: solve(job, self.config, weight),
         )
 
-    def plan(self, targets: Sequence[Target]) -> AdapterPlan:
+    def plan(self) -> AdapterPlan:
         """Return the plan of all modules, once each is solved."""
-        samples = (self.first.samples, len(self.first.skipped))
+        samples, strategy = (self.first.samples, len(self.first.skipped)), self.strategy
         info = plan_info(self.first.model, samples, self.shares) | {"passes": self.passes}
-        return AdapterPlan(joined(targets, self.done), self.config, info)
+        info["calibration"] = {
+            "memory_budget": self.budget.bytes,
+            "memory_budget_from": self.budget.source or "the configuration",
+            "strategy": strategy.summary(),
+            "blocks": len(strategy.blocks),
+            "streamed": len(strategy.streamed),
+            "passes": self.passes,
+            "held": strategy.held,
+        }
+        return AdapterPlan(joined(self.targets, self.done), self.config, info)
 
     def take_rest(self, blocks: Sequence[list[Target]]) -> None:
         """Plan the blocks after the first, each from a pass over the samples."""
@@ -179,7 +234,7 @@ class _Planner:
         # Rank 0 needs no subspace.
         self.take([target for target in targets if not ranks[target.name]], None)
         wanted = [(t, t.d_in, ranks[t.name]) for t in targets if ranks[t.name]]
-        for run, _ in stream_runs(wanted, self.config.memory_budget_bytes):
+        for run, _ in stream_runs(wanted, self.budget.bytes):
             self._stream(run, ranks)
 
     def _stream(self, block: list[Target], ranks: Mapping[str, int]) -> None:
@@ -207,9 +262,11 @@ class _Planner:
     def _solve(self, jobs: Sequence[ModuleJob], solve_one: Solve) -> None:
         def within(job: ModuleJob, weight: Tensor | None) -> ModulePlan:
             where = partial("solving {}".format, job.target.name)
-            return within_memory(partial(solve_one, job, weight), where, 0, self.config)
+            return within_memory(partial(solve_one, job, weight), where, 0, self.budget)
 
-        self.done |= solve_each(jobs, within, self.group, title=None)
+        # Where passes follow, their bars are enough.
+        title = "Planning" if self.progress and self.strategy.passes == 1 else None
+        self.done |= solve_each(jobs, within, self.group, title)
 
     def _pass(
         self,
@@ -227,7 +284,7 @@ class _Planner:
             for micro_batch in tqdm(self.first.micro_batches, desc=title, disable=hidden):
                 size = len(micro_batch.numbers)
                 where = partial(collector.doing, micro_batch.numbers[0], size)
-                within_memory(partial(collector.add_again, micro_batch), where, size, self.config)
+                within_memory(partial(collector.add_again, micro_batch), where, size, self.budget)
             collector.run_spare_passes()
         collector.pool()
 

@@ -1,9 +1,12 @@
 """How second moments and gradients are made within a memory budget, settled before measuring.
 
+The ways, of which `covariance="auto"` takes the cheapest (`costs`):
+
 - in blocks: the pass that measures sensitivities, which runs the whole model anyway, keeps the
   moments of the last modules that fit the budget; each further block takes a forward pass that
   stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one
-  (where the basis needs gradients: a whole forward pass, and a backward one to its first module);
+  (where the basis needs gradients, which are never streamed: a whole forward pass, and a backward
+  one to its first module);
 - streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`).
 """
 
@@ -11,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from itertools import chain
+from typing import TypeVar
 
+from tlora.adapter.costs import Shaped, Work, multiply_adds
 from tlora.calibration.accumulators import moment_bytes
 from tlora.calibration.streams import stream_bytes
 from tlora.config import TLoraConfig, bytes_text
@@ -21,15 +26,8 @@ from tlora.linalg.streamed import PASSES
 T = TypeVar("T")
 
 
-class _Shaped(Protocol):
-    """A module whose name and shape are known: a `Target`, or one without weights."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def d_out(self) -> int: ...
+_WORTH = 1.2
+"""Streaming is less accurate: it is taken where exact costs more than this many times as much."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +38,28 @@ class Strategy:
         blocks: names of the modules whose moments (and gradients) are held together. The first
             block is filled by the pass that measures sensitivities, each other one by a pass of
             its own.
-        streamed: names of the modules whose subspace is found without their moment.
-        stream_runs: runs that the streamed modules take at the base rank; allocation may change it.
+        streams: names of the modules whose subspace is found without their moment, by run of three
+            passes at the base rank; allocation may change the runs.
         held: bytes of these (or of streaming blocks) held at a time, at the most.
         total: bytes that those of all modules would take at once.
         kind: what they are, in words.
     """
 
     blocks: tuple[tuple[str, ...], ...]
-    streamed: frozenset[str]
-    stream_runs: int
+    streams: tuple[tuple[str, ...], ...]
     held: int
     total: int
     kind: str = "second moments"
 
     @property
+    def streamed(self) -> frozenset[str]:
+        """Names of the modules that are streamed."""
+        return frozenset(chain(*self.streams))
+
+    @property
     def passes(self) -> int:
         """Passes over the samples: one, one for each further block, three for each run."""
-        return max(1, len(self.blocks)) + PASSES * self.stream_runs
+        return max(1, len(self.blocks)) + PASSES * len(self.streams)
 
     def summary(self) -> str:
         """Say in a line what is held, how, and in how many passes."""
@@ -78,7 +80,10 @@ class Strategy:
 
 
 def choose(
-    modules: Sequence[_Shaped], sources: Mapping[str, Hashable], config: TLoraConfig
+    modules: Sequence[Shaped],
+    sources: Mapping[str, Hashable],
+    config: TLoraConfig,
+    work: Work | None = None,
 ) -> Strategy:
     """Settle how the second moments of ``modules`` are made.
 
@@ -87,12 +92,28 @@ def choose(
         sources: by name: equal for modules that read the same tensors; a module that is not there
             has an input of its own.
         config: its `covariance`, `memory_budget`, and whether moments are needed at all.
+        work: what passes take, by which "auto" compares the ways; None: as much exact as can be.
     """
-    budget = config.memory_budget_bytes
     if not _holds_anything(config):
-        return Strategy((), frozenset(), 0, 0, 0)
-    streamed = _streamed(modules, config)
-    groups: dict[Hashable, list[_Shaped]] = {}
+        return Strategy((), (), 0, 0)
+    ways = [_way(modules, sources, config, streamed) for streamed in _candidates(modules, config)]
+    if work is None or len(ways) == 1:
+        return ways[0]
+    costs = [multiply_adds(modules, sources, way.blocks, way.streams, work) for way in ways]
+    if costs[0] <= _WORTH * min(costs):
+        return ways[0]
+    return ways[costs.index(min(costs))]
+
+
+def _way(
+    modules: Sequence[Shaped],
+    sources: Mapping[str, Hashable],
+    config: TLoraConfig,
+    streamed: frozenset[str],
+) -> Strategy:
+    """Return the way that streams the modules ``streamed`` and makes the others exact in blocks."""
+    budget = config.memory_budget_bytes
+    groups: dict[Hashable, list[Shaped]] = {}
     for module in modules:
         groups.setdefault(_source(module, sources, config), []).append(module)
     total = sum(_bytes(group, config) for group in groups.values())
@@ -112,8 +133,7 @@ def choose(
             tuple(module.name for group in reversed(block) for module in group)
             for block, _ in [*blocks[:1], *reversed(blocks[1:])]
         ),
-        streamed=streamed,
-        stream_runs=len(runs),
+        streams=tuple(tuple(module.name for module in run) for run, _ in runs),
         held=max((size for _, size in [*blocks, *runs]), default=0),
         total=total,
         kind=_kind(config),
@@ -126,13 +146,13 @@ def gradient_bytes(rows: int, columns: int, config: TLoraConfig) -> int:
     return mean + (moment_bytes(columns) if config.needs_gradient_moment else 0)
 
 
-def _bytes(group: Sequence[_Shaped], config: TLoraConfig) -> int:
+def _bytes(group: Sequence[Shaped], config: TLoraConfig) -> int:
     """Return the bytes held for modules that read the same tensors."""
     shared = moment_bytes(group[0].d_in) if config.needs_moments else 0
     return shared + sum(gradient_bytes(m.d_out, m.d_in, config) for m in group)
 
 
-def _source(module: _Shaped, sources: Mapping[str, Hashable], config: TLoraConfig) -> Hashable:
+def _source(module: Shaped, sources: Mapping[str, Hashable], config: TLoraConfig) -> Hashable:
     return sources.get(module.name, module.name) if config.needs_moments else module.name
 
 
@@ -173,13 +193,15 @@ def packed(pieces: Iterable[tuple[T, int]], budget: int | None) -> list[tuple[li
     return runs
 
 
-def _streamed(modules: Sequence[_Shaped], config: TLoraConfig) -> frozenset[str]:
-    """Return the names of the modules whose second moments are not to be held."""
+def _candidates(modules: Sequence[Shaped], config: TLoraConfig) -> list[frozenset[str]]:
+    """Return the names of the modules that each way streams, the fewest first."""
     budget = config.memory_budget_bytes
-    if config.covariance == "exact":
-        return frozenset()
     if config.covariance == "streamed":
-        return frozenset(module.name for module in modules)
-    if budget is None or config.whiten or not config.streams:
-        return frozenset()
-    return frozenset(m.name for m in modules if moment_bytes(m.d_in) > budget)
+        return [frozenset(module.name for module in modules)]
+    if config.covariance == "exact" or budget is None or config.whiten or not config.streams:
+        return [frozenset()]
+    # One whose own moment exceeds the budget is streamed in any case.
+    widths = sorted({m.d_in for m in modules}, reverse=True)
+    least = [[d for d in widths if moment_bytes(d) > budget]]
+    wanted = least + [widths[: count + 1] for count in range(len(least[0]), len(widths))]
+    return [frozenset(m.name for m in modules if m.d_in in taken) for taken in wanted]

@@ -104,6 +104,19 @@ def batch_size(batch: Batch) -> int:
     return next((value.shape[0] for value in tensors if value.dim() > 0), 1)
 
 
+def real_tokens(batch: Any) -> int:
+    """Return how many tokens (of the encoder, or rows of a first layer) a batch has that count."""
+    tensors = {}
+    if isinstance(batch, Mapping):
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    if "attention_mask" in tensors:
+        return int((tensors["attention_mask"] != 0).sum())
+    if "input_ids" in tensors:
+        return tensors["input_ids"].numel()
+    floating = (value for value in tensors.values() if value.is_floating_point())
+    return next((value.shape[:-1].numel() for value in floating), 0)
+
+
 def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
     """Return (labels in the batch) / (labels of s) of each sample, B float32.
 

@@ -17,6 +17,7 @@ from torch import nn
 from tlora.calibration import batches as reading
 from tlora.calibration.accumulators import MomentAccumulator
 from tlora.calibration.backward import backward_for
+from tlora.calibration.budget import MemoryBudget, given
 from tlora.calibration.collector import Collector
 from tlora.calibration.group import ProcessGroup, process_group
 from tlora.calibration.language_model import say_what_is_left_alone
@@ -92,7 +93,7 @@ def calibrate(
             Labels are needed where ranks or scales are allocated, or `basis` needs gradients; with
             the prompt masked as in training.
         config: which modules, and which statistics. A warning says that all second moments are
-            kept where it bounds them (`memory_budget`, streamed).
+            kept where it bounds them (`memory_budget` as a size, streamed).
         progress: show a bar of samples (on a terminal only).
         skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
             or gradient are not finite, as if they had not been given; one warning names them.
@@ -106,7 +107,7 @@ def calibrate(
         ConfigError: no module matches ``target_modules``.
     """
     check_config(config)
-    if config.plans_in_blocks:
+    if config.bounds_moments:
         warnings.warn(_KEEPS_ALL, stacklevel=2)
     group, model, targets = begin(model, config)
     run = _Run(group, model, targets, batches, config, progress, skip_bad_samples)
@@ -197,7 +198,7 @@ class _Run:
         )
         bar = progress_bar(self.batches, self.progress and group.is_main_process)
         with probing(self.model), bar:
-            first_pass(reads, digested(self.batches, self.digests), config, bar)
+            first_pass(reads, digested(self.batches, self.digests), given(config), bar)
         return _calibration(reads, accumulator, self.key, config)
 
 
@@ -271,7 +272,7 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def first_pass(
-    collector: Collector, batches: Iterable[Mapping[str, Any]], config: TLoraConfig, bar: Any
+    collector: Collector, batches: Iterable[Mapping[str, Any]], budget: MemoryBudget, bar: Any
 ) -> None:
     """Read every batch once, with a backward pass where the configuration needs sensitivities.
 
@@ -282,7 +283,7 @@ def first_pass(
         for batch in batches:
             size = reading.batch_size(batch) if isinstance(batch, Mapping) else 0
             where = partial(collector.doing, collector.given, size)
-            within_memory(partial(_read, collector, batch), where, size, config)
+            within_memory(partial(_read, collector, batch), where, size, budget)
             bar.update(collector.given - bar.n)
         collector.run_spare_passes()
     collector.pool()
@@ -327,7 +328,7 @@ def progress_bar(batches: Any, show: bool) -> Any:
 
 
 def within_memory(
-    action: Callable[[], T], where: Callable[[], str], samples: int, config: TLoraConfig
+    action: Callable[[], T], where: Callable[[], str], samples: int, budget: MemoryBudget
 ) -> T:
     """Return ``action()``; should memory run out, say where and what to lower.
 
@@ -337,7 +338,7 @@ def within_memory(
         action: what is done.
         where: says what of it is being done, once it has failed.
         samples: in the batch; 0: none is in memory.
-        config: what was asked for.
+        budget: of the second moments.
 
     Raises:
         OutOfMemoryError: memory ran out.
@@ -358,11 +359,10 @@ def within_memory(
         )
     elif samples:
         smaller = " shorten the samples (`data.max_length` on the command line), or"
-    now = "no limit" if config.memory_budget is None else repr(config.memory_budget)
     # Not inside `except`: the first error holds on to every tensor of what has failed.
     raise OutOfMemoryError(
         f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{smaller} lower"
-        f" `memory_budget`, what second moments may take (now {now})."
+        f" `memory_budget`, what second moments may take (currently {budget})."
     )
 
 

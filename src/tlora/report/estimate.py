@@ -28,6 +28,8 @@ def show(dry: DryRun) -> None:
     console.print(_modules(dry))
     console.print(_memory(dry))
     how = dry.strategy.summary()
+    if dry.budget.bytes is not None:
+        how += f"; `memory_budget`: {dry.budget.explained()}"
     assumed = (
         "Assumed: one device; full-length samples; a fused attention kernel where the model has"
         " one; AdamW; what trains in float32; ranks as at equal sensitivities. Second moments"

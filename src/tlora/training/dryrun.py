@@ -22,6 +22,7 @@ from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
     from tlora.adapter.strategy import Strategy
+    from tlora.calibration.budget import MemoryBudget
     from tlora.calibration.weights import Target
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class DryRun:
     """Numbers by name, equal for targets that read the same tensors."""
     strategy: Strategy
     """Which second moments and gradients calibration holds when, and their bytes."""
+    budget: MemoryBudget
+    """What they may take on this machine."""
     calibration: Memory
     training: list[Memory]
     """TLoRA, LoRA of the same rank, and full fine-tuning."""
@@ -96,6 +99,7 @@ def run(config: RunConfig) -> DryRun:
         ConfigError: a field is wrong, or there is no such model.
     """
     preflight.check_without_rows(config)
+    from tlora.adapter.costs import work_of
     from tlora.adapter.strategy import choose
     from tlora.calibration.targets import find_targets
 
@@ -108,34 +112,51 @@ def run(config: RunConfig) -> DryRun:
     ranks = _ranks(targets, options)
     notes += _not_shown(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
-    held = positions_of(model.config) or LONGEST
-    length = min(config.data.max_length or LONGEST, held)
-    strategy = choose(targets, sources, options)
-    counted = _Counted(
-        targets, ranks, sources, options, activations_of(model, length), batch * length
-    )
-    parameters = sum(p.numel() for p in model.parameters())
+    length = min(config.data.max_length or LONGEST, positions_of(model.config) or LONGEST)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    budget = _budget(config, options, targets, weights)
+    within = dataclasses.replace(options, memory_budget=budget.bytes)
+    tokens = config.calibration.samples * length
+    strategy = choose(targets, sources, within, work_of(model, targets, options, tokens))
+    activations = activations_of(model, length)
+    counted = _Counted(targets, ranks, sources, options, activations, batch * length)
     beside = _trained_beside(model, targets, options)
     return DryRun(
         model=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
-        parameters=parameters,
+        parameters=model.num_parameters(),
         targets=targets,
         ranks=ranks,
         sources=sources,
         strategy=strategy,
+        budget=budget,
         calibration=counted.calibration(config, weights, strategy.held, length),
         training=[
             counted.adapters("tlora", weights, beside),
             counted.lora(weights, beside),
-            counted.full(parameters, weights),
+            counted.full(model.num_parameters(), weights),
         ],
         batch=batch,
         length=length,
         frozen_a=options.freeze_a,
         notes=notes,
     )
+
+
+def _budget(
+    config: RunConfig, options: TLoraConfig, targets: Sequence[Target], weights: int
+) -> MemoryBudget:
+    """Return the memory budget on this machine, all weights on one device."""
+    import torch
+
+    from tlora.calibration.budget import given, on_devices
+
+    if options.memory_budget != "auto":
+        return given(options)
+    device = None
+    if torch.accelerator.is_available() and not config.trainer.get("use_cpu"):
+        device = torch.accelerator.current_accelerator()
+    return on_devices([(device or torch.device("cpu"), weights)], targets)
 
 
 def _not_shown(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
     if todo.resumes:
         logger.info("the initialization in %s was not finished; it starts over.", folder.path)
     setup = settle(todo.config)
+    if todo.resumes:
+        keep_budget(setup, folder)
     arguments = training_arguments(setup, folder.checkpoints)
     prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
@@ -55,6 +58,13 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
         folder.start(setup.record(), "init", prepared.plan, todo.inputs)
         save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
+
+
+def keep_budget(setup: Setup, folder: RunFolder) -> None:
+    """Let a run that is resumed calibrate within the budget it found before, on any machine."""
+    recorded = folder.calibration()
+    if recorded and getattr(setup.options, "memory_budget", None) == "auto":
+        setup.options = dataclasses.replace(setup.options, memory_budget=recorded["memory_budget"])
 
 
 def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:

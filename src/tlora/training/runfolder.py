@@ -3,8 +3,9 @@
 ::
 
     run.json           the resolved configuration, digests of the rows and of the base model,
-                       whether the run is finished, what it took; the digest of its plan, an id
-                       that its checkpoints carry, and its own digest
+                       whether the run is finished, what it took; the memory budget and the way of
+                       its calibration, the digest of its plan, an id that its checkpoints carry,
+                       and its own digest
     provenance.json    versions, seed, git commit and machine, one record for each start
     plan.safetensors   the plan of the adapter, if the method makes one; or
     initial.safetensors  A and B before training, if the method decides them
@@ -101,6 +102,10 @@ class RunFolder:
     def settled(self) -> list[str]:
         """Return the dotted names of fields that nobody gave the run and that got a value then."""
         return self._read().get("settled", []) if self.exists else []
+
+    def calibration(self) -> dict[str, Any]:
+        """Return the memory budget and the way of the run's calibration; {} without one."""
+        return self._read().get("calibration", {}) if self.exists else {}
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration that the run was started with."""
@@ -224,6 +229,7 @@ class RunFolder:
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         run |= {"inputs": inputs or {}, "id": self.run_id() or uuid.uuid4().hex}
         run |= {"settled": [*settled] or self.settled()}
+        run |= {"calibration": getattr(plan, "info", {}).get("calibration", {})}
         write_state(self._run, run)
         start = provenance(seed=config.get("seed"), output=self.path)
         write_json(self._provenance, {"starts": [*self._starts(), start]})

@@ -19,7 +19,7 @@ from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
-from tlora.training.initialize import adapt, save_adapter
+from tlora.training.initialize import adapt, keep_budget, save_adapter
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
@@ -61,6 +61,8 @@ def run(config: RunConfig) -> RunFolder:
 def _train(todo: Todo, folder: RunFolder) -> None:
     preflight.check_evaluation(todo.config)
     setup = with_learning_rate(settle(todo.config))
+    if todo.resumes:
+        keep_budget(setup, folder)
     from tlora.training import screen  # imports transformers
 
     arguments = training_arguments(setup, folder.checkpoints)

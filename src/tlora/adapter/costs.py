@@ -1,0 +1,116 @@
+"""What a way of making second moments costs, in multiply-adds, from shapes and tokens alone.
+
+Counted is what differs between the ways: passes after the first, products with C, and the
+factorizations. Every token counts for every module, also where routing brings it to few experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from tlora.calibration.weights import Target
+from tlora.config import TLoraConfig
+from tlora.linalg.streamed import PASSES, block_width
+
+
+class Shaped(Protocol):
+    """A module whose name and shape are known: a `Target`, or one without weights."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_out(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What passes over the samples take.
+
+    Attributes:
+        tokens: real tokens of all samples.
+        through: by module, the parameters of the model up to its end: multiply-adds of a token.
+        rank: r, which is expected of every module.
+    """
+
+    tokens: int
+    through: Mapping[str, int]
+    rank: int
+
+    def passes(self, runs: Iterable[Iterable[str]]) -> int:
+        """Return what forward passes cost, one for each run, to the end of its last module."""
+        return self.tokens * sum(max(self.through[name] for name in run) for run in runs)
+
+    def forming(self, columns: int) -> int:
+        """Return what C costs, of which the lower triangle is formed, or none of few tokens."""
+        return 0 if self.tokens <= columns else self.tokens * columns**2 // 2
+
+    def exact(self, module: Shaped) -> int:
+        """Return what W C and its sketch cost; of few tokens W C stays in two factors."""
+        rows, columns, rank = module.d_out, module.d_in, self._rank(module)
+        width = rank + max(32, rank // 2)
+        return rows * columns * min(columns, self.tokens) + 6 * rows * columns * width
+
+    def streamed(self, module: Shaped) -> int:
+        """Return what three products with C cost, and with W between."""
+        width = block_width(module.d_in, self._rank(module))
+        return PASSES * 2 * module.d_in * width * (self.tokens + module.d_out)
+
+    def _rank(self, module: Shaped) -> int:
+        return min(self.rank, module.d_in, module.d_out)
+
+
+def multiply_adds(
+    modules: Sequence[Shaped],
+    sources: Mapping[str, Hashable],
+    blocks: Sequence[Iterable[str]],
+    streams: Sequence[Iterable[str]],
+    work: Work,
+) -> int:
+    """Return the cost of a way.
+
+    Args:
+        modules: all.
+        sources: by name: equal for modules that read the same tensors.
+        blocks: names of the modules that are exact, by block; the first has no pass of its own.
+        streams: names of the modules that are streamed, by run.
+        work: what passes take.
+    """
+    streamed = {name for run in streams for name in run}
+    exact = [module for module in modules if module.name not in streamed]
+    formed = {sources.get(module.name, module.name): module.d_in for module in exact}
+    return (
+        work.passes(blocks[1:])
+        + PASSES * work.passes(streams)
+        + sum(map(work.forming, formed.values()))
+        + sum(map(work.exact, exact))
+        + sum(work.streamed(module) for module in modules if module.name in streamed)
+    )
+
+
+def work_of(model: nn.Module, targets: Sequence[Target], config: TLoraConfig, tokens: int) -> Work:
+    """Return what passes of ``tokens`` through a model take, in the order of its modules.
+
+    A target counts with its shape, whatever its weight is stored as.
+    """
+    inside: dict[int, list[Target]] = {}
+    for target in targets:
+        inside.setdefault(id(target.module), []).append(target)
+    through: dict[str, int] = {}
+    total = 0
+    for module in model.modules():
+        held = inside.get(id(module), ())
+        own = sum(_entries(parameter) for parameter in module.parameters(recurse=False))
+        total += sum(target.d_in * target.d_out for target in held) or own
+        through |= {target.name: total for target in held}
+    return Work(tokens, through, config.r)
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    # DeepSpeed keeps the whole count beside an emptied parameter.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
