@@ -215,6 +215,15 @@ def test_sizes_are_read_in_decimal_and_binary_units(value: int | str, size: int)
     assert TLoraConfig(memory_budget=value).memory_budget_bytes == size
 
 
+def test_a_saved_null_stays_no_limit_and_the_default_is_automatic() -> None:
+    saved = TLoraConfig().to_dict() | {"memory_budget": None}
+    config = TLoraConfig.from_dict(saved)
+    assert (config.memory_budget, config.bounds_moments) == (None, False)
+    assert config.to_dict() == saved
+    assert (TLoraConfig().memory_budget, TLoraConfig().bounds_moments) == ("auto", False)
+    assert TLoraConfig(memory_budget="1GiB").bounds_moments
+
+
 @pytest.mark.parametrize("value", [0, -1, True, "", "GB", "-2GB", "2 XB", "two", "0", "1e400"])
 def test_what_is_no_size_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="size"):

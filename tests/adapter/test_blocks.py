@@ -12,8 +12,10 @@ from torch import nn
 from support import make_family
 from tlora import AdapterPlan, TLoraConfig, calibrate, get_tlora_model, plan
 from tlora.adapter import blocks
+from tlora.adapter.attach import made_plan
 from tlora.adapter.blocks import plan_in_blocks
 from tlora.calibration.accumulators import MomentAccumulator, moment_bytes
+from tlora.calibration.budget import MemoryBudget
 from tlora.calibration.weights import Target, dense_weight
 from tlora.errors import ConfigError
 
@@ -155,6 +157,61 @@ def test_the_strategy_is_told_before_anything_is_measured(request, caplog, monke
     with caplog.at_level("INFO", "tlora"), pytest.raises(pytest.fail.Exception):
         plan_in_blocks(family.model, family.batches(2), config)
     assert "14 modules exact, in 8 blocks; 8 passes over the samples" in caplog.text
+
+
+def test_without_a_cache_one_pass_reads_batch_by_batch_to_the_plan_of_a_calibration(request):
+    family = make_family("llama-right", request.getfixturevalue)
+    config = TLoraConfig(**family.config)
+    batches = family.batches(2)
+    expected = plan(family.model, calibrate(family.model, batches, config), config)
+    ran: list[int] = []
+    hook = family.model.register_forward_pre_hook(lambda *_: ran.append(len(read)))
+    read: list[Any] = []
+
+    def each() -> Any:
+        for batch in batches:
+            read.append(batch)
+            yield batch
+
+    found = made_plan(family.model, each(), config, cache=None)
+    hook.remove()
+    assert_same(found, expected)
+    assert ran == list(range(1, len(batches) + 1))  # no batch is read ahead, none twice
+    assert expected.info.items() <= found.info.items()
+    assert found.config == expected.config
+    record = found.info["calibration"]
+    assert (record["memory_budget"], record["blocks"], record["passes"]) == (None, 1, 1)
+    assert "exact, at once" in record["strategy"]
+
+
+def test_an_automatic_budget_is_resolved_once_told_and_noted(request, monkeypatch, caplog):
+    family = make_family("llama-right", request.getfixturevalue)
+    config = TLoraConfig(**family.config, covariance="exact")
+    batches = family.batches(2)
+    given = plan_in_blocks(family.model, batches, replace(config, memory_budget=3000))
+    asked = []
+
+    def resolved(*_: Any) -> MemoryBudget:
+        asked.append(1)
+        return MemoryBudget(3000, "1/20 of the 60000 B that the weights leave on cuda:0")
+
+    monkeypatch.setattr(blocks, "resolved", resolved)
+    with caplog.at_level("INFO", "tlora"):
+        found = made_plan(family.model, iter(batches), config)
+    assert asked == [1]
+    assert_same(found, given)
+    assert found.config.memory_budget == "auto"
+    assert found.info["passes"] == given.info["passes"] > 1
+    record = dict(found.info["calibration"])
+    assert record.pop("memory_budget_from").startswith("1/20 of")
+    assert record.items() <= given.info["calibration"].items()
+    assert record["memory_budget"] == 3000
+    assert record["held"] <= max(3000, moment_bytes(32))
+    [line] = caplog.messages
+    assert line.startswith(record["strategy"])
+    assert line.endswith(
+        "`memory_budget`: 2.9 KiB, auto: 1/20 of the 60000 B that the weights leave on cuda:0"
+    )
 
 
 def test_the_model_is_left_as_it_was_also_when_a_later_block_fails(request, monkeypatch):

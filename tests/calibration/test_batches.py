@@ -16,6 +16,7 @@ from tlora.calibration.batches import (
     decoder_mask,
     encoder_mask,
     loss_weights,
+    real_tokens,
     single_samples,
 )
 from tlora.errors import CalibrationError
@@ -150,3 +151,23 @@ def test_tensors_inside_lists_and_dicts_are_moved_too():
     assert moved["images"][0].is_meta and moved["more"]["size"].is_meta
     assert (moved["more"]["name"], moved["n"]) == ("a", 1)
     assert not batch["images"][0].is_meta
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [
+        (
+            {
+                "input_ids": torch.zeros(2, 3, dtype=torch.long),
+                "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+            },
+            5,
+        ),
+        ({"input_ids": torch.zeros(2, 3, dtype=torch.long), "labels": torch.zeros(2)}, 6),
+        ({"labels": torch.zeros(2, dtype=torch.long), "inputs_embeds": torch.zeros(2, 7, 4)}, 14),
+        ({"labels": torch.zeros(2, dtype=torch.long)}, 0),
+        ("no batch", 0),
+    ],
+)
+def test_the_tokens_that_count_are_counted(batch, tokens):
+    assert real_tokens(batch) == tokens

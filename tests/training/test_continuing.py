@@ -85,7 +85,7 @@ def uncalibrated(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr("tlora.calibration.probe.calibrate", fail)
+    monkeypatch.setattr("tlora.adapter.attach.made_plan", fail)
 
 
 @pytest.mark.usefixtures("first_of_all", "uncalibrated")

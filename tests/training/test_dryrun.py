@@ -273,15 +273,6 @@ def test_llama_2_7b_has_the_figures_of_the_paper(folder):
     assert len(set(dry.sources.values())) == 128
 
 
-def test_a_memory_budget_lowers_what_is_held_and_costs_passes(folder):
-    path = folder(LLAMA | {"num_hidden_layers": 4})
-    whole = predict(path, max_length=64).strategy
-    within = predict(path, max_length=64, adapter={"memory_budget": "1GiB"}).strategy
-    assert within.held <= 2**30 < whole.held
-    assert within.total == whole.held
-    assert within.passes > 1
-
-
 def test_fused_experts_are_named(folder):
     config = transformers.MixtralConfig(num_hidden_layers=2)
     config.architectures = ["MixtralForCausalLM"]

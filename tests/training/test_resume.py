@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tlora.calibration.budget import MemoryBudget
 from tlora.errors import ConfigError
 from tlora.files import write_state
 from tlora.tasks.dataconfig import DataConfig
@@ -43,8 +44,7 @@ def test_resumed_weights_equal_uninterrupted_ones_bit_for_bit(cut, whole, monkey
 
     assert not folder.finished
     with monkeypatch.context() as patch:
-        patch.setattr("tlora.calibrate", fail, raising=False)
-        patch.setattr("tlora.calibration.probe.calibrate", fail)
+        patch.setattr("tlora.adapter.attach.made_plan", fail)
         assert resumed(folder).finished
     assert weights(folder) == whole("tlora")
     assert folder.plan.read_bytes() == plan
@@ -61,6 +61,26 @@ def test_stopped_before_its_plan_was_saved_a_run_plans_the_same_again(cut, whole
     assert folder.last_checkpoint() is None
     folder.plan.unlink()
     assert weights(resumed(folder)) == whole("tlora")
+
+
+def test_a_run_that_plans_again_keeps_the_budget_that_it_found(cut, whole, monkeypatch):
+    """On another machine too: run.json has what "auto" came to."""
+    folder = cut(step=1)
+    record = folder.calibration()
+    assert (record["memory_budget"], record["passes"]) == (None, 1)
+    assert record == folder.saved_plan().info["calibration"]
+    folder.plan.unlink()
+    asked = []
+
+    def resolved(config, *_):
+        asked.append(config.memory_budget)
+        return MemoryBudget(1 if config.memory_budget == "auto" else config.memory_budget)
+
+    monkeypatch.setattr("tlora.adapter.blocks.resolved", resolved)
+    assert weights(resumed(folder)) == whole("tlora")
+    assert asked == [None]
+    assert folder.config()["adapter"]["memory_budget"] == "auto"
+    assert folder.calibration()["memory_budget"] is None
 
 
 @pytest.mark.parametrize("method", ["tlora", "lora"])

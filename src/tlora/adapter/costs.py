@@ -21,11 +21,19 @@ class Shaped(Protocol):
     """A module whose name and shape are known: a `Target`, or one without weights."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its full name."""
+        ...
+
     @property
-    def d_in(self) -> int: ...
+    def d_in(self) -> int:
+        """d, columns of its weight."""
+        ...
+
     @property
-    def d_out(self) -> int: ...
+    def d_out(self) -> int:
+        """m, rows of its weight."""
+        ...
 
 
 @dataclass(frozen=True)
