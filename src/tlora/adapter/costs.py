@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import nn
 
+from tlora.calibration.accumulators import moment_bytes
 from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.linalg.streamed import PASSES, block_width
@@ -56,18 +57,23 @@ class Work:
 
     def forming(self, columns: int) -> int:
         """Return what C costs, of which the lower triangle is formed, or none of few tokens."""
-        return 0 if self.tokens <= columns else self.tokens * columns**2 // 2
+        return 0 if self._keeps_rows(columns) else self.tokens * columns**2 // 2
 
     def exact(self, module: Shaped) -> int:
         """Return what W C and its sketch cost; of few tokens W C stays in two factors."""
         rows, columns, rank = module.d_out, module.d_in, self._rank(module)
         width = rank + max(32, rank // 2)
-        return rows * columns * min(columns, self.tokens) + 6 * rows * columns * width
+        inner = self.tokens if self._keeps_rows(columns) else columns
+        return rows * columns * inner + 6 * rows * columns * width
 
     def streamed(self, module: Shaped) -> int:
         """Return what three products with C cost, and with W between."""
         width = block_width(module.d_in, self._rank(module))
         return PASSES * 2 * module.d_in * width * (self.tokens + module.d_out)
+
+    def _keeps_rows(self, columns: int) -> bool:
+        """Return whether a moment keeps the rows of so few tokens and forms no C."""
+        return 4 * self.tokens * columns <= moment_bytes(columns)
 
     def _rank(self, module: Shaped) -> int:
         return min(self.rank, module.d_in, module.d_out)
