@@ -50,6 +50,7 @@ def write(
     folder.start(
         {
             "config": made.config.to_dict(),
+            "defaults": {each.name: each.changed_defaults() for each in made.config.entries()},
             "experiment": made.experiment,
             "metric": made.metric,
             "better": made.better,

@@ -79,6 +79,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
         folder.start(
             {
                 "config": portable(config),
+                "defaults": {entry.name: entry.changed_defaults() for entry in config.entries()},
                 "shared": experiment(config),
                 "experiment": comparison.experiment,
                 "metric": comparison.metric,

@@ -121,13 +121,22 @@ class MethodEntry(Section):
         """
         return RunConfig(method=self.name, adapter=self.adapter, seed=seed or 0).options()
 
-    def given(self) -> dict[str, Any]:
-        """Return the options that differ from those that names are relative to."""
+    def given(self, changed: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the options that differ from those that names are relative to.
+
+        Args:
+            changed: defaults that differed when the comparison was started; None: today's.
+        """
+        changed = self.changed_defaults() if changed is None else changed
+        before = comparedefaults.METHODS.get(self.name, {})
+        return comparedefaults.differing(changed | self.adapter, before)
+
+    def changed_defaults(self) -> dict[str, Any]:
+        """Return the method's defaults that differ from those that names are relative to."""
         fields = dataclasses.fields(METHODS.load(self.name).options)
         # Unless a seed is given, it is the run's.
         options = {each.name: default_of(each) for each in fields if each.name != "seed"}
-        before = comparedefaults.METHODS.get(self.name, {})
-        return comparedefaults.differing(options | self.adapter, before)
+        return comparedefaults.differing(options, comparedefaults.METHODS.get(self.name, {}))
 
 
 @dataclass(kw_only=True)

@@ -62,6 +62,8 @@ class Comparison:
     better: str
     experiment: str
     """Digest of what all runs share: model, rows, steps, schedule, batch."""
+    changed: Mapping[str, dict[str, Any]] | None = None
+    """By method, `changed_defaults` of the time at which the comparison started; None: today's."""
 
     def tuning(self) -> list[Trial]:
         """Return the tuning runs; seeds outermost, so that what has run so far is a fair part."""
@@ -103,7 +105,8 @@ class Comparison:
         return best_learning_rate(scores, len(self.config.tuning_seeds), self.better)
 
     def _trial(self, entry: MethodEntry, learning_rate: float, seed: int, phase: Phase) -> Trial:
-        defining = [self.experiment, entry.name, entry.given(), learning_rate, seed, phase]
+        given = entry.given(None if self.changed is None else self.changed.get(entry.name, {}))
+        defining = [self.experiment, entry.name, given, learning_rate, seed, phase]
         if entry.calibration:
             defining.append(entry.calibration)
         readable = re.sub(r"[^A-Za-z0-9.-]+", "_", entry.name)

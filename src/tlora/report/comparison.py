@@ -195,7 +195,9 @@ def read(folder: CompareFolder) -> Results:
     # Fields that did not exist yet have the value that means "as before".
     data = defaults.SHARED["data"] | start["config"].get("data", {})
     config = CompareConfig.from_dict(start["config"] | {"data": data})
-    comparison = Comparison(config, start["metric"], start["better"], start["experiment"])
+    comparison = Comparison(
+        config, start["metric"], start["better"], start["experiment"], start.get("defaults", {})
+    )
     return gather(comparison, folder)
 
 
