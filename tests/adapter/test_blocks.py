@@ -1,4 +1,4 @@
-"""Planning in blocks: the plan of `calibrate` and `plan` to the bit, within the budget."""
+"""Planning in blocks: the plan of one block to the bit, of a calibration up to rounding."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tlora.calibration.accumulators import MomentAccumulator, moment_bytes
 from tlora.calibration.budget import MemoryBudget
 from tlora.calibration.weights import Target, dense_weight
 from tlora.errors import ConfigError
+from tlora.linalg.crossmoment import CrossMoment
+from tlora.linalg.moments import SecondMoment
 
 ONE_MOMENT = 1  # no two moments fit: a block for each group
 
@@ -31,15 +33,24 @@ def assert_same(left: AdapterPlan, right: AdapterPlan) -> None:
             assert getattr(module, field) == getattr(other, field), (name, field)
 
 
+def assert_close(left: AdapterPlan, right: AdapterPlan) -> None:
+    """Check that two plans differ by rounding alone: of W C from outputs and from C."""
+    assert list(left.modules) == list(right.modules)
+    for name, module in left.modules.items():
+        other = right.modules[name]
+        for field in ("rank", "scale", "sensitivity", "solver"):
+            assert getattr(module, field) == getattr(other, field), (name, field)
+        assert module.captured_energy == pytest.approx(other.captured_energy, abs=1e-5)
+        torch.testing.assert_close(module.lora_A, other.lora_A, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llama-left", "bert", "t5", "vit"])
 def test_the_plan_is_that_of_one_block_to_the_bit(name, request):
     family = make_family(name, request.getfixturevalue)
     batches = family.batches(2)
-    expected = plan(
-        family.model,
-        calibrate(family.model, batches, TLoraConfig(**family.config)),
-        TLoraConfig(**family.config),
-    )
+    whole = TLoraConfig(**family.config)
+    expected = plan_in_blocks(family.model, batches, whole)
+    assert_close(expected, plan(family.model, calibrate(family.model, batches, whole), whole))
     for budget in (ONE_MOMENT, 5000):
         config = TLoraConfig(**family.config, memory_budget=budget, covariance="exact")
         found = plan_in_blocks(family.model, iter(batches), config)
@@ -60,8 +71,15 @@ def test_every_configuration_gives_the_plan_of_one_block(tiny_llama, fields, req
     whole = TLoraConfig(**family.config, **fields, covariance="exact")
     config = replace(whole, memory_budget=ONE_MOMENT)
     batches = family.batches(2)
-    expected = plan(family.model, calibrate(family.model, batches, whole), whole)
+    expected = plan_in_blocks(family.model, batches, whole)
+    assert_close(expected, plan(family.model, calibrate(family.model, batches, whole), whole))
     assert_same(plan_in_blocks(family.model, batches, config), expected)
+
+
+def held_bytes(moment: SecondMoment | CrossMoment) -> int:
+    if isinstance(moment, CrossMoment):
+        return moment.total.nbytes
+    return moment_bytes(moment.dim)
 
 
 def test_the_moments_alive_never_exceed_the_budget(request, monkeypatch):
@@ -73,7 +91,7 @@ def test_the_moments_alive_never_exceed_the_budget(request, monkeypatch):
     def watch(accumulator: MomentAccumulator, *args: Any) -> None:
         update(accumulator, *args)
         kept = [moment for moment in accumulator.moments.values() if moment is not None]
-        seen.append(sum(moment_bytes(moment.dim) for moment in kept))
+        seen.append(sum(map(held_bytes, kept)))
 
     monkeypatch.setattr(MomentAccumulator, "update", watch)
     config = TLoraConfig(**family.config, memory_budget=budget, covariance="exact")
@@ -175,7 +193,7 @@ def test_without_a_cache_one_pass_reads_batch_by_batch_to_the_plan_of_a_calibrat
 
     found = made_plan(family.model, each(), config, cache=None)
     hook.remove()
-    assert_same(found, expected)
+    assert_close(found, expected)
     assert ran == list(range(1, len(batches) + 1))  # no batch is read ahead, none twice
     assert expected.info.items() <= found.info.items()
     assert found.config == expected.config

@@ -61,7 +61,7 @@ def get_tlora_model(
     """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
 
     ``attach(model, plan(model, calibrate(model, batches, config), config))``, but within
-    `memory_budget`; unless modules are streamed, the plan is the same to the bit.
+    `memory_budget`; unless modules are streamed, the plan is the same up to rounding.
 
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.

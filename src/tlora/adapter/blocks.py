@@ -12,7 +12,7 @@ is done when.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,12 @@ from tlora.adapter.plan import AdapterPlan, ModulePlan
 from tlora.adapter.planning import Solve, plan_info, solve_each
 from tlora.adapter.solve import ModuleJob, allocate, joined, planned, solve
 from tlora.adapter.strategy import Strategy, choose, stream_runs
-from tlora.calibration.accumulators import Accumulator, GradientAccumulator, MomentAccumulator
+from tlora.calibration.accumulators import (
+    Accumulator,
+    GradientAccumulator,
+    MomentAccumulator,
+    cheaper_by_outputs,
+)
 from tlora.calibration.backward import Backward, backward_again, backward_for
 from tlora.calibration.batches import (
     as_batch,
@@ -66,7 +71,8 @@ def plan_in_blocks(
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
-    Exact, at once or in blocks, the plan is the one that `calibrate` and `plan` give, to the bit.
+    Exact, at once or in blocks, the plan is the same to the bit, and that of `calibrate` and `plan`
+    up to the rounding of a module whose W C is taken from its outputs (`cheaper_by_outputs`).
     `covariance` says what happens within a budget: "auto" streams modules where that is cheaper,
     and one whose own moment exceeds the budget (whitening and other bases need the moment itself,
     and go over budget instead), "exact" goes over budget, "streamed" streams every module. The
@@ -92,7 +98,7 @@ def plan_in_blocks(
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
         others = {target.name for target in targets} - kept
-        accumulator = MomentAccumulator(others) if config.needs_moments else None
+        accumulator = settling.accumulator(others)
         asked = backward_for(config, kept)
         skips = reading.get("skip_bad_samples", False)
         first = Collector(model, targets, accumulator, asked, skips, group)
@@ -151,6 +157,15 @@ class _Settling:
             logger.info("%s; `memory_budget`: %s", strategy.summary(), self.budget.explained())
         return strategy, batches
 
+    def accumulator(self, excluded: Collection[str] = ()) -> MomentAccumulator | None:
+        """Return where the moments of a pass go, but for modules left out; None if none does."""
+        if not self.config.needs_moments:
+            return None
+        # Sums over processes are of second moments.
+        alone = self.group.size == 1
+        by_outputs = cheaper_by_outputs(self.targets, self.config) if alone else ()
+        return MomentAccumulator(excluded, by_outputs)
+
     def _sources(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         with self.group.raise_on_all():
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
@@ -181,6 +196,7 @@ class _Planner:
         progress: bool,
     ) -> None:
         self.first = first
+        self.settled = settled
         self.targets = targets = settled.targets
         self.strategy = strategy
         self.group = first.group
@@ -223,7 +239,7 @@ class _Planner:
     def take_rest(self, blocks: Sequence[list[Target]]) -> None:
         """Plan the blocks after the first, each from a pass over the samples."""
         for number, block in enumerate(blocks[1:], start=2):
-            accumulator = MomentAccumulator() if self.config.needs_moments else None
+            accumulator = self.settled.accumulator()
             backward = backward_again(self.config)
             self._pass(block, accumulator, f"Block {number} of {len(blocks)}", backward)
             self.take(block, accumulator, None if backward is None else backward.accumulator)
