@@ -17,7 +17,8 @@ from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import CalibrationError
-from tlora.linalg.matrices import full_precision, weighted_magnitude
+from tlora.linalg.gradients import weighted_magnitude
+from tlora.linalg.matrices import full_precision
 from tlora.linalg.moments import SecondMoment
 from tlora.linalg.streamed import StreamedSubspace
 

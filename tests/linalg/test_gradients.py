@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tlora.linalg import matrices
-from tlora.linalg.matrices import weighted_magnitude
+from tlora.linalg import gradients
+from tlora.linalg.gradients import weighted_magnitude
 
 
 def pair(tokens: int, rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,11 +26,11 @@ def total(weight: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> to
 @pytest.mark.parametrize("entries", [1, 7 * 5, 10**6])
 @pytest.mark.parametrize("shape", [(13, 7), (7, 13), (8, 8), (1, 7)])
 def test_blocks_of_any_size_give_the_sum_over_the_whole_gradient(monkeypatch, entries, shape):
-    monkeypatch.setattr(matrices, "_CPU_ENTRIES", entries)
+    monkeypatch.setattr(gradients, "_CPU_ENTRIES", entries)
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
     pairs = [pair(11, *shape, seed=4), pair(3, *shape, seed=5)]
-    gradients = [delta.double().T @ x.double() for delta, x in pairs]
-    expected = torch.stack([(weight.double() * each).abs().sum() for each in gradients])
+    whole = [delta.double().T @ x.double() for delta, x in pairs]
+    expected = torch.stack([(weight.double() * each).abs().sum() for each in whole])
     before = weight.clone()
     found = weighted_magnitude(weight, [[each] for each in pairs])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
@@ -64,7 +64,7 @@ def test_the_weight_may_be_a_transposed_view():
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_no_copy_of_the_weight_is_made(monkeypatch, samples):
-    monkeypatch.setattr(matrices, "_CPU_ENTRIES", 4 * 10)
+    monkeypatch.setattr(gradients, "_CPU_ENTRIES", 4 * 10)
     weight = torch.randn(40, 10)
     largest = 0
 
