@@ -56,7 +56,8 @@ $(VENV)/ready: pyproject.toml constraints.txt requirements/compare.txt
 
 # What the tests need besides: the other extras, linters, a browser's driver, quantizing libraries.
 # Packages that have no wheel are built by the locked setuptools.
-$(VENV)/ready-dev: $(VENV)/ready requirements/dev.txt
+$(VENV)/ready-dev: $(VENV)/ready requirements/dev.txt constraints.txt
+	$(INSTALL) --no-deps --constraint constraints.txt "triton; sys_platform == 'linux'"
 	$(INSTALL) --no-build-isolation $(LOCKED) requirements/dev.txt
 	touch $@
 

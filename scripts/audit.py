@@ -1,4 +1,4 @@
-"""Look every locked package, and torch, up in a public database of vulnerabilities.
+"""Look every locked package, torch and Triton up in a public database of vulnerabilities.
 
     make audit
 
@@ -22,7 +22,7 @@ CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
 
 
 def pins() -> list[list[str]]:
-    """Return the locked packages, and torch, as lists in which each name stands once.
+    """Return the locked packages, torch and Triton as lists in which each name stands once.
 
     All versions are audited, whichever platform or Python they are for.
     """
@@ -30,7 +30,7 @@ def pins() -> list[list[str]]:
     for name in FILES:
         for line in (PROJECT / name).read_text("utf-8").splitlines():
             found = re.match(r"([\w.-]+)==[^\s;]+", line)
-            if found and (name != "constraints.txt" or found[1] == "torch"):
+            if found and (name != "constraints.txt" or found[1] in {"torch", "triton"}):
                 known = versions.setdefault(found[1], [])
                 known += [found[0]] if found[0] not in known else []
     longest = max(map(len, versions.values()))

@@ -5,14 +5,21 @@
 Prints, for float32 and bfloat16, the largest relative difference of sensitivities and of second
 moments, how many ranks differ, and the least overlap of a module's subspaces (1: the same). Stops
 where the adapted model's output is not the base's to the bit, or anything but B gets a gradient.
+Then, for the down_proj of Llama-2-7B and 4 samples of 512 tokens in bfloat16, what sum |W * G_s|
+costs by the Triton kernel and by batched products, beside the bare product of all tokens.
 """
 
 import copy
+import itertools
+import time
+from collections.abc import Callable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlora import AdapterPlan, Calibration, TLoraConfig, attach, calibrate, plan
+from tlora.linalg.gradients import Rows, batched_magnitude, fused_magnitude
+from tlora.linalg.products import product
 
 SHAPE = {
     "hidden_size": 256,
@@ -55,8 +62,43 @@ def planned(
     return statistics, found
 
 
+def seconds(function: Callable[[], object], device: str, repeats: int = 10) -> float:
+    """Return the mean time of a call after a first one."""
+    for count in (1, repeats):
+        start = time.perf_counter()
+        for _ in range(count):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def sensitivity_costs(device: str, m: int, d: int, counts: tuple[int, ...]) -> None:
+    """Print time and rate of each way to sensitivities, and how far it is from float64."""
+    generator = torch.Generator().manual_seed(2)
+    weight, delta, x = (
+        torch.randn(shape, generator=generator).bfloat16().to(device)
+        for shape in ((m, d), (sum(counts), m), (sum(counts), d))
+    )
+    rows = Rows(delta, x, counts)
+    ends = [0, *itertools.accumulate(counts)]
+    exact = torch.stack(
+        [
+            (weight.double() * (delta[i:j].double().T @ x[i:j].double())).abs().sum()
+            for i, j in itertools.pairwise(ends)
+        ]
+    )
+    for name, function in (("kernel", fused_magnitude), ("batched", batched_magnitude)):
+        taken = seconds(lambda function=function: function(weight, rows), device)
+        error = (function(weight, rows) / exact - 1).abs().max().item()
+        rate = 2e-12 * m * d * sum(counts) / taken
+        print(f"{name}: {1e3 * taken:.2f} ms, {rate:.0f} TFLOP/s, error {error:.1e}")
+    taken = seconds(lambda: product(delta.T, x), device)
+    print(f"bare product: {1e3 * taken:.2f} ms, {2e-12 * m * d * sum(counts) / taken:.0f} TFLOP/s")
+
+
 def main() -> None:
-    """Print the differences."""
+    """Print the differences, then the costs."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     for dtype in (torch.float32, torch.bfloat16):
@@ -77,6 +119,7 @@ def main() -> None:
             f"{dtype}: sensitivities {sensitivity:.1e}, second moments {covariance:.1e},"
             f" {differ} ranks differ, subspaces overlap to {overlap:.5f}"
         )
+    sensitivity_costs("cuda", 4096, 11008, (512,) * 4)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ ELSEWHERE = "not installed on the platform that wrote this: "
 
 
 def locked() -> dict[str, list[Requirement]]:
-    """Return the locked packages, and torch, by name; several where versions differ."""
+    """Return the locked packages, torch and Triton, by name; several where versions differ."""
     found: dict[str, list[Requirement]] = {}
     for name in ("requirements/dev.txt", "constraints.txt"):
         for line in (PROJECT / name).read_text("utf-8").splitlines():
-            if re.match(r"[a-z0-9]", line) and (name != "constraints.txt" or "torch==" in line):
+            wanted = r"(torch|triton)==" if name == "constraints.txt" else r"[a-z0-9]"
+            if re.match(wanted, line):
                 requirement = Requirement(line.removesuffix("\\").strip())
                 found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     return found

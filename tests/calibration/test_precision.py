@@ -17,7 +17,9 @@ from tlora import Calibration, TLoraConfig, calibrate, plan
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import dense_weight
 from tlora.errors import CalibrationError
-from tlora.linalg.matrices import full_precision, weighted_magnitude
+from tlora.linalg import gradients, products
+from tlora.linalg.gradients import weighted_magnitude
+from tlora.linalg.matrices import full_precision
 from tlora.linalg.moments import SecondMoment
 from tlora.linalg.streamed import StreamedSubspace
 
@@ -100,6 +102,32 @@ def test_autocast_does_not_reach_the_mathematics(tiny_llama):
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(ours, wanted) for ours, wanted in zip(found, expected, strict=True))
     assert {value.dtype for value in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "fisher"])
+def test_an_accelerator_multiplies_16_bits_as_they_are(monkeypatch, tiny_llama, rule):
+    model = tiny_llama(initializer_range=0.2).to(torch.bfloat16)
+    batches = support.in_batches(support.causal_samples(), 5)
+    config = TLoraConfig(r=2, lora_alpha=2, sensitivity_rule=rule)
+    expected = calibrate(model, batches, config)
+
+    seen: list[tuple[Any, ...]] = []
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        seen.append((left.dtype, right.dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(gradients, "_is_cpu", lambda _: False)
+    monkeypatch.setattr(products, "multiplies_narrow", lambda _: True)
+    monkeypatch.setattr(products, "_narrow_product", multiply)
+    found = calibrate(model, batches, config)
+
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    statistic = {"magnitude": "sensitivity", "fisher": "fisher"}[rule]
+    for name, module in expected.modules.items():
+        value = getattr(module, statistic)
+        assert value > 0
+        assert getattr(found.modules[name], statistic) == pytest.approx(value, rel=1e-5)
 
 
 class SteepForSequenceClassification(Toy):

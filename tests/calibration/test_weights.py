@@ -11,7 +11,7 @@ from torch import nn
 
 from tlora import TLoraConfig
 from tlora.calibration.targets import find_targets
-from tlora.calibration.weights import dense_weight
+from tlora.calibration.weights import dense_weight, stored_weight
 from tlora.errors import AdapterError
 
 
@@ -22,6 +22,10 @@ def test_the_dense_weight_is_the_matrix_that_maps_input_to_output(family_of, fam
         weight = dense_weight(target)
         assert weight.dtype == torch.float32
         assert not weight.requires_grad
+        stored = stored_weight(target)
+        assert stored.dtype == torch.bfloat16
+        assert stored.data_ptr() == target.module.weight.data_ptr()  # no copy
+        assert torch.equal(stored.float(), weight)
         # Columns of W are the outputs of unit vectors, which bfloat16 gives exactly.
         module = copy.deepcopy(target.module)
         if module.bias is not None:

@@ -7,7 +7,7 @@ import torch
 
 from support import distance
 from tlora.linalg.bases import half_weighted, moment_itself
-from tlora.linalg.matrices import add_gradient, squared_norm
+from tlora.linalg.gradients import add_gradient, squared_norm
 from tlora.linalg.moments import SecondMoment
 
 WIDE = 300
@@ -80,5 +80,5 @@ def test_autocast_rounds_no_gradient():
     delta, x = gaussian(11, 5), gaussian(11, 6, seed=1)
     total = torch.ones(5, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        add_gradient(total, delta, x)
+        add_gradient(total, [[(delta, x)]], [1.0])
     assert distance(total, 1 + delta.double().T @ x.double()) < 1e-6

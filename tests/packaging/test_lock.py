@@ -79,7 +79,7 @@ def test_it_holds_every_direct_dependency_in_its_range(lock):
     for requirement, _ in entries(lock):
         locked.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     for wanted in WANTED[lock.stem]:
-        if wanted.name == "torch":
+        if wanted.name in {"torch", "triton"}:
             continue
         found = locked[canonicalize_name(wanted.name)]
         for each in found:
@@ -96,13 +96,13 @@ def test_every_locked_version_is_the_same_in_all_files():
         assert versions <= {(r.name, str(r.specifier)) for r in map(Requirement, known)}
 
 
-def test_what_we_pin_is_what_is_locked_and_torch_is_pinned_apart():
+def test_what_we_pin_is_what_is_locked_and_torch_and_triton_are_pinned_apart():
     lines = (PROJECT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
     (dev,) = (lock for lock in LOCKS if lock.stem == "dev")
     locked = {(canonicalize_name(r.name), str(r.specifier)) for r, _ in entries(dev)}
     apart = [r for r in pinned if (canonicalize_name(r.name), str(r.specifier)) not in locked]
-    assert [requirement.name for requirement in apart] == ["torch"]
+    assert [requirement.name for requirement in apart] == ["torch", "triton"]
 
 
 @pytest.mark.parametrize("name", ["library", "compare", "dev"])
@@ -138,11 +138,11 @@ def test_an_audit_tells_clean_from_vulnerable_from_unknown(packages, failure, co
     assert said in "\n".join(lines)
 
 
-def test_the_audit_is_of_every_locked_version_and_of_torch():
+def test_the_audit_is_of_every_locked_version_of_torch_and_of_triton():
     pins = [pin for pinned in script("audit").pins() for pin in pinned]
     for lock in LOCKS:
         assert {f"{r.name}{r.specifier}" for r, _ in entries(lock)} <= set(pins)
-    assert any(pin.startswith("torch==") for pin in pins)
+    assert {"torch", "triton"} <= {pin.split("==")[0] for pin in pins}
 
 
 def test_the_licenses_name_every_locked_package_at_its_version():

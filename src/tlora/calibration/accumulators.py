@@ -23,7 +23,7 @@ from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig
 from tlora.errors import CalibrationError
 from tlora.linalg.crossmoment import CrossMoment
-from tlora.linalg.matrices import Pairs, add_gradient, gradient_weighted, of_own_losses
+from tlora.linalg.gradients import Pairs, add_gradient, gradient_weighted
 from tlora.linalg.moments import SecondMoment
 from tlora.linalg.packed import packed_numbers
 
@@ -239,12 +239,11 @@ class GradientAccumulator:
         """
         if not self.keeps(target):
             return
-        delta, x = of_own_losses(samples, factors)
         if self.means:
-            add_gradient(self._total(target), delta, x)
+            add_gradient(self._total(target), samples, factors)
         if self.weighted:
             moment = self._moment(target)
-            moment.add_rows(gradient_weighted(delta, x).to(moment.device))
+            moment.add_rows(gradient_weighted(samples, factors).to(moment.device))
 
     def give(self, target: Target, to: ModuleStatistics) -> None:
         """Hand G and N, where they are wanted, over to a target's statistics.

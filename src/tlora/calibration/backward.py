@@ -20,13 +20,10 @@ from tlora.calibration.batches import BadSamples
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
 from tlora.calibration.hooks import Call, ModuleRecord
-from tlora.calibration.weights import Target, dense_weight, is_whole_weight
+from tlora.calibration.weights import Target, is_whole_weight, stored_weight
 from tlora.config import TLoraConfig
-from tlora.linalg.matrices import (
-    Pairs,
-    squared_norm,
-    weighted_magnitude,
-)
+from tlora.linalg.gradients import Pairs, constant, squared_norm, weighted_magnitude
+from tlora.linalg.products import factors as factors_of_product
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,19 @@ class Measure:
 
     def of(self, target: Target, samples: Sequence[Pairs], factors: Sequence[float]) -> Tensor:
         """Return the number of each sample, on the device of the weight or of the pairs."""
-        weight = dense_weight(target) if self.reads_weight else None
+        weight = stored_weight(target) if self.reads_weight else None
         values = self.values(weight, samples)
-        own = [factor**self.power for factor in factors]
-        weights = torch.tensor(own, dtype=values.dtype, device=values.device)
+        own = tuple(factor**self.power for factor in factors)
+        weights = constant(own, values.dtype, values.device)
         return weights * values / (target.d_out * target.d_in)
 
 
 def _size(_: Any, samples: Sequence[Pairs]) -> Tensor:
     """Return sum |delta| of each sample: finite where every entry is."""
     like = next(delta for pairs in samples for delta, _ in pairs)
+    zero = like.new_zeros((), dtype=torch.float32)
     return torch.stack(
-        [sum((d.abs().sum() for d, _ in pairs), start=like.new_zeros(())) for pairs in samples]
+        [sum((d.abs().sum(dtype=torch.float32) for d, _ in pairs), start=zero) for pairs in samples]
     )
 
 
@@ -150,6 +148,7 @@ class SensitivityPass:
         self.late = late
         self._kept: list[tuple[ModuleRecord, list[Call]]] = []
         self._handles: list[Any] = []
+        self._tokens = _Tokens()
 
     def __enter__(self) -> SensitivityPass:
         for record in self.records:
@@ -175,7 +174,7 @@ class SensitivityPass:
         """Accumulate the gradients that were kept; nothing where it is not `late`."""
         if (accumulator := self.asked.accumulator) is not None:
             for record, calls in self._kept:
-                for target, samples in _pairs(record, calls, len(self.weights)):
+                for target, samples in _pairs(record, calls, len(self.weights), self._tokens):
                     accumulator.update(target, samples, self.weights)
         self._kept = []
 
@@ -196,10 +195,10 @@ class SensitivityPass:
         if not calls:
             # Another process alone has use for its weight, and needs this one's part of it.
             if self._reads_weight and not isinstance(record, ExpertsRecord):
-                dense_weight(record.target)
+                stored_weight(record.target)
             return
         accumulator = self.asked.accumulator
-        for target, samples in _pairs(record, calls, len(self.weights)):
+        for target, samples in _pairs(record, calls, len(self.weights), self._tokens):
             self.found[target.name] = self.asked.measure.of(target, samples, self.weights)
             if accumulator is not None and not self.late:
                 accumulator.update(target, samples, self.weights)
@@ -229,8 +228,28 @@ def check_gradients(found: Mapping[str, Tensor]) -> None:
     )
 
 
+class _Tokens:
+    """Which rows are real tokens, looked up once for each mask of a batch.
+
+    On an accelerator each look waits for it.
+    """
+
+    def __init__(self) -> None:
+        # With the mask itself: its id is not given to another while it lives.
+        self._found: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
+
+    def of(self, call: Call) -> tuple[Tensor | None, list[int]]:
+        """Return the places of the real ones among B T rows (None: all), and how many a sample."""
+        if call.mask is None:
+            return None, [call.rows.shape[1]] * call.rows.shape[0]
+        if id(call.mask) not in self._found:
+            places = call.mask.flatten().nonzero().flatten()
+            self._found[id(call.mask)] = (call.mask, places, call.mask.sum(dim=1).tolist())
+        return self._found[id(call.mask)][1:]
+
+
 def _pairs(
-    record: ModuleRecord, calls: list[Call], size: int
+    record: ModuleRecord, calls: list[Call], size: int, tokens: _Tokens
 ) -> Iterator[tuple[Target, list[Pairs]]]:
     """Yield each target of a record with the pairs (delta, x) of each of ``size`` samples.
 
@@ -239,22 +258,21 @@ def _pairs(
     if isinstance(record, ExpertsRecord):
         yield from record.pairs(calls)
     else:
-        samples: list[Pairs] = [
-            [_own_rows(call, sample) for call in calls] for sample in range(size)
-        ]
-        yield record.target, samples
+        each = [_own_rows(call, tokens) for call in calls]
+        yield record.target, [[own[sample] for own in each] for sample in range(size)]
 
 
-def _own_rows(call: Call, sample: int) -> tuple[Tensor, Tensor]:
-    """Return delta_s (T_s x m) and X_s (T_s x d) of a sample in float32, padding left out.
+def _own_rows(call: Call, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
+    """Return delta_s (T_s x m) and X_s (T_s x d) of each sample, padding left out.
 
     Raises:
         ValueError: the backward pass has not reached the call.
     """
     if call.delta is None:
         raise ValueError("the call has no gradient")
-    x = call.rows[sample]
-    delta = call.delta.reshape(*call.rows.shape[:2], call.delta.shape[-1])[sample]
-    if call.mask is not None:
-        x, delta = x[call.mask[sample]], delta[call.mask[sample]]
-    return delta.float(), x.float()
+    places, counts = tokens.of(call)
+    delta, x = (each.reshape(-1, each.shape[-1]) for each in (call.delta, call.rows))
+    if places is not None:
+        delta, x = delta[places], x[places]
+    delta, x = factors_of_product(delta, x)
+    return [*zip(delta.split(counts), x.split(counts), strict=True)]

@@ -26,7 +26,9 @@ from torch.nn import functional
 
 from tlora.calibration.hooks import Call, ModuleRecord
 from tlora.calibration.weights import DOWN, ExpertPart, Target, inward_name
-from tlora.linalg.matrices import Pairs, full_precision
+from tlora.linalg.gradients import Pairs
+from tlora.linalg.matrices import full_precision
+from tlora.linalg.products import factors
 
 
 def records_of(targets: Iterable[Target]) -> dict[str, ModuleRecord]:
@@ -233,11 +235,11 @@ class _Pass:
         return cls(routing, expert, (rows, hidden.detach()), (at_inner, at_outer))
 
     def pairs(self, target: Target) -> list[tuple[Tensor, Tensor]]:
-        """Return delta_s and X_s of each sample for one of the two matrices, in float32."""
+        """Return delta_s and X_s of each sample for one of the two matrices, see `factors`."""
         which = int(_part(target).reads_hidden)
         deltas = self.routing.split(self.expert, self.deltas[which])
         inputs = self.routing.split(self.expert, self.inputs[which])
-        return [(d.float(), x.float()) for d, x in zip(deltas, inputs, strict=True)]
+        return [factors(d, x) for d, x in zip(deltas, inputs, strict=True)]
 
 
 def _part(target: Target) -> ExpertPart:

@@ -105,8 +105,17 @@ def dense_weight(target: Target) -> Tensor:
         AdapterError: the weight is on the meta device, is stored in a form not known here, or
             cannot be read as it is; the supported forms are named.
     """
+    return stored_weight(target).to(torch.float32)
+
+
+def stored_weight(target: Target) -> Tensor:
+    """Return W as `dense_weight` does, in the float dtype that it is stored or dequantized in.
+
+    Raises:
+        AdapterError: as `dense_weight`.
+    """
     with resident(target.module), torch.no_grad():
-        return _read(target).detach().to(torch.float32)
+        return _read(target).detach()
 
 
 def _read(target: Target) -> Tensor:

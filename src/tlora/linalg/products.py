@@ -24,19 +24,32 @@ def multiplies_narrow(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 matrices into a float32 one."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
+    if "dtype" not in torch.ops.aten.bmm.overloads():
+        return False  # torch before 2.8
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two matrices as `product` multiplies them: as they are, or converted to float32."""
+    if left.dtype == right.dtype and left.dtype in NARROW and multiplies_narrow(left.device):
+        return left, right
+    return left.float(), right.float()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` in float32: exact products, float32 sums.
 
     Args:
-        left: m x k, any floating dtype.
-        right: k x n.
+        left: m x k, any floating dtype; or a batch of such matrices, B x m x k.
+        right: k x n, or B x k x n.
     """
-    if left.dtype == right.dtype and left.dtype in NARROW and multiplies_narrow(left.device):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    left, right = factors(left, right)
+    return left @ right if left.dtype == torch.float32 else _narrow_product(left, right)
+
+
+def _narrow_product(left: Tensor, right: Tensor) -> Tensor:
+    multiply = torch.mm if left.dim() == 2 else torch.bmm
+    return multiply(left, right, out_dtype=torch.float32)
 
 
 def terms(matrix: Tensor, count: int) -> list[Tensor]:
