@@ -11,6 +11,7 @@ import transformers
 import support
 from tlora import TLoraConfig, calibrate
 from tlora.calibration.batches import (
+    TokenLayout,
     as_batch,
     batch_size,
     decoder_mask,
@@ -19,6 +20,7 @@ from tlora.calibration.batches import (
     real_tokens,
     single_samples,
 )
+from tlora.calibration.hooks import RealTokens
 from tlora.errors import CalibrationError
 
 CPU = torch.device("cpu")
@@ -171,3 +173,15 @@ def test_tensors_inside_lists_and_dicts_are_moved_too():
 )
 def test_the_tokens_that_count_are_counted(batch, tokens):
     assert real_tokens(batch) == tokens
+
+
+def test_real_tokens_are_looked_up_once_for_all_modules_that_read_a_mask():
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    layout = TokenLayout(2, mask)
+    same = layout.mask_on(mask, torch.device("cpu"))
+    assert layout.mask_on(mask, torch.device("cpu")) is same
+    tokens = RealTokens()
+    places = tokens.places(same)
+    assert places.tolist() == [0, 2, 3, 4]
+    assert tokens.places(same) is places
+    assert tokens.places(None) is None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.calibration.group import ProcessGroup
-from tlora.calibration.hooks import ModuleRecord
+from tlora.calibration.hooks import ModuleRecord, RealTokens
 from tlora.calibration.placement import device_of
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.weights import Target
@@ -81,16 +81,18 @@ class MomentAccumulator:
         """Add a batch of ``size`` samples that the hooks have recorded and split."""
         self._assign(records)
         done: set[int] = set()
+        tokens = RealTokens()
         for name, record in records.items():
             moment_id = self.moment_ids[name]
             moment = self.moments[moment_id]
             if moment is not None and moment_id not in done:
                 done.add(moment_id)
                 rows, mask = record.joined(size)
+                places = tokens.places(mask)
                 if isinstance(moment, CrossMoment):
-                    moment.update(rows, record.joined_outputs(size), mask)
+                    moment.update(rows, record.joined_outputs(size), mask, places)
                 else:
-                    moment.update(rows.to(moment.device), mask)
+                    moment.update(rows.to(moment.device), mask, places)
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
         """Add up the second moments of all processes' samples, so that each process holds the sum.

@@ -19,7 +19,7 @@ from tlora.calibration.accumulators import GradientAccumulator
 from tlora.calibration.batches import BadSamples
 from tlora.calibration.experts import ExpertsRecord
 from tlora.calibration.group import SINGLE_PROCESS, ProcessGroup
-from tlora.calibration.hooks import Call, ModuleRecord
+from tlora.calibration.hooks import Call, ModuleRecord, RealTokens
 from tlora.calibration.weights import Target, is_whole_weight, stored_weight
 from tlora.config import TLoraConfig
 from tlora.linalg.gradients import Pairs, constant, squared_norm, weighted_magnitude
@@ -148,7 +148,7 @@ class SensitivityPass:
         self.late = late
         self._kept: list[tuple[ModuleRecord, list[Call]]] = []
         self._handles: list[Any] = []
-        self._tokens = _Tokens()
+        self._tokens = RealTokens()
 
     def __enter__(self) -> SensitivityPass:
         for record in self.records:
@@ -228,28 +228,8 @@ def check_gradients(found: Mapping[str, Tensor]) -> None:
     )
 
 
-class _Tokens:
-    """Which rows are real tokens, looked up once for each mask of a batch.
-
-    On an accelerator each look waits for it.
-    """
-
-    def __init__(self) -> None:
-        # With the mask itself: its id is not given to another while it lives.
-        self._found: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
-
-    def of(self, call: Call) -> tuple[Tensor | None, list[int]]:
-        """Return the places of the real ones among B T rows (None: all), and how many a sample."""
-        if call.mask is None:
-            return None, [call.rows.shape[1]] * call.rows.shape[0]
-        if id(call.mask) not in self._found:
-            places = call.mask.flatten().nonzero().flatten()
-            self._found[id(call.mask)] = (call.mask, places, call.mask.sum(dim=1).tolist())
-        return self._found[id(call.mask)][1:]
-
-
 def _pairs(
-    record: ModuleRecord, calls: list[Call], size: int, tokens: _Tokens
+    record: ModuleRecord, calls: list[Call], size: int, tokens: RealTokens
 ) -> Iterator[tuple[Target, list[Pairs]]]:
     """Yield each target of a record with the pairs (delta, x) of each of ``size`` samples.
 
@@ -262,7 +242,7 @@ def _pairs(
         yield record.target, [[own[sample] for own in each] for sample in range(size)]
 
 
-def _own_rows(call: Call, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
+def _own_rows(call: Call, tokens: RealTokens) -> list[tuple[Tensor, Tensor]]:
     """Return delta_s (T_s x m) and X_s (T_s x d) of each sample, padding left out.
 
     Raises:
@@ -270,7 +250,7 @@ def _own_rows(call: Call, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
     """
     if call.delta is None:
         raise ValueError("the call has no gradient")
-    places, counts = tokens.of(call)
+    places, counts = tokens.places(call.mask), tokens.counts(call)
     delta, x = (each.reshape(-1, each.shape[-1]) for each in (call.delta, call.rows))
     if places is not None:
         delta, x = delta[places], x[places]

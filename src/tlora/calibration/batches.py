@@ -246,6 +246,14 @@ class TokenLayout:
     routed: frozenset[int] = frozenset()
     encoded: int | None = None
     _padded: dict[int, bool] = field(default_factory=dict)
+    _copies: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    def mask_on(self, mask: Tensor, device: torch.device) -> Tensor:
+        """Return a mask on a device, for all modules there the same tensor."""
+        key = id(mask), device
+        if key not in self._copies:
+            self._copies[key] = mask.to(device)
+        return self._copies[key]
 
     def split(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a module's input as B x T x d with its token mask (B x T, or None: all real).

@@ -53,6 +53,33 @@ class Call:
         return values.reshape(*self.rows.shape[:2], values.shape[-1])
 
 
+class RealTokens:
+    """Which rows are real tokens, looked up once for each mask of a batch.
+
+    On an accelerator each look waits for it.
+    """
+
+    def __init__(self) -> None:
+        # With the mask itself: its id is not given to another while it lives.
+        self._found: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
+
+    def places(self, mask: Tensor | None) -> Tensor | None:
+        """Return the places of the real ones among B T rows; None: all are real."""
+        return None if mask is None else self._of(mask)[1]
+
+    def counts(self, call: Call) -> list[int]:
+        """Return how many each sample of a call has."""
+        if call.mask is None:
+            return [call.rows.shape[1]] * call.rows.shape[0]
+        return self._of(call.mask)[2]
+
+    def _of(self, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        if id(mask) not in self._found:
+            places = mask.flatten().nonzero().flatten()
+            self._found[id(mask)] = (mask, places, mask.sum(dim=1).tolist())
+        return self._found[id(mask)]
+
+
 @dataclass
 class ModuleRecord:
     """What the hooks saw of one target in the current batch.
@@ -82,7 +109,7 @@ class ModuleRecord:
         for call in self.calls:
             call.rows, mask = layout.split(self.target.module, call.inputs)
             # Layers may lie on several devices, and the batch on one of them.
-            call.mask = None if mask is None else mask.to(call.rows.device)
+            call.mask = None if mask is None else layout.mask_on(mask, call.rows.device)
 
     def joined(self, size: int) -> tuple[Tensor, Tensor | None]:
         """Return the inputs of all calls as one B x T x d tensor, and its B x T mask."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tlora.calibration.group import ProcessGroup
-from tlora.calibration.hooks import ModuleRecord
+from tlora.calibration.hooks import ModuleRecord, RealTokens
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.moments import centered_rows
@@ -48,11 +48,14 @@ class StreamAccumulator:
     def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples; inputs that modules share are centered once."""
         centered: dict[tuple[object, ...], Tensor] = {}
+        tokens = RealTokens()
         for name, record in records.items():
             source = record.source
             if source not in centered:
                 rows, mask = record.joined(size)
-                centered[source] = centered_rows(rows, mask, torch.float32).centered
+                centered[source] = centered_rows(
+                    rows, mask, torch.float32, tokens.places(mask)
+                ).centered
             space = self.spaces[name]
             space.add(centered[source].to(space.block.device))
 

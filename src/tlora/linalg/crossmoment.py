@@ -34,16 +34,23 @@ class CrossMoment:
         return self.total.device
 
     @full_precision
-    def update(self, inputs: Tensor, outputs: Tensor, mask: Tensor | None = None) -> None:
+    def update(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        mask: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> None:
         """Add a batch of samples.
 
         Args:
             inputs: B x T x d float32: what the module was given.
             outputs: B x T x m float32: what it returned.
             mask: B x T, true at real tokens; None: every token is real.
+            places: of the real tokens among the B T rows, if they are known.
         """
-        x = centered_rows(inputs, mask, torch.float32)
-        y = centered_rows(outputs, mask, torch.float32)
+        x = centered_rows(inputs, mask, torch.float32, places)
+        y = centered_rows(outputs, mask, torch.float32, places)
         self.total.addmm_(y.centered.T, x.centered)
         self.samples += len(inputs)
         self.tokens += x.tokens

@@ -22,9 +22,9 @@ from tlora.linalg.products import NARROW, factors, multiplies_narrow, product
 
 logger = logging.getLogger(__name__)
 
-# Entries of G formed at once. On a CPU a megabyte stays in a core's cache; on an accelerator the G
-# of all samples of a batch stay in its second-level cache.
-_CPU_ENTRIES = 2**18
+# Entries of G formed at once. On a CPU four megabytes stay in its cache; on an accelerator the G of
+# all samples of a batch stay in its second-level cache.
+_CPU_ENTRIES = 2**20
 
 _DEVICE_ENTRIES = 2**23
 

@@ -32,13 +32,17 @@ class CenteredRows:
     tokens: int
 
 
-def centered_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> CenteredRows:
+def centered_rows(
+    inputs: Tensor, mask: Tensor | None, dtype: torch.dtype, places: Tensor | None = None
+) -> CenteredRows:
     """Center each sample of a batch over its own real tokens.
 
     Args:
         inputs: B x T x d, any floating dtype.
         mask: B x T, true (nonzero) at real tokens; None: every token is real.
         dtype: of the result and of the means.
+        places: of the real tokens among the B T rows, if they are known: to look them up, the host
+            waits for an accelerator.
     """
     x = inputs.detach().to(dtype)
     if mask is None:
@@ -52,7 +56,8 @@ def centered_rows(inputs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Ce
         # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
         zero = x.new_zeros(())
         means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
-        centered = (x - means[:, None])[keep[..., 0]]
+        places = keep.flatten().nonzero().flatten() if places is None else places
+        centered = (x - means[:, None]).flatten(0, 1)[places.to(x.device)]
         tokens = len(centered)
     return CenteredRows(centered, counts.sqrt() * means, tokens)
 
@@ -130,14 +135,17 @@ class SecondMoment:
         return _joined(self._means)
 
     @full_precision
-    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+    def update(
+        self, inputs: Tensor, mask: Tensor | None = None, places: Tensor | None = None
+    ) -> None:
         """Add a batch of samples.
 
         Args:
             inputs: B x T x d, any floating dtype: the module's inputs of B samples.
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
+            places: of the real tokens among the B T rows, if they are known (`centered_rows`).
         """
-        rows = centered_rows(inputs, mask, self._means[0].dtype)
+        rows = centered_rows(inputs, mask, self._means[0].dtype, places)
         self._add(rows.centered, inputs.dtype in NARROW)
         self._means.append(rows.weighted_means.to(self.device))
         self.samples += inputs.shape[0]
