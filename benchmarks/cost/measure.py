@@ -70,6 +70,12 @@ def _on_gpu(model: Any, batches: Any, run: Callable[..., Any]) -> dict[str, Any]
     return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}
 
 
+def synchronized(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
     """Return what ``work`` gives in a forked process, or {"failed": why}.
 

@@ -116,6 +116,38 @@ def growth(points: Sequence[Any], result: dict[str, Any], path: Path) -> Path:
     return _saved(figure, path.with_name(f"{path.stem}.png"))
 
 
+STAGE_COLORS = {
+    "passes": "#7a7a7a",
+    "moments": "#0b6e4f",
+    "sensitivities": "#3d9970",
+    "W C": "#8fa8c8",
+    "factorizations": "#4a6fa5",
+    "attach": "#d9a441",
+}
+
+
+def stages(result: dict[str, Any], path: Path) -> Path:
+    """Draw a bar for each run, one part for each stage."""
+    runs = dict(reversed(result["runs"].items()))
+    figure, axes = plt.subplots(figsize=(10, 0.6 * len(runs) + 1.6))
+    for place, run in enumerate(runs.values()):
+        left = 0.0
+        for stage, color in STAGE_COLORS.items():
+            share = run["seconds"][stage] / run["total"]
+            axes.barh(place, share, left=left, color=color, label=stage if not place else None)
+            if share > 0.04:
+                text = f"{run['seconds'][stage]:.2f} s"
+                axes.text(left + share / 2, place, text, ha="center", va="center", fontsize=8)
+            left += share
+    names = [f"{key}\n{run['total']:.2f} s" for key, run in runs.items()]
+    axes.set_yticks(range(len(runs)), names, fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the time, timers included")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncol=6, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return _saved(figure, path)
+
+
 def _slug(name: str) -> str:
     return name.replace(" ", "-").replace(",", "").lower()
 

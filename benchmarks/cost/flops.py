@@ -1,0 +1,82 @@
+"""Operations of each stage of an initialization, counted from shapes, and a device's peak.
+
+A product of m x k and k x n counts 2 m k n. Counted is the plain way: a half for symmetric
+products, C formed wherever there are more tokens than columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from measure import synchronized
+
+from tlora.linalg.products import multiplies_narrow, product
+from tlora.linalg.subspace import Solver
+
+
+def operations(shape: Any, r: int, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the operations of each stage that has any, for a Llama without grouped heads.
+
+    Args:
+        shape: `models.Shape`.
+        r: base rank.
+        ranks: of each adapted module, by a name that ends in PEFT's.
+    """
+    hidden, wide, layers = shape.hidden, shape.intermediate, shape.layers
+    tokens = shape.samples * shape.tokens
+    kinds = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden)),
+        **dict.fromkeys(("gate_proj", "up_proj"), (wide, hidden)),
+        "down_proj": (hidden, wide),
+    }
+    weights = layers * sum(m * d for m, d in kinds.values()) + hidden * shape.vocabulary
+    # Scores and their product with the values, forward; twice that backward.
+    attention = 3 * 4 * tokens * shape.tokens * hidden * layers
+    inputs = layers * [hidden, hidden, hidden, wide]  # qkv, o, gate and up, down
+    modules = [(m, d) for m, d in kinds.values() for _ in range(layers)]
+    shared = [(*kinds[name.rsplit(".", 1)[-1]], rank) for name, rank in ranks.items()]
+    return {
+        # Forward, and back to the activations: no gradient of a weight.
+        "passes": 4.0 * tokens * weights + attention,
+        "moments": float(sum(tokens * d * d for d in inputs if tokens > d)),
+        # A product a sample, then |W| . |G|.
+        "sensitivities": float(sum(2 * m * d * (tokens + shape.samples) for m, d in modules)),
+        "W C": float(sum(2 * m * d * min(d, tokens) for m, d in modules)),
+        "factorizations": sum(factorization(m, d, rank) for m, d, rank in shared),
+    }
+
+
+def factorization(m: int, d: int, rank: int) -> float:
+    """Return the operations of `task_subspace` on an m x d matrix by its default solver."""
+    solver, small = Solver(), min(m, d)
+    if solver.resolve(m, d, rank) == "exact":
+        return 4.0 * m * d * small + 8.0 * small**3
+    width, rounds = solver.width(rank), solver.iterations
+    products = 2.0 * m * d * width * (2 * rounds + 2)
+    # Orthonormal columns cost 4 k l^2, a triangle alone half of it, its SVD about 12 l^3.
+    bases = 4.0 * width**2 * ((rounds + 1) * d + rounds * m) + 2.0 * m * width**2
+    return products + bases + 12.0 * width**3 + 2.0 * d * width * rank
+
+
+def peaks(device: str) -> dict[str, float]:
+    """Return the operations a second of the fastest large products of a device, by dtype."""
+    size = 8192 if device == "cuda" else 1536
+    found = {"float32": _best(size, torch.float32, device)}
+    if multiplies_narrow(torch.device(device)):
+        found["bfloat16"] = _best(size, torch.bfloat16, device)
+    return found
+
+
+def _best(size: int, dtype: torch.dtype, device: str) -> float:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        synchronized(device)
+        start = time.perf_counter()
+        product(left, right)
+        synchronized(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
