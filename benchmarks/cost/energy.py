@@ -43,8 +43,8 @@ from tlora.linalg.matrices import full_precision
 from tlora.training.runfolder import provenance
 
 WAYS: dict[str, dict[str, Any]] = {
-    "auto": {"covariance": "exact"},
-    "randomized": {"covariance": "exact", "subspace": "randomized"},
+    "auto": {"covariance": "exact", "memory_budget": None},
+    "randomized": {"covariance": "exact", "memory_budget": None, "subspace": "randomized"},
     "streamed": {"covariance": "streamed"},
 }
 TARGETS: dict[str, Any] = {"target_modules": "all-linear"}
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def merge(result: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Put rows in the place of those of the same model, rank, device and dtype, in order."""
+    """Let rows take the place of those of the same model, rank, device and dtype."""
     keys = ("model", "rank", "device", "dtype")
     new = {tuple(row[k] for k in keys): row for row in rows}
     held = {tuple(row[k] for k in keys): row for row in result["rows"]}

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from init import Point, _import_all, _place, points
 from measure import in_child, synchronized
-from stagetimers import STAGES, Timers
+from stagetimers import BY_OUTPUTS, STAGES, Timers
 
 from models import Shape
 from tlora.files import read_json, write_json
@@ -118,7 +118,7 @@ def measured(point: Point, flags: argparse.Namespace) -> dict[str, Any]:
             total, _ = timed(tlora, model, batches, point.setting)
     seconds = dict(timers.seconds)
     seconds["passes"] = total - sum(seconds.values())
-    counted = operations(point.shape, point.setting.r, ranks)
+    counted = operations(point.shape, ranks, by_outputs=timers.calls[BY_OUTPUTS] > 0)
     return {
         "seconds": seconds,
         "calls": dict(timers.calls),
@@ -154,14 +154,14 @@ def table(key: str, run: dict[str, Any]) -> str:
         f"**{key}**: {run['without timers']:.2f} s, {run['total']:.2f} s with timers; the bare"
         f" passes to the activations {run['bare, activations alone']:.2f} s. Peak: {said}",
         "",
-        "| stage | seconds | share of time | calls | TFLOP |"
+        "| stage | seconds | share of time | TFLOP |"
         + "".join(f" of the {name} peak |" for name in peaks),
-        "|---|---|---|---|---|" + "---|" * len(peaks),
+        "|---|---|---|---|" + "---|" * len(peaks),
     ]
     for stage in ("passes", *STAGES):
         seconds, counted = run["seconds"][stage], run["operations"].get(stage, 0)
         cells = [stage, f"{seconds:.2f}", f"{seconds / run['total']:.0%}"]
-        cells += [str(run["calls"].get(stage, "")), f"{counted / 1e12:.3g}" if counted else ""]
+        cells.append(f"{counted / 1e12:.3g}" if counted else "")
         for peak in peaks.values():
             share = counted / (seconds * peak) if seconds else 0.0
             cells.append(f"{share:.0%}" if counted and seconds else "")

@@ -12,14 +12,16 @@ from typing import Any
 
 from measure import synchronized
 
+BY_OUTPUTS = "tlora.linalg.crossmoment:CrossMoment.update"
+
 STAGES: dict[str, tuple[str, ...]] = {
     "moments": (
         "tlora.calibration.accumulators:MomentAccumulator.update",
-        "tlora.linalg.moments:SecondMoment.scatter",
+        "tlora.linalg.moments:SecondMoment._form",
     ),
     "sensitivities": ("tlora.calibration.backward:SensitivityPass._add",),
-    "W C": ("tlora.linalg.moments:SecondMoment.weighted",),
-    "factorizations": ("tlora.adapter.solve:task_subspace",),
+    "W C": (BY_OUTPUTS, "tlora.linalg.moments:SecondMoment.weighted"),
+    "factorizations": ("tlora.adapter.solve:solve",),
     "attach": ("tlora.adapter.attach:attach",),
 }
 """module:function, or module:Class.method, of each stage. The same name in other modules of the
@@ -34,7 +36,7 @@ class Timers:
 
     Attributes:
         seconds: by stage.
-        calls: by stage.
+        calls: by function.
 
     Raises:
         AttributeError: a name in `STAGES` no longer exists.
@@ -69,20 +71,17 @@ class Timers:
         original = vars(owner).get(attribute)
         if original is None:
             raise AttributeError(f"{name} does not exist; put the name of what does it in STAGES.")
-        if isinstance(original, property):
-            timed: Any = property(self._timed(stage, original.fget))
-        else:
-            timed = self._timed(stage, original)
+        timed = self._timed(stage, name, original)
         owners = [owner] if classes else _holders(attribute, original)
         for each in owners:
             self._undo.append((each, attribute, original))
             setattr(each, attribute, timed)
 
-    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, stage: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
             self._switch(lambda: self._open.append(stage))
-            self.calls[stage] += len(self._open) == 1 or self._open[-2] != stage
             try:
                 return function(*args, **kwargs)
             finally:
