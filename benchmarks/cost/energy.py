@@ -178,7 +178,8 @@ def row_of(case: Case, rank: int) -> Row:
             _kept(case.products[name], found.modules[name].lora_A) / case.best[name][:rank].sum()
             for name in case.names
         ]
-        row[way] = torch.stack(shares).min().item()
+        least = torch.stack(shares).min(dim=0)
+        row[way], row[f"{way} least at"] = least.values.item(), case.names[int(least.indices)]
         row[f"{way} solvers"] = sorted({found.modules[name].solver for name in case.names})
     budget = sum(4 * product.shape[1] ** 2 for product in case.products.values()) // 4
     lean = planned(case, equal=True, r=rank, covariance="exact", memory_budget=budget)
@@ -259,7 +260,8 @@ def faults(row: Row) -> list[str]:
     """Return what of a row breaks a threshold, in words."""
     place = f"{row['model']}, r = {row['rank']}, {row['dtype']} on {row['device']}"
     found = [
-        f"{place}: {way} keeps {row[way]:.6f} of the optimal energy, less than {least}"
+        f"{place}: {way} keeps {row[way]:.6f} of the optimal energy at {row[f'{way} least at']},"
+        f" less than {least}"
         for way, least in LEAST.items()
         if not row[way] >= least
     ]
