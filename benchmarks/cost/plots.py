@@ -137,7 +137,9 @@ def stages(result: dict[str, Any], path: Path) -> Path:
             axes.barh(place, share, left=left, color=color, label=stage if not place else None)
             if share > 0.04:
                 text = f"{run['seconds'][stage]:.2f} s"
-                axes.text(left + share / 2, place, text, ha="center", va="center", fontsize=8)
+                dark = stage not in ("W C", "attach")
+                style = {"ha": "center", "va": "center", "fontsize": 8}
+                axes.text(left + share / 2, place, text, color="w" if dark else "k", **style)
             left += share
     names = [f"{key}\n{run['total']:.2f} s" for key, run in runs.items()]
     axes.set_yticks(range(len(runs)), names, fontsize=8)

@@ -263,16 +263,18 @@ def leading(product: Tensor) -> Tensor:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as Markdown."""
+    """Return a Markdown row for each model and kind of input: Frobenius, diagonal of each way."""
     lines = [
-        "| model | inputs | C by | Frobenius | diagonal | entries | energy, r = 32 |"
-        " W C by three terms |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | inputs | {' | '.join(WAYS)} | W C by three terms |",
+        "|---|---|" + "---|" * (len(WAYS) + 1),
     ]
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        numbers = [f"{row[key]:.1e}" for key in ("frobenius", "diagonal", "entries")]
-        cells = [row["model"], row["inputs"], row["way"], *numbers, f"{row['energy']:.8f}"]
-        lines.append(f"| {' | '.join(cells)} | {row['W C']:.1e} |")
+        found.setdefault((row["model"], row["inputs"]), {})[row["way"]] = row
+    for place, ways in found.items():
+        cells = [f"{ways[way]['frobenius']:.1e}, {ways[way]['diagonal']:.1e}" for way in WAYS]
+        product = max(row["W C"] for row in ways.values())
+        lines.append(f"| {' | '.join([*place, *cells])} | {product:.1e} |")
     return "\n".join(lines)
 
 
