@@ -5,9 +5,9 @@
 On a small random Llama. Prints the relative errors of 16-bit products against float64;
 for float32 and bfloat16 the largest relative difference of sensitivities and of second moments, how
 many ranks differ, and the least overlap of a module's subspaces (1: the same); and whether the same
-seed gives the same plan twice, to the bit. Then, for the down_proj of Llama-2-7B and 4 samples of
-512 tokens in bfloat16, what sum |W * G_s| costs by the Triton kernel and by batched products, beside
-the bare product of all tokens.
+seed gives the same plan twice, to the bit. Then, on a GPU, for the down_proj of Llama-2-7B and 4
+samples of 512 tokens in bfloat16, what sum |W * G_s| costs by the Triton kernel and by batched
+products, beside the bare product of all tokens.
 
 Exits with 1 where a difference is beyond its limit, the adapted model's output is not the base's to
 the bit, or anything but B gets a gradient.
