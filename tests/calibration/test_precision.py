@@ -21,7 +21,7 @@ from tlora.linalg import gradients, products
 from tlora.linalg.gradients import weighted_magnitude
 from tlora.linalg.matrices import full_precision
 from tlora.linalg.moments import SecondMoment
-from tlora.linalg.streamed import StreamedSubspace
+from tlora.linalg.streamed import StreamedSubspace, advance, results
 
 CONFIG = TLoraConfig(r=8, lora_alpha=8, subspace="exact")
 
@@ -77,7 +77,7 @@ def test_autocast_does_not_reach_the_mathematics(tiny_llama):
     model, batches = tiny_llama(initializer_range=0.2), support.causal_samples()
     stats = calibrate(model, batches, CONFIG)
 
-    def results() -> list[Tensor]:
+    def mathematics() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(4, 6, 32, generator=generator)
         weight = torch.randn(16, 32, generator=generator).abs()
@@ -87,8 +87,9 @@ def test_autocast_does_not_reach_the_mathematics(tiny_llama):
         space = StreamedSubspace(32, 2, seed=0)
         while not space.finished:
             space.add(rows.flatten(0, 1))
-            space.advance(weight)
-        found = [moment.covariance(), moment.uncentered(), space.result(weight).basis]
+            advance([space], [lambda: weight])
+        found = [moment.covariance(), moment.uncentered()]
+        found += [results([space], [lambda: weight])[0].basis]
         found += [weighted_magnitude(weight, [[(delta, rows[0])]])]
         for fields in ({}, {"basis": "random"}, {"whiten": True}):
             planned = plan(model, stats, TLoraConfig(r=2, **fields))
@@ -96,9 +97,9 @@ def test_autocast_does_not_reach_the_mathematics(tiny_llama):
             found += [torch.tensor(m.captured_energy) for m in planned.modules.values()]
         return found
 
-    expected = results()
+    expected = mathematics()
     with torch.autocast("cpu", torch.bfloat16):
-        found = results()
+        found = mathematics()
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(ours, wanted) for ours, wanted in zip(found, expected, strict=True))
     assert {value.dtype for value in found} == {torch.float32}

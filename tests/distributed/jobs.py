@@ -117,10 +117,10 @@ def solved(folder: str, dealt: Dealt) -> tuple[list[str], list[int]]:
         gathered.append(weakref.ref(weight))
         return weight
 
-    def note(job: Any, *rest: Any) -> Any:
-        here.append(job.target.name)
+    def note(jobs: Any, *rest: Any) -> Any:
+        here.extend(job.target.name for job in jobs)
         alive.append(sum(each() is not None for each in gathered))
-        return solve(job, *rest)
+        return solve(jobs, *rest)
 
     try:
         planning.dense_weight, planning.solve = gather, note

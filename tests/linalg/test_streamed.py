@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tlora.linalg.matrices import FactoredMatrix
-from tlora.linalg.streamed import StreamedSubspace
-from tlora.linalg.subspace import Solver, task_subspace
+from tlora.linalg.singular import Solver
+from tlora.linalg.streamed import StreamedSubspace, advance, results
+from tlora.linalg.subspace import Problem, Subspace, task_subspaces
 
 
 def activations(tokens: int, columns: int, seed: int, decay: float = 1.0) -> torch.Tensor:
@@ -24,10 +25,16 @@ def stream(x: torch.Tensor, weight: torch.Tensor, rank: int, seed: int = 0):
     while not space.finished:
         for sample in x.split(50):
             space.add(sample)
-        space.advance(weight)
+        advance([space], [lambda: weight])
         made += 1
     assert made == 3
-    return space.result(weight)
+    return results([space], [lambda: weight])[0]
+
+
+def exact_subspace(weight: torch.Tensor, x: torch.Tensor, rank: int) -> Subspace:
+    product = FactoredMatrix(weight @ (x.T @ x))
+    problem = Problem(lambda: product, lambda: weight, product.shape, rank)
+    return task_subspaces([problem], Solver(mode="exact"))[0]
 
 
 @pytest.mark.parametrize("rows", [40, 120, 200])
@@ -36,7 +43,7 @@ def test_three_passes_keep_99_percent_of_what_the_exact_subspace_keeps(rows, ran
     x = activations(600, 120, seed=1)
     weight = torch.randn(rows, 120, generator=torch.Generator().manual_seed(2))
     product = weight @ (x.T @ x)
-    exact = task_subspace(weight, FactoredMatrix(weight @ (x.T @ x)), rank, Solver(mode="exact"))
+    exact = exact_subspace(weight, x, rank)
     found = stream(x, weight, rank)
     kept = (product @ found.basis.T).square().sum() / product.square().sum()
     assert kept >= 0.99 * exact.captured_energy
@@ -47,7 +54,7 @@ def test_three_passes_keep_99_percent_of_what_the_exact_subspace_keeps(rows, ran
 def test_a_block_as_wide_as_the_matrix_is_exact():
     x = activations(200, 12, seed=5)
     weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(6))
-    exact = task_subspace(weight, FactoredMatrix(weight @ (x.T @ x)), 5, Solver(mode="exact"))
+    exact = exact_subspace(weight, x, 5)
     found = stream(x, weight, 5)
     torch.testing.assert_close(found.basis, exact.basis, atol=2e-3, rtol=0)
     assert found.captured_energy == pytest.approx(exact.captured_energy, abs=1e-4)

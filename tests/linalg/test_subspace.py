@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from tlora.linalg.matrices import FactoredMatrix
+from tlora.linalg.singular import Solver, fix_signs, right_singular_vectors
 from tlora.linalg.subspace import (
-    Solver,
+    Problem,
+    Subspace,
     captured_energy,
-    fix_signs,
     random_basis,
-    right_singular_vectors,
+    task_subspaces,
     whitened,
 )
-from tlora.linalg.subspace import task_subspace as subspace_of_product
 
 SOLVERS = {
     "exact": Solver(mode="exact"),
@@ -60,7 +60,16 @@ def overlap(basis: torch.Tensor, rows: np.ndarray) -> float:
     return float(np.square(basis.double().numpy() @ rows.T).sum() / len(rows))
 
 
-def task_subspace(weight: torch.Tensor, moment: torch.Tensor, rank: int, solver: Solver) -> Any:
+def subspace_of_product(
+    weight: torch.Tensor, product: FactoredMatrix, rank: int, solver: Solver
+) -> Subspace:
+    problem = Problem(lambda: product, lambda: weight, product.shape, rank)
+    return task_subspaces([problem], solver)[0]
+
+
+def task_subspace(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int, solver: Solver
+) -> Subspace:
     return subspace_of_product(weight, FactoredMatrix(weight @ moment.to(weight)), rank, solver)
 
 

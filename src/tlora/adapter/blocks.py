@@ -218,7 +218,7 @@ class _Planner:
         """Plan a block's modules from their second moments, and gradients."""
         self._solve(
             [self._job(target, accumulator, gradients) for target in block],
-            lambda job, weight: solve(job, self.config, weight),
+            lambda jobs, weight: solve(jobs, self.config, weight),
         )
 
     def plan(self) -> AdapterPlan:
@@ -260,7 +260,9 @@ class _Planner:
             accumulator.advance(self.group)
         self._solve(
             [self._job(target) for target in block],
-            lambda job, weight: planned(job, self.config, accumulator.result(job.target, weight)),
+            lambda jobs, weight: planned(
+                jobs, self.config, accumulator.results([job.target for job in jobs], weight)
+            ),
         )
 
     def _job(
@@ -275,10 +277,11 @@ class _Planner:
             gradients.give(target, measured)
         return ModuleJob(target, measured, self.shares.of[target.name])
 
-    def _solve(self, jobs: Sequence[ModuleJob], solve_one: Solve) -> None:
-        def within(job: ModuleJob, weight: Tensor | None) -> ModulePlan:
-            where = partial("solving {}".format, job.target.name)
-            return within_memory(partial(solve_one, job, weight), where, 0, self.budget)
+    def _solve(self, jobs: Sequence[ModuleJob], solve_some: Solve) -> None:
+        def within(some: Sequence[ModuleJob], weight: Tensor | None) -> list[ModulePlan]:
+            more = f" and {len(some) - 1} more" if some[1:] else ""
+            where = partial("solving {}{}".format, some[0].target.name, more)
+            return within_memory(partial(solve_some, some, weight), where, 0, self.budget)
 
         # Where passes follow, their bars are enough.
         title = "Planning" if self.progress and self.strategy.passes == 1 else None

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from tlora.adapter.plan import AdapterPlan, ModulePlan
 from tlora.adapter.solve import ModuleJob, Shares, allocate, joined, solve
 from tlora.calibration.group import ProcessGroup, process_group
-from tlora.calibration.placement import class_name, reshard, resharded, unwrapped
+from tlora.calibration.placement import class_name, device_of, reshard, resharded, unwrapped
 from tlora.calibration.preserve import refuse_repacked
 from tlora.calibration.statistics import Calibration, ModuleStatistics, model_key
 from tlora.calibration.targets import find_targets
 from tlora.calibration.weights import Target, dense_weight, is_whole_weight
 from tlora.config import TLoraConfig
 from tlora.errors import AdapterError, PlanError
+from tlora.linalg.orthogonal import BATCH_BYTES, batch_bytes, batches
 
 
 def plan(
@@ -59,7 +60,7 @@ def plan(
         each = zip(targets, measured, strict=True)
         solved = solve_each(
             [ModuleJob(target, module, shares.of[target.name]) for target, module in each],
-            lambda job, weight: solve(job, config, weight),
+            lambda jobs, weight: solve(jobs, config, weight),
             group,
             "Planning" if progress else None,
         )
@@ -101,8 +102,11 @@ def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
     return found
 
 
-Solve = Callable[[ModuleJob, Tensor | None], ModulePlan]
-"""Plans one module; is given its weight where that is sharded and had to be gathered."""
+Solve = Callable[[Sequence[ModuleJob], Tensor | None], list[ModulePlan]]
+"""Plans modules; is given the weight of one that is sharded and had to be gathered."""
+
+Round = dict[int, ModuleJob]
+"""One job to a process, by the process's number."""
 
 
 def solve_each(
@@ -112,11 +116,12 @@ def solve_each(
 
     The jobs are dealt out in rounds, one to a process, the largest first. Sharded weights are
     gathered one by one, at the start of the round that needs them, so that a process holds one at a
-    time (and a second while it is gathered).
+    time (and a second while it is gathered). Where weights are whole and on an accelerator, a
+    process solves its jobs of many rounds together.
 
     Args:
         jobs: the same on every process, in model order.
-        solve: plans one.
+        solve: plans some, of which it is given the weight only if it is sharded.
         group: the processes that take part.
         title: of the bar; None: no bar.
 
@@ -131,26 +136,48 @@ def solve_each(
     hidden = None if title and group.is_main_process else True
     bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=hidden)
     with group.raise_on_all(), bar:
-        for some in rounds:
-            weight = _gathered(some, group)
-            if job := some.get(group.process):
-                done[job.target.name] = solve(job, weight)
+        for together in _batches(rounds):
+            weight = _gathered(together[0], group)
+            own = [some[group.process] for some in together if group.process in some]
+            if own:
+                done |= {module.name: module for module in solve(own, weight)}
             del weight  # before the next one is gathered
-            bar.update(len(some))
+            bar.update(sum(map(len, together)))
     owners = {job.target.name: process for some in rounds for process, job in some.items()}
     return _exchanged(jobs, owners, done, group)
 
 
-def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[dict[int, ModuleJob]]:
+def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[Round]:
     """Deal the jobs out to processes; the first of a round is the last of the next, for balance."""
-    # The product W C costs m d^2, and a sketch of it less, in the same order.
-    order = sorted(jobs, key=lambda job: -job.target.d_out * job.target.d_in**2)
+
+    def cost(job: ModuleJob) -> tuple[int, int]:
+        # The product W C costs m d^2, and a sketch of it less, in the same order. Equal shapes of
+        # equal rank come together, and make a batch.
+        return -job.target.d_out * job.target.d_in**2, -job.share.rank
+
+    order = sorted(jobs, key=cost)
     for number, start in enumerate(range(0, len(order), size)):
         some = dict(enumerate(order[start : start + size]))
         yield {size - 1 - r: job for r, job in some.items()} if number % 2 else some
 
 
-def _gathered(some: dict[int, ModuleJob], group: ProcessGroup) -> Tensor | None:
+def _batches(rounds: Sequence[Round]) -> Iterator[Sequence[Round]]:
+    """Yield rounds that are solved together: one where a weight is sharded, or on a CPU."""
+    sizes = [max(map(_solving_bytes, some.values())) for some in rounds]
+    for places in batches(sizes, BATCH_BYTES):
+        yield rounds[places.start : places.stop]
+
+
+def _solving_bytes(job: ModuleJob) -> int:
+    """Return what a job takes of a batch, in bytes: all, where it is to be a batch of its own."""
+    module = job.target.module
+    if not (is_whole_weight(module) and batch_bytes(device_of(module))):
+        return BATCH_BYTES
+    # A sketch and the rows of A, which stay until the batch is read; W C does not.
+    return 4 * job.target.d_in * (3 * job.share.rank + 1)
+
+
+def _gathered(some: Round, group: ProcessGroup) -> Tensor | None:
     """Return the weight of this process's job, if it is sharded; all take part."""
     split = {p: job for p, job in some.items() if not is_whole_weight(job.target.module)}
     if split:

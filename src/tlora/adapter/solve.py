@@ -13,13 +13,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tlora.adapter.plan import ModulePlan
 from tlora.calibration.statistics import ModuleStatistics
-from tlora.calibration.weights import Target, dense_weight
+from tlora.calibration.streams import given_or_read
+from tlora.calibration.weights import Target
 from tlora.config import Basis, TLoraConfig
 from tlora.linalg.allocation import (
     RankAllocation,
@@ -31,12 +33,15 @@ from tlora.linalg.allocation import (
 )
 from tlora.linalg.bases import half_weighted, moment_itself
 from tlora.linalg.matrices import FactoredMatrix, full_precision
+from tlora.linalg.orthogonal import on_host, read
+from tlora.linalg.singular import Solver
 from tlora.linalg.subspace import (
-    Solver,
+    Problem,
     Subspace,
-    captured_energy,
+    energies,
     random_basis,
-    task_subspace,
+    share,
+    task_subspaces,
     whitened,
 )
 
@@ -156,59 +161,89 @@ class ModuleJob:
 
 
 @full_precision
-def solve(job: ModuleJob, config: TLoraConfig, weight: Tensor | None = None) -> ModulePlan:
-    """Find a module's A from its statistics.
+def solve(
+    jobs: Sequence[ModuleJob], config: TLoraConfig, weight: Tensor | None = None
+) -> list[ModulePlan]:
+    """Find modules' A from their statistics; the host waits for all of them at once.
 
     Args:
-        job: the module.
+        jobs: the modules.
         config: which subspace.
-        weight: W, m x d float32, if it is at hand; None: it is read where it is needed.
+        weight: W, m x d float32, of a single module, if it is at hand; None: each is read where it
+            is needed.
     """
-    target, statistics, rank = job.target, job.statistics, job.share.rank
-    matrix = MATRICES.get(config.basis)
     with torch.no_grad():
-        if rank == 0:
-            return planned(job, config, Subspace(torch.zeros(0, target.d_in), 0.0, "none", 0, None))
-        if weight is None and (matrix or statistics.moment):
-            weight = dense_weight(target)
-        if matrix is None:
-            found = _random(job, config, weight)
-        else:
+        wanted = [job for job in jobs if job.share.rank]
+        if config.basis in MATRICES:
             solver = Solver(mode=config.subspace, seed=config.seed)
-            product = matrix(weight, statistics)  # type: ignore[arg-type]
-            found = task_subspace(weight, product, rank, solver)  # type: ignore[arg-type]
+            found = task_subspaces([_problem(job, config, weight) for job in wanted], solver)
+        else:
+            found = _random(wanted, config, weight)
         if config.whiten:
-            uncentered = statistics.uncentered().to(found.basis)
-            basis = whitened(found.basis, uncentered, _WHITENING[config.whiten])
-            found = replace(found, basis=basis)
-    return planned(job, config, found)
+            power = _WHITENING[config.whiten]
+            found = [_whitened(*pair, power) for pair in zip(wanted, found, strict=True)]
+    of = {job.target.name: each for job, each in zip(wanted, found, strict=True)}
+    return planned(jobs, config, [of.get(job.target.name) or _nothing(job) for job in jobs])
 
 
-def planned(job: ModuleJob, config: TLoraConfig, found: Subspace) -> ModulePlan:
-    """Return the plan of a module whose subspace is ``found``."""
-    return ModulePlan(
-        name=job.target.name,
-        d_in=job.target.d_in,
-        d_out=job.target.d_out,
-        rank=job.share.rank,
-        scale=job.share.scale,
-        lora_A=found.basis.cpu(),
-        captured_energy=found.captured_energy,
-        sensitivity=job.statistics.measured(config.sensitivity_rule),
-        solver=found.method,
-        total_energy=found.total_energy,
+def _problem(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Problem:
+    target = job.target
+    read = partial(given_or_read, weight, target)
+    matrix = MATRICES[config.basis]
+    return Problem(
+        lambda: matrix(read(), job.statistics), read, (target.d_out, target.d_in), job.share.rank
     )
 
 
-def _random(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Subspace:
+def _whitened(job: ModuleJob, found: Subspace, power: float) -> Subspace:
+    uncentered = job.statistics.uncentered().to(found.basis)
+    return replace(found, basis=whitened(found.basis, uncentered, power))
+
+
+def _nothing(job: ModuleJob) -> Subspace:
+    return Subspace(torch.zeros(0, job.target.d_in), 0.0, "none", 0, None)
+
+
+def planned(
+    jobs: Sequence[ModuleJob], config: TLoraConfig, found: Sequence[Subspace]
+) -> list[ModulePlan]:
+    """Return the plans of modules whose subspaces are ``found``."""
+    rows = on_host([each.basis for each in found])
+    return [
+        ModulePlan(
+            name=job.target.name,
+            d_in=job.target.d_in,
+            d_out=job.target.d_out,
+            rank=job.share.rank,
+            scale=job.share.scale,
+            lora_A=a,
+            captured_energy=each.captured_energy,
+            sensitivity=job.statistics.measured(config.sensitivity_rule),
+            solver=each.method,
+            total_energy=each.total_energy,
+        )
+        for job, each, a in zip(jobs, found, rows, strict=True)
+    ]
+
+
+def _random(
+    jobs: Sequence[ModuleJob], config: TLoraConfig, weight: Tensor | None
+) -> list[Subspace]:
     """Draw A at random; it captures energy of W C, where a second moment was measured."""
-    # A seed of its own for each module: equal shapes must not get equal matrices.
-    seed = config.seed * 1_000_003 + job.share.index
-    basis = random_basis(job.share.rank, job.target.d_in, seed)
-    if job.statistics.moment is None or weight is None:
-        return Subspace(basis, None, "random", 0, None)
-    product, basis = job.statistics.weighted(weight), basis.to(weight.device)
-    return Subspace(basis, captured_energy(product, basis), "random", 0, product.energy().item())
+    found: list[Subspace] = []
+    measured: dict[int, Tensor] = {}
+    for place, job in enumerate(jobs):
+        # A seed of its own for each module: equal shapes must not get equal matrices.
+        seed = config.seed * 1_000_003 + job.share.index
+        basis = random_basis(job.share.rank, job.target.d_in, seed)
+        if job.statistics.moment is not None:
+            dense = given_or_read(weight, job.target)
+            measured[place] = energies(job.statistics.weighted(dense), basis.to(dense.device))
+        found.append(Subspace(basis, None, "random", 0, None))
+    for place, (kept, whole) in zip(measured, read(list(measured.values())), strict=True):
+        energy = share(kept, whole)
+        found[place] = replace(found[place], captured_energy=energy, total_energy=whole)
+    return found
 
 
 def joined(targets: Sequence[Target], plans: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tlora.calibration.hooks import ModuleRecord, RealTokens
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.moments import centered_rows
-from tlora.linalg.streamed import StreamedSubspace, block_width
+from tlora.linalg.streamed import StreamedSubspace, advance, block_width, results
 from tlora.linalg.subspace import Subspace
 
 
@@ -67,11 +68,17 @@ class StreamAccumulator:
 
     def advance(self, group: ProcessGroup) -> None:
         """End a pass. Every process goes on with the first one's blocks, to the bit."""
-        for target in self.targets:
-            space = self.spaces[target.name]
-            space.advance(dense_weight(target))
+        spaces = [self.spaces[target.name] for target in self.targets]
+        advance(spaces, [partial(dense_weight, target) for target in self.targets])
+        for space in spaces:
             space.block = group.broadcast_tensor(0, space.block)
 
-    def result(self, target: Target, weight: Tensor | None = None) -> Subspace:
-        """Return a module's subspace after the last pass; ``weight``: W, if it is at hand."""
-        return self.spaces[target.name].result(dense_weight(target) if weight is None else weight)
+    def results(self, targets: Sequence[Target], weight: Tensor | None = None) -> list[Subspace]:
+        """Return modules' subspaces after the last pass; ``weight``: W of a single one, if read."""
+        weights = [partial(given_or_read, weight, target) for target in targets]
+        return results([self.spaces[target.name] for target in targets], weights)
+
+
+def given_or_read(weight: Tensor | None, target: Target) -> Tensor:
+    """Return W of a target: as it was given, or else as it is read (`dense_weight`)."""
+    return dense_weight(target) if weight is None else weight

@@ -8,18 +8,17 @@ one-pass sketch of C is not good enough: spectra of real activations are not ste
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from tlora.linalg.matrices import full_precision
-from tlora.linalg.subspace import (
-    Solver,
-    Subspace,
-    completed,
-    fix_signs,
-    right_singular_vectors,
-    rounding,
-)
+from tlora.linalg.matrices import FactoredMatrix, full_precision
+from tlora.linalg.orthogonal import batch_bytes, batches, orthonormal, read
+from tlora.linalg.singular import Solver
+from tlora.linalg.subspace import Problem, Subspace, share, task_subspaces
 
 PASSES = 3
 _PROBES = 16
@@ -34,7 +33,7 @@ class StreamedSubspace:
     """Finds the leading right singular vectors of W C from products with C alone.
 
     The caller repeats, `PASSES` times: `product` is zeroed, C V is added into it sample by sample
-    by `add`, and `advance` turns it into the next block.
+    by `add`, and `advance` turns the products of all modules into the next blocks.
 
     Args:
         columns: d.
@@ -69,37 +68,79 @@ class StreamedSubspace:
         """Add X^T (X V) for centered rows X, tokens x d float32."""
         self.product.addmm_(centered.T, centered @ self.block)
 
-    @full_precision
-    def advance(self, weight: Tensor) -> None:
-        """End a pass: take the product for C V and make the next block. ``weight``: W, m x d."""
+    def close(self, weight: Callable[[], Tensor]) -> None:
+        """End a pass: the product becomes the next block, which is not orthonormal yet."""
         self._done += 1
         if self.finished:
             return
         towards_weight = self._done % 2 == 1
-        block = weight.T @ (weight @ self.product) if towards_weight else self.product
-        self.block = torch.linalg.qr(block).Q
+        if towards_weight:
+            dense = weight()
+            self.block = dense.T @ (dense @ self.product)
+        else:
+            self.block = self.product
+        del self.product
+
+    def open(self, block: Tensor) -> None:
+        """Begin the next pass with an orthonormal block."""
+        self.block = block
         if self._done == PASSES - 1:
             probes = self._normal(len(block), _PROBES).to(block)
-            probes -= self.block @ (self.block.T @ probes)
-            self.block = torch.cat([self.block, probes], dim=1)
+            probes -= block @ (block.T @ probes)
+            self.block = torch.cat([block, probes], dim=1)
         self.product = torch.zeros_like(self.block)
-
-    @full_precision
-    def result(self, weight: Tensor) -> Subspace:
-        """Return the subspace after the last pass.
-
-        Its captured energy is an estimate: what the block keeps of ||W C||_F^2 is exact, what it
-        leaves is measured on random probes outside it (Hutch++: Meyer et al. 2021).
-        """
-        image = weight @ self.product
-        kept, lost = image[:, :-_PROBES], image[:, -_PROBES:]
-        rotation, values = right_singular_vectors(kept, self.rank, Solver(mode="exact"))
-        vectors = fix_signs(rotation @ self.block[:, :-_PROBES].T)
-        determined = int((values > values[0] * rounding(kept.shape, values.dtype)).sum())
-        vectors = completed(vectors[:determined], weight, self.rank, Solver())
-        total = (kept.square().sum() + lost.square().sum() / _PROBES).item()
-        energy = 1.0 if total == 0 else min(1.0, values.square().sum().item() / total)
-        return Subspace(vectors, energy, "streamed", determined, total)
 
     def _normal(self, rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=self._generator)
+
+
+@full_precision
+def advance(spaces: Sequence[StreamedSubspace], weights: Sequence[Callable[[], Tensor]]) -> None:
+    """End a pass: take each product for C V and make the next block.
+
+    Args:
+        spaces: all after the same number of passes.
+        weights: each returns W, m x d; called one at a time, in the first pass alone.
+    """
+    for space, weight in zip(spaces, weights, strict=True):
+        space.close(weight)
+    going_on = [space for space in spaces if not space.finished]
+    sizes = [space.block.nbytes for space in going_on]
+    for places in batches(sizes, batch_bytes(going_on[0].block.device) if going_on else 0):
+        some = [going_on[place] for place in places]
+        for space, block in zip(some, orthonormal([space.block for space in some]), strict=True):
+            space.open(block)
+
+
+@full_precision
+def results(
+    spaces: Sequence[StreamedSubspace], weights: Sequence[Callable[[], Tensor]]
+) -> list[Subspace]:
+    """Return the subspaces after the last pass.
+
+    Their captured energy is an estimate: what the block keeps of ||W C||_F^2 is exact, what it
+    leaves is measured on random probes outside it (Hutch++: Meyer et al. 2021).
+
+    Args:
+        spaces: finished.
+        weights: each returns W, m x d; called one at a time.
+    """
+    problems, lost = [], []
+    for space, weight in zip(spaces, weights, strict=True):
+        image = weight() @ space.product
+        kept = FactoredMatrix(image[:, :-_PROBES])
+        lost.append(image[:, -_PROBES:].double().square().sum() / _PROBES)
+        block = space.block[:, :-_PROBES]
+        problems.append(Problem(partial(_itself, kept), weight, kept.shape, space.rank, block))
+    found = task_subspaces(problems, Solver())
+    return [_with_lost(each, outside) for each, outside in zip(found, read(lost), strict=True)]
+
+
+def _itself(product: FactoredMatrix) -> FactoredMatrix:
+    return product
+
+
+def _with_lost(found: Subspace, lost: float) -> Subspace:
+    inside = found.total_energy or 0.0
+    kept, whole = (found.captured_energy or 0.0) * inside, inside + lost
+    return replace(found, captured_energy=share(kept, whole), total_energy=whole, method="streamed")

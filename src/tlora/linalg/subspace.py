@@ -1,50 +1,22 @@
 """The frozen subspace: leading right singular vectors of W C, and how well they do.
 
 Source: arXiv 2604.18124, section 3 (A = V_r of W C; B = 0). The released code asks for full U and
-V; here neither solver forms a full factor. Solvers: exact (thin SVD) and randomized subspace
-iteration with oversampling (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+V; here no solver forms a full factor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tlora.linalg.batched import Leading, Sketch, exact, ritz, sketched, solvable
 from tlora.linalg.matrices import FactoredMatrix
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How singular vectors are found.
-
-    Attributes:
-        mode: "exact", "randomized", or "auto": randomized where that is several times cheaper.
-        oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
-        iterations: of M^T M, beyond the M^T that the sketch starts with. Two keep 0.9999 of the
-            optimal energy on real activations, 0.9997 where the spectrum is flat.
-        seed: of the sketch, so that a plan is reproducible.
-    """
-
-    mode: str = "auto"
-    oversample: int | None = None
-    iterations: int = 2
-    seed: int = 0
-
-    def width(self, rank: int) -> int:
-        """Columns of the sketch for ``rank`` singular vectors."""
-        return rank + (max(32, rank // 2) if self.oversample is None else self.oversample)
-
-    def resolve(self, rows: int, columns: int, rank: int) -> str:
-        """Return "exact" or "randomized" for the leading ``rank`` of a rows x columns matrix."""
-        small = min(rows, columns)
-        if self.mode != "auto":
-            # A sketch as wide as the matrix is the exact problem, solved with more work.
-            return "exact" if self.width(rank) >= small else self.mode
-        return "randomized" if small >= 256 and 3 * self.width(rank) <= small else "exact"
+from tlora.linalg.orthogonal import BATCH_BYTES, batches, read
+from tlora.linalg.singular import Solver, fix_signs, right_singular_vectors, rounding
 
 
 @dataclass(frozen=True)
@@ -68,64 +40,6 @@ class Subspace:
     total_energy: float | None = 0.0
 
 
-def right_singular_vectors(
-    matrix: Tensor | FactoredMatrix, rank: int, solver: Solver
-) -> tuple[Tensor, Tensor]:
-    """Return the leading ``rank`` right singular vectors as rows, and their singular values.
-
-    Args:
-        matrix: M, m x d, floating point; factors M = L R are used as they are.
-        rank: r, at most min(m, d).
-        solver: exact thin SVD, or randomized: V <- orth(M^T G) with Gaussian G, V <- orth(M^T M V)
-            repeated, then Rayleigh-Ritz.
-
-    Returns:
-        V^T (r x d, orthonormal rows, each with its entry of largest magnitude positive) and the
-        singular values (r, descending), in the dtype of ``matrix``. Fewer than r where M is a
-        product over fewer inner columns.
-
-    Raises:
-        ValueError: rank is not between 1 and min(m, d).
-    """
-    product = matrix if isinstance(matrix, FactoredMatrix) else FactoredMatrix(matrix)
-    rows, columns = product.shape
-    if not 1 <= rank <= min(rows, columns):
-        raise ValueError(f"rank {rank} is not between 1 and min{(rows, columns)}")
-    if solver.resolve(rows, columns, rank) == "exact":
-        narrow, basis = product.reduced()
-        _, values, vectors = torch.linalg.svd(narrow, full_matrices=False)
-    else:
-        basis = _dominant(product, solver.width(rank), solver)
-        # Of M V only the right factor is wanted: that of its triangle, without the left one.
-        triangle = torch.linalg.qr(product.times(basis), mode="r").R
-        _, values, vectors = torch.linalg.svd(triangle, full_matrices=False)
-    vectors = vectors[:rank]
-    return fix_signs(vectors if basis is None else vectors @ basis.T), values[:rank]
-
-
-def _dominant(product: FactoredMatrix, width: int, solver: Solver) -> Tensor:
-    """Return d x width orthonormal columns close to the leading right singular vectors of M."""
-    # The generator lives on the CPU so that a seed means the same sketch on every device.
-    generator = torch.Generator().manual_seed(solver.seed)
-    sketch = torch.randn(product.shape[0], width, generator=generator, dtype=torch.float32)
-    # Starting on the left, with M^T G, is half an iteration ahead of starting with G.
-    basis: Tensor = torch.linalg.qr(product.transposed_times(sketch.to(product.left))).Q
-    for _ in range(solver.iterations):
-        # Orthonormalizing on both sides keeps the small directions above rounding error.
-        left = torch.linalg.qr(product.times(basis)).Q
-        basis = torch.linalg.qr(product.transposed_times(left)).Q
-    return basis
-
-
-def fix_signs(rows: Tensor) -> Tensor:
-    """Flip each row so that its entry of largest magnitude is positive.
-
-    A singular vector is defined up to sign; this choice makes it the same on every backend.
-    """
-    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    return rows * torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
-
-
 def captured_energy(product: FactoredMatrix, basis: Tensor) -> float:
     """Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
 
@@ -133,53 +47,128 @@ def captured_energy(product: FactoredMatrix, basis: Tensor) -> float:
         product: M = W C, m x d.
         basis: k x d; its rows need not be orthonormal.
     """
+    return share(*energies(product, basis).tolist())
+
+
+def energies(product: FactoredMatrix, basis: Tensor) -> Tensor:
+    """Return ||M Q||_F^2 and ||M||_F^2 (`captured_energy`), float64 on the device of M."""
     columns = torch.linalg.qr(basis.T.to(product.left)).Q
     kept = FactoredMatrix(product.times(columns)).energy()
-    energy, whole = torch.stack([kept, product.energy()]).tolist()
-    return 1.0 if whole == 0 else min(1.0, energy / whole)
+    return torch.stack([kept, product.energy()])
 
 
-def task_subspace(weight: Tensor, product: FactoredMatrix, rank: int, solver: Solver) -> Subspace:
-    """Return the leading ``rank`` right singular vectors of W C, or of another matrix.
+@dataclass(frozen=True)
+class Problem:
+    """A module whose task subspace is wanted.
+
+    Attributes:
+        product: returns W C, formed or in factors (`SecondMoment.weighted`); or any matrix of d
+            columns and ``rank`` rows or more, which then stands for W C in the result (`bases`).
+        weight: returns W, m x d, float32 or float64; called where W C leaves the basis incomplete.
+        shape: of the product.
+        rank: r, at most both.
+        columns: Q, where the product is M Q and M = (M Q) Q^T: orthonormal columns, d x l. None:
+            the product is M.
+    """
+
+    product: Callable[[], FactoredMatrix]
+    weight: Callable[[], Tensor]
+    shape: tuple[int, int]
+    rank: int
+    columns: Tensor | None = None
+
+
+def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace]:
+    """Return the leading right singular vectors of each module's W C, or of another matrix.
 
     Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
     leading right singular vectors of W outside the span found. (The released code takes whatever
     its SVD returns there.)
 
+    The host reads once for all modules. A module whose Cholesky factorizations fail (W C of too
+    low a rank) is then solved by itself. On a CPU a module gets the same bits, whatever the others.
+
     Args:
-        weight: W, m x d, float32 or float64.
-        product: W C, formed or in factors (`SecondMoment.weighted`); or any matrix of d columns and
-            ``rank`` rows or more, which then stands for W C in the result (`bases`).
-        rank: r, at most min(m, d).
+        problems: the modules; of their W C up to `BATCH_BYTES` are held at a time.
         solver: how the singular vectors are found.
+
+    Raises:
+        ValueError: a rank is not between 1 and min(m, d).
     """
-    vectors, values = right_singular_vectors(product, rank, solver)
+    found: dict[int, Leading | Sketch | Subspace] = {}
+    sizes = [4 * math.prod(problem.shape) for problem in problems]
+    for places in batches(sizes, BATCH_BYTES):
+        found |= _begun({place: problems[place] for place in places}, solver)
+    sketches = {place: each for place, each in found.items() if isinstance(each, Sketch)}
+    found |= dict(zip(sketches, ritz(list(sketches.values())), strict=True))
+    quick = {place: each for place, each in found.items() if isinstance(each, Leading)}
+    measured = read([_measured(each, problems[place].shape) for place, each in quick.items()])
+    for (place, each), (passed, determined, kept, whole) in zip(
+        quick.items(), measured, strict=True
+    ):
+        problem, method = problems[place], "randomized" if place in sketches else "exact"
+        if passed:
+            vectors = completed(each.vectors[: int(determined)], problem, solver)
+            energy = share(kept, whole)
+            found[place] = Subspace(vectors, energy, method, int(determined), whole)
+        else:
+            found[place] = _alone(problem.product(), problem, solver)
+    return [found[place] for place in range(len(problems))]  # type: ignore[misc]
+
+
+def _begun(
+    problems: Mapping[int, Problem], solver: Solver
+) -> dict[int, Leading | Sketch | Subspace]:
+    """Do what needs the matrices; the host reads nothing."""
+    products = {place: problem.product() for place, problem in problems.items()}
+    ways: dict[str, list[int]] = {"exact": [], "randomized": [], "alone": []}
+    for place, product in products.items():
+        method = solver.method(product, problems[place].rank)
+        ways[method if solvable(product) else "alone"].append(place)
+    alone = {place: _alone(products[place], problems[place], solver) for place in ways["alone"]}
+    few = ways["exact"]
+    small = exact([products[place] for place in few], [problems[place].rank for place in few])
+    many = ways["randomized"]
+    large = sketched(
+        [products[place] for place in many], [problems[place].rank for place in many], solver
+    )
+    return alone | dict(zip(few, small, strict=True)) | dict(zip(many, large, strict=True))
+
+
+def _measured(found: Leading, shape: Sequence[int]) -> Tensor:
+    """Return four float64 numbers: passed or not, directions determined, energy kept, and whole."""
+    smallest = rounding(shape, torch.float32) * found.values[:1]
+    determined = (found.values > smallest).sum()
+    numbers = found.passed, determined, found.values.square().sum(), found.energy
+    return torch.stack([number.double() for number in numbers])
+
+
+def _alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
+    """Solve a module by Householder's QR and SVD."""
+    vectors, values = right_singular_vectors(product, problem.rank, solver)
     nonzero = (values > rounding(product.shape, values.dtype) * values[:1]).sum()
     kept, total = values.double().square().sum(), product.energy()
     # One transfer for all three, since on an accelerator each waits for it.
     determined, energy, whole = torch.stack([nonzero.double(), kept, total]).tolist()
-    vectors = completed(vectors[: int(determined)], weight, rank, solver)
-    share = 1.0 if whole == 0 else min(1.0, energy / whole)
-    method = solver.resolve(*product.shape, rank)
-    return Subspace(vectors.float(), share, method, int(determined), whole)
+    vectors = completed(vectors[: int(determined)], problem, solver)
+    method = solver.method(product, problem.rank)
+    return Subspace(vectors.float(), share(energy, whole), method, int(determined), whole)
 
 
-def rounding(shape: Sequence[int], dtype: torch.dtype) -> float:
-    """Return the share of the largest singular value below which one is taken for rounding error.
-
-    sqrt(max(m, d)) eps, as errors of many signs add up. The worst case, max(m, d) eps, is 1e-3 at
-    d = 11008 in float32: one token of massive activation lifts the first value by more than that
-    over directions that are well determined.
-    """
-    return math.sqrt(max(shape)) * torch.finfo(dtype).eps
+def share(kept: float, whole: float) -> float:
+    """Return the captured energy: kept / whole, 1.0 of nothing."""
+    return 1.0 if whole == 0 else min(1.0, kept / whole)
 
 
-def completed(found: Tensor, weight: Tensor, rank: int, solver: Solver) -> Tensor:
-    """Extend orthonormal rows ``found`` to ``rank`` rows by leading directions of ``weight``."""
-    if len(found) == rank:
+def completed(found: Tensor, problem: Problem, solver: Solver) -> Tensor:
+    """Extend orthonormal rows ``found`` to the rank by leading directions of the weight."""
+    if problem.columns is not None:
+        found = fix_signs(found @ problem.columns.T)
+    if len(found) == problem.rank:
         return found
+    weight = problem.weight()
     rest = weight - (weight @ found.T) @ found
-    extra, _ = right_singular_vectors(rest, rank - len(found), solver)
+    extra, _ = right_singular_vectors(rest, problem.rank - len(found), solver)
     # A zero direction of `rest` may point back into `found`: QR keeps the leading rows as they
     # are (up to sign) and makes the others orthogonal to them.
     return fix_signs(torch.linalg.qr(torch.cat([found, extra]).T).Q.T)

@@ -1,0 +1,175 @@
+"""Leading right singular vectors of many matrices at once, by products and small factorizations.
+
+Of a small matrix from the eigenvectors of its smaller Gram matrix, of a large one from a sketch:
+subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with Cholesky QR, then
+Rayleigh-Ritz by the eigenvectors of (M V)^T (M V). Gram matrices are float64, so that a singular
+value is right down to 1e-8 of the largest, below the rounding error of a float32 matrix.
+
+Nothing here waits for the device. Where a factorization failed, `Leading.passed` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlora.linalg.matrices import FactoredMatrix
+from tlora.linalg.orthogonal import (
+    LEAST,
+    eigenpairs,
+    gram,
+    has_float64,
+    inverse_factors,
+    one_pass,
+    well_determined,
+)
+from tlora.linalg.singular import Solver, fix_signs, gaussian, rounding
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Leading right singular vectors.
+
+    Attributes:
+        vectors: r x d float32, orthonormal rows; fewer where M is a product over fewer inner
+            columns. Of rows whose singular value is rounding error nothing is said.
+        values: their singular values, float64, descending.
+        passed: whether each factorization worked, a scalar on the device.
+        energy: ||M||_F^2, a float64 scalar on the device.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    passed: Tensor
+    energy: Tensor
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What Rayleigh-Ritz needs once M is freed.
+
+    Attributes:
+        rank: r.
+        block: V, d x l float32, well-conditioned columns.
+        inner: V^T V, float64.
+        image: (M V)^T (M V), float64.
+        least: of the factors that made V (`one_pass`).
+        energy: ||M||_F^2.
+    """
+
+    rank: int
+    block: Tensor
+    inner: Tensor
+    image: Tensor
+    least: Tensor
+    energy: Tensor
+
+
+def solvable(product: FactoredMatrix) -> bool:
+    """Return whether this file can solve a matrix: float32 with float64 at hand, not empty."""
+    return has_float64(product.left) and product.left.shape[1] > 0
+
+
+def exact(products: Sequence[FactoredMatrix], ranks: Sequence[int]) -> list[Leading]:
+    """Return the leading singular vectors of matrices that need no sketch.
+
+    Args:
+        products: M, m x d float32.
+        ranks: r of each.
+    """
+    reduced = [product.reduced() for product in products]
+    grams = [gram(narrow if _is_tall(narrow) else narrow.T) for narrow, _ in reduced]
+    passed = [matrix.isfinite().all() for matrix in grams]
+    pairs = eigenpairs([matrix.nan_to_num(0, 0, 0) for matrix in grams])
+    rows, values, inner = [], [], []
+    for product, rank, (narrow, _), (squares, vectors) in zip(
+        products, ranks, reduced, pairs, strict=True
+    ):
+        sigma = squares[:rank].sqrt()
+        each = vectors[:, :rank].T
+        if not _is_tall(narrow):
+            # V^T = S^(-1) U^T M: small rows are orthonormal only to 1e-16 (sigma_1 / sigma)^2.
+            each = each / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[:, None] @ narrow.double()
+        determined = sigma > rounding(product.shape, product.left.dtype) * sigma[:1]
+        rows.append(torch.where(determined[:, None], each, 0.0))
+        values.append(sigma)
+        inner.append(gram(rows[-1].T) + (~determined).double().diag())
+    inverses, least = inverse_factors(inner)
+    found = []
+    for i, (_, basis) in enumerate(reduced):
+        vectors = (inverses[i].T @ rows[i]).float()
+        vectors = fix_signs(vectors if basis is None else vectors @ basis.T)
+        fine = passed[i] & (least[i] > LEAST)
+        found.append(Leading(vectors, values[i], fine, products[i].energy()))
+    return found
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] >= matrix.shape[1]
+
+
+def sketched(
+    products: Sequence[FactoredMatrix], ranks: Sequence[int], solver: Solver
+) -> list[Sketch]:
+    """Return well-conditioned columns V close to the leading singular vectors, and their image.
+
+    Args:
+        products: M, m x d float32.
+        ranks: r of each.
+        solver: width and seed of the sketches, and how often M^T M is applied.
+    """
+    widths = map(solver.width, ranks)
+    starts = [
+        gaussian(product.shape[0], width, solver.seed, product.left.device)
+        for product, width in zip(products, widths, strict=True)
+    ]
+    blocks, least = one_pass(_each(FactoredMatrix.transposed_times, products, starts))
+    for number in range(solver.iterations):
+        left = _each(FactoredMatrix.times, products, blocks)
+        if number:
+            # Columns of V come in the order of their singular values by now, so that scaling them
+            # is enough to keep the small ones above rounding error.
+            left = [block / block.abs().amax(dim=0).clamp_min(_TINY) for block in left]
+        else:
+            left, smallest = one_pass(left)
+            least = list(map(torch.minimum, least, smallest))
+        blocks, smallest = one_pass(_each(FactoredMatrix.transposed_times, products, left))
+        least = list(map(torch.minimum, least, smallest))
+    return [
+        Sketch(rank, block, gram(block), gram(product.times(block)), smallest, product.energy())
+        for product, rank, block, smallest in zip(products, ranks, blocks, least, strict=True)
+    ]
+
+
+def ritz(sketches: Sequence[Sketch]) -> list[Leading]:
+    """Return the leading singular vectors within the sketches' columns.
+
+    Of V with V^T V = R^T R the columns of V R^(-1) are orthonormal (the second pass of Cholesky
+    QR), and R^(-T) (M V)^T (M V) R^(-1) = Z S^2 Z^T gives the rotation Z and the values S.
+    """
+    inverses, second = inverse_factors([sketch.inner for sketch in sketches])
+    small, passed = [], []
+    for sketch, inverse, least in zip(sketches, inverses, second, strict=True):
+        turned = inverse.T @ sketch.image @ inverse
+        passed.append(well_determined(sketch.least, least) & turned.isfinite().all())
+        small.append(torch.where(passed[-1], turned, 0.0))
+    found = []
+    for i, (squares, vectors) in enumerate(eigenpairs(small)):
+        rank = sketches[i].rank
+        rotation = (inverses[i] @ vectors[:, :rank]).to(sketches[i].block)
+        rows = fix_signs((sketches[i].block @ rotation).T)
+        found.append(Leading(rows, squares[:rank].sqrt(), passed[i], sketches[i].energy))
+    return found
+
+
+def _each(
+    multiply: Callable[[FactoredMatrix, Tensor], Tensor],
+    products: Sequence[FactoredMatrix],
+    blocks: Sequence[Tensor],
+) -> list[Tensor]:
+    return [multiply(*pair) for pair in zip(products, blocks, strict=True)]
