@@ -10,6 +10,7 @@ Nothing here waits for the device. Where a factorization failed, `Leading.passed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,9 @@ from torch import Tensor
 from tlora.linalg.matrices import FactoredMatrix
 from tlora.linalg.orthogonal import (
     LEAST,
+    batched,
     eigenpairs,
     gram,
-    has_float64,
     inverse_factors,
     one_pass,
     well_determined,
@@ -70,9 +71,17 @@ class Sketch:
     energy: Tensor
 
 
-def solvable(product: FactoredMatrix) -> bool:
-    """Return whether this file can solve a matrix: float32 with float64 at hand, not empty."""
-    return has_float64(product.left) and product.left.shape[1] > 0
+def solvable(product: FactoredMatrix, method: str) -> bool:
+    """Return whether this file solves a matrix as fast as `right_singular_vectors`, or faster.
+
+    It needs float64. On a CPU the SVD of a square matrix takes less time than the eigenvectors.
+    """
+    rows, columns = product.left.shape
+    if batched(product.left):
+        return columns > 0
+    on_cpu = product.left.dtype == torch.float32 and product.left.device.type == "cpu"
+    long = max(rows, columns) >= 2 * min(rows, columns) > 0
+    return on_cpu and (method != "exact" or long)
 
 
 def exact(products: Sequence[FactoredMatrix], ranks: Sequence[int]) -> list[Leading]:
@@ -123,11 +132,7 @@ def sketched(
         ranks: r of each.
         solver: width and seed of the sketches, and how often M^T M is applied.
     """
-    widths = map(solver.width, ranks)
-    starts = [
-        gaussian(product.shape[0], width, solver.seed, product.left.device)
-        for product, width in zip(products, widths, strict=True)
-    ]
+    starts = [_start(*pair, solver) for pair in zip(products, ranks, strict=True)]
     blocks, least = one_pass(_each(FactoredMatrix.transposed_times, products, starts))
     for number in range(solver.iterations):
         left = _each(FactoredMatrix.times, products, blocks)
@@ -141,9 +146,25 @@ def sketched(
         blocks, smallest = one_pass(_each(FactoredMatrix.transposed_times, products, left))
         least = list(map(torch.minimum, least, smallest))
     return [
-        Sketch(rank, block, gram(block), gram(product.times(block)), smallest, product.energy())
+        Sketch(rank, block, _inner(block), gram(product.times(block)), smallest, product.energy())
         for product, rank, block, smallest in zip(products, ranks, blocks, least, strict=True)
     ]
+
+
+def _start(product: FactoredMatrix, rank: int, solver: Solver) -> Tensor:
+    """Return the Gaussian G that M^T is applied to."""
+    width = solver.width(rank)
+    if batched(product.left):
+        # Modules of similar ranks have sketches of equal width, which make one batch.
+        width = min(16 * math.ceil(width / 16), product.shape[1], *product.left.shape)
+    return gaussian(product.shape[0], width, solver.seed, product.left.device)
+
+
+def _inner(block: Tensor) -> Tensor:
+    """Return V^T V: one as Householder left it."""
+    if batched(block):
+        return gram(block)
+    return torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
 
 
 def ritz(sketches: Sequence[Sketch]) -> list[Leading]:
@@ -162,7 +183,7 @@ def ritz(sketches: Sequence[Sketch]) -> list[Leading]:
     for i, (squares, vectors) in enumerate(eigenpairs(small)):
         rank = sketches[i].rank
         rotation = (inverses[i] @ vectors[:, :rank]).to(sketches[i].block)
-        rows = fix_signs((sketches[i].block @ rotation).T)
+        rows = fix_signs(rotation.T @ sketches[i].block.T)
         found.append(Leading(rows, squares[:rank].sqrt(), passed[i], sketches[i].energy))
     return found
 

@@ -24,8 +24,7 @@ class Solver:
 
     Attributes:
         mode: "exact", "randomized", or "auto": randomized where that is several times cheaper.
-        oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2), and up
-            to the next multiple of 16.
+        oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
         iterations: of M^T M, beyond the M^T that the sketch starts with. Two keep 0.9999 of the
             optimal energy on real activations, 0.9997 where the spectrum is flat.
         seed: of the sketch, so that a plan is reproducible.
@@ -38,10 +37,7 @@ class Solver:
 
     def width(self, rank: int) -> int:
         """Columns of the sketch for ``rank`` singular vectors."""
-        if self.oversample is not None:
-            return rank + self.oversample
-        # Modules of similar ranks then have sketches of equal width, which make one batch.
-        return 16 * math.ceil((rank + max(32, rank // 2)) / 16)
+        return rank + (max(32, rank // 2) if self.oversample is None else self.oversample)
 
     def method(self, product: FactoredMatrix, rank: int) -> str:
         """Return "exact" or "randomized": the way to the leading ``rank`` singular vectors.

@@ -124,7 +124,7 @@ def _begun(
     ways: dict[str, list[int]] = {"exact": [], "randomized": [], "alone": []}
     for place, product in products.items():
         method = solver.method(product, problems[place].rank)
-        ways[method if solvable(product) else "alone"].append(place)
+        ways[method if solvable(product, method) else "alone"].append(place)
     alone = {place: _alone(products[place], problems[place], solver) for place in ways["alone"]}
     few = ways["exact"]
     small = exact([products[place] for place in few], [problems[place].rank for place in few])
