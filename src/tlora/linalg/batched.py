@@ -57,7 +57,7 @@ class Sketch:
     Attributes:
         rank: r.
         block: V, d x l float32, well-conditioned columns.
-        inner: V^T V, float64.
+        inner: V^T V, float64; None: Householder left V orthonormal.
         image: (M V)^T (M V), float64.
         least: of the factors that made V (`one_pass`).
         energy: ||M||_F^2.
@@ -65,7 +65,7 @@ class Sketch:
 
     rank: int
     block: Tensor
-    inner: Tensor
+    inner: Tensor | None
     image: Tensor
     least: Tensor
     energy: Tensor
@@ -80,7 +80,7 @@ def solvable(product: FactoredMatrix, method: str) -> bool:
     if batched(product.left):
         return columns > 0
     on_cpu = product.left.dtype == torch.float32 and product.left.device.type == "cpu"
-    long = max(rows, columns) >= 2 * min(rows, columns) > 0
+    long = max(rows, columns) >= 2 * min(rows, columns) >= 256
     return on_cpu and (method != "exact" or long)
 
 
@@ -160,11 +160,8 @@ def _start(product: FactoredMatrix, rank: int, solver: Solver) -> Tensor:
     return gaussian(product.shape[0], width, solver.seed, product.left.device)
 
 
-def _inner(block: Tensor) -> Tensor:
-    """Return V^T V: one as Householder left it."""
-    if batched(block):
-        return gram(block)
-    return torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
+def _inner(block: Tensor) -> Tensor | None:
+    return gram(block) if batched(block) else None
 
 
 def ritz(sketches: Sequence[Sketch]) -> list[Leading]:
@@ -173,18 +170,23 @@ def ritz(sketches: Sequence[Sketch]) -> list[Leading]:
     Of V with V^T V = R^T R the columns of V R^(-1) are orthonormal (the second pass of Cholesky
     QR), and R^(-T) (M V)^T (M V) R^(-1) = Z S^2 Z^T gives the rotation Z and the values S.
     """
-    inverses, second = inverse_factors([sketch.inner for sketch in sketches])
+    inner = {i: sketch.inner for i, sketch in enumerate(sketches) if sketch.inner is not None}
+    factors = zip(*inverse_factors(list(inner.values())), strict=True)
+    second = dict(zip(inner, factors, strict=True))
     small, passed = [], []
-    for sketch, inverse, least in zip(sketches, inverses, second, strict=True):
-        turned = inverse.T @ sketch.image @ inverse
-        passed.append(well_determined(sketch.least, least) & turned.isfinite().all())
-        small.append(torch.where(passed[-1], turned, 0.0))
+    for i, sketch in enumerate(sketches):
+        turned, fine = sketch.image, sketch.least > LEAST
+        if i in second:
+            inverse, least = second[i]
+            turned, fine = inverse.T @ turned @ inverse, well_determined(sketch.least, least)
+        passed.append(fine & turned.isfinite().all())
+        small.append(torch.where(passed[i], turned, 0.0))
     found = []
     for i, (squares, vectors) in enumerate(eigenpairs(small)):
-        rank = sketches[i].rank
-        rotation = (inverses[i] @ vectors[:, :rank]).to(sketches[i].block)
-        rows = fix_signs(rotation.T @ sketches[i].block.T)
-        found.append(Leading(rows, squares[:rank].sqrt(), passed[i], sketches[i].energy))
+        sketch, rotation = sketches[i], vectors[:, : sketches[i].rank]
+        rotation = second[i][0] @ rotation if i in second else rotation
+        rows = fix_signs(rotation.T.to(sketch.block) @ sketch.block.T)
+        found.append(Leading(rows, squares[: sketch.rank].sqrt(), passed[i], sketch.energy))
     return found
 
 

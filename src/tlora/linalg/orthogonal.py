@@ -160,8 +160,13 @@ def batch_bytes(device: torch.device) -> int:
 def _by_size(
     matrices: Sequence[Tensor], solve: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
+    def kind(matrix: Tensor) -> object:
+        # LAPACK's bits depend on where in memory a matrix lies.
+        together = matrix.device.type in BATCHED
+        return (len(matrix), matrix.device) if together else id(matrix)
+
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places in _places(matrices, lambda matrix: (len(matrix), matrix.device)):
+    for places in _places(matrices, kind):
         first, second = solve(torch.stack([matrices[place] for place in places]))
         found |= {place: (first[i], second[i]) for i, place in enumerate(places)}
     return [found[place] for place in range(len(matrices))]
