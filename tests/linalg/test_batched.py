@@ -121,7 +121,7 @@ def mixed() -> list[Problem]:
 
 
 @pytest.mark.parametrize("limit", [0, 2**20, 2**29])
-def test_a_module_gets_the_same_bits_whatever_the_others(device_kind, limit, monkeypatch):
+def test_on_a_cpu_a_module_gets_the_same_bits_whatever_the_others(limit, monkeypatch):
     monkeypatch.setattr("tlora.linalg.subspace.BATCH_BYTES", limit)
     together = task_subspaces(mixed(), Solver())
     for each, found in zip(mixed(), together, strict=True):
