@@ -49,9 +49,9 @@ def test_the_cost_of_a_way_is_that_of_its_passes_products_and_factorizations():
     work = Work(200, {"a": 1000, "b": 2000, "c": 5000}, rank=4)
     # Exact: C of a and b once, of 200 tokens; c has fewer tokens than columns, so C is not formed.
     formed = 200 * 100**2 // 2
-    a = 50 * 100 * 100 + 6 * 50 * 100 * (4 + 32)
-    b = 20 * 100 * 100 + 6 * 20 * 100 * (4 + 32)
-    c = 60 * 300 * 200 + 6 * 60 * 300 * (4 + 32)
+    a = 50 * 100 * 100 + 8 * 50 * 100 * (4 + 32)
+    b = 20 * 100 * 100 + 8 * 20 * 100 * (4 + 32)
+    c = 60 * 300 * 200 + 8 * 60 * 300 * (4 + 32)
     exact = multiply_adds(shapes, {"a": 0, "b": 0, "c": 1}, [["c"], ["a", "b"]], [], work)
     assert exact == 200 * 2000 + formed + a + b + c
     # Streamed: three passes, each with two products with C's factors and two with W, l = 4 + 32.

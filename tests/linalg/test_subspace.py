@@ -369,7 +369,7 @@ def test_factors_give_the_subspace_of_their_product(
         assert shared > (1 - 1e-5 if exact else 0.95)
 
 
-def test_two_iterations_keep_999_in_1000_of_the_best_also_where_the_spectrum_is_flat() -> None:
+def test_three_iterations_keep_999_in_1000_of_the_best_also_where_the_spectrum_is_flat() -> None:
     # Singular values as k^-0.5: the sixteen largest of 300 hold half of the energy.
     matrix = decaying(300, 300, 0.5).float()
     best = np.square(np.linalg.svd(matrix.double().numpy(), compute_uv=False))[:16].sum()

@@ -97,10 +97,8 @@ def plan_in_blocks(
         strategy, batches = settling.strategy(batches)
         blocks = [[t for t in targets if t.name in block] for block in map(set, strategy.blocks)]
         kept = {target.name for block in blocks[:1] for target in block}
-        others = {target.name for target in targets} - kept
-        accumulator = settling.accumulator(others)
-        asked = backward_for(config, kept)
-        skips = reading.get("skip_bad_samples", False)
+        accumulator = settling.accumulator({target.name for target in targets} - kept)
+        asked, skips = backward_for(config, kept), reading.get("skip_bad_samples", False)
         first = Collector(model, targets, accumulator, asked, skips, group)
         first.keep_micro_batches = strategy.passes > 1
         with torch.enable_grad(), progress_bar(batches, progress and group.is_main_process) as bar:

@@ -64,7 +64,7 @@ class Work:
         rows, columns, rank = module.d_out, module.d_in, self._rank(module)
         width = rank + max(32, rank // 2)
         inner = self.tokens if self._keeps_rows(columns) else columns
-        return rows * columns * inner + 6 * rows * columns * width
+        return rows * columns * inner + 8 * rows * columns * width
 
     def streamed(self, module: Shaped) -> int:
         """Return what three products with C cost, and with W between."""
