@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import support
 from tlora import TLoraConfig, calibrate, plan
 from tlora.adapter import planning
 from tlora.adapter.blocks import plan_in_blocks
+from tlora.calibration.statistics import Calibration, ModuleStatistics
 from tlora.linalg import orthogonal
+from tlora.linalg.moments import SecondMoment
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +92,25 @@ def test_modules_solved_together_are_those_solved_one_by_one(fields, monkeypatch
         if fields != {"basis": "random"}:  # which has no moments to measure by
             assert module.captured_energy == pytest.approx(other.captured_energy, rel=1e-6)
         assert (module.rank, module.solver) == (other.rank, other.solver)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_base_of_any_float_dtype_is_planned_from_the_same_numbers(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 8)).to(dtype)
+    config = TLoraConfig(r=6, target_modules=["0", "1"], allocate_rank=False, allocate_scale=False)
+    moments = {}
+    for name, layer in model.named_children():
+        moments[name] = SecondMoment(layer.in_features)
+        moments[name].update(torch.randn(2, 5, layer.in_features))
+
+    def planned(base):
+        rows = [
+            ModuleStatistics(name, layer.in_features, layer.out_features, 2, None, moments[name])
+            for name, layer in base.named_children()
+        ]
+        return plan(base, Calibration({row.name: row for row in rows}, 2), config)
+
+    found, expected = planned(model), planned(copy.deepcopy(model).float())
+    for name, module in found.modules.items():
+        torch.testing.assert_close(module.lora_A, expected.modules[name].lora_A, atol=1e-4, rtol=0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tlora.adapter.plan import ModulePlan
 from tlora.calibration.statistics import ModuleStatistics
 from tlora.calibration.streams import given_or_read
-from tlora.calibration.weights import Target
+from tlora.calibration.weights import Target, stored_weight
 from tlora.config import Basis, TLoraConfig
 from tlora.linalg.allocation import (
     RankAllocation,
@@ -189,10 +189,18 @@ def solve(
 def _problem(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Problem:
     target = job.target
     read = partial(given_or_read, weight, target)
+    narrow = weight is None and config.basis == "weight-covariance"
+    factor = partial(_narrow_or_float32, target) if narrow else read
     matrix = MATRICES[config.basis]
     return Problem(
-        lambda: matrix(read(), job.statistics), read, (target.d_out, target.d_in), job.share.rank
+        lambda: matrix(factor(), job.statistics), read, (target.d_out, target.d_in), job.share.rank
     )
+
+
+def _narrow_or_float32(target: Target) -> Tensor:
+    """Return W as `SecondMoment.weighted` takes it: a 16-bit one as it is, else float32."""
+    weight = stored_weight(target)
+    return weight if weight.itemsize == 2 else weight.float()
 
 
 def _whitened(job: ModuleJob, found: Subspace, power: float) -> Subspace:

@@ -56,5 +56,5 @@ class CrossMoment:
         self.tokens += x.tokens
 
     def weighted(self, weight: Tensor) -> FactoredMatrix:
-        """Return W C on the device and in the dtype of ``weight``."""
-        return FactoredMatrix(self.total.to(weight, copy=True).div_(max(self.samples, 1)))
+        """Return W C, float32, on the device of ``weight``."""
+        return FactoredMatrix(self.total.to(weight.device) / max(self.samples, 1))
