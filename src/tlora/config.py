@@ -226,7 +226,7 @@ class TLoraConfig(Record):
     memory_budget: Literal["auto"] | Annotated[int | float | str, _SIZE] | None = "auto"
     """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
     or "2GiB"; None: no limit; "auto": no limit on the CPU, on an accelerator 1/20 of the memory
-    that the weights leave, at most 3 GiB. The mean of each sample, d numbers a moment, comes on
+    that the weights leave, at most 4 GiB. The mean of each sample, d numbers a moment, comes on
     top."""
     seed: Annotated[int, SEED] = 0
     """Seed of everything random in planning: the sketch of the solver, the random basis."""

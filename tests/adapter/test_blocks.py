@@ -219,10 +219,10 @@ def test_an_automatic_budget_is_resolved_once_told_and_noted(request, monkeypatc
     assert asked == [1]
     assert_same(found, given)
     assert found.config.memory_budget == "auto"
-    assert found.info["passes"] == given.info["passes"] > 1
+    # The first pass holds a quarter of it, here less than any moment.
+    assert found.info["passes"] == given.info["passes"] + 1 > 2
     record = dict(found.info["calibration"])
-    assert record.pop("memory_budget_from").startswith("1/20 of")
-    assert record.items() <= given.info["calibration"].items()
+    assert record["memory_budget_from"].startswith("1/20 of")
     assert record["memory_budget"] == 3000
     assert record["held"] <= max(3000, moment_bytes(32))
     [line] = caplog.messages

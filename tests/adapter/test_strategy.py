@@ -125,3 +125,12 @@ def test_gradients_count_for_each_module_whatever_it_shares(basis, budget):
     assert ("gradient" in found.summary()) and ("mean gradients" in found.summary()) == (
         basis in ("gradient", "gradient-covariance")
     )
+
+
+def test_a_first_run_takes_less_and_may_be_empty():
+    pieces = [("a", 3), ("b", 2), ("c", 4), ("d", 1)]
+    assert packed(pieces, 6, 3) == [(["a"], 3), (["b", "c"], 6), (["d"], 1)]
+    assert packed(pieces, 6, 2) == [([], 0), (["a", "b"], 5), (["c", "d"], 5)]
+    assert packed(pieces, 6) == packed(pieces, 6, 6) == [(["a", "b"], 5), (["c", "d"], 5)]
+    assert packed(pieces, 2, 2)[0] == (["a"], 3)  # a piece at least, where the first gets no less
+    assert packed([], 6, 2) == []

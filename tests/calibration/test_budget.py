@@ -42,7 +42,8 @@ def gib_of(monkeypatch):
     ("total", "weights", "expected"),
     [
         (24, 14, GIB // 2),
-        (80, 14, 3 * GIB),  # 3.3, and 3 is the most
+        (80, 14, 66 * GIB // 20),
+        (140, 14, 4 * GIB),  # 6.3, and 4 is the most
         (8, 8, moment_bytes(4096)),
         (8, 10, moment_bytes(4096)),
     ],
@@ -55,6 +56,12 @@ def test_auto_is_a_twentieth_of_what_the_weights_leave_within_bounds(
     assert found.bytes == expected
     left = f"{total - weights}.0 GiB" if total > weights else "0 B"
     assert f"1/20 of the {left} that the weights leave on cuda:0" in found.explained()
+
+
+def test_an_automatic_budget_leaves_most_of_the_first_pass_to_activations():
+    assert MemoryBudget(4000, "1/20").first == 1000
+    assert MemoryBudget(4000).first == 4000  # as the user gave it
+    assert MemoryBudget(None).first is None
 
 
 def test_the_cpu_sets_no_limit_and_the_fullest_accelerator_counts(gib_of):

@@ -52,7 +52,8 @@ def test_auto_is_that_of_the_accelerator_that_would_calibrate(predict, gpu, caps
     dry = predict()
     weights = dry.calibration.weights
     assert dry.budget.bytes == (24 * GIB - weights) // 20
-    assert dry.strategy == predict(memory_budget=dry.budget.bytes).strategy
+    given = predict(memory_budget=dry.budget.bytes).strategy
+    assert len(dry.strategy.blocks[0]) < len(given.blocks[0])  # beside activations
     assert dry.strategy.held <= dry.budget.bytes
     show(dry)
     printed = capsys.readouterr().out

@@ -150,7 +150,8 @@ class _Settling:
             tokens = sum(self.group.all_gather(tokens))
             work = work_of(self.lockstep.model, self.targets, self.config, tokens)
         config = replace(self.config, memory_budget=self.budget.bytes)
-        strategy = choose(self.targets, sources, config, work)
+        first = self.budget.first if config.needs_backward else None
+        strategy = choose(self.targets, sources, config, work, first)
         if self.group.is_main_process and (strategy.passes > 1 or self.budget.bytes is not None):
             logger.info("%s; `memory_budget`: %s", strategy.summary(), self.budget.explained())
         return strategy, batches

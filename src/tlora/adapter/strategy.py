@@ -36,8 +36,8 @@ class Strategy:
 
     Attributes:
         blocks: names of the modules whose moments (and gradients) are held together. The first
-            block is filled by the pass that measures sensitivities, each other one by a pass of
-            its own.
+            block, which may be empty, is filled by the pass that measures sensitivities, each other
+            one by a pass of its own.
         streams: names of the modules whose subspace is found without their moment, by run of three
             passes at the base rank; allocation may change the runs.
         held: bytes of these (or of streaming blocks) held at a time, at the most.
@@ -68,7 +68,8 @@ class Strategy:
             return "no second moments; 1 pass over the samples"
         parts = []
         if exact:
-            how = "at once" if len(self.blocks) == 1 else f"in {len(self.blocks)} blocks"
+            filled = sum(map(bool, self.blocks))
+            how = "at once" if filled == 1 else f"in {filled} blocks"
             parts.append(f"{exact} modules exact, {how}")
         if self.streamed:
             parts.append(f"{len(self.streamed)} modules streamed")
@@ -84,6 +85,7 @@ def choose(
     sources: Mapping[str, Hashable],
     config: TLoraConfig,
     work: Work | None = None,
+    first: int | None = None,
 ) -> Strategy:
     """Settle how the second moments of ``modules`` are made.
 
@@ -93,10 +95,12 @@ def choose(
             has an input of its own.
         config: its `covariance`, `memory_budget`, and whether moments are needed at all.
         work: what passes take, by which "auto" compares the ways; None: as much exact as can be.
+        first: bytes of the budget that the first pass may take; None: all of it.
     """
     if not _holds_anything(config):
         return Strategy((), (), 0, 0)
-    ways = [_way(modules, sources, config, streamed) for streamed in _candidates(modules, config)]
+    candidates = _candidates(modules, config)
+    ways = [_way(modules, sources, config, streamed, first) for streamed in candidates]
     if work is None or len(ways) == 1:
         return ways[0]
     costs = [multiply_adds(modules, sources, way.blocks, way.streams, work) for way in ways]
@@ -110,6 +114,7 @@ def _way(
     sources: Mapping[str, Hashable],
     config: TLoraConfig,
     streamed: frozenset[str],
+    first: int | None = None,
 ) -> Strategy:
     """Return the way that streams the modules ``streamed`` and makes the others exact in blocks."""
     budget = config.memory_budget_bytes
@@ -123,7 +128,7 @@ def _way(
         if (kept := [m for m in group if m.name not in streamed])
     ]
     # Packed from the end: the first pass runs the whole model anyway, the others stop early.
-    blocks = packed(reversed(exact), budget)
+    blocks = packed(reversed(exact), budget, first)
     runs = stream_runs(
         [(m, m.d_in, min(config.r, m.d_in, m.d_out)) for m in modules if m.name in streamed], budget
     )
@@ -178,15 +183,26 @@ def stream_runs(
     )
 
 
-def packed(pieces: Iterable[tuple[T, int]], budget: int | None) -> list[tuple[list[T], int]]:
+def packed(
+    pieces: Iterable[tuple[T, int]], budget: int | None, first: int | None = None
+) -> list[tuple[list[T], int]]:
     """Join pieces of known bytes, in order, into runs within the budget (a piece at least).
+
+    Args:
+        pieces: with their bytes.
+        budget: of each run; None: no limit.
+        first: less than that, of the first run, which may then be empty; None: the same.
 
     Returns:
         The pieces of each run, and its bytes.
     """
     runs: list[tuple[list[T], int]] = []
     for piece, size in pieces:
-        if runs and (budget is None or runs[-1][1] + size <= budget):
+        if not runs and budget and first is not None and first < min(size, budget):
+            runs.append(([], 0))
+            first = 0
+        limit = first if len(runs) == 1 and first is not None else budget
+        if runs and (limit is None or runs[-1][1] + size <= limit):
             runs[-1] = ([*runs[-1][0], piece], runs[-1][1] + size)
         else:
             runs.append(([piece], size))

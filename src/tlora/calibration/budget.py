@@ -19,7 +19,8 @@ from tlora.calibration.weights import Target
 from tlora.config import TLoraConfig, bytes_text
 
 _SHARE = 20
-_MOST = 3 * 2**30
+_MOST = 4 * 2**30
+_IN_FIRST = 4
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class MemoryBudget:
 
     bytes: int | None
     source: str = ""
+
+    @property
+    def first(self) -> int | None:
+        """What of it the pass that runs backward may take.
+
+        An automatic one leaves most of it there to the activations that wait for gradients, which
+        later passes do not keep.
+        """
+        return self.bytes // _IN_FIRST if self.bytes and self.source else self.bytes
 
     def __str__(self) -> str:
         if self.bytes is None:
@@ -69,7 +79,7 @@ def resolved(
 def on_devices(held: Iterable[tuple[torch.device, int]], targets: Sequence[Target]) -> MemoryBudget:
     """Return what "auto" means on devices, given with the bytes of the weights on each.
 
-    No limit on the CPU. On an accelerator 1/20 of the memory that the weights leave, at most 3 GiB,
+    No limit on the CPU. On an accelerator 1/20 of the memory that the weights leave, at most 4 GiB,
     and at least the largest second moment.
     """
     least = max(moment_bytes(target.d_in) for target in targets)

@@ -116,8 +116,9 @@ def run(config: RunConfig) -> DryRun:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     budget = _budget(config, options, targets, weights)
     within = dataclasses.replace(options, memory_budget=budget.bytes)
-    tokens = config.calibration.samples * length
-    strategy = choose(targets, sources, within, work_of(model, targets, options, tokens))
+    work = work_of(model, targets, options, config.calibration.samples * length)
+    first = budget.first if options.needs_backward else None
+    strategy = choose(targets, sources, within, work, first)
     activations = activations_of(model, length)
     counted = _Counted(targets, ranks, sources, options, activations, batch * length)
     beside = _trained_beside(model, targets, options)
