@@ -87,3 +87,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     once, again, other = (stream(x, weight, 4, seed=s).basis for s in (1, 1, 2))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
+
+
+def test_products_of_16_bit_rows_are_those_of_float32(monkeypatch):
+    rows = torch.randn(60, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows[0, 3] = 1e4
+    centered = rows.float() - rows.float().mean(dim=0)
+    plain, narrow = StreamedSubspace(50, 4, 0), StreamedSubspace(50, 4, 0)
+    plain.add(centered)
+    monkeypatch.setattr("tlora.linalg.streamed.multiplies_narrow", lambda device: True)
+    narrow.add(centered, narrow=True)
+    exact = centered.double().T @ (centered.double() @ plain.block.double())
+    for found in (plain.product, narrow.product):
+        assert (found - exact).norm() <= 2e-5 * exact.norm()
+    assert not torch.equal(plain.product, narrow.product)

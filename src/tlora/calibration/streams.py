@@ -13,6 +13,7 @@ from tlora.calibration.hooks import ModuleRecord, RealTokens
 from tlora.calibration.placement import device_of
 from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.moments import centered_rows
+from tlora.linalg.products import NARROW
 from tlora.linalg.streamed import StreamedSubspace, advance, block_width, results
 from tlora.linalg.subspace import Subspace
 
@@ -48,17 +49,16 @@ class StreamAccumulator:
 
     def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples; inputs that modules share are centered once."""
-        centered: dict[tuple[object, ...], Tensor] = {}
-        tokens = RealTokens()
+        readers: dict[tuple[object, ...], list[str]] = {}
         for name, record in records.items():
-            source = record.source
-            if source not in centered:
-                rows, mask = record.joined(size)
-                centered[source] = centered_rows(
-                    rows, mask, torch.float32, tokens.places(mask)
-                ).centered
-            space = self.spaces[name]
-            space.add(centered[source].to(space.block.device))
+            readers.setdefault(record.source, []).append(name)
+        tokens = RealTokens()
+        for names in readers.values():
+            rows, mask = records[names[0]].joined(size)
+            narrow = rows.dtype in NARROW
+            centered = centered_rows(rows, mask, torch.float32, tokens.places(mask)).centered
+            for space in map(self.spaces.__getitem__, names):
+                space.add(centered.to(space.block.device), narrow)
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
         """Add up the products with C of all processes' samples, so that each holds the sum."""

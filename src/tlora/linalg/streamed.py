@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlora.linalg.matrices import FactoredMatrix, full_precision
 from tlora.linalg.orthogonal import batch_bytes, batches, orthonormal, read
+from tlora.linalg.products import multiplies_narrow, product_of_terms, terms
 from tlora.linalg.singular import Solver
 from tlora.linalg.subspace import Problem, Subspace, share, task_subspaces
 
@@ -64,9 +65,19 @@ class StreamedSubspace:
         return self._done == PASSES
 
     @full_precision
-    def add(self, centered: Tensor) -> None:
-        """Add X^T (X V) for centered rows X, tokens x d float32."""
-        self.product.addmm_(centered.T, centered @ self.block)
+    def add(self, centered: Tensor, narrow: bool = False) -> None:
+        """Add X^T (X V).
+
+        Args:
+            centered: X, tokens x d float32.
+            narrow: X is 16-bit numbers less a mean (`PackedTriangle.add_gram`).
+        """
+        if narrow and multiplies_narrow(centered.device):
+            parts = terms(centered, 2)
+            image = terms(product_of_terms(parts, terms(self.block, 2)), 2)
+            self.product.add_(product_of_terms([part.T for part in parts], image))
+        else:
+            self.product.addmm_(centered.T, centered @ self.block)
 
     def close(self, weight: Callable[[], Tensor]) -> None:
         """End a pass: the product becomes the next block, which is not orthonormal yet."""
