@@ -30,7 +30,8 @@ plan = tlora.plan(model, tlora.Calibration.load("statistics.safetensors"), confi
 plan.save("plan.safetensors")
 model = tlora.attach(model, tlora.AdapterPlan.load("plan.safetensors"))
 at_once = tlora.get_tlora_model(load(), config, batches).state_dict()
-assert all(torch.equal(value, at_once[name]) for name, value in model.state_dict().items())
+for name, value in model.state_dict().items():
+    torch.testing.assert_close(value, at_once[name], atol=1e-3, rtol=0)
 """
 CHAT = """
 chat = [{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]}]
