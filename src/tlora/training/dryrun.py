@@ -123,9 +123,8 @@ def run(config: RunConfig) -> DryRun:
     first = budget.first if options.needs_backward else None
     strategy = choose(targets, sources, within, work, first)
     activations = activations_of(model, length)
-    counted = _Counted(
-        targets, ranks, sources, options, activations, batch * length, *_precision(config, kind)
-    )
+    sizes = (batch * length, *_precision(config, kind))
+    counted = _Counted(targets, ranks, sources, options, activations, *sizes)
     beside = _trained_beside(model, targets, options)
     return DryRun(
         model=type(model).__name__,
