@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import judge_server
 from tlora.cli import VERBS, main
 from tlora.parsing import parse
 from tlora.training.trainers import LogCallback
@@ -52,6 +53,14 @@ def data(tmp_path_factory) -> Path:
     lines(folder / "train" / "math.jsonl", sums)
     lines(folder / "gsm8k" / "test.jsonl", [{"question": "1+1?", "answer": "2\n#### 2"}])
     lines(folder / "math" / "test.jsonl", [{"problem": "1+1?", "solution": r"\boxed{2}"}])
+    lines(folder / "train" / "code.jsonl", [{"query": f"{n}?", "answer": "pass"} for n in numbers])
+    program = {"entry_point": "f", "canonical_solution": "    return 1\n"}
+    program |= {"task_id": "HumanEval/0", "prompt": "def f():\n"}
+    check = "def check(candidate):\n    assert candidate() == 1\n"
+    lines(folder / "humaneval" / "test.jsonl", [program | {"test": check}])
+    problem = {"task_id": 11, "text": "a?", "code": "def f():\n    return 1"}
+    tests = {"test_list": ["assert f() == 1"], "test_setup_code": "", "challenge_test_list": []}
+    lines(folder / "mbpp" / "test.jsonl", [problem | tests])
     picks = [{"instruction": f"{n}?", "output": "the correct answer is true"} for n in numbers]
     lines(folder / "train" / "commonsense.jsonl", picks)
     for name, answer in CHOICES.items():
@@ -170,15 +179,30 @@ def test_a_row_that_was_stopped_resumes(run, asked, wide_llama, tmp_path, monkey
 
 
 def test_commonsense_is_the_mean_of_eight_and_chat_waits_for_a_judge(
-    run, asked, wide_llama, tmp_path
+    run, asked, wide_llama, tmp_path, monkeypatch
 ):
     assert run.main(asked("commonsense/dora", wide_llama), tlora=main) == 0
     found = read(tmp_path, "commonsense/dora")
     assert len(found["scores"]) == 8
     each = [next(iter(scored.values())) for scored in found["scores"].values()]
     assert found["ours"] == {"average": pytest.approx(100 * sum(each) / 8)}
-    assert run.main(asked("chat/lora", wide_llama), tlora=main) == 0
+    words = asked("chat/lora", wide_llama)
+    assert run.main(words, tlora=main) == 0
     assert read(tmp_path, "chat/lora")["ours"] == {"MT-Bench": None}
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with judge_server.running() as judge:
+        judge.script = [judge_server.says(f"Rating: [[{grade}]]") for grade in (4, 7)]
+        graded = f"{EVAL} --judge.url {judge.url} --judge.model judge --judge.concurrency 1"
+        assert run.main([*words, "--eval", graded], tlora=main) == 0
+    assert read(tmp_path, "chat/lora")["ours"] == {"MT-Bench": 5.5}
+
+
+def test_programs_are_run_where_it_is_allowed(run, asked, wide_llama, tmp_path):
+    words = asked("code/tlora", wide_llama, "--allow_code_execution")
+    assert run.main(words, tlora=main) == 0
+    found = read(tmp_path, "code/tlora")
+    assert found["ours"] == {"HumanEval": 0.0, "MBPP": 0.0}
+    assert "--allow_code_execution" in found["commands"][1]
 
 
 def test_glue_is_the_mean_of_eight_tasks_on_t5(run, asked, saved, tiny_t5, tmp_path):
