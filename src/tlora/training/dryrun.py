@@ -106,8 +106,7 @@ def run(config: RunConfig) -> DryRun:
     from tlora.adapter.strategy import choose
     from tlora.calibration.targets import find_targets
 
-    task = preflight.task_of(config)
-    kind = KINDS[task.kind]
+    kind = KINDS[(task := preflight.task_of(config)).kind]
     model, notes = on_meta(config, kind, task.label_names)
     options = _shared_options(config, kind)
     targets = find_targets(model, options)
