@@ -38,24 +38,18 @@ def run_yaml(tmp_path):
     return write
 
 
-HEAVY = (
-    "torch",
-    "transformers",
-    "datasets",
-    "peft",
-    "trl",
-    "matplotlib",
-    "rich",
-    "sklearn",
-    "yaml",
-)
+SLOW = ("torch", "transformers", "datasets", "peft", "trl", "matplotlib", "rich", "sklearn", "yaml")
+
+
+def test_the_rank_that_a_launcher_puts_before_the_verb_is_passed_over(tlora):
+    assert tlora("--local_rank=0", "list", "presets") == tlora("list", "presets")
 
 
 @pytest.mark.parametrize("argv", [["train", "--help"], ["list", "tasks"]])
 def test_help_and_lists_import_nothing_heavy(argv):
     code = (
         "import sys; from tlora.cli import main; code = main(sys.argv[1:]);"
-        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr);"
+        f"print([name for name in {SLOW!r} if name in sys.modules], file=sys.stderr);"
         "sys.exit(code)"
     )
     done = subprocess.run(

@@ -249,6 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without the line that warns
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):
+        # DeepSpeed's launcher puts it before the verb, and sets LOCAL_RANK, which is what is read.
+        argv = argv[1:]
     try:
         code = _run(argv)
         _leave_process_group()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+import importlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +51,19 @@ def of_the_page() -> list[list[str]]:
     return [shlex.split(each) for each in commands(map(str.strip, iter(script.splitlines())))]
 
 
+SCRIPT = "benchmarks/paper/run.sh"
+LAUNCHER = ["deepspeed", "--include=localhost:0", "--module", "tlora.cli"]
+
+
+def record_of(verb: str, *flags: str) -> Any:
+    return parse(f"tlora {verb}", VERBS[verb].record, list(flags)).record
+
+
 @functools.cache
 def records() -> list[tuple[str, Any]]:
-    """Verb and record of every command."""
+    """Verb and record of every command of `tlora` itself."""
     return [
-        (verb, parse(f"tlora {verb}", VERBS[verb].record, flags).record)
-        for _, verb, *flags in of_the_page()
+        (verb, record_of(verb, *flags)) for name, verb, *flags in of_the_page() if name == "tlora"
     ]
 
 
@@ -69,7 +79,7 @@ def test_the_loops_are_written_out():
 
 def test_every_command_of_the_page_is_one_that_the_command_line_takes():
     words = of_the_page()
-    assert {name for name, *_ in words} == {"tlora"}
+    assert {name for name, *_ in words} == {"tlora", "deepspeed", SCRIPT}
     assert not any("$" in word for command in words for word in command)
     assert len(words) > 50
     assert {verb for verb, _ in records()} == {"init", "train", "eval", "compare"}
@@ -82,12 +92,48 @@ def test_every_command_of_the_page_is_one_that_the_command_line_takes():
             check_trainer_fields(KINDS[task.kind], run.trainer)
 
 
+def test_the_launches_by_deepspeed_are_the_presets_own_runs():
+    launches = [words for words in of_the_page() if words[0] == "deepspeed"]
+    groups = []
+    for words in launches:
+        assert words[:4] == LAUNCHER
+        run = record_of(*words[4:])
+        assert (ROOT / run.trainer.pop("deepspeed")).is_file()
+        groups.append(Path(run.output_dir).name)
+        assert run == record_of(
+            "train", "--preset", f"paper-{groups[-1]}", "--output_dir", run.output_dir
+        )
+    assert groups == ["math", "commonsense", "code", "chat"]
+
+
+@pytest.fixture
+def script(monkeypatch) -> Any:
+    """What `benchmarks/paper/run.sh` runs."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "paper"))
+    yield importlib.import_module("run")
+    for module in ("run", "rows"):
+        monkeypatch.delitem(sys.modules, module)
+
+
+def test_the_trainings_of_the_page_are_the_rows_that_a_script_runs(script):
+    asked = [script.arguments([name, "--print"]) for name in script.rows()]
+    planned = [words for each in asked for words in script.commands(each) if words[0] == "train"]
+    by_script = {words[-1]: record_of(*words) for words in planned}
+    assert by_script == {r.output_dir: r for verb, r in records() if verb == "train"}
+    on_page = [words for name, *words in of_the_page() if name == SCRIPT]
+    assert len(on_page) == 7
+    for words in on_page:
+        assert script.arguments(words)  # or it exits
+
+
 def test_no_two_commands_write_to_one_folder_and_what_is_trained_is_evaluated():
     written = [record.output_dir for verb, record in records() if verb != "init"]
     assert len(written) == len(set(written))
     asked = {model for verb, record in records() if verb == "eval" for model in record.models}
-    trained = [record.output_dir for verb, record in records() if verb == "train"]
-    assert asked == {str(Path(folder).parent / "*") for folder in trained}
+    trained = {record.output_dir for verb, record in records() if verb == "train"}
+    matched = {pattern: set(fnmatch.filter(trained, pattern)) for pattern in asked}
+    assert all(matched.values())
+    assert set().union(*matched.values()) == trained
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +156,7 @@ def tables() -> dict[str, list[list[str]]]:
 
 
 def test_the_figures_of_the_page_are_those_of_its_dry_runs(llama):
-    dry_runs = [flags for _, verb, *flags in of_the_page() if verb == "init"]
+    dry_runs = [flags for name, verb, *flags in of_the_page() if (name, verb) == ("tlora", "init")]
     for flags, (run, lines) in zip(dry_runs, tables().items(), strict=True):
         config = parse("tlora init", VERBS["init"].record, [*flags, "--model", llama]).record
         dry = dryrun.run(config.run_config())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tlora.config import bytes_text
 from tlora.report.tables import plain
+from tlora.training.activations import FLOAT
 from tlora.training.dryrun import DryRun, adapter_parameters
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def show(dry: DryRun) -> None:
     how = dry.strategy.summary()
     if dry.budget.bytes is not None:
         how += f"; `memory_budget`: {dry.budget.explained()}"
+    trained = "float32" if dry.training[0].element == FLOAT else "bfloat16"
     assumed = (
         "Assumed: one device; full-length samples; a fused attention kernel where the model has"
-        " one; AdamW; what trains in float32; ranks as at equal sensitivities. Second moments"
+        f" one; AdamW; what trains in {trained}; ranks as at equal sensitivities. Second moments"
         " include each sample's mean. Activations are by formula, all else is exact."
     )
     for line in [f"{how[0].upper()}{how[1:]}.", *dry.notes, assumed]:

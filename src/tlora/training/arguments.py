@@ -37,7 +37,9 @@ def training_arguments(setup: Setup, output_dir: Path) -> Any:
     known = {field.name for field in dataclasses.fields(load_class(setup.kind.arguments))}
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": setup.config.seed}
     if "max_length" in known:
-        fixed["max_length"] = setup.task.data.max_length
+        # TRL wants none where it pads nothing; the rows are cut already.
+        unpadded = given.get("padding_free") and not given.get("packing")
+        fixed["max_length"] = None if unpadded else setup.task.data.max_length
     if "dataset_kwargs" in known and not given.get("packing"):
         # The rows are tokens of the right length already.
         fixed["dataset_kwargs"] = {"skip_prepare_dataset": True}

@@ -18,6 +18,7 @@ from tlora.tasks.base import LONGEST
 from tlora.training import preflight
 from tlora.training.activations import FLOAT, Activations, activations_of
 from tlora.training.kinds import KINDS, KindSpec, with_task_type
+from tlora.training.quantized_bytes import weight_bytes
 from tlora.training.runconfig import RunConfig
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _TRAINING_BATCH = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that calibrating or one way of training takes; what trains is float32."""
+    """Bytes that calibrating or one way of training takes."""
 
     name: str
     trainable: int
@@ -45,16 +46,18 @@ class Memory:
     """Activations and loss of a batch; of calibrating: or what planning takes, if it is more."""
     checkpointed: int
     """Activations with gradient checkpointing."""
+    element: int = FLOAT
+    """Bytes of a parameter that trains."""
 
     @property
     def gradients(self) -> int:
         """Bytes of the gradients."""
-        return FLOAT * self.trainable
+        return self.element * self.trainable
 
     @property
     def optimizer(self) -> int:
         """Bytes of the two states of AdamW."""
-        return 2 * FLOAT * self.trainable
+        return 2 * self.element * self.trainable
 
     def peak(self, checkpointing: bool = False) -> int:
         """Bytes at the peak, with or without gradient checkpointing."""
@@ -103,8 +106,7 @@ def run(config: RunConfig) -> DryRun:
     from tlora.adapter.strategy import choose
     from tlora.calibration.targets import find_targets
 
-    task = preflight.task_of(config)
-    kind = KINDS[task.kind]
+    kind = KINDS[(task := preflight.task_of(config)).kind]
     model, notes = on_meta(config, kind, task.label_names)
     options = _shared_options(config, kind)
     targets = find_targets(model, options)
@@ -113,14 +115,15 @@ def run(config: RunConfig) -> DryRun:
     notes += _not_shown(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
     length = min(config.data.max_length or LONGEST, positions_of(model.config) or LONGEST)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weight_bytes(model, config.quantization)
     budget = _budget(config, options, targets, weights)
     within = dataclasses.replace(options, memory_budget=budget.bytes)
     work = work_of(model, targets, options, config.calibration.samples * length)
     first = budget.first if options.needs_backward else None
     strategy = choose(targets, sources, within, work, first)
     activations = activations_of(model, length)
-    counted = _Counted(targets, ranks, sources, options, activations, batch * length)
+    sizes = (batch * length, *_precision(config, kind))
+    counted = _Counted(targets, ranks, sources, options, activations, *sizes)
     beside = _trained_beside(model, targets, options)
     return DryRun(
         model=type(model).__name__,
@@ -135,7 +138,7 @@ def run(config: RunConfig) -> DryRun:
         training=[
             counted.adapters("tlora", weights, beside),
             counted.lora(weights, beside),
-            counted.full(model.num_parameters(), weights),
+            counted.full(model.num_parameters()),
         ],
         batch=batch,
         length=length,
@@ -180,7 +183,7 @@ def adapter_parameters(targets: Sequence[Target], ranks: dict[str, int], frozen_
 
 @dataclass(frozen=True)
 class _Counted:
-    """The arithmetic. Adapters and what trains beside them are float32."""
+    """The arithmetic."""
 
     targets: list[Target]
     ranks: dict[str, int]
@@ -189,6 +192,10 @@ class _Counted:
     activations: Activations
     tokens: int
     """Of a training batch."""
+    trained: int = FLOAT
+    """Bytes of a value of an adapter, and of what trains beside it."""
+    autocast: bool = False
+    """Whether training computes in 16 bits whatever the precision of the adapter."""
 
     def calibration(self, config: RunConfig, weights: int, held: int, length: int) -> Memory:
         rows, options, width = config.calibration, self.options, self._widths(self.targets)
@@ -207,7 +214,10 @@ class _Counted:
         trained = adapter_parameters(self.targets, self.ranks, self.options.freeze_a)
         stored = adapter_parameters(self.targets, self.ranks, frozen_a=False)
         kept = self.tokens * self.activations.frozen + self._beside()
-        return self._training(name, trained + beside, weights + FLOAT * (stored + beside), kept)
+        if self._cast:
+            kept += self.activations.element * stored
+        weights += self.trained * (stored + beside)
+        return self._training(name, trained + beside, weights, kept)
 
     def lora(self, weights: int, beside: int) -> Memory:
         uniform = dict.fromkeys(self.ranks, self.options.r)
@@ -215,40 +225,63 @@ class _Counted:
         alike = dataclasses.replace(self, ranks=uniform, options=options)
         return alike.adapters("lora", weights, beside)
 
-    def full(self, parameters: int, weights: int) -> Memory:
+    def full(self, parameters: int) -> Memory:
         # Under autocast the backward pass reads a copy of the weights in 16 bits.
-        copied = weights if self.activations.element < FLOAT else 0
+        element = self.activations.element
+        copied = element * parameters if element < FLOAT else 0
         kept = self.tokens * self.activations.full
-        return self._training("full", parameters, FLOAT * parameters + copied, kept)
+        full = dataclasses.replace(self, trained=FLOAT)
+        return full._training("full", parameters, FLOAT * parameters + copied, kept)
 
     def _training(self, name: str, trainable: int, weights: int, kept: int) -> Memory:
         loss = self.tokens * self.activations.loss
         again = self.activations.checkpointed(kept, self.tokens)
-        return Memory(name, trainable, weights, 0, kept + loss, again + loss)
+        return Memory(name, trainable, weights, 0, kept + loss, again + loss, self.trained)
+
+    @property
+    def _cast(self) -> bool:
+        """Whether autocast makes copies of the adapter's weights, which autograd keeps."""
+        return self.autocast and self.trained > self.activations.element
 
     def _beside(self) -> int:
         """Return the bytes of activations that adapters keep beside those of the base model.
 
         B's gradient needs z = A x, r_i values a token. A's needs x: the tensors that the targets
-        read where the weights are float32 too, else a copy a module. Dropout keeps a byte a value,
-        and its output where A trains. An expert of a fused parameter is adapted by forming
+        read where the adapter has their precision, else a copy a module. Dropout keeps a byte a
+        value, and its output where A trains. An expert of a fused parameter is adapted by forming
         W + s B A, which is kept.
         """
         own = [t for t in self.targets if t.part is None]
         element, dropout = self.activations.element, self.options.lora_dropout > 0
-        kept = FLOAT * self.tokens * sum(self.ranks[t.name] for t in own)
+        value = element if self._cast else self.trained
+        kept = value * self.tokens * sum(self.ranks[t.name] for t in own)
         kept += element * sum(t.d_in * t.d_out for t in self.targets if t.part)
         entries = sum(t.d_in for t in own)
         if dropout:
             kept += self.tokens * entries
         if not self.options.freeze_a:
-            shared = element == FLOAT and not dropout
-            kept += FLOAT * self.tokens * (self._widths(own) if shared else entries)
+            shared = self.trained == element and not dropout
+            kept += value * self.tokens * (self._widths(own) if shared else entries)
         return kept
 
     def _widths(self, targets: Sequence[Target]) -> int:
         """Return the values a token of the tensors that ``targets`` read, each counted once."""
         return sum({self.sources.get(t.name, t.name): t.d_in for t in targets}.values())
+
+
+def _precision(config: RunConfig, kind: KindSpec) -> tuple[int, bool]:
+    """Return the bytes of a value that trains, and whether the trainer computes under autocast.
+
+    What trains is float32, but on a quantized base TRL casts it to bfloat16.
+    """
+    from tlora.training.arguments import defaults
+    from tlora.training.availability import asked
+
+    narrow = config.quantization != "none" and kind.trainer.startswith("trl:")
+    fields = defaults(kind) | asked(kind, config)
+    # None: TRL turns it on where the GPU has it; where there is no GPU, our default is False.
+    autocast = fields["bf16"] is None or bool(fields["bf16"]) or bool(fields["fp16"])
+    return (2 if narrow else FLOAT), autocast
 
 
 def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> tuple[Any, list]:
@@ -260,9 +293,9 @@ def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> 
     found: Any = checkpoint.config()
     if kind.task_type == "SEQ_CLS" and labels:
         found.num_labels = len(labels)
-    if config.quantization != "none" or getattr(found, "quantization_config", None):
+    if getattr(found, "quantization_config", None):
         found.__dict__.pop("quantization_config", None)
-        notes.append("The savings of quantized weights are not counted.")
+        notes.append("The checkpoint is quantized already; its savings are not counted.")
     # Classifying decoders and encoder-decoders refuse a batch without.
     set_token_ids(found, ("pad_token_id", "decoder_start_token_id"), 0)
     dtype = config.dtype if config.dtype != "auto" else dtype_of(found)
