@@ -30,7 +30,7 @@ def run(payload: dict[str, Any]) -> None:
     alone. A run that diverges is finished too: its record says at which step, and has no scores.
 
     Args:
-        payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
+        payload: "record" (the part that is known before the run starts), "config" (a `RunConfig`),
             "validation", "validation_seed", "left_out" (indices of training rows that repeat
             evaluation prompts), "exact_match" (whether to score by it too), "threads", "file",
             "work" (a folder that may be used and is removed) and "adapter" (where to keep the
@@ -162,7 +162,6 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "memory": memory.to_dict() | {"device": str(arguments.device)},
         "seconds": seconds,
         "plan": {n: {"rank": m.rank, "scale": m.scale} for n, m in modules.items()} or None,
-        "config": portable(config.resolved()),
         "provenance": provenance(config.seed, output=Path(payload["file"]).parent.parent),
         "threads": payload["threads"],
     }
