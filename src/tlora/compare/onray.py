@@ -147,7 +147,7 @@ def _check_nodes(nodes: Sequence[str], model: str | None) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    place = str(Path(str(model)).absolute()) if Path(str(model)).is_dir() else str(model)
+    place = _place(model)
     look = ray.remote(num_cpus=0)(_look)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, False)).remote(place)
@@ -161,6 +161,11 @@ def _check_nodes(nodes: Sequence[str], model: str | None) -> None:
             faults.append(f"a node of the Ray cluster cannot run tlora: {_last_lines(error)[-1]}")
     if faults:
         raise ConfigError(faults, where="engine")
+
+
+def _place(model: Any) -> str:
+    """Return the absolute path of a model's folder, or its name on the Hub."""
+    return str(Path(str(model)).absolute()) if Path(str(model)).is_dir() else str(model)
 
 
 def _look(model: str) -> tuple[str, str, str]:
@@ -193,8 +198,7 @@ def _relocated(payload: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
         if isinstance(value := field_at(config, dotted), str):
             section, _, field = dotted.rpartition(".")
             (config[section] if section else config)[field] = _sent(value, sources)
-    if Path(str(config["model"])).is_dir():
-        config["model"] = str(Path(config["model"]).absolute())
+    config["model"] = _place(config["model"])
     # What repeats a guarded question is in `left_out`.
     config["data"] |= {"guard": [], "guard_dir": None}
     work, validation = f"work/{payload['record']['name']}", payload["validation"]

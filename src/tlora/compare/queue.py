@@ -31,6 +31,7 @@ from typing import Any
 
 from tlora.credentials import redacted
 
+_LOOK = 1.0  # seconds between chances for an interrupt that is no signal, such as Ray's
 _GRACE = 5.0  # seconds that a job gets to end before it is killed
 _LINES_KEPT = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -101,7 +102,7 @@ class Workers:
                     running[place] = self._start(context, job, place)
                 if not running:
                     return
-                wait([each.process.sentinel for each in running.values()])
+                wait([each.process.sentinel for each in running.values()], timeout=_LOOK)
                 for place in [p for p, each in running.items() if not each.process.is_alive()]:
                     ended = running.pop(place)
                     settled(ended.job, ended.outcome())
