@@ -87,7 +87,7 @@ def test_a_killed_node_changes_no_result(compared, shared, cluster, held, tmp_pa
     finally:
         ended.append(True)
         killer.join()
-    assert lines[0] == "Ray: 2 nodes, 2 runs at a time, 1 CPUs and 0 GPUs a run"
+    assert lines[0] == "Ray: nodes: 2; runs at a time: 2, 1 CPU and 0 GPU each"
     assert seen[0] < 4
     until(lambda: not alive(int(held.read_text())))
     assert (progress.finished, progress.total, progress.failed) == (4, 4, [])

@@ -122,11 +122,11 @@ def connect(config: CompareConfig, local: Workers, tell: Callable[[str], None]) 
     places = {node["NodeID"]: _places(node, workers) for node in ray.nodes() if node["Alive"]}
     fit = [name for name, count in places.items() if count]
     _check_nodes(fit, config.model)
-    needs = f"{workers.cpus} CPUs and {gpus:g} GPUs a run"
+    needs = f"{workers.cpus} CPU and {gpus:g} GPU each"
     tell(
-        f"Ray: {len(fit)} nodes, {sum(places.values())} runs at a time, {needs}"
+        f"Ray: nodes: {len(fit)}; runs at a time: {sum(places.values())}, {needs}"
         if fit
-        else f"Ray: no node has {needs}; the runs wait for one to join"
+        else f"Ray: no node has room for a run ({needs}); the runs wait for one to join"
     )
     return workers
 
@@ -157,7 +157,7 @@ def _check_nodes(nodes: Sequence[str], model: str | None) -> None:
     for reference in asked:
         try:
             faults += _faults(ray.get(reference), place, model_identity(model))
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             faults.append(f"a node of the Ray cluster cannot run tlora: {_last_lines(error)[-1]}")
     if faults:
         raise ConfigError(faults, where="engine")
