@@ -1,5 +1,6 @@
 """Runs on a Ray cluster of two nodes, both on this machine."""
 
+import json
 import os
 import shutil
 import signal
@@ -192,7 +193,8 @@ def test_a_node_without_tlora_or_the_model_is_named():
 def test_a_model_that_a_node_lacks_is_refused_before_any_run(cluster, shared, monkeypatch):
     import ray
 
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    nodes.append("0" * len(nodes[0]))  # one that has left meanwhile
     onray._check_nodes(nodes, shared["model"])
     # The node is asked for a folder that only this machine is said to have.
     monkeypatch.setattr(onray, "_place", lambda model: "/only/here")
@@ -212,7 +214,7 @@ def test_the_files_of_rows_travel_and_all_paths_are_in_the_scratch_folder(tmp_pa
             "model": "model",
             "train_file": "a/rows.jsonl:0.5,b/*.jsonl",
             "eval_file": str(tmp_path / "a" / "rows.jsonl"),
-            "data": {"chat_template": "chat.jinja", "guard": ["gsm8k"], "guard_dir": "b"},
+            "data": {"chat_template": "chat.jinja"},
             "trainer": {"max_steps": 3},
         },
         "validation": "b/rows.jsonl",
@@ -224,7 +226,6 @@ def test_the_files_of_rows_travel_and_all_paths_are_in_the_scratch_folder(tmp_pa
     config = moved["config"]
     assert config["model"] == str(tmp_path / "model")
     assert config["trainer"] == {"max_steps": 3}
-    assert config["data"]["guard"] == []
     contents = {place: Path(source).read_text() for place, source in sources.items()}
     parts = [word.partition(":") for word in config["train_file"].split(",")]
     assert [(contents[place], weight) for place, _, weight in parts] == [("a", "0.5"), ("b", "")]
@@ -233,4 +234,26 @@ def test_the_files_of_rows_travel_and_all_paths_are_in_the_scratch_folder(tmp_pa
     assert contents[config["data"]["chat_template"]] == "template"
     own = [moved["file"], moved["adapter"], moved["work"], config["output_dir"], *sources]
     assert not any(Path(path).is_absolute() for path in own)
-    assert payload["config"]["data"]["guard"] == ["gsm8k"]  # the payload itself is as before
+    assert payload["config"]["data"]["chat_template"] == "chat.jinja"  # the payload is as before
+
+
+@pytest.mark.parametrize(("granted", "seen"), [([3], "3"), ([], "")])
+def test_a_run_sees_the_gpus_that_ray_gave_it(tmp_path, monkeypatch, granted, seen):
+    import ray
+
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: granted)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    file = tmp_path / "seen.json"
+    job = Job("one", {"file": str(file)}, onray._LOG)
+    outcome, _ = onray._on_node(Workers("fake_runs:tell", threads=2), job, [])
+    assert outcome.exit_code == 0
+    found = json.loads(file.read_text())
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"]) == (seen, "2")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "count"), [(2, 0.0, 4), (2, 1.0, 2), (4, 0.5, 2), (1, 0.5, 4), (9, 0.0, 0)]
+)
+def test_a_node_holds_what_fits_its_cpus_and_gpus(cpus, gpus, count):
+    node = {"Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}}
+    assert onray._places(node, onray.RayWorkers(Workers("x"), cpus, gpus)) == count

@@ -129,9 +129,9 @@ def check(config: CompareConfig) -> Setup:
     preflight(config)
     from tlora.compare.onerun import split
     from tlora.training.arguments import training_arguments
-    from tlora.training.setup import settle
+    from tlora.training.setup import settle_checked
 
-    setup = settle(_first_run(config), _validation_file(config), checked=True)
+    setup = settle_checked(_first_run(config), _validation_file(config))
     training_arguments(setup, CompareFolder(config.output_dir).work)
     _check_entries(config, setup)
     _, held = split(setup, config.validation, config.validation_seed)

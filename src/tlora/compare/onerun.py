@@ -16,7 +16,7 @@ from tlora.errors import DataError, DivergenceError
 from tlora.files import write_state
 from tlora.training.runconfig import RunConfig, SharedConfig
 from tlora.training.runfolder import RunFolder, provenance
-from tlora.training.setup import Setup, settle
+from tlora.training.setup import Setup, settle_checked
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,8 @@ def _rows(
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
     """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
     validation = payload["validation"]
-    setup = settle(config, validation if isinstance(validation, str) else None, payload["left_out"])
+    file = validation if isinstance(validation, str) else None
+    setup = settle_checked(config, file, payload["left_out"])
     train, held_out = split(setup, validation, payload["validation_seed"])
     final = payload["record"]["phase"] == "final"
     scored = {"test": setup.held_out} if final else {"validation": held_out}

@@ -157,8 +157,10 @@ def _check_nodes(nodes: Sequence[str], model: str | None) -> None:
     for reference in asked:
         try:
             faults += _faults(ray.get(reference), place, model_identity(model))
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.RayTaskError as error:
             faults.append(f"a node of the Ray cluster cannot run tlora: {_last_lines(error)[-1]}")
+        except ray.exceptions.RayError:
+            pass  # the node has left the cluster
     if faults:
         raise ConfigError(faults, where="engine")
 
@@ -199,8 +201,6 @@ def _relocated(payload: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
             section, _, field = dotted.rpartition(".")
             (config[section] if section else config)[field] = _sent(value, sources)
     config["model"] = _place(config["model"])
-    # What repeats a guarded question is in `left_out`.
-    config["data"] |= {"guard": [], "guard_dir": None}
     work, validation = f"work/{payload['record']['name']}", payload["validation"]
     return payload | {
         "config": config | {"output_dir": work},

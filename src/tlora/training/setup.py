@@ -191,11 +191,14 @@ class Setup:
             self.options = dataclasses.replace(self.options, modules_to_save=asked + new)
 
 
-def settle(
-    config: RunConfig,
-    validation: str | None = None,
-    left_out: Sequence[int] | None = None,
-    checked: bool = False,
+def settle(config: RunConfig, validation: str | None = None) -> Setup:
+    """Do what `settle_checked` does, after `preflight.check`."""
+    preflight.check(config, validation)
+    return settle_checked(config, validation)
+
+
+def settle_checked(
+    config: RunConfig, validation: str | None = None, left_out: Sequence[int] | None = None
 ) -> Setup:
     """Check ``config`` against the method, the trainer, the model and the rows, in that order.
 
@@ -204,15 +207,12 @@ def settle(
         validation: a further file of evaluation rows.
         left_out: indices of the training rows to leave out, where overlap with evaluation rows has
             been looked for before; None: it is looked for here.
-        checked: whether `preflight.check` has passed.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range.
         DataError: rows are missing or not what the task expects, or training rows repeat prompts of
             evaluation rows, or validation rows those of rows that are reported on.
     """
-    if not checked:
-        preflight.check(config, validation)
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
     options = with_task_type(kind, config.options())
