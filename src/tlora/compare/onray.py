@@ -236,10 +236,7 @@ def _on_node(
     """Run one job in a scratch folder of this node; return how it ended, and its files."""
     import ray
 
-    granted = ",".join(map(str, ray.get_gpu_ids()))
-    if not granted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    workers = replace(workers, gpus=(granted,) if granted else ())
+    workers = replace(workers, gpus=[",".join(map(str, ray.get_gpu_ids()))])
     outcomes: list[Outcome] = []
     jobs = iter([job])
     before = Path.cwd()

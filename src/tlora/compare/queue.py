@@ -81,7 +81,7 @@ class Workers:
     preload: Sequence[str] = ()
     """Modules that the fork server imports once for all jobs."""
     gpus: Sequence[str] = ()
-    """Accelerators, dealt out to the places of the queue in turn; a job sees one."""
+    """Accelerators, dealt out to the places of the queue in turn; a job sees one, of "" none."""
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
@@ -110,7 +110,7 @@ class Workers:
             _stop([each.process for each in running.values()])
 
     def _context(self) -> Any:
-        if sys.platform != "linux" or self.gpus:
+        if sys.platform != "linux" or any(self.gpus):
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         if self.preload:
