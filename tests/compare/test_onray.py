@@ -35,7 +35,8 @@ def cluster(held):
     import ray
     from ray.cluster_utils import Cluster
 
-    found = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Scratch folders of killed runs stay; here they go with the test's own.
+    found = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(held.parent)}
     cluster = Cluster(initialize_head=True, head_node_args=SMALL | {"env_vars": found})
     cluster.add_node(**SMALL, env_vars=found | {"HELD_RUN": str(held)})
     ray.init(cluster.address, log_to_driver=False)

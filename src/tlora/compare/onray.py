@@ -240,7 +240,7 @@ def _on_node(
     outcomes: list[Outcome] = []
     jobs = iter([job])
     before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="tlora-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix="tlora-ray-", ignore_cleanup_errors=True) as scratch:
         os.chdir(scratch)  # processes of multiprocessing start in the folder of their parent
         try:
             for name, content in zip(names, contents, strict=True):
