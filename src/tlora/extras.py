@@ -19,6 +19,7 @@ MODULES = {
     "judge": (*_EVAL, "openai", "httpx2"),
     "quantized": ("bitsandbytes",),
     "gguf": ("gguf",),
+    "ray": (*_COMPARE, "ray"),
 }
 """What each extra of pyproject.toml installs, by the names that Python imports."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,3 +89,27 @@ def tell(payload: dict[str, Any]) -> None:
 
 def refuse(payload: dict[str, Any]) -> None:
     raise ValueError(payload["message"])
+
+
+def held(payload: dict[str, Any]) -> None:
+    """Do the real run; on a node that is to be killed, wait for that."""
+    if flag := os.environ.get("HELD_RUN"):
+        Path(flag).write_text(f"{os.getpid()}\n")
+        time.sleep(FOREVER)
+    from tlora.compare import onerun
+
+    onerun.run(payload)
+
+
+def sleep(payload: dict[str, Any]) -> None:
+    """Say that it runs; end only with its parent."""
+    Path(payload["pid"]).write_text(f"{os.getpid()}\n")
+    time.sleep(FOREVER)
+
+
+def kill_parent(payload: dict[str, Any]) -> None:
+    """Kill what started this process, each time that it starts."""
+    with Path(payload["starts"]).open("a") as file:
+        file.write("start\n")
+    os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+    time.sleep(FOREVER)

@@ -97,6 +97,10 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"trainer": {"save_strategy": "epoch"}}, "write no checkpoints"),
         ({"trainer": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "follows the scores"),
         ({"calibration": CalibrationConfig(cache="c.safetensors")}, "each run calibrates"),
+        ({"engine": "ray", "jobs": 2}, "`jobs` has no place on Ray; `cpus_per_run` and `gpus_"),
+        ({"cpus_per_run": 2}, "`cpus_per_run` is for `engine: ray`"),
+        ({"gpus_per_run": 0.0}, "`gpus_per_run` is for `engine: ray`"),
+        ({"engine": "ray", "gpus_per_run": 2}, "`gpus_per_run` is 2; give a number from 0 to 1."),
     ],
 )
 def test_what_is_wrong_or_would_be_unequal_is_refused(fields, message):

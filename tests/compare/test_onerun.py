@@ -18,42 +18,10 @@ from tlora.compare.queue import Workers
 from tlora.errors import ConfigError, DataError
 from tlora.report import comparison
 from tlora.tasks.dataconfig import DataConfig
+from tlora.training import preflight
 from tlora.training.digests import file_digest, model_identity
-from tlora.training.runconfig import CalibrationConfig, RunConfig
+from tlora.training.runconfig import RunConfig
 from tlora.training.setup import settle
-
-
-@pytest.fixture(scope="session")
-def shared(llama_folder, sums, other_sums):
-    return {
-        "model": llama_folder,
-        "train_file": sums,
-        "test_file": other_sums,
-        "validation": 4,
-        "methods": ["lora", "tlora"],
-        "learning_rates": [1e-2],
-        "tuning_seeds": [0],
-        "final_seeds": [1],
-        "adapter": {"r": 2},
-        "calibration": CalibrationConfig(samples=4, batch_size=2),
-        "threads": 1,
-        "trainer": {
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "use_cpu": True,
-        },
-    }
-
-
-@pytest.fixture(scope="session")
-def compared(shared, tmp_path_factory):
-    """Run a whole comparison once: two methods, one rate, a tuning and a final seed each."""
-    path = tmp_path_factory.mktemp("compared") / "out"
-    lines = []
-    config = CompareConfig(**shared, output_dir=str(path), keep_adapters=True)
-    progress = compare.run(config, tell=lines.append)
-    return progress, CompareFolder(path), lines
 
 
 @pytest.fixture
@@ -210,6 +178,13 @@ def test_a_file_of_validation_rows_leaves_all_training_rows(shared, tmp_path):
     config = CompareConfig(**shared | {"validation": str(file)})
     train, held = onerun.split(compare.check(config), str(file), seed=0)
     assert (len(train), len(held)) == (24, 3)
+
+
+def test_flags_and_files_are_checked_once(shared, monkeypatch):
+    calls, before = [], preflight.check
+    monkeypatch.setattr(preflight, "check", lambda *args: calls.append(args) or before(*args))
+    compare.check(CompareConfig(**shared))
+    assert len(calls) == 1
 
 
 def test_overlap_is_looked_for_once_in_a_comparison(shared, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_bare_install_requires_seven_packages(wheel, tmp_path):
 def test_all_holds_every_extra_that_a_user_needs(wheel, tmp_path):
     found = environment.requirements(wheel, tmp_path)
     (whole,) = (each.extras for each in found if str(each.marker) == 'extra == "all"')
-    assert whole == {"train", "compare", "eval", "judge", "quantized", "gguf"}
+    assert whole == {"train", "compare", "eval", "judge", "quantized", "gguf", "ray"}
 
 
 def direct(found, extra):

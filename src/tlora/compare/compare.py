@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tlora import extras
 from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.compare.comparefolder import RUN_HEADER, CompareFolder
 from tlora.compare.exactmatch import check_rows
@@ -28,6 +29,7 @@ from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import provenance
 
 if TYPE_CHECKING:
+    from tlora.compare.onray import RayWorkers
     from tlora.training.setup import Setup
 
 Tell = Callable[[str], None]
@@ -74,6 +76,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
     """
     setup = check(config)
     comparison = identify(config, setup)
+    crew = workers(config, tell)
     folder = CompareFolder(config.output_dir)
     with folder.locked():
         folder.start(
@@ -88,7 +91,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
             }
         )
         shutil.rmtree(folder.work, ignore_errors=True)
-        return work(Schedule(comparison, folder), workers(config), tell, setup.left_out)
+        return work(Schedule(comparison, folder), crew, tell, setup.left_out)
 
 
 def preflight(config: CompareConfig) -> None:
@@ -100,6 +103,9 @@ def preflight(config: CompareConfig) -> None:
     faults = Faults("compare")
     with faults:
         CompareFolder(config.output_dir).refuse_unless_free()
+    with faults:
+        if config.engine == "ray":
+            extras.require("ray", where="engine")
     run_config = _first_run(config)
     with faults:
         training_preflight.check(run_config, _validation_file(config))
@@ -123,9 +129,9 @@ def check(config: CompareConfig) -> Setup:
     preflight(config)
     from tlora.compare.onerun import split
     from tlora.training.arguments import training_arguments
-    from tlora.training.setup import settle
+    from tlora.training.setup import settle_checked
 
-    setup = settle(_first_run(config), _validation_file(config))
+    setup = settle_checked(_first_run(config), _validation_file(config))
     training_arguments(setup, CompareFolder(config.output_dir).work)
     _check_entries(config, setup)
     _, held = split(setup, config.validation, config.validation_seed)
@@ -210,8 +216,17 @@ def score_names(setup: Setup) -> list[str]:
     return [*own, "loss"]
 
 
-def workers(config: CompareConfig) -> Workers:
-    """Return how the runs of ``config`` are to be run on this machine."""
+def workers(config: CompareConfig, tell: Tell) -> Workers | RayWorkers:
+    """Return how the runs of ``config`` are to be run, on this machine or on a Ray cluster.
+
+    Raises:
+        ConfigError: the cluster cannot be used.
+    """
+    if config.engine == "ray":
+        from tlora.compare.onray import connect
+
+        threads = config.threads or config.cpus_per_run or 1
+        return connect(config, Workers(RUN, threads=threads, preload=(*PRELOAD, "ray")), tell)
     return Workers(
         function=RUN,
         jobs=config.jobs,
@@ -231,7 +246,10 @@ def visible_gpus() -> list[str]:
 
 
 def work(
-    schedule: Schedule, workers: Workers, tell: Tell, left_out: Sequence[int] = ()
+    schedule: Schedule,
+    workers: Workers | RayWorkers,
+    tell: Tell,
+    left_out: Sequence[int] = (),
 ) -> Progress:
     """Run what ``schedule`` has ready; training rows ``left_out`` repeat evaluation prompts.
 
@@ -282,7 +300,7 @@ def _job(
     keep = config.keep_adapters and trial.phase == "final"
     work = str(folder.work / trial.name)
     payload = {
-        "record": RUN_HEADER | trial.record(),
+        "record": RUN_HEADER | trial.record() | {"config": portable(run.resolved())},
         "config": run.to_dict() | {"output_dir": work},
         "validation": config.validation,
         "validation_seed": config.validation_seed,

@@ -17,6 +17,7 @@ from tlora.registry import METHODS
 from tlora.training.runconfig import CalibrationConfig, RunConfig, SharedConfig
 
 Better = Literal["higher", "lower"]
+Engine = Literal["local", "ray"]
 
 Rates = Annotated[
     list[float],
@@ -175,7 +176,17 @@ class CompareConfig(SharedConfig):
     jobs: Annotated[int, at_least(1)] = 1
     """Runs at a time, each in a process of its own."""
     threads: Annotated[int, at_least(1)] | None = None
-    """Threads of each run; by default the cores divided by `jobs`."""
+    """Threads of each run; by default the cores divided by `jobs`, on Ray `cpus_per_run`."""
+    engine: Engine = "local"
+    """Where the runs go: "local" processes, or tasks of a "ray" cluster: of RAY_ADDRESS, of this
+    machine, or of a new one."""
+    cpus_per_run: Annotated[int, at_least(1)] | None = None
+    """CPUs of each run on Ray; by default 1."""
+    gpus_per_run: Annotated[float, Rule("a number from 0 to 1", lambda v: 0 <= v <= 1)] | None = (
+        None
+    )
+    """GPUs of each run on Ray, 1, 0, or a fraction where runs share one; by default 1 if the
+    cluster has GPUs."""
     adapter_defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of the methods' options that this comparison keeps, whatever later versions have;
     each goes to the methods that have one of that name."""
@@ -206,6 +217,7 @@ class CompareConfig(SharedConfig):
             )
         yield from self._trainer_faults()
         yield from _cache_faults(self.calibration.cache)
+        yield from self._engine_faults()
 
     def entries(self) -> list[MethodEntry]:
         """Return the methods with their labels, rates and options filled in.
@@ -311,6 +323,13 @@ class CompareConfig(SharedConfig):
                 f"`learning_rates`: the methods have {numbers} of them; give every method the same"
                 " number, so that tuning is fair."
             )
+
+    def _engine_faults(self) -> Iterator[str]:
+        if self.engine == "ray" and self.jobs != 1:
+            yield "`jobs` has no place on Ray; `cpus_per_run` and `gpus_per_run` say what fits."
+        for name in ("cpus_per_run", "gpus_per_run"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                yield f"`{name}` is for `engine: ray`; give both, or `jobs` and `threads`."
 
     def _trainer_faults(self) -> list[str]:
         trainer = self.trainer_defaults | self.trainer

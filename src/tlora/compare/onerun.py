@@ -16,7 +16,7 @@ from tlora.errors import DataError, DivergenceError
 from tlora.files import write_state
 from tlora.training.runconfig import RunConfig, SharedConfig
 from tlora.training.runfolder import RunFolder, provenance
-from tlora.training.setup import Setup, settle
+from tlora.training.setup import Setup, settle_checked
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def run(payload: dict[str, Any]) -> None:
     alone. A run that diverges is finished too: its record says at which step, and has no scores.
 
     Args:
-        payload: "record" (what is known of the run before it starts), "config" (a `RunConfig`),
+        payload: "record" (the part that is known before the run starts), "config" (a `RunConfig`),
             "validation", "validation_seed", "left_out" (indices of training rows that repeat
             evaluation prompts), "exact_match" (whether to score by it too), "threads", "file",
             "work" (a folder that may be used and is removed) and "adapter" (where to keep the
@@ -162,7 +162,6 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
         "memory": memory.to_dict() | {"device": str(arguments.device)},
         "seconds": seconds,
         "plan": {n: {"rank": m.rank, "scale": m.scale} for n, m in modules.items()} or None,
-        "config": portable(config.resolved()),
         "provenance": provenance(config.seed, output=Path(payload["file"]).parent.parent),
         "threads": payload["threads"],
     }
@@ -197,7 +196,8 @@ def _rows(
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
     """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
     validation = payload["validation"]
-    setup = settle(config, validation if isinstance(validation, str) else None, payload["left_out"])
+    file = validation if isinstance(validation, str) else None
+    setup = settle_checked(config, file, payload["left_out"])
     train, held_out = split(setup, validation, payload["validation_seed"])
     final = payload["record"]["phase"] == "final"
     scored = {"test": setup.held_out} if final else {"validation": held_out}

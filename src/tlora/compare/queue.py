@@ -31,6 +31,7 @@ from typing import Any
 
 from tlora.credentials import redacted
 
+_LOOK = 1.0  # seconds between chances for an interrupt that is no signal, such as Ray's
 _GRACE = 5.0  # seconds that a job gets to end before it is killed
 _LINES_KEPT = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -80,7 +81,7 @@ class Workers:
     preload: Sequence[str] = ()
     """Modules that the fork server imports once for all jobs."""
     gpus: Sequence[str] = ()
-    """Accelerators, dealt out to the places of the queue in turn; a job sees one."""
+    """Accelerators, dealt out to the places of the queue in turn; a job sees one, of "" none."""
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
@@ -101,7 +102,7 @@ class Workers:
                     running[place] = self._start(context, job, place)
                 if not running:
                     return
-                wait([each.process.sentinel for each in running.values()])
+                wait([each.process.sentinel for each in running.values()], timeout=_LOOK)
                 for place in [p for p, each in running.items() if not each.process.is_alive()]:
                     ended = running.pop(place)
                     settled(ended.job, ended.outcome())
@@ -109,7 +110,7 @@ class Workers:
             _stop([each.process for each in running.values()])
 
     def _context(self) -> Any:
-        if sys.platform != "linux" or self.gpus:
+        if sys.platform != "linux" or any(self.gpus):
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         if self.preload:

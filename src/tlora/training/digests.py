@@ -15,11 +15,12 @@ from tlora.tasks.mixture import parts
 from tlora.training.runconfig import RunConfig
 
 _EDGE_BYTES = 2**20
-_FIELDS = (
-    *("train_file", "eval_file", "model", "continue_from", "data.chat_template"),
+FILE_FIELDS = (
+    *("train_file", "eval_file", "data.chat_template"),
     *("trainer.deepspeed", "trainer.fsdp_config", "trainer.accelerator_config"),
 )
-"""Fields that may name a file whose content decides the weights."""
+"""Fields of a run that may name files whose content decides the weights."""
+_FIELDS = (*FILE_FIELDS, "model", "continue_from")
 _SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
 
 

@@ -191,7 +191,13 @@ class Setup:
             self.options = dataclasses.replace(self.options, modules_to_save=asked + new)
 
 
-def settle(
+def settle(config: RunConfig, validation: str | None = None) -> Setup:
+    """Do what `settle_checked` does, after `preflight.check`."""
+    preflight.check(config, validation)
+    return settle_checked(config, validation)
+
+
+def settle_checked(
     config: RunConfig, validation: str | None = None, left_out: Sequence[int] | None = None
 ) -> Setup:
     """Check ``config`` against the method, the trainer, the model and the rows, in that order.
@@ -207,7 +213,6 @@ def settle(
         DataError: rows are missing or not what the task expects, or training rows repeat prompts of
             evaluation rows, or validation rows those of rows that are reported on.
     """
-    preflight.check(config, validation)
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
     options = with_task_type(kind, config.options())
