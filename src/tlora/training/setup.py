@@ -88,7 +88,7 @@ class Setup:
         loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)
         return Samples(loader, options.skip_bad_samples, options.cache)
 
-    def load_model(self, device: Any) -> PreTrainedModel:
+    def load_model(self, device: Any, shards: Sequence[str] = ()) -> PreTrainedModel:
         """Load the base model with the head of the task; a new head is drawn from the run's seed.
 
         What else of a classifier the files lack (DeBERTa's pooler, say) is drawn too. Adapted or
@@ -96,6 +96,8 @@ class Setup:
 
         Args:
             device: where to calibrate and train.
+            shards: names of the layers that FSDP2 gathers one at a time; each process then loads
+                its part of the weights alone.
 
         Raises:
             ConfigError: there is no such model, it has no head of that kind, or it cannot be
@@ -107,15 +109,20 @@ class Setup:
 
         transformers.set_seed(self.config.seed)
         head = self.head_fields()
-        model, missing = pretrained(self.config).model(self.kind.auto_model, device, head=head)
-        # Decoders that classify find the last real token by it.
-        set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
+        base = pretrained(self.config)
+        model, missing = base.model(self.kind.auto_model, device, head=head, shards=shards)
+        self.complete(model)
         if head:
             self._train_in_full(missing)
         self._train_tokens(model)
         self._check_room(model)
         keep_gradients(model)
         return model
+
+    def complete(self, model: Any) -> None:
+        """Set what the configuration of a base model lacks and the trainer reads."""
+        # Decoders that classify find the last real token by it.
+        set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
 
     def _train_tokens(self, model: Any) -> None:
         """Give the added tokens rows of the embedding and the head, and let these train."""

@@ -63,15 +63,20 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     setup = with_learning_rate(settle(todo.config))
     if todo.resumes:
         keep_budget(setup, folder)
-    from tlora.training import screen  # imports transformers
+    from tlora.training import screen, sharded  # import transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
-    _refuse_sharding(arguments)
+    _refuse_zero3(arguments)
+    fsdp = sharded.fsdp_of(arguments)
     _refuse_disagreement(todo.resumes, folder)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
-        prepared = adapt(setup, arguments.device, folder.saved_plan() if todo.resumes else None)
+        plan = folder.saved_plan() if todo.resumes else None
+        if fsdp:
+            prepared = sharded.adapt(setup, arguments.device, fsdp, plan)
+        else:
+            prepared = adapt(setup, arguments.device, plan)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
@@ -90,6 +95,8 @@ def _train(todo: Todo, folder: RunFolder) -> None:
         logger.info(
             "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
         )
+    if fsdp:
+        sharded.gather(prepared)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -112,20 +119,18 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _refuse_sharding(arguments: Any) -> None:
-    """Refuse engines that keep the trained weights in parts: a run saves them whole.
+def _refuse_zero3(arguments: Any) -> None:
+    """Refuse an engine that keeps the trained weights in parts, which a run does not gather.
 
     Raises:
-        ConfigError: FSDP or ZeRO-3 is asked for, by a field or by `accelerate launch`.
+        ConfigError: ZeRO-3 is asked for, by a field or by `accelerate launch`.
     """
-    fsdp = bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     deepspeed = getattr(arguments, "hf_deepspeed_config", None)
     zero3 = deepspeed is not None and deepspeed.is_zero3()
-    if fsdp or zero3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if zero3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise ConfigError(
-            f"{'FSDP' if fsdp else 'ZeRO-3'} keeps the weights in parts, which `tlora train` does"
-            " not save; launch it with DDP or ZeRO-2, or `tlora init` and train the adapter by"
-            " a script of your own (docs/distributed.md).",
+            "ZeRO-3 keeps the weights in parts, which `tlora train` does not gather; launch it with"
+            " FSDP2, which shards them too (examples/accelerate/fsdp2.yaml).",
             where="trainer",
         )
 
@@ -136,6 +141,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     Raises:
         ConfigError: the trainer refuses its arguments for this model; its sentence says why.
     """
+    from tlora.calibration.placement import is_sharded
+    from tlora.training import sharded
     from tlora.training.divergence import DivergenceCallback
     from tlora.training.trainers import LogCallback, keep_dtypes, stopping
 
@@ -169,6 +176,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         if isinstance(error, TLoraError):
             raise
         raise ConfigError(first_line(error), where="trainer") from error
+    if is_sharded(prepared.model):
+        sharded.fit_trainer(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer, folder.run_id)
     DivergenceCallback().watch(trainer)
