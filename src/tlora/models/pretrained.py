@@ -120,10 +120,9 @@ class Pretrained:
             )
         _name_parts(model)
         drawn = drawn_weights(self.name, model, found, new_head=bool(head))
-        # Quantized weights, and models split over devices or processes, are already where they belong.
+        # Quantized weights, and models split over devices or processes, are where they belong.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        placed = placed or shards
-        return model if placed else model.to(device), drawn
+        return model if placed or shards else model.to(device), drawn
 
     def class_for(self, auto_class: str, config: Any = None) -> Any:
         """Return the class that loads this checkpoint, whose ``config`` is read if not given.

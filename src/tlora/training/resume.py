@@ -183,9 +183,10 @@ def _refuse_other_steps(config: RunConfig, saved: RunConfig, folder: RunFolder) 
     old, new = folder.processes(), process_count()
     if now * new == before * old:
         return
+    processes = f"{old} process{'es' * (old > 1)}"
     raise ConfigError(
-        f"the run in {folder.path} trains on {before * old} rows a step ({old}"
-        f" process{'es' * (old > 1)}), and this command on {now * new} ({new}); choose --batch_size,"
+        f"the run in {folder.path} trains on {before * old} rows a step ({processes}), and this"
+        f" command on {now * new} ({new}); choose --batch_size,"
         " --trainer.gradient_accumulation_steps and the number of processes so that their product"
         f" is {before * old}.",
         where="run",

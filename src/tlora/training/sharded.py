@@ -57,6 +57,10 @@ def fsdp_of(arguments: Any) -> Any | None:
     # Each process reads its own part; transformers would let the first one read all.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     fields = (arguments.fsdp_plugin_args or {}) | {"cpu_ram_efficient_loading": False}
+    if str(fields.get("fsdp_version") or os.environ.get("FSDP_VERSION")) != "2":
+        raise ConfigError(
+            "FSDP is asked for in its first version; set `fsdp_version: 2`.", "trainer"
+        )
     plugin = FullyShardedDataParallelPlugin(**fields)
     if faults := list(_faults(plugin)):
         raise ConfigError(faults, where="trainer")
@@ -72,9 +76,6 @@ def _faults(plugin: Any) -> Iterator[str]:
         from transformers.distributed import DistributedConfig
     except ImportError:
         DistributedConfig = object
-    if plugin.fsdp_version != 2:
-        yield "FSDP is asked for in its first version; set `fsdp_version: 2`."
-        return
     if "fsdp_size" not in inspect.signature(DistributedConfig).parameters:
         yield "FSDP2 needs a transformers that shards a model as it loads; install 5.20 or later."
     if plugin.activation_checkpointing:
@@ -305,12 +306,13 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
 def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
     """Give an optimizer of sharded parameters a whole state, in parts."""
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
+
+    def part(old: Tensor, value: Tensor) -> Tensor:
+        # Moments have the parameter's shape; what counts steps is a number.
+        return like(old, value) if value.shape == old.shape else value
+
     state = {
-        index: {
-            # Moments have the parameter's shape; what counts steps is a number.
-            name: like(parameters[index], value) if value.shape == parameters[index].shape else value
-            for name, value in entry.items()
-        }
+        index: {name: part(parameters[index], value) for name, value in entry.items()}
         for index, entry in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
