@@ -16,7 +16,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.adapter.attach import adapter_layer
-from tlora.calibration.placement import is_dtensor, local_part
+from tlora.calibration.placement import is_dtensor, is_zero3, local_part
 from tlora.errors import ConfigError
 from tlora.methods.base import Plans
 from tlora.models.skeleton import skeleton
@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 _INSIDE = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 """What PEFT puts into the names of the base's parameters."""
+
+
+def engine_of(arguments: Any) -> Callable[[Setup, Any, Any], Prepared] | None:
+    """Return what loads and prepares a model in parts, as the engine asked for takes it.
+
+    It takes the run, the device and the plan of a run that is resumed, as `initialize.adapt`.
+    Without an engine that keeps weights in parts there is None.
+
+    Raises:
+        ConfigError: as `fsdp_of`.
+    """
+    from transformers.integrations import deepspeed
+
+    if deepspeed.is_deepspeed_zero3_enabled():
+        return adapt_zero3
+    plugin = fsdp_of(arguments)
+    return functools.partial(adapt, plugin=plugin) if plugin else None
 
 
 def fsdp_of(arguments: Any) -> Any | None:
@@ -87,28 +104,21 @@ def _faults(plugin: Any) -> Iterator[str]:
         yield "`fsdp_offload_params` is not supported; leave it out and use more processes."
 
 
-def adapt(setup: Setup, device: Any, plugin: Any, plan: AdapterPlan | None = None) -> Prepared:
+def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
     """Load the base in parts, plan on it if there is no ``plan``, and attach and shard.
 
     Args:
         setup: the run.
         device: of this process.
+        plan: the `AdapterPlan` of a run that is resumed, or None.
         plugin: from `fsdp_of`.
-        plan: of a run that is resumed.
 
     Raises:
         ConfigError: the run asks for what is not done in parts, or as `check_targets`.
     """
-    if faults := list(_unsharded(setup)):
-        raise ConfigError(faults, where="trainer")
-    model = skeleton(pretrained(setup.config), setup.kind.task_type)
-    layers = _layers(model, plugin)
+    model, layers = _outline(setup, plugin)
     base = setup.load_model(device, shards=layers)
-    check_targets(setup.kind, setup.options, base)
-    if plan is None:
-        plan = setup.method.plan(  # type: ignore[attr-defined]
-            base, setup.options, setup.calibration_batches()
-        )
+    plan = plan or _planned_on(base, setup)
     setup.complete(model)
     model.generation_config = copy.deepcopy(base.generation_config)
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
@@ -118,6 +128,46 @@ def adapt(setup: Setup, device: Any, plugin: Any, plan: AdapterPlan | None = Non
     shard(prepared.model, layers, base, plugin)
     adopt(prepared.model, base, plan)
     return prepared
+
+
+def adapt_zero3(setup: Setup, device: Any, plan: Any) -> Prepared:
+    """Plan on a base that FSDP2 shards, then attach to one that ZeRO-3 partitions as it loads.
+
+    Arguments and errors as of `adapt`.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers.integrations import deepspeed
+
+    if plan is None:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        config = deepspeed._hf_deepspeed_config_weak_ref()
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            _, layers = _outline(setup, plugin)
+            plan = _planned_on(setup.load_model(device, shards=layers), setup)
+        finally:
+            deepspeed.set_hf_deepspeed_config(config)
+    return prepare(setup, setup.load_model(device), plan)
+
+
+def _outline(setup: Setup, plugin: Any) -> tuple[Any, list[str]]:
+    """Return the base on `meta`, and the names of the layers to gather one at a time.
+
+    Raises:
+        ConfigError: the run asks for what is not done in parts, or there are no such layers.
+    """
+    if faults := list(_unsharded(setup)):
+        raise ConfigError(faults, where="trainer")
+    model = skeleton(pretrained(setup.config), setup.kind.task_type)
+    return model, _layers(model, plugin)
+
+
+def _planned_on(base: Any, setup: Setup) -> AdapterPlan:
+    check_targets(setup.kind, setup.options, base)
+    method: Any = setup.method
+    return method.plan(base, setup.options, setup.calibration_batches())
 
 
 def _unsharded(setup: Setup) -> Iterator[str]:
@@ -216,6 +266,11 @@ def like(old: Any, whole: Tensor) -> Tensor:
 
 def gathered(value: Any) -> Any:
     """Return a tensor whole, on the CPU, or what is none as it is; every process has to call it."""
+    if is_zero3(value):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            return value.detach().cpu().clone()
     if is_dtensor(value):
         value = value.full_tensor()
     return value.detach().cpu() if isinstance(value, Tensor) else value
@@ -224,12 +279,11 @@ def gathered(value: Any) -> Any:
 def fit_trainer(trainer: Any) -> None:
     """Let a trainer take a sharded model as it is, with checkpoints as of one process.
 
-    Its own way would wrap the model by DDP, and write what its process holds.
+    Its own way would wrap the model by DDP, and write what its process holds. DeepSpeed's engine
+    keeps its own checkpoints beside the adapter.
     """
     arguments, optimizer_file, scheduler_file = trainer.args, "optimizer.pt", "scheduler.pt"
     accelerator = trainer.accelerator
-    # Which leaves autocast, and neither moves nor wraps the model.
-    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         state = adapter_state(trainer.model)
@@ -256,6 +310,10 @@ def fit_trainer(trainer: Any) -> None:
         trainer.lr_scheduler.load_state_dict(read(Path(checkpoint) / scheduler_file))
 
     trainer.save_model = save_model
+    if trainer.is_deepspeed_enabled:
+        return
+    # Which leaves autocast, and neither moves nor wraps the model.
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
     trainer._save_optimizer_and_scheduler = save_optimizer
     trainer._load_from_checkpoint = load
     trainer._load_best_model = load_best
@@ -280,7 +338,7 @@ def _saved_names(model: Any) -> dict[str, str]:
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """Gather what PEFT saves of a sharded model; every process has to call it."""
-    state = model.state_dict()
+    state = dict(model.named_parameters(remove_duplicate=False))
     return {name: gathered(state[name]) for name in _saved_names(model).values()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -66,17 +65,13 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     from tlora.training import screen, sharded  # import transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
-    _refuse_zero3(arguments)
-    fsdp = sharded.fsdp_of(arguments)
+    adapt_parts = sharded.engine_of(arguments)
     _refuse_disagreement(todo.resumes, folder)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
         plan = folder.saved_plan() if todo.resumes else None
-        if fsdp:
-            prepared = sharded.adapt(setup, arguments.device, fsdp, plan)
-        else:
-            prepared = adapt(setup, arguments.device, plan)
+        prepared = (adapt_parts or adapt)(setup, arguments.device, plan)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
@@ -95,7 +90,7 @@ def _train(todo: Todo, folder: RunFolder) -> None:
         logger.info(
             "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
         )
-    if fsdp:
+    if adapt_parts:
         sharded.gather(prepared)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
@@ -117,22 +112,6 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _refuse_zero3(arguments: Any) -> None:
-    """Refuse an engine that keeps the trained weights in parts, which a run does not gather.
-
-    Raises:
-        ConfigError: ZeRO-3 is asked for, by a field or by `accelerate launch`.
-    """
-    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
-    zero3 = deepspeed is not None and deepspeed.is_zero3()
-    if zero3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise ConfigError(
-            "ZeRO-3 keeps the weights in parts, which `tlora train` does not gather; launch it with"
-            " FSDP2, which shards them too (examples/accelerate/fsdp2.yaml).",
-            where="trainer",
-        )
 
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
