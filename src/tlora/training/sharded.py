@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.adapter.attach import adapter_layer
+from tlora.calibration.group import process_group
 from tlora.calibration.placement import is_dtensor, is_zero3, local_part
 from tlora.errors import ConfigError
 from tlora.methods.base import Plans
@@ -83,7 +84,7 @@ def fsdp_of(arguments: Any) -> Any | None:
         raise ConfigError(faults, where="trainer")
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     arguments.fsdp = arguments.fsdp_plugin_args = None
-    return plugin if torch.distributed.is_initialized() else None
+    return plugin if process_group().size > 1 else None
 
 
 def _faults(plugin: Any) -> Iterator[str]:

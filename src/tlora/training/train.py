@@ -16,14 +16,14 @@ from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
-from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
+from tlora.training.checkpoints import check_engine, guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
 from tlora.training.initialize import adapt, keep_budget, save_adapter
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
 from tlora.training.runconfig import RunConfig
-from tlora.training.runfolder import RunFolder
+from tlora.training.runfolder import RunFolder, process_count
 from tlora.training.setup import Setup, settle
 
 if TYPE_CHECKING:
@@ -76,13 +76,14 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     screen.show(trainer, memory)
+    point = _resume_point(folder, trainer, todo.resumes)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
             if folder.exists and not todo.resumes:
                 folder.clear()
             folder.start(setup.record(), "train", prepared.plan, todo.inputs, setup.settled)
         with timed(seconds, "train"):
-            train_from(trainer, _resume_point(folder, trainer, todo.resumes))
+            train_from(trainer, point)
     best = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and best:
         name = str(arguments.metric_for_best_model).removeprefix("eval_")
@@ -185,7 +186,11 @@ def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> Path | None
     from tlora.calibration.group import process_group
 
     point = _rewound(folder, started) if trainer.is_world_process_zero() else None
-    return process_group().broadcast(point, 0)
+    point = process_group().broadcast(point, 0)
+    if point is not None:
+        processes = (folder.processes(), process_count())
+        check_engine(point, trainer.is_deepspeed_enabled, processes)
+    return point
 
 
 def _rewound(folder: RunFolder, started: bool) -> Path | None:
