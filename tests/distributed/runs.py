@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from tlora.errors import TLoraError
 from tlora.training import sharded, train
@@ -20,6 +25,7 @@ from tlora.training.runconfig import CalibrationConfig, RunConfig
 from tlora.training.runfolder import RunFolder
 from tlora.training.setup import settle
 
+BASE = str(files("tlora.demo") / "base")
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 
 
@@ -61,6 +67,20 @@ def config(base: str, rows: str, folder: str, batch_size: int, **fields: Any) ->
     )
 
 
+def flags(config: RunConfig) -> list[str]:
+    """Return a run's fields as `tlora train` takes them."""
+    given = {
+        "model": config.model,
+        "train_file": config.train_file,
+        "output_dir": config.output_dir,
+        "calibration.samples": config.calibration.samples,
+        "calibration.batch_size": config.calibration.batch_size,
+        **{f"adapter.{name}": value for name, value in config.adapter.items()},
+        **{f"trainer.{name}": value for name, value in config.trainer.items()},
+    }
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
 @contextlib.contextmanager
 def launch(variables: dict[str, str]) -> Iterator[None]:
     """Let the body see what a launch sets in this process."""
@@ -92,11 +112,12 @@ def held(variables: dict[str, str], fields: dict[str, Any]) -> tuple[float, bool
     with launch(variables):
         setup = settle(RunConfig.from_dict(fields))
         arguments = training_arguments(setup, Path(setup.config.output_dir))
-        plugin = sharded.fsdp_of(arguments)
+        adapt = sharded.engine_of(arguments)
+        assert adapt is not None
         bases: list[Any] = []
         load = setup.load_model
         setup.load_model = lambda *args, **kwargs: bases.append(load(*args, **kwargs)) or bases[0]
-        model = sharded.adapt(setup, arguments.device, plugin).model
+        model = adapt(setup, arguments.device, None).model
         parts = [parameter.to_local() for parameter in bases[0].parameters()]
         here = sum(part.nbytes for part in parts)
         places = {part.untyped_storage().data_ptr() for part in parts}
@@ -123,3 +144,24 @@ def stop_at(folder: RunFolder, step: int, processes: int) -> None:
             del os.environ["WORLD_SIZE"]
         else:
             os.environ["WORLD_SIZE"] = before
+
+
+def losses(folder: RunFolder) -> list[float]:
+    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same(found: RunFolder, expected: RunFolder, tolerance: float = 1e-5) -> None:
+    """Same losses at every step, same adapter."""
+    logs = [
+        [json.loads(line) for line in f.log.read_text().splitlines()] for f in (found, expected)
+    ]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert len(losses[1]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    name = "adapter_model.safetensors"
+    adapter, other = (load_file(folder.adapter / name) for folder in (found, expected))
+    assert adapter.keys() == other.keys()
+    for key, value in other.items():
+        torch.testing.assert_close(adapter[key], value, rtol=0, atol=tolerance)
+    assert max(v.abs().max() for k, v in other.items() if "lora_B" in k) > 1e-4

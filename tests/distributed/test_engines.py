@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
-import torch
 from processes import Processes
-from safetensors.torch import load_file
 
 from tlora.errors import ConfigError
 from tlora.tasks.dataconfig import DataConfig
@@ -20,7 +16,6 @@ from tlora.training import train
 from tlora.training.runconfig import TokensConfig
 from tlora.training.runfolder import RunFolder
 
-BASE = str(files("tlora.demo") / "base")
 FAMILIES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "gpt2": (
         {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -44,42 +39,6 @@ FAMILIES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 ENGINES = ["ddp", "fsdp2", "two_nodes"]
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: Any) -> str:
-    lines = [{"prompt": f"{n}+{n}=", "response": str(n + n)} for n in range(10, 34)]
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(file)
-
-
-@pytest.fixture(scope="session")
-def alone(rows: str, tmp_path_factory: Any) -> RunFolder:
-    """A run of one process."""
-    folder = str(tmp_path_factory.mktemp("alone") / "run")
-    return train.run(runs.config(BASE, rows, folder, batch_size=4))
-
-
-def losses(folder: RunFolder) -> list[float]:
-    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def assert_same(found: RunFolder, expected: RunFolder, tolerance: float = 1e-5) -> None:
-    """Same losses at every step, same adapter."""
-    logs = [
-        [json.loads(line) for line in f.log.read_text().splitlines()] for f in (found, expected)
-    ]
-    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
-    assert len(losses[1]) == 4
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    name = "adapter_model.safetensors"
-    adapter, other = (load_file(folder.adapter / name) for folder in (found, expected))
-    assert adapter.keys() == other.keys()
-    for key, value in other.items():
-        torch.testing.assert_close(adapter[key], value, rtol=0, atol=tolerance)
-    assert max(v.abs().max() for k, v in other.items() if "lora_B" in k) > 1e-4
-
-
 def launched(processes: Processes, engine: str, config: Any) -> RunFolder:
     said = processes.run(runs.trained, runs.environment(engine), config.to_dict())
     assert said == ["", ""]
@@ -90,9 +49,9 @@ def launched(processes: Processes, engine: str, config: Any) -> RunFolder:
 def test_a_config_trains_in_two_processes_as_one_process_does(
     engine: str, rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:
-    folder = launched(processes, engine, runs.config(BASE, rows, str(tmp_path / "run"), 2))
+    folder = launched(processes, engine, runs.config(runs.BASE, rows, str(tmp_path / "run"), 2))
     assert folder.finished
-    assert_same(folder, alone)
+    runs.assert_same(folder, alone)
     checkpoint, own = folder.last_checkpoint(), alone.last_checkpoint()
     assert checkpoint is not None
     assert own is not None
@@ -104,8 +63,8 @@ def test_a_config_trains_in_two_processes_as_one_process_does(
 def test_a_run_resumes_on_another_number_of_processes(
     first: str, rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:
-    whole = runs.config(BASE, rows, str(tmp_path / "run"), 4)
-    halves = runs.config(BASE, rows, str(tmp_path / "run"), 2)
+    whole = runs.config(runs.BASE, rows, str(tmp_path / "run"), 4)
+    halves = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2)
     folder = RunFolder(whole.output_dir)
     if first == "two":
         launched(processes, "fsdp2", halves)
@@ -117,7 +76,7 @@ def test_a_run_resumes_on_another_number_of_processes(
         shutil.copytree(alone.path, folder.path)
         runs.stop_at(folder, 2, processes=1)
         launched(processes, "fsdp2", halves)
-    assert_same(folder, alone)
+    runs.assert_same(folder, alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,21 +90,21 @@ def test_other_families_and_fields_train_as_one_process_does(
     expected = train.run(runs.config(base, rows, str(tmp_path / "one"), 4, **fields))
     halves = runs.config(base, rows, str(tmp_path / "two"), 2, **fields)
     # Singular values of random weights lie close, so that rounding turns their vectors further.
-    assert_same(launched(processes, "fsdp2", halves), expected, tolerance=1e-4)
+    runs.assert_same(launched(processes, "fsdp2", halves), expected, tolerance=1e-4)
 
 
 def test_gradients_accumulate_over_the_processes(
     rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:
     trainer = {"gradient_accumulation_steps": 2}
-    config = runs.config(BASE, rows, str(tmp_path / "run"), 1, trainer=trainer)
-    assert_same(launched(processes, "fsdp2", config), alone)
+    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 1, trainer=trainer)
+    runs.assert_same(launched(processes, "fsdp2", config), alone)
 
 
 def test_each_process_holds_its_part_and_reads_no_more(
     rows: str, processes: Processes, tmp_path: Path
 ) -> None:
-    config = runs.config(BASE, rows, str(tmp_path / "run"), 2)
+    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2)
     for share, own in processes.run(runs.held, runs.environment("fsdp2"), config.to_dict()):
         assert own
         assert share < 0.6
@@ -155,7 +114,7 @@ def test_what_cannot_be_done_in_parts_is_refused_first(
     rows: str, processes: Processes, tmp_path: Path
 ) -> None:
     def refused(variables: dict[str, str], **fields: Any) -> str:
-        config = runs.config(BASE, rows, str(tmp_path / "run"), 2, **fields)
+        config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2, **fields)
         variables = runs.environment("fsdp2") | variables
         [said, other] = processes.run(runs.trained, variables, config.to_dict())
         assert said == other
@@ -168,4 +127,3 @@ def test_what_cannot_be_done_in_parts_is_refused_first(
     assert "TRANSFORMER_BASED_WRAP" in refused({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
     assert "the method 'lora'" in refused({}, method="lora")
     assert "single rows" in refused({}, tokens=TokensConfig(add=["<a>"]))
-    assert "FSDP2" in refused({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})

@@ -96,7 +96,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     # The same command resumes it under FSDP2, as two machines of one process each.
     weights = load_file(folder.adapter / "adapter_model.safetensors")
     stop_at(folder, 1, processes=2)
-    said = launched(*(accelerate(machine) + command for machine in range(2)))
+    said = launched(*(accelerate("two_nodes", "--machine_rank", n) + command for n in "01"))
     assert "".join(said).count(f"resuming the run in {folder.path} from step 1.") == 1
     again = load_file(folder.adapter / "adapter_model.safetensors")
     assert again.keys() == weights.keys()
@@ -104,7 +104,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
         torch.testing.assert_close(again[name], weight, rtol=0, atol=1e-5)
 
 
-def accelerate(machine: int) -> list[str]:
-    """Return the launcher's words for one of two machines of one process."""
-    command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / "two_nodes.yaml")]
-    return [*command, "--machine_rank", str(machine), "--num_processes", "2"]
+def accelerate(config: str, *words: str) -> list[str]:
+    """Return the launcher's words for two processes by a config of the examples."""
+    file = str(CONFIGS / f"{config}.yaml")
+    return ["accelerate.commands.launch", "--config_file", file, "--num_processes", "2", *words]

@@ -77,26 +77,28 @@ def guard_checkpoints(trainer: Any, run_id: Callable[[], str | None]) -> None:
     trainer._push_from_checkpoint = _leaves_arguments_out(trainer._push_from_checkpoint)
 
 
-def check_engine(checkpoint: Path, deepspeed: bool, processes: tuple[int, int]) -> None:
+def check_engine(checkpoint: Path, deepspeed: bool, processes: int) -> None:
     """Check that an engine can resume from a checkpoint.
 
     Args:
         checkpoint: the folder.
         deepspeed: whether DeepSpeed trains now. All others' checkpoints are alike.
-        processes: how many have written it, and how many there are now.
+        processes: how many train now.
 
     Raises:
         ConfigError: DeepSpeed has written it, and does not train now or with as many processes; or
             it trains now, and has not.
     """
-    before, now = processes
     written = (checkpoint / "latest").is_file()
-    if written == deepspeed and not (written and before != now):
+    writers = len(list(checkpoint.glob("rng_state*.pth")))
+    if written == deepspeed and not (written and writers != processes):
         return
-    advice = f"launch it with DeepSpeed and {before} processes" if written else "leave DeepSpeed out"
+    how, advice = "without", "leave DeepSpeed out"
+    if written:
+        how, advice = "by", f"launch it with DeepSpeed and {writers} processes"
     raise ConfigError(
-        f"{checkpoint} was written {'by' if written else 'without'} DeepSpeed, whose checkpoints fit"
-        f" its own engine and one number of processes; {advice}.",
+        f"{checkpoint} was written {how} DeepSpeed, whose checkpoints fit its own engine and one"
+        f" number of processes; {advice}.",
         where="run",
     )
 

@@ -1,12 +1,12 @@
-"""`tlora train` under FSDP2: the model in parts from its files on, the results as of one process.
+"""`tlora train` under FSDP2 and ZeRO-3: a model in parts from its files on.
 
 transformers reads each process's part of the base from the files, and the plan is made on it. The
 plan is attached to the same model on `meta`, which is then sharded in the same way, so that it
-takes the parts over as they are; no process ever holds more than its part and one gathered layer.
-Of what trains the optimizer keeps parts as well.
+takes the parts over as they are. No process ever holds more than its parts, the layer that runs,
+and what lies outside the layers (embeddings, head). The optimizer keeps parts as well.
 
-Checkpoints and the adapter are gathered from the parts and have the form that one process gives
-them, so any number of processes resumes them, sharded or not.
+ZeRO-3 partitions a model while it loads; the plan is made on one that FSDP2 shards, before that.
+What trains is gathered by `tlora.training.gathering`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tlora.adapter.attach import adapter_layer
+from tlora.adapter.attach import adapter_layer, parameter_keys
 from tlora.calibration.group import process_group
-from tlora.calibration.placement import is_dtensor, is_zero3, local_part
 from tlora.errors import ConfigError
 from tlora.methods.base import Plans
 from tlora.models.skeleton import skeleton
+from tlora.training.gathering import like
 from tlora.training.initialize import check_targets, prepare
 from tlora.training.setup import pretrained
 
@@ -95,7 +94,7 @@ def _faults(plugin: Any) -> Iterator[str]:
     except ImportError:
         DistributedConfig = object
     if "fsdp_size" not in inspect.signature(DistributedConfig).parameters:
-        yield "FSDP2 needs a transformers that shards a model as it loads; install 5.20 or later."
+        yield "FSDP2 needs a transformers that shards a model as it loads; install 5.23 or later."
     if plugin.activation_checkpointing:
         yield (
             "`fsdp_activation_checkpointing` is not supported; leave it out and give"
@@ -118,7 +117,7 @@ def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
         ConfigError: the run asks for what is not done in parts, or as `check_targets`.
     """
     model, layers = _outline(setup, plugin)
-    base = setup.load_model(device, shards=layers)
+    base = setup.load_model(device, layers)
     plan = plan or _planned_on(base, setup)
     setup.complete(model)
     model.generation_config = copy.deepcopy(base.generation_config)
@@ -147,7 +146,8 @@ def adapt_zero3(setup: Setup, device: Any, plan: Any) -> Prepared:
         deepspeed.unset_hf_deepspeed_config()
         try:
             _, layers = _outline(setup, plugin)
-            plan = _planned_on(setup.load_model(device, shards=layers), setup)
+            shards = layers if process_group().size > 1 else ()
+            plan = _planned_on(setup.load_model(device, shards), setup)
         finally:
             deepspeed.set_hf_deepspeed_config(config)
     return prepare(setup, setup.load_model(device), plan)
@@ -168,21 +168,32 @@ def _outline(setup: Setup, plugin: Any) -> tuple[Any, list[str]]:
 def _planned_on(base: Any, setup: Setup) -> AdapterPlan:
     check_targets(setup.kind, setup.options, base)
     method: Any = setup.method
-    return method.plan(base, setup.options, setup.calibration_batches())
+    plan: AdapterPlan = method.plan(base, setup.options, setup.calibration_batches())
+    if fused := parameter_keys(base, plan.modules):
+        raise ConfigError(
+            f"{next(iter(fused))!r} is adapted as a parameter, which is not done in parts; launch"
+            " the run with DDP, or leave it out.",
+            where="adapter",
+        )
+    return plan
 
 
 def _unsharded(setup: Setup) -> Iterator[str]:
     """Yield a sentence for each thing that a run in parts cannot do."""
     config = setup.config
-    if not isinstance(setup.method, Plans) or config.continue_from:
-        what = "continue_from" if config.continue_from else f"the method {config.method!r}"
-        yield f"under FSDP2 {what} is not supported; launch the run with DDP."
+    what = []
+    if not isinstance(setup.method, Plans):
+        what.append(f"the method {config.method!r}")
+    if config.continue_from:
+        what.append("`continue_from`")
     if setup.kind.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        yield "a new head cannot be made under FSDP2; launch a classifier's run with DDP."
+        what.append("a classifier's new head")
     if config.quantization != "none":
-        yield "a quantized model cannot be sharded; leave `quantization` out, or launch with DDP."
+        what.append("`quantization`")
     if config.tokens.add or getattr(setup.options, "trainable_token_indices", None):
-        yield "single rows of an embedding cannot train under FSDP2; launch the run with DDP."
+        what.append("training single rows of an embedding")
+    for each in what:
+        yield f"{each} is not supported under FSDP2 and ZeRO-3; launch the run with DDP or ZeRO-2."
 
 
 def _layers(model: nn.Module, plugin: Any) -> list[str]:
@@ -253,130 +264,3 @@ def _planned(model: Any, plan: AdapterPlan) -> dict[str, Tensor]:
         values[f"{names[id(a)]}.weight"] = module.lora_A
         values[f"{names[id(b)]}.weight"] = torch.zeros(b.weight.shape)
     return values
-
-
-def like(old: Any, whole: Tensor) -> Tensor:
-    """Return ``whole``, which every process has, in parts if ``old`` is, in its dtype."""
-    from torch.distributed.tensor import distribute_tensor
-
-    if not is_dtensor(old):
-        return whole.to(old.device, old.dtype)
-    whole = whole.to(old.device_mesh.device_type, old.dtype)
-    return distribute_tensor(whole, old.device_mesh, old.placements, src_data_rank=None)
-
-
-def gathered(value: Any) -> Any:
-    """Return a tensor whole, on the CPU, or what is none as it is; every process has to call it."""
-    if is_zero3(value):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([value]):
-            return value.detach().cpu().clone()
-    if is_dtensor(value):
-        value = value.full_tensor()
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def fit_trainer(trainer: Any) -> None:
-    """Let a trainer take a sharded model as it is, with checkpoints as of one process.
-
-    Its own way would wrap the model by DDP, and write what its process holds. DeepSpeed's engine
-    keeps its own checkpoints beside the adapter.
-    """
-    arguments, optimizer_file, scheduler_file = trainer.args, "optimizer.pt", "scheduler.pt"
-    accelerator = trainer.accelerator
-
-    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = adapter_state(trainer.model)
-        if arguments.should_save:
-            trainer._save(output_dir or arguments.output_dir, state_dict=state)
-
-    def save_optimizer(output_dir: str) -> None:
-        state = optimizer_state(trainer.optimizer)
-        if arguments.should_save:
-            torch.save(state, Path(output_dir) / optimizer_file)
-            torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / scheduler_file)
-
-    def load(checkpoint: str, model: Any = None) -> None:
-        load_adapter_state(trainer.model, Path(checkpoint))
-
-    def load_best() -> None:
-        load(trainer.state.best_model_checkpoint)
-
-    def load_optimizer(checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        load_optimizer_state(trainer.optimizer, read(Path(checkpoint) / optimizer_file))
-        trainer.lr_scheduler.load_state_dict(read(Path(checkpoint) / scheduler_file))
-
-    trainer.save_model = save_model
-    if trainer.is_deepspeed_enabled:
-        return
-    # Which leaves autocast, and neither moves nor wraps the model.
-    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
-    trainer._save_optimizer_and_scheduler = save_optimizer
-    trainer._load_from_checkpoint = load
-    trainer._load_best_model = load_best
-    trainer._load_optimizer_and_scheduler = load_optimizer
-
-
-def gather(prepared: Prepared) -> None:
-    """Gather the adapter, which every process has to do, for the one that saves it."""
-    state = adapter_state(prepared.model)
-    model: Any = prepared.model
-    prepared.writer = lambda folder: model.save_pretrained(folder, state_dict=state)
-
-
-def _saved_names(model: Any) -> dict[str, str]:
-    """Return the full names of what PEFT saves of a model, by their names in the file."""
-    from peft import get_peft_model_state_dict
-
-    # PEFT only chooses among the names, so that it takes anything for the tensors.
-    names = {name: name for name in model.state_dict()}
-    return get_peft_model_state_dict(model, names, _ADAPTER, save_embedding_layers=False)
-
-
-def adapter_state(model: Any) -> dict[str, Tensor]:
-    """Gather what PEFT saves of a sharded model; every process has to call it."""
-    state = dict(model.named_parameters(remove_duplicate=False))
-    return {name: gathered(state[name]) for name in _saved_names(model).values()}
-
-
-def load_adapter_state(model: Any, folder: Path) -> None:
-    """Give a sharded model the adapter in a ``folder``, in place."""
-    from safetensors.torch import load_file
-
-    saved, state = load_file(folder / "adapter_model.safetensors"), model.state_dict()
-    for short, name in _saved_names(model).items():
-        _copy(state[name], saved[short])
-
-
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Gather an optimizer's state; every process has to call it."""
-    state = optimizer.state_dict()
-    whole = {
-        index: {name: gathered(value) for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {"state": whole, "param_groups": state["param_groups"]}
-
-
-def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Give an optimizer of sharded parameters a whole state, in parts."""
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-
-    def part(old: Tensor, value: Tensor) -> Tensor:
-        # Moments have the parameter's shape; what counts steps is a number.
-        return like(old, value) if value.shape == old.shape else value
-
-    state = {
-        index: {name: part(parameters[index], value) for name, value in entry.items()}
-        for index, entry in saved["state"].items()
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-
-
-def _copy(target: Any, whole: Tensor) -> None:
-    with torch.no_grad():
-        local_part(target).copy_(local_part(like(target, whole)))

@@ -62,7 +62,7 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     setup = with_learning_rate(settle(todo.config))
     if todo.resumes:
         keep_budget(setup, folder)
-    from tlora.training import screen, sharded  # import transformers
+    from tlora.training import gathering, screen, sharded  # import transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
     adapt_parts = sharded.engine_of(arguments)
@@ -76,14 +76,13 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
     screen.show(trainer, memory)
-    point = _resume_point(folder, trainer, todo.resumes)
     with folder.undone_unless(lambda: trainer.state.global_step > 0):
         if trainer.is_world_process_zero():
             if folder.exists and not todo.resumes:
                 folder.clear()
             folder.start(setup.record(), "train", prepared.plan, todo.inputs, setup.settled)
         with timed(seconds, "train"):
-            train_from(trainer, point)
+            train_from(trainer, _resume_point(folder, trainer, todo.resumes))
     best = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and best:
         name = str(arguments.metric_for_best_model).removeprefix("eval_")
@@ -92,7 +91,7 @@ def _train(todo: Todo, folder: RunFolder) -> None:
             "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
         )
     if adapt_parts:
-        sharded.gather(prepared)
+        gathering.gather(prepared)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -122,8 +121,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         ConfigError: the trainer refuses its arguments for this model; its sentence says why.
     """
     from tlora.calibration.placement import is_sharded
-    from tlora.training import sharded
     from tlora.training.divergence import DivergenceCallback
+    from tlora.training.gathering import fit_trainer
     from tlora.training.trainers import LogCallback, keep_dtypes, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
@@ -157,7 +156,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
             raise
         raise ConfigError(first_line(error), where="trainer") from error
     if is_sharded(prepared.model):
-        sharded.fit_trainer(trainer)
+        fit_trainer(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer, folder.run_id)
     DivergenceCallback().watch(trainer)
@@ -188,8 +187,7 @@ def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> Path | None
     point = _rewound(folder, started) if trainer.is_world_process_zero() else None
     point = process_group().broadcast(point, 0)
     if point is not None:
-        processes = (folder.processes(), process_count())
-        check_engine(point, trainer.is_deepspeed_enabled, processes)
+        check_engine(point, trainer.is_deepspeed_enabled, process_count())
     return point
 
 
