@@ -20,10 +20,8 @@ from safetensors.torch import load_file
 
 from tlora.errors import TLoraError
 from tlora.training import sharded, train
-from tlora.training.arguments import training_arguments
 from tlora.training.runconfig import CalibrationConfig, RunConfig
 from tlora.training.runfolder import RunFolder
-from tlora.training.setup import settle
 
 BASE = str(files("tlora.demo") / "base")
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -107,26 +105,45 @@ def trained(variables: dict[str, str], fields: dict[str, Any]) -> str:
         return str(error)
 
 
-def held(variables: dict[str, str], fields: dict[str, Any]) -> tuple[float, bool]:
-    """Return the share of the base's bytes here, and whether the trained model has these only."""
-    with launch(variables):
-        setup = settle(RunConfig.from_dict(fields))
-        arguments = training_arguments(setup, Path(setup.config.output_dir))
-        adapt = sharded.engine_of(arguments)
-        assert adapt is not None
-        bases: list[Any] = []
-        load = setup.load_model
-        setup.load_model = lambda *args, **kwargs: bases.append(load(*args, **kwargs)) or bases[0]
-        model = adapt(setup, arguments.device, None).model
-        parts = [parameter.to_local() for parameter in bases[0].parameters()]
-        here = sum(part.nbytes for part in parts)
+def held(variables: dict[str, str], fields: dict[str, Any]) -> tuple[float, bool, float]:
+    """Train; return what this process held of the base's bytes.
+
+    Returns:
+        The share of its parts, whether the trained model has these and no copies, and the largest
+        share that was gathered at a time.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    seen: dict[str, Any] = {}
+    gathered: dict[int, int] = {}
+    peak = 0
+    adopt, gather, release = sharded.adopt, FSDPParam.to_unsharded, FSDPParam.to_sharded
+
+    def noted(model: Any, base: Any, plan: Any) -> None:
+        adopt(model, base, plan)
+        parts = [parameter.to_local() for parameter in base.parameters()]
         places = {part.untyped_storage().data_ptr() for part in parts}
-        own = {
-            parameter.to_local().untyped_storage().data_ptr()
-            for name, parameter in model.named_parameters()
-            if "lora_" not in name
-        }
-        return here / sum(parameter.nbytes for parameter in bases[0].parameters()), own <= places
+        own = {n: p.to_local() for n, p in model.named_parameters() if "lora_" not in n}
+        seen["bytes"] = sum(parameter.nbytes for parameter in base.parameters())
+        seen["here"] = sum(part.nbytes for part in parts)
+        seen["own"] = {part.untyped_storage().data_ptr() for part in own.values()} <= places
+
+    def gathering(parameter: Any) -> None:
+        nonlocal peak
+        gather(parameter)
+        gathered[id(parameter)] = parameter._unsharded_param.nbytes
+        peak = max(peak, sum(gathered.values()))
+
+    def releasing(parameter: Any) -> None:
+        release(parameter)
+        gathered.pop(id(parameter), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "adopt", noted)
+        patch.setattr(FSDPParam, "to_unsharded", gathering)
+        patch.setattr(FSDPParam, "to_sharded", releasing)
+        assert trained(variables, fields) == ""
+    return seen["here"] / seen["bytes"], seen["own"], peak / seen["bytes"]
 
 
 def stop_at(folder: RunFolder, step: int, processes: int) -> None:

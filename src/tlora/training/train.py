@@ -83,13 +83,7 @@ def _train(todo: Todo, folder: RunFolder) -> None:
             folder.start(setup.record(), "train", prepared.plan, todo.inputs, setup.settled)
         with timed(seconds, "train"):
             train_from(trainer, _resume_point(folder, trainer, todo.resumes))
-    best = trainer.state.best_model_checkpoint
-    if arguments.load_best_model_at_end and best:
-        name = str(arguments.metric_for_best_model).removeprefix("eval_")
-        value = trainer.state.best_metric
-        logger.info(
-            "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
-        )
+    _name_best(trainer)
     if adapt_parts:
         gathering.gather(prepared)
     if trainer.is_world_process_zero():
@@ -104,6 +98,17 @@ def _train(todo: Todo, folder: RunFolder) -> None:
             write_json(folder.metrics, metrics)
             model_card.write(folder.adapter, setup, metrics)
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
+
+
+def _name_best(trainer: Any) -> None:
+    """Say which checkpoint was loaded at the end, if the best one was."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+        value = trainer.state.best_metric
+        logger.info(
+            "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
+        )
 
 
 @contextlib.contextmanager
