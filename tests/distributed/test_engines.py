@@ -93,6 +93,18 @@ def test_other_families_and_fields_train_as_one_process_does(
     runs.assert_same(launched(processes, "fsdp2", halves), expected, tolerance=1e-4)
 
 
+def test_fsdp_is_asked_for_by_fields_too(
+    rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
+) -> None:
+    settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    trainer = {"fsdp": "full_shard", "fsdp_config": settings}
+    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2, trainer=trainer)
+    for share, own, _ in processes.run(runs.held, {}, config.to_dict()):
+        assert own
+        assert share < 0.6
+    runs.assert_same(RunFolder(config.output_dir), alone)
+
+
 def test_gradients_accumulate_over_the_processes(
     rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:

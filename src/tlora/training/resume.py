@@ -25,7 +25,8 @@ _LENGTH = ("max_steps", "num_train_epochs")
 _EPOCHS = 3.0
 """The trainer's own number of epochs."""
 _ROWS = {"trainer.per_device_train_batch_size": 8, "trainer.gradient_accumulation_steps": 1}
-"""What a process's rows of a step are the product of, and the trainer's own values."""
+"""What a process's rows of a step are the product of, and the trainer's own values. They may
+change with the number of processes."""
 _MADE_BY = {"train": "run", "init": "initialization"}
 """What each verb leaves in its folder."""
 
@@ -151,7 +152,6 @@ def merge_saved(
             given[name] = given[name] or before[name]
         if given["data.format"] == "auto":
             given["data.format"] = before["data.format"]
-    # Beside the number of processes they make the rows of a step, which may not change.
     same = {"output_dir", "resume", *_ROWS, *(moved or {})}
     if given["method"] != before["method"]:  # whose options are others
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()
