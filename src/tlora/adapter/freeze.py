@@ -116,7 +116,8 @@ def _match_dtype(layer: LoraLayer, name: str) -> None:
 def fingerprint(tensor: Tensor) -> int:
     """Return a sum over the bits of a tensor (of this rank's part): equal for equal bits."""
     # ZeRO-3 keeps a rank's part also while the tensor is whole.
-    tensor = tensor.ds_tensor if is_zero3(tensor) else local_part(tensor)
+    held: Any = tensor
+    tensor = held.ds_tensor if is_zero3(held) else local_part(held)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     words = tensor.detach().contiguous().view(bits).flatten().to(torch.int64)
     # Weighted by position, so that swapped entries are seen; int64 wraps around, which is fine.

@@ -96,8 +96,7 @@ class Setup:
 
         Args:
             device: where to calibrate and train.
-            shards: names of the layers that FSDP2 gathers one at a time; each process then loads
-                its part of the weights alone.
+            shards: layers that FSDP2 gathers one at a time; each process then loads its part.
 
         Raises:
             ConfigError: there is no such model, it has no head of that kind, or it cannot be
@@ -111,18 +110,14 @@ class Setup:
         head = self.head_fields()
         base = pretrained(self.config)
         model, missing = base.model(self.kind.auto_model, device, head=head, shards=shards)
-        self.complete(model)
+        # Decoders that classify find the last real token by it.
+        set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         if head:
             self._train_in_full(missing)
         self._train_tokens(model)
         self._check_room(model)
         keep_gradients(model)
         return model
-
-    def complete(self, model: Any) -> None:
-        """Set what the configuration of a base model lacks and the trainer reads."""
-        # Decoders that classify find the last real token by it.
-        set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
 
     def _train_tokens(self, model: Any) -> None:
         """Give the added tokens rows of the embedding and the head, and let these train."""

@@ -26,6 +26,7 @@ from tlora.adapter.attach import adapter_layer, parameter_keys
 from tlora.calibration.group import process_group
 from tlora.errors import ConfigError
 from tlora.methods.base import Plans
+from tlora.models.pretrained import set_token_ids
 from tlora.models.skeleton import skeleton
 from tlora.training.gathering import like
 from tlora.training.initialize import check_targets, prepare
@@ -119,7 +120,7 @@ def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
     model, layers = _outline(setup, plugin)
     base = setup.load_model(device, layers)
     plan = plan or _planned_on(base, setup)
-    setup.complete(model)
+    set_token_ids(model.config, ["pad_token_id"], setup.tokenizer.pad_token_id)
     model.generation_config = copy.deepcopy(base.generation_config)
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
     for name, parameter in model.named_parameters():
