@@ -224,3 +224,14 @@ def test_a_fingerprint_changes_with_any_bit_and_any_place(dtype):
         assert fingerprint(other) != mark
     if dtype.is_floating_point:
         assert fingerprint(torch.zeros(2, dtype=dtype)) != fingerprint(-torch.zeros(2, dtype=dtype))
+
+
+def test_a_fingerprint_is_that_of_the_part_however_much_of_the_tensor_is_here():
+    weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    # As ZeRO-3 keeps a parameter: its part stays while the whole comes and goes.
+    weight.ds_id, weight.ds_tensor = 0, weight.detach()[:2].flatten().clone()
+    part = fingerprint(weight)
+    weight.data = torch.empty(0)
+    assert fingerprint(weight) == part
+    weight.ds_tensor[0] += 1
+    assert fingerprint(weight) != part

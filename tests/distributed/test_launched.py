@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from runs import CONFIGS, stop_at
+from safetensors.torch import load_file
 from test_group import assert_same_plan
 
 from tlora import AdapterPlan
-from tlora.errors import ConfigError
-from tlora.training import initialize, train
+from tlora.training import initialize
 from tlora.training.runconfig import CalibrationConfig, RunConfig
 from tlora.training.runfolder import RunFolder
 
@@ -31,20 +31,25 @@ def rows(tmp_path: Path) -> str:
     return str(file)
 
 
-def launched(command: list[str]) -> Any:
+def launched(*commands: list[str]) -> list[str]:
+    """Run commands at the same time; return what each writes to stdout and stderr."""
     words = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if sys.platform != "linux":
         del words["GLOO_SOCKET_IFNAME"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **words},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env={**os.environ, **words},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [process.communicate(timeout=300)[0] for process in running]
+    for process, text in zip(running, said, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return said
 
 
 def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_path):
@@ -60,10 +65,10 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
         "trainer.per_device_train_batch_size": "2",
         "trainer.disable_tqdm": "true",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "tlora.cli", "train"]
+    command = ["-m", "tlora.cli", "train"]
     command += [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = launched(command)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    [said] = launched([*torchrun, *command])
     folder = RunFolder(tmp_path / "run")
     assert folder.finished
     assert (folder.adapter / "adapter_model.safetensors").is_file()
@@ -75,7 +80,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [line["epoch"] for line in log] == [pytest.approx(2 * 4 / 24)]
     # One process speaks.
-    assert done.stdout.count(f"adapter: {folder.adapter}") == 1
+    assert said.count(f"adapter: {folder.adapter}") == 1
     config = RunConfig(
         model=BASE,
         train_file=rows,
@@ -88,25 +93,18 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     found = AdapterPlan.load(folder.plan)
     assert found.info["samples"] == expected.info["samples"] == 5
     assert_same_plan(found, expected)
-    # All processes of the same command resume what was stopped, to the same weights.
-    weights = (folder.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(folder.adapter)
-    shutil.rmtree(folder.checkpoints / "checkpoint-2")
-    folder.start(folder.config(), "train", None, folder.inputs())
-    said = launched(command).stderr
-    assert said.count(f"resuming the run in {folder.path} from step 1.") == 1
-    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == weights
+    # The same command resumes it under FSDP2, as two machines of one process each.
+    weights = load_file(folder.adapter / "adapter_model.safetensors")
+    stop_at(folder, 1, processes=2)
+    said = launched(*(accelerate("two_nodes", "--machine_rank", n) + command for n in "01"))
+    assert "".join(said).count(f"resuming the run in {folder.path} from step 1.") == 1
+    again = load_file(folder.adapter / "adapter_model.safetensors")
+    assert again.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=1e-5)
 
 
-def test_engines_whose_weights_a_run_cannot_save_are_refused_first(
-    rows: str, tmp_path: Path, monkeypatch: Any
-) -> None:
-    config = RunConfig(
-        model=BASE, train_file=rows, output_dir=str(tmp_path / "run"), trainer={"use_cpu": True}
-    )
-    for name, value in (("USE_FSDP", "true"), ("DEEPSPEED_ZERO_STAGE", "3")):
-        with monkeypatch.context() as patch:
-            patch.setenv(f"ACCELERATE_{name}", value)
-            with pytest.raises(ConfigError, match="tlora init"):
-                train.run(config)
-    assert not (tmp_path / "run").exists()
+def accelerate(config: str, *words: str) -> list[str]:
+    """Return the launcher's words for two processes by a config of the examples."""
+    file = str(CONFIGS / f"{config}.yaml")
+    return ["accelerate.commands.launch", "--config_file", file, "--num_processes", "2", *words]

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
-from tlora.errors import ArtifactError
+from tlora.errors import ArtifactError, ConfigError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import train
 from tlora.training.checkpoints import (
     MANIFEST,
+    check_engine,
     damage,
     delete_old,
     guard_checkpoints,
@@ -257,3 +258,16 @@ def test_early_stopping_counts_on_and_a_stopped_training_stays_so(stopped_at, co
     assert 4 < whole[2] < 40
     again = stopped_at(None if ended else whole[2] - 2, **fields)
     assert ends(again()) == whole
+
+
+def test_a_checkpoint_of_deepspeed_fits_deepspeed_and_its_number_of_processes(tmp_path):
+    for process in range(2):
+        (tmp_path / f"rng_state_{process}.pth").touch()
+    check_engine(tmp_path, deepspeed=False, processes=3)
+    with pytest.raises(ConfigError, match=r"written without DeepSpeed.*leave DeepSpeed out"):
+        check_engine(tmp_path, deepspeed=True, processes=2)
+    (tmp_path / "latest").touch()
+    check_engine(tmp_path, deepspeed=True, processes=2)
+    for deepspeed, processes in ((True, 3), (False, 2)):
+        with pytest.raises(ConfigError, match=r"by DeepSpeed.*with DeepSpeed and 2 processes"):
+            check_engine(tmp_path, deepspeed, processes)

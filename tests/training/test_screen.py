@@ -164,3 +164,10 @@ def test_a_model_that_trains_whole_is_all_of_itself(tiny_llama):
     model = tiny_llama()
     count = f"{sum(p.numel() for p in model.parameters()):,}"
     assert trained_parameters(model) == f"{count} of {count} parameters train (100.00%)"
+
+
+def test_a_parameter_that_zero3_has_emptied_counts_whole():
+    model = torch.nn.Linear(3, 2, bias=False)
+    model.weight.ds_numel = model.weight.numel()
+    model.weight.data = torch.empty(0)
+    assert trained_parameters(model).startswith("6 of 6 parameters")

@@ -19,7 +19,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from tlora.calibration.placement import local_part
+from tlora.calibration.placement import is_zero3, local_part
 from tlora.errors import AdapterError
 
 
@@ -115,7 +115,9 @@ def _match_dtype(layer: LoraLayer, name: str) -> None:
 
 def fingerprint(tensor: Tensor) -> int:
     """Return a sum over the bits of a tensor (of this rank's part): equal for equal bits."""
-    tensor = local_part(tensor)
+    # ZeRO-3 keeps a rank's part also while the tensor is whole.
+    held: Any = tensor
+    tensor = held.ds_tensor if is_zero3(held) else local_part(held)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     words = tensor.detach().contiguous().view(bits).flatten().to(torch.int64)
     # Weighted by position, so that swapped entries are seen; int64 wraps around, which is fine.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from tlora.methods.learningrates import LearningRates
 
@@ -162,4 +162,16 @@ class Method(Protocol):
                 it is stored); nothing is changed.
             CalibrationError: there are no batches, or they do not do.
         """
+        ...
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """A method that decides all from the base model, so that it can adapt one in parts.
+
+    `Method.prepare` needs no weights when it is given the plan.
+    """
+
+    def plan(self, model: torch.nn.Module, options: Any, batches: Batches) -> AdapterPlan:
+        """Return what `Method.prepare` attaches; ``model`` may be sharded over processes."""
         ...

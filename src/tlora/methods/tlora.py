@@ -50,11 +50,17 @@ class TaskAwareLora:
         plan: AdapterPlan | None = None,
     ) -> Prepared:
         """Attach ``plan``, or calibrate and plan first; the model's output does not change."""
-        from tlora.adapter.attach import attach, made_plan
+        from tlora.adapter.attach import attach
         from tlora.adapter.freeze import FrozenACallback
 
         if plan is None:
-            samples = Samples.of(batches)
-            plan = made_plan(model, samples.batches, options, **samples.reading)
+            plan = self.plan(model, options, batches)
         callbacks = [FrozenACallback()] if options.freeze_a else []
         return Prepared(model=attach(model, plan), plan=plan, callbacks=callbacks)
+
+    def plan(self, model: torch.nn.Module, options: Any, batches: Batches) -> AdapterPlan:
+        """Calibrate and plan; the weights may be sharded over processes."""
+        from tlora.adapter.attach import made_plan
+
+        samples = Samples.of(batches)
+        return made_plan(model, samples.batches, options, **samples.reading)

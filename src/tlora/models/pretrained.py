@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,7 @@ class Pretrained:
         device: torch.device,
         *,
         parallelize: bool = False,
+        shards: Sequence[str] = (),
         head: Mapping[str, Any] | None = None,
     ) -> tuple[Any, list[str]]:
         """Load the model, whole but for a new head.
@@ -90,6 +91,8 @@ class Pretrained:
             auto_class: the class that gives it the right head, as "module:name".
             device: where to put it; quantized weights are made there.
             parallelize: split it over all devices (accelerate's `device_map="auto"`) instead.
+            shards: names of layers: FSDP2 shards the model over the processes, and gathers these
+                layers one at a time.
             head: fields of the model's configuration that describe a new head. The files may then
                 lack the head and poolers, or have a head of other sizes; these are drawn at random.
 
@@ -104,6 +107,8 @@ class Pretrained:
         options = self._quantized(device) | dict(head or {})
         if parallelize:
             options["device_map"] = "auto"
+        if shards:
+            options["distributed_config"] = _sharding(shards)
         with readable(self.name, "model"):
             model, found = self.class_for(auto_class).from_pretrained(
                 self.name,
@@ -115,9 +120,9 @@ class Pretrained:
             )
         _name_parts(model)
         drawn = drawn_weights(self.name, model, found, new_head=bool(head))
-        # Quantized weights, and models split over devices, are already where they belong.
+        # Quantized weights, and models split over devices or processes, are where they belong.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        return model if placed else model.to(device), drawn
+        return model if placed or shards else model.to(device), drawn
 
     def class_for(self, auto_class: str, config: Any = None) -> Any:
         """Return the class that loads this checkpoint, whose ``config`` is read if not given.
@@ -158,6 +163,16 @@ class Pretrained:
         }
         chosen = transformers.BitsAndBytesConfig(**fields[self.quantization])
         return {"quantization_config": chosen, "device_map": {"": str(device)}}
+
+
+def _sharding(layers: Sequence[str]) -> Any:
+    """Return what lets transformers shard a model by FSDP2 as it loads."""
+    import torch
+    from transformers.distributed import DistributedConfig
+
+    # Its rules have a star for the number of the layer.
+    rules = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in layers}
+    return DistributedConfig(fsdp_size=torch.distributed.get_world_size(), fsdp_plan=rules)
 
 
 def _name_parts(model: Any) -> None:

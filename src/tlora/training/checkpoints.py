@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tlora.errors import ArtifactError
+from tlora.errors import ArtifactError, ConfigError
 from tlora.files import read_state, write_state
 from tlora.integrity import MISMATCH, file_digest
 
@@ -75,6 +75,32 @@ def guard_checkpoints(trainer: Any, run_id: Callable[[], str | None]) -> None:
     trainer._save_checkpoint, trainer._load_best_model = save_whole, load_whole
     trainer._save = _leaves_arguments_out(trainer._save)
     trainer._push_from_checkpoint = _leaves_arguments_out(trainer._push_from_checkpoint)
+
+
+def check_engine(checkpoint: Path, deepspeed: bool, processes: int) -> None:
+    """Check that an engine can resume from a checkpoint.
+
+    Args:
+        checkpoint: the folder.
+        deepspeed: whether DeepSpeed trains now. All others' checkpoints are alike.
+        processes: how many train now.
+
+    Raises:
+        ConfigError: DeepSpeed has written it, and does not train now or with as many processes; or
+            it trains now, and has not.
+    """
+    written = (checkpoint / "latest").is_file()
+    writers = len(list(checkpoint.glob("rng_state*.pth")))
+    if written == deepspeed and not (written and writers != processes):
+        return
+    how, advice = "without", "leave DeepSpeed out"
+    if written:
+        how, advice = "by", f"launch it with DeepSpeed and {writers} processes"
+    raise ConfigError(
+        f"{checkpoint} was written {how} DeepSpeed, whose checkpoints fit its own engine and one"
+        f" number of processes; {advice}.",
+        where="run",
+    )
 
 
 def train_from(trainer: Any, checkpoint: Path | None) -> None:

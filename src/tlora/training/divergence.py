@@ -21,6 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from tlora.calibration.group import process_group
+from tlora.calibration.placement import is_dtensor, local_part
 from tlora.errors import DivergenceError
 from tlora.linalg.matrices import not_finite
 
@@ -78,7 +79,8 @@ class DivergenceCallback(TrainerCallback):
 
         @functools.wraps(clip)
         def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
-            self._norm = clip(*args, **kwargs)
+            norm = clip(*args, **kwargs)
+            self._norm = norm.full_tensor() if is_dtensor(norm) else norm
             return self._norm
 
         trainer.training_step = training_step
@@ -115,7 +117,7 @@ class DivergenceCallback(TrainerCallback):
         """
         self._read()
         group = process_group()
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {n: local_part(p) for n, p in model.named_parameters() if p.requires_grad}
         bad = not_finite(trained) if saves or self._streak else []
         [lost] = group.all_reduce_max([len(bad)])
         unrecovered = self._streak >= RECOVERY_STEPS

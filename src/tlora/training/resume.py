@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from tlora.errors import ConfigError
 from tlora.files import read_json
 from tlora.training.digests import field_at, inputs_of
 from tlora.training.runconfig import RunConfig
-from tlora.training.runfolder import RunFolder
+from tlora.training.runfolder import RunFolder, process_count
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ _ADVICE = "give it as it was, or choose another --output_dir."
 _LENGTH = ("max_steps", "num_train_epochs")
 _EPOCHS = 3.0
 """The trainer's own number of epochs."""
+_ROWS = {"trainer.per_device_train_batch_size": 8, "trainer.gradient_accumulation_steps": 1}
+"""What a process's rows of a step are the product of, and the trainer's own values. They may
+change with the number of processes."""
 _MADE_BY = {"train": "run", "init": "initialization"}
 """What each verb leaves in its folder."""
 
@@ -73,6 +77,8 @@ def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
     trained = finished and verb == "train"
     try:
         merged = merge_saved(config, saved, moved, folder.settled(), may_grow=trained)
+        if verb == "train":
+            _refuse_other_steps(merged, saved, folder)
         inputs = inputs_of(merged)
         folder.refuse_changed(inputs)
     except ConfigError:
@@ -146,7 +152,7 @@ def merge_saved(
             given[name] = given[name] or before[name]
         if given["data.format"] == "auto":
             given["data.format"] = before["data.format"]
-    same = {"output_dir", "resume", *(moved or {})}
+    same = {"output_dir", "resume", *_ROWS, *(moved or {})}
     if given["method"] != before["method"]:  # whose options are others
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()
     if may_grow:
@@ -165,6 +171,31 @@ def merge_saved(
         section, _, field = name.rpartition(".")
         (fields[section] if section else fields)[field] = path
     return RunConfig.from_dict(fields)
+
+
+def _refuse_other_steps(config: RunConfig, saved: RunConfig, folder: RunFolder) -> None:
+    """Check that the processes of this launch take as many rows a step as those of the last one.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    before, now = _rows_a_process(saved), _rows_a_process(config)
+    old, new = folder.processes(), process_count()
+    if now * new == before * old:
+        return
+    processes = f"{old} process{'es' * (old > 1)}"
+    raise ConfigError(
+        f"the run in {folder.path} trains on {before * old} rows a step ({processes}), and this"
+        f" command on {now * new} ({new}); choose --batch_size,"
+        " --trainer.gradient_accumulation_steps and the number of processes so that their product"
+        f" is {before * old}.",
+        where="run",
+    )
+
+
+def _rows_a_process(config: RunConfig) -> int:
+    fields = _flat(config)
+    return math.prod(int(fields.get(name) or own) for name, own in _ROWS.items())
 
 
 def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:

@@ -107,6 +107,10 @@ class RunFolder:
         """Return the memory budget and the way of the run's calibration; {} without one."""
         return self._read().get("calibration", {}) if self.exists else {}
 
+    def processes(self) -> int:
+        """Return how many processes the run was last started with."""
+        return self._read().get("processes", 1)
+
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration that the run was started with."""
         return self._read()["config"]
@@ -228,7 +232,7 @@ class RunFolder:
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         run |= {"inputs": inputs or {}, "id": self.run_id() or uuid.uuid4().hex}
-        run |= {"settled": [*settled] or self.settled()}
+        run |= {"settled": [*settled] or self.settled(), "processes": process_count()}
         run |= {"calibration": getattr(plan, "info", {}).get("calibration", {})}
         write_state(self._run, run)
         start = provenance(seed=config.get("seed"), output=self.path)
@@ -315,6 +319,11 @@ class RunFolder:
             logger.warning("%s: lines %s are damaged and left out.", self.log, damaged)
         with replacing_file(self.log) as part:
             part.write_bytes(b"".join(kept))
+
+
+def process_count() -> int:
+    """Return how many processes this launch has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def trained_parameters(model: nn.Module) -> str:
         # bitsandbytes packs two 4-bit weights into a byte, of whatever type it is stored in.
         packed = type(parameter).__name__ == "Params4bit"
         count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        count = getattr(parameter, "ds_numel", count)  # ZeRO-3 empties its parameters
         total += count
         if parameter.requires_grad:
             parts[_part(name, hasattr(model, "peft_config"))] += count

@@ -88,7 +88,7 @@ class Setup:
         loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=self.collator)
         return Samples(loader, options.skip_bad_samples, options.cache)
 
-    def load_model(self, device: Any) -> PreTrainedModel:
+    def load_model(self, device: Any, shards: Sequence[str] = ()) -> PreTrainedModel:
         """Load the base model with the head of the task; a new head is drawn from the run's seed.
 
         What else of a classifier the files lack (DeBERTa's pooler, say) is drawn too. Adapted or
@@ -96,6 +96,7 @@ class Setup:
 
         Args:
             device: where to calibrate and train.
+            shards: layers that FSDP2 gathers one at a time; each process then loads its part.
 
         Raises:
             ConfigError: there is no such model, it has no head of that kind, or it cannot be
@@ -107,7 +108,8 @@ class Setup:
 
         transformers.set_seed(self.config.seed)
         head = self.head_fields()
-        model, missing = pretrained(self.config).model(self.kind.auto_model, device, head=head)
+        base = pretrained(self.config)
+        model, missing = base.model(self.kind.auto_model, device, head=head, shards=shards)
         # Decoders that classify find the last real token by it.
         set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         if head:

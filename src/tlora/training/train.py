@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from tlora.files import write_json
 from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
-from tlora.training.checkpoints import guard_checkpoints, rewind, train_from
+from tlora.training.checkpoints import check_engine, guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
 from tlora.training.initialize import adapt, keep_budget, save_adapter
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
 from tlora.training.runconfig import RunConfig
-from tlora.training.runfolder import RunFolder
+from tlora.training.runfolder import RunFolder, process_count
 from tlora.training.setup import Setup, settle
 
 if TYPE_CHECKING:
@@ -63,15 +62,16 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     setup = with_learning_rate(settle(todo.config))
     if todo.resumes:
         keep_budget(setup, folder)
-    from tlora.training import screen  # imports transformers
+    from tlora.training import gathering, screen, sharded  # import transformers
 
     arguments = training_arguments(setup, folder.checkpoints)
-    _refuse_sharding(arguments)
+    adapt_parts = sharded.engine_of(arguments)
     _refuse_disagreement(todo.resumes, folder)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
-        prepared = adapt(setup, arguments.device, folder.saved_plan() if todo.resumes else None)
+        plan = folder.saved_plan() if todo.resumes else None
+        prepared = (adapt_parts or adapt)(setup, arguments.device, plan)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
@@ -83,13 +83,9 @@ def _train(todo: Todo, folder: RunFolder) -> None:
             folder.start(setup.record(), "train", prepared.plan, todo.inputs, setup.settled)
         with timed(seconds, "train"):
             train_from(trainer, _resume_point(folder, trainer, todo.resumes))
-    best = trainer.state.best_model_checkpoint
-    if arguments.load_best_model_at_end and best:
-        name = str(arguments.metric_for_best_model).removeprefix("eval_")
-        value = trainer.state.best_metric
-        logger.info(
-            "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
-        )
+    _name_best(trainer)
+    if adapt_parts:
+        gathering.gather(prepared)
     if trainer.is_world_process_zero():
         # The trainer may have wrapped or moved the model, but it is this very object. It is saved
         # first: an evaluation that fails must not cost what was trained.
@@ -104,6 +100,17 @@ def _train(todo: Todo, folder: RunFolder) -> None:
         folder.finish({"trainable_parameters": trainable, "seconds": seconds})
 
 
+def _name_best(trainer: Any) -> None:
+    """Say which checkpoint was loaded at the end, if the best one was."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+        value = trainer.state.best_metric
+        logger.info(
+            "kept the best checkpoint, %s: evaluation %s %.4g.", Path(best).name, name, value
+        )
+
+
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Note how long the body took; of a resumed run that is its last start alone."""
@@ -112,31 +119,15 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _refuse_sharding(arguments: Any) -> None:
-    """Refuse engines that keep the trained weights in parts: a run saves them whole.
-
-    Raises:
-        ConfigError: FSDP or ZeRO-3 is asked for, by a field or by `accelerate launch`.
-    """
-    fsdp = bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
-    zero3 = deepspeed is not None and deepspeed.is_zero3()
-    if fsdp or zero3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise ConfigError(
-            f"{'FSDP' if fsdp else 'ZeRO-3'} keeps the weights in parts, which `tlora train` does"
-            " not save; launch it with DDP or ZeRO-2, or `tlora init` and train the adapter by"
-            " a script of your own (docs/distributed.md).",
-            where="trainer",
-        )
-
-
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model.
 
     Raises:
         ConfigError: the trainer refuses its arguments for this model; its sentence says why.
     """
+    from tlora.calibration.placement import is_sharded
     from tlora.training.divergence import DivergenceCallback
+    from tlora.training.gathering import fit_trainer
     from tlora.training.trainers import LogCallback, keep_dtypes, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
@@ -169,6 +160,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         if isinstance(error, TLoraError):
             raise
         raise ConfigError(first_line(error), where="trainer") from error
+    if is_sharded(prepared.model):
+        fit_trainer(trainer)
     keep_dtypes(trainer)
     guard_checkpoints(trainer, folder.run_id)
     DivergenceCallback().watch(trainer)
@@ -197,7 +190,10 @@ def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> Path | None
     from tlora.calibration.group import process_group
 
     point = _rewound(folder, started) if trainer.is_world_process_zero() else None
-    return process_group().broadcast(point, 0)
+    point = process_group().broadcast(point, 0)
+    if point is not None:
+        check_engine(point, trainer.is_deepspeed_enabled, process_count())
+    return point
 
 
 def _rewound(folder: RunFolder, started: bool) -> Path | None:

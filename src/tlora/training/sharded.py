@@ -1,0 +1,267 @@
+"""`tlora train` under FSDP2 and ZeRO-3: a model in parts from its files on.
+
+transformers reads each process's part of the base from the files, and the plan is made on it. The
+plan is attached to the same model on `meta`, which is then sharded in the same way, so that it
+takes the parts over as they are. No process ever holds more than its parts, the layer that runs,
+and what lies outside the layers (embeddings, head). The optimizer keeps parts as well.
+
+ZeRO-3 partitions a model while it loads; the plan is made on one that FSDP2 shards, before that.
+What trains is gathered by `tlora.training.gathering`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tlora.adapter.attach import adapter_layer, parameter_keys
+from tlora.calibration.group import process_group
+from tlora.errors import ConfigError
+from tlora.methods.base import Plans
+from tlora.models.pretrained import set_token_ids
+from tlora.models.skeleton import skeleton
+from tlora.training.gathering import like
+from tlora.training.initialize import check_targets, prepare
+from tlora.training.setup import pretrained
+
+if TYPE_CHECKING:
+    from tlora.adapter.plan import AdapterPlan
+    from tlora.methods.base import Prepared
+    from tlora.training.setup import Setup
+
+_ADAPTER = "default"
+_INSIDE = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
+"""What PEFT puts into the names of the base's parameters."""
+
+
+def engine_of(arguments: Any) -> Callable[[Setup, Any, Any], Prepared] | None:
+    """Return what loads and prepares a model in parts, as the engine asked for takes it.
+
+    It takes the run, the device and the plan of a run that is resumed, as `initialize.adapt`.
+    Without an engine that keeps weights in parts there is None.
+
+    Raises:
+        ConfigError: as `fsdp_of`.
+    """
+    from transformers.integrations import deepspeed
+
+    if deepspeed.is_deepspeed_zero3_enabled():
+        return adapt_zero3
+    plugin = fsdp_of(arguments)
+    return functools.partial(adapt, plugin=plugin) if plugin else None
+
+
+def fsdp_of(arguments: Any) -> Any | None:
+    """Return accelerate's FSDP plugin, as a field or `accelerate launch` asks for it; or None.
+
+    From here on accelerate and the trainer do not know of it: the model that they get is sharded
+    already. A launch of one process has nothing to shard.
+
+    Raises:
+        ConfigError: it asks for what a run cannot do.
+    """
+    if not (arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    # Each process reads its own part; transformers would let the first one read all.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    fields = (arguments.fsdp_plugin_args or {}) | {"cpu_ram_efficient_loading": False}
+    if str(fields.get("fsdp_version") or os.environ.get("FSDP_VERSION")) != "2":
+        raise ConfigError(
+            "FSDP is asked for in its first version; set `fsdp_version: 2`.", "trainer"
+        )
+    plugin = FullyShardedDataParallelPlugin(**fields)
+    if faults := list(_faults(plugin)):
+        raise ConfigError(faults, where="trainer")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    arguments.fsdp = arguments.fsdp_plugin_args = None
+    return plugin if process_group().size > 1 else None
+
+
+def _faults(plugin: Any) -> Iterator[str]:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        DistributedConfig = object
+    if "fsdp_size" not in inspect.signature(DistributedConfig).parameters:
+        yield "FSDP2 needs a transformers that shards a model as it loads; install 5.23 or later."
+    if plugin.activation_checkpointing:
+        yield (
+            "`fsdp_activation_checkpointing` is not supported; leave it out and give"
+            " --trainer.gradient_checkpointing true."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        yield "`fsdp_offload_params` is not supported; leave it out and use more processes."
+
+
+def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
+    """Load the base in parts, plan on it if there is no ``plan``, and attach and shard.
+
+    Args:
+        setup: the run.
+        device: of this process.
+        plan: the `AdapterPlan` of a run that is resumed, or None.
+        plugin: from `fsdp_of`.
+
+    Raises:
+        ConfigError: the run asks for what is not done in parts, or as `check_targets`.
+    """
+    model, layers = _outline(setup, plugin)
+    base = setup.load_model(device, layers)
+    plan = plan or _planned_on(base, setup)
+    set_token_ids(model.config, ["pad_token_id"], setup.tokenizer.pad_token_id)
+    model.generation_config = copy.deepcopy(base.generation_config)
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    prepared = prepare(setup, model, plan)
+    shard(prepared.model, layers, base, plugin)
+    adopt(prepared.model, base, plan)
+    return prepared
+
+
+def adapt_zero3(setup: Setup, device: Any, plan: Any) -> Prepared:
+    """Plan on a base that FSDP2 shards, then attach to one that ZeRO-3 partitions as it loads.
+
+    Arguments and errors as of `adapt`.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers.integrations import deepspeed
+
+    if plan is None:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        config = deepspeed._hf_deepspeed_config_weak_ref()
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            _, layers = _outline(setup, plugin)
+            shards = layers if process_group().size > 1 else ()
+            plan = _planned_on(setup.load_model(device, shards), setup)
+        finally:
+            deepspeed.set_hf_deepspeed_config(config)
+    return prepare(setup, setup.load_model(device), plan)
+
+
+def _outline(setup: Setup, plugin: Any) -> tuple[Any, list[str]]:
+    """Return the base on `meta`, and the names of the layers to gather one at a time.
+
+    Raises:
+        ConfigError: the run asks for what is not done in parts, or there are no such layers.
+    """
+    if faults := list(_unsharded(setup)):
+        raise ConfigError(faults, where="trainer")
+    model = skeleton(pretrained(setup.config), setup.kind.task_type)
+    return model, _layers(model, plugin)
+
+
+def _planned_on(base: Any, setup: Setup) -> AdapterPlan:
+    check_targets(setup.kind, setup.options, base)
+    method: Any = setup.method
+    plan: AdapterPlan = method.plan(base, setup.options, setup.calibration_batches())
+    if fused := parameter_keys(base, plan.modules):
+        raise ConfigError(
+            f"{next(iter(fused))!r} is adapted as a parameter, which is not done in parts; launch"
+            " the run with DDP, or leave it out.",
+            where="adapter",
+        )
+    return plan
+
+
+def _unsharded(setup: Setup) -> Iterator[str]:
+    """Yield a sentence for each thing that a run in parts cannot do."""
+    config = setup.config
+    what = []
+    if not isinstance(setup.method, Plans):
+        what.append(f"the method {config.method!r}")
+    if config.continue_from:
+        what.append("`continue_from`")
+    if setup.kind.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        what.append("a classifier's new head")
+    if config.quantization != "none":
+        what.append("`quantization`")
+    if config.tokens.add or getattr(setup.options, "trainable_token_indices", None):
+        what.append("training single rows of an embedding")
+    for each in what:
+        yield f"{each} is not supported under FSDP2 and ZeRO-3; launch the run with DDP or ZeRO-2."
+
+
+def _layers(model: nn.Module, plugin: Any) -> list[str]:
+    """Return the names of the modules that are gathered one at a time."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+    plugin.set_auto_wrap_policy(model)
+    chosen = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    names = [name for name, module in model.named_modules() if name and chosen and chosen(module)]
+    if not names:
+        raise ConfigError(
+            f"FSDP2 finds no layers of {type(model).__name__} to gather one at a time; set"
+            " `fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`, and"
+            " `fsdp_transformer_layer_cls_to_wrap` to the class of its layers.",
+            where="trainer",
+        )
+    return names
+
+
+def shard(model: Any, layers: list[str], base: Any, plugin: Any) -> None:
+    """Shard a PEFT model on `meta` over the mesh of its ``base``: each layer, then the rest."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = next(base.parameters()).device_mesh
+    bare = model.get_base_model()
+    for name in layers:
+        layer = bare.get_submodule(name)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(model, mesh=mesh)
+    # Every process has to write a reply as long as the longest.
+    register_fsdp_forward_method(model, "generate")
+    bare._is_fsdp_managed_module = True
+
+
+def adopt(model: Any, base: nn.Module, plan: AdapterPlan) -> None:
+    """Give a sharded PEFT model the parts of its ``base`` and the values of ``plan``, in place."""
+    parts = base.state_dict()
+    values = _planned(model, plan)
+    with torch.no_grad():
+        state = {}
+        for key, old in model.state_dict().items():
+            whole = values.get(key)
+            if whole is None:
+                name = _INSIDE.sub("", key.removeprefix("base_model.model."))
+                part = parts[name].to(old.dtype)
+                # A copy that trains must not share the frozen original's memory.
+                state[key] = part.clone() if ".modules_to_save." in key else part
+            else:
+                state[key] = like(old, whole)
+        model.load_state_dict(state, assign=True)
+    bare = model.get_base_model()
+    for name, buffer in base.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if bare.get_submodule(owner)._buffers[leaf].is_meta:
+            bare.get_submodule(owner)._buffers[leaf] = buffer
+    bare.tie_weights()
+
+
+def _planned(model: Any, plan: AdapterPlan) -> dict[str, Tensor]:
+    """Return A and B of every module by their names in the state of ``model``."""
+    names = {id(module): name for name, module in model.named_modules()}
+    values = {}
+    for name, module in plan.modules.items():
+        if module.rank == 0:
+            continue
+        layer = adapter_layer(model.base_model.model, name, None)
+        a, b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+        values[f"{names[id(a)]}.weight"] = module.lora_A
+        values[f"{names[id(b)]}.weight"] = torch.zeros(b.weight.shape)
+    return values
