@@ -2,7 +2,7 @@
 
 A product of m x k and k x n counts 2 m k n, a symmetric one half of it. C counts where more than
 d / 2 tokens are read; W C as a product with C, or with fewer tokens with the rows; singular vectors
-by a sketch of l = r + max(32, r / 2) columns and three iterations where 3 l <= min(m, d), else by a
+by a sketch of l = r + max(32, r / 2) columns and three iterations where 2 l <= min(m, d), else by a
 thin SVD.
 """
 
@@ -59,7 +59,7 @@ def operations(shape: Any, ranks: Mapping[str, int], by_outputs: bool) -> dict[s
 def factorization(m: int, d: int, rank: int) -> float:
     """Return the operations of finding the leading right singular vectors of an m x d matrix."""
     small, width, rounds = min(m, d), rank + max(32, rank // 2), 3
-    if small < 256 or 3 * width > small:
+    if small < 256 or 2 * width > small:
         return 4.0 * m * d * small + 8.0 * small**3
     products = 2.0 * m * d * width * (2 * rounds + 2)
     # Orthonormal columns cost 4 k l^2, a triangle alone half of it, its SVD about 12 l^3.

@@ -23,7 +23,7 @@ class Solver:
     """How singular vectors are found.
 
     Attributes:
-        mode: "exact", "randomized", or "auto": randomized where that is several times cheaper.
+        mode: "exact", "randomized", or "auto": randomized where that is cheaper.
         oversample: extra columns of the sketch beyond the rank; None: max(32, rank / 2).
         iterations: of M^T M, beyond the M^T that the sketch starts with. Three keep 0.9999 of the
             optimal energy of every module of a language model; two lose 2e-4 in the worst.
@@ -52,7 +52,7 @@ class Solver:
         if self.mode != "auto":
             # A sketch as wide as the matrix is the exact problem, solved with more work.
             return "exact" if self.width(rank) >= small else self.mode
-        return "randomized" if small >= 256 and 3 * self.width(rank) <= small else "exact"
+        return "randomized" if small >= 256 and 2 * self.width(rank) <= small else "exact"
 
 
 def right_singular_vectors(
