@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers
 
 from families import FAMILIES
 from support import seeded
-from tlora import TLoraConfig, calibrate, cli
+from tlora import TLoraConfig, calibrate, cli, get_tlora_model
 from tlora.calibration.limits import fault_of_ids, table_of_positions
 from tlora.errors import CalibrationError
 
@@ -59,8 +60,12 @@ def gpt2():
     ],
 )
 def test_calibration_says_what_does_not_fit(gpt2, ids, says):
+    batches, config = [{"input_ids": ids, "labels": ids}], TLoraConfig(r=2)
     with pytest.raises(CalibrationError, match=says):
-        calibrate(gpt2, [{"input_ids": ids, "labels": ids}], TLoraConfig(r=2))
+        calibrate(gpt2, batches, config)
+    # Within a budget the first batch runs once more, before all others.
+    with pytest.raises(CalibrationError, match=says):
+        get_tlora_model(gpt2, batches, replace(config, memory_budget="1GiB"))
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tlora.linalg import orthogonal
 from tlora.linalg.matrices import FactoredMatrix
@@ -17,6 +20,33 @@ READS = {
     getattr(torch.Tensor, name)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__")
 } | {torch.linalg.eigh, torch.linalg.svd}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made here and are still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.most = 0
+        self._held = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, torch.Tensor) and each.device.type == "cpu":
+                self._hold(each.untyped_storage())
+        return found
+
+    def _hold(self, storage):
+        if (key := storage._cdata) not in self._held:
+            self._held.add(key)
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key, size):
+        self._held.remove(key)
+        self.bytes -= size
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
@@ -126,6 +156,17 @@ def test_on_a_cpu_a_module_gets_the_same_bits_whatever_the_others(limit, monkeyp
     together = task_subspaces(mixed(), Solver())
     for each, found in zip(mixed(), together, strict=True):
         assert_same(task_subspaces([each], Solver())[0], found)
+
+
+def test_modules_that_are_solved_together_fit_the_limit(monkeypatch):
+    monkeypatch.setattr(orthogonal, "BATCHED", {"cpu"})
+    monkeypatch.setattr("tlora.linalg.subspace.BATCH_BYTES", 2**23)
+    given = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    modules = [Problem(lambda: FactoredMatrix(given + 1), given.clone, given.shape, 8)] * 32
+    # All products take 8 MiB, and their Gram matrices and eigenvectors in float64 many times that.
+    with Alive() as alive:
+        task_subspaces(modules, Solver(mode="exact"))
+    assert 2**21 < alive.most < 1.25 * 2**23
 
 
 def test_deficient_modules_are_as_householder_has_them(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tlora.linalg import packed
 from tlora.linalg.moments import SecondMoment
 from tlora.linalg.packed import packed_numbers
 
@@ -329,6 +330,33 @@ def test_two_terms_of_centered_rows_hold_the_moment(
     # Relative to each pair of features, so that the massive one hides nothing.
     size = exact.diagonal().sqrt()
     assert ((found - exact).abs() <= 2e-5 * size[:, None] * size + 1e-12).all()
+
+
+def test_float64_moments_of_16_bit_inputs_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlora.linalg.packed.multiplies_narrow", lambda device: True)
+    inputs, moment = outlier().repeat(1, 2, 1), SecondMoment(300, torch.float64)
+    moment.update(inputs)  # too many tokens to be kept as rows
+    centered = inputs[0].double() - inputs[0].double().mean(dim=0)
+    torch.testing.assert_close(moment.covariance(), centered.T @ centered, rtol=1e-12, atol=1e-9)
+
+
+def test_rows_that_were_kept_are_multiplied_in_16_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlora.linalg.packed.multiplies_narrow", lambda device: True)
+    products: list[int] = []
+    add = packed.PackedTriangle._add_narrow
+    monkeypatch.setattr(
+        packed.PackedTriangle,
+        "_add_narrow",
+        lambda self, parts: (products.append(len(parts[0])), add(self, parts)),
+    )
+    moment = SecondMoment(300)
+    for _ in range(2):
+        moment.update(outlier()[:, :150])  # one batch is kept, the second forms the moment
+    assert products == [150, 150]
+    float32 = SecondMoment(300)
+    float32.update(outlier()[:, :150].float())
+    float32.update(outlier()[:, :150])
+    assert products == [150, 150, 150]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

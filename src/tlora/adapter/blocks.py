@@ -43,10 +43,10 @@ from tlora.calibration.budget import MemoryBudget, resolved
 from tlora.calibration.collector import Collector, forward_options
 from tlora.calibration.group import Lockstep, ProcessGroup
 from tlora.calibration.hooks import ModuleRecord, recording
-from tlora.calibration.placement import device_of
 from tlora.calibration.probe import (
     CalibrateOptions,
     begin,
+    checked_batch,
     first_pass,
     probing,
     progress_bar,
@@ -173,7 +173,7 @@ class _Settling:
             return {}
         model = self.lockstep.model
         with self.group.raise_on_all(), self.lockstep.group.inside_collectives():
-            batch = as_batch(lent, device_of(model))
+            batch = checked_batch(model, lent)
             sources = within_memory(
                 partial(input_sources, model, self.targets, batch),
                 lambda: f"the forward pass of {numbered(0, batch_size(batch))}",

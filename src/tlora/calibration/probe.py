@@ -307,13 +307,22 @@ def first_pass(
 
 def _read(collector: Collector, batch: Any) -> None:
     collector.stage = "the transfer"
-    read = reading.as_batch(batch, device_of(collector.model))
+    collector.add(checked_batch(collector.model, batch))
+
+
+def checked_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Return a batch on the model's device, which may run it: ids out of range kill a GPU's process.
+
+    Raises:
+        CalibrationError: it cannot be read, or has ids or positions that the model has not.
+    """
+    read = reading.as_batch(batch, device_of(model))
     ids = read.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.numel():
-        fault = fault_of_ids(collector.model, ids.shape[-1], int(ids.max()))
+        fault = fault_of_ids(model, ids.shape[-1], int(ids.max()))
         if fault:
             raise CalibrationError(f"input_ids has {fault}.")
-    collector.add(read)
+    return read
 
 
 def progress_bar(batches: Any, show: bool) -> Any:

@@ -97,6 +97,7 @@ class SecondMoment:
         self.tokens = 0
         self._space = space
         self._formed: PackedTriangle | None = None
+        self._narrow = True  # whether all rows so far are 16-bit numbers less a mean
         self._rows = [like.new_zeros(0, dim)]
         self._means = [like.new_zeros(0, dim)]
 
@@ -162,8 +163,10 @@ class SecondMoment:
         self.tokens += len(rows)
 
     def _add(self, rows: Tensor, narrow: bool) -> None:
+        narrow = narrow and rows.dtype == torch.float32  # float64 was asked for to be exact
         if self._formed is None and (self._held + len(rows)) * self.dim <= packed_numbers(self.dim):
             self._keep(rows)
+            self._narrow &= narrow
         else:
             self._form().add_gram(rows, narrow)
 
@@ -187,7 +190,7 @@ class SecondMoment:
                 rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
                 self._space.zero_()
             self._formed = PackedTriangle(self._space, self.dim)
-            self._formed.add_gram(rows)
+            self._formed.add_gram(rows, self._narrow)
             self._rows = [self._means[0][:0]]
         return self._formed
 
@@ -248,6 +251,7 @@ class SecondMoment:
         """Copy the `parts` of another one into this one, which has seen nothing."""
         if "rows" in parts:
             self._keep(parts["rows"].to(self.device, copy=True))
+            self._narrow = False
         else:
             self.scatter.numbers.copy_(parts["scatter"])
         self._means = [parts["means"].to(self.device, copy=True)]
@@ -259,7 +263,7 @@ class SecondMoment:
         means, scatter = parts["means"], parts.get("scatter")
         moment = cls(means.shape[1], means.dtype, means.device, scatter)
         if scatter is None:
-            moment._rows = [parts["rows"]]
+            moment._rows, moment._narrow = [parts["rows"]], False
         else:
             moment._formed = PackedTriangle(scatter, moment.dim)
         moment._means = [means]

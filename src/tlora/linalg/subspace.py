@@ -89,14 +89,14 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
     low a rank) is then solved by itself. On a CPU a module gets the same bits, whatever the others.
 
     Args:
-        problems: the modules; of their W C up to `BATCH_BYTES` are held at a time.
+        problems: the modules; what they take at a time is `BATCH_BYTES` at the most, or one.
         solver: how the singular vectors are found.
 
     Raises:
         ValueError: a rank is not between 1 and min(m, d).
     """
     found: dict[int, Leading | Sketch | Subspace] = {}
-    sizes = [4 * math.prod(problem.shape) for problem in problems]
+    sizes = [_solving_bytes(problem, solver) for problem in problems]
     for places in batches(sizes, BATCH_BYTES):
         found |= _begun({place: problems[place] for place in places}, solver)
     sketches = {place: each for place, each in found.items() if isinstance(each, Sketch)}
@@ -114,6 +114,16 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
         else:
             found[place] = _alone(problem.product(), problem, solver)
     return [found[place] for place in range(len(problems))]  # type: ignore[misc]
+
+
+def _solving_bytes(problem: Problem, solver: Solver) -> int:
+    """Return what a W C, formed, takes while it is solved: an exact one has five float64 Grams.
+
+    They are the Gram matrix itself, a copy for the batch, one made symmetric, and its eigenvectors.
+    """
+    formed = FactoredMatrix(torch.empty(problem.shape, device="meta"))
+    grams = 5 if solver.method(formed, problem.rank) == "exact" else 0
+    return 4 * math.prod(problem.shape) + 8 * grams * min(problem.shape) ** 2
 
 
 def _begun(
