@@ -311,7 +311,7 @@ def _read(collector: Collector, batch: Any) -> None:
 
 
 def checked_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Return a batch on the model's device, which may run it: ids out of range kill a GPU's process.
+    """Return a batch on the model's device, checked: ids out of range would kill a GPU's process.
 
     Raises:
         CalibrationError: it cannot be read, or has ids or positions that the model has not.
