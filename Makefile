@@ -2,6 +2,7 @@
 #   make demo    adapt the shipped base model to a task it cannot do (about 2 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
+#   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
 #   make audit   look the locked packages up in a public database of vulnerabilities
 #   make lock    resolve the locked versions again;  make licenses: the licenses of the packages
 # Packages come from requirements/*.txt, whose hashes pip checks, and torch from constraints.txt.
@@ -20,7 +21,7 @@ PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test check lock audit licenses clean
+.PHONY: demo test test-deepspeed check lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -28,6 +29,11 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+# Installed in the environment itself, accelerate would import it in every process.
+test-deepspeed: $(VENV)/deepspeed/ready
+	PYTHONPATH=$(VENV)/deepspeed OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_deepspeed.py
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -59,6 +65,11 @@ $(VENV)/ready: pyproject.toml constraints.txt requirements/compare.txt
 $(VENV)/ready-dev: $(VENV)/ready requirements/dev.txt constraints.txt
 	$(INSTALL) --no-deps --constraint constraints.txt "triton; sys_platform == 'linux'"
 	$(INSTALL) --no-build-isolation $(LOCKED) requirements/dev.txt
+	touch $@
+
+$(VENV)/deepspeed/ready: $(VENV)/ready-dev
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --no-deps --target $(VENV)/deepspeed \
+	  deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 $(TOOLS)/ready: requirements/tools.txt
