@@ -90,9 +90,9 @@ def on_devices(held: Iterable[tuple[torch.device, int]], targets: Sequence[Targe
             room = f"the {bytes_text(left)} that the weights leave on {device}"
             share, source = left // _SHARE, f"1/{_SHARE} of {room}"
             if share > _MOST:
-                share, source = _MOST, f"the most, less than {source}"
+                share, source = _MOST, f"the most it takes; {source} is more"
             if share < least:
-                share, source = least, f"the largest second moment, more than {source}"
+                share, source = least, f"the largest second moment; {source} is less"
             found.append(MemoryBudget(share, source))
     return _smallest(found)
 
