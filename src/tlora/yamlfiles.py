@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,20 @@ def _loaded(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def to_yaml(record: Any) -> str:
-    """Return a record as YAML that `--config` reads back into the same record."""
+def to_yaml(record: Any, left_out: Collection[str] = ()) -> str:
+    """Return a record as YAML that `--config` reads back into the same record.
+
+    Args:
+        record: a dataclass.
+        left_out: fields that have their default.
+    """
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Quotes text that `read_yaml` would take for a number."""
 
     Dumper.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
-    values = dataclasses.asdict(record)
+    values = {k: v for k, v in dataclasses.asdict(record).items() if k not in left_out}
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 

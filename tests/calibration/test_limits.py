@@ -65,7 +65,7 @@ def test_calibration_says_what_does_not_fit(gpt2, ids, says):
         calibrate(gpt2, batches, config)
     # Within a budget the first batch runs once more, before all others.
     with pytest.raises(CalibrationError, match=says):
-        get_tlora_model(gpt2, batches, replace(config, memory_budget="1GiB"))
+        get_tlora_model(gpt2, replace(config, memory_budget="1GiB"), batches)
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])

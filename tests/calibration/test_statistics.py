@@ -97,10 +97,10 @@ def test_other_and_damaged_files_are_named(stats, model, tmp_path):
     with pytest.raises(ArtifactError, match=r"whole\.safetensors"):
         Calibration.load(path)
     # In the header, whose length stays: a format of the same number of digits.
-    assert whole.count(rb"\"format\": 5") == 1
-    path.write_bytes(whole.replace(rb"\"format\": 5", rb"\"format\": 9"))
+    assert whole.count(rb"\"format\": 6") == 1
+    path.write_bytes(whole.replace(rb"\"format\": 6", rb"\"format\": 9"))
     with pytest.raises(ArtifactError, match="its content does not match its digest"):
         Calibration.load(path)
     seal_tensors(path)
-    with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 5"):
+    with pytest.raises(ArtifactError, match="it has format 9 and this version of tlora reads 6"):
         Calibration.load(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tlora import AdapterPlan, Calibration
 from tlora.calibration.collector import Collector
@@ -38,11 +39,13 @@ def test_one_file_serves_init_train_and_another_rank(config, tmp_path, passes):
     )
     assert len(passes) == 2
 
-    # With the file as without it.
+    # With the file as without it, up to rounding.
     left, right = AdapterPlan.load(plain.plan), AdapterPlan.load(first.plan)
-    assert [vars(m) | {"lora_A": m.lora_A.tolist()} for m in left.modules.values()] == [
-        vars(m) | {"lora_A": m.lora_A.tolist()} for m in right.modules.values()
-    ]
+    assert {n: (m.rank, m.scale) for n, m in left.modules.items()} == {
+        n: (m.rank, m.scale) for n, m in right.modules.items()
+    }
+    for name, module in left.modules.items():
+        torch.testing.assert_close(module.lora_A, right.modules[name].lora_A, atol=1e-3, rtol=0)
     assert first.plan.read_bytes() == second.plan.read_bytes()
     assert {m.rank for m in AdapterPlan.load(third.plan).modules.values()} == {2}
 

@@ -11,6 +11,8 @@ from tlora.report.heatmap import heat_map
 from tlora.report.intervals import Difference
 from tlora.yamlfiles import to_yaml
 
+_OF_RAY = ("engine", "cpus_per_run", "gpus_per_run")
+
 
 def render(results: Results) -> str:
     """Return the page."""
@@ -48,7 +50,7 @@ def context(results: Results) -> dict[str, Any]:
             *html.machines([record["provenance"] for record in results.records]),
             ("Threads a run", html.listed([record["threads"] for record in results.records])),
         ],
-        "configuration": to_yaml(config),
+        "configuration": to_yaml(config, () if config.engine == "ray" else _OF_RAY),
     }
 
 

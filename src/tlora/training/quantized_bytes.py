@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from tlora.training.activations import FLOAT
 
 
@@ -19,6 +17,8 @@ def weight_bytes(model: Any, quantization: str) -> int:
     byte a block of 64 and a float for 256 blocks, with two tables of 16 and 256 floats; int8 a byte
     a weight and a float a row.
     """
+    from torch import nn
+
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if quantization == "none":
         return size
