@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 
 from rows import GLUE, GROUPS, NOT_RUN, Group, Row, rows
 
+from tlora.errors import did_you_mean
 from tlora.evaluate.evalfolder import EvalFolder
 from tlora.files import write_json
 from tlora.training.runfolder import RunFolder
@@ -54,8 +56,18 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     asked = parser.parse_args(words)
     if asked.list:
         return asked
+    if asked.row is None:
+        parser.error("name a row; --list shows the rows.")
     if asked.row not in rows():
-        parser.error(f"there is no row {asked.row!r}; --list shows the rows.")
+        hint = did_you_mean(asked.row, rows())
+        parser.error(f"there is no row {asked.row!r}.{hint} --list shows the rows.")
+    if asked.data and not Path(asked.data).is_dir():
+        parser.error(f"--data {asked.data}: there is no such folder.")
+    for flag in ("train", "eval"):
+        try:
+            shlex.split(getattr(asked, flag))
+        except ValueError as error:
+            parser.error(f"--{flag} cannot be split into words: {error}.")
     runs_code = GROUPS[rows()[asked.row].group].runs_code and not asked.print
     if runs_code and not asked.allow_code_execution:
         parser.error(f"{asked.row} runs programs that a model writes: give --allow_code_execution.")
@@ -155,8 +167,17 @@ def _score(name: str, scored: dict[str, float]) -> float:
 
 
 def by_process(command: Command) -> int:
-    """Run one command as a user does; return its exit code."""
-    return subprocess.run([sys.executable, "-m", "tlora.cli", *command], check=False).returncode
+    """Run one command as a user does, also to its end when interrupted; return its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "tlora.cli", *command])
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # a terminal's Ctrl-C reaches the command too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(words: Sequence[str] | None = None, tlora: Callable[[Command], int] = by_process) -> int:

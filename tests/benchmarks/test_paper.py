@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -126,12 +128,21 @@ def test_the_list_has_every_row_and_those_that_are_not_run(run, capsys):
     assert listed == [*run.rows(), "13B", "Llama-3-8B", "70B"]
 
 
-@pytest.mark.parametrize("words", [["math/tlore"], ["code/tlora"]])
-def test_an_unknown_row_and_code_without_consent_are_refused(run, words, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name a row; --list shows the rows."),
+        (["math/tlore"], "no row 'math/tlore'. Did you mean 'math/tlora'? --list shows"),
+        (["code/tlora"], "give --allow_code_execution"),
+        (["math/tlora", "--data", "none"], "--data none: there is no such folder."),
+        (["math/tlora", "--eval", "--gen_kwargs 'a"], "--eval cannot be split into words: No clo"),
+    ],
+)
+def test_words_that_make_no_row_are_refused_before_anything_runs(run, words, said, capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(words, tlora=lambda command: pytest.fail(str(command)))
     assert stop.value.code == 2
-    assert re.search("--list shows the rows|give --allow_code_execution", capsys.readouterr().err)
+    assert said in capsys.readouterr().err
 
 
 def test_a_row_is_trained_evaluated_and_written_down(run, asked, wide_llama, tmp_path):
@@ -233,3 +244,33 @@ def test_the_shell_script_hands_its_words_on():
     assert done.stdout.splitlines()[0] == (
         "tlora train --preset paper-glue --method lora --task cola --output_dir runs/glue/lora/cola"
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_command_that_runs_come_to_its_end(run, number, tmp_path, monkeypatch):
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    job = (
+        "import pathlib, sys, time\n"
+        f"try:\n    pathlib.Path({str(started)!r}).touch()\n    time.sleep(300)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n"
+        f"    pathlib.Path({str(ended)!r}).touch()\n    sys.exit(130)\n"
+    )
+    children = []
+
+    def popen(command, real=subprocess.Popen):
+        children.append(real([sys.executable, "-c", job]))
+        return children[0]
+
+    def send():
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        if number == signal.SIGINT:  # which a terminal sends to both
+            children[0].send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert run.by_process([]) == 130
+    sender.join()
+    assert ended.exists()

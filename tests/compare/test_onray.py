@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -176,6 +177,20 @@ def test_an_error_here_leaves_no_run_on_the_cluster(do, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         do("sleep", {"one": {"pid": str(file)}, "queued": {"pid": str(tmp_path / "never")}})
     until(lambda: not alive(int(file.read_text())))
+
+
+def test_an_address_that_does_not_answer_is_refused_at_once(shared, tmp_path, monkeypatch):
+    import ray
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **fields: pytest.fail("Ray would try for minutes"))
+    config, lines = CompareConfig(**shared | {"output_dir": str(tmp_path)}), []
+    with pytest.raises(ConfigError, match=rf"{address} does not answer .*correct RAY_ADDRESS\."):
+        onray.connect(config, Workers("x"), lines.append)
+    assert lines == [f"Ray: connecting to {address}"]
 
 
 def test_a_node_without_tlora_or_the_model_is_named():

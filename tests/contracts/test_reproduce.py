@@ -115,7 +115,9 @@ def script(monkeypatch) -> Any:
         monkeypatch.delitem(sys.modules, module)
 
 
-def test_the_trainings_of_the_page_are_the_rows_that_a_script_runs(script):
+def test_the_trainings_of_the_page_are_the_rows_that_a_script_runs(script, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
     asked = [script.arguments([name, "--print"]) for name in script.rows()]
     planned = [words for each in asked for words in script.commands(each) if words[0] == "train"]
     by_script = {words[-1]: record_of(*words) for words in planned}

@@ -138,5 +138,8 @@ def test_what_cannot_be_done_in_parts_is_refused_first(
     assert "gradient_checkpointing true" in refused({"FSDP_ACTIVATION_CHECKPOINTING": "true"})
     assert "`fsdp_offload_params`" in refused({"FSDP_OFFLOAD_PARAMS": "true"})
     assert "TRANSFORMER_BASED_WRAP" in refused({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
+    assert "Invalid auto wrap policy: ALL" in refused({"FSDP_AUTO_WRAP_POLICY": "ALL"})
+    assert "layer class NoLayer" in refused({"FSDP_TRANSFORMER_CLS_TO_WRAP": "NoLayer"})
+    assert "`optim` 'adafactor'" in refused({}, trainer={"optim": "adafactor"})
     assert "the method 'lora'" in refused({}, method="lora")
     assert "single rows" in refused({}, tokens=TokensConfig(add=["<a>"]))

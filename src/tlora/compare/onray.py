@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from tlora.tasks.mixture import parts
 from tlora.training.digests import FILE_FIELDS, field_at, model_identity
 
 _RETRIES = 3  # times that a run starts again because its node or its worker died
+_ANSWER = 10.0  # seconds that RAY_ADDRESS gets to answer; Ray itself tries for minutes
 _GRACE = 10.0  # seconds that canceled tasks get to end their runs
 _RECORD, _LOG, _ADAPTER = Path("runs/record.json"), Path("log"), Path("adapter")
 
@@ -107,7 +109,10 @@ def connect(config: CompareConfig, local: Workers, tell: Callable[[str], None]) 
     disconnects = not ray.is_initialized()
     if disconnects:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that starts here
+        address = os.environ.get("RAY_ADDRESS", "")
+        tell(f"Ray: connecting to {address or 'the cluster of this machine, or starting one'}")
         try:
+            _check_answer(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -129,6 +134,26 @@ def connect(config: CompareConfig, local: Workers, tell: Callable[[str], None]) 
         else f"Ray: no node has room for a run ({needs}); the runs wait for one to join"
     )
     return workers
+
+
+def _check_answer(address: str) -> None:
+    """Check that something listens at a host and port; Ray looks up other addresses itself.
+
+    Raises:
+        OSError: nothing does.
+    """
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    host = host.strip("[]")
+    if host in ("localhost", "127.0.0.1", "::1"):
+        host = ray.util.get_node_ip_address()  # as Ray takes it
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"{address} does not answer ({first_line(error)})") from error
 
 
 def _places(node: dict[str, Any], workers: RayWorkers) -> int:

@@ -11,6 +11,7 @@ What trains is gathered by `tlora.training.gathering`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tlora.adapter.attach import adapter_layer, parameter_keys
 from tlora.calibration.group import process_group
-from tlora.errors import ConfigError
+from tlora.errors import ConfigError, first_line
 from tlora.methods.base import Plans
 from tlora.models.pretrained import set_token_ids
 from tlora.models.skeleton import skeleton
@@ -79,12 +80,25 @@ def fsdp_of(arguments: Any) -> Any | None:
         raise ConfigError(
             "FSDP is asked for in its first version; set `fsdp_version: 2`.", "trainer"
         )
-    plugin = FullyShardedDataParallelPlugin(**fields)
-    if faults := list(_faults(plugin)):
+    with _refused():
+        plugin = FullyShardedDataParallelPlugin(**fields)
+    several = process_group().size > 1
+    if faults := [*_faults(plugin), *(_optimizer_faults(arguments) if several else ())]:
         raise ConfigError(faults, where="trainer")
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     arguments.fsdp = arguments.fsdp_plugin_args = None
-    return plugin if process_group().size > 1 else None
+    return plugin if several else None
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Let accelerate's sentence about a setting of FSDP be a ConfigError."""
+    try:
+        yield
+    except (ValueError, LookupError) as error:
+        raise ConfigError(
+            f"accelerate refuses the FSDP settings: {first_line(error)}", "trainer"
+        ) from error
 
 
 def _faults(plugin: Any) -> Iterator[str]:
@@ -103,6 +117,26 @@ def _faults(plugin: Any) -> Iterator[str]:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         yield "`fsdp_offload_params` is not supported; leave it out and use more processes."
+
+
+def _optimizer_faults(arguments: Any) -> Iterator[str]:
+    """Let the optimizer take a step on a parameter in parts; those of some packages cannot."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from transformers import Trainer
+
+    mesh = init_device_mesh(arguments.device.type, (torch.distributed.get_world_size(),))
+    part = DTensor.from_local(torch.zeros(64, 64, device=arguments.device), mesh, [Shard(0)])
+    parameter = nn.Parameter(part)
+    parameter.grad = torch.zeros_like(part)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, None)
+        kind([parameter], **options).step()
+    except Exception as error:  # whatever an optimizer's library raises
+        yield (
+            f"`optim` {str(arguments.optim.value)!r} does not train parameters that FSDP2 shards"
+            f" ({first_line(error).rstrip('.!')}); leave it out, or launch the run with DDP."
+        )
 
 
 def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
@@ -201,7 +235,8 @@ def _layers(model: nn.Module, plugin: Any) -> list[str]:
     """Return the names of the modules that are gathered one at a time."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
-    plugin.set_auto_wrap_policy(model)
+    with _refused():
+        plugin.set_auto_wrap_policy(model)
     chosen = fsdp2_prepare_auto_wrap_policy(plugin, model)
     names = [name for name, module in model.named_modules() if name and chosen and chosen(module)]
     if not names:
