@@ -36,7 +36,6 @@ FAMILIES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     ),
 }
 """What sets the tiny models of some families, and what a run on each sets."""
-ENGINES = ["ddp", "fsdp2", "two_nodes"]
 
 
 def launched(processes: Processes, engine: str, config: Any) -> RunFolder:
@@ -45,7 +44,7 @@ def launched(processes: Processes, engine: str, config: Any) -> RunFolder:
     return RunFolder(config.output_dir)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_config_trains_in_two_processes_as_one_process_does(
     engine: str, rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:
@@ -93,34 +92,27 @@ def test_other_families_and_fields_train_as_one_process_does(
     runs.assert_same(launched(processes, "fsdp2", halves), expected, tolerance=1e-4)
 
 
-def test_fsdp_is_asked_for_by_fields_too(
-    rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
-) -> None:
-    settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    trainer = {"fsdp": "full_shard", "fsdp_config": settings}
-    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2, trainer=trainer)
-    for share, own, _ in processes.run(runs.held, {}, config.to_dict()):
-        assert own
-        assert share < 0.6
-    runs.assert_same(RunFolder(config.output_dir), alone)
-
-
-def test_gradients_accumulate_over_the_processes(
-    rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
-) -> None:
-    trainer = {"gradient_accumulation_steps": 2}
-    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 1, trainer=trainer)
-    runs.assert_same(launched(processes, "fsdp2", config), alone)
+def test_two_machines_shard_as_one_does() -> None:
+    one, two = (
+        {k: v for k, v in runs.environment(name).items() if k.startswith(("FSDP_", "ACCELERATE_"))}
+        for name in ("fsdp2", "two_nodes")
+    )
+    assert one == two
+    assert one["FSDP_VERSION"] == "2"
 
 
 def test_no_process_holds_more_than_its_part_and_what_runs(
-    rows: str, processes: Processes, tmp_path: Path
+    rows: str, alone: RunFolder, processes: Processes, tmp_path: Path
 ) -> None:
-    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 2)
-    for share, own, peak in processes.run(runs.held, runs.environment("fsdp2"), config.to_dict()):
+    # Asked for by fields this time, and with accumulated gradients.
+    settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    trainer = {"fsdp": "full_shard", "fsdp_config": settings, "gradient_accumulation_steps": 2}
+    config = runs.config(runs.BASE, rows, str(tmp_path / "run"), 1, trainer=trainer)
+    for share, own, peak in processes.run(runs.held, {}, config.to_dict()):
         assert own
         assert share < 0.6
         assert 0 < peak < 0.5  # of five layers the one that runs and the next, and the embedding
+    runs.assert_same(RunFolder(config.output_dir), alone)
 
 
 def test_what_cannot_be_done_in_parts_is_refused_first(
