@@ -79,7 +79,7 @@ def share_ranks(
 ) -> tuple[dict[str, int], list[str]]:
     """Return the ranks, and the names whose share lies within 1e-4 of where rounding turns.
 
-    r_i = round(N r S_i / sum S), and what is missing or over goes to the largest, one by one.
+    r_i = round(N r S_i / sum S); the largest rank takes each missing or surplus one in turn.
     Where that breaks a bound, r_i = round(clamp(c S_i, low_i, high_i)) with the c that spends the
     budget, and the same among those that can still move.
 

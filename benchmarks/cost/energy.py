@@ -56,7 +56,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its samples, and what the definition says of them.
+    """A model, its samples, and their statistics by the definition.
 
     Attributes:
         names: modules whose W C is not zero (a pooler reads one token a sample: C = 0).

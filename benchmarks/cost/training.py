@@ -1,4 +1,4 @@
-"""What training keeps for the backward pass, and what it takes, with a frozen A and without::
+"""Memory that autograd keeps, and time of a training step, with a frozen A and without::
 
     python benchmarks/cost/training.py            # measures, writes training.json and prints
     python benchmarks/cost/training.py --table    # prints what is committed
@@ -7,7 +7,7 @@
 Two tables. One layer of Llama-2-7B is counted without computing anything: PyTorch's fake tensors go
 through the layer, and hooks see what autograd keeps of them. A small model is trained by
 `tlora train`, a few steps on the same eight rows each way, so that losses can be compared; the same
-hooks count, and seconds are of the processor (on a GPU of the clock).
+hooks count, and seconds are CPU time (on a GPU, wall time).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables (arXiv 2604.18124), and what each takes.
+"""The rows of the paper's tables (arXiv 2604.18124), and the settings of each.
 
 Figures are the paper's, in percent but for MT-Bench's grades of 1 to 10. The preset of a group has
 its settings; docs/reproduce.md says what the paper leaves open.

@@ -160,7 +160,7 @@ class _Settling:
         """Return where the moments of a pass go, but for modules left out; None if none does."""
         if not self.config.needs_moments:
             return None
-        # Sums over processes are of second moments.
+        # Processes can only add up second moments.
         alone = self.group.size == 1
         by_outputs = cheaper_by_outputs(self.targets, self.config) if alone else ()
         return MomentAccumulator(excluded, by_outputs)

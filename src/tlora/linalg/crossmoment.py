@@ -44,8 +44,8 @@ class CrossMoment:
         """Add a batch of samples.
 
         Args:
-            inputs: B x T x d float32: what the module was given.
-            outputs: B x T x m float32: what it returned.
+            inputs: B x T x d float32, the module's input.
+            outputs: B x T x m float32, its output.
             mask: B x T, true at real tokens; None: every token is real.
             places: of the real tokens among the B T rows, if they are known.
         """

@@ -36,7 +36,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 class Rows:
     """The rows of all samples of a batch, one sample after the other.
 
-    G_s adds up over the calls of a sample as over its tokens, so that calls need not be told apart.
+    G_s is a sum over tokens, whichever call they came in, so the rows of all calls are joined.
 
     Attributes:
         delta: tokens x m.
@@ -142,7 +142,7 @@ def batched_magnitude(weight: Tensor, rows: Rows) -> Tensor:
 
 
 def _by_sample(rows: Tensor, counts: tuple[int, ...]) -> Tensor | Sequence[Tensor]:
-    """Return B x T x columns where all samples are of one length, else the rows of each."""
+    """Return B x T x columns if all samples have the same length, else the rows of each."""
     if len(set(counts)) == 1:
         same: Tensor = rows.unflatten(0, (len(counts), counts[0]))
         return same
