@@ -14,7 +14,7 @@ from tlora.compare.compareconfig import CompareConfig
 from tlora.compare.exactmatch import exact_match, prompt_and_response
 from tlora.compare.experiment import experiment
 from tlora.demo.run import _answer, _load_base
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.tokens import causal
 
@@ -120,3 +120,37 @@ def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
     by_loss = dataclasses.replace(cut, metric="loss")
     assert compare.check(by_loss)
     compare.check(dataclasses.replace(cut, data=DataConfig(format="raw", max_length=256)))
+
+
+def test_a_comparison_by_loss_may_have_it_of_its_final_runs_which_stay_the_same_runs(config):
+    plain = dataclasses.replace(config, metric="loss")
+    both = dataclasses.replace(plain, answers=True)
+    assert experiment(both) == experiment(plain)
+    progress = compare.run(both)
+    assert (progress.finished, progress.failed) == (2, [])
+    folder = compare.CompareFolder(both.output_dir)
+    scored = {r["phase"]: r["scores"] for r in map(folder.record, folder.names())}
+    assert "exact_match" not in scored["tuning"]["validation"]
+    assert 0 <= scored["final"]["test"]["exact_match"] <= 1
+
+
+@pytest.fixture
+def sst2_rows(tmp_path):
+    rows = tmp_path / "rows.tsv"
+    lines = [f"film {number}\t{number % 2}" for number in range(12)]
+    rows.write_text("\n".join(["sentence\tlabel", *lines]))
+    return str(rows)
+
+
+def test_it_is_refused_of_tasks_that_write_nothing(config, sst2_rows):
+    asked = dataclasses.replace(
+        config,
+        task="sst2",
+        metric=None,
+        answers=True,
+        train_file=sst2_rows,
+        test_file=sst2_rows,
+        data=DataConfig(overlap="allow"),
+    )
+    with pytest.raises(ConfigError, match="`answers` is for causal tasks, but sst2 is a classif"):
+        compare.check(asked)
