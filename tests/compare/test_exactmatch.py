@@ -58,9 +58,23 @@ def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
 
 def test_a_row_without_prompt_or_with_two_responses_is_refused():
     assert prompt_and_response({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == ([5], [6, 7])
-    for labels in ([5, 6, 7], [-100, 6, -100]):
+    for labels in ([5, 6, 7, 8], [-100, 6, -100, 8]):
         with pytest.raises(DataError, match="exact match needs rows of a prompt"):
-            prompt_and_response({"input_ids": [5, 6, 7], "labels": labels})
+            prompt_and_response({"input_ids": [5, 6, 7, 8], "labels": labels})
+
+
+def test_what_a_chat_template_writes_after_the_answer_is_left_out():
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}
+    assert prompt_and_response(row) == ([5], [6, 7])
+
+
+def test_the_answer_of_a_chat_is_written_up_to_the_end_of_its_turn(config):
+    asked = dataclasses.replace(config, data=DataConfig(format="chat", chat_template="chatml"))
+    setup = compare.check(asked)
+    (prompt, response), *_ = map(prompt_and_response, setup.held_out)
+    assert setup.tokenizer.decode(prompt).endswith("assistant\n")
+    assert "user" not in setup.tokenizer.decode(response)
+    assert setup.held_out[0]["input_ids"] != prompt + response
 
 
 @pytest.fixture
