@@ -75,7 +75,7 @@ def score_labels_alone() -> None:
     the same. The name is private to `trl.trainer.utils`, where it decides nothing else; without it
     training is only slower.
     """
-    utils = importlib.import_module("trl.trainer.utils")
+    utils: Any = importlib.import_module("trl.trainer.utils")
     gathers = getattr(utils, "_use_triton", None)
     if gathers is None or hasattr(gathers, "__wrapped__"):
         return
