@@ -14,7 +14,7 @@ from tlora.compare.compareconfig import CompareConfig
 from tlora.compare.exactmatch import exact_match, prompt_and_response
 from tlora.compare.experiment import experiment
 from tlora.demo.run import _answer, _load_base
-from tlora.errors import DataError
+from tlora.errors import ConfigError, DataError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.tokens import causal
 
@@ -58,9 +58,23 @@ def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
 
 def test_a_row_without_prompt_or_with_two_responses_is_refused():
     assert prompt_and_response({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == ([5], [6, 7])
-    for labels in ([5, 6, 7], [-100, 6, -100]):
+    for labels in ([5, 6, 7, 8], [-100, 6, -100, 8]):
         with pytest.raises(DataError, match="exact match needs rows of a prompt"):
-            prompt_and_response({"input_ids": [5, 6, 7], "labels": labels})
+            prompt_and_response({"input_ids": [5, 6, 7, 8], "labels": labels})
+
+
+def test_what_a_chat_template_writes_after_the_answer_is_left_out():
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}
+    assert prompt_and_response(row) == ([5], [6, 7])
+
+
+def test_the_answer_of_a_chat_is_written_up_to_the_end_of_its_turn(config):
+    asked = dataclasses.replace(config, data=DataConfig(format="chat", chat_template="chatml"))
+    setup = compare.check(asked)
+    (prompt, response), *_ = map(prompt_and_response, setup.held_out)
+    assert setup.tokenizer.decode(prompt).endswith("assistant\n")
+    assert "user" not in setup.tokenizer.decode(response)
+    assert setup.held_out[0]["input_ids"] != prompt + response
 
 
 @pytest.fixture
@@ -120,3 +134,37 @@ def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
     by_loss = dataclasses.replace(cut, metric="loss")
     assert compare.check(by_loss)
     compare.check(dataclasses.replace(cut, data=DataConfig(format="raw", max_length=256)))
+
+
+def test_a_comparison_by_loss_may_have_it_of_its_final_runs_which_stay_the_same_runs(config):
+    plain = dataclasses.replace(config, metric="loss")
+    both = dataclasses.replace(plain, answers=True)
+    assert experiment(both) == experiment(plain)
+    progress = compare.run(both)
+    assert (progress.finished, progress.failed) == (2, [])
+    folder = compare.CompareFolder(both.output_dir)
+    scored = {r["phase"]: r["scores"] for r in map(folder.record, folder.names())}
+    assert "exact_match" not in scored["tuning"]["validation"]
+    assert 0 <= scored["final"]["test"]["exact_match"] <= 1
+
+
+@pytest.fixture
+def sst2_rows(tmp_path):
+    rows = tmp_path / "rows.tsv"
+    lines = [f"film {number}\t{number % 2}" for number in range(12)]
+    rows.write_text("\n".join(["sentence\tlabel", *lines]))
+    return str(rows)
+
+
+def test_it_is_refused_of_tasks_that_write_nothing(config, sst2_rows):
+    asked = dataclasses.replace(
+        config,
+        task="sst2",
+        metric=None,
+        answers=True,
+        train_file=sst2_rows,
+        test_file=sst2_rows,
+        data=DataConfig(overlap="allow"),
+    )
+    with pytest.raises(ConfigError, match="`answers` is for causal tasks, but sst2 is a classif"):
+        compare.check(asked)

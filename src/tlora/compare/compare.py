@@ -135,10 +135,18 @@ def check(config: CompareConfig) -> Setup:
     training_arguments(setup, CompareFolder(config.output_dir).work)
     _check_entries(config, setup)
     _, held = split(setup, config.validation, config.validation_seed)
-    if setup.task.kind == "causal" and config.writes_answers:
-        longest = setup.task.data.max_length or LONGEST
-        for name, rows in (("validation", held), ("test", setup.held_out)):
-            check_rows(rows, name, setup.tokenizer, longest)
+    scored = {"test": setup.held_out} if config.answers else {}
+    if config.writes_answers:
+        scored = {"validation": held, "test": setup.held_out}
+    if setup.task.kind == "causal":
+        for name, rows in scored.items():
+            check_rows(rows, name, setup.tokenizer, setup.task.data.max_length or LONGEST)
+    elif config.answers:
+        raise ConfigError(
+            f"`answers` is for causal tasks, but {config.task} is a {setup.task.kind} task; leave"
+            " it out.",
+            where="compare",
+        )
     return setup
 
 
@@ -297,7 +305,8 @@ def _job(
 ) -> Job:
     config = comparison.config
     run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
-    keep = config.keep_adapters and trial.phase == "final"
+    final = trial.phase == "final"
+    keep = config.keep_adapters and final
     work = str(folder.work / trial.name)
     payload = {
         "record": RUN_HEADER | trial.record() | {"config": portable(run.resolved())},
@@ -305,7 +314,7 @@ def _job(
         "validation": config.validation,
         "validation_seed": config.validation_seed,
         "left_out": list(left_out),
-        "exact_match": config.writes_answers,
+        "exact_match": config.writes_answers or (config.answers and final),
         "threads": threads,
         "file": str(folder.record_file(trial.name)),
         "work": work,

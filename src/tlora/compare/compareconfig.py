@@ -169,6 +169,9 @@ class CompareConfig(SharedConfig):
     metric: str | None = None
     """Score to compare by; by default the task's first, or "loss" where it has none. Of a
     causal task also "exact_match": the share of rows whose response is written to the letter."""
+    answers: bool = False
+    """Also score the final runs of a causal task by exact match, whatever `metric` is. Nothing is
+    chosen by it, and no run is another for it: runs that finished before have no such score."""
     better: Better | None = None
     """Which scores are better; by default lower for losses and errors, higher for the rest."""
     output_dir: Annotated[str, FOLDER] = "tlora-compare"
@@ -276,7 +279,7 @@ class CompareConfig(SharedConfig):
 
     @property
     def writes_answers(self) -> bool:
-        """Whether runs are scored by exact match."""
+        """Whether runs are compared by exact match."""
         return (self.metric or "").removeprefix("eval_") == EXACT_MATCH
 
     def _entry_faults(self) -> list[str]:

@@ -62,19 +62,23 @@ def exact_match(
 
 
 def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row up to the first that is learned, and those from there on.
+    """Return the token ids of a row up to the first that is learned, and those that are learned.
+
+    What follows the response, such as the line break of ChatML, is left out.
 
     Raises:
-        DataError: there is no prompt, or something after the response that is not learned.
+        DataError: there is no prompt, or more than one response.
     """
     ids, learned = row["input_ids"], [label != IGNORED for label in row["labels"]]
     start = learned.index(True)
-    if start == 0 or not all(learned[start:]):
+    end = start + sum(learned)
+    if start == 0 or not all(learned[start:end]):
         raise DataError(
             "exact match needs rows of a prompt with one response, the prompt left out of the loss;"
-            ' compare plain text and chats by `metric: loss`, and leave `data.loss_on` "response".'
+            " compare plain text and chats of several answers by `metric: loss`, and leave"
+            ' `data.loss_on` "response".'
         )
-    return [*ids[:start]], [*ids[start:]]
+    return [*ids[:start]], [*ids[start:end]]
 
 
 def check_rows(
@@ -89,9 +93,8 @@ def check_rows(
     """
     cut = 0
     for row in rows:
-        prompt_and_response(row)
-        ids = row["input_ids"]
-        cut += len(ids) >= max_length and ids[-1] != tokenizer.eos_token_id
+        _, response = prompt_and_response(row)
+        cut += len(row["input_ids"]) >= max_length and response[-1] != tokenizer.eos_token_id
     if cut:
         raise DataError(
             f"{cut} of {len(rows)} {name} rows end at `data.max_length`, {max_length} tokens,"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlora.report import charts, html, wording
 from tlora.report.comparison import Results
@@ -11,7 +11,11 @@ from tlora.report.heatmap import heat_map
 from tlora.report.intervals import Difference
 from tlora.yamlfiles import to_yaml
 
+if TYPE_CHECKING:
+    from tlora.compare.compareconfig import CompareConfig
+
 _OF_RAY = ("engine", "cpus_per_run", "gpus_per_run")
+"""Fields that say nothing of a comparison without Ray."""
 
 
 def render(results: Results) -> str:
@@ -50,8 +54,13 @@ def context(results: Results) -> dict[str, Any]:
             *html.machines([record["provenance"] for record in results.records]),
             ("Threads a run", html.listed([record["threads"] for record in results.records])),
         ],
-        "configuration": to_yaml(config, () if config.engine == "ray" else _OF_RAY),
+        "configuration": to_yaml(config, _unused(config)),
     }
+
+
+def _unused(config: CompareConfig) -> tuple[str, ...]:
+    """Return the fields that the page leaves out, because they are at defaults that do nothing."""
+    return (*(() if config.engine == "ray" else _OF_RAY), *(() if config.answers else ("answers",)))
 
 
 def pairs(results: Results) -> str:

@@ -128,7 +128,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     from tlora.calibration.placement import is_sharded
     from tlora.training.divergence import DivergenceCallback
     from tlora.training.gathering import fit_trainer
-    from tlora.training.trainers import LogCallback, keep_dtypes, stopping
+    from tlora.training.trainers import LogCallback, keep_dtypes, score_labels_alone, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
     if prepared.optimizer is not None:
@@ -146,6 +146,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     # Packed rows need TRL's own collator, which lays them end to end.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
         extra["data_collator"] = setup.collator
+    if setup.task.kind == "causal":
+        score_labels_alone()
     try:
         trainer = load_class(setup.kind.trainer)(
             model=prepared.model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,3 +65,23 @@ def keep_dtypes(trainer: Any) -> None:
                 value.data = value.data.to(before[name])
 
     trainer._load_from_checkpoint = loaded
+
+
+def score_labels_alone() -> None:
+    """Let TRL on a CPU multiply by the LM head only the positions whose next token counts.
+
+    TRL does so on GPUs. Elsewhere it scores every position and drops the prompt's afterwards, to
+    keep shapes the same for compilers; on a CPU that is a third of a step's time. The losses are
+    the same. The name is private to `trl.trainer.utils`, where it decides nothing else; without it
+    training is only slower.
+    """
+    utils: Any = importlib.import_module("trl.trainer.utils")
+    gathers = getattr(utils, "_use_triton", None)
+    if gathers is None or hasattr(gathers, "__wrapped__"):
+        return
+
+    @functools.wraps(gathers)
+    def on_cpus_too(device: Any) -> bool:
+        return device.type == "cpu" or gathers(device)
+
+    utils._use_triton = on_cpus_too
