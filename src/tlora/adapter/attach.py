@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
+
 def get_tlora_model(
     model: nn.Module,
     config: TLoraConfig,

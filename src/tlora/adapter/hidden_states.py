@@ -87,7 +87,11 @@ def _after(
 
 
 def _means(layout: TokenLayout, name: str, block: nn.Module, hidden: Tensor) -> Tensor:
-    """Return the mean over the real tokens of each sample, B x d float32."""
+    """Return the mean over the real tokens of each sample, B x d float32.
+
+    Raises:
+        CalibrationError: they cannot be told apart, or a hidden state is not finite.
+    """
     try:
         tokens, mask = layout.split(block, hidden)
     except UnknownLayout:

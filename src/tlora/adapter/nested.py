@@ -52,7 +52,7 @@ class LeadingLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return A[:b] x; or (R / b) B[:, :b] z, so that lora_alpha / R becomes lora_alpha / b."""
         count, most = self.ranks.count, self.weight.shape[self.dim]
-        if count is None or count == most and not self.ranks.frozen:
+        if count is None or (count == most and not self.ranks.frozen):
             return super().forward(input)
         weight = self.weight.narrow(self.dim, 0, count)
         if self.ranks.frozen:
@@ -70,9 +70,9 @@ def make_nested(model: PeftModel, ranks: LeadingRanks) -> None:
 
 
 class DrawRank(TrainerCallback):
-    """Draws b for each optimizer step, uniform from ``least`` to ``most``; evaluation sees all ranks.
+    """Draws b for each optimizer step, uniform from ``least`` to ``most``.
 
-    A draw depends on the run's seed and the number of the step alone, so that a resumed run, and
+    Evaluation sees all ranks. A draw depends on the run's seed and the number of the step alone, so that a resumed run, and
     every process of a group, draws the same.
     """
 

@@ -119,8 +119,10 @@ def patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, dict[
     The keys are anchored, because PEFT takes a bare name for a suffix.
     """
     grouped = len(ranks) + len(alphas) > _KEYS_BEFORE_GROUPING
-    named = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    return {field: _pattern(values, grouped) for field, values in named.items()}
+    return {
+        "rank_pattern": _pattern(ranks, grouped),
+        "alpha_pattern": _pattern(alphas, grouped),
+    }
 
 
 def _pattern(values: Mapping[str, Any], grouped: bool) -> dict[str, Any]:

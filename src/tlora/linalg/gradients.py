@@ -294,4 +294,5 @@ def compressed(gradient: Tensor, basis: Tensor) -> Tensor:
     """
     rows = basis.double()
     found = torch.linalg.solve(rows @ rows.T, (gradient @ basis.T).double().T).T
-    return found.to(gradient).contiguous()
+    solved: Tensor = found.to(gradient).contiguous()
+    return solved

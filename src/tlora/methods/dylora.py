@@ -69,7 +69,7 @@ class DyLora(Lora):
 
         prepared = super().prepare(model, options, batches, plan)
         ranks = LeadingRanks(frozen=options.frozen)
-        make_nested(prepared.model, ranks)  # type: ignore[arg-type]
+        make_nested(prepared.model, ranks)
         return dataclasses.replace(
             prepared,
             callbacks=[DrawRank(ranks, options.r_min, options.r)],

@@ -20,8 +20,8 @@ class GeLora:
 
     d_i and d_(i+1) are the intrinsic dimensions, by TwoNN, of the hidden states that the block
     reads and gives. s = lora_alpha / r is the same for every rank. A and B start and train as in
-    LoRA. A module outside all blocks (a pooler) has rank r. A resumed run takes the ranks and A from
-    its folder.
+    LoRA. A module outside all blocks (a pooler) has rank r. A resumed run takes the ranks and A
+    from its folder.
 
     Ours: a sample is one point, the mean of the hidden states of its real tokens, and the growth is
     rounded up. The estimate needs many samples: at 32 it is off by a fifth, at 512 by a twentieth.
@@ -66,7 +66,11 @@ class GeLora:
         from tlora.adapter.initial import InitialAdapter, random_start
 
         found = block_dimensions(model, targets, Samples.of(batches).batches)
-        ranks = {name: math.ceil(max(after - before, 0)) + 1 for name, (before, after) in found.items()}
-        return InitialAdapter(
-            {t.name: random_start(t, ranks.get(block_of(t.name), options.r)) for t in targets}
-        )
+        modules = {}
+        for target in targets:
+            rank, block = options.r, block_of(target.name)
+            if block is not None:
+                before, after = found[block]
+                rank = math.ceil(max(after - before, 0)) + 1
+            modules[target.name] = random_start(target, rank)
+        return InitialAdapter(modules)

@@ -106,18 +106,20 @@ class Gora:
         samples = Samples.of(batches)
         config = calibration_config(options, basis="gradient")
         measured = calibrate(model, samples.batches, config, **samples.reading).modules
+        gradients: dict[str, Any] = {t.name: measured[t.name].gradient for t in targets}
         importances = []
         for target in targets:
-            weight, gradient = dense_weight(target), measured[target.name].gradient
-            importances.append(float((weight * gradient.to(weight.device)).abs().mean()))
+            weight = dense_weight(target)
+            product = weight * gradients[target.name].to(weight.device)
+            importances.append(float(product.abs().mean()))
         sizes = [target.d_out + target.d_in for target in targets]
         ranks = shared_ranks(importances, sizes, options.r, options.bounds)
         modules = {}
         for target, rank in zip(targets, ranks, strict=True):
             a, _ = random_start(target, rank)
-            gradient = measured[target.name].gradient.to(a.device)
+            gradient = gradients.pop(target.name)
             scale = options.gamma * target.d_in**0.5 / options.lora_alpha
-            modules[target.name] = a, -scale * compressed(gradient, a)
+            modules[target.name] = a, -scale * compressed(gradient.to(a.device), a)
         return InitialAdapter(modules)
 
 
