@@ -117,7 +117,7 @@ def test_the_trainer_takes_the_optimizer_of_the_method(config, tmp_path):
     assert rates == {1e-2, 16e-2}
 
 
-@pytest.mark.parametrize("name", ["adalora", "trimatrix", "loraplus", "pissa", "dylora", "full"])
+@pytest.mark.parametrize("name", ["adalora", "trimatrix", "loraplus", "pissa", "full"])
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
     whole = train.run(config(name, tmp_path / "whole", steps=5))
     folder = interrupted(config(name, tmp_path / "cut", steps=5), 3)

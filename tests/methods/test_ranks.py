@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support import train
-from tlora.adapter import hidden_states
+from tlora.calibration import hidden_states
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.nested import DrawRank, LeadingRanks
 from tlora.calibration.batches import single_samples

@@ -72,8 +72,8 @@ def make_nested(model: PeftModel, ranks: LeadingRanks) -> None:
 class DrawRank(TrainerCallback):
     """Draws b for each optimizer step, uniform from ``least`` to ``most``.
 
-    Evaluation sees all ranks. A draw depends on the run's seed and the number of the step alone, so that a resumed run, and
-    every process of a group, draws the same.
+    Evaluation sees all ranks. A draw depends on the run's seed and the number of the step alone, so
+    that a resumed run, and every process of a group, draws the same.
     """
 
     def __init__(self, ranks: LeadingRanks, least: int, most: int) -> None:

@@ -62,7 +62,7 @@ class GeLora:
         return Prepared(model=adapted, plan=plan)
 
     def _start(self, model: Any, targets: Any, options: Any, batches: Batches) -> InitialAdapter:
-        from tlora.adapter.hidden_states import block_dimensions, block_of
+        from tlora.calibration.hidden_states import block_dimensions, block_of
         from tlora.adapter.initial import InitialAdapter, random_start
 
         found = block_dimensions(model, targets, Samples.of(batches).batches)
