@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from support import train
-from tlora.calibration import hidden_states
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.nested import DrawRank, LeadingRanks
+from tlora.calibration import hidden_states
 from tlora.calibration.batches import single_samples
 from tlora.errors import CalibrationError, ConfigError
 from tlora.exporters import export
@@ -21,6 +21,10 @@ from tlora.methods.gora import shared_ranks
 
 def factors(layer):
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def bias_of(module):
+    return 0 if module.bias is None else module.bias
 
 
 def ranks_of(model):
@@ -97,17 +101,20 @@ def test_an_export_of_dylora_is_what_was_trained_at_that_rank(
         assert not torch.allclose(cut(**batches[0]).logits, model(**batches[0]).logits)
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 def test_edora_moves_the_direction_between_the_factors_of_w_and_the_magnitude(
-    prepared_by, tiny_llama, batches
+    prepared_by, request, batches, family
 ):
-    model = prepared_by("edora", tiny_llama(), r=3, lora_alpha=6, sigma=0.01).model
+    base = request.getfixturevalue(family)()
+    model = prepared_by("edora", base, r=3, lora_alpha=6, sigma=0.01).model
     starts = {n: layer.lora_B["default"].core.detach().clone() for n, layer in lora_layers(model)}
     drawn = torch.cat([core.flatten() for core in starts.values()])
     assert drawn.std().item() == pytest.approx(0.01, rel=0.3)
     train(model, batches[0], steps=3)
     for name, layer in lora_layers(model):
         weight = layer.base_layer.weight.double()
-        u, s, vh = torch.linalg.svd(weight)
+        weight = weight.T if layer.fan_in_fan_out else weight
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         core = layer.lora_B["default"].core
         assert not torch.equal(core, starts[name])
         a, left = layer.lora_A["default"].weight, layer.lora_B["default"].left
@@ -151,7 +158,17 @@ def test_gelora_measures_the_hidden_states_of_each_block(prepared_by, tiny_llama
     prepared = prepared_by("gelora", tiny_llama(initializer_range=0.4), r=2, lora_alpha=6)
     found = ranks_of(prepared.model)
     assert found == {name: expected[int(name.split(".")[2])] for name in found}
+    assert len(set(found.values())) == 2
     assert {layer.scaling["default"] for _, layer in lora_layers(prepared.model)} == {3.0}
+
+
+@pytest.mark.parametrize("name", ["gelora", "gora", "dylora"])
+def test_other_architectures_are_adapted_too(prepared_by, tiny_gpt2, tiny_t5, batches, name):
+    for make in (tiny_gpt2, tiny_t5):
+        task = "SEQ_2_SEQ_LM" if make is tiny_t5 else "CAUSAL_LM"
+        model = prepared_by(name, make(), r=2, task_type=task).model
+        train(model, batches[0], steps=1)
+        assert all(factors(layer)[1].any() for _, layer in lora_layers(model))
 
 
 def test_geloras_rank_is_the_growth_of_the_dimension_and_one(

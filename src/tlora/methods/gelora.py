@@ -24,7 +24,7 @@ class GeLora:
     from its folder.
 
     Ours: a sample is one point, the mean of the hidden states of its real tokens, and the growth is
-    rounded up. The estimate needs many samples: at 32 it is off by a fifth, at 512 by a twentieth.
+    rounded up. From n samples the estimate has a deviation of about d / sqrt(n).
 
     Source: Ed-dib et al., arXiv 2412.09250; Facco et al., Scientific Reports 7, 12140 (2017).
     """
@@ -62,8 +62,8 @@ class GeLora:
         return Prepared(model=adapted, plan=plan)
 
     def _start(self, model: Any, targets: Any, options: Any, batches: Batches) -> InitialAdapter:
-        from tlora.calibration.hidden_states import block_dimensions, block_of
         from tlora.adapter.initial import InitialAdapter, random_start
+        from tlora.calibration.hidden_states import block_dimensions, block_of
 
         found = block_dimensions(model, targets, Samples.of(batches).batches)
         modules = {}
