@@ -131,6 +131,10 @@ METHODS = Registry(
         ("lora-ga", "loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
         ("lora-fa", "lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
         ("trimatrix", "trimatrix:TriMatrix", "Tri-Matrix: r x r numbers train between random P, R"),
+        ("dylora", "dylora:DyLora", "DyLoRA: each step trains the first ranks, any number serves"),
+        ("edora", "edora:EDora", "EDoRA: magnitudes and r x r numbers between W's factors"),
+        ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),
+        ("gora", "gora:Gora", "GoRA: ranks from |W . G|, B from the gradient"),
     ),
 )
 

@@ -26,7 +26,7 @@ def test_the_table_has_every_method_in_the_order_of_the_registry():
 
 def test_the_table_says_what_the_methods_declare():
     reads = {"nothing": "no", "inputs": "inputs", "gradients": "inputs, gradients"}
-    starts = {"identical": "W x", "rounding": "rounding"}
+    starts = {"identical": "W x", "rounding": "rounding", "moved": "moved"}
     sources = {"PEFT": "PEFT", "tlora": "ours"}
     for name, (layer, _, numbers, read, start, paper, source) in rows().items():
         traits = METHODS.load(name).traits

@@ -26,6 +26,7 @@ PUBLISHED = dict.fromkeys(NAMES, 2e-4) | {
     "lora-ga": 2e-5,
     "olora": 2e-5,
     "rslora": 5e-5,
+    "gora": 5e-5,
 }
 
 

@@ -59,6 +59,8 @@ def test_the_output_at_the_start_is_the_base_models(ran, batches_of, name, kind)
     before = logits(run.base, batches_of(kind)[0])
     if run.traits.start == "identical":
         assert torch.equal(run.start, before)
+    elif run.traits.start == "moved":
+        assert 0 < (run.start - before).abs().max() < before.abs().max()
     else:
         torch.testing.assert_close(run.start, before, rtol=1e-5, atol=1e-5)
 

@@ -25,7 +25,7 @@ def prepared_by(batches: Any) -> Callable[..., Any]:
     def prepare(name: str, model: Any, plan: Any = None, data: Any = None, **options: Any) -> Any:
         method = METHODS.load(name)()
         torch.manual_seed(5)
-        record = method.options(task_type="CAUSAL_LM", **options)
+        record = method.options(**{"task_type": "CAUSAL_LM"} | options)
         return method.prepare(model, record, batches if data is None else data, plan)
 
     return prepare

@@ -14,9 +14,7 @@ stays there: it is small, and it trains.
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,7 @@ from tlora.adapter.blocks import plan_in_blocks
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
 from tlora.adapter.plan import AdapterPlan
 from tlora.adapter.planning import plan
+from tlora.adapter.stock import patterns
 from tlora.calibration.placement import device_of, loaded_by, refuse_wrapped
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.probe import CalibrateOptions, calibrate
@@ -44,10 +43,6 @@ from tlora.errors import AdapterError
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
-
-# PEFT matches every module against every key of both patterns, and Python caches 512 compiled
-# regexes: beyond this many keys, modules of equal value share one.
-_KEYS_BEFORE_GROUPING = 450
 
 
 def get_tlora_model(
@@ -153,8 +148,7 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     """Return the stock LoraConfig of a plan.
 
     PEFT multiplies the adapter's output by alpha_pattern / rank_pattern, so
-    alpha_pattern[i] = s_i r_i (docs/method.md, 5). The keys are full names, anchored, because
-    PEFT takes a bare key for a suffix.
+    alpha_pattern[i] = s_i r_i (docs/method.md, 5).
     """
     from peft import LoraConfig
 
@@ -166,15 +160,13 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
     alpha = config.lora_alpha
     ranks = {n: m.rank for n, m in used.items() if m.rank != config.r}
     alphas = {n: m.scale * m.rank for n, m in used.items() if m.scale * m.rank != alpha}
-    grouped = len(ranks) + len(alphas) > _KEYS_BEFORE_GROUPING
     return LoraConfig(
         r=config.r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=modules,
         target_parameters=list(keys.values()) or None,
         exclude_modules=namesakes(model, modules),
-        rank_pattern=_pattern(ranks, grouped),
-        alpha_pattern=_pattern(alphas, grouped),
+        **patterns(ranks, alphas),
         lora_dropout=config.lora_dropout,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         trainable_token_indices=config.trainable_token_indices,
@@ -183,16 +175,6 @@ def lora_config(plan: AdapterPlan, model: nn.Module) -> LoraConfig:
         task_type=config.task_type,
         fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in modules),
     )
-
-
-def _pattern(values: dict[str, Any], grouped: bool) -> dict[str, Any]:
-    """Return PEFT's pattern dict for values by full module name."""
-    if not grouped:
-        return {f"^{re.escape(name)}": value for name, value in values.items()}
-    names: dict[Any, list[str]] = defaultdict(list)
-    for name, value in values.items():
-        names[value].append(re.escape(name))
-    return {f"^(?:{'|'.join(group)})": value for value, group in names.items()}
 
 
 def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:

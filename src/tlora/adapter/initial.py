@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.adapter.stock import refuse_taken, wrap_exactly
+from tlora.adapter.stock import patterns, refuse_taken, wrap_exactly
 from tlora.calibration.weights import Target, dense_weight, holds_floats
 from tlora.errors import AdapterError, ConfigError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
@@ -78,11 +78,8 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     faults = []
     for target in targets:
-        if rank > min(target.d_in, target.d_out):
-            faults.append(
-                f"`r` is too large for {target.name}, which is {target.d_out} x {target.d_in};"
-                f" {rank} ranks are taken out of it: lower `r`, or exclude the module."
-            )
+        if fault := too_large(target, rank):
+            faults.append(fault)
         elif not holds_floats(target.module):
             faults.append(
                 f"{target.name} is quantized, and this method takes its start out of the weight,"
@@ -96,6 +93,64 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
     if faults:
         more = [f"and {len(faults) - 5} more modules."] if faults[5:] else []
         raise ConfigError([*faults[:5], *more], where="adapter")
+
+
+def too_large(target: Target, rank: int) -> str | None:
+    """Return what is wrong where a matrix has fewer singular components than a method takes."""
+    if rank <= min(target.d_in, target.d_out):
+        return None
+    return (
+        f"`r` is too large for {target.name}, which is {target.d_out} x {target.d_in}; {rank} of"
+        " its components are needed: lower `r`, or exclude the module."
+    )
+
+
+def random_start(target: Target, rank: int) -> tuple[Tensor, Tensor]:
+    """Return LoRA's own A_0 and B_0 of a module: A_0 drawn from torch's global generator, B_0 zero.
+
+    Args:
+        target: the module.
+        rank: r, as far as the matrix has so many ranks.
+    """
+    rank = min(rank, target.d_in, target.d_out)
+    a = torch.empty(rank, target.d_in)
+    nn.init.kaiming_uniform_(a, a=5**0.5)
+    return a, torch.zeros(target.d_out, rank)
+
+
+def attach_initial(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: LoraConfig,
+    initial: InitialAdapter,
+    scale: float | None = None,
+) -> PeftModel:
+    """Wrap ``model``, and give each module its rank, A and B.
+
+    Args:
+        model: the base model, changed in place.
+        targets: its modules.
+        config: with PEFT's default initialization; it gets the ranks that differ from its `r`.
+        initial: A and B of every target.
+        scale: s of every module, whatever its rank; None: as ``config`` gives it by the rank.
+
+    Raises:
+        AdapterError: ``initial`` was made for other modules.
+    """
+    if (names := {target.name for target in targets}) != initial.modules.keys():
+        odd = ", ".join(sorted(names ^ initial.modules.keys())[:5])
+        raise AdapterError(f"the initial adapter is not of this model: {odd}; start a new run.")
+    ranks = {n: len(a) for n, (a, _) in initial.modules.items() if len(a) != config.r}
+    alphas = {} if scale is None else {name: scale * rank for name, rank in ranks.items()}
+    for field, pattern in patterns(ranks, alphas).items():
+        setattr(config, field, pattern)
+    adapted = wrap_exactly(model, targets, config)
+    with torch.no_grad():
+        for name, (a, b) in initial.modules.items():
+            layer: Any = adapted.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+    return adapted
 
 
 @full_precision
@@ -115,15 +170,10 @@ def attach_residual(
     Raises:
         AdapterError: ``initial`` was made for other modules.
     """
-    if (names := {target.name for target in targets}) != initial.modules.keys():
-        odd = ", ".join(sorted(names ^ initial.modules.keys())[:5])
-        raise AdapterError(f"the initial adapter is not of this model: {odd}; start a new run.")
-    adapted = wrap_exactly(model, targets, config)
+    adapted = attach_initial(model, targets, config, initial)
     with torch.no_grad():
         for name, (a, b) in initial.modules.items():
             layer: Any = adapted.base_model.model.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(a)
-            layer.lora_B["default"].weight.copy_(b)
             base = layer.get_base_layer()
             first = [each.to(base.weight.device, torch.float32) for each in (b, a)]
             part = layer.scaling["default"] * (first[0] @ first[1])

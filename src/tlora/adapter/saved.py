@@ -44,6 +44,8 @@ VARIANTS = {
 """Fields of PEFT under which a layer does not compute W + s B A, and how messages call them."""
 MAGNITUDE = ".lora_magnitude_vector"
 BIAS = ".lora_B.bias"
+NESTED = "nested_ranks"
+"""Key in the header of weights of which the first K ranks are an adapter too, for any K."""
 ROWS = ".token_adapter.trainable_tokens_delta"
 _BESIDE = {"use_dora": MAGNITUDE, "lora_bias": BIAS, "trainable_token_indices": ROWS}
 """Fields of PEFT that add tensors to an adapter's file, and how their names end."""
@@ -82,6 +84,7 @@ class Tensors(Mapping[str, Tensor]):
         self.file, self.shapes = file, sound_shapes(file)
         with safe_open(file, framework="pt") as opened:
             self.codes = {key: opened.get_slice(key).get_dtype() for key in self.shapes}
+            self.nested = NESTED in (opened.metadata() or {})
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor.
@@ -124,6 +127,11 @@ class SavedLora:
     def base(self) -> str | None:
         """The base model that it names."""
         return self.fields.get("base_model_name_or_path")
+
+    @property
+    def nested(self) -> bool:
+        """Whether its leading ranks were trained to serve alone, at lora_alpha / their number."""
+        return getattr(self.tensors, "nested", False)
 
     @property
     def others(self) -> list[str]:

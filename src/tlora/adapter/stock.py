@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,7 +22,7 @@ from tlora.calibration.targets import (
     taken_for_experts,
 )
 from tlora.calibration.weights import Target, is_8bit_linear, is_hqq_linear
-from tlora.config import TLoraConfig
+from tlora.config import Basis, TLoraConfig
 from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # What the options records and TLoraConfig share of how modules are chosen.
 _CHOOSING = ("target_modules", "exclude_modules", "modules_to_save", "task_type")
+
+# PEFT matches every module against every key of both patterns, and Python caches 512 compiled
+# regexes: beyond this many keys, modules of equal value share one.
+_KEYS_BEFORE_GROUPING = 450
 
 
 def targets_of(model: nn.Module, options: Any) -> list[Target]:
@@ -107,6 +113,27 @@ def exact(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
     }
 
 
+def patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Return `rank_pattern` and `alpha_pattern` of a LoraConfig, from values by full module name.
+
+    The keys are anchored, because PEFT takes a bare name for a suffix.
+    """
+    grouped = len(ranks) + len(alphas) > _KEYS_BEFORE_GROUPING
+    return {
+        "rank_pattern": _pattern(ranks, grouped),
+        "alpha_pattern": _pattern(alphas, grouped),
+    }
+
+
+def _pattern(values: Mapping[str, Any], grouped: bool) -> dict[str, Any]:
+    if not grouped:
+        return {f"^{re.escape(name)}": value for name, value in values.items()}
+    names: dict[Any, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        names[value].append(re.escape(name))
+    return {f"^(?:{'|'.join(group)})": value for value, group in names.items()}
+
+
 def refuse_taken(model: nn.Module, names: Sequence[str]) -> None:
     """Check that PEFT's LoRA takes no name for that of experts, which it would adapt instead.
 
@@ -146,7 +173,10 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
                 )
 
 
-def forward_only(options: Any) -> TLoraConfig:
-    """Return a configuration that calibrates an options record's targets by forward passes."""
+def calibration_config(options: Any, basis: Basis = "weight-covariance") -> TLoraConfig:
+    """Return a configuration that calibrates an options record's targets.
+
+    It measures what ``basis`` is made from, and nothing to share out ranks or scales by.
+    """
     chosen = {name: getattr(options, name) for name in _CHOOSING}
-    return TLoraConfig(**chosen, allocate_rank=False, allocate_scale=False)
+    return TLoraConfig(**chosen, basis=basis, allocate_rank=False, allocate_scale=False)

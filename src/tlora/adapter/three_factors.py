@@ -1,40 +1,45 @@
-"""Tri-matrix adapters: y = W x + a P Q R x inside PEFT's own LoRA layers.
+"""Adapters with a trained r x r core between two fixed matrices, inside PEFT's own LoRA layers.
 
-PEFT's layer computes B (A x). R is its `lora_A`, frozen; in the place of its `lora_B` stands a
-module that maps z to a P Q z. So merging, disabling and checkpoints stay PEFT's. Written out,
-B = a P Q is a plain LoRA's.
+PEFT's layer computes B (A x). The right matrix R is its `lora_A`, frozen; in the place of its
+`lora_B` stands a module that maps z to a P Q z. So merging, disabling and checkpoints stay PEFT's.
+Written out, B = a P Q is a plain LoRA's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import freeze_a, lora_layers
+from tlora.calibration.weights import Target, dense_weight
+from tlora.linalg.matrices import full_precision
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 class CoreB(nn.Module):
-    """Maps z (... x r) to a P Q z (... x m): P fixed, Q and a trained.
+    """Maps z (... x r) to a P Q z (... x m): P fixed, Q and a trained, or a = 1 without a scale.
 
     Names of the parameters must not contain "lora_", by which PEFT finds its own.
     """
 
-    def __init__(self, left: Tensor, scale: float) -> None:
-        """Keep ``left``, P (m x r); Q (r x r) starts at zero, a at ``scale``."""
+    def __init__(self, left: Tensor, scale: float | None = None) -> None:
+        """Keep ``left``, P (m x r); Q (r x r) starts at zero, a at ``scale``; None: a stays 1."""
         super().__init__()
         rank = left.shape[1]
         self.left: Tensor
         # A buffer: saved with each checkpoint, and nothing that switches parameters trains it.
         self.register_buffer("left", left)
         self.core = nn.Parameter(torch.zeros(rank, rank, dtype=left.dtype, device=left.device))
-        # 1 x 1: PEFT takes a matrix of fewer dimensions for a shard that was not gathered.
-        self.scale = nn.Parameter(torch.full_like(left[:1, :1], scale))
+        self.scale: nn.Parameter | float = 1.0
+        if scale is not None:
+            # 1 x 1: PEFT takes a matrix of fewer dimensions for a shard that was not gathered.
+            self.scale = nn.Parameter(torch.full_like(left[:1, :1], scale))
 
     @property
     def weight(self) -> Tensor:
@@ -62,6 +67,30 @@ def make_trimatrix(model: PeftModel, scale: float) -> None:
         left = torch.empty_like(plain)
         nn.init.kaiming_uniform_(left, a=5**0.5)
         layer.lora_B["default"] = CoreB(left.detach(), scale)
+    freeze_a(model)
+
+
+@full_precision
+def make_edora(model: PeftModel, targets: Sequence[Target], sigma: float) -> None:
+    """Turn a model wrapped by PEFT's DoRA into one of EDoRA's adapters.
+
+    R = S_r V_r^T and P = U_r of W = U S V^T; Q is drawn from torch's global generator.
+
+    Args:
+        model: freshly wrapped, so that its magnitudes are those of W.
+        targets: the modules, as they were before.
+        sigma: standard deviation of the entries of Q before training.
+    """
+    for target in targets:
+        layer: Any = model.base_model.model.get_submodule(target.name)
+        right = layer.lora_A["default"].weight
+        rank = len(right)
+        u, s, vh = torch.linalg.svd(dense_weight(target), full_matrices=False)
+        core = CoreB(u[:, :rank].to(right).contiguous())
+        with torch.no_grad():
+            right.copy_(s[:rank, None] * vh[:rank])
+            core.core.normal_(std=sigma)
+        layer.lora_B["default"] = core
     freeze_a(model)
 
 

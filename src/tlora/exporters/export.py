@@ -174,6 +174,10 @@ def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
 
 
 def _lost(cut: Cut, rank: int) -> list[str]:
+    if cut.nested:
+        return [
+            f"Cut to the first {rank} ranks at the scale alpha / {rank}, as DyLoRA trained them."
+        ]
     worst = sorted(((lost, name) for name, lost in cut.lost.items() if lost), reverse=True)
     if not worst:
         return [f"No module has a rank above {rank}, so nothing was cut."]

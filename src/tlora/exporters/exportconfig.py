@@ -31,7 +31,8 @@ class MergeConfig(Record):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision of the result; "auto" keeps the adapter's, in a merged model the base's."""
     max_rank: Annotated[int, at_least(1)] | None = None
-    """Truncate each module's update to this rank by SVD; the energy lost is printed."""
+    """Truncate each module's update to this rank by SVD, and print the energy lost; of an adapter
+    that DyLoRA trained, keep the first ranks."""
     model: str | None = None
     """Base model, if not the one that the adapter names."""
     dequantize: bool = False

@@ -24,10 +24,12 @@ class Cut:
     Attributes:
         lost: share of the squared Frobenius norm of each module's update, by name.
         in_all: share of the sum over all modules.
+        nested: whether the ranks were trained to be cut: what is left is what was trained.
     """
 
     lost: dict[str, float]
     in_all: float
+    nested: bool = False
 
 
 def spectrum(factors: Factors) -> Tensor:
@@ -40,7 +42,8 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
     """Return the LoRA cut to at most ``rank`` in each module, and the energy that this loses.
 
     A module that has no more is left as it is. A cut one has orthonormal rows in A, and its scale
-    is one, in B; matrices are computed in float64 and rounded to their dtype.
+    is one, in B; matrices are computed in float64 and rounded to their dtype. Nested ranks are cut
+    to the first, at the scale lora_alpha / rank, as they were trained.
 
     Args:
         lora: of linear layers.
@@ -55,7 +58,10 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         energy = spectrum(factors).square()
         energies[name] = float(energy.sum())
         lost[name] = 0.0
-        if factors.rank > rank:
+        if factors.rank > rank and lora.nested:
+            tensors[a], tensors[b] = factors.a[:rank], factors.b[:, :rank]
+            ranks[name] = rank
+        elif factors.rank > rank:
             lost[name] = float(energy[rank:].sum()) / energies[name] if energies[name] else 0.0
             tensors[a], tensors[b] = _cut(factors, rank)
             ranks[name] = len(tensors[a])  # less than `rank` in a layer that is smaller
@@ -70,7 +76,7 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         "alpha_pattern": {f"^{re.escape(name)}": each for name, each in alphas.items()},
     }
     made = dataclasses.replace(lora, fields=fields, tensors=tensors)
-    return made, Cut(lost, in_all)
+    return made, Cut(lost, in_all, lora.nested)
 
 
 def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:

@@ -280,3 +280,19 @@ def _of_own_losses(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[
     ]
     deltas, inputs = zip(*each, strict=True)
     return torch.cat(deltas), torch.cat(inputs)
+
+
+@full_precision
+def compressed(gradient: Tensor, basis: Tensor) -> Tensor:
+    """Return G A^T (A A^T)^(-1), m x r: of all B the one whose B A comes closest to G.
+
+    Source: GoRA, arXiv 2502.12171, section 3.
+
+    Args:
+        gradient: G, m x d float32.
+        basis: A, r x d float32, of full rank.
+    """
+    rows = basis.double()
+    found = torch.linalg.solve(rows @ rows.T, (gradient @ basis.T).double().T).T
+    solved: Tensor = found.to(gradient).contiguous()
+    return solved

@@ -78,8 +78,9 @@ class Traits:
     heads (`modules_to_save`) and biases train beside them."""
     parameters: str
     """Trained numbers of an m x d module, as a formula in m, d and the options."""
-    start: Literal["identical", "rounding"]
-    """The output before the first step: the base's to the bit, or up to rounding."""
+    start: Literal["identical", "rounding", "moved"]
+    """The output before the first step: the base's to the bit, or up to rounding, or already moved
+    by what the adapter starts from."""
     changes_base: bool = False
     """Whether the base weights differ from the loaded ones while training. The saved adapter fits
     the loaded ones all the same."""

@@ -53,12 +53,12 @@ class Corda(ResidualLora):
     def start(self, model: Any, targets: Any, options: CordaOptions, batches: Batches) -> Any:
         """Measure C by forward passes, and start from the parts of each weight."""
         from tlora.adapter.initial import start_by_corda
-        from tlora.adapter.stock import forward_only
+        from tlora.adapter.stock import calibration_config
         from tlora.calibration.probe import calibrate
         from tlora.errors import CalibrationError
 
         samples = Samples.of(batches)
-        stats = calibrate(model, samples.batches, forward_only(options), **samples.reading)
+        stats = calibrate(model, samples.batches, calibration_config(options), **samples.reading)
 
         def part(target: Any) -> Any:
             measured = stats.modules[target.name]
