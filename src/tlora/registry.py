@@ -120,6 +120,7 @@ METHODS = Registry(
         ("lora", "lora:Lora", "PEFT's LoRA: random A, A and B train"),
         ("rslora", "rslora:RankStabilizedLora", "LoRA scaled by alpha / sqrt(r)"),
         ("loraplus", "loraplus:LoraPlus", "LoRA+: B learns faster than A"),
+        ("lora-rite", "lorarite:LoraRite", "LoRA-RITE: steps that no factoring of B A changes"),
         ("dora", "dora:Dora", "DoRA: magnitudes train beside the direction"),
         ("adalora", "adalora:AdaLora", "AdaLoRA: ranks are pruned while training"),
         ("olora", "olora:Olora", "OLoRA: A and B start from W = Q R"),
