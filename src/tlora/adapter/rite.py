@@ -51,7 +51,7 @@ class LoraRite(torch.optim.AdamW):
             group["rite_eps"] = rite_eps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; the gradients of the pairs are used up by it."""
         loss = None
         if closure is not None:
@@ -105,11 +105,12 @@ def _step(gradient: Tensor, other: Tensor, state: dict[str, Any], group: dict[st
     scaled = g @ (vectors / roots) @ vectors.T
     state["first"] = decay1 * state["first"] @ turn.T + (1 - decay1) * scaled
     state["basis"] = basis
-    return state["first"] @ inverse.T
+    moved_by: Tensor = state["first"] @ inverse.T
+    return moved_by
 
 
 def _corrected(beta: float, step: float) -> float:
-    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
+    return float(beta * (1 - beta ** (step - 1)) / (1 - beta**step))
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
             " launch the run with DDP, or choose another optimizer.",
             where="trainer",
         )
-    factors: list[nn.Parameter] = []
+    factors: list[Tensor] = []
     for name, layer in lora_layers(model):
         if isinstance(layer, ParamWrapper):
             raise ConfigError(
