@@ -131,6 +131,7 @@ METHODS = Registry(
         ("eva", "eva:Eva", "EVA: A starts from the inputs' principal directions"),
         ("lora-ga", "loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
         ("lora-one", "loraone:LoraOne", "LoRA-One: starts after the gradient's best rank-r step"),
+        ("astra", "astra:Astra", "Astra: A and B start from W along its main outputs"),
         ("lora-fa", "lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
         ("trimatrix", "trimatrix:TriMatrix", "Tri-Matrix: r x r numbers train between random P, R"),
         ("dylora", "dylora:DyLora", "DyLoRA: each step trains the first ranks, any number serves"),

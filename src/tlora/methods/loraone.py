@@ -96,7 +96,9 @@ def _first_step(model: Any, targets: Any, options: LoraOneOptions, batches: Batc
     from tlora.errors import CalibrationError
 
     samples = Samples.of(batches)
-    stats = calibrate(model, samples.batches, calibration_config(options, "gradient"), **samples.reading)
+    stats = calibrate(
+        model, samples.batches, calibration_config(options, "gradient"), **samples.reading
+    )
     modules = {}
     for target in targets:
         gradient = stats.modules[target.name].require("gradient")
