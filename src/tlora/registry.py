@@ -138,6 +138,7 @@ METHODS = Registry(
         ("edora", "edora:EDora", "EDoRA: magnitudes and r x r numbers between W's factors"),
         ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),
         ("gora", "gora:Gora", "GoRA: ranks from |W . G|, B from the gradient"),
+        ("lorta", "lorta:Lorta", "LoRTA: one CP tensor over layers, heads and projections"),
     ),
 )
 

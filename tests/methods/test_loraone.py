@@ -70,5 +70,5 @@ def test_the_preconditioner_is_the_definition(prepared_by, tiny_llama, batches, 
 def test_a_module_that_no_loss_depends_on_is_named(prepared_by, tiny_llama, batches):
     with pytest.raises(CalibrationError, match="label"):
         prepared_by("lora-one", tiny_llama(), data=[{"input_ids": batches[0]["input_ids"]}])
-    with pytest.raises(ConfigError, match="`r` is too large for .*q_proj.*exclude the module"):
+    with pytest.raises(ConfigError, match=r"`r` is too large for .*q_proj.*exclude the module"):
         prepared_by("lora-one", tiny_llama(), r=17, target_modules=NAMES)

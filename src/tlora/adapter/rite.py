@@ -131,12 +131,32 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
     Raises:
         ConfigError: there is no pair A, B, or one is in parts or of fused experts.
     """
-    if is_sharded(model) or getattr(arguments, "deepspeed", None):
+    fields = ("deepspeed", "deepspeed_plugin")
+    if is_sharded(model) or any(getattr(arguments, name, None) for name in fields):
         raise ConfigError(
             "LoRA-RITE needs each A and B whole, and FSDP2 and DeepSpeed keep them in parts;"
             " launch the run with DDP, or choose another optimizer.",
             where="trainer",
         )
+    factors = _factors(model)
+    paired = set(map(id, factors))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
+    wide, narrow = [p for p in others if p.dim() > 1], [p for p in others if p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": factors, "pairs": True}]
+    groups += [{"params": wide}] if wide else []
+    groups += [{"params": narrow, "weight_decay": 0.0}] if narrow else []
+    return LoraRite(
+        groups,
+        rite_eps=eps,
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+    )
+
+
+def _factors(model: nn.Module) -> list[Tensor]:
+    """Return A_1, B_1, A_2, B_2, and so on; where A is frozen it is among them."""
     factors: list[Tensor] = []
     for name, layer in lora_layers(model):
         if isinstance(layer, ParamWrapper):
@@ -154,17 +174,4 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
             " another optimizer.",
             where="trainer",
         )
-    paired = set(map(id, factors))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-    wide, narrow = [p for p in others if p.dim() > 1], [p for p in others if p.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": factors, "pairs": True}]
-    groups += [{"params": wide}] if wide else []
-    groups += [{"params": narrow, "weight_decay": 0.0}] if narrow else []
-    return LoraRite(
-        groups,
-        rite_eps=eps,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-    )
+    return factors
