@@ -139,7 +139,9 @@ def test_lora_rite_is_refused_where_it_cannot_be(config, tmp_path, name, fault):
         train.run(with_rite(config(name, tmp_path / "run")))
 
 
-@pytest.mark.parametrize("name", ["adalora", "trimatrix", "loraplus", "lora-rite", "pissa", "full"])
+@pytest.mark.parametrize(
+    "name", ["adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"]
+)
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
     whole = train.run(config(name, tmp_path / "whole", steps=5))
     folder = interrupted(config(name, tmp_path / "cut", steps=5), 3)

@@ -156,7 +156,11 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
 
 
 def _factors(model: nn.Module) -> list[Tensor]:
-    """Return A_1, B_1, A_2, B_2, and so on; where A is frozen it is among them."""
+    """Return A_1, B_1, A_2, B_2, and so on; where A is frozen it is among them.
+
+    Raises:
+        ConfigError: there is no pair, or one is of fused experts.
+    """
     factors: list[Tensor] = []
     for name, layer in lora_layers(model):
         if isinstance(layer, ParamWrapper):
