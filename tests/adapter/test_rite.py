@@ -110,6 +110,21 @@ def test_it_is_the_definition_computed_without_a_basis(loss):
     assert halves[0].escaped > 0
 
 
+def test_pairs_of_one_size_do_not_see_each_other(loss):
+    starts = [(randn(R, D), randn(M, R)) for _ in range(3)]
+    alone = [products(a, b, rite, loss)[-1] for a, b in starts]
+    factors = [each.clone().requires_grad_() for pair in starts for each in pair]
+    optimizer = LoraRite(
+        [{"params": factors, "pairs": True}], lr=RATE, betas=BETAS, weight_decay=0.0
+    )
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        sum(loss(b @ a, step) for a, b in zip(factors[::2], factors[1::2], strict=True)).backward()
+        optimizer.step()
+    for a, b, expected in zip(factors[::2], factors[1::2], alone, strict=True):
+        torch.testing.assert_close((b @ a).detach(), expected, rtol=1e-9, atol=1e-10)
+
+
 def test_a_loaded_state_goes_on_as_if_nothing_had_been(loss):
     a, b = randn(R, D), randn(M, R)
     whole = products(a, b, rite, loss)

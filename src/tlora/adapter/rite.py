@@ -6,8 +6,8 @@ apart; this optimizer moves them alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -58,55 +58,75 @@ class LoraRite(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            factors = group["params"] if group["pairs"] else []
-            for a, b in zip(factors[::2], factors[1::2], strict=True):
-                steps = list(self._steps(a, b, group))
-                for factor, step in steps:
-                    factor.mul_(1 - group["lr"] * group["weight_decay"])
-                    factor.sub_(step.to(factor.dtype), alpha=group["lr"])
-                    factor.grad = None  # AdamW passes it by
+            if group["pairs"]:
+                self._move(group)
         super().step()
         return loss
 
-    def _steps(
-        self, a: Tensor, b: Tensor, group: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each factor that has a gradient, and its step."""
-        wide = torch.promote_types(b.dtype, torch.float32)
-        if b.grad is not None:
-            yield b, _step(b.grad.to(wide), a.T.to(wide), self.state[b], group)
-        if a.grad is not None:
-            yield a, _step(a.grad.T.to(wide), b.to(wide), self.state[a], group).T
+    def _move(self, group: dict[str, Any]) -> None:
+        """Step the pairs of a group, factors of one size together: few launches on a GPU."""
+        alike: dict[Any, list[_Half]] = {}
+        for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
+            for factor, x, y in ((b, b, a.T), (a, a.T, b)):
+                if factor.grad is not None:
+                    gradient = factor.grad if factor is b else factor.grad.T
+                    half = _Half(factor, x, y, gradient, self.state[factor])
+                    alike.setdefault((x.shape, y.shape, x.device, x.dtype), []).append(half)
+        moves = [(halves, _steps(halves, group)) for halves in alike.values()]
+        for halves, steps in moves:  # once all are known: no half sees the other's step
+            for half, step in zip(halves, steps, strict=True):
+                half.x.mul_(1 - group["lr"] * group["weight_decay"])
+                half.x.sub_(step.to(half.x.dtype), alpha=group["lr"])
+                half.factor.grad = None  # AdamW passes it by
 
 
-def _step(gradient: Tensor, other: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return what X moves by, n x r, from dL/dX and Y; ``state`` is updated."""
-    basis, magnitude = torch.linalg.qr(other)
+class _Half(NamedTuple):
+    """A factor to step: X as a view of it, Y, dL/dX and its state."""
+
+    factor: Tensor
+    x: Tensor
+    y: Tensor
+    gradient: Tensor
+    state: dict[str, Any]
+
+
+def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
+    """Return what each X moves by, N x n x r; the states are updated."""
+    wide = torch.promote_types(halves[0].x.dtype, torch.float32)
+    basis, magnitude = torch.linalg.qr(torch.stack([half.y for half in halves]).to(wide))
     inverse = torch.linalg.pinv(magnitude)
-    g = gradient @ inverse
-    if not state:
-        rank = basis.shape[1]
-        state |= {
-            "step": torch.zeros(()),
-            "first": torch.zeros_like(g),
-            "second": g.new_zeros(rank, rank),
-            "escaped": g.new_zeros(()),
-            "basis": torch.zeros_like(basis),
-        }
-    state["step"] += 1
-    decay1, decay2 = (_corrected(beta, float(state["step"])) for beta in group["betas"])
-    turn = basis.T @ state["basis"]
-    moved = turn @ state["second"] @ turn.T
-    lost = torch.linalg.eigvalsh(state["second"]) - torch.linalg.eigvalsh(moved)
-    state["escaped"] = decay2 * (state["escaped"] + lost.max().clamp_min(0))
-    state["second"] = _symmetric(decay2 * moved + (1 - decay2) * (g.T @ g) / len(g))
-    values, vectors = torch.linalg.eigh(state["second"])
-    roots = (values.clamp_min(0) + state["escaped"]).sqrt() + group["rite_eps"]
-    scaled = g @ (vectors / roots) @ vectors.T
-    state["first"] = decay1 * state["first"] @ turn.T + (1 - decay1) * scaled
-    state["basis"] = basis
-    moved_by: Tensor = state["first"] @ inverse.T
-    return moved_by
+    g = torch.stack([half.gradient for half in halves]).to(wide) @ inverse
+    states = [half.state for half in halves]
+    for state in states:
+        if not state:
+            rank = basis.shape[-1]
+            state |= {"step": torch.zeros(()), "first": torch.zeros_like(g[0])}
+            state |= {"second": g.new_zeros(rank, rank), "escaped": g.new_zeros(1, 1)}
+            state["basis"] = torch.zeros_like(basis[0])
+        state["step"] += 1
+    first, second, escaped, before = (
+        torch.stack([state[name] for state in states])
+        for name in ("first", "second", "escaped", "basis")
+    )
+    decay1, decay2 = (
+        g.new_tensor([_corrected(beta, float(state["step"])) for state in states])[:, None, None]
+        for beta in group["betas"]
+    )
+    turn = basis.mT @ before
+    moved = turn @ second @ turn.mT
+    lost = torch.linalg.eigvalsh(second) - torch.linalg.eigvalsh(moved)
+    escaped = decay2 * (escaped + lost.amax(dim=-1).clamp_min(0)[:, None, None])
+    second = _symmetric(decay2 * moved + (1 - decay2) * (g.mT @ g) / g.shape[-2])
+    values, vectors = torch.linalg.eigh(second)
+    roots = (values.clamp_min(0)[:, None] + escaped).sqrt() + group["rite_eps"]
+    scaled = g @ (vectors / roots) @ vectors.mT
+    first = decay1 * first @ turn.mT + (1 - decay1) * scaled
+    for place, state in enumerate(states):
+        for name, value in (("first", first), ("second", second), ("escaped", escaped)):
+            state[name] = value[place].clone()
+        state["basis"] = basis[place].clone()
+    moves: Tensor = first @ inverse.mT
+    return moves
 
 
 def _corrected(beta: float, step: float) -> float:
@@ -114,7 +134,7 @@ def _corrected(beta: float, step: float) -> float:
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2
+    return (matrix + matrix.mT) / 2
 
 
 def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
