@@ -40,7 +40,7 @@ class Lorta:
     projection: see `tlora.adapter.cp_tensor`. b starts at zero, the other factors at random. The
     saved adapter is a plain LoRA of rank r for each projection.
 
-    Source: Hounie et al., arXiv 2410.04060, section 3; ihounie/lorta.
+    Source: Hounie et al., arXiv 2410.04060; ihounie/lorta.
     """
 
     options: ClassVar[type] = LortaOptions
