@@ -120,6 +120,7 @@ METHODS = Registry(
         ("lora", "lora:Lora", "PEFT's LoRA: random A, A and B train"),
         ("rslora", "rslora:RankStabilizedLora", "LoRA scaled by alpha / sqrt(r)"),
         ("loraplus", "loraplus:LoraPlus", "LoRA+: B learns faster than A"),
+        ("lora-rite", "lorarite:LoraRite", "LoRA-RITE: steps that no factoring of B A changes"),
         ("dora", "dora:Dora", "DoRA: magnitudes train beside the direction"),
         ("adalora", "adalora:AdaLora", "AdaLoRA: ranks are pruned while training"),
         ("olora", "olora:Olora", "OLoRA: A and B start from W = Q R"),
@@ -129,12 +130,15 @@ METHODS = Registry(
         ("corda", "corda:Corda", "CorDA: A and B start from W seen by the inputs"),
         ("eva", "eva:Eva", "EVA: A starts from the inputs' principal directions"),
         ("lora-ga", "loraga:LoraGa", "LoRA-GA: A and B start from the gradient"),
+        ("lora-one", "loraone:LoraOne", "LoRA-One: starts after the gradient's best rank-r step"),
+        ("astra", "astra:Astra", "Astra: A and B start from W along its main outputs"),
         ("lora-fa", "lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
         ("trimatrix", "trimatrix:TriMatrix", "Tri-Matrix: r x r numbers train between random P, R"),
         ("dylora", "dylora:DyLora", "DyLoRA: each step trains the first ranks, any number serves"),
         ("edora", "edora:EDora", "EDoRA: magnitudes and r x r numbers between W's factors"),
         ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),
         ("gora", "gora:Gora", "GoRA: ranks from |W . G|, B from the gradient"),
+        ("lorta", "lorta:Lorta", "LoRTA: one CP tensor over layers, heads and projections"),
     ),
 )
 

@@ -24,6 +24,8 @@ PUBLISHED = dict.fromkeys(NAMES, 2e-4) | {
     "pissa": 2e-5,
     "corda": 2e-5,
     "lora-ga": 2e-5,
+    "astra": 2e-5,
+    "lorta": 4e-4,
     "olora": 2e-5,
     "rslora": 5e-5,
     "gora": 5e-5,

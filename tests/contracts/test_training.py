@@ -11,6 +11,7 @@ import transformers
 from running import small_options
 
 import tlora.demo
+from tlora.errors import ConfigError
 from tlora.registry import METHODS
 from tlora.training import initialize, train
 from tlora.training.arguments import training_arguments
@@ -117,7 +118,30 @@ def test_the_trainer_takes_the_optimizer_of_the_method(config, tmp_path):
     assert rates == {1e-2, 16e-2}
 
 
-@pytest.mark.parametrize("name", ["adalora", "trimatrix", "loraplus", "pissa", "full"])
+def with_rite(config):
+    return dataclasses.replace(config, trainer=config.trainer | {"optim": "lora_rite"})
+
+
+def test_any_method_that_trains_b_takes_lora_rite_by_the_trainers_field(config, tmp_path):
+    folder = train.run(with_rite(config("tlora", tmp_path / "run")))
+    state = torch.load(folder.last_checkpoint() / "optimizer.pt", weights_only=True)
+    pairs = next(group for group in state["param_groups"] if group["pairs"])
+    # A is frozen: only every second factor, B, has moved.
+    assert sorted(state["state"]) == pairs["params"][1::2]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("full", "'full' trains none"), ("loraplus", "replace the optimizer of the method")],
+)
+def test_lora_rite_is_refused_where_it_cannot_be(config, tmp_path, name, fault):
+    with pytest.raises(ConfigError, match=fault):
+        train.run(with_rite(config(name, tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    "name", ["adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"]
+)
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
     whole = train.run(config(name, tmp_path / "whole", steps=5))
     folder = interrupted(config(name, tmp_path / "cut", steps=5), 3)

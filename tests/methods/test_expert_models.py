@@ -12,7 +12,7 @@ from tlora.registry import METHODS
 
 ADAPTERS = [name for name in METHODS.names() if METHODS.load(name).traits.leaves == "adapter"]
 DENSE = ["gate_proj", "up_proj", "down_proj"]
-BY_NAME = [name for name in ADAPTERS if name not in ("tlora", "adalora", "ailora")]
+BY_NAME = [name for name in ADAPTERS if name not in ("tlora", "adalora", "ailora", "lorta")]
 """PEFT's LoRA underneath, on modules that go by their names."""
 
 

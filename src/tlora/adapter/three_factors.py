@@ -7,6 +7,7 @@ Written out, B = a P Q is a plain LoRA's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ from tlora.linalg.matrices import full_precision
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+_FACTOR = re.compile(r"\.lora_[AB]\.default\.")
 
 
 class CoreB(nn.Module):
@@ -95,10 +99,11 @@ def make_edora(model: PeftModel, targets: Sequence[Target], sigma: float) -> Non
 
 
 def save_written_out(model: PeftModel, folder: Path) -> None:
-    """Write a plain LoRA: lora_A = R, lora_B = a P Q."""
-    state = model.state_dict()
+    """Write a plain LoRA: whatever stands in the place of A and B, by its `weight`."""
+    whole = model.state_dict()
+    state = {key: value for key, value in whole.items() if not _FACTOR.search(key)}
     for name, layer in lora_layers(model):
-        stem = f"{name}.lora_B.default."
-        state = {key: value for key, value in state.items() if not key.startswith(stem)}
-        state[f"{stem}weight"] = layer.lora_B["default"].weight.detach()
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)["default"].weight
+            state[f"{name}.{part}.default.weight"] = weight.detach().contiguous()
     model.save_pretrained(folder, state_dict=state)

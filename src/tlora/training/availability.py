@@ -13,7 +13,9 @@ from typing import Any
 
 from tlora.checks import fitted
 from tlora.errors import ConfigError, did_you_mean, first_line
+from tlora.methods.lorarite import OPTIM
 from tlora.models.pretrained import load_class
+from tlora.registry import METHODS
 from tlora.training.kinds import KindSpec
 from tlora.training.runconfig import RunConfig
 
@@ -32,6 +34,13 @@ def check_asked(kind: KindSpec, config: RunConfig) -> None:
         ConfigError: transformers or TRL refuse a value (their sentence says why), or what it asks
             for is not installed.
     """
+    trains = METHODS.load(config.method).traits.trains
+    if config.trainer.get("optim") == OPTIM and "lora_B" not in trains:
+        raise ConfigError(
+            f"`optim` {OPTIM!r} steps the factors A and B of a LoRA, and {config.method!r} trains"
+            " none; choose another optimizer.",
+            where="trainer",
+        )
     _check(made(kind, asked(kind, config) | {"output_dir": "unused"}))
 
 
@@ -44,6 +53,8 @@ def asked(kind: KindSpec, config: RunConfig) -> dict[str, Any]:
         for name, value in config.trainer.items()
     }
     given |= {name: fitted(known[name].type, value) for name, value in given.items()}
+    if given.get("optim") == OPTIM:
+        given["optim"] = "adamw_torch"  # transformers does not know ours: `make_trainer` makes it
     stopping = _stopping_fields(given) if config.early_stopping else {}
     return chosen(known, given) | stopping | given
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, TLoraError, first_line
 from tlora.files import write_json
+from tlora.methods.lorarite import OPTIM
 from tlora.models.pretrained import load_class
 from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
@@ -119,6 +120,25 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
+def optimizer_of(setup: Setup, prepared: Prepared) -> Any | None:
+    """Return what makes the run's optimizer where it is none of transformers'; else None.
+
+    Raises:
+        ConfigError: the method brings one, and `optim` names another.
+    """
+    if setup.config.trainer.get("optim") != OPTIM:
+        return prepared.optimizer
+    if prepared.optimizer is not None:
+        raise ConfigError(
+            f"`optim` {OPTIM!r} would replace the optimizer of the method {setup.config.method!r};"
+            " leave it out, or choose a method without one of its own.",
+            where="trainer",
+        )
+    from tlora.adapter.rite import make_rite
+
+    return make_rite
+
+
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
     """Make the trainer of the task's kind around the prepared model.
 
@@ -131,8 +151,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     from tlora.training.trainers import LogCallback, keep_dtypes, score_labels_alone, stopping
 
     extra: dict[str, Any] = dict(prepared.trainer_kwargs)
-    if prepared.optimizer is not None:
-        extra["optimizers"] = (prepared.optimizer(prepared.model, arguments), None)
+    if (make := optimizer_of(setup, prepared)) is not None:
+        extra["optimizers"] = (make(prepared.model, arguments), None)
     if setup.task.kind in ("classification", "regression"):
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids
