@@ -65,9 +65,6 @@ class Score:
     """Parameters that train, the mean over seeds."""
     exact_match: list[float]
     """Share of the test rows answered exactly, in [0, 1], a seed each."""
-    initialise_seconds: float
-    """Mean over seeds, as the next."""
-    train_seconds: float
     loss: list[tuple[int, float]]
     """Training loss by step, the mean over seeds."""
 
@@ -189,7 +186,7 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
     example = dict(test_rows[0])
 
     rows = _tokens(tokenizer, test_rows)
-    scores = [Score("base", 0, [exact_match(base, tokenizer, rows, _BATCH)], 0.0, 0.0, [])]
+    scores = [Score("base", 0, [exact_match(base, tokenizer, rows, _BATCH)], [])]
     example["base"] = _answer(base, tokenizer, example["prompt"])
     for name in _RATES:
         found, matches = [], []
@@ -215,7 +212,6 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
 
 def _score(name: str, runs: Sequence[RunFolder], exact_match: list[float]) -> Score:
     """Return the line of a method from its runs, a seed each."""
-    measured = [run.measured() for run in runs]
     losses: dict[int, list[float]] = {}
     for run in runs:
         for line in map(json.loads, run.log.read_text(encoding="utf-8").splitlines()):
@@ -223,10 +219,8 @@ def _score(name: str, runs: Sequence[RunFolder], exact_match: list[float]) -> Sc
                 losses.setdefault(line["step"], []).append(line["loss"])
     return Score(
         method=name,
-        trainable=round(statistics.fmean(each["trainable_parameters"] for each in measured)),
+        trainable=round(statistics.fmean(run.measured()["trainable_parameters"] for run in runs)),
         exact_match=exact_match,
-        initialise_seconds=statistics.fmean(each["seconds"]["initialise"] for each in measured),
-        train_seconds=statistics.fmean(each["seconds"]["train"] for each in measured),
         loss=[(step, statistics.fmean(values)) for step, values in losses.items()],
     )
 

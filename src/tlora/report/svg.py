@@ -121,16 +121,16 @@ def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> st
 
 def seeds(rows: Mapping[str, Sequence[float]], width: int, text: str) -> str:
     """Draw the scores of one method a row under its name: each seed a dot, the mean a tick."""
-    step, top, foot = 34, 4, 24
+    step, top, foot = 40, 4, 24
     height = top + step * len(rows) + foot
     x = Scale.over([value for values in rows.values() for value in values], 10, width - 14)
     frame = Frame(x, Scale(0, 1, height - foot, top), width, height)
     parts = frame.axes([(value, short(value)) for value in x.ticks(5)], [])
     for place, (name, values) in enumerate(rows.items()):
-        at, mean = top + step * place + 22, x(statistics.fmean(values))
-        parts.append(_text(x.start, at - 10, name, "name"))
+        at, mean = top + step * place + 29, x(statistics.fmean(values))
+        parts.append(_text(x.start, at - 14, name, "name"))
         parts += [_dot(x(value), at, 4, "seed") for value in values]
-        parts.append(_line((mean, at - 8), (mean, at + 8), "mean"))
+        parts.append(_line((mean, at - 8), (mean, at + 7), "mean"))
     return panel(frame, parts, text)
 
 
