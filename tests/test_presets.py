@@ -198,7 +198,7 @@ def test_the_same_command_again_is_the_same_run():
     first = parse("tlora train", RunConfig, [*RUN]).record
     saved = first.resolved()
     assert merge_saved(parse("tlora train", RunConfig, [*RUN]).record, saved) == saved
-    with pytest.raises(ConfigError, match="`adapter.allocate_rank` is True, but tlora-run was st"):
+    with pytest.raises(ConfigError, match=r"`adapter.allocate_rank` is True, but tlora-run was st"):
         merge_saved(parse("tlora train", RunConfig, [*RUN, "--preset", "paper-rule"]).record, saved)
 
 

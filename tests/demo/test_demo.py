@@ -105,12 +105,12 @@ def test_the_learning_rates_are_those_that_the_committed_comparison_chose():
     with (QUALITY / "base-ledger-seeds" / "report.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] == "final"]
     chosen = {row["method"]: float(row["learning_rate"]) for row in rows}
-    assert demo._RATES == {
+    assert {
         "lora": chosen["lora"],
         "paper-rule": chosen["the paper's rule"],
         "recommended": chosen["tlora, equal ranks and scales"],
-    }
-    assert demo._STEPS == COMPARISON["trainer"]["max_steps"]
+    } == demo._RATES
+    assert COMPARISON["trainer"]["max_steps"] == demo._STEPS
 
 
 def test_the_table_has_four_rows_with_mean_and_spread():

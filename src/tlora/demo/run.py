@@ -65,7 +65,7 @@ class Score:
     """Parameters that train, the mean over seeds."""
     exact_match: list[float]
     """Share of the test rows answered exactly, in [0, 1], a seed each."""
-    loss: list[tuple[int, float]]
+    loss: list[tuple[float, float]]
     """Training loss by step, the mean over seeds."""
 
     @property
@@ -256,7 +256,9 @@ def _train(name: str, folder: Path, train_file: Path, seed: int, steps: int) -> 
     from tlora.training import train
 
     known = {entry.name for entry in presets.entries()}
-    setting = presets.layers(name)[-1] if name in known else {"method": name, "adapter": {}}
+    setting: dict[str, Any] = {"method": name, "adapter": {}}
+    if name in known:
+        setting = presets.layers(name)[-1]
     return train.run(
         RunConfig(
             model=BASE_MODEL,

@@ -29,7 +29,10 @@ _IGNORED = -100
 
 
 class TLoraArgs(BaseModel):
-    """The `tlora:` section: fields over `TLoraConfig.recommended()`, `samples` (32), `batch_size` (4)."""
+    """The `tlora:` section: fields of `TLoraConfig`, `samples` (32) and `batch_size` (4).
+
+    What it leaves out is as in `TLoraConfig.recommended()`.
+    """
 
     tlora: dict[str, Any] | None = None
 
