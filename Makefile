@@ -1,5 +1,5 @@
 # Everything from nothing but make and Python 3.10 or later:
-#   make demo    adapt the shipped base model to a task it cannot do (about 2 minutes, 2 cores)
+#   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment

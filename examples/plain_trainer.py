@@ -29,7 +29,7 @@ def main(path: str, file: str, output: str, **fields: object) -> Trainer:
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True), remove_columns="text")
     collator = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(rows.select(range(min(32, len(rows)))), 4, collate_fn=collator)  # added
-    model = get_tlora_model(model, TLoraConfig(r=8, task_type="SEQ_CLS"), batches)  # added
+    model = get_tlora_model(model, TLoraConfig.recommended(task_type="SEQ_CLS"), batches)  # added
     arguments = TrainingArguments(output, **{"learning_rate": 1e-3, "report_to": "none"} | fields)
     trainer = Trainer(model, arguments, collator, rows, processing_class=tokenizer)
     trainer.train()

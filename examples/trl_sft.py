@@ -19,7 +19,7 @@ def main(path: str, file: str, output: str, **fields: object) -> SFTTrainer:
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = load_dataset("json", data_files=file, split="train")
-    config = TLoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")  # added
+    config = TLoraConfig.recommended(r=16, lora_alpha=16, task_type="CAUSAL_LM")  # added
     model = get_tlora_model(model, config, calibration_batches(tokenizer, rows))  # added
     arguments = SFTConfig(output, **{"learning_rate": 1e-3, "report_to": "none"} | fields)
     trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)

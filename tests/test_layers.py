@@ -78,8 +78,8 @@ def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
 
 LAYERS = (
     ("credentials",),
-    ("errors", "extras", "files", "integrity", "presets", "registry"),
-    ("checks", "yamlfiles"),
+    ("errors", "extras", "files", "integrity", "registry"),
+    ("checks", "presets", "yamlfiles"),
     ("config",),
     ("linalg",),
     ("calibration",),

@@ -12,7 +12,7 @@ tlora() { python -m tlora.cli "$@"; }
 
 # A model that has read children's stories solves none of these; what is shown is the way there.
 gsm8k() {
-    tlora train --model tinystories --task gsm8k --train_file gsm8k/train.jsonl \
+    tlora train --preset paper-rule --model tinystories --task gsm8k --train_file gsm8k/train.jsonl \
         --data.guard gsm8k-paper --data.guard_dir . \
         --data.max_train_rows 1000 --data.max_length 384 --adapter.r 8 --adapter.lora_alpha 8 \
         --trainer.max_steps 60 --trainer.per_device_train_batch_size 8 \
@@ -25,7 +25,7 @@ gsm8k() {
 ledger() {
     tlora demo --rows_only --output_dir rows
     ln -sfn "$project/src/tlora/demo/base" base
-    tlora train --model base --task jsonl --train_file rows/ledger/train.jsonl \
+    tlora train --preset paper-rule --model base --task jsonl --train_file rows/ledger/train.jsonl \
         --data.format raw --data.max_length 512 --adapter.r 8 --adapter.lora_alpha 8 --calibration.batch_size 32 \
         --trainer.max_steps 250 --trainer.per_device_train_batch_size 32 \
         --trainer.learning_rate 3e-3 --trainer.lr_scheduler_type cosine --trainer.warmup_steps 10 \
@@ -36,7 +36,7 @@ ledger() {
 
 # The base has no head for the task, so it is no line of the table.
 sst2() {
-    tlora train --model minilm --task sst2 --train_file sst2/train.tsv --eval_file sst2/dev.tsv \
+    tlora train --preset paper-rule --model minilm --task sst2 --train_file sst2/train.tsv --eval_file sst2/dev.tsv \
         --data.overlap drop --data.max_length 64 --data.max_train_rows 2000 \
         --data.max_eval_rows 1000 --adapter.r 8 --adapter.lora_alpha 8 \
         --adapter.exclude_modules '[pooler.dense]' --trainer.num_train_epochs 2 \

@@ -43,6 +43,8 @@ from tlora.verbconfig import (
 )
 from tlora.verify.verifyconfig import VerifyConfig
 
+logger = logging.getLogger("tlora.cli")  # __name__ is "__main__" under `python -m`
+
 _REGISTERED: dict[str, Callable[[], list[Entry]]] = {
     "methods": METHODS.entries,
     "tasks": TASKS.entries,
@@ -304,6 +306,8 @@ def _run(argv: list[str]) -> int:
         resolves = isinstance(record, (RunConfig, CompareConfig))
         _say(to_yaml(record.resolved() if resolves else record).rstrip())
     else:
+        if parsed.note:
+            logger.info("%s", parsed.note)
         verb.run(record)
     return 0
 

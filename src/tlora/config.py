@@ -232,6 +232,24 @@ class TLoraConfig(Record):
     """Seed of everything random in planning: the sketch of the solver, the random basis."""
 
     @classmethod
+    def recommended(cls, **options: Any) -> TLoraConfig:
+        """Return the setting that this project's tables support; `TLoraConfig()` is the paper's.
+
+        Equal ranks and scales, and A from W C and frozen; with `freeze_a=False` A trains from the
+        same start, at LoRA's number of parameters. The same as the presets `recommended` and
+        `recommended-train-a` of the command line.
+
+        Args:
+            options: fields to set, over those of the preset.
+
+        Raises:
+            ConfigError: as of `TLoraConfig`.
+        """
+        from tlora import presets
+
+        return cls(**presets.layers(presets.DEFAULT)[-1]["adapter"] | options)
+
+    @classmethod
     def name_faults(cls, values: dict[str, Any], elsewhere: Sequence[str] = ()) -> list[str]:
         """Return a sentence for each name that is no field: why it is refused, or a suggestion."""
         refused = [name for name in values if name in REFUSED_OPTIONS]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlora.checks import Section, choices, default_of, hints, is_section, item_of
+from tlora.presets import DEFAULT, default_options
 from tlora.registry import METHODS
 from tlora.shortnames import SHORT, short_names
 from tlora.training.runconfig import RunConfig
@@ -21,8 +22,9 @@ _WIDTH = 88
 _LONG = 130
 """Letters of a field's help from which the screen shows only what comes before a colon."""
 _PRESET_HELP = (
-    "A whole run by name, below files and flags; see `tlora list presets`. With another --method,"
-    " only those of its `adapter` options apply that the method has."
+    "A setting or a whole run by name, below files and flags; see `tlora list presets`. Without"
+    f" one, the method of `{DEFAULT}` uses that. With another --method, only those of a preset's"
+    " `adapter` options apply that the method has."
 )
 _GROUPS = {
     "data": ("rows and columns", "--data.prompt_column question"),
@@ -115,16 +117,16 @@ def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
     runs = issubclass(record, RunConfig)
-    return help_text(prog, record, METHODS.load(str(name)).options if runs else None)
+    return help_text(prog, record, str(name) if runs else None)
 
 
-def help_text(prog: str, record: type[Section], method: type | None = None) -> str:
+def help_text(prog: str, record: type[Section], method: str | None = None) -> str:
     """Return the whole help of one verb: its words, what it does and its flags in groups.
 
     Args:
         prog: what the user typed so far.
         record: of the verb.
-        method: the options record of the method to describe, if the verb runs one.
+        method: the name of the method to describe, if the verb runs one.
     """
     fields = dict(fields_of(record))
     lines = _head(prog, record)
@@ -144,7 +146,7 @@ def help_text(prog: str, record: type[Section], method: type | None = None) -> s
         if not field.positional and not (name == "adapter" and method):
             groups.setdefault(group, []).append((name, field))
     if method:
-        groups["adapter"] = list(fields_of(method, "adapter."))
+        groups["adapter"] = list(_options_of(method))
     for group in sorted(groups, key=_place):
         members = groups[group]
         if group:
@@ -152,6 +154,14 @@ def help_text(prog: str, record: type[Section], method: type | None = None) -> s
             lines += ["", f"{about}, for example {example}:"]
         lines += [line for name, field in members for line in _entry(f"--{name}", field)]
     return "\n".join(lines)
+
+
+def _options_of(method: str) -> Iterator[tuple[str, Field]]:
+    """Yield the flags of a method's options, with the defaults of a run without a preset."""
+    given = default_options(method)
+    for name, field in fields_of(METHODS.load(method).options):
+        default = given.get(name, field.default)
+        yield f"adapter.{name}", dataclasses.replace(field, default=default)
 
 
 def _place(group: str) -> int:
@@ -167,7 +177,7 @@ def screen(prog: str, record: type[Section]) -> str | None:
         return None
     texts = {name: _first_sentence(field) for name, field in fields.items()} | shorts | _OWN_FLAGS
     if issubclass(record, RunConfig):
-        texts["preset"] = "A whole run by name, below files and flags; see `tlora list presets`."
+        texts["preset"] = f"A setting by name; see `tlora list presets` (default: {DEFAULT})."
     width = max(map(len, _COMMON)) + 4
     lines = _head(prog, record)
     for name in (name for name in _COMMON if name in texts):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from tlora.checks import Section, hints, is_section, takes
+from tlora import presets
+from tlora.checks import Section, default_of, hints, is_section, takes
 from tlora.errors import ConfigError, did_you_mean
 from tlora.flags import Field, fields_of
-from tlora.presets import path as preset_path
 from tlora.registry import METHODS
 from tlora.shortnames import contradiction, short_names, written_out
 from tlora.training.argumentfields import declared_fields
@@ -36,12 +37,15 @@ class Parsed(Generic[AnyRecord]):
     record: AnyRecord
     print_config: bool
     """Show the record instead of running."""
+    note: str = ""
+    """What the default preset sets, a sentence for the user; "" where it sets nothing."""
 
 
 def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyRecord]:
     """Read ``argv`` into a ``record``: flags over files over presets, wherever they stand.
 
-    A first word that ends in .yaml is a file too: `tlora compare compare.yaml`.
+    A first word that ends in .yaml is a file too: `tlora compare compare.yaml`. A run without a
+    preset has the default one (`tlora.presets`).
 
     Args:
         prog: what the user typed so far.
@@ -65,7 +69,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     faults = list(_read_words(record, words, known, lists, flags))
     flags, contradictions = _full_names(flags, shorts)
     faults += contradictions
-    presets = [read_yaml(preset_path(name)) for name in lists.get("preset", [])]
+    below = [values for name in lists.get("preset", []) for values in presets.layers(name)]
     files = []
     for name in lists["config"]:
         values, contradictions = written_out(read_yaml(name), shorts)
@@ -76,17 +80,17 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
         faults += [f"{name}: {fault}" for fault in unknown + contradictions]
     if faults:
         raise ConfigError(faults, where="command line")
-    given: dict[str, Any] = functools.reduce(_over, files, {})
-    chosen = dict(flags).get("method", given.get("method"))
-    values = _over(_fitting(functools.reduce(_over, presets, {}), chosen), given)
-    values = copy.deepcopy(values)
+    given: dict[str, Any] = copy.deepcopy(functools.reduce(_over, files, {}))
     for name, value in flags:
-        _set(values, name, value)
+        _set(given, name, value)
+    defaults = {} if below or "preset" not in lists else _defaults(given)
+    preset = functools.reduce(_over, below, {"adapter": defaults} if defaults else {})
+    values = _over(_fitting(preset, given.get("method")), given)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
             what = f"{field.help[0].lower()}{field.help[1:]}"
             raise ConfigError(f"`{name}` is missing; `{prog}` needs {what}", where="command line")
-    return Parsed(record.from_dict(values), print_config)
+    return Parsed(record.from_dict(values), print_config, _note(defaults))
 
 
 def _as_fields(shorts: dict[str, str], fields: dict[str, Field]) -> dict[str, Field]:
@@ -232,6 +236,34 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if isinstance(old, dict) and isinstance(new := above.get(name), dict | None):
             laid[name] = old | (new or {})
     return laid
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the default preset that ``given``, files and flags, leave open.
+
+    None where the options are those of a run or an adapter that exists.
+    """
+    if given.get("resume") or given.get("continue_from"):
+        return {}
+    options = presets.default_options(given.get("method", RunConfig.method))
+    own = given.get("adapter")
+    return {n: v for n, v in options.items() if not isinstance(own, dict) or n not in own}
+
+
+def _note(defaults: dict[str, Any]) -> str:
+    """Say which options the default preset sets to something else than the method's own default."""
+    own = METHODS.load(RunConfig.method).options.__dataclass_fields__ if defaults else {}
+    changed = [
+        f"adapter.{name} {json.dumps(value)}"
+        for name, value in defaults.items()
+        if value != default_of(own[name])
+    ]
+    if not changed:
+        return ""
+    return (
+        f"No --preset is given, so this run uses `{presets.DEFAULT}`: {', '.join(changed)}."
+        " For the paper's ranks and scales give --preset paper-rule."
+    )
 
 
 def _fitting(preset: dict[str, Any], chosen: str | None) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Every method's default learning rate trains a small model and keeps to what was published."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tlora.methods.learningrates import base_parameters
 from tlora.registry import METHODS
 
 NAMES = METHODS.names()
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 STEPS = 12
 
 # The rate of the method's own paper or code at 7 billion parameters (`corda`: of PEFT's example); a
@@ -73,6 +76,20 @@ def losses_of(model, batch, rate):
         loss.backward()
         optimizer.step()
     return losses
+
+
+def test_for_tlora_it_lies_among_those_that_were_tuned_for_the_recommended_setting():
+    """On the base of 30 million parameters; the paper's ranks and scales wanted lower ones."""
+    tuned = []
+    for task in ("code", "gsm8k", "ledger", "program", "spelled"):
+        with (QUALITY / f"text30m-{task}" / "report.csv").open(encoding="utf-8") as file:
+            final = [row for row in csv.DictReader(file) if row["phase"] == "final"]
+        tuned.append({row["method"]: float(row["learning_rate"]) for row in final})
+    equal = [rates["tlora, equal ranks and scales"] for rates in tuned]
+    paper = [rates["tlora"] for rates in tuned]
+    default = METHODS.load("tlora").traits.learning_rates.of(30_000_000, rank=8)
+    assert min(equal) <= default <= max(equal)
+    assert max(paper) < default
 
 
 def test_the_sizes_at_which_it_changes():

@@ -68,6 +68,7 @@ def config(base: str, rows: str, folder: str, batch_size: int, **fields: Any) ->
 def flags(config: RunConfig) -> list[str]:
     """Return a run's fields as `tlora train` takes them."""
     given = {
+        "preset": "paper-rule",  # as in Python
         "model": config.model,
         "train_file": config.train_file,
         "output_dir": config.output_dir,

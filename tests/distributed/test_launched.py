@@ -54,6 +54,7 @@ def launched(*commands: list[str]) -> list[str]:
 
 def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_path):
     flags = {
+        "preset": "paper-rule",
         "model": BASE,
         "train_file": rows,
         "output_dir": str(tmp_path / "run"),

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 
 import support
+from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 
 ROWS = [{"input_ids": [5 + n, 6, 7 + n, 8], "labels": [-100, -100, 7 + n, 8]} for n in range(8)]
@@ -83,6 +84,13 @@ def test_it_calibrates_on_the_training_rows_and_trains_b_alone(axolotl, tiny_lla
     again, _ = plugin.load_adapter(tiny_llama(initializer_range=0.2), given)
     assert torch.equal(support.logits_of(again, batch), support.logits_of(model, batch))
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trains
+
+
+def test_its_section_is_laid_over_the_recommended_setting(axolotl):
+    config, *_ = axolotl._read({"r": 4, "allocate_scale": True})
+    assert config == TLoraConfig(
+        r=4, allocate_rank=False, allocate_scale=True, task_type="CAUSAL_LM"
+    )
 
 
 def test_batches_are_padded_and_masked(axolotl):

@@ -85,8 +85,8 @@ def test_the_command_of_a_card_is_the_run_on_files_of_these_names(config, other_
     asked = config(**fields)
     words = shlex.split(model_card.command(asked))
     assert words[:2] == ["tlora", "train"]
-    parsed = parse("tlora train", RunConfig, words[2:]).record.to_dict()
-    expected = asked.to_dict() | {"output_dir": RunConfig.output_dir}
+    parsed = parse("tlora train", RunConfig, words[2:]).record.resolved().to_dict()
+    expected = asked.resolved().to_dict() | {"output_dir": RunConfig.output_dir}
     for name in ("model", "train_file", "eval_file"):
         expected[name] = Path(expected[name]).name
     assert parsed == expected

@@ -1,9 +1,8 @@
-"""What the demonstration shows at its end: a table, an example, where things are."""
+"""What the demonstration shows at its end: a table, a plot, an example, where things are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlora import extras
@@ -18,40 +17,50 @@ def table(lines: Iterable[Score]) -> Table:
     from tlora.report.tables import plain
 
     rows = [
-        (
-            line.method,
-            f"{line.trainable:,}",
-            f"{line.exact_match:.1%}",
-            f"{line.initialise_seconds:.1f} s",
-            f"{line.train_seconds:.1f} s",
-        )
-        for line in lines
+        (line.method, f"{line.trainable:,}", f"{line.mean:.1%}", _seeds(line)) for line in lines
     ]
-    return plain(("method", "trainable parameters", "exact match", "initialize", "train"), rows)
+    return plain(("method", "trainable parameters", "exact match", "each seed"), rows)
 
 
-def page(folder: Path) -> str:
-    """Write the page of a run's plan beside its folder; return where it is."""
+def _seeds(line: Score) -> str:
+    """Return the spread of a method's scores; the base model has one and no spread."""
+    return " ".join(f"{value:.1%}" for value in line.exact_match if len(line.exact_match) > 1)
+
+
+def page(result: DemoResult) -> str:
+    """Write the page of scores and losses, in the demo's folder; return where it is."""
     if extras.missing("compare"):
         return 'no page; run `pip install "tlora[compare]"`'
-    from tlora import AdapterPlan
-    from tlora.report import heatmap
-    from tlora.training.runfolder import RunFolder
+    from tlora.report import charts, svg
+    from tlora.report.heatmap import write_page
 
-    return str(
-        heatmap.save(AdapterPlan.load(RunFolder(folder).plan), folder.with_name("plan.html"))
-    )
+    rows = {f"{s.method}, {s.trainable:,} trained": s.exact_match for s in result.scores}
+    said = ", ".join(f"{line.method} {line.mean:.1%}" for line in result.scores)
+    drawn = {
+        "exact match": (
+            f"On {result.test_rows} problems that no adapter has seen: each seed a dot, a line"
+            " at the mean.",
+            {"": svg.seeds(rows, 560, f"Exact match: {said}")},
+        ),
+        "training loss": (
+            "The mean over seeds, on a logarithmic axis; gray lines are the other methods.",
+            charts.losses({line.method: line.loss for line in result.scores}),
+        ),
+    }
+    file = result.adapter.parents[1] / "demo.html"
+    return str(write_page(file, "Demo", f"Mean exact match: {said}", [], drawn))
 
 
 def text(result: DemoResult) -> str:
     """Return what is said below the table."""
     return (
-        f"exact match on {result.test_rows} problems that the adapters have not seen\n"
+        f"exact match on {result.test_rows} problems that the adapters have not seen, the mean and"
+        " each seed\n"
         f"prompt:  {result.example['prompt'].strip()}\n"
         f"base:    {result.example['base']}\n"
         f"adapted: {result.example['adapted']}\n"
         f"adapter: {result.adapter} (loaded by PEFT alone: logits differ by"
         f" {result.difference:.1g})\n"
-        f"plan:    {page(result.adapter.parent)}\n"
+        f"plot:    {page(result)}\n"
         f"done in {result.seconds:.0f} s"
     )

@@ -29,7 +29,10 @@ _IGNORED = -100
 
 
 class TLoraArgs(BaseModel):
-    """The `tlora:` section: fields of `TLoraConfig`, `samples` (32) and `batch_size` (4)."""
+    """The `tlora:` section: fields of `TLoraConfig`, `samples` (32) and `batch_size` (4).
+
+    What it leaves out is as in `TLoraConfig.recommended()`.
+    """
 
     tlora: dict[str, Any] | None = None
 
@@ -83,7 +86,7 @@ def _read(section: Mapping[str, Any] | None) -> tuple[TLoraConfig, int, int]:
     for name, value in (("samples", samples), ("batch_size", size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"`{name}` is {value!r}; give a whole number above 0.", where="tlora")
-    return TLoraConfig(**fields), samples, size
+    return TLoraConfig.recommended(**fields), samples, size
 
 
 def _training_rows(cfg: Any) -> Any:

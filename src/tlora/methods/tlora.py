@@ -25,7 +25,7 @@ class TaskAwareLora:
         title="TLoRA: Task-aware Low Rank Adaptation of Large Language Models",
         arxiv="2604.18124",
         year=2026,
-        formula="W x + s_i B A x, A from W C and frozen, ranks r_i and scales s_i by sensitivity",
+        formula="W x + s_i B A x, A from W C and frozen; r_i and s_i equal, or by sensitivity",
         trains=("lora_B",),
         parameters="r_i m",
         start="identical",

@@ -1,13 +1,20 @@
-"""Whole runs by name: YAML files beside this one, each the lowest layer of `--preset NAME`."""
+"""Settings and whole runs by name: YAML files beside this one, the lowest layer of `--preset NAME`.
+
+A file may build on another one by `preset: NAME`. `DEFAULT` is the setting of its method where a
+command names no preset, and `TLoraConfig.recommended()` in Python.
+"""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.registry import Entry
+from tlora.yamlfiles import read_yaml
 
+DEFAULT = "recommended"
 _FOLDER = Path(str(files("tlora.presets")))
 
 
@@ -15,7 +22,7 @@ def entries() -> list[Entry]:
     """Return every preset: its name, its file, and the first line of that as what it is."""
     return [
         Entry(file.stem, str(file), file.read_text(encoding="utf-8").split("\n", 1)[0].strip("# "))
-        for file in sorted(_FOLDER.glob("*.yaml"))
+        for file in sorted(_FOLDER.glob("*.yaml"), key=lambda file: file.stem)
     ]
 
 
@@ -30,3 +37,20 @@ def path(name: str) -> str:
         hint = did_you_mean(name, known) or " Run `tlora list presets`."
         raise ConfigError(f"there is no preset {name!r}.{hint}", where="command line")
     return known[name]
+
+
+def layers(name: str) -> list[dict[str, Any]]:
+    """Return the values of a preset, after those of the preset that it builds on.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    values = read_yaml(path(name))
+    below = values.pop("preset", None)
+    return [*(layers(below) if below else ()), values]
+
+
+def default_options(method: str) -> dict[str, Any]:
+    """Return the options that ``method`` takes where a command names no preset."""
+    (values,) = layers(DEFAULT)
+    return values["adapter"] if method == values["method"] else {}

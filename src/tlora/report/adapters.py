@@ -194,8 +194,10 @@ def write(found: Inspection[Any], page: Path) -> tuple[Path, Path]:
         for field, values in known.items()
         if values
     ]
+    note = "One line per module: its singular values relative to the largest."
     drawn = spectra(found.modules) if found.title == "Adapter" else {}
-    write_page(page, found.title, found.summary, maps, drawn)
+    charts = {"singular values": (note, drawn)} if drawn else {}
+    write_page(page, found.title, found.summary, maps, charts)
     rows = {name: asdict(module) for name, module in found.modules.items()}
     numbers = page.with_suffix(".json")
     write_json(numbers, {"summary": found.summary.splitlines(), "modules": rows})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tlora.report import svg
 from tlora.report.comparison import Curve, Results
@@ -66,13 +66,17 @@ def learning_rates(results: Results) -> dict[str, str]:
 
 def curves(results: Results) -> dict[str, str]:
     """Return, by method, the training loss by step, the mean over the final seeds."""
-    lines: dict[str, Curve] = {m.label: m.curve("loss") for m in results.methods}
+    return losses({m.label: m.curve("loss") for m in results.methods})
+
+
+def losses(lines: Mapping[str, Curve]) -> dict[str, str]:
+    """Return, by method, its line of training loss by step, in front of the others in gray."""
     lines = {label: [(s, v) for s, v in line if v > 0] for label, line in lines.items()}
     steps = [step for line in lines.values() for step, _ in line]
-    losses = [loss for line in lines.values() for _, loss in line]
-    if not losses:
+    values = [loss for line in lines.values() for _, loss in line]
+    if not values:
         return {}
-    frame = _frame(steps, losses, log_y=True, log_x=False)
+    frame = _frame(steps, values, log_y=True, log_x=False)
     ticks = [(value, svg.short(value)) for value in frame.x.ticks(3) if value == int(value)]
     drawn = {}
     for label, line in lines.items():

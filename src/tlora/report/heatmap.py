@@ -39,7 +39,7 @@ def write_page(
     title: str,
     summary: str,
     maps: Sequence[dict[str, Any]],
-    figures: Mapping[str, str] | None = None,
+    charts: Mapping[str, tuple[str, Mapping[str, str]]] | None = None,
 ) -> Path:
     """Write a page of heat maps, atomically; return its path.
 
@@ -48,13 +48,13 @@ def write_page(
         title: the heading.
         summary: a few lines of text.
         maps: from `heat_map`.
-        figures: drawn charts by their headings.
+        charts: by heading, a note and drawn charts by their captions.
     """
     context = {
         "title": title,
         "summary": summary.replace("\n", "; "),
         "maps": maps,
-        "figures": figures or {},
+        "charts": charts or {},
         "data": "null",
     }
     with replacing_file(path) as part:

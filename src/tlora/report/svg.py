@@ -7,7 +7,8 @@ so that their text keeps its size on a telephone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -115,6 +116,21 @@ def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> st
         if score.low is not None and score.high is not None:
             parts.append(_line((frame.x(score.low), at), (frame.x(score.high), at), "interval"))
         parts.append(_dot(frame.x(score.mean), at, 4, "score"))
+    return panel(frame, parts, text)
+
+
+def seeds(rows: Mapping[str, Sequence[float]], width: int, text: str) -> str:
+    """Draw the scores of one method a row under its name: each seed a dot, the mean a tick."""
+    step, top, foot = 40, 4, 24
+    height = top + step * len(rows) + foot
+    x = Scale.over([value for values in rows.values() for value in values], 10, width - 14)
+    frame = Frame(x, Scale(0, 1, height - foot, top), width, height)
+    parts = frame.axes([(value, short(value)) for value in x.ticks(5)], [])
+    for place, (name, values) in enumerate(rows.items()):
+        at, mean = top + step * place + 29, x(statistics.fmean(values))
+        parts.append(_text(x.start, at - 14, name, "name"))
+        parts += [_dot(x(value), at, 4, "seed") for value in values]
+        parts.append(_line((mean, at - 8), (mean, at + 7), "mean"))
     return panel(frame, parts, text)
 
 

@@ -347,7 +347,7 @@ def _shared_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
     options = with_task_type(kind, config.options())
     if not isinstance(options, TLoraConfig):
         names = [name for name in TLoraConfig.field_names() if hasattr(options, name)]
-        options = TLoraConfig(**{name: getattr(options, name) for name in names})
+        options = TLoraConfig.recommended(**{name: getattr(options, name) for name in names})
     return options
 
 

@@ -6,6 +6,7 @@ credential. A license is for the publisher to add.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora import presets
 from tlora.credentials import redacted
 from tlora.files import read_json, replacing_file
 from tlora.integrations.vllm import vllm_rank
@@ -118,8 +120,11 @@ def span(numbers: Collection[float]) -> str:
 
 
 def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the flags that differ from the defaults."""
-    default = RunConfig().to_dict()
+    """Yield the flags that differ from the defaults, those of the default preset included."""
+    fixed = {} if config.continue_from else presets.default_options(config.method)
+    default = RunConfig(adapter=fixed).to_dict()
+    own = config.resolved().adapter if fixed else {}
+    config = dataclasses.replace(config, adapter={n: own[n] for n in fixed} | config.adapter)
     for name, value in config.to_dict().items():
         if name in _OF_THE_MACHINE or value == default[name]:
             continue
