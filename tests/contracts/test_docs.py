@@ -28,9 +28,12 @@ def test_the_table_says_what_the_methods_declare():
     reads = {"nothing": "no", "inputs": "inputs", "gradients": "inputs, gradients"}
     starts = {"identical": "W x", "rounding": "rounding", "moved": "moved"}
     sources = {"PEFT": "PEFT", "tlora": "ours"}
-    for name, (layer, _, numbers, read, start, paper, source) in rows().items():
+    for name, row in rows().items():
+        paper, layer, _, parameters, base, start, saved, read, source, _ = row
         traits = METHODS.load(name).traits
-        assert numbers == traits.parameters.partition(",")[0], name
+        assert parameters == traits.parameters.partition(",")[0], name
+        assert base == ("changed" if traits.changes_base else "kept"), name
+        assert saved == traits.saved, name
         assert read == reads[traits.reads], name
         assert start == starts[traits.start], name
         assert source == sources[traits.source], name
@@ -39,6 +42,14 @@ def test_the_table_says_what_the_methods_declare():
         )
         if traits.leaves == "adapter":
             assert f"arxiv.org/abs/{traits.arxiv}" in paper, name
+
+
+def test_the_table_leads_to_how_a_method_differs():
+    section = PAGE.read_text(encoding="utf-8").split("\n## Where ours differ")[1].split("\n## ")[0]
+    heads = re.findall(r"^- ((?:`[\w-]+`(?:, | and )?)+)", section, re.M)
+    differ = {name for head in heads for name in re.findall(r"`([\w-]+)`", head)}
+    linked = {name for name, row in rows().items() if "(#where-ours-differ" in row[-1]}
+    assert linked == differ
 
 
 def test_the_table_of_learning_rates_says_what_the_methods_declare():

@@ -45,6 +45,7 @@ class EDora(Dora):
         trains=("lora_B.default.core", "lora_magnitude_vector"),
         parameters="r^2 + m",
         start="moved",
+        saved="DoRA of rank r",
         learning_rates=LearningRates(
             tiny=5e-3,
             small=1e-3,
