@@ -139,6 +139,12 @@ class Setup:
                 )
             rows = rows_of(model, added)
             self.options = dataclasses.replace(self.options, trainable_token_indices=rows)
+        elif self.method.traits.leaves == "adapter":
+            raise ConfigError(
+                f"`tokens.add` needs a method that trains rows of the embedding, and"
+                f" {self.config.method!r} does not; choose another, or add no tokens.",
+                where="tokens",
+            )
 
     def _check_room(self, model: Any) -> None:
         """Check that the model has positions and rows of its embedding for every token.
