@@ -92,7 +92,7 @@ def field_docs(record: type) -> dict[str, str]:
         if dataclasses.is_dataclass(base):
             docs |= field_docs(base)
     # A record made from another library's carries its help with it.
-    carried = {f.name: f.metadata["help"] for f in dataclasses.fields(record) if f.metadata}  # type: ignore[arg-type]
+    carried = {f.name: f.metadata["help"] for f in dataclasses.fields(record) if f.metadata}
     if carried:
         return docs | carried
     tree = ast.parse(textwrap.dedent(inspect.getsource(record)))

@@ -48,9 +48,7 @@ class Registry:
     change what an existing run file means.
     """
 
-    def __init__(
-        self, kind: str, entries: Iterable[Entry], families: Iterable[Entry] = ()
-    ) -> None:
+    def __init__(self, kind: str, entries: Iterable[Entry], families: Iterable[Entry] = ()) -> None:
         """Register entries, and families of names: each loads to a function of what comes after
         the colon."""
         self.kind = kind
@@ -59,8 +57,7 @@ class Registry:
         self._families = {entry.name.partition(":")[0]: entry for entry in families}
 
     def entries(self) -> list[Entry]:
-        """Return every entry: the built-in ones in their order, families, third parties' by name.
-        """
+        """Return every entry: the built-in ones and families in order, then third parties'."""
         others = [
             Entry(point.name, point.value, f"from {point.dist.name if point.dist else 'outside'}")
             for point in importlib.metadata.entry_points(group=self.group)
@@ -148,6 +145,9 @@ METHODS = Registry(
         ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),
         ("gora", "gora:Gora", "GoRA: ranks from |W . G|, B from the gradient"),
         ("lorta", "lorta:Lorta", "LoRTA: one CP tensor over layers, heads and projections"),
+        ("lora-xs", "loraxs:LoraXs", "LoRA-XS: r x r numbers train between W's singular vectors"),
+        ("qa-lora", "qalora:QaLora", "QA-LoRA: A reads means of groups of inputs"),
+        ("mica", "mica:Mica", "MiCA: B from W's minor part, frozen; A trains"),
     ),
     families=_classes(
         "tlora.methods",

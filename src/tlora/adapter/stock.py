@@ -21,7 +21,7 @@ from tlora.calibration.targets import (
     namesakes,
     taken_for_experts,
 )
-from tlora.calibration.weights import Target, is_8bit_linear, is_hqq_linear
+from tlora.calibration.weights import Target, holds_floats, is_8bit_linear, is_hqq_linear
 from tlora.config import Basis, TLoraConfig
 from tlora.errors import ConfigError
 
@@ -48,7 +48,7 @@ def targets_of(model: nn.Module, options: Any) -> list[Target]:
     """
     if isinstance(options, TLoraConfig):
         return find_targets(model, options)
-    chosen = {name: getattr(options, name, None) for name in (*_CHOOSING, *_LAYERS)}
+    chosen: dict[str, Any] = {n: getattr(options, n, None) for n in (*_CHOOSING, *_LAYERS)}
     return find_targets(model, TLoraConfig(**chosen))
 
 
@@ -90,7 +90,8 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> Pe
         config: PEFT's, of a type that adapts linear maps.
 
     Raises:
-        ConfigError, AdapterError: as `exact` and `wrap`.
+        ConfigError: as `exact` and `wrap`, or a target cannot be told from its namesake.
+        AdapterError: as `wrap`.
     """
     if config.target_modules == "all-linear" and any(fused_parameters(model)):
         logger.warning(
@@ -200,6 +201,23 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
                     " unquantized.",
                     where="method",
                 )
+
+
+def refuse_quantized(targets: Sequence[Target], reason: str) -> None:
+    """Check that every target's weight is stored in floats.
+
+    Args:
+        targets: the modules.
+        reason: why that is needed, as a clause.
+
+    Raises:
+        ConfigError: one is quantized.
+    """
+    if quantized := [target.name for target in targets if not holds_floats(target.module)]:
+        raise ConfigError(
+            f"{quantized[0]} is quantized, and {reason}; load the model unquantized.",
+            where="method",
+        )
 
 
 def calibration_config(options: Any, basis: Basis = "weight-covariance") -> TLoraConfig:

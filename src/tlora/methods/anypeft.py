@@ -50,8 +50,8 @@ class PeftOptions(MethodOptions):
         start = getattr(self, "init_lora_weights", True)
         if start not in _KEEP_THE_BASE:
             yield (
-                f"`init_lora_weights` is {start!r}, which PEFT starts from data or by changing the"
-                " base weights; give --method the name of that initialization: `tlora list methods`."
+                f"`init_lora_weights` is {start!r}, which reads data or changes the base weights;"
+                " give --method the name of that initialization (`tlora list methods`)."
             )
         if not missing:
             try:
@@ -91,7 +91,7 @@ class PeftMethod:
             adapted = wrap_exactly(model, targets_of(model, options), config)
         tuner: Any = adapted.base_model
         if "forward" in vars(tuner):  # bound, so that TRL's own forward pass would be passed by
-            tuner.forward = lambda *args, **inputs: tuner.model.forward(*args, **inputs)
+            tuner.forward = lambda *args, **inputs: tuner.model.forward(*args, **inputs)  # noqa: PLW0108
         return Prepared(model=adapted)
 
 
@@ -127,7 +127,7 @@ def method_of(kind: str) -> type[PeftMethod]:
         arxiv=known.arxiv,
         year=known.year,
         formula=f"PEFT's {name}",
-        trains=("prompt_encoder" if learns_prompts else prefix.rstrip("_"),),
+        trains=(known.trains or ("prompt_encoder" if learns_prompts else prefix.rstrip("_")),),
         parameters="PEFT's",
         start=known.start,
         saved=f"PEFT's {name}",
@@ -168,7 +168,7 @@ def _options(config_class: Any, known: PeftType) -> type[PeftOptions]:
         text = "".join(text) if isinstance(text, tuple) else text
         made.append((each.name, kind, _with_default(default, " ".join(text.split()))))
     name = config_class.__name__.replace("Config", "Options")
-    record = dataclasses.make_dataclass(name, made, bases=(PeftOptions,), kw_only=True)
+    record: Any = dataclasses.make_dataclass(name, made, bases=(PeftOptions,), kw_only=True)
     record.__doc__ = f"PEFT's {config_class.__name__}."
     record.config_class = config_class
     return record

@@ -28,6 +28,8 @@ class PeftType:
     """Whether the output before the first step is the base's, or one that PEFT draws."""
     targets: Literal["all-linear"] | None = "all-linear"
     """Default of `target_modules`; None: PEFT's choice for the architecture."""
+    trains: str | None = None
+    """A part of the names of its parameters, where PEFT's prefix is none."""
     unmerged: str | None = None
     """Why PEFT does not merge it into the weights."""
     refused: str | None = None
@@ -50,7 +52,8 @@ KNOWN: dict[str, PeftType] = {
         rate=1e-4),
     "adaption_prompt": _of(
         "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention",
-        "2303.16199", rate=5e-4, targets=None, unmerged="it adds a gated attention to a prompt"),
+        "2303.16199", rate=5e-4, targets=None, trains="adaption_",
+        unmerged="it adds a gated attention to a prompt"),
     "beft": _of(
         "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes", "2509.15974",
         unmerged="its biases merge only into base layers that have one"),
@@ -64,8 +67,7 @@ KNOWN: dict[str, PeftType] = {
         "2506.06266", start="own", unmerged=_PROMPT),
     "cpt": _of(
         "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods",
-        "2410.17222", refused="its batches have to say which tokens are examples, by"
-        " `input_type_mask`, which rows do not"),
+        "2410.17222", refused="its loss reads logits, which TRL's trainer does not form"),
     "deft": _of(
         "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", None, 2025),
     "delora": _of(
@@ -133,8 +135,8 @@ KNOWN: dict[str, PeftType] = {
         "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and"
         " Composability", "2409.00119", rate=1e-3),
     "shadow": _of(
-        "ShadowPEFT: Shadow Network for Parameter-Efficient Fine-Tuning", "2604.19254", targets=None,
-        unmerged="it adds a network beside the layers, which reads the input"),
+        "ShadowPEFT: Shadow Network for Parameter-Efficient Fine-Tuning", "2604.19254",
+        targets=None, unmerged="it adds a network beside the layers, which reads the input"),
     "shira": _of("Sparse High Rank Adapters", "2406.13175", rate=3e-4),
     "supertuning": _of(
         "Super-Tuning: From Activation-Aware Pruning to Sparse Fine-Tuning", "2607.09287"),
