@@ -92,7 +92,9 @@ def field_docs(record: type) -> dict[str, str]:
         if dataclasses.is_dataclass(base):
             docs |= field_docs(base)
     # A record made from another library's carries its help with it.
-    carried = {f.name: f.metadata["help"] for f in dataclasses.fields(record) if f.metadata}
+    carried = {
+        f.name: f.metadata["help"] for f in dataclasses.fields(record) if "help" in f.metadata
+    }
     if carried:
         return docs | carried
     tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
