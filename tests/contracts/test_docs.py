@@ -50,7 +50,7 @@ def test_the_table_of_pefts_types_says_what_is_known_of_them():
     expected = {}
     for kind, known in KNOWN.items():
         paper = f"[{known.arxiv}](https://arxiv.org/abs/{known.arxiv})"
-        start = "W x" if known.start == "rounding" else "its own"
+        start = "W x" if known.start == "rounding" else "moved"
         merges = "no" if known.unmerged else "yes"
         expected[kind] = [
             paper if known.arxiv else "not on arXiv",

@@ -92,7 +92,7 @@ def test_it_starts_as_its_table_says(trained, tiny_llama, kind):
     before = logits(tiny_llama(initializer_range=0.2), run["batch"])
     start = run["start"][:, -before.shape[1] :]  # learned tokens have logits too
     same = torch.allclose(start, before, rtol=1e-5, atol=1e-5)
-    assert same == (METHODS.load(f"peft:{kind}").traits.start != "own")
+    assert same == (METHODS.load(f"peft:{kind}").traits.start != "moved")
 
 
 @every_type

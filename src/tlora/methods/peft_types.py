@@ -24,7 +24,7 @@ class PeftType:
     """Of the paper."""
     rate: float | None = None
     """Learning rate of PEFT's own comparison on Llama-3.2-3B (the lower one of several)."""
-    start: Literal["rounding", "own"] = "rounding"
+    start: Literal["rounding", "moved"] = "rounding"
     """Whether the output before the first step is the base's, or one that PEFT draws."""
     targets: Literal["all-linear"] | None = "all-linear"
     """Default of `target_modules`; None: PEFT's choice for the architecture."""
@@ -61,10 +61,10 @@ KNOWN: dict[str, PeftType] = {
         "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", "2311.06243"),
     "c3a": _of(
         "Parameter-Efficient Fine-Tuning via Circular Convolution", "2407.19342", rate=3e-1,
-        start="own"),
+        start="moved"),
     "cartridge": _of(
         "Cartridges: Lightweight and general-purpose long context representations via self-study",
-        "2506.06266", start="own", unmerged=_PROMPT),
+        "2506.06266", start="moved", unmerged=_PROMPT),
     "cpt": _of(
         "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods",
         "2410.17222", refused="its loss reads logits, which TRL's trainer does not form"),
@@ -74,7 +74,7 @@ KNOWN: dict[str, PeftType] = {
         "Decoupling Angles and Strength in Low-rank Adaptation", "2503.18225", rate=1e-3),
     "fourierft": _of(
         "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", "2405.03003",
-        start="own"),
+        start="moved"),
     "frod": _of(
         "Full-Rank Efficient Fine-Tuning with Rotational Degrees", None, 2026, rate=1e-3),
     "glora": _of(
@@ -114,17 +114,17 @@ KNOWN: dict[str, PeftType] = {
     "osf": _of(
         "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
         "2504.07097", rate=5e-5),
-    "p_tuning": _of("GPT Understands, Too", "2103.10385", start="own", unmerged=_PROMPT),
+    "p_tuning": _of("GPT Understands, Too", "2103.10385", start="moved", unmerged=_PROMPT),
     "peanut": _of(
         "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", "2410.01870"),
     "poly": _of("Combining Modular Skills in Multitask Learning", "2202.13914",
                 refused=_NEEDS_TASKS),
     "prefix_tuning": _of(
         "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "2101.00190", rate=1e-3,
-        start="own", unmerged=_PROMPT),
+        start="moved", unmerged=_PROMPT),
     "prompt_tuning": _of(
         "The Power of Scale for Parameter-Efficient Prompt Tuning", "2104.08691", rate=1e-3,
-        start="own", unmerged=_PROMPT),
+        start="moved", unmerged=_PROMPT),
     "psoft": _of(
         "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", "2505.11235"),
     "pvera": _of(
@@ -143,10 +143,10 @@ KNOWN: dict[str, PeftType] = {
     "tinylora": _of("Learning to Reason in 13 Parameters", "2602.04118", rate=1e-3),
     "trainable_tokens": _of(
         "PEFT's trainable rows of the embedding", None, 2025, rate=2e-1, targets=None),
-    "unilora": _of("Uni-LoRA: One Vector is All You Need", "2506.00799", start="own"),
+    "unilora": _of("Uni-LoRA: One Vector is All You Need", "2506.00799", start="moved"),
     "vblora": _of(
         "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", "2405.15179",
-        rate=5e-4, start="own"),
+        rate=5e-4, start="moved"),
     "vera": _of("VeRA: Vector-based Random Matrix Adaptation", "2310.11454", rate=1e-3),
     "waveft": _of(
         "Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets", "2505.12532"),
