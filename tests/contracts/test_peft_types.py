@@ -169,7 +169,7 @@ def test_cpt_needs_the_logits_that_trl_does_not_form(tiny_llama, batches_of):
     assert model(**batch).loss.requires_grad
     sft_trainer.add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
     with pytest.raises(AttributeError, match="logits"):
-        model(**batch)
+        model(**batch, fused_lm_head=True)
 
 
 def test_xlora_without_trained_adapters_is_the_base(tiny_llama, batches_of):
