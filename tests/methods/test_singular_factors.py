@@ -102,7 +102,9 @@ def test_qa_loras_update_goes_into_the_zero_points(prepared_by, tiny_llama, batc
 
 def test_what_does_not_fit_is_refused(prepared_by, tiny_llama):
     for name in ("lora-xs", "mica"):
-        with pytest.raises(ConfigError, match=r"`r` is too large for .*k_proj, which is 8 x 16; 9 of"):
+        with pytest.raises(
+            ConfigError, match=r"`r` is too large for .*k_proj, which is 8 x 16; 9 of"
+        ):
             prepared_by(name, tiny_llama(), r=9)
     with pytest.raises(ConfigError, match="`group_size` is 5, which does not divide the 16 inputs"):
         prepared_by("qa-lora", tiny_llama(), group_size=5)
