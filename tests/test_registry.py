@@ -87,6 +87,16 @@ def test_a_built_in_name_wins_over_an_entry_point(registry, third_party):
     "registered", [METHODS, TASKS, EVALUATIONS, CONVERSATIONS], ids=lambda r: r.kind
 )
 def test_every_registered_name_loads_and_says_what_it_is(registered):
+    assert all(registered.load(name) is not None for name in registered.names())
     for entry in registered.entries():
-        assert registered.load(entry.name) is not None
         assert 10 < len(entry.summary) < 70
+
+
+def test_a_family_loads_by_what_comes_after_the_colon(third_party):
+    family = Entry("unit:NAME", "operator:attrgetter", "an attribute")
+    registry = Registry("task", [Entry("pi", "math:pi", "a number")], [family])
+    assert registry.load("unit:real")(3) == 3
+    assert [entry.name for entry in registry.entries()] == ["pi", "unit:NAME"]
+    assert registry.names() == ["pi"]
+    with pytest.raises(ConfigError, match="there is no task 'units:real'"):
+        registry.load("units:real")

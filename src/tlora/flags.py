@@ -91,6 +91,12 @@ def field_docs(record: type) -> dict[str, str]:
     for base in record.__bases__:
         if dataclasses.is_dataclass(base):
             docs |= field_docs(base)
+    # A record made from another library's carries its help with it.
+    carried = {
+        f.name: f.metadata["help"] for f in dataclasses.fields(record) if "help" in f.metadata
+    }
+    if carried:
+        return docs | carried
     tree = ast.parse(textwrap.dedent(inspect.getsource(record)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     for node, following in itertools.pairwise(body):

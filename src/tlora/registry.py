@@ -48,23 +48,27 @@ class Registry:
     change what an existing run file means.
     """
 
-    def __init__(self, kind: str, entries: Iterable[Entry]) -> None:
+    def __init__(self, kind: str, entries: Iterable[Entry], families: Iterable[Entry] = ()) -> None:
+        """Register entries, and families of names: each loads to a function of what comes after
+        the colon."""
         self.kind = kind
         self.group = f"tlora.{kind}s"
         self._builtin = {entry.name: entry for entry in entries}
+        self._families = {entry.name.partition(":")[0]: entry for entry in families}
 
     def entries(self) -> list[Entry]:
-        """Return every entry: the built-in ones in their order, then third parties' by name."""
+        """Return every entry: the built-in ones and families in order, then third parties'."""
         others = [
             Entry(point.name, point.value, f"from {point.dist.name if point.dist else 'outside'}")
             for point in importlib.metadata.entry_points(group=self.group)
             if point.name not in self._builtin
         ]
-        return [*self._builtin.values(), *sorted(others, key=lambda entry: entry.name)]
+        others.sort(key=lambda entry: entry.name)
+        return [*self._builtin.values(), *self._families.values(), *others]
 
     def names(self) -> list[str]:
-        """Return every name that `load` takes."""
-        return [entry.name for entry in self.entries()]
+        """Return every name that `load` takes, but for those of families."""
+        return [entry.name for entry in self.entries() if entry not in self._families.values()]
 
     def load(self, name: str) -> Any:
         """Import and return the object called ``name``.
@@ -72,7 +76,8 @@ class Registry:
         Raises:
             ConfigError: nothing has that name (with a suggestion), or importing it failed.
         """
-        entry = self._builtin.get(name)
+        family, colon, member = name.partition(":")
+        entry = self._families.get(family) if colon else self._builtin.get(name)
         if entry is None:
             # Entry points are read from every installed package, so only when a name needs it.
             others = {entry.name: entry for entry in self.entries()}
@@ -81,13 +86,14 @@ class Registry:
                 raise ConfigError(f"there is no {self.kind} {name!r}.{hint}", where=self.kind)
             entry = others[name]
         try:
-            return entry.load()
+            loaded = entry.load()
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"{name!r} cannot be imported from {entry.target} ({error}); install or repair"
                 " the package that provides it.",
                 where=self.kind,
             ) from error
+        return loaded(member) if family in self._families else loaded
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,13 @@ METHODS = Registry(
         ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),
         ("gora", "gora:Gora", "GoRA: ranks from |W . G|, B from the gradient"),
         ("lorta", "lorta:Lorta", "LoRTA: one CP tensor over layers, heads and projections"),
+        ("lora-xs", "loraxs:LoraXs", "LoRA-XS: r x r numbers train between W's singular vectors"),
+        ("qa-lora", "qalora:QaLora", "QA-LoRA: A reads means of groups of inputs"),
+        ("mica", "mica:Mica", "MiCA: B from W's minor part, frozen; A trains"),
+    ),
+    families=_classes(
+        "tlora.methods",
+        ("peft:TYPE", "anypeft:method_of", "any type of PEFT's: peft:vera, peft:oft, peft:ia3 ..."),
     ),
 )
 

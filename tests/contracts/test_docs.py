@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tlora.methods.peft_types import KNOWN
 from tlora.registry import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
-def rows():
-    lines = [
-        line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
-    ]
+def rows(heading="# Methods"):
+    """The rows of the table below a heading, by their first cell."""
+    text = PAGE.read_text(encoding="utf-8")
+    below = re.search(rf"^{re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+    lines = [line for line in below.splitlines() if line.startswith("| `")]
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in cells}
 
@@ -28,9 +30,12 @@ def test_the_table_says_what_the_methods_declare():
     reads = {"nothing": "no", "inputs": "inputs", "gradients": "inputs, gradients"}
     starts = {"identical": "W x", "rounding": "rounding", "moved": "moved"}
     sources = {"PEFT": "PEFT", "tlora": "ours"}
-    for name, (layer, _, numbers, read, start, paper, source) in rows().items():
+    for name, row in rows().items():
+        paper, layer, _, parameters, base, start, saved, read, source, _ = row
         traits = METHODS.load(name).traits
-        assert numbers == traits.parameters.partition(",")[0], name
+        assert parameters == traits.parameters.partition(",")[0], name
+        assert base == ("changed" if traits.changes_base else "kept"), name
+        assert saved == traits.saved, name
         assert read == reads[traits.reads], name
         assert start == starts[traits.start], name
         assert source == sources[traits.source], name
@@ -39,6 +44,28 @@ def test_the_table_says_what_the_methods_declare():
         )
         if traits.leaves == "adapter":
             assert f"arxiv.org/abs/{traits.arxiv}" in paper, name
+
+
+def test_the_table_of_pefts_types_says_what_is_known_of_them():
+    expected = {}
+    for kind, known in KNOWN.items():
+        paper = f"[{known.arxiv}](https://arxiv.org/abs/{known.arxiv})"
+        start = "W x" if known.start == "rounding" else "moved"
+        merges = "no" if known.unmerged else "yes"
+        expected[kind] = [
+            paper if known.arxiv else "not on arXiv",
+            *(("refused", "", known.refused) if known.refused else (start, merges)),
+        ]
+        expected[kind] += [] if known.refused else [known.unmerged or ""]
+    assert rows("## Any method of PEFT") == expected
+
+
+def test_the_table_leads_to_how_a_method_differs():
+    section = PAGE.read_text(encoding="utf-8").split("\n## Where ours differ")[1].split("\n## ")[0]
+    heads = re.findall(r"^- ((?:`[\w-]+`(?:, | and )?)+)", section, re.M)
+    differ = {name for head in heads for name in re.findall(r"`([\w-]+)`", head)}
+    linked = {name for name, row in rows().items() if "(#where-ours-differ" in row[-1]}
+    assert linked == differ
 
 
 def test_the_table_of_learning_rates_says_what_the_methods_declare():

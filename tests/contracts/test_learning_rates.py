@@ -32,6 +32,7 @@ PUBLISHED = dict.fromkeys(NAMES, 2e-4) | {
     "olora": 2e-5,
     "rslora": 5e-5,
     "gora": 5e-5,
+    "lora-xs": 2e-3,
 }
 
 

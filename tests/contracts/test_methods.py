@@ -121,6 +121,11 @@ def test_what_is_saved_is_a_plain_folder(ran, name, kind):
     assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((run.folder / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
+    rank = getattr(run.options, "r", None)
+    found = "DoRA" if config["use_dora"] else config["peft_type"]
+    expected = {"r": rank, "2 r": 2 * (rank or 0), "r_i": config["r"]}
+    saved, _, words = run.traits.saved.partition(" of rank ")
+    assert (found.lower(), config["r"]) == (saved.lower(), expected.get(words, config["r"]))
     stems = r"lora_(A|B)\.weight|lora_magnitude_vector|lora_(A|B|E)|classifier\.(weight|bias)"
     tensors = load_file(run.folder / "adapter_model.safetensors")
     assert all(re.search(rf"\.({stems})$", key) for key in tensors)

@@ -140,7 +140,11 @@ def test_lora_rite_is_refused_where_it_cannot_be(config, tmp_path, name, fault):
 
 
 @pytest.mark.parametrize(
-    "name", ["adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"]
+    "name",
+    [
+        *("adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"),
+        *("qa-lora", "peft:vera"),
+    ],
 )
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):
     whole = train.run(config(name, tmp_path / "whole", steps=5))

@@ -83,8 +83,9 @@ def test_a_resumed_run_ends_in_the_same_rows(config, saved, tiny_llama, marked, 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_every_method_saves_the_rows(method, config, saved, tiny_llama, marked):
     folder = saved(tiny_llama(tie_word_embeddings=True))
-    adapter = {"init_r": 4, "target_r": 2} if method == "adalora" else {"r": 2}
-    fields = {"method": method, "adapter": {} if method == "full" else adapter}
+    own = {"adalora": {"init_r": 4, "target_r": 2}, "full": {}}
+    own["qa-lora"] = {"r": 2, "group_size": 4}
+    fields = {"method": method, "adapter": own.get(method, {"r": 2})}
     run = train.run(config(model=folder, train_file=marked, tokens=TOKENS, **fields))
     if method == "full":
         model = transformers.AutoModelForCausalLM.from_pretrained(run.adapter)

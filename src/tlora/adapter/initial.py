@@ -105,6 +105,16 @@ def too_large(target: Target, rank: int) -> str | None:
     )
 
 
+def refuse_ranks(targets: Sequence[Target], rank: int) -> None:
+    """Check that every target's matrix has ``rank`` singular components.
+
+    Raises:
+        ConfigError: one has fewer.
+    """
+    if faults := [fault for target in targets if (fault := too_large(target, rank))]:
+        raise ConfigError(faults[0], where="adapter")
+
+
 def random_start(target: Target, rank: int) -> tuple[Tensor, Tensor]:
     """Return LoRA's own A_0 and B_0 of a module: A_0 drawn from torch's global generator, B_0 zero.
 

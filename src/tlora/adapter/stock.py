@@ -21,17 +21,18 @@ from tlora.calibration.targets import (
     namesakes,
     taken_for_experts,
 )
-from tlora.calibration.weights import Target, is_8bit_linear, is_hqq_linear
+from tlora.calibration.weights import Target, holds_floats, is_8bit_linear, is_hqq_linear
 from tlora.config import Basis, TLoraConfig
 from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
 # What the options records and TLoraConfig share of how modules are chosen.
 _CHOOSING = ("target_modules", "exclude_modules", "modules_to_save", "task_type")
+_LAYERS = ("layers_to_transform", "layers_pattern")
 
 # PEFT matches every module against every key of both patterns, and Python caches 512 compiled
 # regexes: beyond this many keys, modules of equal value share one.
@@ -47,7 +48,7 @@ def targets_of(model: nn.Module, options: Any) -> list[Target]:
     """
     if isinstance(options, TLoraConfig):
         return find_targets(model, options)
-    chosen = {name: getattr(options, name) for name in _CHOOSING}
+    chosen: dict[str, Any] = {n: getattr(options, n, None) for n in (*_CHOOSING, *_LAYERS)}
     return find_targets(model, TLoraConfig(**chosen))
 
 
@@ -73,18 +74,24 @@ def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
             # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        # PEFT names the modules it did not find.
+    except (ValueError, TypeError, NotImplementedError) as error:
+        # PEFT names the modules it did not find, or what a type of adapter cannot do.
         raise ConfigError(str(error), where="adapter") from error
     complete_heads(adapted)
     return adapted
 
 
-def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig) -> PeftModel:
+def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> PeftModel:
     """Wrap ``targets`` and nothing else, whatever PEFT would make of the names in ``config``.
 
+    Args:
+        model: the base model.
+        targets: its modules.
+        config: PEFT's, of a type that adapts linear maps.
+
     Raises:
-        ConfigError, AdapterError: as `exact` and `wrap`.
+        ConfigError: as `exact` and `wrap`, or a target cannot be told from its namesake.
+        AdapterError: as `wrap`.
     """
     if config.target_modules == "all-linear" and any(fused_parameters(model)):
         logger.warning(
@@ -93,9 +100,32 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: LoraConfig
             type(model).__name__,
         )
     say_what_is_left_alone(model, config)
-    for name, value in exact(model, targets).items():
-        setattr(config, name, value)
+    fields = exact(model, targets) | dict.fromkeys(_LAYERS)
+    if fields["exclude_modules"] and not hasattr(config, "exclude_modules"):
+        raise ConfigError(
+            f"{type(config).__name__} has no `exclude_modules`, without which PEFT would adapt"
+            f" {fields['exclude_modules']} too, for the end of its name; leave its namesake out.",
+            where="target_modules",
+        )
+    if hasattr(config, "feedforward_modules"):
+        fields["feedforward_modules"] = _feedforward(model, targets, config)
+    for name, value in fields.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     return wrap(model, config)
+
+
+def _feedforward(model: nn.Module, targets: Sequence[Target], config: Any) -> list[str]:
+    """Return the targets that IA3 scales at their inputs, by full names as the targets are."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS
+
+    wanted = config.feedforward_modules
+    if wanted is None:
+        wanted = DEFAULTS.get(getattr(getattr(model, "config", None), "model_type", None), [])
+    if isinstance(wanted, str):
+        return [target.name for target in targets if re.fullmatch(wanted, target.name)]
+    ends = tuple(f".{name}" for name in wanted)
+    return [target.name for target in targets if f".{target.name}".endswith(ends)]
 
 
 def exact(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
@@ -171,6 +201,23 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
                     " unquantized.",
                     where="method",
                 )
+
+
+def refuse_quantized(targets: Sequence[Target], reason: str) -> None:
+    """Check that every target's weight is stored in floats.
+
+    Args:
+        targets: the modules.
+        reason: why that is needed, as a clause.
+
+    Raises:
+        ConfigError: one is quantized.
+    """
+    if quantized := [target.name for target in targets if not holds_floats(target.module)]:
+        raise ConfigError(
+            f"{quantized[0]} is quantized, and {reason}; load the model unquantized.",
+            where="method",
+        )
 
 
 def calibration_config(options: Any, basis: Basis = "weight-covariance") -> TLoraConfig:

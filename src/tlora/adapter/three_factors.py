@@ -1,8 +1,8 @@
-"""Adapters with a trained r x r core between two fixed matrices, inside PEFT's own LoRA layers.
+"""Adapters of another form inside PEFT's own LoRA layers, written out as plain LoRAs.
 
-PEFT's layer computes B (A x). The right matrix R is its `lora_A`, frozen; in the place of its
-`lora_B` stands a module that maps z to a P Q z. So merging, disabling and checkpoints stay PEFT's.
-Written out, B = a P Q is a plain LoRA's.
+PEFT's layer computes s B (A x). In the place of its `lora_A` or `lora_B` stands a module that
+computes the same map from other parameters, and whose `weight` is the matrix. So merging,
+disabling and checkpoints stay PEFT's.
 """
 
 from __future__ import annotations
@@ -56,6 +56,34 @@ class CoreB(nn.Module):
         return nn.functional.linear(mixed, self.left.to(self.core.dtype))
 
 
+class GroupedA(nn.Module):
+    """Maps x (... x d) to A pool(x) (... x r): pool averages each ``size`` neighbors; A trains."""
+
+    def __init__(self, rank: int, groups: int, size: int, like: Tensor) -> None:
+        """Draw A (r x groups) from torch's global generator, by Xavier's rule.
+
+        Args:
+            rank: r.
+            groups: d / size.
+            size: inputs of a group.
+            like: a tensor of the dtype and on the device that A gets.
+        """
+        super().__init__()
+        self.size = size
+        self.grouped = nn.Parameter(torch.empty(rank, groups, dtype=like.dtype, device=like.device))
+        nn.init.xavier_uniform_(self.grouped)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix of the whole map, r x d: what PEFT merges."""
+        return self.grouped.repeat_interleave(self.size, dim=1) / self.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A pool(x)."""
+        pooled = x.unflatten(-1, (-1, self.size)).mean(dim=-1)
+        return nn.functional.linear(pooled, self.grouped)
+
+
 def make_trimatrix(model: PeftModel, scale: float) -> None:
     """Turn a model wrapped by PEFT's LoRA into one of tri-matrix adapters.
 
@@ -75,13 +103,13 @@ def make_trimatrix(model: PeftModel, scale: float) -> None:
 
 
 @full_precision
-def make_edora(model: PeftModel, targets: Sequence[Target], sigma: float) -> None:
-    """Turn a model wrapped by PEFT's DoRA into one of EDoRA's adapters.
+def make_core(model: PeftModel, targets: Sequence[Target], sigma: float) -> None:
+    """Put a trained core between singular factors of W, as EDoRA does in DoRA, LoRA-XS in LoRA.
 
     R = S_r V_r^T and P = U_r of W = U S V^T; Q is drawn from torch's global generator.
 
     Args:
-        model: freshly wrapped, so that its magnitudes are those of W.
+        model: freshly wrapped, so that DoRA's magnitudes are those of W.
         targets: the modules, as they were before.
         sigma: standard deviation of the entries of Q before training.
     """
@@ -96,6 +124,14 @@ def make_edora(model: PeftModel, targets: Sequence[Target], sigma: float) -> Non
             core.core.normal_(std=sigma)
         layer.lora_B["default"] = core
     freeze_a(model)
+
+
+def make_grouped(model: PeftModel, size: int) -> None:
+    """Turn a model wrapped by PEFT's LoRA into one whose A reads means of ``size`` inputs."""
+    for _, layer in lora_layers(model):
+        plain = layer.lora_A["default"].weight
+        rank, width = plain.shape
+        layer.lora_A["default"] = GroupedA(rank, width // size, size, plain)
 
 
 def save_written_out(model: PeftModel, folder: Path) -> None:

@@ -70,6 +70,7 @@ class AdaLora:
         trains=("lora_A", "lora_B", "lora_E"),
         parameters="init_r (m + d + 1), pruned to a mean of target_r",
         start="identical",
+        saved="AdaLoRA",
         learning_rates=LearningRates(
             tiny=2e-3,
             small=5e-4,

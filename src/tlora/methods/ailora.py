@@ -45,6 +45,7 @@ class Ailora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d), of queries and values alone",
         start="rounding",
+        saved="LoRA of rank 2 r",
         learning_rates=RESIDUAL_RATES,
         changes_base=True,
         source="tlora",

@@ -42,6 +42,7 @@ class Astra(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        saved="LoRA of rank 2 r",
         learning_rates=RESIDUAL_RATES,
         changes_base=True,
         reads="inputs",

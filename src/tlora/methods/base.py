@@ -95,6 +95,10 @@ class Traits:
     """What it starts from where the user gives no learning rate."""
     leaves: Literal["adapter", "model"] = "adapter"
     """What is saved: a plain PEFT folder, or a whole transformers model."""
+    saved: str = "LoRA of rank r"
+    """What that is: PEFT's type of adapter and its rank."""
+    merges: bool = True
+    """Whether PEFT merges the saved adapter into the base weights."""
 
 
 @dataclass(kw_only=True)

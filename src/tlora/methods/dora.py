@@ -29,6 +29,7 @@ class Dora(Lora):
         trains=("lora_A", "lora_B", "lora_magnitude_vector"),
         parameters="r (m + d) + m",
         start="rounding",
+        saved="DoRA of rank r",
         learning_rates=LearningRates(
             tiny=2e-3,
             small=5e-4,

@@ -45,6 +45,7 @@ class EDora(Dora):
         trains=("lora_B.default.core", "lora_magnitude_vector"),
         parameters="r^2 + m",
         start="moved",
+        saved="DoRA of rank r",
         learning_rates=LearningRates(
             tiny=5e-3,
             small=1e-3,
@@ -61,16 +62,14 @@ class EDora(Dora):
     ) -> Prepared:
         """As DoRA's, with B R in the place of B. R is drawn from torch's global generator."""
         from tlora.adapter.freeze import FrozenACallback
-        from tlora.adapter.initial import too_large
+        from tlora.adapter.initial import refuse_ranks
         from tlora.adapter.stock import targets_of
-        from tlora.adapter.three_factors import make_edora, save_written_out
-        from tlora.errors import ConfigError
+        from tlora.adapter.three_factors import make_core, save_written_out
 
         targets = targets_of(model, options)
-        if faults := [fault for t in targets if (fault := too_large(t, options.r))]:
-            raise ConfigError(faults[0], where="adapter")
+        refuse_ranks(targets, options.r)
         adapted: Any = super().prepare(model, options, batches, plan).model
-        make_edora(adapted, targets, options.sigma)
+        make_core(adapted, targets, options.sigma)
         return Prepared(
             model=adapted,
             callbacks=[FrozenACallback()],

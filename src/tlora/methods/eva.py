@@ -55,6 +55,7 @@ class Eva(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r_i (m + d)",
         start="identical",
+        saved="LoRA of rank r_i",
         learning_rates=LORA_RATES,
         reads="inputs",
     )

@@ -30,6 +30,7 @@ class FullFineTuning:
         trains=("",),
         parameters="m d, and all other weights",
         start="identical",
+        saved="a model",
         learning_rates=LearningRates(
             tiny=3e-4,
             small=5e-5,

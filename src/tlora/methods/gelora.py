@@ -39,6 +39,7 @@ class GeLora:
         trains=("lora_A", "lora_B"),
         parameters="r_i (m + d)",
         start="identical",
+        saved="LoRA of rank r_i",
         learning_rates=LORA_RATES,
         reads="inputs",
         source="tlora",

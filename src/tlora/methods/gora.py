@@ -66,6 +66,7 @@ class Gora:
         trains=("lora_A", "lora_B"),
         parameters="r_i (m + d)",
         start="moved",
+        saved="LoRA of rank r_i",
         learning_rates=LearningRates(
             tiny=1e-3,
             small=2e-4,

@@ -8,6 +8,7 @@ parameters on. They are a start, tuned for no task.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 SMALL, LARGE, HUGE = 100_000_000, 1_000_000_000, 20_000_000_000
 """Parameters of the base model from which the next rate holds."""
 HIGH_RANK = 64
-_OF_ADAPTERS = ("lora_", "ranknum", ".modules_to_save.")
-"""Parts of the names of modules that PEFT adds to a model."""
+_OF_ADAPTERS = ("lora_", "ranknum", ".modules_to_save.", "prompt_encoder")
+"""Parts of the names of modules that PEFT adds to a model, beside the prefixes of its types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,13 @@ def base_parameters(model: torch.nn.Module) -> int:
 
     Weights stored in integers (4 and 8 bit) count as the matrices that they stand for.
     """
+    mapping = sys.modules.get("peft.mapping")
+    prefixes = mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values() if mapping else ()
+    added = (*_OF_ADAPTERS, *(f".{prefix}" for prefix in prefixes))
     seen: set[int] = set()
     count = 0
     for name, module in model.named_modules():
-        if any(part in name for part in _OF_ADAPTERS):
+        if any(part in name for part in added):
             continue
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:

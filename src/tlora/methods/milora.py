@@ -27,6 +27,7 @@ class Milora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        saved="LoRA of rank 2 r",
         learning_rates=RESIDUAL_RATES,
         changes_base=True,
         source="tlora",

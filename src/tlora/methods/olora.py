@@ -26,6 +26,7 @@ class Olora(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        saved="LoRA of rank 2 r",
         learning_rates=RESIDUAL_RATES,
         changes_base=True,
     )

@@ -39,6 +39,7 @@ class Pissa(ResidualLora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="rounding",
+        saved="LoRA of rank 2 r",
         learning_rates=RESIDUAL_RATES,
         changes_base=True,
     )

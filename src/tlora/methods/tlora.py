@@ -29,6 +29,7 @@ class TaskAwareLora:
         trains=("lora_B",),
         parameters="r_i m",
         start="identical",
+        saved="LoRA of rank r_i",
         learning_rates=LearningRates(
             tiny=2e-3,
             small=5e-4,

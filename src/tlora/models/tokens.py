@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from tlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,3 +38,25 @@ def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, list[int]]:
         layers.append(head)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(layer)]: list(tokens) for layer in layers}
+
+
+def with_rows(options: Any, rows: Any) -> Any:
+    """Return a method's options with ``rows`` of the embedding to train.
+
+    Raises:
+        ConfigError: the method trains no rows, or the options name others.
+    """
+    field = "trainable_token_indices"
+    if not hasattr(options, field):
+        raise ConfigError(
+            "`tokens.add` needs a method that trains rows of the embedding, and this one does not;"
+            " choose another, or add no tokens.",
+            where="method",
+        )
+    if getattr(options, field) is not None:
+        raise ConfigError(
+            f"`tokens.add` trains the tokens it adds, and `{field}` names others; give one of"
+            " them.",
+            where="adapter",
+        )
+    return dataclasses.replace(options, **{field: rows})

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tlora.checks import hints, takes
 from tlora.config import TLoraConfig
 from tlora.models.pretrained import Pretrained, dtype_of, positions_of, readable, set_token_ids
 from tlora.registry import METHODS
@@ -346,8 +347,12 @@ def _shared_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
     """Return the method's options, of another method those it shares with `TLoraConfig`."""
     options = with_task_type(kind, config.options())
     if not isinstance(options, TLoraConfig):
-        names = [name for name in TLoraConfig.field_names() if hasattr(options, name)]
-        options = TLoraConfig.recommended(**{name: getattr(options, name) for name in names})
+        shared = {
+            name: getattr(options, name)
+            for name, kind in hints(TLoraConfig).items()
+            if hasattr(options, name) and takes(kind, getattr(options, name))
+        }
+        options = TLoraConfig.recommended(**shared)
     return options
 
 

@@ -123,22 +123,15 @@ class Setup:
         """Give the added tokens rows of the embedding and the head, and let these train."""
         import transformers
 
-        from tlora.models.tokens import make_rows, rows_of
+        from tlora.models.tokens import make_rows, rows_of, with_rows
 
         added = self.tokenizer.convert_tokens_to_ids(list(self.config.tokens.add))
         if not added:
             return
         transformers.set_seed(self.config.seed)
         make_rows(model, self.tokenizer)
-        if hasattr(self.options, "trainable_token_indices"):
-            if self.options.trainable_token_indices is not None:
-                raise ConfigError(
-                    "`tokens.add` trains the tokens it adds, and `trainable_token_indices` names"
-                    " others; give one of them.",
-                    where="adapter",
-                )
-            rows = rows_of(model, added)
-            self.options = dataclasses.replace(self.options, trainable_token_indices=rows)
+        if self.method.traits.leaves == "adapter":
+            self.options = with_rows(self.options, rows_of(model, added))
 
     def _check_room(self, model: Any) -> None:
         """Check that the model has positions and rows of its embedding for every token.
