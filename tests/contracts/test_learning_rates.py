@@ -17,7 +17,7 @@ from tlora.registry import METHODS
 
 NAMES = METHODS.names()
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
-STEPS = 12
+STEPS = 10
 
 # The rate of the method's own paper or code at 7 billion parameters (`corda`: of PEFT's example); a
 # relative's for `olora`, below LoRA's for `rslora`, and for all others that of QLoRA's code.
@@ -48,11 +48,11 @@ def test_above_a_billion_parameters_it_is_never_above_published_practice(name):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    """Sixteen word problems for the embedded base."""
+    """Four word problems for the embedded base."""
     folder = write_rows(str(tmp_path_factory.mktemp("rows") / "demo"), 0)["ledger"]
-    lines = (folder / "train.jsonl").read_text().splitlines()[:16]
+    lines = (folder / "train.jsonl").read_text().splitlines()[:4]
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL)
-    (batch,) = calibration_batches(tokenizer, [*map(json.loads, lines)], n=16, batch_size=16)
+    (batch,) = calibration_batches(tokenizer, [*map(json.loads, lines)], n=4, batch_size=4)
     return batch
 
 
