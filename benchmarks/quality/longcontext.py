@@ -55,7 +55,7 @@ def main() -> None:
         torch.set_num_threads(1)
         experiment(flags.model, flags.file, record)
     print(json.dumps(record["overlap"], indent=2))
-    print(json.dumps(losses(record["runs"]), indent=2))
+    print("base", record["base"], json.dumps(losses(record["runs"]), indent=2))
 
 
 def experiment(source: str, file: Path, record: dict[str, Any]) -> None:
@@ -73,6 +73,7 @@ def experiment(source: str, file: Path, record: dict[str, Any]) -> None:
         for cut, draw in product(CUTS, DRAWS)
     }
     record["overlap"] = overlaps(plans)
+    record["base"] = round(token_loss(loaded(source), batches(test, 8)), 5)
     for draw, cut in product(DRAWS, CUTS):
         name = f"{cut}/{draw}"
         if name in record["runs"]:
@@ -81,9 +82,9 @@ def experiment(source: str, file: Path, record: dict[str, Any]) -> None:
         chosen = random.Random(f"order {draw}").sample(range(len(training)), STEPS * BATCH)
         train(model, batches(training[chosen], BATCH), RATE)
         record["runs"][name] = round(token_loss(model, batches(test, 8)), 5)
-        record["provenance"] = provenance(None)
         write_json(RESULTS, record)
         print(name, record["runs"][name], flush=True)
+    write_json(RESULTS, record | {"provenance": provenance(None)})
 
 
 def rows_of(file: Path, tokenizer: Any) -> Tensor:

@@ -85,6 +85,7 @@ def _grid(base: dict[str, Any], task: str) -> Grid[float]:
 
 def robustness(record: dict[str, Any], runs: dict[str, Any]) -> plt.Figure:
     """Return the agreement by number of samples for each base, and the spread of test losses."""
+    record = {base: found for base, found in record.items() if _repeated(found)}
     count = len(record) + bool(runs)
     figure, axes = plt.subplots(
         1, count, figsize=(4.1 * count, 3.6), squeeze=False, layout="constrained"
@@ -95,6 +96,12 @@ def robustness(record: dict[str, Any], runs: dict[str, Any]) -> plt.Figure:
     if runs:
         _spread(axes[0][-1], spreads(runs, "loss"))
     return figure
+
+
+def _repeated(found: dict[str, Any]) -> bool:
+    """Return whether a base has draws and tasks to compare."""
+    draws = [each for by_count in found["between_draws"].values() for each in by_count.values()]
+    return any(draws) and bool(found["between_tasks"]["pairs"])
 
 
 def _agreement(axis: plt.Axes, found: dict[str, Any]) -> None:
