@@ -48,39 +48,24 @@ def relative(sensitivity: dict[str, float]) -> dict[str, float]:
 
 
 def maps(record: dict[str, Any]) -> plt.Figure:
-    """Return a heat map of layers x projections per task, a row of them per base."""
-    tasks = {base: [t for t in TASKS if t in record[base]["sensitivity"]] for base in record}
-    columns = max(map(len, tasks.values()))
-    heights = [2 + len(_grid(record[base], tasks[base][0]).rows) / 6 for base in record]
+    """Return a heat map of layers x projections per base and task, side by side, in one scale."""
+    shown = [(base, t) for base in record for t in TASKS if t in record[base]["sensitivity"]]
     figure, axes = plt.subplots(
-        len(record),
-        columns,
-        figsize=(2.3 * columns + 1, sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
+        1, len(shown), figsize=(2 * len(shown) + 1, 4.2), squeeze=False, layout="constrained"
     )
     norm = LogNorm(0.1, 10)
-    for line, base in zip(axes, record, strict=True):
-        for place, axis in enumerate(line):
-            if place >= len(tasks[base]):
-                axis.axis("off")
-                continue
-            task = tasks[base][place]
-            grid = _grid(record[base], task)
-            values = [[grid.cells.get((r, c), np.nan) for c in grid.columns] for r in grid.rows]
-            image = axis.imshow(values, norm=norm, cmap="viridis", aspect="auto")
-            axis.set_title(f"{BASES[base]}\n{task}" if place == 0 else f"\n{task}", fontsize=9)
-            axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=90, fontsize=7)
-            step = 1 if len(grid.rows) < 10 else 5
-            axis.set_yticks(range(0, len(grid.rows), step), grid.rows[::step], fontsize=7)
-        line[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="S over its mean", shrink=0.6)
+    for axis, (base, task) in zip(axes[0], shown, strict=True):
+        grid = Grid.of(relative(record[base]["sensitivity"][task]))
+        values = [[grid.cells.get((r, c), np.nan) for c in grid.columns] for r in grid.rows]
+        image = axis.imshow(values, norm=norm, cmap="viridis", aspect="auto")
+        axis.set_title(f"{BASES[base]}\n{task}", fontsize=8)
+        axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=90, fontsize=7)
+        step = 1 if len(grid.rows) < 10 else 5
+        axis.set_yticks(range(0, len(grid.rows), step), grid.rows[::step], fontsize=7)
+    axes[0][0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="S over its mean", ticks=[0.1, 0.3, 1, 3, 10])
+    figure.axes[-1].set_yticklabels(["0.1", "0.3", "1", "3", "10"])
     return figure
-
-
-def _grid(base: dict[str, Any], task: str) -> Grid[float]:
-    return Grid.of(relative(base["sensitivity"][task]))
 
 
 def robustness(record: dict[str, Any], runs: dict[str, Any]) -> plt.Figure:
@@ -137,7 +122,8 @@ def _spread(axis: plt.Axes, lines: list[dict[str, Any]]) -> None:
     axis.set_xticks(range(len(shown)), names, fontsize=8)
     axis.set_ylabel("standard deviation of the test loss")
     axis.set_title("embedded base, after training", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.margins(y=0.3)
+    axis.legend(fontsize=8, loc="upper right")
     axis.spines[["top", "right"]].set_visible(False)
 
 
