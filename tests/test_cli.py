@@ -323,7 +323,7 @@ def test_list_shows_a_line_for_each_registered_name(tlora):
 
     code, out, _ = tlora("list", "methods")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == METHODS.names()
+    assert [line.split()[0] for line in out.splitlines()] == [*METHODS.names(), "peft:TYPE"]
     tasks = [line.split()[0] for line in tlora("list", "tasks")[1].splitlines()]
     assert tasks == [*TASKS.names(), "evaluations", *EVALUATIONS.names(), *CONVERSATIONS.names()]
     everything = tlora("list")[1]

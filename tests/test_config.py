@@ -141,7 +141,7 @@ def test_parameters_go_without_dropout() -> None:
 def test_options_that_cannot_work_together_are_one_fault(
     fields: dict[str, Any], sentence: str
 ) -> None:
-    methods = [METHODS.load(entry.name) for entry in METHODS.entries()]
+    methods = [METHODS.load(name) for name in METHODS.names()]
     records = [m.options for m in methods if set(fields) <= set(m.options.field_names())]
     assert TLoraConfig in records
     for record in records:
@@ -154,19 +154,19 @@ def test_options_that_cannot_work_together_are_one_fault(
 def test_a_name_alone_is_a_list_of_one_in_every_method() -> None:
     names = "modules_to_save", "target_parameters", "query_modules", "value_modules"
     checked = 0
-    for entry in METHODS.entries():
-        record = METHODS.load(entry.name).options
-        for name in set(names) & set(record.field_names()):
-            assert getattr(record(**{name: "lm_head"}), name) == ["lm_head"]
+    for name in METHODS.names():
+        record = METHODS.load(name).options
+        for field in set(names) & set(record.field_names()):
+            assert getattr(record(**{field: "lm_head"}), field) == ["lm_head"]
             checked += 1
         if "target_modules" in record.field_names():
             assert record(target_modules="q_proj").target_modules == "q_proj"
-    assert checked > len(METHODS.entries())
+    assert checked > len(METHODS.names())
 
 
 def test_no_method_takes_a_negative_scale() -> None:
-    for entry in METHODS.entries():
-        record = METHODS.load(entry.name).options
+    for name in METHODS.names():
+        record = METHODS.load(name).options
         if "lora_alpha" in record.field_names():
             with pytest.raises(ConfigError, match="`lora_alpha` is -1; give a positive number"):
                 record(lora_alpha=-1)

@@ -189,7 +189,7 @@ def test_all_faults_come_in_one_error(folder):
     found = spoken([filled(command, folder).split() for command in (train, evaluation)])
     (code, said, loaded), (other_code, other, other_loaded) = found
     assert (code, loaded, other_code, other_loaded) == (2, [], 2, [])
-    assert said.startswith("tlora: run: 6 faults:\n")
+    assert "\ntlora: run: 6 faults:\n" in said
     assert f"  - {folder}/no.jsonl: there is no such file" in said
     assert "  - trainer: there is no field `nosuch`." in said
     assert other.startswith("tlora: eval: 4 faults:\n")

@@ -87,7 +87,8 @@ def _load(folder: str):
 
 @pytest.mark.parametrize("method", [name for name in METHODS.names() if name != "full"])
 def test_every_method_leaves_the_vision_tower_alone(method, folders, config):
-    adapter = {"init_r": 4, "target_r": 2} if method == "adalora" else {"r": 2}
+    own = {"adalora": {"init_r": 4, "target_r": 2}, "qa-lora": {"r": 2, "group_size": 4}}
+    adapter = own.get(method, {"r": 2})
     setup = settle(config(model=folders["llava"], method=method, adapter=adapter))
     model = initialize.adapt(setup, "cpu").model
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -44,7 +44,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_parameters": "experts.down"}, "`target_modules` adapts Linears"),
 ]
-ADAPTERS = [entry.name for entry in METHODS.entries() if entry.name != "full"]
+ADAPTERS = [name for name in METHODS.names() if name != "full"]
 
 
 def methods_with(fields: dict[str, Any]) -> list[str]:

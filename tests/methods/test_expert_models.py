@@ -23,7 +23,7 @@ def trained(prepared):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_experts_are_left_alone_with_a_word(prepared_by, name, caplog):
     known = {field.name for field in dataclasses.fields(METHODS.load(name).options)}
-    asked = {"exclude_modules": DENSE, "r": 2, "rho": 1}
+    asked = {"exclude_modules": DENSE, "r": 2, "rho": 1, "group_size": 4}
     options = {key: value for key, value in asked.items() if key in known}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

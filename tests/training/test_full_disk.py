@@ -47,11 +47,12 @@ def test_the_same_command_ends_as_if_the_disk_had_never_been_full(
     run = config()
     file = Path(run.output_dir).with_name("run.yaml")
     file.write_text(yaml.safe_dump(run.to_dict()))
-    assert full(place, "train", str(file)) == 1
+    command = ["train", str(file), "--preset", "paper-rule"]
+    assert full(place, *command) == 1
     err = capsys.readouterr().err
     assert "tlora: no space left on the disk" in err
     assert "Traceback" not in err
     folder = RunFolder(run.output_dir)
     assert not folder.finished
-    assert cli.main(["train", str(file)]) == 0
+    assert cli.main(command) == 0
     assert (folder.adapter / "adapter_model.safetensors").read_bytes() == whole("tlora")
