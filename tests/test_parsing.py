@@ -9,6 +9,7 @@ from tlora.compare.compareconfig import CompareConfig
 from tlora.errors import ConfigError
 from tlora.parsing import parse
 from tlora.training.runconfig import RunConfig
+from tlora.verbconfig import InspectConfig
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,12 @@ def test_a_flag_of_a_section_that_is_there_is_looked_for_in_it_alone():
     with pytest.raises(ConfigError) as caught:
         parse("tlora", RunConfig, ["--data.r", "1"])
     assert "--adapter" not in str(caught.value)
+
+
+def test_words_without_a_flag_fill_the_places_in_order():
+    one, other = (parse("tlora", InspectConfig, words).record for words in (["a"], ["a", "b"]))
+    assert (one.path, one.against) == ("a", None)
+    assert (other.path, other.against) == ("a", "b")
+    assert parse("tlora", InspectConfig, ["a", "--against", "b"]).record == other
+    with pytest.raises(ConfigError, match="no place for 'c'"):
+        parse("tlora", InspectConfig, ["a", "b", "c"])

@@ -204,12 +204,12 @@ def _first_sentence(field: Field) -> str:
 
 def _head(prog: str, record: type[Section]) -> list[str]:
     """Return the usage lines and a description of the verb."""
-    words = ["[run.yaml]"]
+    words = []
     for name, field in fields_of(record):
         if field.positional:
             word = name if field.default is dataclasses.MISSING else f"[{name}]"
-            words = [*words, f"[{name} ...]"] if field.item else [word]
-    lines = [f"usage: {prog} {' '.join(words)} [flags]", ""]
+            words += ["[run.yaml]", f"[{name} ...]"] if field.item else [word]
+    lines = [f"usage: {prog} {' '.join(words or ['[run.yaml]'])} [flags]", ""]
     return [*lines, *textwrap.wrap((record.__doc__ or "").split("\n\n")[0], _WIDTH), ""]
 
 

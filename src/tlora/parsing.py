@@ -118,13 +118,14 @@ def _read_words(
     flags: list[tuple[str, Any]],
 ) -> Iterator[str]:
     """Put the values of flags into ``flags`` and ``lists``; yield what is wrong with the words."""
-    alone = next((name for name, field in fields.items() if field.positional), None)
+    places = [name for name, field in fields.items() if field.positional]
+    many = any(fields[name].item for name in places)
     found: list[str] = []
     left = words[::-1]
     while left:
         word = left.pop()
         if not word.startswith("-") or word == "-":
-            if alone and (fields[alone].item or not found):
+            if many or len(found) < len(places):
                 found.append(word)
             else:
                 yield f"there is no place for {word!r}; give flags as --name value."
@@ -148,8 +149,7 @@ def _read_words(
             names = [*fields, *lists, "help", "print_config", *_trained_with(record)]
             names = [f"--{each}" for each in names]
             yield f"there is no flag `{flag}`.{_hint(flag, names, fields)}"
-    if alone and found:
-        flags.append((alone, found if fields[alone].item else found[0]))
+    flags += zip(places, [found] if many and found else found, strict=False)
 
 
 def _takes(name: str, fields: dict[str, Field]) -> bool:

@@ -81,9 +81,10 @@ class InspectConfig(Record):
     evaluation. A run with a plan shows the plan; its adapter is the folder `adapter` in it."""
     by: Literal["module", "layer", "projection"] = "module"
     """What a line of the table is about."""
-    against: str | None = None
-    """Of an adapter: the folder of another, to show their difference. Of a comparison: a method by
-    its label, to print its paired difference to every other one."""
+    against: str | None = field(default=None, metadata={"positional": True})
+    """The second word, or --against. Of an adapter: another run or adapter, to show how their
+    updates differ. Of a comparison: a method by its label, to print its paired difference to every
+    other one."""
     output: str | None = None
     """HTML file of an adapter's page, with its numbers in a .json beside it; by default
     FOLDER.inspect.html beside the adapter's folder, which stays as it is."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from browsing import WIDE, overhanging
 
-from served import SERVED, Saved, change_config, dense, save
+from served import SERVED, Saved, change_config, change_weights, dense, save
 from tlora import cli
 from tlora.adapter.saved import Factors, read_lora
 from tlora.errors import ConfigError
@@ -84,6 +84,40 @@ def test_two_adapters_differ_where_one_scale_was_changed(own, tmp_path):
         assert found["difference"] == pytest.approx(2.0 if wrong else 0.0, abs=1e-9)
         assert found["overlap"] == pytest.approx(1)
         assert found["angle"] == pytest.approx(0, abs=1e-4)
+
+
+def test_an_update_has_a_cosine_of_one_with_itself(own):
+    for found in inspected(own, own.adapter)["modules"].values():
+        assert found["cosine"] == pytest.approx(1)
+        assert found["leading"] == pytest.approx(1)
+
+
+def test_cosines_and_leading_subspaces_are_those_of_the_dense_updates(own, tmp_path):
+    other = shutil.copytree(own.adapter, tmp_path / "other")
+
+    def turn(weights):
+        for n, key in enumerate(weights):
+            noise = torch.randn(weights[key].shape, generator=torch.Generator().manual_seed(n))
+            weights[key] += noise * weights[key].std()
+
+    change_weights(other, turn)
+    one, two = (dense(read_lora(folder)) for folder in (own.adapter, other))
+    for name, found in inspected(own, other)["modules"].items():
+        pair = [one[name], two[name]]
+        dot = (pair[0] * pair[1]).sum() / pair[0].norm() / pair[1].norm()
+        assert found["cosine"] == pytest.approx(float(dot), abs=1e-9)
+        assert 0 < abs(found["cosine"]) < 1
+        values, rows = zip(*[torch.linalg.svd(update)[1:] for update in pair], strict=True)
+        count = round(min(map(effective_rank, values)))
+        shared = (rows[0][:count] @ rows[1][:count].T).square().sum() / count
+        assert found["leading"] == pytest.approx(float(shared), rel=1e-6)
+
+
+def test_an_update_of_zero_has_no_cosine(own, tmp_path):
+    other = shutil.copytree(own.adapter, tmp_path / "other")
+    change_weights(other, lambda weights: [w.zero_() for key, w in weights.items() if "_B" in key])
+    found = inspected(own, other)["modules"]
+    assert {module["cosine"] for module in found.values()} == {None}
 
 
 def test_what_is_inspected_or_compared_is_refused_in_a_sentence(own, tmp_path, capsys):

@@ -228,7 +228,7 @@ def read_lora(path: str | Path) -> SavedLora:
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; only LoRA"
-            " adapters can be exported."
+            " adapters can be read here."
         )
     check_fields(path, fields)
     file = path / WEIGHTS

@@ -152,8 +152,25 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def overlap(one: Factors, other: Factors) -> tuple[float, float]:
+def cosine(one: Tensor, other: Tensor) -> float | None:
+    """Return <D_1, D_2> / (||D_1|| ||D_2||) of two updates, in [-1, 1]; None where one is zero.
+
+    Args:
+        one: D_1, in any orthonormal basis, such as that of `both`.
+        other: D_2, in the same basis.
+    """
+    norms = float(one.norm()) * float(other.norm())
+    return min(1.0, max(-1.0, float((one * other).sum()) / norms)) if norms else None
+
+
+def overlap(one: Factors, other: Factors, leading: int | None = None) -> tuple[float, float]:
     """Return how far the row spaces of two updates agree: of their inputs, which ones they read.
+
+    Args:
+        one: the first update.
+        other: the second.
+        leading: how many right singular vectors of each count, by size of the singular value; None:
+            all that are not zero.
 
     Returns:
         ||V_1^T V_2||_F^2 / min(r_1, r_2), from 0 (orthogonal) to 1 (one holds the other), V being
@@ -162,7 +179,7 @@ def overlap(one: Factors, other: Factors) -> tuple[float, float]:
     Source: Hu et al., LoRA, arXiv 2106.09685, section 7.2; Golub and Van Loan, Matrix
     Computations, 4th edition, section 6.4.3.
     """
-    bases = [_row_space(each) for each in (one, other)]
+    bases = [_row_space(each)[:, :leading] for each in (one, other)]
     least = min(basis.shape[1] for basis in bases)
     if not least:
         return 0.0, 0.0

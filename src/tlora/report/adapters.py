@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
 
 from tlora.adapter.saved import SavedLora
 from tlora.errors import AdapterError, listed
 from tlora.exporters.truncate import spectrum
-from tlora.exporters.updates import both, effective_rank, overlap
+from tlora.exporters.updates import both, cosine, effective_rank, overlap
 from tlora.files import write_json
-from tlora.report import svg
+from tlora.report import parameters
+from tlora.report.charts import panels
 from tlora.report.heatmap import heat_map, write_page
+from tlora.report.parameters import Entries, Norms
 from tlora.report.tables import groups, plain
 from tlora.training.model_card import span
 
@@ -35,6 +39,8 @@ class Update:
         effective_rank: exp of the entropy of its singular values, each over their sum.
         bytes: of A and B as they are stored.
         singular_values: in descending order.
+        a: the entries of A.
+        b: of B.
     """
 
     rank: int
@@ -43,6 +49,8 @@ class Update:
     effective_rank: float
     bytes: int
     singular_values: list[float]
+    a: Entries
+    b: Entries
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,19 @@ class Change:
         norm: of the first, ||s_1 B_1 A_1||.
         other: of the second.
         difference: the norm of the difference over ``norm``; None where that is zero.
+        cosine: of the two as vectors, <D_1, D_2> / (||D_1|| ||D_2||); None where one is zero.
         overlap: ||V_1^T V_2||_F^2 / min(r_1, r_2) of the row spaces' orthonormal bases.
+        leading: the same of the first k right singular vectors, k being the smaller one of their
+            effective ranks, rounded.
         angle: the largest principal angle of the row spaces, in degrees.
     """
 
     norm: float
     other: float
     difference: float | None
+    cosine: float | None
     overlap: float
+    leading: float
     angle: float
 
 
@@ -73,10 +86,12 @@ class Inspection(Generic[Module]):
     modules: dict[str, Module]
     forms: Mapping[str, str]
     """The fields that a map shows, and how."""
+    training: Norms = field(default_factory=dict)
+    """The norms by step, where a run kept several checkpoints."""
 
 
-def inspect(lora: SavedLora) -> Inspection[Update]:
-    """Measure an adapter."""
+def inspect(lora: SavedLora, checkpoints: Path | None = None) -> Inspection[Update]:
+    """Measure an adapter, and the checkpoints of its run where there are several."""
     found = {}
     for name in lora.keys:
         factors = lora.factors(name)
@@ -88,6 +103,8 @@ def inspect(lora: SavedLora) -> Inspection[Update]:
             effective_rank=effective_rank(values),
             bytes=factors.a.nbytes + factors.b.nbytes,
             singular_values=values.tolist(),
+            a=Entries.of(factors.a),
+            b=Entries.of(factors.b),
         )
     ranks, scales = [u.rank for u in found.values()], [u.scale for u in found.values()]
     lines = [
@@ -99,7 +116,9 @@ def inspect(lora: SavedLora) -> Inspection[Update]:
     ]
     lines += [f"also has {words}" for words in lora.lacks()]
     forms = {"rank": "{}", "scale": "{:.2f}", "norm": "{:.3g}", "effective_rank": "{:.1f}"}
-    return Inspection("Adapter", "\n".join(lines), found, forms)
+    norms = parameters.norms_by_step(checkpoints) if checkpoints else {}
+    several = any(len(line) > 1 for modules in norms.values() for line in modules.values())
+    return Inspection("Adapter", "\n".join(lines), found, forms, norms if several else {})
 
 
 def against(lora: SavedLora, other: SavedLora) -> Inspection[Change]:
@@ -123,7 +142,8 @@ def against(lora: SavedLora, other: SavedLora) -> Inspection[Change]:
     ):
         if alone := [name for name in names if name not in others]:
             lines.append(f"only in {path}: {listed(alone)}")
-    forms = {"difference": "{:.2g}", "overlap": "{:.2f}", "angle": "{:.0f}"}
+    forms = {"difference": "{:.2g}", "cosine": "{:.2f}", "overlap": "{:.2f}"}
+    forms |= {"leading": "{:.2f}", "angle": "{:.0f}"}
     return Inspection("Two adapters", "\n".join(lines), changes, forms)
 
 
@@ -138,8 +158,17 @@ def _change(lora: SavedLora, other: SavedLora, name: str) -> Change:
     first = one.scale * plain_one
     norm = float(first.norm())
     share, angle = overlap(one, two)
+    ranks = [effective_rank(torch.linalg.svdvals(each)) for each in (first, second)]
     off = float((first - second).norm())
-    return Change(norm, float(second.norm()), off / norm if norm else None, share, angle)
+    return Change(
+        norm=norm,
+        other=float(second.norm()),
+        difference=off / norm if norm else None,
+        cosine=cosine(first, second),
+        overlap=share,
+        leading=overlap(one, two, max(1, round(min(ranks))))[0],
+        angle=angle,
+    )
 
 
 def table(found: Inspection[Any], by: str) -> Table:
@@ -168,17 +197,20 @@ def _change_line(changes: Sequence[Change]) -> list[str]:
         math.hypot(*values) for values in ([c.norm for c in changes], [c.other for c in changes])
     ]
     off = math.hypot(*((c.difference or 0.0) * c.norm for c in changes))
+    dot = sum((c.cosine or 0.0) * c.norm * c.other for c in changes)
     return [
         *(f"{norm:.4g}" for norm in norms),
         f"{off / norms[0]:.3g}" if norms[0] else "-",
+        f"{dot / math.prod(norms):.3f}" if all(norms) else "-",
         f"{sum(c.overlap for c in changes) / count:.3f}",
+        f"{sum(c.leading for c in changes) / count:.3f}",
         f"{max(c.angle for c in changes):.0f}\N{DEGREE SIGN}",
     ]
 
 
 _HEADS: dict[Any, list[str]] = {
     _update_line: ["rank", "scale", "norm", "largest", "eff. rank", "bytes"],
-    _change_line: ["norm", "other", "difference", "overlap", "angle"],
+    _change_line: ["norm", "other", "difference", "cosine", "overlap", "leading", "angle"],
 }
 
 
@@ -194,45 +226,51 @@ def write(found: Inspection[Any], page: Path) -> tuple[Path, Path]:
         for field, values in known.items()
         if values
     ]
-    note = "One line per module: its singular values relative to the largest."
-    drawn = spectra(found.modules) if found.title == "Adapter" else {}
-    charts = {"singular values": (note, drawn)} if drawn else {}
+    charts = _charts(found) if found.title == "Adapter" else {}
     write_page(page, found.title, found.summary, maps, charts)
     rows = {name: asdict(module) for name, module in found.modules.items()}
     numbers = page.with_suffix(".json")
-    write_json(numbers, {"summary": found.summary.splitlines(), "modules": rows})
+    training = {"training": found.training} if found.training else {}
+    write_json(numbers, {"summary": found.summary.splitlines(), "modules": rows, **training})
     return page, numbers
 
 
-def spectra(updates: Mapping[str, Update]) -> dict[str, str]:
-    """Return a chart of the singular values, each over its module's largest, by projection."""
-    curves: dict[str, list[list[svg.Point]]] = {}
-    for projection, members in groups(updates, "projection").items():
-        for update in members:
-            values = update.singular_values
-            points = [(k, v / values[0]) for k, v in enumerate(values, 1) if v > _FLOOR * values[0]]
-            if len(points) > 1:
-                curves.setdefault(projection, []).append([(float(k), v) for k, v in points])
-    every = [line for lines in curves.values() for line in lines]
-    if not every:
-        return {}
-    width, height = 178, 124
-    frame = svg.Frame(
-        svg.Scale.over([x for line in every for x, _ in line], 36, width - 12),
-        svg.Scale.over([y for line in every for _, y in line], height - 22, 8, log=True),
-        width,
-        height,
-    )
-    ticks = [(value, svg.short(value)) for value in frame.x.ticks(4) if value == int(value) > 0]
-    drawn = {}
-    for projection, lines in curves.items():
-        parts = frame.axes(ticks, frame.y.ticks(4))
-        for line in lines:
-            parts += svg.lines(frame, line, [], [])
-        drawn[projection] = svg.panel(
-            frame, parts, f"{projection}: singular values of {len(lines)} modules over the largest"
+def _charts(found: Inspection[Update]) -> dict[str, tuple[str, Mapping[str, str]]]:
+    """Return the charts of an adapter, by heading, each with a note."""
+    named = groups(found.modules, "projection")
+    spectra = {name: [_spectrum(u) for u in updates] for name, updates in named.items()}
+    drawn = {
+        "singular values": (
+            "One line per module: its singular values relative to the largest.",
+            panels(
+                {
+                    name: long
+                    for name, lines in spectra.items()
+                    if (long := list(filter(None, lines)))
+                },
+                "singular values over the largest",
+            ),
         )
-    return drawn
+    }
+    for matrix, of in (("A", "a"), ("B", "b")):
+        lines = {n: [getattr(u, of).against_gaussian() for u in us] for n, us in named.items()}
+        drawn[f"entries of {matrix}"] = (
+            "One line per module: quantiles of the entries, in standard deviations, against those"
+            " of a Gaussian. A straight diagonal is a Gaussian; flat ends have no large entries.",
+            panels(lines, f"quantiles of the entries of {matrix}", log_y=False),
+        )
+    drawn["norms over training"] = (
+        "One line per module: the norm of its parameters at each checkpoint, by step.",
+        panels(parameters.curves(found.training), "norm by step"),
+    )
+    return {heading: chart for heading, chart in drawn.items() if chart[1]}
+
+
+def _spectrum(update: Update) -> list[tuple[float, float]]:
+    """Return the singular values over the largest, by number; none where there is only one."""
+    values = update.singular_values
+    points = [(k, v / values[0]) for k, v in enumerate(values, 1) if v > _FLOOR * values[0]]
+    return [(float(k), v) for k, v in points] if len(points) > 1 else []
 
 
 _FLOOR = 1e-8

@@ -88,6 +88,28 @@ def losses(lines: Mapping[str, Curve]) -> dict[str, str]:
     return drawn
 
 
+def panels(curves: Mapping[str, Sequence[Curve]], about: str, log_y: bool = True) -> dict[str, str]:
+    """Return, by caption, a chart of a line per module, all with the same axes.
+
+    Args:
+        curves: the lines, by caption; whole numbers are marked on the axis of x.
+        about: what they show, for screen readers.
+        log_y: whether y has a logarithmic axis.
+    """
+    points = [point for lines in curves.values() for line in lines for point in line]
+    if not points:
+        return {}
+    frame = _frame([x for x, _ in points], [y for _, y in points], log_y, log_x=False)
+    ticks = [(value, svg.short(value)) for value in frame.x.ticks(4) if value == int(value)]
+    drawn = {}
+    for caption, lines in curves.items():
+        parts = frame.axes(ticks, frame.y.ticks(4))
+        for line in lines:
+            parts += svg.lines(frame, line, [], [])
+        drawn[caption] = svg.panel(frame, parts, f"{caption}: {about}, {len(lines)} modules")
+    return drawn
+
+
 def parameters(results: Results, width: int) -> str:
     """Return the test score against trainable parameters by method, ``width`` pixels wide."""
     points = [

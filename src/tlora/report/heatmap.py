@@ -65,16 +65,17 @@ def write_page(
 def heat_map(title: str, values: Mapping[str, float], form: str) -> dict[str, Any]:
     """Return ``values`` by module as layers x projections, for the template.
 
-    "same" is the text that all modules have, if it is one; "shares" are of the largest, for colors.
+    "same" is the text that all modules have, if it is one; "shares" are of the largest magnitude,
+    for colors.
     """
     grid = Grid.of(values)
     texts = {place: form.format(value) for place, value in grid.cells.items()}
-    most = max(values.values()) or 1
+    most = max(map(abs, values.values())) or 1
     return {
         "title": title,
         "grid": grid,
         "texts": texts,
-        "shares": {place: round(value / most, 3) for place, value in grid.cells.items()},
+        "shares": {place: round(abs(value) / most, 3) for place, value in grid.cells.items()},
         "same": next(iter(texts.values())) if len({*texts.values()}) == 1 else None,
     }
 

@@ -97,14 +97,20 @@ def _show_adapter(
     from tlora.adapter.saved import read_lora
     from tlora.exporters.export import adapter_folder
     from tlora.report import adapters
+    from tlora.report.parameters import norms_table
+    from tlora.training.runfolder import RunFolder
 
     lora = read_lora(folder)
+    run = RunFolder(folder.absolute().parent)
+    of_a_run = run.exists and run.adapter == folder.absolute()
     found: Inspection[adapters.Update] | Inspection[adapters.Change] = (
-        adapters.inspect(lora)
+        adapters.inspect(lora, run.checkpoints if of_a_run else None)
         if against is None
         else adapters.against(lora, read_lora(adapter_folder(against)))
     )
     Console().print(adapters.table(found, by))
+    if found.training:
+        Console().print(norms_table(found.training))
     place = folder.absolute()
     page = Path(output or place.with_name(f"{place.name}.inspect.html"))
     page, numbers = adapters.write(found, page)

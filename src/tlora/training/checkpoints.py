@@ -173,7 +173,7 @@ def seal(checkpoint: Path, run_id: str | None = None) -> None:
         }
         for file in files
     }
-    manifest = {"run": run_id, "step": _step(checkpoint), "files": entries}
+    manifest = {"run": run_id, "step": step_of(checkpoint), "files": entries}
     write_state(checkpoint / MANIFEST, manifest)
 
 
@@ -193,7 +193,7 @@ def damage(checkpoint: Path, run_id: str | None = None) -> str | None:
         return f"{manifest} is damaged"
     if run_id is not None and found["run"] != run_id:
         return f"{manifest} belongs to another run"
-    if found["step"] != _step(checkpoint):
+    if found["step"] != step_of(checkpoint):
         return f"{manifest} is of step {found['step']}"
     return next(_changed(checkpoint, found["files"]), None)
 
@@ -210,7 +210,7 @@ def _changed(checkpoint: Path, entries: dict[str, Any]) -> Iterator[str]:
 
 def last_whole(folder: Path, run_id: str | None = None) -> Path | None:
     """Return the newest checkpoint in ``folder`` to resume a run from; None if there is none."""
-    found = (path for path in reversed(_checkpoints(folder)) if _unusable(path, run_id) is None)
+    found = (path for path in reversed(checkpoints_in(folder)) if _unusable(path, run_id) is None)
     return next(found, None)
 
 
@@ -220,7 +220,7 @@ def rewind(folder: Path, run_id: str | None = None) -> Path | None:
     The trainer would write into their folders, and count them as good when it deletes old ones.
     """
     whole, later = None, []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(checkpoints_in(folder)):
         if (fault := _unusable(path, run_id)) is None:
             whole = path
             break
@@ -236,7 +236,7 @@ def delete_old(folder: Path, limit: int | None, best: Path | None) -> None:
     """Delete the oldest checkpoints beyond ``limit``; the newest and the ``best`` one stay."""
     if not limit or limit < 0:
         return
-    found = _checkpoints(folder)
+    found = checkpoints_in(folder)
     kept = {found[-1].name, best.name if best else found[-1].name}
     old = [path for path in found if path.name not in kept]
     for path in old[: max(0, len(found) - max(limit, len(kept)))]:
@@ -252,12 +252,13 @@ def _unusable(checkpoint: Path, run_id: str | None) -> str | None:
     return damage(checkpoint, run_id) or lack
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoint-N folders, by step."""
-    found = (path for path in folder.glob("checkpoint-*") if _step(path))
-    return sorted(found, key=_step)
+    found = (path for path in folder.glob("checkpoint-*") if step_of(path))
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Return N of a folder named checkpoint-N, or 0."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else 0
