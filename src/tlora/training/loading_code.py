@@ -50,10 +50,20 @@ def of(setup: Setup, adapter: bool) -> Code:
     else:
         lines = [f"from transformers import {name}, AutoTokenizer"]
     head = _head(setup) if kind == "SEQ_CLS" and adapter else ""
+    loaded = f'{name}.from_pretrained("adapter"{head}{remote})'
+    own = setup.method.traits.leaves == "own"
+    if own:
+        name = f"AutoModelFor{_CLASSES[kind]}"
+        lines = [
+            "from tlora import load_adapter",
+            f"from transformers import {name}, AutoTokenizer",
+        ]
+        loaded = f'{name}.from_pretrained("{setup.config.model}"{head}{remote})'
+        loaded = f'load_adapter({loaded}, "adapter")'
     lines += [
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("adapter"{remote})',
-        f'model = {name}.from_pretrained("adapter"{head}{remote})',
+        f"model = {loaded}",
     ]
     labeled = kind == "SEQ_CLS"
     asks, pipeline = _labels(setup) if labeled else _writes(setup, _prompt(setup))
@@ -63,7 +73,7 @@ def of(setup: Setup, adapter: bool) -> Code:
     ]
     return Code(
         load="\n".join([*lines, *asks]),
-        pipeline=None if pipeline is None else "\n".join(pipeline),
+        pipeline=None if pipeline is None or own else "\n".join(pipeline),
         merge="\n".join(merge) if adapter else None,
     )
 
