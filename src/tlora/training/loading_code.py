@@ -33,12 +33,13 @@ class Code:
     """Writes a whole model; None where it is one."""
 
 
-def of(setup: Setup, adapter: bool) -> Code:
+def of(setup: Setup, adapter: bool, base: str) -> Code:
     """Return the code for what a run leaves in the folder `adapter`.
 
     Args:
         setup: the run.
         adapter: whether it left an adapter, and not a whole model.
+        base: what to call its base model.
     """
     kind = setup.kind.task_type
     library, auto = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")
@@ -58,7 +59,7 @@ def of(setup: Setup, adapter: bool) -> Code:
             "from tlora import load_adapter",
             f"from transformers import {name}, AutoTokenizer",
         ]
-        loaded = f'{name}.from_pretrained("{setup.config.model}"{head}{remote})'
+        loaded = f'{name}.from_pretrained("{base}"{head}{remote})'
         loaded = f'load_adapter({loaded}, "adapter")'
     lines += [
         "",

@@ -62,7 +62,7 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
     fields = read_json(file) if file.is_file() else None
     ranks = ranks_of(folder)
     base = public(str(setup.config.model))
-    code = loading_code.of(setup, adapter=fields is not None)
+    code = loading_code.of(setup, fields is not None, base)
     own = setup.method.traits.leaves == "own"
     vllm = _vllm(fields, ranks, base) if setup.task.kind == "causal" and not own else None
     again = command(setup.config, verb)
