@@ -148,6 +148,7 @@ METHODS = Registry(
         ("lora-xs", "loraxs:LoraXs", "LoRA-XS: r x r numbers train between W's singular vectors"),
         ("qa-lora", "qalora:QaLora", "QA-LoRA: A reads means of groups of inputs"),
         ("mica", "mica:Mica", "MiCA: B from W's minor part, frozen; A trains"),
+        ("houlsby", "houlsby:Houlsby", "bottleneck adapters behind attention and feed-forward"),
     ),
     families=_classes(
         "tlora.methods",

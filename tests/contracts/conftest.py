@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import KINDS, LENGTHS, RUNS, Ran, inputs, logits, prepare, small_options, train
+from running import KINDS, LENGTHS, PUBLIC_RUNS, Ran, inputs, logits, prepare, small_options, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def read_by_peft(
     for kind in KINDS:
         base = saved(make_model(kind))
         save_file(inputs(batches_of(kind)[0]), home / f"{kind}.safetensors")
-        for name in (name for name, runs_on in RUNS if runs_on == kind):
+        for name in (name for name, runs_on in PUBLIC_RUNS if runs_on == kind):
             run = ran(name, kind)
             jobs.append(
                 {

@@ -18,7 +18,9 @@ from tlora.registry import METHODS
 KINDS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RUNS = [(name, "llama") for name in METHODS.names()]
 """Every method on a decoder, and one of each kind on an encoder with a new head."""
-RUNS += [(name, "bert") for name in ("tlora", "full", "adalora", "pissa", "eva")]
+RUNS += [(name, "bert") for name in ("tlora", "full", "adalora", "pissa", "eva", "houlsby")]
+PUBLIC_RUNS = [(name, kind) for name, kind in RUNS if METHODS.load(name).traits.leaves != "own"]
+"""Those whose result others read."""
 LENGTHS = (9, 8, 10, 7, 12, 6)
 STEPS = 10
 

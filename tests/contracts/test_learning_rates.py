@@ -33,6 +33,7 @@ PUBLISHED = dict.fromkeys(NAMES, 2e-4) | {
     "rslora": 5e-5,
     "gora": 5e-5,
     "lora-xs": 2e-3,
+    "houlsby": 3e-4,
 }
 
 

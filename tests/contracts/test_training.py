@@ -10,6 +10,7 @@ import torch
 import transformers
 from running import small_options
 
+import tlora
 import tlora.demo
 from tlora.errors import ConfigError
 from tlora.registry import METHODS
@@ -20,7 +21,7 @@ from tlora.training.runfolder import RunFolder
 from tlora.training.setup import settle
 
 BASE = str(Path(tlora.demo.__file__).parent / "base")
-NAMES = ["tlora", "full", "adalora", "pissa", "eva", "trimatrix", "loraplus"]
+NAMES = ["tlora", "full", "adalora", "pissa", "eva", "trimatrix", "loraplus", "houlsby"]
 """One of each way to prepare, train and save; tests/contracts/test_methods.py has them all."""
 
 
@@ -78,7 +79,8 @@ def load(folder, traits):
     if traits.leaves == "model":
         return transformers.AutoModelForCausalLM.from_pretrained(folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
-    return peft.PeftModel.from_pretrained(base, folder)
+    load_adapter = tlora.load_adapter if traits.leaves == "own" else peft.PeftModel.from_pretrained
+    return load_adapter(base, folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +145,7 @@ def test_lora_rite_is_refused_where_it_cannot_be(config, tmp_path, name, fault):
     "name",
     [
         *("adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"),
-        *("qa-lora", "peft:vera"),
+        *("qa-lora", "peft:vera", "houlsby"),
     ],
 )
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):

@@ -159,6 +159,16 @@ def test_the_card_of_a_whole_model_loads_it_by_transformers(config, monkeypatch)
     assert not Path("merged").exists()
 
 
+def test_the_card_of_a_folder_of_our_own_form_loads_it_by_us(config):
+    run = train.run(config(method="houlsby", adapter={"r": 4}, trainer=SHORT))
+    front, _ = parts(text_of(run))
+    assert front["library_name"] == "tlora"
+    assert "from tlora import load_adapter" in text_of(run)
+    assert "serve it by the code above" in text_of(run)
+    assert "merge_and_unload" not in text_of(run)
+    assert str(Path(str(config().model)).parent) not in text_of(run)
+
+
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_the_code_of_a_card_gives_a_head_its_labels(
     config, monkeypatch, saved, tiny_bert_classifier, tmp_path, kind

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from tlora.adapter import bottleneck
 from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
 from tlora.adapter.savedconfig import check_fields
@@ -66,20 +67,11 @@ def load_adapter(
             any more; the model is as it was. If PEFT does not load it, it may be half adapted.
         ArtifactError: its adapter_config.json is damaged.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    fields: dict[str, Any] = {}
-    local = Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")
-    settings = Path(path) / "adapter_config.json"
-    if local and not settings.is_file():
-        raise AdapterError(
-            f"{path} holds no adapter_config.json; give the folder that `save_pretrained` wrote."
-        )
-    if local:
-        fields = adapter_fields(settings)
-        with damaged(settings, "save or copy the adapter again"):
-            _ = fields["peft_type"]
-            PeftConfig.from_pretrained(str(path))
+    fields = _saved_fields(path)
+    if fields.get("peft_type") == bottleneck.PEFT_TYPE:
+        return bottleneck.load(model, Path(path), fields, is_trainable)
     with _fitting(model, path):
         check_saved(path, model, fields)
     if is_trainable:
@@ -92,6 +84,29 @@ def load_adapter(
     if freeze and any(lora_layers(adapted, adapter_name)):
         freeze_a(adapted, adapter_name)
     return adapted
+
+
+def _saved_fields(path: str | Path) -> dict[str, Any]:
+    """Return the checked fields of a folder's adapter_config.json; {} for an adapter on the Hub.
+
+    Raises:
+        AdapterError: the folder has no such file.
+        ArtifactError: it is damaged.
+    """
+    from peft import PeftConfig
+
+    settings = Path(path) / "adapter_config.json"
+    if not (Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")):
+        return {}
+    if not settings.is_file():
+        raise AdapterError(
+            f"{path} holds no adapter_config.json; give the folder that `save_pretrained` wrote."
+        )
+    fields = adapter_fields(settings)
+    with damaged(settings, "save or copy the adapter again"):
+        if fields["peft_type"] != bottleneck.PEFT_TYPE:
+            PeftConfig.from_pretrained(str(path))
+    return fields
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ SETTINGS = (
     "seed",
     "data_dir",
     "test_file",
+    "train_file",
+    "laplace",
     "data",
 )
 """Fields that can change a score; all results of a folder have them in common."""
@@ -93,6 +95,12 @@ class EvalConfig(Record):
     """Evaluate each adapter merged into its base, in memory, instead of beside it."""
     with_merged: bool = False
     """Evaluate each adapter both ways."""
+    laplace: bool = False
+    """Evaluate each adapter with averaged predictions too, by a Laplace approximation fitted to its
+    training rows (Laplace-LoRA), and report -nll and -ece of all: of classifications and of
+    multiple choice by likelihood."""
+    train_file: str | None = None
+    """Training rows of a classifier for `laplace`; by default those that its run records."""
     num_fewshot: Annotated[int, at_least(0)] | None = None
     """Examples before each question; by default the task's own number."""
     limit: Annotated[float, _ITEMS] | None = None
@@ -149,6 +157,7 @@ class EvalConfig(Record):
     def __post_init__(self) -> None:
         self.tasks = split_names(self.tasks)
         self.test_file = written(self.test_file, "test_file")
+        self.train_file = written(self.train_file, "train_file")
         if self.test_file and not self.tasks:
             self.tasks = ["jsonl"]
         if isinstance(self.limit, float) and self.limit >= 1 and self.limit.is_integer():
@@ -193,3 +202,7 @@ class EvalConfig(Record):
             yield "`tasks` is empty; give --tasks; see `tlora list evaluations`."
         if self.merge and self.with_merged:
             yield "`merge` and `with_merged` are both given; give one of them."
+        if self.train_file and not self.laplace:
+            yield "`train_file` has no effect without `laplace`; leave it out."
+        if self.laplace and self.backend != "hf":
+            yield "`laplace` needs gradients, which vLLM does not give; leave --backend out."

@@ -142,12 +142,32 @@ def check(
     """
     from lm_eval.models.utils import resolve_max_length
 
+    if config.laplace:
+        _check_laplace(tasks, models)
     for evaluated in models:
         tokenizer = run_format.template_tokenizer(evaluated, config, models)
         own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
         longest = config.max_length or resolve_max_length(own, tokenizer)
         for task in tasks.values():
             task.check(evaluated, tokenizer, longest)
+
+
+def _check_laplace(tasks: dict[str, EvaluationTask], models: list[EvaluatedModel]) -> None:
+    """Check that tasks and models have what a Laplace approximation is of."""
+    faults = [
+        f"{name} has no classes to tell apart, or it chooses by likelihood and has no training"
+        " rows; leave --laplace out."
+        for name, task in tasks.items()
+        if not getattr(task, "has_odds", False)
+    ]
+    faults += [
+        f"{each.name} is an encoder-decoder, and choices are averaged of causal models alone; leave"
+        " --laplace out."
+        for each in models
+        if each.head == "seq2seq"
+    ]
+    if faults:
+        raise ConfigError(faults, where="laplace")
 
 
 def _evaluate(
@@ -186,13 +206,17 @@ def _model(
 
         head = next(task.head for task in tasks.values() if isinstance(task, Labels))
         model = loading.load(evaluated, config, **head)
-        return Labeler(evaluated.name, model, tokenizer)
+        return Labeler(evaluated, model, tokenizer)
     if config.backend == "vllm":
         from tlora.evaluate.vllm import ServedLM
 
         lm = ServedLM(evaluated, config)
         lm.tokenizer.chat_template = tokenizer.chat_template
         return lm
+    if evaluated.kind == "laplace":
+        from tlora.evaluate.choices import LaplaceLM
+
+        return LaplaceLM(loading.load(evaluated, config), tokenizer, config, evaluated)
     from tlora.evaluate.lm import TransformersLM
 
     return TransformersLM(loading.load(evaluated, config), tokenizer, config, evaluated.head)

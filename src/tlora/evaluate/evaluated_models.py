@@ -21,7 +21,7 @@ from tlora.files import adapter_fields, read_json
 from tlora.models.pretrained import Pretrained, check_hub, check_model_folder
 from tlora.training.runfolder import RunFolder
 
-Kind = Literal["base", "adapter", "merged"]
+Kind = Literal["base", "adapter", "merged", "laplace"]
 Head = Literal["causal", "seq2seq", "labeled"]
 
 _ADAPTER = "adapter_config.json"
@@ -117,6 +117,8 @@ def _together(found: list[EvaluatedModel], config: EvalConfig) -> list[Evaluated
             f"{', '.join(labeling)}: labels texts, and the other models write them; evaluate them"
             " apart (the base of a classifier has no trained head, so leave --with_base out)."
         )
+    if config.laplace and not any(each.kind == "laplace" for each in models):
+        faults.append("`laplace` needs an adapter, and none is given; leave it out.")
     counts = Counter(evaluated.name for evaluated in models)
     for name in (name for name, count in counts.items() if count > 1):
         paths = ", ".join(evaluated.path for evaluated in models if evaluated.name == name)
@@ -238,13 +240,15 @@ def _head_of_model(config: Any) -> Head:
 
 
 def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
-    """Add merged adapters beside or in place of the adapters, and their bases in front."""
+    """Add merged and averaged adapters beside or in place of the adapters, and bases in front."""
     models: list[EvaluatedModel] = []
     for each in found:
         if each.adapter is None or not config.merge:
             models.append(each)
         if each.adapter is not None and (config.merge or config.with_merged):
             models.append(dataclasses.replace(each, kind="merged"))
+        if each.adapter is not None and config.laplace:
+            models.append(dataclasses.replace(each, kind="laplace"))
     if config.with_base:
         there = {each.model for each in found if each.adapter is None}
         lacking = {each.model: each for each in found if each.model not in there}.values()
@@ -263,7 +267,7 @@ def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
 
     def name(each: EvaluatedModel) -> str:
         own = "base" if each.kind == "base" and lone else _folder_name(each.path)
-        return f"{each.name or own}{'-merged' * (each.kind == 'merged')}"
+        return f"{each.name or own}{f'-{each.kind}' * (each.kind in ('merged', 'laplace'))}"
 
     return [dataclasses.replace(each, name=name(each)) for each in models]
 

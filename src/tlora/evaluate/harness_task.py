@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.evaluate.evalconfig import REPLY_TOKENS, EvalConfig
 from tlora.evaluate.loading import unheard
+from tlora.scoring.confidence import calibration_error, log_probabilities
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -35,6 +38,32 @@ class TaskResult:
     """Prompts that were longer than the model holds, and cut."""
 
 
+def with_odds(
+    found: TaskResult, logits: Sequence[Any], right: Sequence[Sequence[int]]
+) -> TaskResult:
+    """Return a result with how good the probabilities are: "-nll" and "-ece".
+
+    Args:
+        found: the result.
+        logits: of the choices of each item, an array each.
+        right: the numbers of its right choices.
+    """
+    import numpy as np
+
+    odds = [log_probabilities(np.asarray(each)) for each in logits]
+    certain = [
+        float(np.logaddexp.reduce(each[list(gold)])) for each, gold in zip(odds, right, strict=True)
+    ]
+    hits = [each.argmax() in gold for each, gold in zip(odds, right, strict=True)]
+    error = calibration_error(np.exp([each.max() for each in odds]), np.array(hits, dtype=float))
+    lines = [
+        line | {"scores": line["scores"] | {"-nll": value}}
+        for line, value in zip(found.lines, certain, strict=True)
+    ]
+    scores = found.scores | {"-nll": float(np.mean(certain)), "-ece": -error}
+    return dataclasses.replace(found, lines=lines, scores=scores)
+
+
 class HarnessTask:
     """A task of lm-evaluation-harness, set up as an evaluation says."""
 
@@ -50,6 +79,10 @@ class HarnessTask:
         self.items = there if limit is None else min(limit, there)
         self.shots = task.config.num_fewshot or 0
         self.protocol: str = protocol(task)
+        # Choices of mutual information are asked for a second time, without a context.
+        informed = any("mutual_info" in metric for metric in task.aggregation())
+        chooses = task.OUTPUT_TYPE == "multiple_choice" and not informed
+        self.has_odds = chooses and task.has_training_docs()
 
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
@@ -89,7 +122,7 @@ class HarnessTask:
         import transformers
         from lm_eval import evaluate
 
-        from tlora.evaluate.records import metrics, records
+        from tlora.evaluate.records import likelihoods, metrics, records, right_options
         from tlora.evaluations.catalog import ours
 
         config, task = self._config, self._task
@@ -99,6 +132,8 @@ class HarnessTask:
         # So that a sampled reply does not depend on what was asked before.
         transformers.set_seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
+        if hasattr(lm, "fit"):
+            lm.fit(self._training_requests(lm, system))
         before = getattr(lm, "truncated", 0)
         # What is printed speaks of prompts that are too long; they are counted and told of once.
         printed = contextlib.redirect_stdout(io.StringIO())
@@ -117,11 +152,36 @@ class HarnessTask:
         lines = records(task, found["samples"][name])
         scores = metrics(found["results"][name])
         lower = [key for key in scores if not _higher(task, key)]
-        return TaskResult(
+        result = TaskResult(
             [line | {"scores": _turned(line["scores"], lower)} for line in lines],
             _turned(scores, lower),
             getattr(lm, "truncated", 0) - before,
         )
+        if not config.laplace:
+            return result
+        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        logits = [likelihoods(task, sample) for sample in samples]
+        return with_odds(result, logits, [right_options(task, sample) for sample in samples])
+
+    def _training_requests(self, lm: Any, system: str | None) -> list[Any]:
+        """Return what would be asked of a model if the training rows were to be evaluated."""
+        config, task = self._config, self._task
+        chat = {"apply_chat_template": config.apply_chat_template}
+        if config.apply_chat_template:
+            chat["chat_template"] = lm.apply_chat_template
+        requests: list[Any] = []
+        for number, doc in enumerate(task.training_docs()):
+            context = task.fewshot_context(
+                doc,
+                num_fewshot=task.config.num_fewshot or 0,
+                system_instruction=system,
+                fewshot_as_multiturn=config.fewshot_as_multiturn,
+                gen_prefix=task.doc_to_prefix(doc),
+                **chat,
+            )
+            named = (task.task_name, number, 1)
+            requests += task.construct_requests(doc=doc, ctx=context, metadata=named, **chat)
+        return requests
 
 
 def check_room(task: str, evaluated: EvaluatedModel, tokens: int, longest: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from tlora.errors import ConfigError
 from tlora.evaluate.class_order import class_names, order_of
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel
-from tlora.evaluate.harness_task import TaskResult
+from tlora.evaluate.harness_task import TaskResult, with_odds
 from tlora.evaluate.preflight import check_labeled_rows, labeled_task
 from tlora.evaluate.task_rows import scored_rows
 from tlora.models.pretrained import set_token_ids
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from tlora.calibration.kfac import ScoredBatch
+    from tlora.evaluate.laplace import Laplace
+    from tlora.tasks.dataconfig import DataConfig
+
 _BATCH = 32
 
 
@@ -34,8 +38,8 @@ _BATCH = 32
 class Labeler:
     """A loaded model with a head."""
 
-    name: str
-    """What the evaluation calls it."""
+    evaluated: EvaluatedModel
+    """Which model of the evaluation it is."""
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
@@ -58,7 +62,7 @@ class Labels:
     shots = 0
 
     def __init__(self, name: str, config: EvalConfig, models: Sequence[EvaluatedModel]) -> None:
-        self.name = name
+        self.name, self._config = name, config
         self._batch = config.batch_size if isinstance(config.batch_size, int) else _BATCH
         self.task = task = labeled_task(name, config)
         self._asked_length = config.data.max_length
@@ -76,6 +80,7 @@ class Labels:
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
         self.protocol = f"{summary}; labeled by the model's head"
+        self.has_odds = task.kind == "classification"
 
     @property
     def head(self) -> dict[str, Any]:
@@ -120,22 +125,47 @@ class Labels:
             for row, found in zip(self._rows, encoded, strict=True)
             if len(found["input_ids"]) == longest
         )
-        order = sorted(range(self.items), key=lambda i: -len(encoded[i]["input_ids"]))
-        collate = labeled_collator(lm.tokenizer)
+        average = self._average(lm, data)
         logits: dict[int, Any] = {}
-        for start in tqdm(range(0, self.items, self._batch), desc=self.name, disable=None):
-            chosen = order[start : start + self._batch]
-            batch = dict(collate([encoded[i] for i in chosen]))
-            batch = {name: value.to(lm.model.device) for name, value in batch.items()}
-            batch.pop("labels")  # the loss of some adapters cannot be computed outside of training
-            with torch.no_grad():
-                found = lm.model(**batch).logits.float().cpu().numpy()
-            logits.update(zip(chosen, found, strict=True))
+        for chosen, batch in self._batches(lm, encoded):
+            if average is not None:
+                found = torch.stack(average.logits(_scored(batch)))
+            else:
+                with torch.no_grad():
+                    found = lm.model(**batch).logits.float()
+            logits.update(zip(chosen, found.cpu().numpy(), strict=True))
         predictions = np.stack([logits[i] for i in range(self.items)])
         if self.task.label_names:
-            predictions = predictions[:, self._order(lm.name)]
+            predictions = predictions[:, self._order(lm.evaluated.name)]
         labels = np.array([row["label"] for row in self._rows])
-        return dataclasses.replace(self._answers(predictions, labels), truncated=truncated)
+        result = dataclasses.replace(self._answers(predictions, labels), truncated=truncated)
+        if not self._config.laplace:
+            return result
+        return with_odds(result, [*predictions], [[label] for label in labels.tolist()])
+
+    def _average(self, lm: Labeler, data: DataConfig) -> Laplace | None:
+        """Return the approximation, fitted to the training rows, of a model that has one."""
+        if lm.evaluated.kind != "laplace":
+            return None
+        from tlora.evaluate.laplace import Laplace, training_rows
+
+        average = Laplace(lm.evaluated, lm.model, self._config.seed)
+        rows = training_rows(lm.evaluated, self.task, self._config.train_file)
+        encoded = [labeled(lm.tokenizer, row, data) for row in rows]
+        average.fit(_scored(batch) for _, batch in self._batches(lm, encoded))
+        return average
+
+    def _batches(
+        self, lm: Labeler, encoded: list[dict[str, Any]]
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield batches of rows on the model's device, the longest first, with their numbers."""
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
+        collate = labeled_collator(lm.tokenizer)
+        for start in tqdm(range(0, len(order), self._batch), desc=self.name, disable=None):
+            chosen = order[start : start + self._batch]
+            batch = dict(collate([encoded[i] for i in chosen]))
+            batch.pop("labels")  # the loss of some adapters cannot be computed outside of training
+            yield chosen, {name: value.to(lm.model.device) for name, value in batch.items()}
 
     def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> TaskResult:
         scores = self.task.metrics(predictions, labels)
@@ -163,6 +193,12 @@ class Labels:
             }
             lines.append(line)
         return TaskResult(lines, scores)
+
+
+def _scored(batch: dict[str, Any]) -> ScoredBatch:
+    from tlora.calibration.kfac import ScoredBatch
+
+    return ScoredBatch(batch, lambda output: output.logits.float(), [1] * len(batch["input_ids"]))
 
 
 def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labels]:

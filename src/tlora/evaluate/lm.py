@@ -90,10 +90,13 @@ class TransformersLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self._count_truncated(requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+    def _count_truncated(self, requests: Any) -> None:
         if self.backend == "causal":
             most = self.max_length + 1
             self.truncated += sum(len(ctx) + len(cont) > most for _, ctx, cont in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None

@@ -91,15 +91,29 @@ def _said(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
 
 def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
     """Of a choice by likelihood: the likeliest option, by the sum over its tokens, as "acc" is."""
-    options = task.doc_to_choice(sample["doc"])
+    options, found = task.doc_to_choice(sample["doc"]), likelihoods(task, sample)
+    chosen = options[found.index(max(found))]
+    right = [options[e] if isinstance(e, int) else str(e) for e in _gold(task, sample)]
+    return {"reply": chosen, "answer": chosen}, " | ".join(right)
+
+
+def likelihoods(task: Task, sample: Sample) -> list[float]:
+    """Return the log-likelihood of each option of a choice."""
     # With a metric of mutual information, further requests without a prompt follow.
-    likelihoods = [pair[0] for pair in sample["filtered_resps"][: len(options)]]
-    chosen = options[likelihoods.index(max(likelihoods))]
+    options = task.doc_to_choice(sample["doc"])
+    return [pair[0] for pair in sample["filtered_resps"][: len(options)]]
+
+
+def right_options(task: Task, sample: Sample) -> list[int]:
+    """Return the indices of the right options of a choice."""
+    options = task.doc_to_choice(sample["doc"])
+    return [e if isinstance(e, int) else options.index(str(e)) for e in _gold(task, sample)]
+
+
+def _gold(task: Task, sample: Sample) -> list[Any]:
     # Where the options stand in the prompt, it is there that the index of the right one is.
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    several = gold if isinstance(gold, list) else [gold]
-    right = [options[each] if isinstance(each, int) else str(each) for each in several]
-    return {"reply": chosen, "answer": chosen}, " | ".join(right)
+    return gold if isinstance(gold, list) else [gold]
 
 
 def _text(value: Any) -> str:

@@ -93,8 +93,9 @@ class Traits:
     """Whose code the method's own step is."""
     learning_rates: LearningRates
     """What it starts from where the user gives no learning rate."""
-    leaves: Literal["adapter", "model"] = "adapter"
-    """What is saved: a plain PEFT folder, or a whole transformers model."""
+    leaves: Literal["adapter", "model", "own"] = "adapter"
+    """What is saved: a plain PEFT folder, a whole transformers model, or an adapter folder of our
+    own form, which `tlora.load_adapter` reads and nothing exports or merges."""
     saved: str = "LoRA of rank r"
     """What that is: PEFT's type of adapter and its rank."""
     merges: bool = True

@@ -33,12 +33,13 @@ class Code:
     """Writes a whole model; None where it is one."""
 
 
-def of(setup: Setup, adapter: bool) -> Code:
+def of(setup: Setup, adapter: bool, base: str) -> Code:
     """Return the code for what a run leaves in the folder `adapter`.
 
     Args:
         setup: the run.
         adapter: whether it left an adapter, and not a whole model.
+        base: what to call its base model.
     """
     kind = setup.kind.task_type
     library, auto = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")
@@ -50,10 +51,20 @@ def of(setup: Setup, adapter: bool) -> Code:
     else:
         lines = [f"from transformers import {name}, AutoTokenizer"]
     head = _head(setup) if kind == "SEQ_CLS" and adapter else ""
+    loaded = f'{name}.from_pretrained("adapter"{head}{remote})'
+    own = setup.method.traits.leaves == "own"
+    if own:
+        name = f"AutoModelFor{_CLASSES[kind]}"
+        lines = [
+            "from tlora import load_adapter",
+            f"from transformers import {name}, AutoTokenizer",
+        ]
+        loaded = f'{name}.from_pretrained("{base}"{head}{remote})'
+        loaded = f'load_adapter({loaded}, "adapter")'
     lines += [
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("adapter"{remote})',
-        f'model = {name}.from_pretrained("adapter"{head}{remote})',
+        f"model = {loaded}",
     ]
     labeled = kind == "SEQ_CLS"
     asks, pipeline = _labels(setup) if labeled else _writes(setup, _prompt(setup))
@@ -63,7 +74,7 @@ def of(setup: Setup, adapter: bool) -> Code:
     ]
     return Code(
         load="\n".join([*lines, *asks]),
-        pipeline=None if pipeline is None else "\n".join(pipeline),
+        pipeline=None if pipeline is None or own else "\n".join(pipeline),
         merge="\n".join(merge) if adapter else None,
     )
 

@@ -62,8 +62,9 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
     fields = read_json(file) if file.is_file() else None
     ranks = ranks_of(folder)
     base = public(str(setup.config.model))
-    code = loading_code.of(setup, adapter=fields is not None)
-    vllm = _vllm(fields, ranks, base) if setup.task.kind == "causal" else None
+    code = loading_code.of(setup, fields is not None, base)
+    own = setup.method.traits.leaves == "own"
+    vllm = _vllm(fields, ranks, base) if setup.task.kind == "causal" and not own else None
     again = command(setup.config, verb)
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -78,12 +79,16 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
         pipeline=code.pipeline,
         merges=code.merge if setup.method.traits.merges else None,
         whole=fields is None,
+        own=own,
         vllm=vllm,
         vllm_since=" from 0.32 on" if fields and _uneven(fields) else "",
         command=again,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", again)), default=0)),
     )
     return redacted(re.sub(r"\n{3,}", "\n\n", text))
+
+
+_LIBRARIES = {"adapter": "peft", "model": "transformers", "own": "tlora"}
 
 
 def public(path: str) -> str:
@@ -155,7 +160,7 @@ def _front_matter(setup: Setup, base: str, fields: Mapping[str, Any] | None) -> 
     tags = [*dict.fromkeys([*tags, setup.config.method, "tlora"])]
     front: dict[str, Any] = {
         "base_model": base,
-        "library_name": "peft" if fields else "transformers",
+        "library_name": _LIBRARIES[setup.method.traits.leaves],
         "pipeline_tag": "text-classification" if labeled else "text-generation",
         "tags": tags,
     }

@@ -1,0 +1,122 @@
+"""Predictions averaged over what the training rows leave open of an adapter's weights.
+
+Source: Laplace-LoRA, Yang et al., arXiv 2308.13111; docs/evaluation.md says what departs from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tlora.adapter.freeze import lora_layers
+from tlora.calibration.kfac import ScoredBatch, covariances, curvatures
+from tlora.errors import ConfigError
+from tlora.evaluate.class_order import run_of
+from tlora.evaluate.evaluated_models import EvaluatedModel
+from tlora.linalg.posterior import evidence_precision, predictive
+from tlora.registry import METHODS, TASKS
+from tlora.tasks.dataconfig import DataConfig
+from tlora.training.continuing import freezes_a
+from tlora.training.runconfig import RunConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tlora.tasks.base import Row, Task
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES = 100_000
+
+
+class Laplace:
+    """A Gaussian over those LoRA factors of a loaded adapter that were trained.
+
+    Args:
+        evaluated: the adapter; of a run whose A is frozen, B alone varies. Without a run both do.
+        model: the adapter on its base.
+        seed: of the samples that a prediction averages; they are the same for all items.
+
+    Raises:
+        ConfigError: it has no such factors.
+    """
+
+    def __init__(self, evaluated: EvaluatedModel, model: Any, seed: int) -> None:
+        parts = ("lora_B",) if _only_b(evaluated) else ("lora_A", "lora_B")
+        self._layers = {
+            f"{name}.{part}": factor
+            for name, layer in lora_layers(model)
+            for part in parts
+            if isinstance(factor := getattr(layer, part)["default"], torch.nn.Linear)
+        }
+        if not self._layers:
+            raise ConfigError(
+                f"{evaluated.path} has no LoRA factors A and B that are Linear layers; leave"
+                " --laplace out.",
+                where="laplace",
+            )
+        self._model, self._seed = model, seed
+        self.precision = 0.0
+
+    def fit(self, batches: Iterable[ScoredBatch]) -> None:
+        """Measure the curvature on training rows, and set the prior's precision by the evidence."""
+        self._posterior = curvatures(self._model, self._layers, batches)
+        norm = sum(layer.weight.double().square().sum().item() for layer in self._layers.values())
+        eigenvalues = [layer.eigenvalues for layer in self._posterior.values()]
+        self.precision = evidence_precision(eigenvalues, norm)
+        logger.info("laplace: the prior's precision is %.4g.", self.precision)
+
+    def logits(self, batch: ScoredBatch) -> list[Tensor]:
+        """Return logits of each item's averaged probabilities, normalized as the plain ones are."""
+        found, normals = [], {}
+        pairs = covariances(self._model, self._layers, batch, self._posterior, self.precision)
+        for logits, covariance in pairs:
+            if len(logits) not in normals:
+                normals[len(logits)] = self._normals(len(logits)).to(logits.device)
+            chances = predictive(logits, covariance, normals[len(logits)])
+            tiny = torch.finfo(chances.dtype).tiny
+            found.append(chances.clamp_min(tiny).log() + logits.double().logsumexp(0))
+        return found
+
+    def _normals(self, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed)
+        return torch.randn(_SAMPLES, count, generator=generator)
+
+
+def training_rows(evaluated: EvaluatedModel, task: Task, file: str | None) -> list[Row]:
+    """Return the rows that an adapter was trained on: of ``file``, else those that its run records.
+
+    Args:
+        evaluated: the adapter.
+        task: what it is evaluated on, whose rows ``file`` holds; its classes are the model's.
+        file: the user's.
+
+    Raises:
+        ConfigError: there is neither a file nor a run.
+        DataError: they cannot be read any more.
+    """
+    run = run_of(evaluated)
+    if not file and run is None:
+        raise ConfigError(
+            f"the training rows of {evaluated.path}, which no run of `tlora train` holds, are"
+            " unknown; give --train_file.",
+            where="laplace",
+        )
+    if not file and run is not None:
+        values = run.config()
+        file, data = values.get("train_file"), DataConfig.from_dict(values["data"])
+        names, task = task.label_names, TASKS.load(values["task"])(data)
+        task.label_names = names
+    raw, _ = task.load(file, None)
+    return task.rows(raw, file or "the training rows")
+
+
+def _only_b(evaluated: EvaluatedModel) -> bool:
+    run = run_of(evaluated)
+    if run is None:
+        return False
+    config = RunConfig.from_dict(run.config())
+    return freezes_a(METHODS.load(config.method), config.options())
