@@ -196,7 +196,7 @@ class ChainCallback(TrainerCallback):
             ConfigError: as the class.
         """
         faults = []
-        if getattr(args, "deepspeed", None):
+        if any(getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")):
             faults.append("DeepSpeed keeps copies of what trains, which a chain replaces; use DDP.")
         if state.max_steps < self.length:
             faults.append(

@@ -158,6 +158,7 @@ class XgbLora(_Chain):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        saved="LoRA of rank r * length",
         learning_rates=_RATES,
         source="tlora",
     )
@@ -192,6 +193,7 @@ class RacLora(_Chain):
         trains=("lora_B",),
         parameters="r m",
         start="identical",
+        saved="LoRA of rank r * length",
         learning_rates=_RATES,
         source="tlora",
     )
