@@ -1,6 +1,7 @@
 """A chain equals training each link on weights that hold the links before it."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -209,17 +210,29 @@ def test_what_is_no_link_is_refused(tiny_llama, batches, fields, fault):
         prepared_by("xgblora", tiny_llama(), batches, **fields)
 
 
-def test_a_run_of_fewer_steps_than_links_is_refused(tiny_llama, batches, tmp_path):
-    prepared = prepared_by("xgblora", tiny_llama(), batches, length=4)
-    with pytest.raises(ConfigError, match="the chain has 4 links, and the run 3 steps"):
-        train(prepared, batches[0], tmp_path, steps=3)
+def test_a_run_of_fewer_steps_than_links_has_a_link_a_step(tiny_llama, batches, tmp_path):
+    starts = Starts()
+    prepared = prepared_by("xgblora", tiny_llama(), batches, length=9)
+    train(prepared, batches[0], tmp_path, steps=3, callbacks=[starts])
+    assert len(starts.seen) == 3
+    prepared.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert {len(a) for name, a in saved.items() if "lora_A" in name} == {6}
 
 
 def test_other_shares_than_the_links_have_had_are_refused(tiny_llama, batches, tmp_path):
     prepared = prepared_by("rac-lora", tiny_llama(), batches)
     train(prepared, batches[0], tmp_path)
-    with pytest.raises(ConfigError, match="0 links should be finished, and 2 are"):
+    with pytest.raises(
+        ConfigError, match="2 links are finished, and after 0 of 9 steps it should be 0"
+    ):
         train(prepared, batches[0], tmp_path, steps=9)
+
+
+def test_deepspeed_is_refused(tiny_llama, batches):
+    *_, chain = prepared_by("rac-lora", tiny_llama(), batches).callbacks
+    with pytest.raises(ConfigError, match="DeepSpeed trains copies of the adapter"):
+        chain.on_train_begin(types.SimpleNamespace(deepspeed="zero2.json"), None, None)
 
 
 def test_whether_a_is_frozen_follows_the_link():

@@ -121,13 +121,15 @@ def make_chain(model: PeftModel, length: int, method: str, plain: bool = True) -
 def finished_links(model: nn.Module) -> int:
     """Return how many links of a chain are finished. No row of their A is zero."""
     held: Any = next(layer for _, layer in lora_layers(model)).lora_A["default"]
-    return int(held.finished.any(dim=1).sum()) // held.rank
+    rows = int(held.finished.any(dim=1).sum())
+    return rows // int(held.rank)
 
 
 def random_a(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Return an A for each layer, drawn from torch's global generator as PEFT draws the first."""
-    shapes = {name: model.get_submodule(name).lora_A["default"].newest.shape for name in names}
-    return {n: nn.init.kaiming_uniform_(torch.empty(s), a=5**0.5) for n, s in shapes.items()}
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    drawn = [torch.empty(layer.lora_A["default"].newest.shape) for layer in layers]
+    return {n: nn.init.kaiming_uniform_(a, a=5**0.5) for n, a in zip(names, drawn, strict=True)}
 
 
 @contextlib.contextmanager
@@ -156,7 +158,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _merged(layer: Any) -> nn.Module:
     plain = layer.get_base_layer()
     weight, part = plain.weight.detach(), layer.get_delta_weight("default").detach()
-    module = copy.copy(plain)
+    module: nn.Module = copy.copy(plain)
     module._parameters = dict(plain._parameters)
     merged = (weight.to(part.dtype) + part).to(weight.dtype)
     module.weight = nn.Parameter(merged, requires_grad=False)
@@ -166,10 +168,10 @@ def _merged(layer: Any) -> nn.Module:
 class ChainCallback(TrainerCallback):
     """Finishes a link after its share of the optimizer steps, and starts the next one.
 
-    Links get equal shares. The next one begins with a new A, B = 0 and no state of the optimizer;
-    the learning rate follows the one schedule of the run. What is drawn depends on the run's seed
-    and the number of the link alone, so that a resumed run, and every process of a group, draws
-    the same. A checkpoint holds the chain as it is after its step.
+    Links get equal shares; a run of fewer steps has a link a step. The next one begins with a new
+    A, B = 0 and no state of the optimizer; the learning rate follows the one schedule of the run.
+    What is drawn depends on the run's seed and the number of the link alone, so that a resumed run,
+    and every process of a group, draws the same. A checkpoint holds the chain after its step.
 
     Args:
         length: links.
@@ -179,8 +181,7 @@ class ChainCallback(TrainerCallback):
         frozen: what guards a frozen A.
 
     Raises:
-        ConfigError: the run has fewer steps than links, its number of steps was changed between
-            links, or DeepSpeed trains.
+        ConfigError: the number of steps was changed between links, or DeepSpeed trains.
     """
 
     def __init__(
@@ -195,26 +196,25 @@ class ChainCallback(TrainerCallback):
         Raises:
             ConfigError: as the class.
         """
-        faults = []
         if any(getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")):
-            faults.append("DeepSpeed keeps copies of what trains, which a chain replaces; use DDP.")
-        if state.max_steps < self.length:
-            faults.append(
-                f"the chain has {self.length} links, and the run {state.max_steps} steps; lower"
-                " `length`, or train for longer."
+            raise ConfigError(
+                "DeepSpeed trains copies of the adapter, and a chain replaces the adapter between"
+                " steps; launch the run with DDP, or leave DeepSpeed out.",
+                where="adapter",
             )
         self.count = finished_links(kwargs["model"])
-        if not faults and self.count != self._due(state):
-            faults.append(
-                f"after {state.global_step} of {state.max_steps} steps {self._due(state)} links"
-                f" should be finished, and {self.count} are: the number of steps was changed, which"
-                " shares them out anew; start a new run, or give the number as it was."
+        if self.count != (due := self._due(state)):
+            raise ConfigError(
+                f"{self.count} links are finished, and after {state.global_step} of"
+                f" {state.max_steps} steps it should be {due}: the number of steps was changed, of"
+                " which each link has its share; give it as it was, or start a new run.",
+                where="adapter",
             )
-        if faults:
-            raise ConfigError(faults, where="adapter")
 
     def _due(self, state: Any) -> int:
-        return min(state.global_step * self.length // state.max_steps, self.length - 1)
+        step, steps = int(state.global_step), int(state.max_steps)
+        length = min(self.length, steps)
+        return min(step * length // steps, length - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on to the next link if this one has had its share."""
