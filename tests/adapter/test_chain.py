@@ -126,6 +126,26 @@ def test_it_equals_merging_each_link_into_dense_weights(
         torch.testing.assert_close(1.5 * b @ a, change, rtol=1e-6, atol=1e-9)
 
 
+class Counted:
+    """Batches that count how often they are read."""
+
+    def __init__(self, batches):
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        self.reads += 1
+        return iter(self.batches)
+
+
+def test_the_calibration_batches_are_read_once(tiny_llama, batches, tmp_path):
+    counted = Counted(batches)
+    prepared = prepared_by("rac-lora", tiny_llama(), counted, link="tlora")
+    assert counted.reads == 1
+    train(prepared, batches[0], tmp_path, steps=LENGTH)
+    assert finished_links(prepared.model) == LENGTH - 1
+    assert counted.reads == 1
+
+
 def test_a_calibrated_link_goes_by_the_weights_with_the_links_before_it(
     tiny_llama, batches, tmp_path
 ):

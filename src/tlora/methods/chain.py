@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -92,6 +92,8 @@ class _Chain:
         method, record = options.method(), options.of_link()
         if plans := isinstance(method, Plans):
             _refuse_unmergeable(model, options, record)
+            samples = Samples.of(batches)
+            batches = dataclasses.replace(samples, batches=_Kept(samples.batches))
         prepared: Prepared = method.prepare(model, record, batches, plan)
         make_chain(prepared.model, options.length, options.link, prepared.optimizer is None)
         frozen = next((c for c in prepared.callbacks if isinstance(c, FrozenACallback)), None)
@@ -102,6 +104,19 @@ class _Chain:
             callbacks=[*prepared.callbacks, chained],
             writer=partial(save_chain, prepared.model),
         )
+
+
+class _Kept:
+    """Batches that are read once: no link disturbs the rows that the trainer reads by then."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._kept: list[Mapping[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._kept is None:
+            self._kept = list(self._batches)
+        return iter(self._kept)
 
 
 def _refuse_unmergeable(model: torch.nn.Module, options: ChainOptions, record: Any) -> None:
@@ -130,9 +145,8 @@ def _planned_a(
     method: Plans, options: ChainOptions, batches: Batches, base: torch.nn.Module, names: list[str]
 ) -> dict[str, torch.Tensor]:
     """Return A of every layer by the link's own plan for a base."""
-    samples = Samples.of(batches)
     # A cache holds the statistics of the base alone.
-    samples = Samples(samples.batches, samples.skip_bad_samples)
+    samples = dataclasses.replace(Samples.of(batches), cache=None)
     record = options.of_link(target_modules=names, exclude_modules=None)
     plan = method.plan(base, record, samples)
     return {name: module.lora_A for name, module in plan.modules.items()}
