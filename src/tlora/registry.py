@@ -148,6 +148,8 @@ METHODS = Registry(
         ("lora-xs", "loraxs:LoraXs", "LoRA-XS: r x r numbers train between W's singular vectors"),
         ("qa-lora", "qalora:QaLora", "QA-LoRA: A reads means of groups of inputs"),
         ("mica", "mica:Mica", "MiCA: B from W's minor part, frozen; A trains"),
+        ("xgblora", "chain:XgbLora", "XGBLoRA: LoRAs of rank 1, one merged before the next"),
+        ("rac-lora", "chain:RacLora", "RAC-LoRA: a chain of LoRAs, each A new, random and frozen"),
         ("houlsby", "houlsby:Houlsby", "bottleneck adapters behind attention and feed-forward"),
     ),
     families=_classes(

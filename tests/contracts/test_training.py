@@ -21,7 +21,7 @@ from tlora.training.runfolder import RunFolder
 from tlora.training.setup import settle
 
 BASE = str(Path(tlora.demo.__file__).parent / "base")
-NAMES = ["tlora", "full", "adalora", "pissa", "eva", "trimatrix", "loraplus", "houlsby"]
+NAMES = ["tlora", "full", "adalora", "pissa", "eva", "trimatrix", "loraplus", "houlsby", "rac-lora"]
 """One of each way to prepare, train and save; tests/contracts/test_methods.py has them all."""
 
 
@@ -145,7 +145,7 @@ def test_lora_rite_is_refused_where_it_cannot_be(config, tmp_path, name, fault):
     "name",
     [
         *("adalora", "trimatrix", "lorta", "loraplus", "lora-rite", "pissa", "full"),
-        *("qa-lora", "peft:vera", "houlsby"),
+        *("qa-lora", "peft:vera", "houlsby", "rac-lora"),
     ],
 )
 def test_a_stopped_run_ends_with_the_same_weights(config, interrupted, tmp_path, name):

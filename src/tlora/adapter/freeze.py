@@ -75,9 +75,9 @@ def _keep_a(layer: Any, _: Any) -> None:
     for name, frozen in layer.frozen_peft_weight_names.items():
         if "lora_A" not in frozen or name not in layer.lora_A:
             continue
-        a = layer.lora_A[name].weight
-        if a.requires_grad and a.is_leaf:
-            a.requires_grad_(False)
+        for a in layer.lora_A[name].parameters():
+            if a.requires_grad and a.is_leaf:
+                a.requires_grad_(False)
         _match_dtype(layer, name)
 
 
@@ -108,9 +108,10 @@ def match_dtypes(model: nn.Module, adapter_name: str = "default") -> None:
 
 
 def _match_dtype(layer: LoraLayer, name: str) -> None:
-    a, b = layer.lora_A[name].weight, next(layer.lora_B[name].parameters())
-    if a.dtype != b.dtype:
-        a.data = a.data.to(b.dtype)
+    b = next(layer.lora_B[name].parameters())
+    for a in layer.lora_A[name].parameters():
+        if a.dtype != b.dtype:
+            a.data = a.data.to(b.dtype)
 
 
 def fingerprint(tensor: Tensor) -> int:

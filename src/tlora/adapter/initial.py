@@ -200,10 +200,16 @@ def save_converted(model: PeftModel, initial: InitialAdapter, folder: Path) -> N
         for part, first, dim, sign in (("lora_A", a, 0, 1), ("lora_B", b, 1, -1)):
             key = f"{stem}.{part}.default.weight"
             state[key] = torch.cat([state[key], sign * first.to(state[key])], dim=dim)
+    save_larger(model, 2, state, folder)
+
+
+def save_larger(model: PeftModel, times: int, state: dict[str, Tensor], folder: Path) -> None:
+    """Write ``state``, whose A and B have ``times`` the rank of the model's, at the same scale."""
     before = model.peft_config["default"]
-    doubled = copy.deepcopy(before)
-    doubled.r, doubled.lora_alpha = 2 * before.r, 2 * before.lora_alpha
-    model.peft_config["default"] = doubled
+    larger = copy.deepcopy(before)
+    larger.r = times * before.r
+    larger.lora_alpha = before.lora_alpha * (times**0.5 if before.use_rslora else times)
+    model.peft_config["default"] = larger
     try:
         model.save_pretrained(folder, state_dict=state)
     finally:

@@ -1,0 +1,213 @@
+"""Chains of adapters, each merged before the next trains: XGBLoRA and RAC-LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from tlora.checks import POSITIVE, at_least
+from tlora.errors import ConfigError
+from tlora.methods.base import Batches, Plans, Prepared, Samples, Traits
+from tlora.methods.learningrates import LORA_RATES
+from tlora.methods.options import LoraOptions
+
+if TYPE_CHECKING:
+    import torch
+
+_RATES = dataclasses.replace(
+    LORA_RATES, source=f"LoRA's, for want of published ones that we could read. {LORA_RATES.source}"
+)
+_PARTS = {"lora_A", "lora_B"}
+_ALLOCATION = ("allocate_rank", "allocate_scale")
+
+
+@dataclass(kw_only=True)
+class ChainOptions(LoraOptions):
+    """LoRA's options, of one link, and those of the chain."""
+
+    r: Annotated[int, at_least(1)] = 1
+    """Rank of a link."""
+    lora_alpha: Annotated[float, POSITIVE] = 1
+    """A link's output is multiplied by lora_alpha / r."""
+    length: Annotated[int, at_least(1)] = 8
+    """Links, each trained for an equal share of the optimizer steps."""
+    link: str = "lora"
+    """Method of a link: lora, rslora, lora-fa, tlora (A is calibrated again for each), or another
+    whose adapter is a plain LoRA of one rank."""
+    link_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of that method."""
+
+    def relations(self) -> Iterator[str]:
+        """Yield what is wrong between fields."""
+        yield from super().relations()
+        try:
+            traits = self.method.traits
+            self.of_link()
+        except ConfigError as error:
+            yield from (f"`link` {self.link!r}: {each}" for each in error.faults)
+            return
+        if not set(traits.trains) <= _PARTS or traits.changes_base:
+            yield f"`link` is {self.link!r}, whose adapter is no plain LoRA beside W."
+        elif traits.reads != "nothing" and not isinstance(self.method(), Plans):
+            yield f"`link` is {self.link!r}, which cannot start again from a model while it trains."
+
+    @property
+    def method(self) -> Any:
+        """The method of a link."""
+        from tlora.registry import METHODS
+
+        return METHODS.load(self.link)
+
+    @property
+    def freeze_a(self) -> bool:
+        """Whether A of a link is frozen."""
+        frozen = self.method.traits.trains == ("lora_B",)
+        return frozen and bool(getattr(self.of_link(), "freeze_a", True))
+
+    def of_link(self, **fields: Any) -> Any:
+        """Return the options of a link. All have one rank and scale, so none are shared out."""
+        record = self.method.options
+        known = set(record.field_names())
+        own = {name: value for name, value in vars(self).items() if name in known}
+        equal = {name: False for name in _ALLOCATION if name in known}
+        return record(**own | equal | self.link_options | fields)
+
+
+class _Chain:
+    """What both share: how a chain is made, whatever its link."""
+
+    options: ClassVar[type] = ChainOptions
+    traits: ClassVar[Traits]
+
+    def prepare(
+        self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
+    ) -> Prepared:
+        """Prepare ``model`` for the first link, with a callback that starts each of the others."""
+        from tlora.adapter.chain import ChainCallback, make_chain, random_a, save_chain
+        from tlora.adapter.freeze import FrozenACallback
+
+        method, record = options.method(), options.of_link()
+        if plans := isinstance(method, Plans):
+            _refuse_unmergeable(model, options, record)
+            samples = Samples.of(batches)
+            batches = dataclasses.replace(samples, batches=_Kept(samples.batches))
+        prepared: Prepared = method.prepare(model, record, batches, plan)
+        make_chain(prepared.model, options.length, options.link, prepared.optimizer is None)
+        frozen = next((c for c in prepared.callbacks if isinstance(c, FrozenACallback)), None)
+        next_a = partial(_planned_a, method, options, batches) if plans else random_a
+        chained = ChainCallback(options.length, next_a, plans, frozen)
+        return dataclasses.replace(
+            prepared,
+            callbacks=[*prepared.callbacks, chained],
+            writer=partial(save_chain, prepared.model),
+        )
+
+
+class _Kept:
+    """Batches that are read once: no link disturbs the rows that the trainer reads by then."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._kept: list[Mapping[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._kept is None:
+            self._kept = list(self._batches)
+        return iter(self._kept)
+
+
+def _refuse_unmergeable(model: torch.nn.Module, options: ChainOptions, record: Any) -> None:
+    """Check that a link can calibrate on a model that holds the links before it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from tlora.adapter.stock import targets_of
+    from tlora.calibration.weights import holds_floats
+
+    why = None
+    if any(not holds_floats(target.module) for target in targets_of(model, record)):
+        why = "the base is quantized, and that is another weight; load the model unquantized"
+    elif options.trainable_token_indices is not None:
+        why = "rows of the embedding train beside it, which calibration does not read; add none"
+    if why:
+        raise ConfigError(
+            f"`link` {options.link!r} calibrates each link on the weights with the last one merged,"
+            f" but {why}, or choose the link lora or lora-fa.",
+            where="adapter",
+        )
+
+
+def _planned_a(
+    method: Plans, options: ChainOptions, batches: Batches, base: torch.nn.Module, names: list[str]
+) -> dict[str, torch.Tensor]:
+    """Return A of every layer by the link's own plan for a base."""
+    # A cache holds the statistics of the base alone.
+    samples = dataclasses.replace(Samples.of(batches), cache=None)
+    record = options.of_link(target_modules=names, exclude_modules=None)
+    plan = method.plan(base, record, samples)
+    return {name: module.lora_A for name, module in plan.modules.items()}
+
+
+class XgbLora(_Chain):
+    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: link k trains, those before it are part of W.
+
+    Gradient boosting with LoRAs of rank 1: each is trained for its share of the steps, merged, and
+    followed by a new one, whose A is random and whose B is zero. The saved adapter is one plain
+    LoRA of their summed rank.
+
+    Source: Zhang et al., arXiv 2410.19694, as its abstract and later papers tell it; we could not
+    read its algorithm (docs/methods.md).
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        title="Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of"
+        " LLMs",
+        arxiv="2410.19694",
+        year=2024,
+        formula="W x + (alpha / r) (B_1 A_1 + ... + B_k A_k) x, the last link alone trains",
+        trains=("lora_A", "lora_B"),
+        parameters="r (m + d)",
+        start="identical",
+        saved="LoRA of rank r * length",
+        learning_rates=_RATES,
+        source="tlora",
+    )
+
+
+@dataclass(kw_only=True)
+class RacLoraOptions(ChainOptions):
+    """A chain's, with LoRA-FA for its link."""
+
+    link: str = "lora-fa"
+    """Method of a link: lora, rslora, lora-fa, tlora (A is calibrated again for each), or another
+    whose adapter is a plain LoRA of one rank."""
+
+
+class RacLora(_Chain):
+    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: A_k is drawn anew for each link, and B_k trains.
+
+    Of the paper's two forms the one with A fixed and B trained; the other fixes B. With
+    `link: tlora` A_k comes from the task instead: it is calibrated on the model that the links
+    before it have left. The saved adapter is one plain LoRA of their summed rank.
+
+    Source: Malinovsky et al., arXiv 2410.08305, algorithm 1.
+    """
+
+    options: ClassVar[type] = RacLoraOptions
+    traits: ClassVar[Traits] = Traits(
+        title="Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework for"
+        " Low-Rank Adaptation",
+        arxiv="2410.08305",
+        year=2024,
+        formula="W x + (alpha / r) (B_1 A_1 + ... + B_k A_k) x, A_k random and frozen, B_k trains",
+        trains=("lora_B",),
+        parameters="r m",
+        start="identical",
+        saved="LoRA of rank r * length",
+        learning_rates=_RATES,
+        source="tlora",
+    )
