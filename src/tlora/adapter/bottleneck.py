@@ -84,7 +84,8 @@ def make_bottlenecks(model: PeftModel, rank: int) -> None:
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write the folder: the tensors as PEFT names them, and a configuration of our type."""
-    model.save_pretrained(folder)
+    # Rows that train are saved as such; PEFT would add all others of a longer embedding.
+    model.save_pretrained(folder, save_embedding_layers=False)
     write_json(folder / CONFIG, adapter_fields(folder / CONFIG) | {"peft_type": PEFT_TYPE})
 
 
