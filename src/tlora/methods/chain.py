@@ -42,12 +42,13 @@ class ChainOptions(LoraOptions):
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""
-        yield from super().relations()
+        own = [*super().relations()]
+        yield from own
         try:
             traits = self.method.traits
             self.of_link()
         except ConfigError as error:
-            yield from (f"`link` {self.link!r}: {each}" for each in error.faults)
+            yield from (f"`link` {self.link!r}: {each}" for each in error.faults if each not in own)
             return
         if not set(traits.trains) <= _PARTS or traits.changes_base:
             yield f"`link` is {self.link!r}, whose adapter is no plain LoRA beside W."
