@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import lora_layers
-from tlora.adapter.savedconfig import CONFIG
+from tlora.adapter.savedconfig import CONFIG, WEIGHTS
 from tlora.errors import AdapterError, damaged, listed
 from tlora.files import adapter_fields, write_json
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PEFT_TYPE = "BOTTLENECK"
-_WEIGHTS = "adapter_model.safetensors"
 _SPREAD = 1e-3
 
 
@@ -113,8 +112,8 @@ def load(
     with damaged(folder / CONFIG, "save or copy the adapter again"):
         own = {name: value for name, value in fields.items() if name in known - {"peft_type"}}
         config = LoraConfig(**own | {"inference_mode": not is_trainable})
-    with damaged(folder / _WEIGHTS, "save or copy the adapter again"):
-        tensors = load_file(folder / _WEIGHTS)
+    with damaged(folder / WEIGHTS, "save or copy the adapter again"):
+        tensors = load_file(folder / WEIGHTS)
     adapted = wrap(model, config)
     make_bottlenecks(adapted, config.r)
     made = get_peft_model_state_dict(adapted, save_embedding_layers=False)

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tlora.adapter.freeze import FrozenACallback, lora_layers
-from tlora.adapter.initial import save_larger
+from tlora.adapter.initial import random_a, save_larger
+from tlora.adapter.three_factors import written_out
+from tlora.calibration.placement import by_deepspeed
 from tlora.errors import ConfigError
 from tlora.linalg.matrices import full_precision
 
@@ -125,11 +127,11 @@ def finished_links(model: nn.Module) -> int:
     return rows // int(held.rank)
 
 
-def random_a(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+def random_links(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Return an A for each layer, drawn from torch's global generator as PEFT draws the first."""
     layers: list[Any] = [model.get_submodule(name) for name in names]
-    drawn = [torch.empty(layer.lora_A["default"].newest.shape) for layer in layers]
-    return {n: nn.init.kaiming_uniform_(a, a=5**0.5) for n, a in zip(names, drawn, strict=True)}
+    shapes = [layer.lora_A["default"].newest.shape for layer in layers]
+    return {name: random_a(*shape) for name, shape in zip(names, shapes, strict=True)}
 
 
 @contextlib.contextmanager
@@ -196,7 +198,7 @@ class ChainCallback(TrainerCallback):
         Raises:
             ConfigError: as the class.
         """
-        if any(getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")):
+        if by_deepspeed(args):
             raise ConfigError(
                 "DeepSpeed trains copies of the adapter, and a chain replaces the adapter between"
                 " steps; launch the run with DDP, or leave DeepSpeed out.",
@@ -241,11 +243,6 @@ class ChainCallback(TrainerCallback):
 
 def save_chain(model: PeftModel, folder: Path) -> None:
     """Write the links so far as one plain LoRA of their summed rank."""
-    state, count = model.state_dict(), finished_links(model)
-    for name, layer in lora_layers(model):
-        for part in ("lora_A", "lora_B"):
-            held: Any = getattr(layer, part)["default"]
-            stem = f"{name}.{part}.default."
-            state = {key: value for key, value in state.items() if not key.startswith(stem)}
-            state[f"{stem}weight"] = held.first(count)
+    count = finished_links(model)
+    state = written_out(model, lambda held: held.first(count))
     save_larger(model, 1 + count, state, folder)

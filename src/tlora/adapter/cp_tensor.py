@@ -11,7 +11,6 @@ of every head h.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import lora_layers
+from tlora.calibration.hidden_states import block_of
 from tlora.calibration.weights import Target
 from tlora.errors import ConfigError
 
@@ -104,15 +104,16 @@ def grouped(heads: Sequence[Target], readers: Sequence[Target], head_dim: int) -
     for target in (*heads, *readers):
         reads = target in readers
         d, inner = (target.d_out, target.d_in) if reads else (target.d_in, target.d_out)
-        match = re.match(r"(.*?\.\d+)\.(.+)", target.name)
-        if match is None or inner % head_dim:
-            what = f"no heads of {head_dim}" if match else "no layer's number in its name"
+        layer = block_of(target.name)
+        if layer is None or inner % head_dim:
+            what = f"no heads of {head_dim}" if layer else "no layer's number in its name"
             raise ConfigError(
                 f"{target.name} has {what}, and LoRTA shares factors over layers and heads; choose"
                 " the attention's projections by `head_modules` and `output_modules`.",
                 where="adapter",
             )
-        member = Projection(target.name, match[1], match[2], reads)
+        matrix = target.name.removeprefix(f"{layer}.")
+        member = Projection(target.name, layer, matrix, reads)
         groups.setdefault((d, inner // head_dim), []).append(member)
     return groups
 

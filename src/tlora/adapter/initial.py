@@ -123,9 +123,12 @@ def random_start(target: Target, rank: int) -> tuple[Tensor, Tensor]:
         rank: r, as far as the matrix has so many ranks.
     """
     rank = min(rank, target.d_in, target.d_out)
-    a = torch.empty(rank, target.d_in)
-    nn.init.kaiming_uniform_(a, a=5**0.5)
-    return a, torch.zeros(target.d_out, rank)
+    return random_a(rank, target.d_in), torch.zeros(target.d_out, rank)
+
+
+def random_a(rank: int, width: int) -> Tensor:
+    """Return an A, ``rank`` x ``width``, drawn from torch's global generator as PEFT draws it."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=5**0.5)
 
 
 def attach_initial(

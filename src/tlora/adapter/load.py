@@ -16,7 +16,7 @@ from torch import nn
 from tlora.adapter import bottleneck
 from tlora.adapter.attach import make_room, misleading_warnings_ignored
 from tlora.adapter.freeze import complete_heads, freeze_a, lora_layers
-from tlora.adapter.savedconfig import check_fields
+from tlora.adapter.savedconfig import CONFIG, WEIGHTS, check_fields
 from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import taken_for_experts
@@ -95,7 +95,7 @@ def _saved_fields(path: str | Path) -> dict[str, Any]:
     """
     from peft import PeftConfig
 
-    settings = Path(path) / "adapter_config.json"
+    settings = Path(path) / CONFIG
     if not (Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith(".")):
         return {}
     if not settings.is_file():
@@ -152,7 +152,7 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
     """
     if fields.get("peft_type") == "LORA":
         check_fields(path, fields)
-    file = Path(path) / "adapter_model.safetensors"
+    file = Path(path) / WEIGHTS
     if not file.is_file():
         return
     shapes = sound_shapes(file)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tlora.adapter.freeze import lora_layers
-from tlora.adapter.saved import NESTED, WEIGHTS
+from tlora.adapter.saved import NESTED
+from tlora.adapter.savedconfig import WEIGHTS
 
 if TYPE_CHECKING:
     from peft import PeftModel

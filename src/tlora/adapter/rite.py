@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import lora_layers
-from tlora.calibration.placement import is_sharded
+from tlora.calibration.placement import by_deepspeed, is_sharded
 from tlora.errors import ConfigError
 
 
@@ -151,8 +151,7 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
     Raises:
         ConfigError: there is no pair A, B, or one is in parts or of fused experts.
     """
-    fields = ("deepspeed", "deepspeed_plugin")
-    if is_sharded(model) or any(getattr(arguments, name, None) for name in fields):
+    if is_sharded(model) or by_deepspeed(arguments):
         raise ConfigError(
             "LoRA-RITE needs each A and B whole, and FSDP2 and DeepSpeed keep them in parts;"
             " launch the run with DDP, or choose another optimizer.",

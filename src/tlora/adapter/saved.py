@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tlora.adapter import load
 from tlora.adapter.load import FLOATS, sound_shapes, targeted_names
-from tlora.adapter.savedconfig import CONFIG, check_fields
+from tlora.adapter.savedconfig import CONFIG, WEIGHTS, check_fields
 from tlora.errors import AdapterError, listed
 from tlora.files import adapter_fields
 
 PREFIX = load.PREFIX
-WEIGHTS = "adapter_model.safetensors"
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")

@@ -14,6 +14,7 @@ from typing import Any
 from tlora.errors import AdapterError
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def _is_rank(value: Any) -> bool:

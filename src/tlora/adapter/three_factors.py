@@ -8,7 +8,8 @@ disabling and checkpoints stay PEFT's.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,12 +135,19 @@ def make_grouped(model: PeftModel, size: int) -> None:
         layer.lora_A["default"] = GroupedA(rank, width // size, size, plain)
 
 
-def save_written_out(model: PeftModel, folder: Path) -> None:
-    """Write a plain LoRA: whatever stands in the place of A and B, by its `weight`."""
+def written_out(
+    model: PeftModel, matrix: Callable[[Any], Tensor] = attrgetter("weight")
+) -> dict[str, Tensor]:
+    """Return the state of a plain LoRA: of what stands in the place of A and B its ``matrix``."""
     whole = model.state_dict()
     state = {key: value for key, value in whole.items() if not _FACTOR.search(key)}
     for name, layer in lora_layers(model):
         for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part)["default"].weight
-            state[f"{name}.{part}.default.weight"] = weight.detach().contiguous()
-    model.save_pretrained(folder, state_dict=state)
+            held = matrix(getattr(layer, part)["default"])
+            state[f"{name}.{part}.default.weight"] = held.detach().contiguous()
+    return state
+
+
+def save_written_out(model: PeftModel, folder: Path) -> None:
+    """Write a plain LoRA: whatever stands in the place of A and B, by its `weight`."""
+    model.save_pretrained(folder, state_dict=written_out(model))

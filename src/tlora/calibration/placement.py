@@ -85,6 +85,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(_is_fsdp, model.modules())) or any(map(_is_split, model.parameters()))
 
 
+def by_deepspeed(arguments: Any) -> bool:
+    """Return whether DeepSpeed trains, by transformers' training arguments."""
+    return any(getattr(arguments, name, None) for name in ("deepspeed", "deepspeed_plugin"))
+
+
 def is_whole(weight: Any) -> bool:
     """Return whether a weight can be read here and now, without the other processes."""
     if is_zero3(weight):

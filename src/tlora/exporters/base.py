@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tlora.adapter.saved import WEIGHTS, SavedLora
-from tlora.adapter.savedconfig import CONFIG
+from tlora.adapter.saved import SavedLora
+from tlora.adapter.savedconfig import CONFIG, WEIGHTS
 from tlora.errors import AdapterError
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.files import seal_tensors

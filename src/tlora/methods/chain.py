@@ -87,7 +87,7 @@ class _Chain:
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
         """Prepare ``model`` for the first link, with a callback that starts each of the others."""
-        from tlora.adapter.chain import ChainCallback, make_chain, random_a, save_chain
+        from tlora.adapter.chain import ChainCallback, make_chain, random_links, save_chain
         from tlora.adapter.freeze import FrozenACallback
 
         method, record = options.method(), options.of_link()
@@ -98,7 +98,7 @@ class _Chain:
         prepared: Prepared = method.prepare(model, record, batches, plan)
         make_chain(prepared.model, options.length, options.link, prepared.optimizer is None)
         frozen = next((c for c in prepared.callbacks if isinstance(c, FrozenACallback)), None)
-        next_a = partial(_planned_a, method, options, batches) if plans else random_a
+        next_a = partial(_planned_a, method, options, batches) if plans else random_links
         chained = ChainCallback(options.length, next_a, plans, frozen)
         return dataclasses.replace(
             prepared,

@@ -72,13 +72,11 @@ class LoraOne(Lora):
         """Find A_0 and B_0, unless ``plan`` holds them, and wrap ``model``."""
         from peft import LoraConfig
 
-        from tlora.adapter.initial import attach_initial, too_large
+        from tlora.adapter.initial import attach_initial, refuse_ranks
         from tlora.adapter.stock import targets_of
-        from tlora.errors import ConfigError
 
         targets = targets_of(model, options)
-        if faults := [fault for t in targets if (fault := too_large(t, options.r))]:
-            raise ConfigError(faults[0], where="adapter")
+        refuse_ranks(targets, options.r)
         if plan is None:
             plan = _first_step(model, targets, options, batches)
         config = LoraConfig(**peft_fields(options, LoraConfig), **self.fields)

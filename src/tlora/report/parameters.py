@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tlora.adapter.saved import PREFIX, WEIGHTS, Tensors
+from tlora.adapter.saved import PREFIX, Tensors
+from tlora.adapter.savedconfig import WEIGHTS
 from tlora.report.tables import plain
 from tlora.training.checkpoints import MANIFEST, checkpoints_in, step_of
 

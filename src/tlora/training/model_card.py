@@ -109,7 +109,8 @@ def command(config: RunConfig, verb: str = "train") -> str:
 
 def ranks_of(folder: Path) -> dict[str, int]:
     """Return the rank of each adapted module that a folder of PEFT holds, by the module's name."""
-    from tlora.adapter.saved import PREFIX, WEIGHTS, Tensors
+    from tlora.adapter.saved import PREFIX, Tensors
+    from tlora.adapter.savedconfig import WEIGHTS
 
     return {
         key.removeprefix(PREFIX).partition(".lora_A")[0]: shape[0]
