@@ -140,6 +140,7 @@ METHODS = Registry(
         ("astra", "astra:Astra", "Astra: A and B start from W along its main outputs"),
         ("lora-fa", "lorafa:LoraFa", "LoRA-FA: random A, frozen; B trains"),
         ("trimatrix", "trimatrix:TriMatrix", "Tri-Matrix: r x r numbers train between random P, R"),
+        ("mtlora", "mtlora:MtLora", "MTLoRA: an r x r matrix trains between A and B"),
         ("dylora", "dylora:DyLora", "DyLoRA: each step trains the first ranks, any number serves"),
         ("edora", "edora:EDora", "EDoRA: magnitudes and r x r numbers between W's factors"),
         ("gelora", "gelora:GeLora", "GeLoRA: ranks from the dimension of hidden states"),

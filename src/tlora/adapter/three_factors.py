@@ -57,6 +57,50 @@ class CoreB(nn.Module):
         return nn.functional.linear(mixed, self.left.to(self.core.dtype))
 
 
+_TRANSFORMATIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
+    "shim": (1, lambda c: c),
+    "icfm": (1, lambda c: c @ c.T),
+    "ctcm": (2, torch.matmul),
+    "dtsm": (2, torch.add),
+}
+"""MTLoRA's structures: the number of r x r matrices that T is computed from, and how."""
+
+
+class TransformedB(nn.Module):
+    """Maps z (... x r) to B T z (... x m). B and C (and D), from which T is computed, train."""
+
+    def __init__(self, like: Tensor, structure: str) -> None:
+        """Start B at zero and draw C (and D) from torch's global generator, as a Linear's weight.
+
+        Args:
+            like: m x r, of the dtype and on the device that all get.
+            structure: a key of `_TRANSFORMATIONS`.
+        """
+        super().__init__()
+        rank = like.shape[1]
+        count, self._transform = _TRANSFORMATIONS[structure]
+        self.up = nn.Parameter(torch.zeros_like(like))
+        self._cores = ("core_c", "core_d")[:count]
+        for name in self._cores:
+            drawn = torch.empty(rank, rank, dtype=like.dtype, device=like.device)
+            self.register_parameter(name, nn.Parameter(drawn))
+            nn.init.kaiming_uniform_(drawn, a=5**0.5)
+
+    @property
+    def transformation(self) -> Tensor:
+        """T, r x r."""
+        return self._transform(*map(self.get_parameter, self._cores))
+
+    @property
+    def weight(self) -> Tensor:
+        """B T, m x r: what PEFT merges."""
+        return self.up @ self.transformation
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return B T z; its cost is that of a LoRA and of r x r numbers a token more."""
+        return nn.functional.linear(nn.functional.linear(z, self.transformation), self.up)
+
+
 class GroupedA(nn.Module):
     """Maps x (... x d) to A pool(x) (... x r): pool averages each ``size`` neighbors; A trains."""
 
@@ -133,6 +177,13 @@ def make_grouped(model: PeftModel, size: int) -> None:
         plain = layer.lora_A["default"].weight
         rank, width = plain.shape
         layer.lora_A["default"] = GroupedA(rank, width // size, size, plain)
+
+
+def make_transformed(model: PeftModel, structure: str) -> None:
+    """Turn a model wrapped by PEFT's LoRA into MTLoRA's: T stands between A and B, all train."""
+    for _, layer in lora_layers(model):
+        plain = layer.lora_B["default"].weight.detach()
+        layer.lora_B["default"] = TransformedB(plain, structure)
 
 
 def written_out(
