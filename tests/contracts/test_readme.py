@@ -12,7 +12,7 @@ from tlora.demo.run import BASE_MODEL, write_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIRST, WITH_TRL = re.findall(r"```python\n(.*?)```", README, re.S)
+LOAD, FIRST, WITH_TRL = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(program, names):
@@ -29,6 +29,18 @@ def check(model, base):
     ids = {"input_ids": torch.arange(3, 9).reshape(1, -1)}
     with torch.no_grad():
         assert torch.equal(again(**ids).logits, model.eval()(**ids).logits)
+
+
+def test_the_loading_code_gives_the_trained_models_logits(tiny_llama, saved, tmp_path, monkeypatch):
+    base = saved(tiny_llama())
+    monkeypatch.chdir(tmp_path)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    trained = peft.get_peft_model(tiny_llama(), lora)
+    trained.save_pretrained("run/adapter")
+    ids = {"input_ids": torch.arange(3, 9).reshape(1, -1)}
+    loaded = run(LOAD.replace("path/to/model", base), {})
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**ids).logits, trained.eval()(**ids).logits)
 
 
 def test_the_first_program_leaves_a_plain_adapter(

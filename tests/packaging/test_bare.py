@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 BASE = "import tlora.demo, pathlib; print(pathlib.Path(tlora.demo.__file__).parent / 'base')"
 README = re.findall(
     r"```python\n(.*?)```", (environment.PROJECT / "README.md").read_text("utf-8"), re.S
-)[0]
+)[1]
 START = """
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,7 +81,7 @@ def test_no_package_of_an_extra_is_there(bare, wheel, tmp_path):
 
 
 def test_the_library_calibrates_trains_saves_and_loads(bare, base, tmp_path):
-    """Step by step, and as README's first program does."""
+    """Step by step, and as README's program for your own loop does."""
     program = START.replace("BASE", repr(base)) + STEPS + CHAT
     program += "model = load()\n" + README + TRAINING
     done = bare.run("-c", program, folder=tmp_path)
