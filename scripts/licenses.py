@@ -17,10 +17,10 @@ REPORT = PROJECT / "docs/licenses.md"
 HEAD = """\
 # Licenses of the packages
 
-tlora is under the Apache License 2.0. This is what `make` installs beside it, by
-`requirements/dev.txt` and `constraints.txt`; written by `make licenses` from the metadata of the
-installed packages. Wheels may bundle libraries of further licenses, as those of torch and numpy do,
-and a CUDA build of torch installs NVIDIA's libraries, which are proprietary.
+tlora is under the Apache License 2.0. `make licenses` writes this list of the packages that `make`
+installs (`requirements/dev.txt` and `constraints.txt`) from their own metadata. Wheels may bundle
+libraries under further licenses, as torch's and numpy's do. A CUDA build of torch also installs
+NVIDIA's proprietary libraries.
 
 | package | version | license |
 |---|---|---|
