@@ -371,7 +371,7 @@ def test_a_number_of_validation_rows_is_no_file(tlora, value):
     code, _, err = tlora("compare", f"--validation={value}", "--print_config")
     assert code == 2
     assert "`validation` is " in err
-    assert "; give a file, a share below 1 or a number of rows." in err
+    assert "; give a file, a fraction below 1 or a number of rows." in err
 
 
 @pytest.mark.parametrize("verb", ["init", "train"])

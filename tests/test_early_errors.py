@@ -33,7 +33,7 @@ COMMANDS = (
     ),
     ("train --model {}/model", "no training rows; give --train_file or --data.dataset"),
     ("train --model {}/model --train_file {}/no.jsonl", "{}/no.jsonl: there is no such file"),
-    ("train --model {}/model --train_file {}/rows.xml", "files of kind '.xml' are not read"),
+    ("train --model {}/model --train_file {}/rows.xml", "files of type '.xml' are not supported"),
     ("train --model {}/model --train_file {}/empty.csv", "{}/empty.csv: there are no rows"),
     (f"{TRAIN} --eval_file {{}}/no.csv", "{}/no.csv: there is no such file"),
     (f"{TRAIN} --data.eval_split test", "`data.eval_split` needs `data.dataset`"),

@@ -293,7 +293,11 @@ TEST_ROWS = object()
         ({"model": None}, ConfigError, "`model` is missing"),
         ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
         ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
-        ({"validation": TEST_ROWS}, DataError, "rows that choose a learning rate cannot report"),
+        (
+            {"validation": TEST_ROWS},
+            DataError,
+            "rows that choose the learning rate cannot also report",
+        ),
         (
             {"trainer": {"max_step": 3}},
             ConfigError,

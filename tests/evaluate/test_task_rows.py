@@ -135,13 +135,13 @@ def test_a_dataset_on_the_hub_is_one_task_of_prompts_and_responses(hub, monkeypa
 @pytest.mark.parametrize(
     ("fields", "data", "says"),
     [
-        ({}, {}, "the task has no rows of its own; give --test_file, or --data.dataset"),
-        ({}, {"dataset": "mine"}, "which rows of 'mine' are to be scored is not said"),
+        ({}, {}, "the task has no default dataset; give --test_file, or --data.dataset"),
+        ({}, {"dataset": "mine"}, "the split of 'mine' to score is missing"),
         ({}, {"dataset_config": "a"}, "`data.dataset_config` needs `data.dataset`"),
         (
             {"test_file": "f.jsonl"},
             {"eval_split": "test"},
-            "`data.eval_split` and --test_file both say where the rows are",
+            "`data.eval_split` and --test_file both give the rows to score",
         ),
     ],
 )

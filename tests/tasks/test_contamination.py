@@ -226,7 +226,7 @@ def test_rows_that_are_asked_are_refused_with_count_and_places():
         left_out(TRAIN, {"e.jsonl": raw("b", "x"), "v.jsonl": raw("D!")}, task(TRAIN), "t.jsonl")
     message = str(caught.value)
     assert message.startswith(
-        "t.jsonl: of 5 training rows 2 repeat a prompt of e.jsonl (rows 2, 4); 1 repeats a prompt"
+        "t.jsonl: of 5 training rows, 2 repeat a prompt of e.jsonl (rows 2, 4); 1 repeats a prompt"
         " of v.jsonl (row 5); "
     )
     assert "--data.overlap drop" in message
@@ -241,20 +241,22 @@ def test_many_rows_are_counted_and_five_named():
 
 def test_dropped_rows_are_those_that_are_asked(caplog):
     assert left_out(TRAIN, {"e": raw("b", "x")}, task(TRAIN, "drop")) == [1, 3]
-    assert "2 repeat a prompt of e (rows 2, 4); they are left out of training" in caplog.text
-    with pytest.raises(DataError, match="every training row is also an evaluation row"):
+    assert "2 repeat a prompt of e (rows 2, 4); training skips them" in caplog.text
+    with pytest.raises(DataError, match="every training row repeats an evaluation row"):
         left_out(TRAIN, {"e": TRAIN}, task(TRAIN, "drop"))
 
 
 def test_allowed_rows_stay_and_are_reported(caplog):
     assert left_out(TRAIN, {"e": raw("b")}, task(TRAIN, "allow")) == []
-    assert "2 repeat a prompt of e (rows 2, 4); they are trained on" in caplog.text
+    assert "2 repeat a prompt of e (rows 2, 4); training uses them anyway" in caplog.text
 
 
 def test_validation_rows_may_not_repeat_what_is_reported():
     known = ("e", PromptIndex(["b"]))
     rows = [{"prompt": text, "response": ""} for text in "abc"]
-    with pytest.raises(DataError, match=r"v: of 3 validation rows 1 repeats a prompt of e \(row 2"):
+    with pytest.raises(
+        DataError, match=r"v: of 3 validation rows, 1 repeats a prompt of e \(row 2"
+    ):
         refuse_overlap(rows, known, task(TRAIN, "drop"), "v")
     refuse_overlap(rows, known, task(TRAIN, "allow"), "v")
     refuse_overlap(rows[:1], known, task(TRAIN, "drop"), "v")
@@ -284,7 +286,7 @@ def test_rows_are_kept_apart_from_what_a_named_evaluation_asks(guarding):
     known = guarded(data)
     assert list(known) == ["gsm8k-paper"]
     with pytest.raises(
-        DataError, match=r"of 3 training rows 1 repeats a prompt of gsm8k-paper \(row 1\)"
+        DataError, match=r"of 3 training rows, 1 repeats a prompt of gsm8k-paper \(row 1\)"
     ):
         left_out(rows, known, TASKS.load("gsm8k")(data))
     assert left_out(rows, known, TASKS.load("gsm8k")(DataConfig(overlap="drop"))) == [0]

@@ -43,7 +43,7 @@ def test_a_line_of_the_table_holds(line, tokenizers, tmp_path, caplog):
     task.settle(tokenizer.chat_template is not None, None)
     with caplog.at_level("INFO"):
         raw, _ = task.load(str(file), None)
-    assert f"1 rows read as {line['shape']}, " in caplog.text
+    assert f"reading 1 rows as {line['shape']}, " in caplog.text
     (row,) = task.rows(raw, "rows.jsonl")
     (encoded,) = tokens.encodings(tokens.causal, tokenizer, row, task.data)
     text = tokens.marked(tokenizer, encoded["input_ids"], encoded["labels"])

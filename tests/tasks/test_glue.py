@@ -138,7 +138,9 @@ def test_a_similarity_is_rounded_to_fifths(label, word):
 
 
 def test_other_kinds_are_refused():
-    with pytest.raises(ConfigError, match="is 'causal', but this task is 'classification' or"):
+    with pytest.raises(
+        ConfigError, match="is 'causal', but this task supports 'classification' or"
+    ):
         TASKS.load("sst2")(DataConfig(kind="causal"))
 
 
@@ -152,7 +154,7 @@ def test_a_line_of_another_width_names_file_and_line(tmp_path):
 def test_an_unknown_layout_names_the_wanted_columns(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("review\tstars\tdate\nfine\t1\t2\n")
-    with pytest.raises(DataError, match="give a header line with 'sentence', 'label'"):
+    with pytest.raises(DataError, match="add a header line with 'sentence', 'label'"):
         rows("sst2", path)
 
 

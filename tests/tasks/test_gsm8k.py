@@ -58,6 +58,6 @@ def test_rows_are_drawn_from_the_whole_file_with_a_seed(tmp_path):
     assert drawn(max_train_rows=20, subset_seed=1)[0] != first
     assert len(drawn(max_train_rows=20, subset_seed=1)[1]) == 90
     assert [*DataConfig(subset_seed=1).undrawn()] == [
-        "`data.subset_seed` says how rows are drawn, not how many; give `data.max_train_rows` or"
+        "`data.subset_seed` chooses rows at random but not how many; set `data.max_train_rows` or"
         " `data.max_eval_rows` too."
     ]

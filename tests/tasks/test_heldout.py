@@ -28,7 +28,7 @@ def test_the_seed_says_which():
 
 @pytest.mark.parametrize("size", [40, 100])
 def test_both_sides_need_rows(size):
-    with pytest.raises(DataError, match=r"holds out \d+ of 40 rows \(20 questions\)"):
+    with pytest.raises(DataError, match=r"holds out \d+ of 40 rows \(20 distinct prompts\)"):
         held_out(ROWS, DataConfig(val_size=size), "rows")
     with pytest.raises(DataError, match="holds out 0 of 2 rows"):
         held_out(ROWS[:2], DataConfig(val_size=1), "rows")
@@ -37,7 +37,7 @@ def test_both_sides_need_rows(size):
 @pytest.mark.parametrize("size", [0, 1.5, -1])
 def test_other_sizes_are_refused(size):
     with pytest.raises(
-        ConfigError, match=r"`data\.val_size` is .*a share below 1 or a number of rows"
+        ConfigError, match=r"`data\.val_size` is .*a fraction below 1 or a number of rows"
     ):
         RunConfig.from_dict({"data": {"val_size": size}})
 

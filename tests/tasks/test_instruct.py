@@ -66,5 +66,5 @@ def test_a_commonsense_answer_that_scoring_cannot_read_is_refused():
     "turns", [None, [], ["Hello"], [{"from": "gpt", "value": "Hi."}], [{"from": "human"}]]
 )
 def test_a_conversation_without_an_answered_turn_is_refused(turns):
-    with pytest.raises(DataError, match="no human turn that gpt answers"):
+    with pytest.raises(DataError, match="no human turn followed by a gpt turn"):
         row("chat", {"conversations": turns})

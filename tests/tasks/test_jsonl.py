@@ -63,7 +63,7 @@ def test_a_misspelt_column_gets_a_suggestion(first_row):
 
 @pytest.mark.parametrize("template", ["{}", "{question} {!r}"])
 def test_a_placeholder_without_a_name_is_refused(first_row, template):
-    with pytest.raises(ConfigError, match=r"has \{\}, which names no column; name one"):
+    with pytest.raises(ConfigError, match=r"has empty braces \{\}; put a column name"):
         first_row(
             {"question": "a", "answer": "b"}, prompt_template=template, response_column="answer"
         )
@@ -96,7 +96,7 @@ def test_an_empty_value_names_file_row_and_column(first_row):
 
 
 def test_a_chat_without_an_assistant_is_refused(first_row):
-    with pytest.raises(DataError, match="no assistant turn to learn from"):
+    with pytest.raises(DataError, match="no assistant turn to train on"):
         first_row({"messages": [{"role": "user", "content": "hi"}]})
 
 
@@ -111,7 +111,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
     ("name", "text", "message"),
     [
         ("none.jsonl", None, r"none\.jsonl: there is no such file"),
-        ("rows.xlsx", "x", r"files of kind '\.xlsx' are not read; use \.json, "),
+        ("rows.xlsx", "x", r"files of type '\.xlsx' are not supported; use \.json, "),
         ("rows.csv", "prompt,response\n", "there are no rows"),
         ("rows.jsonl", "", "there are no rows"),
         ("rows.json", "", "there are no rows"),
@@ -166,8 +166,8 @@ def test_texts_with_labels_are_said_with_what_is_not_read(classification, tmp_pa
     with caplog.at_level("INFO"):
         classification([0, 1], text_column="stars", label_column="stars")
     assert [row.getMessage() for row in caplog.records] == [
-        f"{tmp_path / 'rows.jsonl'}: 2 rows read as texts with labels.",
-        f"{tmp_path / 'rows.jsonl'}: not read: 'review'.",
+        f"{tmp_path / 'rows.jsonl'}: reading 2 rows as texts with labels.",
+        f"{tmp_path / 'rows.jsonl'}: ignoring unused columns 'review'.",
     ]
 
 
@@ -193,7 +193,7 @@ def test_a_kind_that_the_task_is_not_is_refused():
     from tlora.tasks.gsm8k import Gsm8k
 
     with pytest.raises(
-        ConfigError, match=r"`data\.kind` is 'regression', but this task is 'causal'"
+        ConfigError, match=r"`data\.kind` is 'regression', but this task supports 'causal'"
     ):
         Gsm8k(DataConfig(kind="regression"))
     with pytest.raises(ConfigError, match=r"`data\.kind` is 'poetry'; choose one of 'causal'"):
@@ -214,7 +214,7 @@ def test_where_only_the_prompt_is_named_the_usual_response_is_taken(first_row, r
 
 @pytest.mark.parametrize("template", ["{prompt!z}", "{prompt:d}", "{prompt:>99999999999}"])
 def test_a_template_formats_nothing(first_row, template):
-    with pytest.raises(ConfigError, match="give nothing but names of columns in braces"):
+    with pytest.raises(ConfigError, match="only use plain column names in braces"):
         first_row({"prompt": "a", "response": "b"}, prompt_template=template)
 
 
@@ -227,13 +227,15 @@ def test_whole_numbers_written_as_floats_are_the_same_classes(classification):
 
 
 def test_lists_of_labels_are_one_sentence(classification):
-    found = r"rows\.jsonl, row 1: column 'stars' is \[1, 2\]; a row has one class"
+    found = r"rows\.jsonl, row 1: column 'stars' is \[1, 2\], but a row must have one class"
     with pytest.raises(DataError, match=found):
         classification([[1, 2], [3, 4]])
 
 
 def test_a_message_shows_the_first_200_characters_of_a_value(classification):
-    with pytest.raises(DataError, match=r"row 1: column 'stars' is \[7, .{196}\.\.\.; a row has"):
+    with pytest.raises(
+        DataError, match=r"row 1: column 'stars' is \[7, .{196}\.\.\., but a row must have"
+    ):
         classification([[7] * 1000])
 
 
@@ -262,7 +264,7 @@ def test_an_option_that_a_task_does_not_read_is_refused(task, data, names):
     with pytest.raises(ConfigError) as caught:
         task(DataConfig(**data)).check_fields()
     assert caught.value.faults == tuple(
-        f"`data.{name}` has no effect on this task; leave it out." for name in names
+        f"`data.{name}` has no effect on this task; remove it." for name in names
     )
 
 
@@ -280,7 +282,7 @@ def test_rows_are_read_in_one_way(data):
     with pytest.raises(ConfigError) as caught:
         RunConfig(data=DataConfig(**data))
     (fault,) = caught.value.faults
-    assert one in fault and other in fault and fault.endswith("are both given; give one of them.")
+    assert one in fault and other in fault and fault.endswith("are both set; keep one of them.")
 
 
 def test_a_format_without_effect_is_refused():

@@ -65,9 +65,9 @@ def test_files_of_different_shapes_are_each_read_by_their_own(here, caplog):
         rows = load("c.json,d.csv,e.txt")
     assert [[*row] for row in rows] == [["messages"], ["messages"], ["text"], ["text"]]
     assert [row.getMessage() for row in caplog.records] == [
-        "c.json: 1 rows read as ShareGPT conversations, written by the model's chat template.",
-        "d.csv: 1 rows read as questions and answers, written by the model's chat template.",
-        "e.txt: 2 rows read as plain text, trained on as they are.",
+        "c.json: reading 1 rows as ShareGPT conversations, formatted by the model's chat template.",
+        "d.csv: reading 1 rows as questions and answers, formatted by the model's chat template.",
+        "e.txt: reading 2 rows as plain text, used unchanged.",
     ]
 
 
@@ -94,14 +94,14 @@ def test_what_is_not_there_is_named():
         load("a.jsonl,n*.jsonl")
     with pytest.raises(DataError, match=r"^none\.jsonl: there is no such file"):
         load("a.jsonl,none.jsonl")
-    with pytest.raises(DataError, match=r"^',' names no file"):
+    with pytest.raises(DataError, match=r"^',' contains no file name"):
         load(",")
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x"])
 def test_a_weight_is_a_positive_number(weight):
     files = RunConfig.from_dict({"train_file": [{"path": "a.jsonl", "weight": weight}]}).train_file
-    with pytest.raises(DataError, match=f"^a.jsonl:{weight}: the weight is {weight}; give a pos"):
+    with pytest.raises(DataError, match=f"^a.jsonl:{weight}: the weight is {weight}; use a pos"):
         load(files)
 
 

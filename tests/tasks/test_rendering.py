@@ -19,7 +19,7 @@ SPECIAL = re.compile(r"<\|?[a-zA-Z_]+\|?>|\[/?INST\]")
 
 @pytest.fixture
 def encoded(tiny_tokenizer):
-    """Return the rows of a chat as they are trained on, what is learned in «»."""
+    """Return the rows of a chat as they are trained on, with the trained part in «»."""
 
     def encode(template, messages, **row):
         tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -117,7 +117,7 @@ def test_tools_and_calls_are_written_by_the_template_and_calls_are_learned(encod
 
 @pytest.mark.parametrize("row", [{"messages": CALLS}, {"messages": CHAT, "tools": [ASKED]}])
 def test_a_template_that_would_drop_tools_is_refused(encoded, row):
-    with pytest.raises(DataError, match=r"has `tool.*does not write; drop them"):
+    with pytest.raises(DataError, match=r"has `tool.*does not render; remove them"):
         encoded("SMOLLM2", **row)
 
 
@@ -125,7 +125,7 @@ def test_a_template_that_would_drop_tools_is_refused(encoded, row):
 def test_a_template_that_would_drop_thoughts_is_refused(encoded, field):
     chat = [CHAT[0], CHAT[1] | {field: "greet"}]
     named = chat_templates.SMOLLM2 + "{# no thinking, no reasoning #}"
-    with pytest.raises(DataError, match=f"has `{field}`, which .* or make them `content`"):
+    with pytest.raises(DataError, match=f"has `{field}`, which .* or move the text to `content`"):
         encoded(named, chat)
     writes = "{% for m in messages %}{{ (m." + field + " or '') + m.content }}{% endfor %}"
     assert encoded(writes, chat) == ["hi«greethello»"]
@@ -156,7 +156,7 @@ def test_a_template_with_marks_gets_the_chat_in_the_form_that_it_wants(encoded):
 
 @pytest.mark.parametrize("fault", ["{% endfr %}", "{{ 1 / 0 }}", "{{ [][0].x }}", ""])
 def test_a_marked_template_that_raises_is_one_sentence(encoded, fault):
-    with pytest.raises(DataError, match=r"^the chat template refuses the chat \("):
+    with pytest.raises(DataError, match=r"^the chat template rejects the chat \("):
         encoded(MARKED + fault, [CHAT[0], {"role": "tool", "content": "x"}, CHAT[1]])
 
 
@@ -169,7 +169,9 @@ def test_turns_of_weight_0_are_not_learned(encoded, template):
 
 
 def test_turns_of_weight_0_need_marks_of_whole_turns(encoded):
-    with pytest.raises(DataError, match="turns of weight 0, but the chat template marks no turn"):
+    with pytest.raises(
+        DataError, match="turns of weight 0, but the chat template does not mark whole turns"
+    ):
         encoded(MARKED, [CHAT[0], CHAT[1] | {"weight": 0}])
 
 
@@ -192,9 +194,9 @@ def test_a_template_that_raises_is_one_sentence_with_the_row(tiny_tokenizer):
     with pytest.raises(DataError) as error:
         tokens.tokenized(raw, rows, task, tokens.causal, tokenizer, "train.jsonl")
     assert re.fullmatch(
-        r"train\.jsonl, row 2: the chat template refuses the chat \(Conversation roles must"
+        r"train\.jsonl, row 2: the chat template rejects the chat \(Conversation roles must"
         r" alternate user/assistant/user/assistant/\): \[\{'role': 'user'.{170,190}\.\.\.; fix or"
-        r" drop the row, or give another --data\.chat_template\.",
+        r" drop the row, or use another --data\.chat_template\.",
         str(error.value),
     )
 
@@ -211,7 +213,7 @@ def test_a_template_that_raises_is_one_sentence_with_the_row(tiny_tokenizer):
     ],
 )
 def test_a_template_with_a_fault_of_its_own_is_one_sentence(encoded, template):
-    with pytest.raises(DataError, match=r"^the chat template refuses the chat \(.+\): \[\{"):
+    with pytest.raises(DataError, match=r"^the chat template rejects the chat \(.+\): \[\{"):
         encoded(template, CHAT[:2])
 
 
@@ -284,8 +286,8 @@ def test_an_empty_answer_is_called_that(chatml, caplog):
 
     with caplog.at_level(logging.WARNING):
         assert len(tokenized("yes", "")) == 1
-    assert "1 of 2 rows have nothing to learn (an empty response)" in caplog.text
-    with pytest.raises(DataError, match="no row has anything to learn: the responses are empty"):
+    assert "skipping 1 of 2 rows with nothing to train on (an empty response)" in caplog.text
+    with pytest.raises(DataError, match="no row has a token to train on: the responses are empty"):
         tokenized("", "")
     with pytest.raises(DataError, match=r"within 64 tokens; shorten the rows"):
         tokenized_long = "hi " * 99

@@ -46,7 +46,7 @@ def test_conversations_may_be_of_role_and_content(load):
 
 
 def test_an_unknown_speaker_is_named(load):
-    with pytest.raises(DataError, match=r"^rows\.jsonl, row 1: the chat has a turn of 'narrator'"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl, row 1: the chat has a turn by 'narrator'"):
         load({"conversations": [{"from": "narrator", "value": "x"}]})
 
 
@@ -72,7 +72,7 @@ def test_tools_are_a_list_or_its_json(load, tools):
 
 def test_images_are_refused(load):
     picture = {"role": "user", "content": [{"type": "image", "image": "x.png"}]}
-    with pytest.raises(DataError, match=r"row 1: a turn holds .*; only text is trained on"):
+    with pytest.raises(DataError, match=r"row 1: a turn contains .*; training only supports text"):
         load({"messages": [picture, ASSISTANT]})
 
 
@@ -105,8 +105,8 @@ def test_preference_pairs_are_refused(load, row):
 def test_what_is_not_read_is_named_once(load, caplog):
     row = {"instruction": "a", "output": "b", "input": "", "id": 3, "source": "x"}
     load(row, row)
-    assert [r.getMessage() for r in caplog.records if "not read" in r.getMessage()] == [
-        f"{_file(caplog)}: not read: 'id', 'source'."
+    assert [r.getMessage() for r in caplog.records if "ignoring" in r.getMessage()] == [
+        f"{_file(caplog)}: ignoring unused columns 'id', 'source'."
     ]
 
 
@@ -173,7 +173,7 @@ def test_preference_pairs_are_named_by_their_file_before_any_row_is_read(tmp_pat
 def test_a_task_with_a_prompt_of_its_own_takes_no_other_format():
     from tlora.tasks.gsm8k import Gsm8k
 
-    with pytest.raises(ConfigError, match=r"is 'chat', but this task has prompts of its own"):
+    with pytest.raises(ConfigError, match=r"is 'chat', but this task has its own prompts"):
         Gsm8k(DataConfig(format="chat"))
     task = Gsm8k(DataConfig())
     task.settle(True, None)
@@ -184,7 +184,7 @@ def test_a_task_with_a_prompt_of_its_own_takes_no_other_format():
     ("row", "data", "hint"),
     [
         ({"sentence": "a", "label": 1}, {}, "--data.kind classification"),
-        ({"messages": [USER, ASSISTANT]}, {"kind": "seq2seq"}, "takes a prompt and a response"),
+        ({"messages": [USER, ASSISTANT]}, {"kind": "seq2seq"}, "needs a prompt and a response"),
     ],
 )
 def test_rows_of_another_kind_get_a_hint(load, row, data, hint):
@@ -214,7 +214,7 @@ def test_what_a_turn_says_is_read_by_either_name(load, speaker, says):
 
 @pytest.mark.parametrize("turn", [{"from": "human", "text": "a"}, {"role": "user", "contents": ""}])
 def test_a_turn_that_says_nothing_is_refused(load, turn):
-    with pytest.raises(DataError, match=r"row 1: a turn says nothing: .* as `content` or `value`"):
+    with pytest.raises(DataError, match=r"row 1: a turn has no text: .* in `content` or `value`"):
         load({"messages": [turn, ASSISTANT]})
 
 
@@ -236,7 +236,7 @@ def test_a_call_without_arguments_has_none(load, arguments):
 
 @pytest.mark.parametrize("call", ["x", {"id": "1"}, {"function": "f"}, {"function": {"name": 5}}])
 def test_a_call_of_nothing_is_refused(load, call):
-    with pytest.raises(DataError, match=r"row 1: a turn calls .*; give a list of"):
+    with pytest.raises(DataError, match=r"row 1: a turn has the tool call .*; give a list of"):
         called(load, tool_calls=[call])
 
 

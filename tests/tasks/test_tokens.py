@@ -143,11 +143,11 @@ def test_rows_without_a_token_to_learn_are_left_out_and_counted(tokenize, caplog
         kept = tokenize(["hi", "a charming and often affecting journey" * 9], max_length=20)
     assert len(kept) == 1
     assert sorted(kept.column_names) == ["input_ids", "labels"]
-    assert "train.jsonl: 1 of 2 rows have no token to learn from" in caplog.text
+    assert "train.jsonl: skipping 1 of 2 rows without a token to train on" in caplog.text
 
 
 def test_no_row_left_is_an_error(tokenize):
-    with pytest.raises(DataError, match="no row has a token to learn from within 3 tokens"):
+    with pytest.raises(DataError, match="no row has a token to train on within 3 tokens"):
         tokenize(["a charming journey"], max_length=3)
 
 
@@ -162,8 +162,8 @@ def test_rows_whose_response_is_cut_are_counted(tokenize, caplog, tiny_tokenizer
     tokenize(["hi", "a charming journey"], max_length=longest - 1)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"train.jsonl: 1 of 2 rows are longer than `data.max_length`, {longest - 1} tokens, and"
-        " lose the end of their response; raise --data.max_length."
+        f"train.jsonl: the responses of 1 of 2 rows are truncated at `data.max_length`,"
+        f" {longest - 1} tokens; raise --data.max_length."
     )
 
 

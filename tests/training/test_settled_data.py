@@ -31,8 +31,8 @@ def test_a_run_records_the_format_that_it_settled_on(config, caplog):
     with caplog.at_level(logging.INFO):
         setup = settle(config(data=DataConfig()))
     assert setup.record()["data"]["format"] == "alpaca"
-    assert "24 rows read as prompts and responses, written as Alpaca prompts." in caplog.text
-    assert "what is learned in «»: Below is an instruction" in caplog.text
+    assert "reading 24 rows as prompts and responses, formatted as Alpaca prompts." in caplog.text
+    assert "with trained tokens in «»: Below is an instruction" in caplog.text
 
 
 def test_a_chat_template_by_name_is_saved_with_the_adapter(config, tmp_path):

@@ -181,7 +181,7 @@ def test_a_task_that_reads_no_replies_does_not_generate(config, saved, tiny_t5, 
 def test_a_tokenizer_that_loses_a_label_is_refused_before_anything_is_written(config, t5, reviews):
     lossy = [word if word != "positive" else "other" for word in WORDS]
     run = config(model=t5(lossy), task="sst2", data=DataConfig(kind="seq2seq"), **reviews)
-    with pytest.raises(DataError, match="comes back from the tokenizer as ''"):
+    with pytest.raises(DataError, match="the tokenizer turns a row's label into ''"):
         train.run(run)
     assert not Path(run.output_dir).exists()
 

@@ -143,7 +143,7 @@ def test_init_and_train_plan_the_same(config):
         ({"method": "lora", "adapter": {"target_modules": ["nowhere"]}}, ConfigError, "nowhere"),
         ({"train_file": "none.jsonl"}, DataError, "none.jsonl: there is no such file"),
         ({"train_file": None}, ConfigError, "no training rows; give --train_file"),
-        ({"task": "gsm8k"}, DataError, "row 1: there is no column 'question'"),
+        ({"task": "gsm8k"}, DataError, "row 1: column 'question' is missing"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(config, fields, error, message):

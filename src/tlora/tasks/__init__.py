@@ -1,1 +1,1 @@
-"""One file a task; each is registered by a line in `tlora.registry`."""
+"""One file per task; `tlora.registry` registers each in one line."""

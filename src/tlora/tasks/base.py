@@ -1,17 +1,17 @@
-"""What a task is: where its rows are, how a raw row becomes prompt and answer, how it is scored.
+"""A task: where to find its rows, how to turn a row into prompt and answer, how to score them.
 
 The call order, in `tlora.training`::
 
     task = Task(data)                        # data: a DataConfig
-    task.settle(has_template, positions)     # what `data` leaves to the model
+    task.settle(has_template, positions)     # fill in defaults that depend on the model
     train, held_out = task.load(train_file, eval_file)   # raw rows, columns checked
     rows = task.rows(train, name)            # raw rows -> the shapes below, by task.row
-    scores = task.metrics(predictions, labels)           # of a model with a head, or
-    scores = task.reply_metrics(replies, targets)        # of one that generates
+    scores = task.metrics(predictions, labels)           # for a model with a head, or
+    scores = task.reply_metrics(replies, targets)        # for one that generates
 
 Shapes of a row, by kind (`tlora.tasks.tokens` turns them into token ids):
 
-- "causal": {"prompt", "response"}, or {"messages"} and maybe {"tools", "first"}, or {"text"};
+- "causal": {"prompt", "response"}, or {"messages"} and optionally {"tools", "first"}, or {"text"};
 - "seq2seq": {"prompt", "response"};
 - "classification": {"text", "text_pair" (maybe None), "label": int};
 - "regression": the same with "label": float.
@@ -42,30 +42,30 @@ INSTRUCTION_PROMPT = (
 )
 """The paper's zero-shot prompt (arXiv 2604.18124, appendix), in training and test."""
 LONGEST = 2048
-"""Tokens kept of a row where neither the user nor the model says less."""
+"""Default maximum tokens per row, unless the user or the model sets a lower limit."""
 
 
 class Task(ABC):
-    """A task over rows of local files or of a Hub dataset."""
+    """A task over rows from local files or a Hub dataset."""
 
     kind: Kind = "causal"
-    """Which loss and which head the task trains."""
+    """The kind of loss and head that the task trains."""
     other_kinds: tuple[Kind, ...] = ()
-    """Kinds that `data.kind` may ask for in its place."""
+    """Other kinds that `data.kind` may select."""
     reads_replies: bool = False
-    """Whether `reply_metrics` scores what the model generates."""
+    """Whether `reply_metrics` scores generated replies."""
     classifies: bool = False
-    """Whether a row is a text to be classified, even if it is put as text to text."""
+    """Whether rows are texts to classify, even when trained as text to text."""
     label_names: list[str] | None = None
-    """Names of the classes by id, for a classification."""
+    """Class names by id, for a classification task."""
     exact: bool = False
-    """Whether a reply is right just if it is the row's response, word for word."""
+    """Whether a reply is correct only if it equals the row's response exactly."""
     formats: tuple[Format, ...] = ("raw",)
-    """Values of `data.format` that the task takes, besides "auto"; the first is what it writes."""
+    """Values of `data.format` that the task accepts besides "auto"; the first is the default."""
     reads: tuple[str, ...] = ABOUT_TEXT
-    """Fields of `data` among `ABOUT_TEXT` that have an effect on the task."""
+    """Fields of `data` in `ABOUT_TEXT` that affect the task."""
     hub: tuple[str, str | None] | None = None
-    """Dataset on the Hub, (name, configuration), used when no file is given."""
+    """Default Hub dataset, (name, configuration), used when no file is given."""
     hub_eval_split: str | None = None
     """Split of `hub` to evaluate on."""
 
@@ -74,24 +74,25 @@ class Task(ABC):
         known = (self.kind, *self.other_kinds)
         if data.kind not in (None, *known):
             raise ConfigError(
-                f"`data.kind` is {data.kind!r}, but this task is {' or '.join(map(repr, known))};"
-                f" {'choose one of them' if self.other_kinds else 'leave it out'}.",
+                f"`data.kind` is {data.kind!r}, but this task supports"
+                f" {' or '.join(map(repr, known))};"
+                f" {'choose one of them' if self.other_kinds else 'remove it'}.",
                 where="data",
             )
         self.kind = data.kind or self.kind
         if data.format not in ("auto", *self.formats):
             raise ConfigError(
-                f"`data.format` is {data.format!r}, but this task has prompts of its own"
-                f" ({' or '.join(map(repr, self.formats))}); leave it out, or use --task jsonl.",
+                f"`data.format` is {data.format!r}, but this task has its own prompts"
+                f" ({' or '.join(map(repr, self.formats))}); remove it, or use --task jsonl.",
                 where="data",
             )
 
     def settle(self, has_template: bool, positions: int | None) -> None:
-        """Settle the fields of `data` that are left to the model.
+        """Fill in the fields of `data` whose defaults depend on the model.
 
         Args:
             has_template: whether the model's tokenizer has a chat template.
-            positions: tokens that the model holds; None: nobody says.
+            positions: the model's maximum context length in tokens; None if unknown.
         """
         data = self.data
         data.max_length = data.max_length or min(LONGEST, positions or LONGEST)
@@ -100,18 +101,18 @@ class Task(ABC):
 
     @abstractmethod
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
-        """Return the row of this kind that ``raw`` holds.
+        """Convert one raw row into a row of the task's kind.
 
         Args:
-            raw: the columns as they are in the file.
-            where: file and row number, for the message of an error.
+            raw: the columns as stored in the file.
+            where: file and row number, for error messages.
 
         Raises:
-            DataError: a column is missing, empty or not what it should be.
+            DataError: a column is missing, empty or has an invalid value.
         """
 
     def rows(self, raw: Dataset, name: str) -> list[Row]:
-        """Return the rows that ``raw`` holds; errors call the rows ``name`` and a number from 1.
+        """Convert all raw rows; errors refer to them as ``name`` and a row number from 1.
 
         Raises:
             DataError: as `row`.
@@ -119,21 +120,21 @@ class Task(ABC):
         return [self.row(row, where) for where, row in mixture.placed(raw, name)]
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Score the model's ``predictions`` (rows, or rows x classes) against ``labels`` (rows).
+        """Score ``predictions`` (rows, or rows x classes) against ``labels`` (rows).
 
-        A task without scores of its own, such as a causal one, is judged by its loss alone.
+        A task without metrics, such as a causal one, is evaluated by its loss alone.
         """
         return {}
 
     def reply_metrics(self, replies: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-        """Score the texts that a model generated against the rows' own responses.
+        """Score generated replies against the rows' reference responses.
 
         Args:
-            replies: a text for each row, without special tokens.
-            targets: the responses of the same rows, as the tokenizer gives them back.
+            replies: one text per row, without special tokens.
+            targets: the reference responses, after a round trip through the tokenizer.
 
         Raises:
-            DataError: a target cannot be read back.
+            DataError: the tokenizer does not preserve a target.
         """
         return {}
 
@@ -142,31 +143,31 @@ class Task(ABC):
         return source.read_file(path)
 
     def check_file(self, path: str) -> None:
-        """Check that `read_file` may read a local file; no row is read.
+        """Check that `read_file` can read a local file, without reading rows.
 
         Raises:
-            DataError: it is missing, of an unknown kind or empty.
+            DataError: the file is missing, of an unknown kind or empty.
         """
         source.reader_of(path)
 
     def check_columns(self, have: list[str]) -> None:
-        """Check the columns of the rows, for a task whose columns the user names.
+        """Check the columns of the rows, for a task with user-named columns.
 
         Raises:
-            ConfigError: one is missing.
+            ConfigError: a column is missing.
         """
         return
 
     def check_files(self, files: str, columns: bool) -> None:
-        """Check one file, or several as `tlora.tasks.mixture` names them; no row is read.
+        """Check one or several files (see `tlora.tasks.mixture`) without reading rows.
 
         Args:
             files: the files.
-            columns: whether to check the columns of those that show them at a look.
+            columns: whether to check the columns of files that list them cheaply.
 
         Raises:
             ConfigError: a file lacks a column.
-            DataError: one is missing, of an unknown kind or empty.
+            DataError: a file is missing, of an unknown kind or empty.
         """
         for part in mixture.parts(files):
             self.check_file(part.path)
@@ -177,10 +178,10 @@ class Task(ABC):
                     raise DataError(f"{part.path}: {error}") from None
 
     def check_sources(self, train_file: str | None, eval_file: str | None) -> None:
-        """Check where rows come from, and the files that they come from; no row is read.
+        """Check the sources of rows without reading any row.
 
         Raises:
-            ConfigError: no source of training rows is given, a file lacks a column, or a field of
+            ConfigError: no training rows are given, a file lacks a column, or a field of
                 `data` has no effect on the task.
             DataError: a file is missing, of an unknown kind or empty.
         """
@@ -195,7 +196,8 @@ class Task(ABC):
         with faults:
             if self.data.eval_split and not self.evaluates(train_file, eval_file):
                 raise ConfigError(
-                    "`data.eval_split` needs `data.dataset`; give --eval_file for rows of a file.",
+                    "`data.eval_split` requires `data.dataset`; use --eval_file to evaluate on a"
+                    " file.",
                     where="data",
                 )
         for files in filter(None, (train_file, eval_file)):
@@ -204,7 +206,7 @@ class Task(ABC):
         faults.raise_found()
 
     def check_fields(self) -> None:
-        """Check that the task reads the fields of `data` that are given.
+        """Check that the task uses the fields of `data` that are set.
 
         Raises:
             ConfigError: a field has no effect.
@@ -212,25 +214,25 @@ class Task(ABC):
         ignored = [n for n in self.data.given() if n in ABOUT_TEXT and n not in self.reads]
         if ignored:
             raise ConfigError(
-                [f"`data.{name}` has no effect on this task; leave it out." for name in ignored],
+                [f"`data.{name}` has no effect on this task; remove it." for name in ignored],
                 where="data",
             )
 
     def evaluates(self, train_file: str | None, eval_file: str | None) -> bool:
-        """Return whether `load` gives evaluation rows."""
+        """Return whether `load` returns evaluation rows."""
         name, _, eval_split = self._dataset()
         of_hub = eval_split and name and not train_file
         return bool(eval_file or self.data.val_size or of_hub)
 
     def read_files(self, files: str) -> Dataset:
-        """Read one file, or several as `tlora.tasks.mixture` names them."""
+        """Read one or several files (see `tlora.tasks.mixture`)."""
         return mixture.read(files, self.read_file, self.data.subset_seed)
 
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
-        """Read the raw training rows and, where there are any, the raw evaluation rows.
+        """Read the raw training rows and any raw evaluation rows.
 
         Raises:
-            ConfigError: no source of training rows is given, or a file lacks a column.
+            ConfigError: no training rows are given, or a file lacks a column.
             DataError: a file or dataset is missing, unreadable or empty.
         """
         self.check_sources(train_file, eval_file)
@@ -249,17 +251,17 @@ class Task(ABC):
         return _some(train, data.max_train_rows, seed), _some(held_out, data.max_eval_rows, seed)
 
     def held_out(self, file: str | None) -> tuple[Dataset, str]:
-        """Read the raw rows that an evaluation without training scores, and say what they are.
+        """Read the raw rows for an evaluation without training, and return their name.
 
         Args:
-            file: their files, as `mixture.parts` reads them; without any they are those of
-                `data.dataset`, or of the task's own.
+            file: files, as `mixture.parts` reads them; if None, the rows come from
+                `data.dataset` or the task's default dataset.
 
         Returns:
-            Raw rows, as many as `data.max_eval_rows` leaves, and a name of them for messages.
+            Raw rows, at most `data.max_eval_rows`, and their name for messages.
 
         Raises:
-            ConfigError: no rows are named, or two places of them.
+            ConfigError: no source of rows is given, or two are.
             DataError: a file or dataset is missing, unreadable or empty.
         """
         self.check_held_out(file)
@@ -272,38 +274,39 @@ class Task(ABC):
         return _some(rows, data.max_eval_rows, data.subset_seed), where
 
     def check_held_out(self, file: str | None) -> None:
-        """Check where the rows that `held_out` reads come from; no row is read.
+        """Check the source of the rows that `held_out` reads, without reading any.
 
         Raises:
-            ConfigError: no rows are named, or two places of them, or the file lacks a column.
+            ConfigError: no source of rows is given, or two are, or the file lacks a column.
             DataError: the file is missing, of an unknown kind or empty.
         """
         data = self.data
         given = [n for n in ("dataset", "dataset_config", "eval_split") if getattr(data, n)]
         if file and given:
             raise ConfigError(
-                f"`data.{given[0]}` and --test_file both say where the rows are; give one.", "data"
+                f"`data.{given[0]}` and --test_file both give the rows to score; keep one of them.",
+                "data",
             )
         if data.dataset_config and not data.dataset:
-            raise ConfigError("`data.dataset_config` needs `data.dataset`; give it too.", "data")
+            raise ConfigError("`data.dataset_config` requires `data.dataset`; set it too.", "data")
         name, _, split = self._dataset()
         if file:
             self.check_files(file, columns=True)
         elif name and not split:
             raise ConfigError(
-                f"which rows of {name!r} are to be scored is not said; give --data.eval_split.",
+                f"the split of {name!r} to score is missing; set --data.eval_split.",
                 where="data",
             )
         elif not name:
             raise ConfigError(
-                "the task has no rows of its own; give --test_file, or --data.dataset and"
+                "the task has no default dataset; give --test_file, or --data.dataset and"
                 " --data.eval_split.",
                 where="test_file",
             )
 
     @property
     def head(self) -> dict[str, Any]:
-        """Fields of a model's configuration that give a classification or regression its head."""
+        """Model configuration fields that define a classification or regression head."""
         regression = self.kind == "regression"
         return {
             "num_labels": len(self.label_names or ["value"]),
@@ -311,9 +314,9 @@ class Task(ABC):
         }
 
     def _dataset(self) -> tuple[str, str | None, str | None]:
-        """Return name, subset and evaluation split of `data.dataset`, else of the task's own.
+        """Return name, subset and evaluation split of `data.dataset` or the task's default dataset.
 
-        The name is empty where there is none.
+        The name is empty if there is neither.
         """
         data = self.data
         if data.dataset:
@@ -323,7 +326,7 @@ class Task(ABC):
 
 
 def _some(rows: Any, limit: int | None, seed: int | None) -> Any:
-    """Return the first ``limit`` rows, or as many drawn with ``seed``, in the order of the file."""
+    """Return the first ``limit`` rows, or ``limit`` random ones given a ``seed``, in file order."""
     if rows is None or limit is None or limit >= len(rows):
         return rows
     if seed is None:
@@ -332,14 +335,14 @@ def _some(rows: Any, limit: int | None, seed: int | None) -> Any:
 
 
 def text_of(raw: Mapping[str, Any], column: str, where: str) -> str:
-    """Return the text in ``column``; numbers are written out.
+    """Return the text in ``column``, converting numbers to text.
 
     Raises:
         DataError: the column is missing or has no value in this row.
     """
     if column not in raw:
         have = ", ".join(map(repr, raw))
-        raise DataError(f"{where}: there is no column {column!r}; the columns are {have}.")
+        raise DataError(f"{where}: column {column!r} is missing; the columns are {have}.")
     value = raw[column]
     endless = isinstance(value, float) and not math.isfinite(value)
     if value is None or endless or isinstance(value, (list, dict, bytes)):

@@ -1,4 +1,4 @@
-"""Rows -> calibration batches, tokenized as training tokenizes them; needs no training extra."""
+"""Build calibration batches, tokenized as in training; needs no training extra."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def calibration_batches(
     seed: int = 0,
     **data: Any,
 ) -> list[dict[str, Tensor]]:
-    """Draw ``n`` rows and make the batches that `calibrate` and `get_tlora_model` read.
+    """Draw ``n`` rows and build batches for `calibrate` and `get_tlora_model`.
 
-    Rows are truncated, padded on the right and masked as `tlora train` does: in a prompt with a
+    Truncates, pads on the right and masks as `tlora train` does: in a prompt with a
     response, or a chat, only the response has labels; in plain text every token does.
 
     Example:
@@ -46,29 +46,29 @@ def calibration_batches(
         >>> model = get_tlora_model(model, config, batches)
 
     Args:
-        tokenizer: the model's; without a padding token its end-of-sequence token pads.
-        rows: a sequence of dicts (a list, a `datasets.Dataset`), of which ``n`` are drawn, or any
+        tokenizer: the model's tokenizer; pads with its padding token, else end-of-sequence.
+        rows: a sequence of dicts (a list, a `datasets.Dataset`), from which ``n`` are drawn, or any
             other iterable, whose first ``n`` are taken. Columns are found by name, as in a file
             given to `tlora train` (docs/data.md).
-        n: how many rows, at most.
-        batch_size: rows a batch; the statistics do not depend on it.
-        seed: of the draw.
+        n: maximum number of rows.
+        batch_size: rows per batch; the statistics do not depend on it.
+        seed: of the random draw.
         **data: fields of `--data.*`: ``max_length`` (here 512 tokens, if not given), ``format``,
-            ``loss_on``, ``prompt_template``, column names, and ``kind`` for other models than
-            causal ones.
+            ``loss_on``, ``prompt_template``, column names, and ``kind`` for non-causal
+            models.
 
     Returns:
         Dicts of tensors, rows x tokens: "input_ids", "attention_mask", "labels" (int64; -100 where
-        a token does not count), and what else the tokenizer gives the model.
+        a token is not trained on), and any further inputs from the tokenizer.
 
     Raises:
         ConfigError: a field of ``data`` or a column is unknown.
-        DataError: a row is not what its columns promise, no row is left with a token to learn from,
+        DataError: a row is malformed, no row has a trainable token,
             or the tokenizer has no token to pad with.
     """
     chosen = _drawn(rows, n, seed)
     if not chosen:
-        raise DataError("there are no rows to calibrate on; give at least one.")
+        raise DataError("there are no rows to calibrate on; pass at least one.")
     unknown = unknown_names(data, DataConfig.field_names(), "field")
     if faults := unknown or DataConfig(**data).faults():
         raise ConfigError(faults, where="calibration_batches")
@@ -89,7 +89,7 @@ def _drawn(rows: Iterable[Mapping[str, Any]], n: int, seed: int) -> list[Mapping
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], config: DataConfig
 ) -> list[dict[str, Any]]:
-    """Return the token ids and labels of the rows that have something to learn."""
+    """Return token ids and labels of the rows with at least one trainable token."""
     task = Jsonl(config)
     task.settle(tokenizer.chat_template is not None, None)
     task.settle_columns(list(rows[0]))
@@ -106,11 +106,11 @@ def _encoded(
     if not kept:
         cut = any(row.get(tokens.CUT) for row in encoded)
         raise DataError(
-            f"none of {len(rows)} calibration rows has a token to learn from within"
+            f"none of the {len(rows)} calibration rows has a token to train on within the first"
             f" {task.data.max_length} tokens; raise max_length."
             if cut
-            else f"none of {len(rows)} calibration rows has anything to learn: the responses are"
-            " empty, or no assistant answers anybody."
+            else f"none of the {len(rows)} calibration rows has a token to train on: the responses"
+            " are empty, or the chats have no assistant turn."
         )
     return kept
 
@@ -118,7 +118,7 @@ def _encoded(
 def _padded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """Return rows of different lengths as one batch, padded on the right."""
+    """Pad rows on the right into one batch."""
     pad = tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
     if pad is None:

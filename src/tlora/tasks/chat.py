@@ -1,4 +1,4 @@
-"""The paper's chat group: trained on WizardLM (Xu et al., arXiv 2304.12244)."""
+"""The paper's chat group, trained on WizardLM (Xu et al., arXiv 2304.12244)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlora.tasks.instruct import Instruct
 
 
 class Chat(Instruct):
-    """The first turn of a conversation, in the paper's prompt; or Alpaca's columns.
+    """First turns of conversations, or Alpaca's columns, in the paper's prompt.
 
     A row of WizardLM has `conversations`, a list of {from: human or gpt, value}.
     """
@@ -33,5 +33,5 @@ def _first_turn(turns: Any, where: str) -> dict[str, str]:
             if speaker == "human" and answerer == "gpt" and question and answer:
                 return {"instruction": question, "output": answer}
     raise DataError(
-        f"{where}: `conversations` holds no human turn that gpt answers; fix or drop the row."
+        f"{where}: `conversations` has no human turn followed by a gpt turn; fix or drop the row."
     )

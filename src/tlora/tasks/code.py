@@ -1,4 +1,4 @@
-"""The paper's code group: trained on CodeFeedback-Filtered (Zheng et al., arXiv 2402.14658)."""
+"""The paper's code group, trained on CodeFeedback-Filtered (Zheng et al., arXiv 2402.14658)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's commonsense group: eight question sets as one, commonsense_170k.
+"""The paper's commonsense group: eight question sets combined as commonsense_170k.
 
 Source: LLM-Adapters (Hu et al., arXiv 2304.01933), whose rows put BoolQ, PIQA, SIQA, HellaSwag,
 WinoGrande, ARC-e, ARC-c and OBQA into one form: a question with its choices, and the answer as
@@ -16,12 +16,12 @@ _ANSWER = re.compile(r"the correct answer is \w+\.?$")
 
 
 class Commonsense(Instruct):
-    """Columns instruction, output (and input, which is empty)."""
+    """Rows with the columns instruction, output, and an empty input."""
 
     hub = ("zwhe99/commonsense_170k", None)
 
     def response(self, text: str, where: str) -> str:
-        """Return the answer; it has to be in the form that scoring reads."""
+        """Return the answer, checked to be in the form that scoring expects."""
         text = text.strip()
         if not _ANSWER.search(text):
             raise DataError(

@@ -1,19 +1,19 @@
-"""Training rows that repeat evaluation prompts: found, counted, refused or dropped.
+"""Detect training rows that repeat evaluation prompts, and refuse or drop them.
 
-The prompt of a row is what comes before the response: its text or pair of texts without the label,
-the user's turns of a chat, or the whole of a plain text. The paper's prompt around an instruction
-is taken off. A training row repeats an evaluation prompt if
+The prompt of a row is everything before the response: its text or pair of texts without the label,
+the user's turns of a chat, or all of a plain text. The paper's prompt around an instruction
+is removed. A training row repeats an evaluation prompt if
 
-- its own prompt is the same after `tlora.tasks.normalize`, or
+- both prompts are equal after `tlora.tasks.normalize`, or
 - its text contains every 13-gram of the prompt: inside another prompt, a plain text, a turn of a
   chat, or a response.
 
-Prompts of fewer than 13 words and symbols, pairs, and rows with a label are compared as a whole
-alone: a sentence within another is classified anew.
+Prompts of fewer than 13 words and symbols, pairs, and rows with a label are only compared as a
+whole: a sentence inside another one is a new classification sample.
 
 Source: Brown et al. 2020 (arXiv 2005.14165), appendix C, where a single shared 13-gram is enough.
-All of them are asked for here because problems of one textbook share many: a single one would make
-2,852 of the 7,500 training rows of MATH repeat its test rows; six do.
+All of them are required here because problems from one textbook share many: with a single one,
+2,852 of the 7,500 training rows of MATH would repeat test rows; only six do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tlora.tasks.normalize import normalize
 logger = logging.getLogger(__name__)
 
 Prompt = str | tuple[str, ...]
-"""A text, or the texts of a pair in their order."""
+"""A text, or the two texts of a pair in order."""
 NGram = tuple[str, ...]
 
 NGRAM = 13
@@ -39,7 +39,7 @@ _SHOWN = 5
 
 
 class PromptIndex:
-    """Prompts to be recognized again: as a whole, and long ones inside other texts.
+    """Index of prompts that finds them as a whole and, if long, inside other texts.
 
     Example:
         >>> known = PromptIndex(["What is 2 + 2?"])
@@ -51,13 +51,13 @@ class PromptIndex:
         self._whole = {_normalized(prompt) for prompt in prompts}
         long = [whole[0] for whole in self._whole if len(whole) == 1 and len(whole[0]) >= NGRAM]
         counts = Counter(gram for tokens in long for gram in set(_ngrams(tokens)))
-        # A prompt is looked for where its rarest n-gram is, not where a template's are.
+        # Index each prompt by its rarest n-gram, so that template text is skipped.
         self._by_rarest: dict[NGram, list[NGram]] = defaultdict(list)
         for tokens in long:
             self._by_rarest[min(_ngrams(tokens), key=counts.__getitem__)].append(tokens)
 
     def repeated_in(self, prompt: Prompt, texts: Iterable[str] = ()) -> bool:
-        """Return whether ``prompt`` is one of these, or one of the ``texts`` contains one."""
+        """Return whether ``prompt`` or a part of one of the ``texts`` is in the index."""
         return _normalized(prompt) in self._whole or any(map(self._inside, texts))
 
     def _inside(self, text: str) -> bool:
@@ -67,13 +67,13 @@ class PromptIndex:
 
 
 def prompt_of(row: Row) -> Prompt:
-    """Return the prompt of a task's row, without the answer."""
+    """Return the prompt of a row, without the answer."""
     if "messages" in row:
         return "\n".join(_content(turn) for turn in row["messages"] if turn["role"] == "user")
     if "prompt" in row:
         prompt: str = row["prompt"]
         if prompt.startswith(_BEFORE) and _AFTER in prompt:
-            # What follows is the beginning of a response.
+            # The rest is the start of a response.
             return prompt[len(_BEFORE) :].rpartition(_AFTER)[0]
         return prompt
     pair = row.get("text_pair")
@@ -83,56 +83,58 @@ def prompt_of(row: Row) -> Prompt:
 def overlapping_rows(
     rows: Sequence[Row], others: Mapping[str, PromptIndex], task: Task, name: str
 ) -> list[int]:
-    """Return the indices of the training rows to leave out, as `data.overlap` wants it.
+    """Return the indices of the training rows to drop, according to `data.overlap`.
 
     Args:
         rows: training rows, as ``task`` makes them.
-        others: evaluation prompts, by what messages call them.
-        task: its data say whether to refuse, drop or allow overlap.
-        name: what messages call the training rows.
+        others: evaluation prompts, by their name in messages.
+        task: its `data.overlap` refuses, drops or allows overlap.
+        name: name of the training rows in messages.
 
     Raises:
-        DataError: rows overlap and `data.overlap` is "refuse", or no row would be left.
+        DataError: rows overlap and `data.overlap` is "refuse", or no row would remain.
     """
     places = {other: _repeating(rows, known, task) for other, known in others.items()}
     overlapping = sorted({index for found in places.values() for index in found})
     if not overlapping:
         return []
     counts = "; ".join(_sentence(found, other) for other, found in places.items() if found)
-    text = f"{name}: of {len(rows)} training rows {counts}"
+    text = f"{name}: of {len(rows)} training rows, {counts}"
     if task.data.overlap == "refuse":
         raise DataError(
-            f"{text}; a score on those is not a score on new rows: give --data.overlap drop to"
-            " leave these training rows out, or --data.overlap allow to train on them."
+            f"{text}; scores on those rows would be inflated by memorization: use --data.overlap"
+            " drop to drop these training rows, or --data.overlap allow to train on them."
         )
     if task.data.overlap == "allow":
-        logger.warning("%s; they are trained on.", text)
+        logger.warning("%s; training uses them anyway.", text)
         return []
-    logger.warning("%s; they are left out of training.", text)
+    logger.warning("%s; training skips them.", text)
     if len(overlapping) == len(rows):
-        raise DataError(f"{name}: every training row is also an evaluation row; give other rows.")
+        raise DataError(
+            f"{name}: every training row repeats an evaluation row; use other training rows."
+        )
     return overlapping
 
 
 def refuse_overlap(
     rows: Sequence[Row], reported: tuple[str, PromptIndex], task: Task, name: str
 ) -> None:
-    """Check that validation rows, which choose a learning rate, repeat no reported prompt.
+    """Check that validation rows, used to choose a learning rate, repeat no reported prompt.
 
     Args:
         rows: validation rows, as ``task`` makes them.
         reported: name and prompts of the rows of the reported score.
-        task: nothing is checked where its data's `overlap` is "allow".
-        name: what messages call the validation rows.
+        task: with `data.overlap` "allow", nothing is checked.
+        name: name of the validation rows in messages.
 
     Raises:
-        DataError: some do.
+        DataError: some rows do.
     """
     other, known = reported
     if task.data.overlap != "allow" and (found := _repeating(rows, known, task)):
         raise DataError(
-            f"{name}: of {len(rows)} validation rows {_sentence(found, other)}; rows that choose"
-            " a learning rate cannot report on it: remove these rows from one of the files."
+            f"{name}: of {len(rows)} validation rows, {_sentence(found, other)}; rows that choose"
+            " the learning rate cannot also report the score: remove them from one of the files."
         )
 
 
@@ -145,11 +147,11 @@ def _repeating(rows: Sequence[Row], known: PromptIndex, task: Task) -> list[int]
 
 
 def _texts(row: Row) -> list[str]:
-    """Return the texts of a row that may contain a prompt."""
+    """Return the texts of a row that may contain an evaluation prompt."""
     if "label" in row:
         return []
     if "messages" in row:
-        # What a user says in several turns may be one prompt.
+        # Several user turns may together form one prompt.
         return ["\n".join(map(_content, row["messages"])), str(prompt_of(row))]
     return [f"{row['prompt']}\n{row['response']}" if "prompt" in row else row["text"]]
 
@@ -162,7 +164,7 @@ def _sentence(indices: Sequence[int], other: str) -> str:
 
 
 def _content(turn: Mapping[str, Any]) -> str:
-    """Return the text of a turn; of parts, those that are text."""
+    """Return the text of a turn, or the text parts of a multimodal one."""
     content = turn.get("content")
     if isinstance(content, list):
         return "\n".join(str(part.get("text") or "") for part in content)

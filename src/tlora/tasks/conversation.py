@@ -1,8 +1,8 @@
-"""Turns of a chat, as people's files have them -> messages, as chat templates read them.
+"""Convert chats in common file formats into messages for chat templates.
 
 A message is {"role", "content"} with the roles system, user, assistant and tool, its content text.
-An assistant that calls tools has "tool_calls", whose arguments are a dict, and says nothing (None)
-or something.
+An assistant turn that calls tools has "tool_calls", whose arguments are a dict; its content may be
+None.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _ROLES = {
     "function_call": "function_call",
     "function": "tool",
 }
-"""Names of speakers that ShareGPT, OpenAI and their descendants use."""
+"""Speaker names in ShareGPT, OpenAI and derived formats."""
 _SPEAKER, _SAYS = ("role", "from"), ("content", "value")
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
-    """Return the messages of a list of {role, content} or of {from, value}, or of its JSON.
+    """Return the messages in a list of {role, content} or {from, value}, or in its JSON.
 
     Raises:
-        DataError: it is no such list, a speaker is unknown, or content is not text.
+        DataError: the value is another, a speaker is unknown, or content is not text.
     """
     value = parsed(value)
     turns = value if isinstance(value, list) else []
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(
-            f"{where}: the chat is {shortened(value)}; give a list of {{role, content}} or of"
+            f"{where}: the chat is {shortened(value)}; give a list of {{role, content}} or"
             " {from, value}."
         )
     return [_message(turn, where) for turn in turns]
 
 
 def tools_of(value: Any, where: str) -> list[Any] | None:
-    """Return the tools that a column holds as a list or as its JSON; None if it has none.
+    """Return the tools in a column that holds a list or its JSON; None if empty.
 
     Raises:
-        DataError: it is neither.
+        DataError: the column holds something else.
     """
     value = parsed(value)
     if not value:
@@ -61,7 +61,7 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
 
 
 def parsed(value: Any) -> Any:
-    """Return what a JSON text holds, as cells of tables do; any other value as it is."""
+    """Parse JSON text, as in table cells; return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -71,13 +71,13 @@ def parsed(value: Any) -> Any:
 
 
 def check_answers(messages: list[Message], where: str) -> None:
-    """Check that there is something to learn.
+    """Check that the chat has an assistant turn.
 
     Raises:
-        DataError: no assistant speaks.
+        DataError: there is none.
     """
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: the chat has no assistant turn to learn from; drop the row.")
+        raise DataError(f"{where}: the chat has no assistant turn to train on; drop the row.")
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
@@ -89,16 +89,16 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     if role is None:
         known = ", ".join(_ROLES)
         raise DataError(
-            f"{where}: the chat has a turn of {speaker!r}: {shortened(turn)}; known are {known}."
+            f"{where}: the chat has a turn by {speaker!r}: {shortened(turn)}; use one of {known}."
         )
     if role == "function_call":
         return {"role": "assistant", **_called(value, where)}
-    # `datasets` fills fields that only other rows have with None, which templates stumble over.
+    # `datasets` fills fields missing from a row with None, which breaks templates.
     rest = _without_none({k: v for k, v in turn.items() if k not in (*_SPEAKER, *_SAYS)})
     calls = rest.pop("tool_calls", None) or rest.pop("function_call", None)
     if value is None and not calls and not {*_SAYS} & {*turn}:
         raise DataError(
-            f"{where}: a turn says nothing: {shortened(turn)}; give its text as `content` or"
+            f"{where}: a turn has no text: {shortened(turn)}; store the text in `content` or"
             " `value`."
         )
     message: Message = {"role": role, "content": _text(value, where), **rest}
@@ -109,14 +109,14 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """Return the text of a message; of a list of parts, their texts on lines of their own."""
+    """Return the text of a message, or the joined lines of a list of parts."""
     if content is None:
         return ""
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("text") is not None for part in content):
             raise DataError(
-                f"{where}: a turn holds {shortened(content)}; only text is trained on, so drop the"
-                " row, or its images and sounds."
+                f"{where}: a turn contains {shortened(content)}; training only supports text, so"
+                " drop the row, or its images and audio."
             )
         return "\n".join(str(part["text"]) for part in content)
     if isinstance(content, dict):
@@ -125,7 +125,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _called(value: Any, where: str) -> Message:
-    """Return content and tool calls of ShareGPT's `function_call`: JSON, or else plain text."""
+    """Return the message of a ShareGPT `function_call`, whose value is JSON or plain text."""
     calls = parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -134,14 +134,14 @@ def _called(value: Any, where: str) -> Message:
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return calls in OpenAI's form, their arguments as dicts: templates write them as JSON."""
+    """Return tool calls in OpenAI's form, with arguments as dicts for the template."""
     calls = parsed(value)
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f"{where}: a turn calls {shortened(call)}; give a list of"
+                f"{where}: a turn has the tool call {shortened(call)}; give a list of"
                 " {function: {name, arguments}}."
             )
         arguments = parsed(function.get("arguments"))

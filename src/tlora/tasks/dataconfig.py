@@ -1,6 +1,6 @@
-"""The record of `--data.*`: where rows come from and how they become tokens.
+"""Configuration for `--data.*`: where rows come from and how to tokenize them.
 
-The text below a field is its help on the command line. Nothing here imports torch.
+The string below a field is its help text on the command line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,118 +19,118 @@ Format = Literal["auto", "chat", "alpaca", "raw"]
 HeldOut = Annotated[
     float,
     Rule(
-        "a share below 1 or a number of rows",
+        "a fraction below 1 or a number of rows",
         lambda size: 0 < size < 1 or (size >= 1 and float(size).is_integer()),
     ),
 ]
 
 _SOURCES = ("messages_column", "text_column", "prompt_column", "prompt_template")
-"""Fields of which one says what is read of a row."""
+"""Mutually exclusive fields that select the main column."""
 _TEXT = ("response_column", "system", "chat_template", "loss_on")
 _LABELS = ("text_pair_column", "label_column", "label_names")
 ABOUT_TEXT = (*_SOURCES, *_TEXT, *_LABELS)
-"""Fields of `data` on columns and on how rows become text, which not every task reads."""
+"""Fields of `data` about columns and text format, which some tasks ignore."""
 
 
 @dataclass(kw_only=True)
 class DataConfig(Section):
-    """Where rows come from and how they become tokens."""
+    """Where rows come from and how to tokenize them."""
 
     where: ClassVar[str] = "data"
     prefix: ClassVar[str] = "data."
 
     kind: Kind | None = None
-    """What is learned, for tasks that leave it open: "causal" (jsonl's default), "seq2seq"
+    """Training objective, for tasks with a choice: "causal" (jsonl's default), "seq2seq"
     (GLUE tasks as text to text), "classification" or "regression"."""
     dataset: str | None = None
-    """Name of a dataset on the Hub, in place of --train_file."""
+    """Hub dataset to use instead of --train_file."""
     dataset_config: str | None = None
     """Configuration (subset) of `dataset`."""
     train_split: str = "train"
     """Split of `dataset` to train on."""
     eval_split: str | None = None
-    """Split of `dataset` to evaluate on at the end."""
+    """Split of `dataset` to evaluate on after training."""
     prompt_column: str | None = None
-    """Column of the prompt (the source text of seq2seq)."""
+    """Column with the prompt (the source text for seq2seq)."""
     response_column: str | None = None
-    """Column of the response (the target text of seq2seq)."""
+    """Column with the response (the target text for seq2seq)."""
     messages_column: str | None = None
-    """Column of a chat: a list of {role, content} or of {from, value}."""
+    """Column with a chat: a list of {role, content} or {from, value}."""
     text_column: str | None = None
-    """Column of plain text (causal), or of the text to classify."""
+    """Column with plain text (causal) or the text to classify."""
     text_pair_column: str | None = None
-    """Column of the second text of a pair to classify."""
+    """Column with the second text of a pair to classify."""
     label_column: str | None = None
-    """Column of the class or of the number to predict."""
+    """Column with the class or number to predict."""
     label_names: list[str] | None = None
-    """Classes in the order of their ids; by default the sorted ones of the training rows. In
-    an evaluation: of the model's outputs, by default as its run or checkpoint names them."""
+    """Class names in the order of their ids; by default, the sorted classes of the training rows.
+    In an evaluation, by default, the class names stored in the model's run or checkpoint."""
     prompt_template: str | None = None
-    """Prompt with columns in braces: "Question: {question}\\nAnswer:"."""
+    """Prompt template with columns in braces: "Question: {question}\\nAnswer:"."""
     format: Format = "auto"
-    """How rows become text: "chat" (the model's chat template), "alpaca" (the paper's instruction
-    prompt), "raw" (as they are), or "auto": the chat template where the model has one, else the
-    Alpaca prompt; plain text, prompts with completions and your own templates stay as they are."""
+    """How to format rows as text: "chat" (the model's chat template), "alpaca" (the paper's
+    instruction prompt), "raw" (unchanged), or "auto": the chat template if the model has one, else
+    the Alpaca prompt; "auto" leaves plain text, completions and your own templates unchanged."""
     system: str | None = None
-    """System message of rows that have none."""
+    """System message for rows without one."""
     chat_template: str | None = None
-    """Chat template in place of the model's, saved with the adapter: a file, or one of "alpaca",
-    "chatml", "gemma", "llama3", "mistral", "phi3", "qwen", "zephyr"."""
+    """Chat template to use instead of the model's, saved with the adapter: a file or "alpaca",
+    "chatml", "gemma", "llama3", "mistral", "phi3", "qwen" or "zephyr"."""
     loss_on: LossOn = "response"
-    """Which tokens count: "response" (in a chat the assistant's turns) or "all"."""
+    """Tokens to compute the loss on: "response" (in a chat, the assistant's turns) or "all"."""
     max_length: Annotated[int, at_least(1)] | None = None
-    """Tokens kept of a row, by default what the model holds, 2048 at most; longer rows lose their
-    end, and a warning counts them."""
+    """Maximum tokens per row; by default, the model's context length, up to 2048. Longer rows are
+    truncated, and a warning counts them."""
     val_size: HeldOut | None = None
-    """Rows to hold out of the training rows and evaluate on: a share (0.1) or a number (500). Rows
-    that ask the same stay on one side."""
+    """Training rows to hold out for evaluation: a fraction (0.1) or a number (500). Rows with the
+    same prompt stay on the same side of the split."""
     max_train_rows: Annotated[int, at_least(1)] | None = None
-    """Use only the first training rows: this number of them."""
+    """Maximum number of training rows; uses the first ones unless `subset_seed` is set."""
     max_eval_rows: Annotated[int, at_least(1)] | None = None
-    """Use only the first evaluation rows: this number of them."""
+    """Maximum number of evaluation rows; uses the first ones unless `subset_seed` is set."""
     subset_seed: Annotated[int, SEED] | None = None
-    """Draw the rows with this seed instead of taking the first: files are often sorted."""
+    """Seed for choosing rows at random instead of taking the first; files are often sorted."""
     overlap: Overlap = "refuse"
-    """What to do if training rows ask what evaluation rows ask: "refuse" to start, "drop" those
-    training rows, or "allow" them; each time they are counted and some are named."""
+    """What to do with training rows that repeat evaluation prompts: "refuse" to start, "drop" them,
+    or "allow" them. Every mode reports how many there are and lists some."""
     guard: list[str] | str = field(default_factory=list)
-    """Evaluations of `tlora list evaluations`, "a,b", whose questions are kept apart from the
-    training rows like those of evaluation rows; see `overlap`."""
+    """Evaluations, "a,b", whose questions the training rows must not repeat; see `overlap` and
+    `tlora list evaluations`."""
     guard_dir: str | None = None
-    """Folder with their files, in place of the Hub: what `tlora eval` calls `data_dir`."""
+    """Folder with files of those evaluations, as `--data_dir` in `tlora eval`; default: the Hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.guard = split_names(self.guard)
 
     def given(self) -> list[str]:
-        """Return the names of the fields that differ from their defaults."""
+        """Return the names of fields that differ from their defaults."""
         default = DataConfig()
         return [
             name for name in self.field_names() if getattr(self, name) != getattr(default, name)
         ]
 
     def undrawn(self) -> Iterator[str]:
-        """Yield what is wrong with `subset_seed` where no file has a weight."""
+        """Yield an error if `subset_seed` is set without a row limit or a weighted file."""
         drawn = (self.max_train_rows, self.max_eval_rows, self.val_size)
         if self.subset_seed is not None and not any(drawn):
             yield (
-                "`data.subset_seed` says how rows are drawn, not how many; give"
+                "`data.subset_seed` chooses rows at random but not how many; set"
                 " `data.max_train_rows` or `data.max_eval_rows` too."
             )
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         if self.val_size is not None and self.eval_split:
-            yield "`data.val_size` and `data.eval_split` are both given; give one of them."
+            yield "`data.val_size` and `data.eval_split` are both set; keep one of them."
         pairs = (*combinations(_SOURCES, 2), *(("response_column", name) for name in _SOURCES[:2]))
         for one, other in pairs:
             if getattr(self, one) and getattr(self, other):
-                yield f"`data.{one}` and `data.{other}` are both given; give one of them."
+                yield f"`data.{one}` and `data.{other}` are both set; keep one of them."
 
 
 def split_names(names: Any) -> Any:
-    """Return names, given as a list or as "a,b", each once and none empty; else as given."""
+    """Return unique, non-empty names from a list or "a,b"; other values unchanged."""
     words = [names] if isinstance(names, str) else names
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return names

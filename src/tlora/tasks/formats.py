@@ -1,11 +1,11 @@
-"""How rows are written as text: `data.format`.
+"""Write rows as text, as `data.format` selects.
 
 - "chat": messages, which the model's chat template renders (`tlora.tasks.rendering`);
-- "alpaca": the paper's instruction prompt; the response follows on a line of its own;
-- "raw": the prompt as it stands, the response right behind it.
+- "alpaca": the paper's instruction prompt; the response follows on the next line;
+- "raw": the prompt, directly followed by the response.
 
-"auto" is the chat template where the model has one and else the Alpaca prompt; prompts with
-completions, as TRL has them, and texts stand as they are.
+"auto" uses the chat template if the model has one, else the Alpaca prompt; it leaves plain text
+and TRL's prompt-completion pairs unchanged.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tlora.tasks.base import INSTRUCTION_PROMPT, Row
 from tlora.tasks.dataconfig import Format
 
 TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
-"""What the Alpaca prompt of a later turn begins with, after the answer to the one before."""
+"""Start of a later turn in the Alpaca format, after the previous answer."""
 
 SAYS: dict[Format, str] = {
-    "chat": "written by the model's chat template",
-    "alpaca": "written as Alpaca prompts",
-    "raw": "trained on as they are",
+    "chat": "formatted by the model's chat template",
+    "alpaca": "formatted as Alpaca prompts",
+    "raw": "used unchanged",
 }
-"""What a line says of a format."""
+"""Description of each format in log lines."""
 
 
 def write(form: Row, style: Format, system: str | None = None) -> Row:
-    """Return the row of a task: messages, or a prompt with its response, or a text.
+    """Return a task row: messages, a prompt with its response, or a text.
 
     Args:
-        form: what a shape made of a row.
+        form: a row as converted by its shape.
         style: "chat", "alpaca" or "raw".
-        system: the system message of rows that have none.
+        system: the system message for rows without one.
     """
     if "text" in form:
         return form
@@ -66,7 +66,7 @@ def _with_system(row: Row, system: str | None) -> Row:
 
 
 def _alpaca(form: Row, system: str | None) -> Row:
-    """The line break before the answer belongs to the response, so that prompts are the paper's."""
+    """Put the line break before the answer into the response, so prompts equal the paper's."""
     system = form.get("system") or system
     text, prompt = f"{system}\n\n" if system else "", INSTRUCTION_PROMPT
     for question, answer in form.get("history", ()):

@@ -1,14 +1,14 @@
-"""GLUE: its nine tasks, with the benchmark's metrics (Wang et al., arXiv 1804.07461).
+"""The nine GLUE tasks with the benchmark's metrics (Wang et al., arXiv 1804.07461).
 
 Each is a classification (STS-B a regression) with a new head, or with `data.kind` "seq2seq" text to
 text as in T5 (Raffel et al., arXiv 1910.10683, appendix D, and its released code): the prompt is
 the task's name and each text after the name of its column, in the order of those names; the
 response is the class as a word, or the similarity rounded to fifths. A reply is read back as that
-word or number, and what is neither counts as wrong. (T5 itself puts WNLI another way.)
+word or number; anything else counts as wrong. (T5 itself formats WNLI differently.)
 
 Rows come from `nyu-mll/glue` on the Hub or from local files in the layout that each task was
-published in. Some of those have no header and some are quoted by nobody, so they are read here
-line by line: fields are split at tabs, and a quotation mark is a character like any other.
+published in. Some of those have no header and none escapes quotation marks, so they are read
+line by line: fields are split at tabs, and a quotation mark is an ordinary character.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of a line without a header, under the Hub's names; None: a column that is not used.
+# Columns of files without a header, with the Hub's names; None: an unused column.
 Layout = tuple[str | None, ...]
 
 _RENAMED = {
@@ -37,14 +37,14 @@ _RENAMED = {
     "#1 String": "sentence1",
     "#2 String": "sentence2",
 }
-"""Header names of published files that differ from the Hub's."""
+"""Header names in published files that differ from the Hub's."""
 _PUBLISHED = (".tsv", ".txt", ".csv")
-"""Endings of the files that are read line by line."""
+"""Suffixes of files to read line by line."""
 _STS: Layout = (None, None, None, None, "label", "sentence1", "sentence2")
 
 
 class Glue(Task):
-    """What the GLUE tasks share: reading a layout, a text or a pair of texts, a label."""
+    """Base class of the GLUE tasks: reads a layout with one or two texts and a label."""
 
     kind: Kind = "classification"
     classifies = True
@@ -53,22 +53,22 @@ class Glue(Task):
     hub: tuple[str, str]
     hub_eval_split = "validation"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
-    """The text columns: one, or a pair."""
+    """One or two text columns."""
     renamed: Mapping[str, str] = _RENAMED
     headless: Sequence[Layout] = ()
-    """Layouts of lines in a file without a header, told apart by their number of fields."""
+    """Line layouts of files without a header, distinguished by their number of fields."""
     broken_lines = False
-    """Whether the published file has lines with too few fields, which the Hub leaves out."""
+    """Whether the published file has lines with too few fields, which the Hub drops."""
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__(data)
         self.reads_replies = self.kind == "seq2seq"
 
     def check_file(self, path: str) -> None:
-        """Check that `read_file` may read a local file; no row is read.
+        """Check that `read_file` can read a local file, without reading rows.
 
         Raises:
-            DataError: it is missing, or of an unknown kind.
+            DataError: the file is missing or of an unknown kind.
         """
         if path.endswith(_PUBLISHED):
             existing_file(path)
@@ -76,7 +76,7 @@ class Glue(Task):
             super().check_file(path)
 
     def read_file(self, path: str) -> Dataset:
-        """Read a .tsv, .txt or .csv of the task's published layout, or any file with a header."""
+        """Read a .tsv, .txt or .csv file in the published layout, or any file with a header."""
         from datasets import Dataset
 
         if not path.endswith(_PUBLISHED):
@@ -92,7 +92,7 @@ class Glue(Task):
             if self.broken_lines:
                 rows = [fields for fields in rows if len(fields) >= len(header)]
                 if missing := len(lines) - 1 - len(rows):
-                    logger.warning("%s: %d broken lines are left out.", path, missing)
+                    logger.warning("%s: skipping %d broken lines.", path, missing)
             return Dataset.from_list(_named(path, (header,), rows, first=2))
         if len(lines[0]) in map(len, self.headless):
             return Dataset.from_list(_named(path, self.headless, lines, first=1))
@@ -100,12 +100,12 @@ class Glue(Task):
             return read_file(path)
         wanted = ", ".join(map(repr, (*self.columns, "label")))
         raise DataError(
-            f"{path}: line 1 has {len(lines[0])} tab-separated fields and is not a known layout of"
-            f" this task; give a header line with {wanted}."
+            f"{path}: line 1 has {len(lines[0])} tab-separated fields, which matches no layout of"
+            f" this task; add a header line with {wanted}."
         )
 
     def row(self, raw: Mapping[str, Any], where: str) -> Row:
-        """Return {"text", "text_pair", "label"}, or as text to text {"prompt", "response"}."""
+        """Return {"text", "text_pair", "label"}, or {"prompt", "response"} for text to text."""
         texts = [text_of(raw, column, where).strip() for column in self.columns]
         label = self.label(text_of(raw, "label", where), where)
         if self.kind == "seq2seq":
@@ -116,7 +116,7 @@ class Glue(Task):
         return {"text": first, "text_pair": second, "label": label}
 
     def label(self, text: str, where: str) -> float:
-        """Return the class id of a number or a name, or for a regression the number."""
+        """Return the class id of a number or name, or the number for a regression."""
         names = self.label_names or []
         if text in names:
             return names.index(text)
@@ -131,36 +131,36 @@ class Glue(Task):
         return (self.label_names or [])[int(label)]
 
     def read(self, text: str) -> float:
-        """Return the label that ``text`` is; -1 if it is none."""
+        """Parse ``text`` as a label; -1 if it is not one."""
         names = self.label_names or []
         return names.index(text.strip()) if text.strip() in names else -1
 
     def reply_metrics(self, replies: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-        """Score the labels that the replies are."""
+        """Parse replies as labels and score them."""
         import numpy as np
 
         labels = np.array([self.read(target) for target in targets])
         if (labels == -1).any():
             lost = targets[int((labels == -1).argmax())]
             raise DataError(
-                f"the label of a row comes back from the tokenizer as {lost!r}; use a model whose"
-                " tokenizer keeps the label words of the task."
+                f"the tokenizer turns a row's label into {lost!r}; use a model whose"
+                " tokenizer preserves the task's label words."
             )
         return self.score(np.array([self.read(reply) for reply in replies]), labels)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Score the predicted classes; ``predictions`` are logits, rows x classes."""
+        """Score predicted classes; ``predictions`` are logits, rows x classes."""
         return self.score(predictions.argmax(axis=-1), labels)
 
     def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The benchmark's metric of this task: accuracy, unless a task says otherwise."""
+        """Return the task's GLUE metric; accuracy by default."""
         return {"accuracy": metrics.accuracy(predicted, labels)}
 
 
 def _named(
     path: str, layouts: Sequence[Layout], lines: list[list[str]], first: int
 ) -> list[dict[str, str]]:
-    """Give each line's fields the names of the layout that has as many; drop the unnamed."""
+    """Name each line's fields by the layout with that number of fields; drop unnamed fields."""
     by_width = {len(layout): layout for layout in layouts}
     rows = []
     for number, fields in enumerate(lines, start=first):
@@ -176,16 +176,16 @@ def _named(
 
 
 class _Paraphrase(Glue):
-    """Scored by F1 of the second class, and accuracy."""
+    """Paraphrase task, scored by F1 of the second class and accuracy."""
 
     def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """F1 and accuracy."""
+        """Return F1 and accuracy."""
         found = {"f1": metrics.f1(predicted, labels)}
         return found | {"accuracy": metrics.accuracy(predicted, labels)}
 
 
 class Cola(Glue):
-    """Acceptability of a sentence. Published as source, label, mark, sentence without a header."""
+    """Acceptability of a sentence; published as source, label, mark, sentence, without a header."""
 
     hub = ("nyu-mll/glue", "cola")
     columns = ("sentence",)
@@ -193,12 +193,12 @@ class Cola(Glue):
     headless = ((None, "label", None, "sentence"),)
 
     def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Matthews correlation."""
+        """Return Matthews correlation."""
         return {"matthews_correlation": metrics.matthews(predicted, labels)}
 
 
 class Sst2(Glue):
-    """Sentiment of a sentence of a film review."""
+    """Sentiment of a sentence from a film review."""
 
     hub = ("nyu-mll/glue", "sst2")
     columns = ("sentence",)
@@ -206,18 +206,18 @@ class Sst2(Glue):
 
 
 class Mrpc(_Paraphrase):
-    """Paraphrase or not."""
+    """Whether two sentences are paraphrases."""
 
     hub = ("nyu-mll/glue", "mrpc")
     label_names = ["not_equivalent", "equivalent"]  # noqa: RUF012
 
 
 class Stsb(Glue):
-    """Similarity of two sentences, 0 to 5. GLUE's file has a header, the STS benchmark's none."""
+    """Similarity of two sentences, 0 to 5; GLUE's file has a header, the STS benchmark's not."""
 
     kind = "regression"
     hub = ("nyu-mll/glue", "stsb")
-    # Some rows name the sources of both sentences at the end.
+    # Some rows end with the sources of both sentences.
     headless = (_STS, (*_STS, None, None))
 
     def label(self, text: str, where: str) -> float:
@@ -231,7 +231,7 @@ class Stsb(Glue):
         return f"{round(label * 5) / 5:.1f}"
 
     def read(self, text: str) -> float:
-        """Return the number from 0 to 5 that ``text`` is; -1 if it is none."""
+        """Parse ``text`` as a number from 0 to 5; -1 if it is not one."""
         try:
             number = float(text)
         except ValueError:
@@ -239,16 +239,16 @@ class Stsb(Glue):
         return number if 0 <= number <= 5 else -1.0
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Score the numbers; ``predictions`` are rows x 1."""
+        """Score predicted numbers; ``predictions`` are rows x 1."""
         return self.score(predictions.reshape(len(labels)), labels)
 
     def score(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Pearson's and Spearman's correlation."""
+        """Return Pearson's and Spearman's correlation."""
         return metrics.correlations(predicted, labels)
 
 
 class Qqp(_Paraphrase):
-    """Do two questions ask the same."""
+    """Whether two questions are duplicates."""
 
     hub = ("nyu-mll/glue", "qqp")
     columns = ("question1", "question2")
@@ -257,10 +257,10 @@ class Qqp(_Paraphrase):
 
 
 class Mnli(Glue):
-    """Does the premise entail the hypothesis, contradict it, or neither.
+    """Whether the premise entails the hypothesis, contradicts it, or neither.
 
-    Evaluated on the matched set; on the mismatched one with `data.eval_split`
-    "validation_mismatched", or its file.
+    Evaluates on the matched set; for the mismatched set, use `data.eval_split`
+    "validation_mismatched" or its file.
     """
 
     hub = ("nyu-mll/glue", "mnli")
@@ -271,7 +271,7 @@ class Mnli(Glue):
 
 
 class Qnli(Glue):
-    """Does the sentence hold the answer to the question."""
+    """Whether the sentence contains the answer to the question."""
 
     hub = ("nyu-mll/glue", "qnli")
     columns = ("question", "sentence")
@@ -279,14 +279,14 @@ class Qnli(Glue):
 
 
 class Rte(Glue):
-    """Does the first sentence entail the second."""
+    """Whether the first sentence entails the second."""
 
     hub = ("nyu-mll/glue", "rte")
     label_names = ["entailment", "not_entailment"]  # noqa: RUF012
 
 
 class Wnli(Glue):
-    """Does the second sentence, with a pronoun filled in, follow from the first."""
+    """Whether the first sentence entails the second, which resolves one of its pronouns."""
 
     hub = ("nyu-mll/glue", "wnli")
     label_names = ["not_entailment", "entailment"]  # noqa: RUF012

@@ -14,13 +14,13 @@ _FINAL = re.compile(r"\n?####[ \t]*(?P<number>[^\n]+?)\s*$")
 
 
 def worked_answer(answer: str) -> str:
-    """Return a GSM8K answer as prose that ends in "The answer is: n".
+    """Rewrite a GSM8K answer as prose that ends in "The answer is: n".
 
-    The annotations of the calculator, <<48/2=24>>, are dropped; the last line "#### 1,024"
-    becomes "The answer is: 1024", which is what the paper's scoring looks for.
+    Removes calculator annotations, <<48/2=24>>; the last line "#### 1,024" becomes
+    "The answer is: 1024", which the paper's scoring extracts.
 
     Raises:
-        ValueError: there is no last line "#### n".
+        ValueError: the last line is not "#### n".
     """
     match = _FINAL.search(answer)
     if match is None:
@@ -30,7 +30,7 @@ def worked_answer(answer: str) -> str:
 
 
 class Gsm8k(Task):
-    """Columns question and answer; prompt and scoring string as in the paper."""
+    """Rows with the columns question and answer; the paper's prompt and answer string."""
 
     formats = ("alpaca", "raw")
     reads = ("loss_on",)

@@ -1,4 +1,4 @@
-"""Rows held out of the training rows, to evaluate on: `data.val_size`."""
+"""Hold out training rows for evaluation: `data.val_size`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tlora.tasks.normalize import normalize
 
 
 def held_out(rows: Sequence[Row], data: DataConfig, name: str) -> list[int]:
-    """Return the indices of the rows to hold out, in their order.
+    """Return the indices of the rows to hold out, in order.
 
-    Rows that ask the same go to the same side, so a few more or less than asked may be held out.
+    Rows with the same prompt stay on the same side, so the number may differ slightly.
 
     Args:
-        rows: all training rows, as a task makes them.
-        data: `val_size` says how many, `subset_seed` (0, if not given) which.
-        name: what messages call the rows.
+        rows: all training rows, as converted by a task.
+        data: `val_size` sets how many rows, `subset_seed` (default 0) which ones.
+        name: name of the rows in messages.
 
     Raises:
-        DataError: no row is left on a side.
+        DataError: one side of the split is empty.
     """
     size = float(data.val_size or 0)
     wanted = round(len(rows) * size) if size < 1 else int(size)
@@ -41,6 +41,6 @@ def held_out(rows: Sequence[Row], data: DataConfig, name: str) -> list[int]:
     if not 0 < len(chosen) < len(rows):
         raise DataError(
             f"{name}: `data.val_size` {data.val_size!r} holds out {len(chosen)} of {len(rows)} rows"
-            f" ({len(groups)} questions); both sides need rows."
+            f" ({len(groups)} distinct prompts); choose a value that leaves rows on both sides."
         )
     return sorted(chosen)

@@ -1,4 +1,4 @@
-"""What the paper's instruction tasks share: an instruction, a response, one prompt."""
+"""Base of the paper's instruction tasks: an instruction, a response, one prompt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tlora.tasks.dataconfig import Format, Kind
 
 
 class Layout(NamedTuple):
-    """Columns of one published form of the rows.
+    """Columns of one published row format.
 
-    ``instruction`` goes into the prompt, followed by ``input`` after a blank line where the row has
-    one; ``response`` is learned.
+    The prompt holds ``instruction``, then ``input`` after a blank line if the row has one;
+    ``response`` is the training target.
     """
 
     instruction: str
@@ -23,9 +23,9 @@ class Layout(NamedTuple):
 
 
 class Instruct(Task):
-    """Rows of an instruction and a response in one of several layouts; the paper's prompt.
+    """Instructions and responses in one of several layouts, with the paper's prompt.
 
-    A subclass names its layouts; the first one whose columns a row has is taken.
+    A subclass lists its layouts; the first one whose columns are present applies.
     """
 
     kind: Kind = "causal"
@@ -45,10 +45,10 @@ class Instruct(Task):
         return {"prompt": INSTRUCTION_PROMPT.format(instruction=instruction), "response": response}
 
     def response(self, text: str, where: str) -> str:
-        """Return what is learned of a response column, as it is unless a task says otherwise.
+        """Return the training target for a response; unchanged by default.
 
         Raises:
-            DataError: it is not what the task expects.
+            DataError: the response is not in the task's format.
         """
         return text.strip()
 
@@ -59,6 +59,6 @@ class Instruct(Task):
         wanted = "; ".join(f"{each.instruction!r} and {each.response!r}" for each in self.layouts)
         have = ", ".join(map(repr, raw))
         raise DataError(
-            f"{where}: the columns are {have}; this task reads {wanted}. For other columns use"
+            f"{where}: the columns are {have}, but this task reads {wanted}; for other columns, use"
             " --task jsonl with --data.prompt_column and --data.response_column."
         )

@@ -1,8 +1,8 @@
 """Your own rows: JSON, JSONL, CSV, TSV, Parquet or text files, or a dataset on the Hub.
 
-Columns are named under `data.*`. Where none is named, `tlora.tasks.shapes` knows the shape of each
-file's rows by its columns, and `tlora.tasks.formats` writes them as `data.format` says. Where only
-the prompt is named, the response is the first of `response`, `completion`, `output`, `answer`.
+`data.*` names the columns. Without names, `tlora.tasks.shapes` infers the shape of each file's rows
+from its columns, and `tlora.tasks.formats` writes them according to `data.format`. If only the
+prompt is named, the response is the first of `response`, `completion`, `output`, `answer`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _ALSO_WRITTEN: dict[Kind, tuple[Format, ...]] = {
     "classification": (),
     "regression": (),
 }
-"""The formats of a kind besides "raw"."""
+"""Formats of each kind besides "raw"."""
 
 
 class Jsonl(Task):
-    """Rows with columns of your own naming."""
+    """Rows with user-named columns."""
 
     exact = True
     formats: tuple[Format, ...] = ("raw", "alpaca", "chat")
@@ -59,7 +59,7 @@ class Jsonl(Task):
         if data.format not in ("auto", "raw", *_ALSO_WRITTEN[self.kind]):
             raise ConfigError(
                 f"`data.format` is {data.format!r}, which has no effect on a {self.kind} task;"
-                " leave it out.",
+                " remove it.",
                 "data",
             )
         self.reads = _READS[self.kind]
@@ -68,13 +68,13 @@ class Jsonl(Task):
         self._has_template: bool | None = None
 
     def settle(self, has_template: bool, positions: int | None) -> None:
-        """As `Task.settle`; "auto" waits for the shapes of the rows."""
+        """Like `Task.settle`, but resolve "auto" once the shapes of the rows are known."""
         asked = self.data.format
         super().settle(has_template, positions)
         self.data.format, self._has_template = asked, has_template
 
     def load(self, train_file: str | None, eval_file: str | None) -> tuple[Dataset, Dataset | None]:
-        """Read the rows, settle which columns are meant and how rows are written; learn classes."""
+        """Read the rows; determine columns, format and classes."""
         train, held_out = super().load(train_file, eval_file)
         self._meet(train, train_file or self.data.dataset or "training rows")
         if held_out is not None:
@@ -86,13 +86,13 @@ class Jsonl(Task):
         return train, held_out
 
     def held_out(self, file: str | None) -> tuple[Dataset, str]:
-        """Read the rows and settle which columns are meant; the classes are those of training."""
+        """Read the rows and determine the columns; keep the classes from training."""
         rows, where = super().held_out(file)
         self._meet(rows, where)
         return rows, where
 
     def check_columns(self, have: list[str]) -> None:
-        """Check, without settling anything, that the rows have the columns that are meant.
+        """Check that the rows have the needed columns, without changing `data`.
 
         Raises:
             ConfigError: as `settle_columns`.
@@ -100,10 +100,10 @@ class Jsonl(Task):
         type(self)(self.data).settle_columns(have)
 
     def settle_columns(self, have: list[str]) -> None:
-        """Settle which of the columns that the rows ``have`` are meant.
+        """Choose the columns to read among those that the rows ``have``.
 
         Raises:
-            ConfigError: a named column is missing, or none is named and none is known.
+            ConfigError: a named column is missing, or no column is named or recognized.
         """
         if not self._labeled_kind:
             self._settle_format([self._shape(have)])
@@ -111,13 +111,13 @@ class Jsonl(Task):
             raise ConfigError(faults, where="data")
 
     def _meet(self, raw: Dataset, name: str) -> None:
-        """Settle the shape of each file and the format of all; say both."""
+        """Determine and log the shape of each file and the format of all."""
         found = mixture.heads(raw, name)
         if self._labeled_kind:
             for file, (first, count) in found.items():
                 self.settle_columns([*first])
                 read = {self.data.text_column, self.data.text_pair_column, self.data.label_column}
-                logger.info("%s: %d rows read as texts with labels.", file, count)
+                logger.info("%s: reading %d rows as texts with labels.", file, count)
                 _say_unread(file, first, read)
             return
         shapes = {}
@@ -137,7 +137,9 @@ class Jsonl(Task):
             style = "raw" if shape.form == "text" else "chat" if chat else style
             if style == "chat" and self._has_template is False:
                 raise DataError(f"{file}: {rendering.NO_TEMPLATE}")
-            logger.info("%s: %d rows read as %s, %s.", file, count, shape.name, formats.SAYS[style])
+            logger.info(
+                "%s: reading %d rows as %s, %s.", file, count, shape.name, formats.SAYS[style]
+            )
             if self.data.system and shape.form == "text":
                 logger.warning("%s: `data.system` has no effect on plain text.", file)
             if self.data.chat_template and style != "chat":
@@ -161,7 +163,7 @@ class Jsonl(Task):
 
         Raises:
             ConfigError: as `settle_columns`.
-            DataError: they are pairs of preferences.
+            DataError: they are preference pairs.
         """
         key = tuple(have)
         if key not in self._shapes:
@@ -176,7 +178,7 @@ class Jsonl(Task):
         if asks and not response:
             response = next((name for name in _RESPONSES if name in have), None)
         if asks and not response:
-            faults.append(f"`data.response_column` is missing; name it ({', '.join(have)}).")
+            faults.append(f"`data.response_column` is missing; choose one of {', '.join(have)}.")
         if faults:
             raise ConfigError(faults, where="data")
         if data.messages_column:
@@ -188,31 +190,30 @@ class Jsonl(Task):
             return Shape(name, "instruction", (data.prompt_column or "", str(response)))
         if not response and preference(have):
             raise DataError(
-                "the rows have the columns 'chosen' and 'rejected': preference training is not"
-                " supported. To train on the chosen answers alone, make rows of a prompt and a"
-                " response, or of `messages`, from them."
+                "the rows have the columns 'chosen' and 'rejected', but preference training is not"
+                " supported; to train on the chosen answers, convert them to rows with a prompt and"
+                " a response, or with `messages`."
             )
         if shape := known_shape(have, self.kind, response):
             return shape
         raise ConfigError(
-            f"the rows have the columns {', '.join(have)}; name the ones to learn from by"
+            f"the rows have the columns {', '.join(have)}; name the ones to train on with"
             " `data.prompt_column` and `data.response_column`, `data.messages_column` or"
             f" `data.text_column`.{self._other_kind(have)}",
             where="data",
         )
 
     def _other_kind(self, have: list[str]) -> str:
-        """Return a hint where the rows are those of another kind."""
+        """Return a hint if the rows fit another kind."""
         if self.kind == "causal" and {"label"} & {*have}:
-            return " Rows with labels are of --data.kind classification."
+            return " For rows with labels, use --data.kind classification."
         if self.kind == "seq2seq" and (shape := known_shape(have, "causal")):
-            return (
-                f" {shape.name} are for causal models; text to text takes a prompt and a response."
-            )
+            return " Text to text needs a prompt and a response; only causal models train on"
+            f" {shape.name}."
         return ""
 
     def _missing(self, have: list[str]) -> list[str]:
-        """Return a sentence for each column that is named and not there."""
+        """Return an error for each named column that is missing."""
         data = self.data
         named = {
             f"`data.{name}` is {value!r}": value
@@ -232,7 +233,7 @@ class Jsonl(Task):
 
     def _unnamed(self, have: list[str]) -> list[str]:
         return [
-            f"`data.{name}` is missing; name the column ({', '.join(have)})."
+            f"`data.{name}` is missing; choose one of {', '.join(have)}."
             for name in ("text_column", "label_column")
             if getattr(self.data, name) is None
         ]
@@ -277,7 +278,7 @@ class Jsonl(Task):
         return known.index(name)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy and macro F1 of classes; correlations and mean squared error of numbers."""
+        """Return accuracy and macro F1 for classes; correlations and MSE for numbers."""
         if self.kind == "regression":
             numbers = predictions.reshape(len(labels))
             error = float(((numbers - labels) ** 2).mean())
@@ -293,7 +294,7 @@ class Jsonl(Task):
 
 def _say_unread(file: str, first: Mapping[str, Any], read: Collection[str | None]) -> None:
     if unread := [column for column in first if column not in read]:
-        logger.warning("%s: not read: %s.", file, ", ".join(map(repr, unread)))
+        logger.warning("%s: ignoring unused columns %s.", file, ", ".join(map(repr, unread)))
 
 
 def _placeholders(template: str | None) -> list[str]:
@@ -301,18 +302,18 @@ def _placeholders(template: str | None) -> list[str]:
         parts = [part[1:] for part in string.Formatter().parse(template or "")]
     except ValueError as error:
         raise ConfigError(
-            f"`data.prompt_template`: {error}; write a literal brace twice.", where="data"
+            f"`data.prompt_template`: {error}; double every literal brace.", where="data"
         ) from None
     names = [name for name, _, _ in parts]
     if "" in names:
         raise ConfigError(
-            "`data.prompt_template` has {}, which names no column; name one in the braces, or write"
-            " a literal brace twice.",
+            "`data.prompt_template` has empty braces {}; put a column name in them, or double every"
+            " literal brace.",
             where="data",
         )
     if any(form or conversion for _, form, conversion in parts):
         raise ConfigError(
-            f"`data.prompt_template` is {template!r}; give nothing but names of columns in braces.",
+            f"`data.prompt_template` is {template!r}; only use plain column names in braces.",
             where="data",
         )
     return [name for name in names if name is not None]

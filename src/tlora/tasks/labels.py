@@ -1,4 +1,4 @@
-"""Labels of rows -> names of classes. "0", 0 and 0.0 are one: readers of tables make floats."""
+"""Convert row labels to class names; "0", 0 and 0.0 are equal, as table readers make floats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WHOLE = re.compile(r"[+-]?\d+\.0*")
 
 
 def canonical(text: str) -> str:
-    """Return a label as it is compared: "1" for "1.0"."""
+    """Return the canonical form of a label: "1" for "1.0"."""
     return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
 
 
 def name_of(raw: Mapping[str, Any], column: str, where: str) -> str:
-    """Return the class that a row is of.
+    """Return the class of a row.
 
     Raises:
         DataError: the column is missing or empty, or lists several classes.
@@ -27,18 +27,18 @@ def name_of(raw: Mapping[str, Any], column: str, where: str) -> str:
     value = raw.get(column)
     if isinstance(value, (list, dict)):
         raise DataError(
-            f"{where}: column {column!r} is {shortened(value)}; a row has one class here, so give"
-            " one label a row."
+            f"{where}: column {column!r} is {shortened(value)}, but a row must have one class; give"
+            " one label per row."
         )
     return canonical(text_of(raw, column, where))
 
 
 def classes(rows: Iterable[tuple[str, Mapping[str, Any]]], column: str) -> list[str]:
-    """Return the classes of training rows: numbers in their order, then names in alphabetical.
+    """Return the classes of training rows: sorted numbers, then names in alphabetical order.
 
     Args:
         rows: places and rows.
-        column: of the label.
+        column: the label column.
 
     Raises:
         DataError: as `name_of`.
@@ -48,6 +48,6 @@ def classes(rows: Iterable[tuple[str, Mapping[str, Any]]], column: str) -> list[
 
 
 def _order(name: str) -> tuple[bool, float, str]:
-    """As numbers, "10" comes after "9"."""
+    """Return a sort key by which "10" follows "9"."""
     number = _NUMBER.fullmatch(name)
     return (not number, float(name) if number else 0, name)

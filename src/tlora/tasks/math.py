@@ -1,4 +1,4 @@
-"""The paper's math group: trained on MetaMathQA (Yu et al., arXiv 2309.12284)."""
+"""The paper's math group, trained on MetaMathQA (Yu et al., arXiv 2309.12284)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from tlora.tasks.instruct import Instruct, Layout
 
 
 class Math(Instruct):
-    """Worked answers that end in "The answer is: n", which scoring looks for.
+    """Worked answers that end in "The answer is: n", which the scoring extracts.
 
-    MetaMathQA's columns (query, response), or instruction, output and maybe input.
+    Reads MetaMathQA's columns (query, response), or instruction, output and optionally input.
     """
 
     hub = ("meta-math/MetaMathQA", None)

@@ -1,7 +1,7 @@
-"""Scores of predictions against labels, each a plain float.
+"""Metrics of predictions against labels, each a plain float.
 
-A correlation or a coefficient that is undefined, because the predictions or the labels are all
-the same, counts as 0: such a model has found no relation.
+A correlation or coefficient that is undefined because all predictions or all labels are equal
+counts as 0: the model has found no relation.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the rows whose predicted class is the label."""
+    """Return the fraction of rows whose predicted class equals the label."""
     return float((predicted == labels).mean())
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray, average: str = "binary") -> float:
-    """F1 of class 1 ("binary") or the mean F1 of all classes ("macro").
+    """Return F1 of class 1 ("binary") or the mean F1 of all classes ("macro").
 
-    "binary": a prediction that is neither 0 nor 1, because a reply was no label, counts as the
-    wrong one of the two, as in T5's own evaluation.
+    "binary": a prediction other than 0 or 1 (a reply that is not a label) counts as the wrong one
+    of the two, as in T5's own evaluation.
     """
     import numpy as np
     from sklearn.metrics import f1_score
@@ -34,7 +34,7 @@ def f1(predicted: np.ndarray, labels: np.ndarray, average: str = "binary") -> fl
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation of two sets of classes, -1 to 1; -1 among them is one class more."""
+    """Return the Matthews correlation, -1 to 1; a prediction of -1 is an extra class."""
     from sklearn.metrics import matthews_corrcoef
 
     with warnings.catch_warnings():
@@ -43,7 +43,7 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def correlations(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of two sets of numbers."""
+    """Return Pearson's and Spearman's correlation."""
     from scipy import stats
 
     if len(labels) < 2:

@@ -1,7 +1,7 @@
-"""Several files as one source of rows: "a.jsonl,b.csv", globs, and weights: "a.jsonl,b.jsonl:0.3".
+"""Combine files into one source of rows: "a.jsonl,b.csv", globs, weights "a.jsonl,b.jsonl:0.3".
 
-Each file keeps its own columns. Rows of several files are therefore held as JSON, each with the
-place it comes from, in a dataset of two columns; `placed` gives rows and places of either kind.
+Each file keeps its own columns. A dataset of several files therefore has two columns: each row as
+JSON and its location. `placed` yields rows and locations of either kind.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _PLACE, _ROW = "__place__", "__row__"
 
 @dataclass(frozen=True)
 class Part:
-    """One file, and the share of its rows that is drawn."""
+    """One file, and the fraction of its rows to draw."""
 
     path: str
     weight: float = 1.0
 
 
 def written(files: Any, where: str) -> Any:
-    """Return a list of files as the text that `parts` reads; anything else as it is.
+    """Convert a list of files to the text that `parts` reads; return other values unchanged.
 
     Args:
         files: items are paths, or {path, weight}.
-        where: the field, for the message of an error.
+        where: the field, for error messages.
 
     Raises:
-        ConfigError: an item is neither.
+        ConfigError: an item is something else.
     """
     if not isinstance(files, list):
         return files
@@ -53,13 +53,14 @@ def written(files: Any, where: str) -> Any:
             texts.append(item["path"] if weight == 1 else f"{item['path']}:{weight}")
         else:
             raise ConfigError(
-                f"`{where}` has {item!r}; give paths, or {{path: FILE, weight: 0.5}}.", where="run"
+                f"`{where}` has {item!r}; give paths, or {{path: FILE, weight: 0.5}}.",
+                where="run",
             )
     return ",".join(texts) or None
 
 
 def parts(files: str) -> list[Part]:
-    """Return the files that "a.jsonl,b/*.csv:0.5" names, those of a glob in alphabetical order.
+    """Return the files named by "a.jsonl,b/*.csv:0.5", with globs in alphabetical order.
 
     Raises:
         DataError: a glob matches no file, a weight is not positive, or no file is named.
@@ -74,12 +75,12 @@ def parts(files: str) -> list[Part]:
                 raise DataError(f"{path}: no file matches this pattern.")
         found += [Part(each, weight) for each in matches]
     if not found:
-        raise DataError(f"{files!r} names no file; give the path of a file with rows.")
+        raise DataError(f"{files!r} contains no file name; give the path of a file with rows.")
     return found
 
 
 def _weighted(word: str) -> tuple[str, float]:
-    """Return path and weight of "a.jsonl:0.3"; a name may have a colon of its own."""
+    """Return path and weight of "a.jsonl:0.3"; a file name may contain colons."""
     path, _, said = word.rpartition(":")
     if not path or Path(word).exists():
         return word, 1.0
@@ -90,20 +91,18 @@ def _weighted(word: str) -> tuple[str, float]:
             return word, 1.0
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise DataError(
-            f"{word}: the weight is {said}; give a positive number, or leave the file out."
-        )
+        raise DataError(f"{word}: the weight is {said}; use a positive number, or remove the file.")
     return path, weight
 
 
 def read(files: str, read_file: Callable[[str], Dataset], seed: int | None) -> Dataset:
-    """Read the rows of one file as they are, of several as JSON with their places.
+    """Read the rows of one file unchanged, or of several as JSON with their locations.
 
     Args:
-        files: what `parts` reads. Of a file with weight 0.3 three tenths of the rows are drawn;
-            with weight 2 each row is there twice.
-        read_file: reads one.
-        seed: of the draw; None is 0.
+        files: text for `parts`. A weight of 0.3 draws three tenths of a file's rows; a weight of 2
+            repeats each row.
+        read_file: reads one file.
+        seed: of the random draw; None means 0.
     """
     from datasets import Dataset
 
@@ -118,7 +117,7 @@ def read(files: str, read_file: Callable[[str], Dataset], seed: int | None) -> D
             places.append(f"{part.path}, row {index + 1}")
             rows.append(json.dumps(raw[index], default=str, ensure_ascii=False))
     if not rows:
-        raise DataError(f"{files}: the weights leave no row; raise them.")
+        raise DataError(f"{files}: the weights select no rows; raise them.")
     return Dataset.from_dict({_PLACE: places, _ROW: rows})
 
 
@@ -129,11 +128,11 @@ def _drawn(count: int, weight: float, seed: int) -> list[int]:
 
 
 def placed(raw: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row with its place ("train.jsonl, row 3"), for the message of an error.
+    """Yield each row with its location ("train.jsonl, row 3"), for error messages.
 
     Args:
         raw: rows, as `read` returned them.
-        name: what the rows of a single file are called.
+        name: name of the rows of a single file.
     """
     number = 0
     for batch in raw.iter(batch_size=1000):  # single rows are slow to read
@@ -151,7 +150,7 @@ def placed(raw: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def heads(raw: Dataset, name: str) -> dict[str, tuple[Mapping[str, Any], int]]:
-    """Return the first row of each file and the number of its rows, by the file's name."""
+    """Return the first row and the number of rows of each file, by file name."""
     if _ROW not in raw.column_names:
         return {name: (raw[0], len(raw))}
     found: dict[str, tuple[Mapping[str, Any], int]] = {}
@@ -163,6 +162,6 @@ def heads(raw: Dataset, name: str) -> dict[str, tuple[Mapping[str, Any], int]]:
 
 
 def place(raw: Dataset, name: str, index: int) -> str:
-    """Return the place of one row, as `placed` has it."""
+    """Return the location of one row, in the form that `placed` yields."""
     row = raw[index]
     return row[_PLACE] if _PLACE in row else f"{name}, row {index + 1}"

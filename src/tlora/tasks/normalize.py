@@ -1,8 +1,8 @@
-"""The normal form in which prompts are compared: words and symbols, without what does not count.
+"""Normalize prompts for comparison into significant words and symbols.
 
-Texts are taken after Unicode's compatibility form (NFKC) and casefolding. White space, the marks
-``. , ; : ! ? _``, quotes and apostrophes, ellipses, dashes (also written --), and a hyphen between
-two letters do not count. Every other symbol does: x - 5 and x + 5 differ.
+Applies Unicode NFKC and casefolding. Drops white space, the marks ``. , ; : ! ? _``, quotes and
+apostrophes, ellipses, dashes (also written --), and a hyphen between two letters. Keeps every other
+symbol: x - 5 and x + 5 differ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ _TOKEN = re.compile(rf"[^\W_]+|[^\w\s.,;:!?'\"`´‘’‚‛“”„«»…–
 
 
 def normalize(text: str) -> list[str]:
-    """Return the words and symbols of ``text`` that count; of a text of mere marks, the marks."""
+    """Return the significant words and symbols of ``text``; if it has only marks, the marks."""
     folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
     return _TOKEN.findall(folded) or [folded.strip()]

@@ -1,10 +1,10 @@
-"""Chats -> text by a chat template, and which of its characters the assistant learns.
+"""Render chats with a chat template, and find the characters to train on.
 
-Where the template marks the assistant's turns ({% generation %}), the marks say it. Else prefixes
-do: what the model writes in turn i lies between the rendering of the turns before it, prompted
-for an answer, and the rendering of the turns up to it. That holds only if both are prefixes of the
-rendering of the whole chat. Templates that rewrite earlier turns (Qwen 3 drops their thinking)
-break it; `turns` then makes one row of each answer, rendered as at inference.
+If the template marks the assistant's turns ({% generation %}), those marks decide. Otherwise
+prefixes do: the model writes turn i between the rendering of the earlier turns with a generation
+prompt and the rendering of the turns up to i. This requires both to be prefixes of the rendering of
+the whole chat. Templates that rewrite earlier turns (Qwen 3 drops their thinking) violate it;
+`turns` then makes one row per answer, rendered as at inference.
 """
 
 from __future__ import annotations
@@ -22,39 +22,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-"""First character that is learned, and the one behind the last."""
+"""First character to train on, and the one after the last."""
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str]
-"""(messages, whether to prompt for an answer) -> text."""
+"""(messages, whether to add a generation prompt) -> text."""
 
 NO_TEMPLATE = (
-    "the model's tokenizer has no chat template, which chats need; give --data.chat_template chatml"
-    " (or another name, or a file), or a chat model."
+    "the model's tokenizer has no chat template, but the rows are chats; give --data.chat_template"
+    " chatml (or another name, or a file), or use a chat model."
 )
 
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
-_WRITES_TOOLS = "--data.chat_template qwen, or another that does"
+_WRITES_TOOLS = "--data.chat_template qwen, or another template that does"
 _FIELDS = {
     "tool_calls": _WRITES_TOOLS,
     **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking"), "another template, or make them `content`"
+        ("reasoning_content", "reasoning", "thinking"),
+        "another template, or move the text to `content`",
     ),
 }
-"""What an assistant may do besides answering, and what to do where a template does not write it."""
+"""Fields of a chat besides its text, and the remedy if a template does not render them."""
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def named_template(name: str) -> str:
-    """Return the text of a chat template: a file's, or one of those in `templates/`.
+    """Return the text of a chat template from a file or from `templates/`.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: there is no such file or template.
     """
     known = {file.stem: file for file in sorted(_TEMPLATES.glob("*.jinja"))}
     file = known.get(name, Path(name))
     if not file.is_file():
         raise ConfigError(
-            f"`data.chat_template` is {name!r}; give a file, or one of {', '.join(known)}."
+            f"`data.chat_template` is {name!r}; use a file, or one of {', '.join(known)}."
             f"{did_you_mean(name, known)}",
             where="data",
         )
@@ -62,12 +63,12 @@ def named_template(name: str) -> str:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer a chat template by name, or that of a file.
+    """Set a tokenizer's chat template by name or from a file.
 
-    Those by name begin with the opening token where the tokenizer opens every text with it.
+    Named templates start with the BOS token if the tokenizer starts every text with it.
 
     Raises:
-        ConfigError: it is neither a name nor a file.
+        ConfigError: there is no such template or file.
     """
     text = named_template(name)
     opens = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -77,10 +78,10 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
-    """Return a chat as it is, or if its template rewrites earlier turns, a row for each answer.
+    """Return the chat unchanged, or one row per answer if the template rewrites earlier turns.
 
     Raises:
-        DataError: the tokenizer has no template, or it refuses the chat.
+        DataError: the tokenizer has no chat template, or the template rejects the chat.
     """
     render = _renderer(tokenizer, row)
     messages = row["messages"]
@@ -93,15 +94,15 @@ def turns(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
-    """Return the text of a chat and what of it is learned.
+    """Return the text of a chat and the spans to train on.
 
     Args:
-        tokenizer: the model's.
-        row: {"messages"}, maybe {"tools", "first"}, as `turns` returns it.
+        tokenizer: the model's tokenizer.
+        row: {"messages"} and optionally {"tools", "first"}, as `turns` returns it.
 
     Raises:
-        DataError: the tokenizer has no template, it refuses the chat, or it writes an answer in
-            another way than it prompts for one.
+        DataError: the tokenizer has no chat template, or the template rejects the chat or
+            renders an answer differently from its generation prompt.
     """
     render, messages, first = _renderer(tokenizer, row), row["messages"], row.get("first", 0)
     if _marked(tokenizer):
@@ -113,14 +114,14 @@ def rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Sp
     if first == len(messages) - 1 and (found := _last_answer(render, messages, whole)):
         return found
     raise DataError(
-        "the chat template writes an answer in another way than it prompts for one, so what"
-        " the assistant says cannot be told apart; give --data.loss_on all, or another"
+        "the chat template renders an answer differently from its generation prompt, so the"
+        " assistant's tokens cannot be located; use --data.loss_on all, or another"
         " --data.chat_template."
     )
 
 
 def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) -> str:
-    """Return the text of a chat, with what asks for an answer behind it if ``prompt``.
+    """Return the text of a chat, with a generation prompt if ``prompt``.
 
     Raises:
         DataError: as `rendered`.
@@ -129,10 +130,10 @@ def written(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: bool = False) 
 
 
 def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return what the chat template writes after an answer, without the closing token; maybe [].
+    """Return the texts that the template writes after an answer, without EOS; may be empty.
 
     Raises:
-        DataError: the tokenizer has no template.
+        DataError: the tokenizer has no chat template.
     """
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
     text = written(tokenizer, {"messages": turns}).rpartition("reply")[2].strip()
@@ -141,7 +142,7 @@ def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 _RAISED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the expressions of a template raise beside jinja's own errors."""
+"""Exceptions of template expressions besides jinja's own errors."""
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
@@ -155,10 +156,10 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, row: Row) -> Render:
 def _accepted(
     tokenizer: PreTrainedTokenizerBase, row: Row, messages: Messages, prompt: bool
 ) -> tuple[Messages, str]:
-    """Return the form of messages that the chat template takes, and what it writes of it.
+    """Return the messages in a form that the chat template accepts, and their rendering.
 
     Raises:
-        DataError: it takes none.
+        DataError: the template accepts none.
     """
     from jinja2 import TemplateError
 
@@ -180,19 +181,19 @@ def _accepted(
     if taken is not None and not any(turn.get("tool_calls") for turn in messages):
         return taken
     if taken is not None:
-        fault = ValueError("it leaves out a tool call")
+        fault = ValueError("it omits a tool call")
     raise DataError(
-        f"the chat template refuses the chat ({first_line(fault or ValueError()).rstrip('.')}):"
-        f" {shortened(row['messages'])}; fix or drop the row, or give another"
+        f"the chat template rejects the chat ({first_line(fault or ValueError()).rstrip('.')}):"
+        f" {shortened(row['messages'])}; fix or drop the row, or use another"
         " --data.chat_template."
     ) from fault
 
 
 def _forms(messages: Messages) -> Iterator[Messages]:
-    """Yield the messages as they are, then in the forms that some templates want.
+    """Yield the messages unchanged, then in the forms that some templates require.
 
-    Most take the arguments of a call as a dict, some as text; some cannot write a turn without
-    content; those of models that see images read lists of parts.
+    Most templates take tool call arguments as a dict, some as text; some cannot render a turn
+    without content; templates of vision models read lists of parts.
     """
     yield messages
     if any(turn.get("tool_calls") for turn in messages):
@@ -204,14 +205,14 @@ def _forms(messages: Messages) -> Iterator[Messages]:
 
 
 def _holds(text: str, messages: Messages) -> bool:
-    """Return whether a rendering has what users say and the functions that are called."""
+    """Return whether a rendering contains every user text and called function."""
     said = [str(turn["content"]).strip() for turn in messages if turn["role"] == "user"]
     calls = [call for turn in messages for call in turn.get("tool_calls", ())]
     return all(part in text for part in [*said, *(call["function"]["name"] for call in calls)])
 
 
 def _texts(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the tool calls of a turn with arguments as text."""
+    """Return the turn with tool call arguments as text."""
     calls = [
         call | {"function": call["function"] | {"arguments": json.dumps(arguments)}}
         for call in turn.get("tool_calls", ())
@@ -221,7 +222,7 @@ def _texts(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_fields(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
-    """Check that the template writes a chat's tools, calls and thoughts, not to drop them."""
+    """Check that the template renders a chat's tools, tool calls and reasoning."""
     template = " ".join(_template_texts(tokenizer))
     fields = {field for turn in row["messages"] for field in _FIELDS if turn.get(field)}
     unread = [
@@ -231,8 +232,8 @@ def _check_fields(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
         unread.insert(0, "tools")
     if unread:
         raise DataError(
-            f"the chat has `{unread[0]}`, which the model's chat template does not write; drop"
-            f" them, or give {_FIELDS.get(unread[0], _WRITES_TOOLS)}."
+            f"the chat has `{unread[0]}`, which the model's chat template does not render; remove"
+            f" them, or use {_FIELDS.get(unread[0], _WRITES_TOOLS)}."
         )
 
 
@@ -246,7 +247,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
-    # The tokenizer's own mask takes a mark that ends in its first token for one without an end.
+    # The tokenizer's own mask treats a mark that ends in its first token as unclosed.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tools = row.get("tools")
@@ -264,15 +265,15 @@ def _marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span
 def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[Span]]:
     text, spans = _marks(tokenizer, row)
     before = row["messages"][: max(row.get("first", 0), _opened(row["messages"]))]
-    asked = 0  # marks of the turns that are not learned: a turn may have several
+    asked = 0  # marks in turns not trained on; a turn may have several
     if any(turn["role"] == "assistant" for turn in before):
         asked = len(_marks(tokenizer, row | {"messages": before})[1])
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not all(map(_counts, answers)):
         if len(spans) != len(answers):
             raise DataError(
-                "the chat has turns of weight 0, but the chat template marks no turn as a whole;"
-                " drop them, or give another --data.chat_template."
+                "the chat has turns of weight 0, but the chat template does not mark whole turns;"
+                " drop them, or use another --data.chat_template."
             )
         spans = [
             span if _counts(turn) else (0, 0) for span, turn in zip(spans, answers, strict=True)
@@ -281,18 +282,18 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[S
 
 
 def _counts(turn: dict[str, Any]) -> bool:
-    """Return whether a turn is to be learned: OpenAI's files give those that are not weight 0."""
+    """Return whether to train on a turn; OpenAI's format excludes turns with weight 0."""
     return turn.get("weight") != 0
 
 
 def _opened(messages: Messages) -> int:
-    """Return how many turns of the assistant open a chat: they answer nobody."""
+    """Return the number of assistant turns at the start of a chat, which answer no one."""
     speakers = [message["role"] for message in messages]
     return next((i for i, who in enumerate(speakers) if who != "assistant"), len(speakers))
 
 
 def _answers(messages: Messages, first: int) -> list[int]:
-    """Return the places of the turns that are learned, from ``first`` on."""
+    """Return the indices of turns to train on, starting at ``first``."""
     return [
         place
         for place, message in enumerate(messages)
@@ -305,17 +306,17 @@ def _answers(messages: Messages, first: int) -> list[int]:
 def _spans(
     render: Render, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Span] | None:
-    """Return what is learned; None if a prefix's rendering is no prefix of the whole."""
+    """Return the spans to train on; None if a rendered prefix is not a prefix of the whole."""
     whole = render(messages, False)
     found = []
     for place in _answers(messages, first):
         try:
             before = render(messages[:place], True)
             upto = render(messages[: place + 1], False)
-        except DataError:  # the template wants a whole chat
+        except DataError:  # the template requires a whole chat
             return None
         if not whole.startswith(upto) and tokenizer.eos_token:
-            # Some close a chat, and so each prefix, by a token of its own.
+            # Some templates close a chat, and thus each prefix, with a special token.
             upto = upto.rstrip().removesuffix(tokenizer.eos_token)
         if not (whole.startswith(before) and whole.startswith(upto)):
             return None
@@ -324,11 +325,11 @@ def _spans(
 
 
 def _last_answer(render: Render, messages: Messages, whole: str) -> tuple[str, list[Span]] | None:
-    """Return text and learned spans of a chat whose last answer does not continue its prompt.
+    """Return text and spans of a chat whose last answer does not continue its prompt.
 
-    DeepSeek R1's template opens the thinking in its prompt and leaves it out of answers: learned is
-    what follows where both part. Mistral's writes the system message before a question at the very
-    end alone: the answer then follows the prompt, as at inference.
+    DeepSeek R1's template opens the thinking in its prompt and omits it from answers: training
+    covers the text after both diverge. Mistral's writes the system message only before a final
+    question: the answer then follows the prompt, as at inference.
     """
     prompt, bare = render(messages[:-1], True), render(messages[:-1], False)
     if whole.startswith(bare):
@@ -344,6 +345,6 @@ def _last_answer(render: Render, messages: Messages, whole: str) -> tuple[str, l
 
 
 def _trimmed(text: str, start: int, end: int) -> list[Span]:
-    """Return a span without the white space behind it, which no model writes after its end."""
+    """Return a span without trailing white space, which a model does not generate after EOS."""
     end = start + len(text[start:end].rstrip())
     return [(start, end)] if end > start else []

@@ -1,15 +1,15 @@
-"""The shapes of rows that people have, found by their columns: one table, one converter each.
+"""Common shapes of rows, recognized by their columns: one table, one converter each.
 
-A converter makes one of three forms, whatever the file looks like:
+A converter returns one of three forms:
 
-- {"messages": [...]}, with "tools" where there are some, and "first", the place of the first turn
-  that may be learned, where earlier ones belong to the prompt;
-- {"instruction", "response"}, with "system" and "history" (pairs of a question and its answer)
-  where there are some;
+- {"messages": [...]}, optionally with "tools", and with "first", the index of the first turn to
+  train on, if earlier ones belong to the prompt;
+- {"instruction", "response"}, optionally with "system" and "history" (pairs of a question and its
+  answer);
 - {"text"}.
 
-`tlora.tasks.formats` writes these as a chat or as a prompt with its response. docs/data.md has the
-table with examples.
+`tlora.tasks.formats` writes these as a chat or as a prompt with its response. docs/data.md lists
+them with examples.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Form = Literal["chat", "instruction", "pair", "text"]
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of rows: the columns it is known by, and what it makes of a row."""
+    """One shape of rows: its identifying columns and its converter."""
 
     name: str
-    """What it is called: "rows read as ...". """
+    """Name in log lines: "reading rows as ..."."""
     form: Form
-    """What the rows are. A "pair" is an instruction that is trained on as it stands, unless a
-    format is asked for."""
+    """Type of the rows. A "pair" is an instruction that stays unformatted unless `data.format` is
+    set."""
     columns: tuple[str, ...]
-    """The columns that must be there, in the order in which ``convert`` reads them."""
+    """Required columns, in the order in which ``convert`` reads them."""
     optional: tuple[str, ...] = ()
-    """Those that are read where they are there."""
+    """Optional columns."""
 
     def convert(self, raw: Mapping[str, Any], where: str) -> Row:
-        """Return the form of a row.
+        """Convert a row.
 
         Raises:
-            DataError: a column has no value, or not what it should be.
+            DataError: a column is empty or has an invalid value.
         """
         return _CONVERT[self.form](self, raw, where)
 
@@ -63,16 +63,16 @@ SHAPES = (
     Shape("inputs and outputs", "instruction", ("input", "output"), ("system", "history")),
     Shape("plain text", "text", ("text",)),
 )
-"""The first one whose columns are all there is taken."""
+"""The first shape whose columns are all present applies."""
 
 
 def known_shape(have: Sequence[str], kind: str, response: str | None = None) -> Shape | None:
-    """Return the shape of rows with the columns ``have``; None if it is not known.
+    """Return the shape of rows with the columns ``have``; None if unknown.
 
     Args:
         have: names of columns.
-        kind: of the task; text to text takes a source and a target alone.
-        response: the column of the response, if it is named.
+        kind: kind of the task; text to text only takes a source and a target.
+        response: the response column, if named.
     """
     for shape in SHAPES:
         paired = shape.form in ("instruction", "pair")
@@ -83,7 +83,7 @@ def known_shape(have: Sequence[str], kind: str, response: str | None = None) -> 
 
 
 def preference(have: Sequence[str]) -> bool:
-    """Return whether rows are pairs of a better and a worse answer."""
+    """Return whether rows are preference pairs."""
     return {"chosen", "rejected"} <= set(have)
 
 
@@ -113,7 +113,7 @@ def _instruction(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
 
 
 def _conversational(shape: Shape, raw: Mapping[str, Any], where: str) -> Row:
-    """TRL's conversational form: lists of messages; only turns of the completion are learned."""
+    """Convert TRL's conversational form; training only covers turns of the completion."""
     asked, answered = (
         messages_of([{"role": role, "content": value}] if isinstance(value, str) else value, where)
         for role, value in zip(

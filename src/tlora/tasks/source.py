@@ -1,8 +1,8 @@
-"""Reading raw rows: a JSON, JSONL, CSV, TSV, Parquet or text file, or a dataset on the Hub.
+"""Read raw rows from a JSON, JSONL, CSV, TSV, Parquet or text file, or a Hub dataset.
 
-What a file says is kept to the letter: a reader that guesses types makes 007 a 7, a date a time of
-day and 3 beside 2.5 a 3.0. Cells of tables are therefore text, and what is not text in JSON is held
-as JSON.
+Values keep their exact text: a reader that guesses types turns 007 into 7, a date into a timestamp
+and, next to 2.5, 3 into 3.0. Table cells are therefore text, and JSON values other than text are
+stored as JSON.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from tlora.models.pretrained import check_hub
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# "NA", "null" and "None" are words of a sentence here, not missing values.
+# "NA", "null" and "None" are ordinary text here, not missing values.
 _CSV = {"keep_default_na": False, "na_values": [""]}
 _TSV = _CSV | {"sep": "\t", "quoting": 3}
 
 _PACKED = (".gz", ".zst")
 _SMALL = 2**22
-"""Bytes that `columns_of` reads at most."""
+"""Maximum number of bytes that `columns_of` reads."""
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
-"""What a character that JSON writes in two halves begins with."""
+"""Start of a surrogate pair in JSON."""
 
 
 def existing_file(path: str) -> Path:
     """Return ``path`` if it is a file.
 
     Raises:
-        DataError: it is not.
+        DataError: it is not a file.
     """
     if Path(path).is_dir():
         raise DataError(f"{path} is a folder; give the path of a file with rows.")
@@ -50,10 +50,10 @@ def existing_file(path: str) -> Path:
 
 
 def decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file, also a .gz or .zst, in pieces; every line ends in a newline.
+    """Yield the text of a file, possibly .gz or .zst, in chunks; every line ends in a newline.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: the file cannot be read, or is not UTF-8.
     """
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
@@ -71,7 +71,9 @@ def decoded(path: Path) -> Iterator[str]:
             " file as UTF-8."
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); get the file again.") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); download or copy the file again."
+        ) from error
 
 
 def _opened(path: Path) -> Any:
@@ -83,7 +85,7 @@ def _opened(path: Path) -> Any:
 
 
 def read_file(path: str) -> Dataset:
-    """Read a file of rows by its suffix (a further `.gz` or `.zst` is unpacked).
+    """Read a file of rows according to its suffix, unpacking `.gz` and `.zst`.
 
     Raises:
         DataError: the file is missing, of an unknown kind, damaged or without rows.
@@ -95,7 +97,7 @@ def read_file(path: str) -> Dataset:
 
 
 def reader_of(path: str) -> Callable[[str], Dataset]:
-    """Return the function that reads a file; no row is read.
+    """Return the function that reads a file, without reading rows.
 
     Raises:
         DataError: the file is missing, of an unknown kind or empty.
@@ -104,21 +106,23 @@ def reader_of(path: str) -> Callable[[str], Dataset]:
     suffix = next((part for part in reversed(file.suffixes) if part not in _PACKED), "").lower()
     if suffix not in READERS:
         known = ", ".join(READERS)
-        raise DataError(f"{path}: files of kind {suffix or file.name!r} are not read; use {known}.")
+        raise DataError(
+            f"{path}: files of type {suffix or file.name!r} are not supported; use {known}."
+        )
     if file.stat().st_size == 0:
         raise _no_rows(path)
     return READERS[suffix]
 
 
 def columns_of(path: str) -> list[str] | None:
-    """Return the columns of a small JSONL file; None where only reading the rows shows them."""
+    """Return the columns of a small JSONL file; None if that needs reading the rows."""
     file = Path(path)
     if file.suffix != ".jsonl" or file.stat().st_size > _SMALL:
         return None
     try:
         return _columns(_json_rows(path)) or None
     except DataError:
-        return None  # reading the rows says what is wrong
+        return None  # reading the rows reports the error
 
 
 def _json(path: str) -> Dataset:
@@ -150,10 +154,10 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _json_rows(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON file: those of a list, or one a line.
+    """Return the rows of a JSON file: the items of a list, or one per line.
 
     Raises:
-        DataError: it is not JSON, or a row is no object of named columns.
+        DataError: the file is not JSON, or a row is not an object.
     """
     text = "".join(decoded(Path(path)))
     rows = []
@@ -161,7 +165,9 @@ def _json_rows(path: str) -> list[dict[str, Any]]:
         row = {"text": value} if isinstance(value, str) else value
         if not isinstance(row, dict):
             said = shortened(json.dumps(row))
-            raise DataError(f"{path}: row {number} is {said}; give named columns, or drop the row.")
+            raise DataError(
+                f"{path}: row {number} is {said}; make it an object with named columns, or drop it."
+            )
         rows.append(row)
     if _HALF.search(text):
         _check_whole(rows, path)
@@ -175,7 +181,7 @@ def _check_whole(rows: list[dict[str, Any]], path: str) -> None:
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
             raise DataError(
-                f"{path}: row {number} has {half}, half of a character; fix or drop the row."
+                f"{path}: row {number} has {half}, half of a surrogate pair; fix or drop the row."
             ) from None
 
 
@@ -205,7 +211,7 @@ def _json_values(path: str, text: str) -> list[Any]:
 
 
 def _loads(text: str) -> Any:
-    """Return a JSON value; NaN and the infinities, which are not JSON, are missing values."""
+    """Parse JSON; NaN and the infinities, which are not JSON, become missing values."""
     return json.loads(text, object_pairs_hook=_object, parse_constant=lambda _: None)
 
 
@@ -214,7 +220,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice in one object")
+        raise ValueError(f"{twice!r} appears twice in one object")
     return found
 
 
@@ -240,10 +246,10 @@ def _table(path: str, options: dict[str, Any]) -> Dataset:
         raise DataError(f"{path}: cannot be read as rows ({said}).") from error
     if "\0" in "".join(cells.columns):
         raise DataError(f"{path}: is not UTF-8 (it looks like UTF-16); save the file as UTF-8.")
-    if not isinstance(cells.index, pandas.RangeIndex):  # pandas takes what is too much for names
+    if not isinstance(cells.index, pandas.RangeIndex):  # pandas reads extra fields as an index
         raise DataError(
-            f"{path}: rows have more fields than the header names ({', '.join(cells.columns)});"
-            " name every field, or put texts with the separator in quotes."
+            f"{path}: rows have more fields than the header ({', '.join(cells.columns)});"
+            " name every field, or quote texts that contain the separator."
         )
     return Dataset.from_pandas(cells, preserve_index=False)
 
@@ -270,14 +276,14 @@ READERS: dict[str, Callable[[str], Dataset]] = {
 
 
 def _no_rows(path: str) -> DataError:
-    return DataError(f"{path}: there are no rows.")
+    return DataError(f"{path}: there are no rows; give a file with rows.")
 
 
 def read_hub(name: str, config: str | None, split: str) -> Dataset:
     """Read one split of a dataset on the Hub.
 
     Raises:
-        DataError: it does not exist, cannot be reached, or has no such split.
+        DataError: the dataset or split does not exist, or cannot be reached.
     """
     if not Path(name).exists():
         try:
@@ -295,7 +301,7 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     datasets.disable_progress_bars()
     log = logging.getLogger("datasets")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # what it says of a broken file, our sentence says
+    log.setLevel(logging.CRITICAL)  # our own message reports a broken file
     try:
         return datasets.load_dataset(builder, **options)
     except (*unreadable, datasets.exceptions.DatasetsError) as error:

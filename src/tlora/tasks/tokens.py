@@ -1,7 +1,7 @@
-"""Rows -> token ids and labels, and the collator that pads them into a batch.
+"""Convert rows to token ids and labels, and provide the collators that pad batches.
 
-Training and calibration both read what these functions return, so that the statistics are of
-the very tokens and labels that are trained on.
+Training and calibration both use these functions, so calibration sees exactly the tokens and labels
+of training.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of a token that does not count in the loss."""
+"""Label of a token that the loss ignores."""
 
 _ANY = {"verbose": False}
-"""Text of any length is tokenized without a warning: what is too long is cut and counted here."""
+"""Tokenize without a length warning: long rows are truncated and counted here."""
 
 CUT = "cut"
-"""Whether something that is to be learned was cut off a row; `tokenized` counts it."""
+"""Whether truncation removed trainable tokens; `tokenized` counts such rows."""
 
 _SHOWN = 800
-"""Characters of the row that is shown."""
+"""Maximum number of characters of the row shown."""
 
-# No cache: the cache's key would be a pickle of the tokenizer, and a stale hit would be silent.
+# No cache: its key would be a pickle of the tokenizer, and a stale hit would go unnoticed.
 _QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
 
 Encode = Callable[["PreTrainedTokenizerBase", Row, DataConfig], dict[str, Any]]
@@ -48,20 +48,20 @@ def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
 ) -> Dataset:
-    """Turn rows into token ids; rows left without a token to learn from are dropped.
+    """Tokenize rows, dropping those without a trainable token.
 
-    Those, and the rows whose response is cut at `data.max_length`, are counted in a warning each.
+    Warns with the number of dropped rows and of responses truncated at `data.max_length`.
 
     Args:
         raw: raw rows, as `task.load` returned them.
-        rows: what ``task`` made of them.
-        task: its data say how long a row may be.
-        encode: makes token ids of a row; one of the functions below.
-        tokenizer: the model's.
-        name: what messages call the rows: the file or dataset.
+        rows: the same rows, converted by ``task``.
+        task: its `data.max_length` limits rows.
+        encode: tokenizes a row; one of the functions below.
+        tokenizer: the model's tokenizer.
+        name: name of the rows in messages: the file or dataset.
 
     Raises:
-        DataError: no row is left, or a chat template refuses a row.
+        DataError: no row is left, or the chat template rejects a row.
     """
     encoded = _encoded(raw, rows, task, encode, tokenizer, name)
     kept = encoded.filter(has_labels, input_columns="labels", **_QUIET)
@@ -74,13 +74,13 @@ def tokenized(
 
 
 def _say_lost(name: str, count: int, empty: int, cut: int, longest: int | None) -> None:
-    """Say how many rows are left out for want of a token to learn from.
+    """Warn about rows dropped because they have no trainable token.
 
     Args:
-        name: what messages call the rows.
-        count: rows in all.
-        empty: those in which nothing is to be learned.
-        cut: those in which it lies beyond ``longest`` tokens.
+        name: name of the rows in messages.
+        count: total number of rows.
+        empty: rows with nothing to train on.
+        cut: rows whose trainable tokens all lie beyond ``longest`` tokens.
         longest: `data.max_length`.
 
     Raises:
@@ -88,24 +88,24 @@ def _say_lost(name: str, count: int, empty: int, cut: int, longest: int | None) 
     """
     if empty == count:
         raise DataError(
-            f"{name}: no row has anything to learn: the responses are empty, or no assistant"
-            " answers anybody; look at the columns, or give --data.loss_on all."
+            f"{name}: no row has a token to train on: the responses are empty, or the chats have no"
+            " assistant turn; check the columns, or use --data.loss_on all."
         )
     if empty + cut == count:
         raise DataError(
-            f"{name}: no row has a token to learn from within {longest} tokens; shorten the rows,"
-            " or raise --data.max_length where the model holds more."
+            f"{name}: no row has a token to train on within {longest} tokens; shorten the rows,"
+            " or raise --data.max_length if the model supports it."
         )
     if empty:
         logger.warning(
-            "%s: %d of %d rows have nothing to learn (an empty response) and are left out.",
+            "%s: skipping %d of %d rows with nothing to train on (an empty response).",
             name,
             empty,
             count,
         )
     if cut:
         logger.warning(
-            "%s: %d of %d rows have no token to learn from within %d tokens and are left out.",
+            "%s: skipping %d of %d rows without a token to train on within %d tokens.",
             name,
             cut,
             count,
@@ -114,23 +114,23 @@ def _say_lost(name: str, count: int, empty: int, cut: int, longest: int | None) 
 
 
 def show(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> None:
-    """Log a row as it is trained on, with what of it is learned; one with a label is not shown."""
+    """Log a row with its trainable part marked; skip a row with a label."""
     if isinstance(row["labels"], list) and len(row["labels"]) == len(row["input_ids"]):
         text = marked(tokenizer, row["input_ids"], row["labels"]).replace("\n", "\\n")
         if len(text) > _SHOWN:
             text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
-        logger.info("%s: a row as it is trained on, what is learned in «»: %s", name, text)
+        logger.info("%s: example row, with trained tokens in «»: %s", name, text)
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
-    """Return the text of a row with what is learned of it in «»."""
+    """Return the text of a row with its trained tokens in «»."""
     groups = itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED)
     texts = [(learned, tokenizer.decode([token for token, _ in part])) for learned, part in groups]
     return "".join(f"«{text}»" if learned else text for learned, text in texts)
 
 
 def has_labels(labels: Any) -> bool:
-    """Return whether a row has something to learn: a class, a number, or a token with a label."""
+    """Return whether a row has a training target: a class, a number, or a token with a label."""
     return not isinstance(labels, list) or any(label != IGNORED for label in labels)
 
 
@@ -154,7 +154,7 @@ def _encoded(
                 raise DataError(f"{where}: {error}") from error
         return {field: [row[field] for row in found] for field in found[0]}
 
-    # `datasets` names its file by this, and would else hash all rows.
+    # `datasets` names its file by this, and would otherwise hash all rows.
     mark = Hasher.hash((raw._fingerprint, task, encode, tokenizer))
     return raw.with_format(None).map(
         some,
@@ -169,10 +169,10 @@ def _encoded(
 def encodings(
     encode: Encode, tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig
 ) -> list[dict[str, Any]]:
-    """Return the token ids of a row; a chat whose template rewrites earlier turns gives several.
+    """Tokenize a row; a chat whose template rewrites earlier turns yields several.
 
     Raises:
-        DataError: a chat template refuses the row.
+        DataError: the chat template rejects the row.
     """
     chat = "messages" in row and data.loss_on == "response"
     parts = rendering.turns(tokenizer, row) if chat else [row]
@@ -180,13 +180,13 @@ def encodings(
 
 
 def _counted(rows: Dataset, name: str, longest: int | None) -> Dataset:
-    """Return ``rows`` without the column that says which are cut, after saying how many are."""
+    """Warn about truncated rows, and return ``rows`` without the column that marks them."""
     if CUT not in rows.column_names:
         return rows
     if cut := sum(rows[CUT]):
         logger.warning(
-            "%s: %d of %d rows are longer than `data.max_length`, %d tokens, and lose the end of"
-            " their response; raise --data.max_length.",
+            "%s: the responses of %d of %d rows are truncated at `data.max_length`, %d tokens;"
+            " raise --data.max_length.",
             name,
             cut,
             len(rows),
@@ -196,12 +196,12 @@ def _counted(rows: Dataset, name: str, longest: int | None) -> Dataset:
 
 
 def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
-    """Return {"input_ids", "labels", "cut"} of a prompt with its response, a chat or a plain text.
+    """Return {"input_ids", "labels", "cut"} for a prompt with its response, a chat or plain text.
 
-    Prompt and response are tokenized apart and joined, so the prompt's tokens are those that
-    generation will start from. The end-of-sequence token closes the response and is learned.
-    With `data.loss_on` "response" the labels of everything else are `IGNORED`. "cut" says whether
-    what lies beyond `data.max_length` was to be learned.
+    Tokenizes prompt and response separately and joins them, so the prompt has the same tokens as
+    in generation. The response ends with the EOS token, which is trained on. With `data.loss_on`
+    "response" all other labels are `IGNORED`. "cut" tells whether trainable tokens lie beyond
+    `data.max_length`.
     """
     if "messages" in row:
         ids, learned = _chat(tokenizer, row, masked=data.loss_on == "response")
@@ -229,7 +229,7 @@ def causal(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> di
 def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
     """Return the encoder's "input_ids" and "attention_mask", and the decoder's "labels".
 
-    "cut" says whether the response is longer than `data.max_length`.
+    "cut" tells whether the response is longer than `data.max_length`.
     """
     short = {"truncation": True, "max_length": data.max_length or LONGEST}
     encoded = tokenizer(row["prompt"], **short)
@@ -238,28 +238,28 @@ def seq2seq(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> d
     return {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],
-        # Cut by the tokenizer, which knows what a text has to end in.
+        # The tokenizer truncates, as it knows how a text has to end.
         "labels": tokenizer(text_target=row["response"], **short)["input_ids"] if cut else labels,
         CUT: cut,
     }
 
 
 def labeled(tokenizer: PreTrainedTokenizerBase, row: Row, data: DataConfig) -> dict[str, Any]:
-    """Return the model's inputs of a text or a pair of texts, and its label as "labels"."""
+    """Return the model's inputs for one or two texts, and the label as "labels"."""
     longest = data.max_length or LONGEST
     encoded = tokenizer(row["text"], row["text_pair"], truncation=True, max_length=longest)
     return {**encoded, "labels": row["label"]}
 
 
 def causal_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
-    """Return TRL's collator: pads right, masks the padding's labels."""
+    """Return TRL's collator, which pads on the right and masks the padding's labels."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
 
 
 def seq2seq_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mapping[str, Any]]:
-    """Return transformers' collator of source and target."""
+    """Return transformers' collator for source and target."""
     from transformers import DataCollatorForSeq2Seq
 
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -273,20 +273,20 @@ def labeled_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Mappin
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Return the end-of-sequence token, unless there is none or it is there already."""
+    """Return the EOS token, unless there is none or the ids already end with it."""
     end = tokenizer.eos_token_id
     return [] if end is None or (ids and ids[-1] == end) else [end]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenize with the opening special tokens, without a closing one."""
+    """Tokenize with the opening special tokens but no closing one."""
     ids = _once_begun(tokenizer, tokenizer(prompt, **_ANY)["input_ids"])
     closed = tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed else ids
 
 
 def _once_begun(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    """Return token ids without a second opening token: the text has one, the tokenizer's too."""
+    """Return token ids without a duplicate BOS token, which both text and tokenizer may add."""
     begin = tokenizer.bos_token_id
     doubled = begin is not None and [*ids[:2]] == [begin, begin]
     return [*ids[1:]] if doubled else [*ids]
@@ -295,13 +295,13 @@ def _once_begun(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 def _chat(
     tokenizer: PreTrainedTokenizerBase, row: Row, masked: bool
 ) -> tuple[list[int], list[bool]]:
-    """Render a chat by the tokenizer's template; if ``masked``, only the assistant is learned."""
+    """Render a chat with the tokenizer's template; if ``masked``, train only on the assistant."""
     if masked:
         text, spans = rendering.rendered(tokenizer, row)
     else:
         text = rendering.written(tokenizer, row)
         spans = [(0, len(text))]
-    # The template writes the opening token, if the model wants one.
+    # The template writes the BOS token if the model needs one.
     if tokenizer.is_fast:
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, **_ANY)
         ids, places = encoded["input_ids"], encoded["offset_mapping"]
@@ -315,7 +315,7 @@ def _chat(
 
 
 def _shared(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> int:
-    """Return how many tokens the beginning of a text shares with the whole."""
+    """Return how many tokens the start of a text shares with the whole text."""
     own = tokenizer(text, add_special_tokens=False, **_ANY)["input_ids"]
     pairs = enumerate(zip(own, ids, strict=False))
     return next((place for place, (a, b) in pairs if a != b), len(own))
