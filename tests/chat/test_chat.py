@@ -250,7 +250,7 @@ def test_a_line_that_is_no_text_is_not_the_last_one(monkeypatch, caplog):
 
     monkeypatch.setattr(builtins, "input", read)
     assert [*chat._lines()] == ["two"]
-    assert "what was typed is not utf-8" in caplog.text
+    assert "the input is not valid utf-8" in caplog.text
 
 
 def test_what_is_piped_in_is_one_prompt(made, monkeypatch, capsys):
@@ -262,10 +262,10 @@ def test_what_is_piped_in_is_one_prompt(made, monkeypatch, capsys):
     assert capsys.readouterr().out == piped
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     assert cli.main(argv) == 2
-    assert "nothing was piped in" in capsys.readouterr().err
+    assert "the piped input is empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
     assert cli.main(argv) == 2
-    assert "what was piped in is not utf-8; pipe in text." in capsys.readouterr().err
+    assert "the piped input is not valid utf-8; pipe in text." in capsys.readouterr().err
     assert cli.main([*argv, "--prompt", " "]) == 2
     assert "`prompt` is empty" in capsys.readouterr().err
 

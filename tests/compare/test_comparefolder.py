@@ -33,7 +33,7 @@ def test_a_changed_record_is_named_with_the_way_out(folder):
     with pytest.raises(ArtifactError, match=r"lora\.json: its content does not .* remove it, and"):
         folder.record("lora")
     file.write_text("{")
-    with pytest.raises(ArtifactError, match=r"lora\.json: not JSON .* remove it, and its run is"):
+    with pytest.raises(ArtifactError, match=r"lora\.json: not JSON .* remove it to repeat its run"):
         folder.record("lora")
 
 

@@ -59,7 +59,7 @@ def test_it_is_greedy_whatever_the_checkpoint_asks_of_generation():
 def test_a_row_without_prompt_or_with_two_responses_is_refused():
     assert prompt_and_response({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == ([5], [6, 7])
     for labels in ([5, 6, 7, 8], [-100, 6, -100, 8]):
-        with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+        with pytest.raises(DataError, match="exact match needs rows with one prompt"):
             prompt_and_response({"input_ids": [5, 6, 7, 8], "labels": labels})
 
 
@@ -114,7 +114,7 @@ def test_runs_by_loss_are_other_runs(config):
 
 def test_plain_text_is_refused_before_anything_is_written(config):
     whole = dataclasses.replace(config, data=DataConfig(loss_on="all"))
-    with pytest.raises(DataError, match="exact match needs rows of a prompt"):
+    with pytest.raises(DataError, match="exact match needs rows with one prompt"):
         compare.run(whole)
     assert not compare.CompareFolder(config.output_dir).path.exists()
 
@@ -128,7 +128,9 @@ def test_rows_whose_response_is_cut_are_refused(config, part, tmp_path):
     sides = {"validation": str(file), "test_file": str(file)}
     sides[{"validation": "validation", "test": "test_file"}[part]] = str(long)
     cut = dataclasses.replace(config, data=DataConfig(format="raw", max_length=40), **sides)
-    with pytest.raises(DataError, match=f"1 of 1 {part} rows end at `data.max_length`, 40 tokens"):
+    with pytest.raises(
+        DataError, match=f"of 1 of 1 {part} rows are truncated at `data.max_length`, 40 tokens"
+    ):
         compare.run(cut)
     assert not compare.CompareFolder(config.output_dir).path.exists()
     by_loss = dataclasses.replace(cut, metric="loss")
@@ -166,5 +168,7 @@ def test_it_is_refused_of_tasks_that_write_nothing(config, sst2_rows):
         test_file=sst2_rows,
         data=DataConfig(overlap="allow"),
     )
-    with pytest.raises(ConfigError, match="`answers` is for causal tasks, but sst2 is a classif"):
+    with pytest.raises(
+        ConfigError, match="`answers` only applies to causal tasks, but sst2 is a classif"
+    ):
         compare.check(asked)

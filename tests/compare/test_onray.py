@@ -200,7 +200,10 @@ def test_a_node_without_tlora_or_the_model_is_named():
     for seen, said in (
         (("10.0.0.7", "0.0", "digest"), f"node 10.0.0.7 has tlora 0.0; install {__version__} the"),
         (("10.0.0.7", __version__, "/models/llama"), "node 10.0.0.7 has no /models/llama; copy"),
-        (("10.0.0.7", __version__, "else"), "node 10.0.0.7 has another model in /models/llama; c"),
+        (
+            ("10.0.0.7", __version__, "else"),
+            "node 10.0.0.7 has a different model in /models/llama; c",
+        ),
     ):
         (fault,) = onray._faults(seen, "/models/llama", "digest")
         assert fault.startswith(said)

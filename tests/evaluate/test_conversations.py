@@ -276,7 +276,7 @@ def test_grading_alone_waits_for_nobody_and_writes_over_nobody(config, server):
     server.by_body = busy
     evaluate.run(alone)
     assert entry()["scores"]["chatty"]["score"] == 4.0
-    with pytest.raises(ConfigError, match="no model to evaluate is named"):
+    with pytest.raises(ConfigError, match="no model to evaluate is given"):
         EvalConfig(tasks=["mtbench"])
     with pytest.raises(ArtifactError, match=r"there is no eval\.json"):
         evaluate.run(EvalConfig(output_dir="elsewhere", judge=by(server)))
@@ -313,7 +313,10 @@ def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server
     cli.evaluate(config(judge=by(server)))
     task = entry()
     assert task["judge"]["models"]["chatty"]["unrated"] == {"no rating": 1, "out of range": 1}
-    assert "chatty: 2 of 6 answers to mtbench got no grade and count in no mean" in caplog.text
+    assert (
+        "chatty: 2 of 6 answers to mtbench have no grade and are excluded from the mean"
+        in caplog.text
+    )
     assert task["scores"]["chatty"]["score"] == 7.0
     assert [line["scores"].get("score") for line in lines()[:3]] == [None, None, 7.0]
     assert "chatty has no score on 2 of 6 items" in Path("out/report.md").read_text()
@@ -321,7 +324,7 @@ def test_answers_without_a_grade_are_counted_told_of_and_reported(config, server
 
 def test_a_judge_that_fails_leaves_the_answers_and_the_same_command_goes_on(config, server, loaded):
     server.script = [says("[[7]]"), status(500), status(500)]
-    with pytest.raises(JudgeError, match=r"of 6 judgments are made"):
+    with pytest.raises(JudgeError, match=r"of 6 judgments are saved"):
         evaluate.run(config(judge=by(server)))
     assert loaded == ["chatty"]
     assert all(line["scores"] == {} for line in lines())
@@ -335,24 +338,24 @@ BAD = {
     "prompts of the judge": (
         {"judge": {"url": "http://localhost:9/v1", "model": "m", "prompts": "none.jsonl"}},
         DataError,
-        "none.jsonl: these are not",
+        "none.jsonl: not FastChat's prompts",
     ),
     "a key without cover": (
         {"judge": {"url": "http://judge.example/v1", "model": "m"}},
         ConfigError,
-        "would travel unencrypted",
+        "would be sent unencrypted",
     ),
     "no such file": ({"data_dir": "nowhere"}, DataError, "mt_bench/question.jsonl"),
     "no folder of files": ({"data_dir": None}, DataError, "its rows are not on the Hub"),
     "too long": (
         {"gen_kwargs": {"max_gen_toks": 256}},
         ConfigError,
-        "256 new tokens are asked for, and chatty holds 256",
+        "a reply may take 256 tokens, but chatty has room for 256",
     ),
     "a temperature": (
         {"gen_kwargs": {"temperature": 0.3}},
         ConfigError,
-        "`gen_kwargs.temperature` has no place in MT-Bench",
+        "`gen_kwargs.temperature` does not apply to MT-Bench",
     ),
     "no template": (
         {"models": [BASE_MODEL], "chat_prompt": "template"},

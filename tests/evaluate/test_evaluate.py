@@ -111,7 +111,7 @@ def test_a_stopped_evaluation_keeps_what_was_finished(config, loaded, monkeypatc
     Path("out/.lock").touch()
     with monkeypatch.context() as patch:
         patch.setattr(HarnessTask, "evaluate", stopped)
-        with pytest.raises(KeyboardInterrupt, match="the same command does the rest"):
+        with pytest.raises(KeyboardInterrupt, match="rerun the same command to resume"):
             evaluate.run(config())
     (task,) = EvalFolder("out").read()["tasks"]
     assert list(task["scores"]) == ["base"]
@@ -158,9 +158,9 @@ def test_results_of_other_settings_are_not_mixed(config, demo_file):
     with pytest.raises(ConfigError) as error:
         evaluate.run(config(limit=5, gen_kwargs={"max_gen_toks": 3}))
     assert error.value.faults == (
-        "`limit` is 5, but out was made with 4; give it as it was, or choose another --output_dir.",
-        "`gen_kwargs` is {'max_gen_toks': 3}, but out was made with {}; give it as it was, or"
-        " choose another --output_dir.",
+        "`limit` is 5, but out was made with 4; use the same value, or another --output_dir.",
+        "`gen_kwargs` is {'max_gen_toks': 3}, but out was made with {}; use the same value, or"
+        " another --output_dir.",
     )
     with pytest.raises(ConfigError, match="out has another model called 'drawn'"):
         evaluate.run(config(limit=4, models=[f"drawn={BASE_MODEL}"], with_base=False))
@@ -184,15 +184,18 @@ BAD = [
         "has none of gsm8k/test.jsonl",
     ),
     ({"test_file": "gone.jsonl"}, "gone.jsonl: there is no such file"),
-    ({"tasks": ["gsm8k"]}, "'gsm8k' are not scored by their responses"),
-    ({"gen_kwargs": {"max_gen_toks": 256}}, "256 new tokens are asked for, and base holds 256"),
+    ({"tasks": ["gsm8k"]}, "cannot score 'gsm8k' by its responses"),
+    (
+        {"gen_kwargs": {"max_gen_toks": 256}},
+        "a reply may take 256 tokens, but base has room for 256",
+    ),
     ({"gen_kwargs": {"max_new_tokens": 0}}, "`gen_kwargs.max_new_tokens` is 0"),
     ({"gen_kwargs": {"do_sample": "maybe"}}, "`gen_kwargs.do_sample` is 'maybe'"),
-    ({"gen_kwargs": {"num_beam": 2}}, "has 'num_beam', which generation does not know. Did you"),
+    ({"gen_kwargs": {"num_beam": 2}}, "has the unknown option 'num_beam'; remove it. Did you"),
     ({"limit": 1.5}, "`limit` is 1.5"),
     ({"apply_chat_template": True}, "has no chat template"),
     ({"device": "cuda:77"}, "device: 'cuda:77'"),
-    ({"tokenizer": "./nothing"}, "no tokenizer can be loaded from './nothing'"),
+    ({"tokenizer": "./nothing"}, "cannot load a tokenizer from './nothing'"),
 ]
 
 
@@ -212,7 +215,7 @@ def test_a_taken_folder_is_refused(config, here):
         evaluate.run(config(output_dir="taken"))
     with (
         EvalFolder("out").locked(),
-        pytest.raises(ConfigError, match="out: another process is evaluating into it"),
+        pytest.raises(ConfigError, match="out: another process is evaluating into this folder"),
     ):
         evaluate.run(config(limit=1))
     assert not EvalFolder("out").exists

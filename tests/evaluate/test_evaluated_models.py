@@ -100,10 +100,10 @@ def test_every_fault_is_named_at_once(adapters, here):
         found(*words)
     said = error.value.faults
     assert len(said) == 7
-    assert said[0].startswith("no model can be read at '/gone/base', the base of lost; give")
+    assert said[0].startswith("cannot read a model at '/gone/base', the base of lost; give")
     assert said[1] == "nameless does not name its base model; give --model."
-    assert said[2].startswith("empty holds no model (config.json), no adapter")
-    assert said[3].endswith("finish it: tlora init --output_dir unfinished --resume.")
+    assert said[2].startswith("empty contains no model (config.json), adapter")
+    assert said[3].endswith("finish it with tlora init --output_dir unfinished --resume.")
     assert said[4].startswith("there is no folder '/not/there'")
     assert said[5].startswith("there is no folder 'a b/c'")
     assert said[6].startswith("there is no folder 'nobody/model', and no model of this name in")
@@ -111,10 +111,14 @@ def test_every_fault_is_named_at_once(adapters, here):
 
 def test_models_of_one_name_or_of_other_heads_are_refused(adapters, saved, tiny_bert_classifier):
     classifier = saved(tiny_bert_classifier())
-    with pytest.raises(ConfigError, match="labels texts, and the other models write them"):
+    with pytest.raises(
+        ConfigError, match="classifiers cannot be evaluated together with generative models"
+    ):
         found(classifier, BASE_MODEL)
     shutil.copytree("one", "again/one")
-    with pytest.raises(ConfigError, match=r"one, again/one would all be called 'one'; .*NAME=PATH"):
+    with pytest.raises(
+        ConfigError, match=r"one, again/one would all have the name 'one'; .*NAME=PATH"
+    ):
         found("one", "again/one")
     assert [s[0] for s in found("one", "other=again/one")] == ["one", "other"]
 

@@ -90,7 +90,7 @@ def test_the_scores_are_those_that_training_ended_with(task, encoder, here):
     text = report.write("out32").text
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {task} | {own[0]} |"))
     assert line.endswith(": tie) |")
-    assert "not the mean of scores of items" not in text
+    assert "not a mean of item scores" not in text
     lines, alone = (EvalFolder(name).read_samples("run", task) for name in ("out32", "out1"))
     values = [[line.pop("predicted") for line in made] for made in (lines, alone)]
     assert values[0] == pytest.approx(values[1], abs=1e-6)
@@ -161,7 +161,7 @@ def test_what_cannot_be_labeled_is_refused(saved, tiny_bert_classifier, here):
     for texts in ("gsm8k", "gsm8k-paper", "mtbench"):
         assert f"{texts!r} asks for text" in refused(tasks=[texts])
     assert "Did you mean 'sst2'" in refused(tasks=["sst3"])
-    assert "--test_file gives rows of one task" in refused(tasks=["sst2", "cola"])
+    assert "--test_file gives the rows of one task" in refused(tasks=["sst2", "cola"])
     named = DataConfig(kind="classification", label_names=["bad", "good"])
     assert "no rows of its own" in refused(tasks=["jsonl"], test_file=None, data=named)
 
@@ -237,7 +237,9 @@ def test_each_run_keeps_the_order_of_classes_that_it_learned(runs, here):
     assert replies == ["pos"] * 6
     data = DataConfig(**COLUMNS, label_names=["pos", "neg"])
     assert accuracy("said", models=runs[:1], test_file=ones, data=data) == {"given": 1.0}
-    with pytest.raises(ConfigError, match="pos, neg is not the order in which sorted was trained"):
+    with pytest.raises(
+        ConfigError, match="pos, neg differs from the class order sorted was trained with"
+    ):
         accuracy("wrong", models=runs[1:2], test_file=ones, data=data)
     assert not Path("wrong").exists()
 
@@ -246,7 +248,7 @@ def test_an_adapter_without_a_record_of_its_classes_needs_them_named(runs, here)
     shutil.copytree(f"{runs[0]}/adapter", "alone")
     Path("alone/classifier.json").unlink()
     test = reviews("test.jsonl", 20)
-    with pytest.raises(ConfigError, match="name the classes in the order of training") as error:
+    with pytest.raises(ConfigError, match="list the classes in the order of training") as error:
         accuracy("out", models=["alone"], test_file=test)
     assert "data.label_names" in str(error.value)
     for names, share in ((["pos", "neg"], 1.0), (["neg", "pos"], 0.0)):
@@ -307,7 +309,7 @@ def test_a_checkpoint_of_other_classes_is_refused(classifier, here):
     with pytest.raises(ConfigError) as error:
         labels_of(other, "out")
     assert (
-        "the outputs of m are negative, neutral, positive, and the classes that are asked for"
+        "m has the classes negative, neutral, positive, but the task has"
         " entailment, neutral, contradiction"
     ) in str(error.value)
     assert not Path("out").exists()
@@ -336,4 +338,4 @@ def test_rows_longer_than_the_table_of_positions_are_cut_and_counted(
     longer = sum(len(tokenizer(text)["input_ids"]) > 12 for text in texts)
     assert longer > 0
     assert found[0] == found[1] == (found[0][0], longer)
-    assert f"{longer} prompts of sst2 are longer than the model holds and were trunc" in caplog.text
+    assert f"truncated {longer} prompts of sst2 that exceed the model's" in caplog.text

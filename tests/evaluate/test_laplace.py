@@ -133,8 +133,11 @@ def test_of_choices_odds_stand_beside_the_plain_ones(choices, here, monkeypatch)
 def test_what_has_no_odds_is_refused(choices, runs, here, demo_file, demo_adapter):
     choice(here, with_training=False)
     cases = [
-        (choices, "choice has no classes to tell apart, or it chooses by likelihood and has no"),
-        (choices | {"tasks": ["jsonl"], "test_file": demo_file}, "jsonl has no classes"),
+        (choices, "`laplace` does not support choice, which needs classes, or choices by"),
+        (
+            choices | {"tasks": ["jsonl"], "test_file": demo_file},
+            "`laplace` does not support jsonl",
+        ),
         (choices | {"backend": "vllm"}, "`laplace` needs gradients"),
         (choices | {"laplace": False, "train_file": "x"}, "`train_file` has no effect"),
     ]
@@ -145,6 +148,6 @@ def test_what_has_no_odds_is_refused(choices, runs, here, demo_file, demo_adapte
     with pytest.raises(ConfigError, match="give --train_file"):
         laplace.training_rows(base, None, None)
     model = json.loads((Path(demo_adapter) / "adapter_config.json").read_text())
-    with pytest.raises(ConfigError, match="`laplace` needs an adapter, and none is given"):
+    with pytest.raises(ConfigError, match="`laplace` needs an adapter, but none is given"):
         evaluate.run(EvalConfig(**choices | {"models": [model["base_model_name_or_path"]]}))
     assert not EvalFolder("tlora-eval").exists

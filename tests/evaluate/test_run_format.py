@@ -75,7 +75,7 @@ def test_runs_of_two_formats_are_evaluated_apart(asked):
 
 def test_an_evaluation_in_the_alpaca_prompt_refuses_a_run_in_another(asked):
     fields = {"tasks": ["gsm8k-paper"], "test_file": None}
-    with pytest.raises(ConfigError, match=r"gsm8k-paper asks in the Alpaca prompt.*\(raw: raw\)"):
+    with pytest.raises(ConfigError, match=r"gsm8k-paper uses the Alpaca prompt.*\(raw: raw\)"):
         settled_on(asked("raw", **fields))
     config = asked("alpaca", **fields)
     assert settled_on(config).tasks == config.tasks

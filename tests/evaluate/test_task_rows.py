@@ -137,7 +137,7 @@ def test_a_dataset_on_the_hub_is_one_task_of_prompts_and_responses(hub, monkeypa
     [
         ({}, {}, "the task has no default dataset; give --test_file, or --data.dataset"),
         ({}, {"dataset": "mine"}, "the split of 'mine' to score is missing"),
-        ({}, {"dataset_config": "a"}, "`data.dataset_config` needs `data.dataset`"),
+        ({}, {"dataset_config": "a"}, "`data.dataset_config` requires `data.dataset`"),
         (
             {"test_file": "f.jsonl"},
             {"eval_split": "test"},
@@ -157,20 +157,22 @@ def test_what_is_of_training_alone_is_refused():
     given |= {"guard": "gsm8k-paper", "guard_dir": "data"}
     with pytest.raises(ConfigError) as error:
         EvalConfig(models=["m"], tasks=["sst2"], data=DataConfig(**given))
-    expected = {f"`data.{name}` is for training only; leave it out." for name in given}
+    expected = {f"`data.{name}` only applies to training; remove it." for name in given}
     assert set(error.value.faults) == expected
 
 
 def test_how_rows_are_read_is_refused_where_the_rows_are_an_evaluations():
     data = DataConfig(max_eval_rows=5)
     config = EvalConfig(models=["m"], tasks=["gsm8k-paper"], data=data)
-    with pytest.raises(ConfigError, match=r"`data\.max_eval_rows` says how to read your own rows"):
+    with pytest.raises(ConfigError, match=r"`data\.max_eval_rows` only applies to your own rows"):
         evaluation.make_tasks(config, [CAUSAL])
 
 
 def test_labels_are_not_asked_as_text_unless_the_task_is(tmp_path):
     lines = [("sentence", "label"), ("s", "1")]
-    with pytest.raises(ConfigError, match="'sst2' has labels, and the models write texts"):
+    with pytest.raises(
+        ConfigError, match="'sst2' is a classification task, but the models are generative"
+    ):
         scored("sst2", lines, ["positive"], tmp_path)
 
 

@@ -88,7 +88,9 @@ def test_on_a_cpu_texts_are_not_scored_beside_a_lora(served, demo_adapter):
     config = config_of(demo_adapter, with_base=True, device="cpu")
     base, adapted = resolve(config)
     assert served.ServedLM(base, config)._loglikelihood_tokens(["a"]) == [(-1.0, True)]
-    with pytest.raises(ConfigError, match="cannot score texts while it serves a LoRA; add --merge"):
+    with pytest.raises(
+        ConfigError, match="cannot score texts while serving a LoRA adapter; add --merge"
+    ):
         served.ServedLM(adapted, config)._loglikelihood_tokens(["a"])
 
 
@@ -157,6 +159,6 @@ def test_what_vllm_cannot_do_is_refused_at_once(here, demo_adapter, demo_file, m
         evaluate.run(config)
     assert [fault.split(";")[0] for fault in error.value.faults] == [
         "'vllm' is not installed",
-        "`quantization` and `parallelize` never reach vLLM",
+        "`quantization` and `parallelize` do not apply to vLLM",
     ]
     assert not Path("tlora-eval").exists()

@@ -168,7 +168,9 @@ def test_texts_need_a_backend_that_tells_their_loss(llama_folder, here):
     file = written("texts.jsonl", [{"text": "so"}])
     config = EvalConfig(models=["m"], tasks=["jsonl"], test_file=file, backend="vllm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
-    with pytest.raises(DataError, match="jsonl: texts have a loss alone, which vLLM does not"):
+    with pytest.raises(
+        DataError, match="jsonl: plain text is only scored by its loss, which vLLM does not"
+    ):
         WrittenRows(config, tokenizer)
 
 

@@ -53,7 +53,7 @@ def test_unknown_names_are_reported_together_with_suggestions(theirs):
         catalog.build(["gsm8k-papr", "hellaswagg", "math", "jsonl", "zzz", "gsm8k-paper"])
     one, two, sets, rows, three = error.value.faults
     assert sets == "there is no task 'math'. Did you mean 'math-paper'?"
-    assert "'jsonl' is one to train on; give --test_file" in rows
+    assert "'jsonl' is a training task; give --test_file" in rows
     assert one == "there is no task 'gsm8k-papr'. Did you mean 'gsm8k-paper'?"
     assert two == "there is no task 'hellaswagg'. Did you mean 'hellaswag'?"
     assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")

@@ -57,7 +57,7 @@ def test_unless_allowed_all_are_refused_at_once_before_a_row_is_read(tmp_path):
         catalog.build([*CODE, "gsm8k-paper"], str(tmp_path / "nowhere"))
     assert len(error.value.faults) == len(CODE) == 4
     for name, fault in zip(CODE, error.value.faults, strict=True):
-        assert fault.startswith(f"{name!r} runs the programs that the model writes")
+        assert fault.startswith(f"{name!r} runs programs written by the model")
 
 
 def test_the_harness_itself_refuses_too(tmp_path):

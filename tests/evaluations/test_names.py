@@ -61,5 +61,5 @@ def test_the_path_of_a_yaml_is_taken_and_its_programs_are_not(tmp_path):
     (tmp_path / "_base.yaml").write_text("unsafe_code: true\nprocess_results: !function utils.f\n")
     path.write_text(json.dumps({"task": "mine", "include": "_base.yaml"}))
     names.check_tasks([str(path)], allow_code_execution=True)
-    with pytest.raises(ConfigError, match="runs programs, and without a sandbox"):
+    with pytest.raises(ConfigError, match="runs programs without a sandbox"):
         names.check_tasks([str(path)], allow_code_execution=False)

@@ -234,7 +234,7 @@ def test_constants_that_llama_cpp_does_not_read_are_refused(family, change, name
     save_with_tokenizer(kind_of(family), tmp_path)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ConfigError, match=rf"a base with `{named}: .*, where llama\.cpp takes"):
+    with pytest.raises(ConfigError, match=rf"a base with `{named}: .*, where llama\.cpp uses"):
         write_base(
             tmp_path / "base.gguf",
             tmp_path / "base",

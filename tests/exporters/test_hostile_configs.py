@@ -109,7 +109,7 @@ def test_a_tensor_that_no_field_mentions_is_not_left_out_in_silence(copied, tmp_
 def test_the_working_folder_is_no_base(copied, varied, form, tmp_path, monkeypatch):
     change_config(copied, base_model_name_or_path=None)
     monkeypatch.chdir(varied.base)
-    with pytest.raises((AdapterError, ConfigError), match="names no base model"):
+    with pytest.raises((AdapterError, ConfigError), match="does not name its base model"):
         exported(copied, form, tmp_path / "out")
 
 
@@ -117,7 +117,7 @@ def test_the_working_folder_is_no_base(copied, varied, form, tmp_path, monkeypat
 def test_an_update_that_half_precision_loses_is_refused(copied, form, tmp_path):
     change_config(copied, lora_alpha=1e-7, alpha_pattern={})
     with pytest.raises(
-        AdapterError, match=r"rounding takes more than 10% of the update of .*_proj"
+        AdapterError, match=r"rounding loses more than 10% of the update of .*_proj"
     ):
         exported(copied, form, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()

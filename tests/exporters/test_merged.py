@@ -239,5 +239,5 @@ def test_a_cut_adapter_is_merged_as_it_is_exported(varied, tmp_path):
 
 def test_biases_of_b_need_biases_in_the_base(tmp_path):
     saved = save(FAMILIES["llama"], tmp_path, lora_bias=True)
-    with pytest.raises(AdapterError, match="has biases of B, which become model"):
+    with pytest.raises(AdapterError, match="has biases of B, which would merge into model"):
         merged(saved, tmp_path / "out")

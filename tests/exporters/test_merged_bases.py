@@ -82,11 +82,11 @@ def deeper(base: Path) -> None:
 @pytest.mark.parametrize(
     "damage, fault",
     [
-        (escaping, r"names '../\S+', which is no safetensors file in it"),
+        (escaping, r"lists '../\S+', which is not a safetensors file in"),
         (lacking_a_shard, r"model-00001-of-\d+.safetensors is missing"),
         (cut_off, r"model-00001-of-\d+.safetensors is cut off or damaged"),
         (lacking_a_tensor, r"model.norm.weight is not in the file that"),
-        (of_another_shape, r"is 160 x 16 in its files, and 161 x 16 by its config.json"),
+        (of_another_shape, r"is 160 x 16 in its files but 161 x 16 in its config.json"),
         (without_an_index, "maps no tensors to files"),
         (deeper, r"has no model.layers.2\S+, "),
     ],

@@ -105,7 +105,7 @@ def test_batches_are_padded_and_masked(axolotl):
     [
         ({"tlora": {"rank": 4}}, False, "there is no option `rank`"),
         ({"tlora": {"samples": 0}}, False, "`samples` is 0; give a whole number above 0"),
-        ({}, True, "preference training makes its adapter from a configuration alone"),
+        ({}, True, "preference training creates its adapter from a configuration"),
     ],
 )
 def test_what_is_wrong_is_said(axolotl, tiny_llama, fields, config_only, says):

@@ -90,7 +90,8 @@ def test_an_export_of_dylora_is_what_was_trained_at_that_rank(
         model=base,
     )
     assert (
-        f"Cut to the first {rank} ranks at the scale alpha / {rank}" in export.run(config).notes[0]
+        f"Truncated to the first {rank} ranks at scale alpha / {rank}"
+        in export.run(config).notes[0]
     )
     cut = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "cut").eval()
     prepared.callbacks[0].ranks.count = rank

@@ -125,7 +125,7 @@ def test_what_is_inspected_or_compared_is_refused_in_a_sentence(own, tmp_path, c
     assert "no plan.safetensors and no adapter" in capsys.readouterr().err
     other = save(SERVED["gpt2"], tmp_path / "gpt2").adapter
     assert cli.main(["inspect", str(own.adapter), "--against", str(other)]) == 2
-    assert "adapt no module in common" in capsys.readouterr().err
+    assert "have no adapted module in common" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"\.html file"):
         InspectConfig(path="x", output="page")
 

@@ -292,4 +292,4 @@ def test_to_set_against_what_is_not_there_is_refused(results, capsys, tmp_path):
     assert cli.main(["inspect", folder, "--against", "tlroa"]) == 2
     assert "there is no method 'tlroa' here. Did you mean 'tlora'?" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path), "--against", "tlora"]) == 2
-    assert "holds no comparison" in capsys.readouterr().err
+    assert "contains no comparison" in capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_the_report_compares_models_by_a_correlation(folder):
     assert adapter.difference.interval.mean == pytest.approx(adapter.score.mean - base.score.mean)
     assert results.tested == 1
     text = evaluation.write(folder).text
-    assert "not the mean of scores of items" not in text
+    assert "not a mean of item scores" not in text
     assert "adapter against base: better on stsb." in text
 
 

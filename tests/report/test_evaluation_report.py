@@ -128,7 +128,7 @@ def test_what_holds_alone_and_not_with_all_others_is_marked(tmp_path):
     lines = text.splitlines()
     assert lines[2].endswith(": better†) |")
     assert all(line.endswith(": tie) |") for line in lines[3:11])
-    assert "† taken alone; not when all are tested together (Holm)." in text
+    assert "† significant alone, but not when all are tested together (Holm)." in text
     assert "With 9 comparisons at 95 %, about 0.5 would differ by chance" in text
     page = evaluation.write(folder).page.read_text(encoding="utf-8")
     assert page.count("<sup>†</sup>") == 1
@@ -140,7 +140,7 @@ def test_different_prompts_are_said_with_the_difference(folder):
     text = evaluation.write(folder).text
     assert ": better*) |" in text
     assert "* the prompts differ." in text
-    assert "sums: good was given other prompts than base on 300 items." in text
+    assert "sums: good had different prompts than base on 300 items." in text
 
 
 def test_a_score_that_is_no_mean_of_items_is_shown_and_not_compared(folder):
@@ -158,7 +158,7 @@ def test_a_score_that_is_no_mean_of_items_is_shown_and_not_compared(folder):
     # The items are listed by the metric that they have.
     assert [row.metric for row in results.listed] == ["exact_match", "rating"]
     text = evaluation.write(folder).text
-    assert "sums (f1): the score is not the mean of scores of items" in text
+    assert "sums (f1): the score is not a mean of item scores" in text
     assert "| sums | f1 | 300 | 0.4100 | 0.5200 | 0.4000 |" in text
 
 
@@ -187,7 +187,7 @@ def test_items_without_a_score_are_left_out_and_a_metric_may_be_of_a_part(folder
     mean = sum(sample.scores["first"] for sample in samples_of[::2]) / 30
     assert first.cells[0].score.mean == pytest.approx(mean)
     text = evaluation.write(folder).text
-    assert "chat (rating): good has no score on 1 of 60 items, which are left out." in text
+    assert "chat (rating): good has no score on 1 of 60 items, which are excluded." in text
     assert "same has no score" not in text
 
 
@@ -212,7 +212,7 @@ def test_models_that_are_not_done_are_named(folder):
 def test_one_model_alone_has_a_report(tasks, tmp_path):
     alone = evaluations.write(tmp_path / "alone", {SUMS: {"base": tasks[SUMS]["base"]}})
     report = evaluation.write(alone)
-    assert "nothing to compare it with" in report.text
+    assert "so there is no comparison" in report.text
     assert 'id="items"' not in report.page.read_text(encoding="utf-8")
 
 
@@ -246,7 +246,10 @@ FAULTS = {
         "eval.json or a file of samples is damaged",
     ),
     "not JSON": (lambda f: (f / "samples/good/sums.jsonl").write_text("{\n"), "missing or damaged"),
-    "another format": (lambda f: evaluations.change(f, format=2), "not written by this version"),
+    "another format": (
+        lambda f: evaluations.change(f, format=2),
+        "another version of `tlora eval` wrote",
+    ),
     "no names": (lambda f: evaluations.change(f, tasks=[{}]), "is damaged (KeyError('name'))"),
 }
 

@@ -118,14 +118,14 @@ def test_what_does_not_pass_is_an_error_at_once(server, tmp_path, answer, error,
 
 def test_an_endpoint_that_is_down_is_an_error(tmp_path, server):
     gone = dataclasses.replace(config(server), url="http://127.0.0.1:9/v1")
-    with pytest.raises(JudgeError, match=r"^0 of 200 judgments are made .*ConnectError"):
+    with pytest.raises(JudgeError, match=r"^0 of 200 judgments are saved .*ConnectError"):
         judge(answered(100), gone, tmp_path)
 
 
 def test_what_was_judged_before_a_failure_is_kept(server, tmp_path):
     server.script = [says("[[7]]")] * 3 + [status(500, "out of order")] * 2
     some = config(server, retries=1)
-    with pytest.raises(JudgeError, match=r"^[34] of 6 judgments are made.*out of order"):
+    with pytest.raises(JudgeError, match=r"^[34] of 6 judgments are saved.*out of order"):
         judge(answered(3), some, tmp_path)
     kept = len(list(tmp_path.glob("*.json")))
     server.script = []
@@ -228,7 +228,7 @@ def test_a_key_that_no_header_carries_is_refused_unseen(server, tmp_path, monkey
 def test_a_key_does_not_travel_unencrypted(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     far = JudgeConfig(url="http://judge.example/v1", model="grader")
-    with pytest.raises(ConfigError, match="would travel unencrypted"):
+    with pytest.raises(ConfigError, match="would be sent unencrypted"):
         endpoint.read_key(far)
     assert endpoint.read_key(dataclasses.replace(far, key_variable=None)) is None
     assert endpoint.read_key(dataclasses.replace(far, url="https://judge.example/v1")) == KEY

@@ -190,7 +190,7 @@ def test_protection_that_the_machine_lacks_is_refused():
 def test_wrong_arguments_are_named():
     with pytest.raises(SandboxError, match="allow_untrusted_code=True"):
         Sandbox()
-    with pytest.raises(ConfigError, match="no protection 'none'; there are namespaces, landlock"):
+    with pytest.raises(ConfigError, match="no protection 'none'; choose from namespaces, landlock"):
         Sandbox(allow_untrusted_code=True, protection="none")
     with pytest.raises(ConfigError, match=r"`seconds` is 0; .*\n.*`memory` is -1"):
         Limits(seconds=0, memory=-1)

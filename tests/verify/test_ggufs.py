@@ -107,4 +107,4 @@ def test_without_llama_cpp_the_files_are_checked_and_that_is_said(
 ):
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     assert run(tmp_path, saved.adapter, folder, "--model", saved.base)[0] == 0
-    assert "llama.cpp: not run; it needs `pip install xllamacpp`" in capsys.readouterr().out
+    assert "llama.cpp: skipped; it needs `pip install xllamacpp`" in capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_the_exit_code_is_that_of_the_reader_that_was_asked_for(varied, server, 
     assert len(shown.out.splitlines()) == len(READERS)
     if code:
         assert {"vllm": "vLLM to 0.31", "sglang": "SGLang", "tgi": "TGI"}[server] in shown.err
-        assert f"--for {server}` writes what it reads" in shown.err
+        assert f"--for {server}` to convert it" in shown.err
 
 
 def copy(folder, to):

@@ -1,1 +1,1 @@
-"""`tlora chat`: talk to what was trained."""
+"""`tlora chat`: chat with a trained model."""

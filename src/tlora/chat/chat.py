@@ -1,4 +1,4 @@
-"""`tlora chat`: a conversation, one prompt, or what is piped in."""
+"""`tlora chat`: a conversation, a single prompt, or piped input."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _LEAVE, _CLEAR, _HELP = ("/exit", "/quit"), "/clear", "/help"
 
 
 class Partner(Protocol):
-    """Who is talked to."""
+    """Interface of a chat partner."""
 
     says: str
-    """What it does with a text, in a line."""
+    """One line about how it treats a text."""
 
     def answer(self, text: str, show: Show) -> None:
         """Answer a text piece by piece.
 
         Raises:
-            DataError: it cannot read the text.
+            DataError: the text is invalid.
         """
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget the conversation."""
 
 
 def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
-    """Answer the prompt, or what is piped in; else talk until the user leaves.
+    """Answer the prompt or piped input; otherwise chat until the user leaves.
 
     Args:
-        config: whom to talk to, and how.
-        stdin: where a conversation comes from; of a pipe the whole text is one prompt.
-        show: takes the pieces of a reply.
+        config: the model and its options.
+        stdin: source of the conversation; the whole text of a pipe is one prompt.
+        show: receives the pieces of a reply.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be asked in this way.
+        ConfigError: there is no such model, or it does not support the options.
         AdapterError: an adapter does not fit its base.
-        DataError: there is nothing to answer, or a chat template refuses it.
+        DataError: there is nothing to answer, or the chat template rejects it.
     """
     check(config)
     prompt = config.prompt
@@ -57,9 +57,11 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
         try:
             prompt = stdin.read()
         except UnicodeDecodeError as error:
-            raise DataError(f"what was piped in is not {error.encoding}; pipe in text.") from None
+            raise DataError(
+                f"the piped input is not valid {error.encoding}; pipe in text."
+            ) from None
         if not prompt.strip():
-            raise DataError("nothing was piped in to answer; give --prompt, or a text.")
+            raise DataError("the piped input is empty; give --prompt, or pipe in text.")
     partner = make_partner(config)
     if prompt is not None:
         partner.answer(prompt.strip(), show)
@@ -70,7 +72,7 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
 
 
 def check(config: ChatConfig) -> None:
-    """Check what flags and files tell, before anything slow is imported.
+    """Check flags and files before any slow import.
 
     Raises:
         ConfigError: there is no such model, or no such template.
@@ -88,7 +90,7 @@ def check(config: ChatConfig) -> None:
 
 
 def make_partner(config: ChatConfig) -> Partner:
-    """Load who is talked to.
+    """Load the chat partner.
 
     Raises:
         ConfigError, AdapterError: as `run`.
@@ -101,7 +103,7 @@ def make_partner(config: ChatConfig) -> Partner:
 
 
 def talk(partner: Partner, lines: Iterator[str], show: Show) -> None:
-    """Answer lines until they end, the user leaves by a command, or by Ctrl-C."""
+    """Answer lines until they end or the user leaves with a command or Ctrl-C."""
     try:
         for line in lines:
             text = line.strip()
@@ -109,7 +111,7 @@ def talk(partner: Partner, lines: Iterator[str], show: Show) -> None:
                 return
             if text == _CLEAR:
                 partner.clear()
-                logger.info("a new conversation begins.")
+                logger.info("started a new conversation.")
             elif text == _HELP:
                 logger.info("%s /clear starts a new conversation, /exit quits.", partner.says)
             elif text:
@@ -121,13 +123,13 @@ def talk(partner: Partner, lines: Iterator[str], show: Show) -> None:
 def _answer(partner: Partner, text: str, show: Show) -> None:
     try:
         partner.answer(text, show)
-    except DataError as error:  # the next line may do
+    except DataError as error:  # the next line may work
         logger.warning("%s", error)
     show("\n")
 
 
 def _lines() -> Iterator[str]:
-    """Yield what the user types, with the terminal's editing where Python has it."""
+    """Yield lines typed by the user, with line editing if Python supports it."""
     import contextlib
 
     with contextlib.suppress(ImportError):
@@ -138,4 +140,4 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            logger.warning("what was typed is not %s; write another text.", error.encoding)
+            logger.warning("the input is not valid %s; type another text.", error.encoding)

@@ -1,4 +1,4 @@
-"""The record of `tlora chat`. Nothing here imports torch."""
+"""Configuration of `tlora chat`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from tlora.training.runconfig import Dtype, Quantization
 
 @dataclass(kw_only=True)
 class ChatConfig(Record):
-    """Talk to a run, an adapter or a model; a classifier labels what you write.
+    """Chat with a run, an adapter or a model; a classifier labels your text.
 
     /clear starts a new conversation, /exit leaves.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     where: ClassVar[str] = "chat"
 
     path: str = field(metadata={"positional": True})
-    """Folder of `tlora train`, or folder or Hub name of an adapter or a model."""
+    """Folder of a `tlora train` run, or folder or Hub name of an adapter or a model."""
     prompt: str | None = None
-    """Answer this and leave. What is piped in is answered too: echo Hello | tlora chat run."""
+    """Answer this prompt and exit; piped input works too: echo Hello | tlora chat run."""
     max_new_tokens: Annotated[int, at_least(1)] = 512
-    """Tokens of a reply, at most."""
+    """Maximum number of tokens per reply."""
     temperature: Annotated[float, at_least(0)] = 0.0
-    """How freely tokens are drawn; 0 takes the likeliest one each time."""
+    """Sampling temperature; 0 always picks the most likely token."""
     system: str | None = None
-    """System message; by default the one of the run, if it has one."""
+    """System message; by default, the run's, if it has one."""
     format: Format = "auto"
-    """How prompts are written: "chat", "alpaca" or "raw"; "auto" as in the run, else the chat
-    template where the model has one, else raw."""
+    """Prompt format: "chat", "alpaca", "raw" or "auto" (as in the run, else the chat template if
+    the model has one, else raw)."""
     chat_template: str | None = None
-    """Chat template in place of the model's: a name or a file, as in `tlora train`."""
+    """Chat template to use instead of the model's: a name or a file, as in `tlora train`."""
     label_names: list[str] | None = None
-    """Classes of a classifier in the order of its outputs, where its run does not tell them."""
+    """Class names of a classifier in the order of its outputs, if its run does not record them."""
     base: str | None = None
-    """Base model of the adapter, in place of the one that it names."""
+    """Base model for the adapter, instead of the one it names."""
     dtype: Dtype = "auto"
-    """Precision to load the model in; "auto" takes the checkpoint's own, on a CPU float32."""
+    """Precision to load the model in; "auto" uses the checkpoint's own, or float32 on a CPU."""
     quantization: Quantization = "none"
-    """Quantize the base while loading, by bitsandbytes: "nf4" or "int8"."""
+    """Quantize the base model with bitsandbytes while loading: "nf4" or "int8"."""
     device: str | None = None
-    """Where to compute ("cuda:1"); by default the first accelerator."""
+    """Device to compute on ("cuda:1"); by default, the first accelerator."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     seed: Annotated[int, SEED] = 0
-    """Seed of replies that are drawn."""
+    """Seed for sampling replies."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         if self.prompt is not None and not self.prompt.strip():
-            yield "`prompt` is empty; give a text, or leave it out to talk."
+            yield "`prompt` is empty; give a text, or remove it to chat."
 
     def loading(self) -> EvalConfig:
         """Return how `tlora eval` would load the same model."""

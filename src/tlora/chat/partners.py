@@ -1,4 +1,4 @@
-"""Who is talked to: a model that writes, or one that labels."""
+"""Chat partners: a generative model or a classifier."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SAYS: dict[str, str] = {
 
 
 class Writer:
-    """A model that answers in words, token by token.
+    """A model that generates answers token by token.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no chat template and one is asked for.
+        ConfigError: the model cannot be loaded, or lacks a required chat template.
         AdapterError: the adapter does not fit its base.
     """
 
@@ -60,7 +60,7 @@ class Writer:
         self.messages = []
 
     def answer(self, text: str, show: Show) -> None:
-        """Answer a text; of a chat, with what was said before in mind."""
+        """Answer a text; in a chat, in the context of earlier turns."""
         asked, ids = self._prompt(text)
         stream = Stream(self.tokenizer, show, self._stops)
         drawn = self._config.temperature > 0
@@ -88,10 +88,10 @@ class Writer:
             self.messages = [*asked, {"role": "assistant", "content": stream.reply}]
 
     def _style(self, recorded: Format) -> Format:
-        """Return how prompts are written.
+        """Return the prompt format.
 
         Raises:
-            ConfigError: by a chat template, and there is none.
+            ConfigError: it needs a chat template, but there is none.
         """
         asked = self._config.format
         template = self.tokenizer.chat_template is not None
@@ -100,7 +100,7 @@ class Writer:
         if asked == "chat" and not template:
             raise ConfigError(
                 f"{self._config.path} has no chat template; give --chat_template chatml (or"
-                " another name, or a file), or leave --format out.",
+                " another name, or a file), or remove --format.",
                 where="format",
             )
         if asked != "auto":
@@ -110,11 +110,10 @@ class Writer:
         return "chat" if template else "raw"
 
     def _prompt(self, text: str) -> tuple[list[dict[str, Any]], list[int]]:
-        """Return the turns that ask for an answer to a text, and their tokens; the oldest turns may
-        fall off.
+        """Return the turns of a prompt and their tokens, dropping the oldest turns if too long.
 
         Raises:
-            DataError: the model has no room for it, or the chat template refuses it.
+            DataError: the model has no room for it, or the chat template rejects it.
         """
         if self.style != "chat":
             return [], self._fitting(self._single(text))
@@ -139,7 +138,7 @@ class Writer:
         return tokens.prompt_ids(self.tokenizer, text)
 
     def _filled(self, text: str) -> str:
-        """Return a text in the place of the one column that the run's prompts are made of."""
+        """Insert a text into the run's prompt template, which has a single column."""
         fields = string.Formatter().parse(self._template or "")
         names = {name for _, name, _, _ in fields if name}
         if self._template is None or len(names) != 1:
@@ -148,16 +147,16 @@ class Writer:
 
     def _fitting(self, ids: list[int]) -> list[int]:
         if not ids:
-            raise DataError("the text has no tokens; write another.")
+            raise DataError("the text has no tokens; type another.")
         if not self._decodes and len(ids) >= self._longest():
             raise DataError(
-                f"the prompt has {len(ids)} tokens, and the model holds {self._longest()} with"
-                " the reply; write a shorter one."
+                f"the prompt has {len(ids)} tokens, but the model has room for {self._longest()}"
+                " including the reply; shorten it."
             )
         return ids
 
     def _room(self, prompt: int) -> int:
-        """Return how many tokens a reply to a prompt of ``prompt`` tokens may have."""
+        """Return the maximum number of reply tokens for a prompt of ``prompt`` tokens."""
         most = self._config.max_new_tokens
         return most if self._decodes else min(most, self._longest() - prompt)
 
@@ -166,7 +165,7 @@ class Writer:
         return min(longest, positions_of(self.model.config) or longest)
 
     def _closings(self) -> list[str]:
-        """Return the texts that end a reply, besides the closing token."""
+        """Return the stop sequences besides the EOS token."""
         if self.style == "alpaca":
             return [formats.TURN.partition("{")[0].strip()]
         return rendering.stops(self.tokenizer) if self.style == "chat" else []
@@ -176,12 +175,12 @@ class Writer:
 
 
 class Stream(transformers.TextStreamer):
-    """transformers' streamer, which stops short of what ends a reply.
+    """A transformers streamer that hides the stop sequence of a reply.
 
     Args:
-        tokenizer: reads tokens as text.
-        show: takes the pieces of the reply.
-        stops: texts that end it and are none of it.
+        tokenizer: decodes tokens.
+        show: receives the pieces of the reply.
+        stops: stop sequences, which are not part of the reply.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show, stops: list[str]) -> None:
@@ -191,11 +190,11 @@ class Stream(transformers.TextStreamer):
 
     @property
     def reply(self) -> str:
-        """What was written, without white space at its ends."""
+        """The reply, without surrounding white space."""
         return self._until(len(self._text)).strip()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Show what is new, and no more than surely belongs to the reply."""
+        """Show new text that certainly belongs to the reply."""
         self._text += text
         held = 0 if stream_end else max(map(self._begun, self._stops), default=0)
         said = self._until(len(self._text) - held).strip()
@@ -207,16 +206,16 @@ class Stream(transformers.TextStreamer):
         return self._text[: min([end, *places])]
 
     def _begun(self, stop: str) -> int:
-        """Return how many characters at the end could be the beginning of a stop."""
+        """Return how many final characters could start a stop sequence."""
         sizes = range(min(len(stop), len(self._text)), 0, -1)
         return next((size for size in sizes if self._text.endswith(stop[:size])), 0)
 
 
 class Classifier:
-    """A model that labels a text, or a pair of texts with a tab between them.
+    """A model that labels a text, or a pair of texts separated by a tab.
 
     Raises:
-        ConfigError: it cannot be loaded, or nothing names its classes.
+        ConfigError: the model cannot be loaded, or its classes are unknown.
         AdapterError: the adapter has no trained head, or does not fit its base.
     """
 
@@ -230,7 +229,7 @@ class Classifier:
         names = None if self._numbers else class_names(evaluated, given)
         if evaluated.adapter and not (names or self._numbers):
             raise ConfigError(
-                f"nothing names the classes of {config.path}; give them in the order of training.",
+                f"the classes of {config.path} are unknown; list them in the order of training.",
                 where="label_names",
             )
         head: dict[str, Any] = task.head if task is not None else {}
@@ -247,10 +246,10 @@ class Classifier:
         self.says += " A tab separates the texts of a pair."
 
     def clear(self) -> None:
-        """Nothing is kept from one text to the next."""
+        """Do nothing: no state is kept between texts."""
 
     def answer(self, text: str, show: Show) -> None:
-        """Show the likeliest label and its probability, or the number."""
+        """Show the most likely label and its probability, or the number."""
         first, _, second = text.partition("\t")
         encoded = self.tokenizer(
             first, second or None, truncation=True, max_length=self._longest, return_tensors="pt"

@@ -1,1 +1,1 @@
-"""`tlora compare`: its record, its folder on disk, its trials and the queue that runs them."""
+"""`tlora compare`: its configuration, folder, trials and the queue that runs them."""

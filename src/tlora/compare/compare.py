@@ -1,9 +1,9 @@
-"""`tlora compare`: methods x learning rates x seeds on one task, the same protocol for all.
+"""`tlora compare`: methods x learning rates x seeds on one task with the same protocol.
 
-The walk: the record is checked and the rows are read once, before anything is written; the tuning
-runs of each method choose its learning rate on the validation rows; its final runs, other seeds at
-that rate, are reported on the test rows. Each run is a process (`tlora.compare.queue`) that leaves
-one JSON file (`tlora.compare.onerun`): resuming comes down to which files there are.
+The configuration is checked and the rows are read once, before anything is written. The tuning runs
+of each method choose its learning rate on the validation rows; its final runs use other seeds at
+that learning rate and are scored on the test rows. Each run is a process (`tlora.compare.queue`)
+that writes one JSON file (`tlora.compare.onerun`); resuming skips runs with a file.
 """
 
 from __future__ import annotations
@@ -45,34 +45,34 @@ PRELOAD: tuple[str, ...] = (
     "trl",
 )
 PRELOAD += ("tlora.adapter.attach", "tlora.compare.onerun", "tlora.training.train")
-"""What the fork server imports once for all runs; importing these starts no thread."""
+"""Modules that the fork server imports once for all runs; they start no thread."""
 _CAUSAL_SCORES = ("loss", EXACT_MATCH)
 _LOWER = ("loss", "mse")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a comparison has come, when `run` returns."""
+    """Progress of a comparison when `run` returns."""
 
     finished: int
-    """Runs that are done."""
+    """Number of finished runs."""
     total: int
-    """All runs, as far as they are known."""
+    """Number of all runs known so far."""
     failed: list[str]
-    """Runs that failed in this call: name and cause."""
+    """Runs that failed in this call, with name and cause."""
 
 
 def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
-    """Do what is missing; a second call does nothing new.
+    """Run everything that is missing; finished runs are skipped.
 
     Args:
         config: the comparison.
-        tell: called with a line of text as each run ends.
+        tell: called with a line of text for each finished run.
 
     Raises:
-        ConfigError: a field is wrong, or the folder is taken.
-        DataError: rows are missing or not what the task expects.
-        KeyboardInterrupt: stopped by a signal; no run is left behind.
+        ConfigError: a field is invalid, or the folder is in use.
+        DataError: rows are missing or do not fit the task.
+        KeyboardInterrupt: stopped by a signal; all run processes have ended.
     """
     setup = check(config)
     comparison = identify(config, setup)
@@ -95,7 +95,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
 
 
 def preflight(config: CompareConfig) -> None:
-    """Check what flags and files tell, before anything that is slow to import.
+    """Check flags and files before any slow import.
 
     Raises:
         ConfigError, DataError: as in `run`.
@@ -121,7 +121,7 @@ def preflight(config: CompareConfig) -> None:
 
 
 def check(config: CompareConfig) -> Setup:
-    """Settle what can be settled before the first run; return the setup of the first method.
+    """Check everything possible before the first run; return the setup of the first method.
 
     Raises:
         ConfigError, DataError: as in `run`.
@@ -143,8 +143,8 @@ def check(config: CompareConfig) -> Setup:
             check_rows(rows, name, setup.tokenizer, setup.task.data.max_length or LONGEST)
     elif config.answers:
         raise ConfigError(
-            f"`answers` is for causal tasks, but {config.task} is a {setup.task.kind} task; leave"
-            " it out.",
+            f"`answers` only applies to causal tasks, but {config.task} is a {setup.task.kind}"
+            " task; remove it.",
             where="compare",
         )
     return setup
@@ -160,10 +160,10 @@ def _validation_file(config: CompareConfig) -> str | None:
 
 
 def _check_entries(config: CompareConfig, setup: Setup) -> None:
-    """Check every method's options against the task and the model, of which no weight is read.
+    """Check every method's options against the task and the model, without reading weights.
 
     Raises:
-        ConfigError: a task type is another task's, or names match nothing; all faults at once.
+        ConfigError: a task type is wrong, or names match nothing; one error lists all faults.
     """
     from tlora.training.dryrun import on_meta
     from tlora.training.initialize import check_targets
@@ -182,10 +182,10 @@ def _check_entries(config: CompareConfig, setup: Setup) -> None:
 
 
 def identify(config: CompareConfig, setup: Setup) -> Comparison:
-    """Return the comparison with its metric and the digest of what its runs share.
+    """Return the comparison with its metric and the digest of its runs' shared settings.
 
     Raises:
-        ConfigError: `metric` is no score of the task.
+        ConfigError: `metric` is not a score of the task.
     """
     metric = _metric(config, score_names(setup))
     better = config.better or ("lower" if metric in _LOWER else "higher")
@@ -193,7 +193,7 @@ def identify(config: CompareConfig, setup: Setup) -> Comparison:
 
 
 def _metric(config: CompareConfig, known: Sequence[str]) -> str:
-    """Return the score to compare by, one of the ``known`` ones."""
+    """Return the metric for the comparison, one of ``known``."""
     metric = (config.metric or known[0]).removeprefix("eval_")
     if metric not in known:
         names = ", ".join(map(repr, known))
@@ -206,7 +206,7 @@ def _metric(config: CompareConfig, known: Sequence[str]) -> str:
 
 
 def score_names(setup: Setup) -> list[str]:
-    """Return the names of the scores that an evaluation gives, the task's own first."""
+    """Return the names of an evaluation's scores, the task's own first."""
     import numpy as np
 
     from tlora.training.arguments import reply_scores
@@ -225,7 +225,7 @@ def score_names(setup: Setup) -> list[str]:
 
 
 def workers(config: CompareConfig, tell: Tell) -> Workers | RayWorkers:
-    """Return how the runs of ``config`` are to be run, on this machine or on a Ray cluster.
+    """Return the workers for the runs, on this machine or on a Ray cluster.
 
     Raises:
         ConfigError: the cluster cannot be used.
@@ -245,7 +245,7 @@ def workers(config: CompareConfig, tell: Tell) -> Workers | RayWorkers:
 
 
 def visible_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES should say to choose each GPU that is visible here."""
+    """Return the CUDA_VISIBLE_DEVICES value that selects each visible GPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -259,10 +259,10 @@ def work(
     tell: Tell,
     left_out: Sequence[int] = (),
 ) -> Progress:
-    """Run what ``schedule`` has ready; training rows ``left_out`` repeat evaluation prompts.
+    """Run the ready trials of ``schedule``; training rows ``left_out`` repeat evaluation prompts.
 
     Raises:
-        KeyboardInterrupt: stopped by a signal; no process of a run is left.
+        KeyboardInterrupt: stopped by a signal; all run processes have ended.
     """
     folder = schedule.folder
     trials: dict[str, Trial] = {}
@@ -277,7 +277,7 @@ def work(
 
     def settled(job: Job, outcome: Outcome) -> None:
         trial = trials[job.name]
-        # The record is a run's last act: what fails after it is some library's goodbye.
+        # A run writes its record last; later failures are library shutdown errors.
         if folder.record(job.name) is None:
             failed.append(f"{job.name}: {_note_failure(trial, schedule, outcome)}")
         else:
@@ -289,7 +289,7 @@ def work(
             workers.work(ready, settled)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "interrupted; finished runs are kept, and the same command does the rest."
+            "interrupted; rerun the same command to resume, finished runs are skipped."
         ) from None
     finally:
         shutil.rmtree(folder.work, ignore_errors=True)
@@ -324,7 +324,7 @@ def _job(
 
 
 def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
-    """Write the record of a run that did not finish; return its cause in a line."""
+    """Write the record of a failed run; return its cause in a line."""
     config = schedule.comparison.config
     lines = outcome.last_lines
     run = config.run_config(trial.entry, trial.learning_rate, trial.seed)
@@ -340,7 +340,7 @@ def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
 
 
 def _line(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
-    """Return a line about a run that has ended."""
+    """Return a line about a finished run."""
     comparison = schedule.comparison
     record = schedule.folder.record(trial.name)
     score = comparison.score(record)

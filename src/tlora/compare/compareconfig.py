@@ -1,4 +1,4 @@
-"""The record of `tlora compare`: methods x learning rates x seeds on one task.
+"""Configuration of `tlora compare`: methods x learning rates x seeds on one task.
 
 Nothing here imports torch.
 """
@@ -33,14 +33,14 @@ Seeds = Annotated[
 Validation = Annotated[
     float | str,
     Rule(
-        "a file, a share below 1 or a number of rows",
+        "a file, a fraction below 1 or a number of rows",
         lambda v: _names_a_file(v) if isinstance(v, str) else 0 < v < 1 or (v >= 1 and v % 1 == 0),
     ),
 ]
 
 
 def _names_a_file(text: str) -> bool:
-    """Whether a text is no number: `-1` and `nan` are mistyped ones, not files."""
+    """Whether a text is not a number: `-1` and `nan` are mistyped numbers, not files."""
     try:
         float(text)
     except ValueError:
@@ -53,45 +53,45 @@ def _distinct(values: list[Any]) -> bool:
 
 
 EXACT_MATCH = "exact_match"
-"""The metric for which a run's model writes its answers; all others come of predictions."""
+"""The metric that needs generated answers; all others use predictions."""
 
 _UNEQUAL = {
-    "learning_rate": "give `learning_rates`; the rate is what is tuned",
-    "auto_find_batch_size": "the batch would depend on the memory that a method takes",
-    "lr_scheduler_type": "it follows the scores of a run; choose one that is the same for all",
-    "load_best_model_at_end": "the final weights are compared, after the same steps for all",
+    "learning_rate": "set `learning_rates` instead, because the comparison tunes it",
+    "auto_find_batch_size": "the batch size would depend on a method's memory use",
+    "lr_scheduler_type": "it depends on a run's scores; choose one that is the same for all runs",
+    "load_best_model_at_end": "the comparison uses the final weights after equal steps",
     "save_strategy": "the runs of a comparison write no checkpoints; see `keep_adapters`",
 }
 
 
 @dataclass(kw_only=True)
 class MethodEntry(Section):
-    """One method of a comparison, as an item of `methods` says it."""
+    """One method of a comparison: an item of `methods`."""
 
     name: str = ""
     """Name of the method; see `tlora list methods`."""
     label: str = ""
-    """What tables call it; by default its name."""
+    """Its name in tables; by default, the method's name."""
     adapter: dict[str, Any] = field(default_factory=dict)
-    """Options of this method, over the common ones."""
+    """Options of this method, which override the common ones."""
     learning_rates: Rates = field(default_factory=list)
-    """Its learning rates, where they differ from the common ones."""
+    """Its learning rates, if they differ from the common ones."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """How it calibrates, over the common fields; only what differs from them."""
+    """Its calibration fields, which override the common ones."""
 
     @classmethod
     def of(cls, item: Any) -> MethodEntry:
-        """Return the entry that an item of `methods` stands for.
+        """Parse an item of `methods`.
 
         Raises:
-            ConfigError: it is neither a name nor a mapping, or names something unknown.
+            ConfigError: it is neither a name nor a mapping, or has an unknown name.
         """
         if not isinstance(item, (str, dict)):
-            raise ConfigError(f"{item!r} is no method; give a name, or `name: ...`.")
+            raise ConfigError(f"{item!r} is not a method; give a name, or `name: ...`.")
         return cls.from_dict({"name": item} if isinstance(item, str) else item)
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong with the names of the method, its options and its calibration."""
+        """Yield errors in the method's name, options and calibration."""
         if not self.name:
             yield "`name` is missing; name a method."
             return
@@ -104,7 +104,7 @@ class MethodEntry(Section):
         for wrong in unknown_names(self.adapter, options, "option"):
             yield f"`adapter`: {wrong}"
         if self.calibration and method.traits.reads == "nothing":
-            yield "`calibration` has no place here: the method reads no rows before training."
+            yield "`calibration` does not apply: this method does not calibrate; remove it."
             return
         try:
             calibration = CalibrationConfig(**self.calibration)
@@ -123,19 +123,19 @@ class MethodEntry(Section):
         return RunConfig(method=self.name, adapter=self.adapter, seed=seed or 0).options()
 
     def given(self, changed: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the options that differ from those that names are relative to.
+        """Return the options that differ from the run names' reference values.
 
         Args:
-            changed: defaults that differed when the comparison was started; None: today's.
+            changed: defaults that differed at the start of the comparison; None: current ones.
         """
         changed = self.changed_defaults() if changed is None else changed
         before = comparedefaults.METHODS.get(self.name, {})
         return comparedefaults.differing(changed | self.adapter, before)
 
     def changed_defaults(self) -> dict[str, Any]:
-        """Return the method's defaults that differ from those that names are relative to."""
+        """Return the method's defaults that differ from the run names' reference values."""
         fields = dataclasses.fields(METHODS.load(self.name).options)
-        # Unless a seed is given, it is the run's.
+        # An unset seed is the run's.
         options = {each.name: default_of(each) for each in fields if each.name != "seed"}
         return comparedefaults.differing(options, comparedefaults.METHODS.get(self.name, {}))
 
@@ -145,87 +145,87 @@ class CompareConfig(SharedConfig):
     """One comparison: methods x learning rates x seeds, the same model, rows, steps and schedule.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     title: str | None = None
-    """Headline of the page; by default task and model."""
+    """Title of the report page; by default, task and model."""
     methods: list[Any] = field(default_factory=list)
-    """What is compared: names, or items of `name`, `label`, `adapter` and `calibration` (of this
-    method, over the common ones) and `learning_rates` (where they differ from the common ones)."""
+    """Methods to compare: names, or items with `name`, `label`, and `adapter`, `calibration` and
+    `learning_rates`, which override the common ones for this method."""
     learning_rates: Rates = field(default_factory=list)
-    """Learning rates that every method is tried at."""
+    """Learning rates to try for every method."""
     tuning_seeds: Seeds = field(default_factory=lambda: [0, 1])
-    """Seeds that choose each method's learning rate, on the validation rows."""
+    """Seeds for choosing each method's learning rate on the validation rows."""
     final_seeds: Seeds = field(default_factory=lambda: [2, 3, 4, 5, 6])
-    """Seeds that run at the chosen learning rate and are reported, on the test rows."""
+    """Seeds for the reported runs at the chosen learning rate, scored on the test rows."""
     validation: Validation = 0.1
-    """Rows that choose the learning rate: a file, or what is held out of the training rows: a
-    share of them (0.1) or a number of rows (500)."""
+    """Validation rows for choosing the learning rate: a file, or rows held out of the training
+    rows: a fraction (0.1) or a number (500)."""
     validation_seed: Annotated[int, SEED] = 0
-    """Seed of which training rows are held out; the same rows for every run."""
+    """Seed for holding out validation rows; every run uses the same rows."""
     test_file: str | None = None
-    """Rows that the table reports on; by default the dataset's own evaluation split."""
+    """Test rows for the reported scores; by default, the dataset's own evaluation split."""
     metric: str | None = None
-    """Score to compare by; by default the task's first, or "loss" where it has none. Of a
-    causal task also "exact_match": the share of rows whose response is written to the letter."""
+    """Metric to compare; by default, the task's first, or "loss" if it has none. Causal tasks also
+    support "exact_match": the fraction of rows whose response is generated exactly."""
     answers: bool = False
-    """Also score the final runs of a causal task by exact match, whatever `metric` is. Nothing is
-    chosen by it, and no run is another for it: runs that finished before have no such score."""
+    """Also score the final runs of a causal task by exact match, regardless of `metric`. It does
+    not affect tuning or run names; runs that finished earlier lack this score."""
     better: Better | None = None
-    """Which scores are better; by default lower for losses and errors, higher for the rest."""
+    """Whether higher or lower scores are better; by default, lower for losses and errors."""
     output_dir: Annotated[str, FOLDER] = "tlora-compare"
-    """Folder of the comparison: a JSON file a run, the page and the tables."""
+    """Folder of the comparison: one JSON file per run, the report page and the tables."""
     jobs: Annotated[int, at_least(1)] = 1
-    """Runs at a time, each in a process of its own."""
+    """Number of parallel runs, each in its own process."""
     threads: Annotated[int, at_least(1)] | None = None
-    """Threads of each run; by default the cores divided by `jobs`, on Ray `cpus_per_run`."""
+    """Threads per run; by default, the cores divided by `jobs`, or `cpus_per_run` on Ray."""
     engine: Engine = "local"
-    """Where the runs go: "local" processes, or tasks of a "ray" cluster: of RAY_ADDRESS, of this
-    machine, or of a new one."""
+    """Where to run: "local" processes, or tasks on a "ray" cluster: the one at RAY_ADDRESS, the one
+    on this machine, or a new one."""
     cpus_per_run: Annotated[int, at_least(1)] | None = None
-    """CPUs of each run on Ray; by default 1."""
+    """CPUs per run on Ray; by default 1."""
     gpus_per_run: Annotated[float, Rule("a number from 0 to 1", lambda v: 0 <= v <= 1)] | None = (
         None
     )
-    """GPUs of each run on Ray, 1, 0, or a fraction where runs share one; by default 1 if the
+    """GPUs per run on Ray: 1, 0, or a fraction for runs that share one; by default, 1 if the
     cluster has GPUs."""
     adapter_defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of the methods' options that this comparison keeps, whatever later versions have;
-    each goes to the methods that have one of that name."""
+    """Defaults of method options to pin for this comparison, regardless of later versions; each
+    applies to the methods that have the option."""
     trainer_defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of training arguments that this comparison keeps, whatever later versions have."""
+    """Defaults of training arguments to pin for this comparison, regardless of later versions."""
     keep_adapters: bool = False
-    """Keep the trained adapters of the final runs in `output_dir`; of runs that finished before it
-    was given there are none."""
+    """Keep the trained adapters of the final runs in `output_dir`; runs that finished earlier have
+    none."""
 
     def __post_init__(self) -> None:
         if type(self.validation) is int and self.validation < 2**53:
-            self.validation = float(self.validation)  # as a file's 500 is read
+            self.validation = float(self.validation)  # matches 500 read from a file
         super().__post_init__()
         for entry in self.entries():
             entry.options()
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields, and in the methods' own."""
+        """Yield errors in combinations of fields and in the methods."""
         yield from super().relations()
         if self.data.val_size is not None:
-            yield "`data.val_size` has no place in a comparison; `validation` holds rows out."
+            yield "`data.val_size` does not apply to comparisons; use `validation` instead."
         yield from self._entry_faults()
         yield from self._rate_faults()
         if both := sorted({*self.tuning_seeds} & {*self.final_seeds}):
             yield (
-                f"`final_seeds` and `tuning_seeds` share {both}; a seed that chose the"
-                " learning rate cannot be reported."
+                f"`final_seeds` and `tuning_seeds` share {both}, but reported runs need seeds that"
+                " did not choose the learning rate; use different seeds."
             )
         yield from self._trainer_faults()
         yield from _cache_faults(self.calibration.cache)
         yield from self._engine_faults()
 
     def entries(self) -> list[MethodEntry]:
-        """Return the methods with their labels, rates and options filled in.
+        """Return the methods with labels, learning rates and options filled in.
 
-        A common option goes to the methods that have one of that name.
+        A common option applies to the methods that have it.
         """
         made = []
         shared = self.adapter_defaults | self.adapter
@@ -245,12 +245,12 @@ class CompareConfig(SharedConfig):
         return made
 
     def untaken(self) -> dict[str, list[str]]:
-        """Return by label the common options that a method does not have."""
+        """Return the common options that each method lacks, by label."""
         found = {e.label: [n for n in self.adapter if n not in e.adapter] for e in self.entries()}
         return {label: names for label, names in found.items() if names}
 
     def run_config(self, entry: MethodEntry, learning_rate: float, seed: int) -> RunConfig:
-        """Return one run of the comparison, in the words of `tlora train`."""
+        """Return one run of the comparison as a `tlora train` configuration."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SharedConfig)}
         return RunConfig(
             **shared
@@ -268,23 +268,23 @@ class CompareConfig(SharedConfig):
         )
 
     def resolved(self) -> CompareConfig:
-        """Return this comparison with every method's options and rates written out."""
+        """Return this comparison with every method's options and learning rates explicit."""
         items = []
         for entry in self.entries():
             options = dataclasses.asdict(entry.options())
-            # A seed that was not given is each run's own.
+            # An unset seed is each run's own.
             adapter = {k: v for k, v in options.items() if k != "seed" or k in entry.adapter}
             items.append(dataclasses.asdict(dataclasses.replace(entry, adapter=adapter)))
         return dataclasses.replace(self, methods=items)
 
     @property
     def writes_answers(self) -> bool:
-        """Whether runs are compared by exact match."""
+        """Whether the metric is exact match."""
         return (self.metric or "").removeprefix("eval_") == EXACT_MATCH
 
     def _entry_faults(self) -> list[str]:
         if not self.methods:
-            return ["`methods` is empty; name what to compare: `methods: [lora, tlora]`."]
+            return ["`methods` is empty; list the methods to compare: `methods: [lora, tlora]`."]
         faults: list[str] = []
         for place, item in enumerate(self.methods, start=1):
             try:
@@ -308,9 +308,9 @@ class CompareConfig(SharedConfig):
         for entry in self.entries():
             said = (entry.name, entry.given(), entry.calibration)
             if entry.label in labels:
-                yield f"`methods`: two items are called {entry.label!r}; give each its own `label`."
+                yield f"`methods`: two items have the label {entry.label!r}; give each its own."
             elif said in same:
-                yield f"`methods`: {entry.label!r} says the same as an earlier item."
+                yield f"`methods`: {entry.label!r} duplicates an earlier item; remove it."
             labels.append(entry.label)
             same.append(said)
 
@@ -323,16 +323,16 @@ class CompareConfig(SharedConfig):
         elif len(counts := {*common, *own}) > 1:
             numbers = " and ".join(map(str, sorted(counts)))
             yield (
-                f"`learning_rates`: the methods have {numbers} of them; give every method the same"
-                " number, so that tuning is fair."
+                f"`learning_rates`: the methods have {numbers} learning rates; give every method"
+                " the same number so that tuning is fair."
             )
 
     def _engine_faults(self) -> Iterator[str]:
         if self.engine == "ray" and self.jobs != 1:
-            yield "`jobs` has no place on Ray; `cpus_per_run` and `gpus_per_run` say what fits."
+            yield "`jobs` does not apply to Ray; use `cpus_per_run` and `gpus_per_run`."
         for name in ("cpus_per_run", "gpus_per_run"):
             if self.engine != "ray" and getattr(self, name) is not None:
-                yield f"`{name}` is for `engine: ray`; give both, or `jobs` and `threads`."
+                yield f"`{name}` requires `engine: ray`; set both, or use `jobs` and `threads`."
 
     def _trainer_faults(self) -> list[str]:
         trainer = self.trainer_defaults | self.trainer
@@ -340,7 +340,7 @@ class CompareConfig(SharedConfig):
         unequal = {name: trainer.get(name) not in (None, False, "no") for name in _UNEQUAL}
         unequal["lr_scheduler_type"] = schedule in ("reduce_lr_on_plateau", "greedy")
         return [
-            f"`trainer.{name}` is {trainer[name]!r}, which has no place in a comparison:"
+            f"`trainer.{name}` is {trainer[name]!r}, which a comparison does not support:"
             f" {_UNEQUAL[name]}."
             for name, given in unequal.items()
             if given
@@ -353,9 +353,9 @@ _QUIET = {
     "logging_nan_inf_filter": False,
     "disable_tqdm": True,
 }
-"""What the trainer of a run does unless the file says otherwise: a diverged loss is shown."""
+"""Trainer arguments unless the file sets them: show a diverged loss."""
 
 
 def _cache_faults(cache: str | None) -> list[str]:
-    why = "each run calibrates, and the time it takes is counted"
-    return [f"`calibration.cache` has no place in a comparison: {why}."] if cache else []
+    why = "each run calibrates and counts its time; remove it"
+    return [f"a comparison does not support `calibration.cache`: {why}."] if cache else []

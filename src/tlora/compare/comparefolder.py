@@ -1,12 +1,12 @@
-"""The folder of a comparison: one JSON file a run, merged by putting the files into one folder.
+"""The folder of a comparison: one JSON file per run; copy files together to merge comparisons.
 
 ::
 
-    compare.json       the comparison as it was last started, and what its runs have in common
+    compare.json       the comparison as last started, and its runs' shared settings
     runs/NAME.json     one finished or failed run
-    logs/NAME.log      what a failed run wrote to its standard streams
-    work/NAME/         the files of a run, for as long as it trains
-    adapters/NAME/     the adapter of a final run, if they are kept
+    logs/NAME.log      the output of a failed run
+    work/NAME/         the files of a run while it trains
+    adapters/NAME/     the adapter of a final run, if kept
     report.html, report.md, report.csv
 """
 
@@ -26,7 +26,7 @@ RUN_HEADER = {"kind": "tlora comparison run", "version": 1}
 
 
 class CompareFolder:
-    """The files of one comparison; making this object touches nothing."""
+    """The files of one comparison; creating this object touches no file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -42,42 +42,46 @@ class CompareFolder:
         return self._comparison.is_file()
 
     def start(self, comparison: dict[str, Any]) -> None:
-        """Write down what is about to run."""
+        """Record the comparison about to run."""
         write_state(self._comparison, {"kind": _KIND, "version": 1} | comparison)
 
     def read(self) -> dict[str, Any]:
-        """Return what `start` wrote.
+        """Return the data written by `start`.
 
         Raises:
             ArtifactError: there is no comparison in the folder, or the file is damaged.
         """
         if not self.exists:
-            raise ArtifactError(f"{self.path}: there is no compare.json; no comparison is here.")
+            raise ArtifactError(
+                f"{self.path}: there is no compare.json; give the folder of a comparison."
+            )
         found = read_state(self._comparison)
         if not isinstance(found, dict) or found.get("kind") != _KIND:
-            raise ArtifactError(f"{self._comparison}: not written by `tlora compare`.")
+            raise ArtifactError(
+                f"{self._comparison}: not written by `tlora compare`; give another folder."
+            )
         return found
 
     def record_file(self, name: str) -> Path:
-        """Return where the record of the run ``name`` is, or will be."""
+        """Return the path of the record of the run ``name``."""
         return self.runs / f"{name}.json"
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Return the record of the run ``name``, or None if it has not run.
 
         Raises:
-            ArtifactError: the file is damaged, another run's or something else.
+            ArtifactError: the file is damaged, belongs to another run or has other contents.
         """
         file = self.record_file(name)
         if not file.is_file():
             return None
-        record = read_state(file, "remove it, and its run is done again")
+        record = read_state(file, "remove it to repeat its run")
         if not isinstance(record, dict) or record.get("kind") != RUN_HEADER["kind"]:
             raise ArtifactError(f"{file}: not a run of `tlora compare`; remove it.")
         if record.get("name") != name:
             raise ArtifactError(
-                f"{file}: this is the record of the run {record.get('name')!r}; remove it, and the"
-                " file's own run is done again."
+                f"{file}: this is the record of the run {record.get('name')!r}; remove it to repeat"
+                " the run that belongs here."
             )
         return record
 
@@ -90,25 +94,25 @@ class CompareFolder:
         return sorted(file.stem for file in self.runs.glob("*.json"))
 
     def refuse_unless_free(self) -> None:
-        """Check that a comparison may be written here, without writing anything.
+        """Check that a comparison may use this folder, without writing anything.
 
         Raises:
-            ConfigError: the folder is a file, cannot be written to, or holds something else.
+            ConfigError: the path is a file, not writable, or has other contents.
         """
         refuse_unless_free(self.path, own=self.exists)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process from working here, for as long as this one lives.
+        """Lock the folder against other processes while this one runs.
 
         Raises:
-            ConfigError: one is at it; or the folder holds something else or cannot be written to,
-                of which nothing is changed.
+            ConfigError: another process holds the lock, or the folder has other contents or is not
+                writable; nothing is changed.
         """
         self.refuse_unless_free()
         refusal = ConfigError(
-            f"{self.path}: another process is working on this comparison; wait for it, or choose"
-            " another --output_dir.",
+            f"{self.path}: another process is running this comparison; wait for it, or use another"
+            " --output_dir.",
             where="output_dir",
         )
         with locked(self.path / ".lock", refusal):

@@ -1,11 +1,10 @@
-"""The values that the names of a comparison's runs are relative to.
+"""Reference values for the names of a comparison's runs.
 
-A run's name ends in a digest of the settings that differ from the tables below. The tables hold the
-defaults of the time at which runs were first named, and NEVER change: when a default changes, its
-entry stays, so that a comparison that leaves the field out gets new names, and one that pins the
-old value keeps the old names. A new field gets an entry with the value that means "as before"; a
-field without an entry is part of every name. A new method needs no entry: all its options are then
-part of its names.
+A run's name ends in a digest of the settings that differ from the tables below. The tables contain
+the original defaults and NEVER change: when a default changes, its entry stays, so a comparison
+without that field gets new names, and one that pins the old value keeps the old names. A new field
+gets an entry with the value that means "as before"; a field without an entry is part of every name.
+A new method needs no entry: all its options are then part of its names.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SHARED: dict[str, Any] = {
     },
     "calibration": {"samples": 32, "batch_size": 4, "skip_bad_samples": False, "cache": None},
 }
-"""Fields that all methods share. NEVER change a value."""
+"""Fields shared by all methods. NEVER change a value."""
 
 TRAINER: dict[str, Any] = {
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
@@ -42,7 +41,7 @@ TRAINER: dict[str, Any] = {
     # TRL's, for causal tasks.
     "loss_type": "nll", "packing": False, "padding_free": False, "shuffle_dataset": False,
 }
-"""Training arguments that decide results. NEVER change a value."""
+"""Training arguments that affect results. NEVER change a value."""
 
 _ADAPTER = {
     "task_type": None, "lora_dropout": 0.0, "bias": "none", "modules_to_save": None,
@@ -81,7 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-fa": _LORA | {"projected": False},
     "trimatrix": _TARGETED | {"r": 32, "scale": 1.0},
 }
-"""Options of each method; a seed that is given is always part of the name. NEVER change a value."""
+"""Options of each method; an explicit seed is always part of the name. NEVER change a value."""
 # fmt: on
 
 

@@ -1,6 +1,6 @@
-"""Exact match of a comparison's run: the model writes its answer, right to the letter or wrong.
+"""Exact match: the fraction of rows whose response the model generates exactly.
 
-Works on tokenized rows, so on whatever a causal task makes of its rows and on any part of them.
+Works on tokenized rows, so it supports every causal task and any subset of rows.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 def exact_match(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> float:
-    """Return the share of ``rows`` whose response the model writes exactly, white space aside.
+    """Return the fraction of ``rows`` whose response is generated exactly, ignoring white space.
 
-    Written greedily, by as many tokens as the longest response has, without penalties or beams that
-    the model's generation config asks for; special tokens, of which the closing one ends an answer,
-    are not compared.
+    Generates greedily, up to the length of the longest response, ignoring penalties and beams in
+    the model's generation config. The EOS token ends an answer; special tokens are not compared.
 
     Args:
-        model: a causal model, or one with an adapter; in evaluation mode only in here.
-        rows: "input_ids" and "labels" of a prompt with its response each.
-        batch_size: rows at a time.
+        model: a causal model, possibly with an adapter; set to evaluation mode only here.
+        rows: rows with "input_ids" and "labels" of one prompt and response.
+        batch_size: rows per batch.
 
     Raises:
-        DataError: a row is no prompt with one response after it.
+        DataError: a row is not a prompt followed by one response.
     """
     import torch
 
@@ -43,7 +42,7 @@ def exact_match(
         with greedy(model, tokenizer), torch.no_grad():
             for start in range(0, len(pairs), batch_size):
                 prompts, responses = zip(*pairs[start : start + batch_size], strict=True)
-                # Padded on the left, all answers start at the same place.
+                # With padding on the left, all answers start at the same position.
                 batch = tokenizer.pad(
                     {"input_ids": list(prompts)},
                     padding_side="left",
@@ -62,9 +61,9 @@ def exact_match(
 
 
 def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row up to the first that is learned, and those that are learned.
+    """Return the token ids before the first trained token, and the trained ones.
 
-    What follows the response, such as the line break of ChatML, is left out.
+    Drops tokens after the response, such as the line break of ChatML.
 
     Raises:
         DataError: there is no prompt, or more than one response.
@@ -74,9 +73,8 @@ def prompt_and_response(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     end = start + sum(learned)
     if start == 0 or not all(learned[start:end]):
         raise DataError(
-            "exact match needs rows of a prompt with one response, the prompt left out of the loss;"
-            " compare plain text and chats of several answers by `metric: loss`, and leave"
-            ' `data.loss_on` "response".'
+            "exact match needs rows with one prompt and one response, and `data.loss_on`"
+            ' "response"; use `metric: loss` for plain text and for chats with several answers.'
         )
     return [*ids[:start]], [*ids[start:end]]
 
@@ -86,10 +84,10 @@ def check_rows(
 ) -> None:
     """Check that every row is a prompt with one whole response.
 
-    A row is taken for cut if it has ``max_length`` tokens and does not end in the closing one.
+    A row counts as truncated if it has ``max_length`` tokens and does not end with EOS.
 
     Raises:
-        DataError: a row is something else, or the responses of some are cut.
+        DataError: a row is something else, or responses are truncated.
     """
     cut = 0
     for row in rows:
@@ -97,7 +95,7 @@ def check_rows(
         cut += len(row["input_ids"]) >= max_length and response[-1] != tokenizer.eos_token_id
     if cut:
         raise DataError(
-            f"{cut} of {len(rows)} {name} rows end at `data.max_length`, {max_length} tokens,"
-            " before their response does, so exact match would ask for a part of it; raise"
+            f"the responses of {cut} of {len(rows)} {name} rows are truncated at `data.max_length`,"
+            f" {max_length} tokens, so exact match would only compare a part; raise"
             " --data.max_length."
         )

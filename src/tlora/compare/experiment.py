@@ -1,4 +1,4 @@
-"""What all runs of a comparison share, which is part of their names."""
+"""Settings shared by all runs of a comparison, which are part of their names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tlora.training.runconfig import SharedConfig
 
 
 def experiment(config: CompareConfig) -> dict[str, Any]:
-    """Return what all runs share as plain JSON values.
+    """Return the shared settings of all runs as plain JSON values.
 
-    Files stand by their content, settings where they differ from the tables of
+    Files are identified by their content; settings are included if they differ from the tables in
     `tlora.compare.defaults`.
     """
     files = {
@@ -34,7 +34,7 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
     for name in ("model", "train_file", "adapter", "trainer"):
         del shared[name]
     if shared["data"]["overlap"] != "drop":
-        # Whether rows are refused or allowed changes nothing in a run that is made.
+        # Refusing or allowing rows does not affect a run that takes place.
         del shared["data"]["overlap"], shared["data"]["guard"]
     del shared["data"]["guard_dir"]
     if template := config.data.chat_template:
@@ -44,18 +44,18 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
         shared["trainer"] = trainer
     held_out = {"validation": config.validation, "validation_seed": config.validation_seed}
     split = held_out if not isinstance(config.validation, str) else {}
-    # Every run has the other scores; answers are written only where they are what is compared.
+    # Every run has the other scores; answers are only generated if they are the metric.
     written = {"metric": EXACT_MATCH} if config.writes_answers else {}
     return shared | {"model": model_identity(config.model), "files": files} | split | written
 
 
 def _trainer(config: CompareConfig) -> dict[str, Any]:
-    """Return the training arguments that `trainer` gives, and others that differ from the table."""
+    """Return the training arguments set in `trainer`, and others that differ from the table."""
     before = comparedefaults.TRAINER
     current = arguments.defaults(KINDS[TASKS.load(config.task)(config.data).kind])
     current = {name: value for name, value in current.items() if name in before}
     found = comparedefaults.differing(current | config.trainer_defaults, before)
     for name in [name for name, value in found.items() if not value and not before.get(name, True)]:
-        # None, False and 0 all leave it off; `bf16` None is up to the hardware, which runs record.
+        # None, False and 0 all mean off; `bf16` None depends on the hardware, which runs record.
         del found[name]
     return found | config.trainer

@@ -1,4 +1,4 @@
-"""One run of a comparison, in a process of its own: train, score, write one JSON file."""
+"""One run of a comparison in its own process: train, score, write one JSON file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 
 
 def run(payload: dict[str, Any]) -> None:
-    """Do the run that ``payload`` describes, and write its record to `payload["file"]`.
+    """Run ``payload``, and write its record to `payload["file"]`.
 
-    A tuning run is scored on the validation rows and a final run on the test rows, each on those
-    alone. A run that diverges is finished too: its record says at which step, and has no scores.
+    Tuning runs are scored only on the validation rows and final runs only on the test rows. A
+    diverged run is finished too: its record has the step of divergence and no scores.
 
     Args:
-        payload: "record" (the part that is known before the run starts), "config" (a `RunConfig`),
+        payload: "record" (the part known before the run starts), "config" (a `RunConfig`),
             "validation", "validation_seed", "left_out" (indices of training rows that repeat
-            evaluation prompts), "exact_match" (whether to score by it too), "threads", "file",
-            "work" (a folder that may be used and is removed) and "adapter" (where to keep the
-            adapter, or None).
+            evaluation prompts), "exact_match" (whether to also score by it), "threads", "file",
+            "work" (a temporary folder) and "adapter" (where to keep the adapter, or None).
     """
     import datasets
     import torch
@@ -53,17 +52,16 @@ def run(payload: dict[str, Any]) -> None:
 
 
 def portable(config: SharedConfig) -> dict[str, Any]:
-    """Return a configuration as plain values that name no folder of this machine.
+    """Return a configuration as plain values without this machine's folders.
 
-    Of a path the last two parts are kept; which rows and weights those were is in the digests of
-    the comparison.
+    Keeps the last two parts of a path; the comparison's digests identify the rows and weights.
     """
     values = config.to_dict()
     for name in ("model", "train_file", "eval_file", "test_file", "validation"):
         value = values.get(name)
         if isinstance(value, str) and Path(value).exists():
             values[name] = "/".join(Path(value).parts[-2:])
-    # Which evaluations were guarded against is said; where their files lay is the machine's.
+    # Keep the guarded evaluations, but not the location of their files.
     values["data"]["guard_dir"] = None
     own = ("output_dir", "resume", "continue_from")
     return {name: value for name, value in values.items() if name not in own}
@@ -73,12 +71,12 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     """Return the training and the validation rows, as tokens.
 
     Args:
-        setup: its `train` holds all training rows, its `validation` those of a file.
-        validation: a file; or what is held out of the training rows, a share below 1 or a number.
-        seed: of which rows are held out; both parts keep the order of the file.
+        setup: its `train` has all training rows, its `validation` those of a file.
+        validation: a file, or a fraction below 1 or number of training rows to hold out.
+        seed: seed for choosing the held-out rows; both parts keep the order of the file.
 
     Raises:
-        DataError: no row is left on a side.
+        DataError: one side of the split is empty.
     """
     if setup.validation is not None:
         return setup.train, setup.validation
@@ -87,8 +85,8 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
     held = round(count * share) if share < 1 else int(share)
     if not 0 < held < count:
         raise DataError(
-            f"`validation` {validation!r} holds {held} of {count} training rows out; both parts"
-            " need rows: give another share or number, or a file."
+            f"`validation` {validation!r} holds out {held} of {count} training rows, but both sides"
+            " need rows; use another fraction or number, or a file."
         )
     chosen = set(random.Random(seed).sample(range(count), held))
     kept = [index for index in range(count) if index not in chosen]
@@ -96,7 +94,7 @@ def split(setup: Setup, validation: float | str, seed: int) -> tuple[Dataset, Da
 
 
 class OrderDigest:
-    """Collates as before; while `on`, digests the rows that it sees, in their order."""
+    """Wraps a collator; while `on`, hashes the rows it sees, in order."""
 
     def __init__(self, collate: Callable[..., Any]) -> None:
         self.collate = collate
@@ -113,7 +111,7 @@ class OrderDigest:
         return self.collate(features)
 
     def value(self) -> str | None:
-        """Return the digest; None if the rows were collated elsewhere (in loader processes)."""
+        """Return the digest; None if loader processes collated the rows."""
         return self._digest.hexdigest()[:16] if self._rows else None
 
 
@@ -168,7 +166,7 @@ def _train(payload: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def _diverged_at(trainer: Any, order: OrderDigest) -> int | None:
-    """Train; return the step at which the training diverged, if it did."""
+    """Train, and return the step of divergence, if any."""
     order.on = True
     try:
         trainer.train()
@@ -180,7 +178,7 @@ def _diverged_at(trainer: Any, order: OrderDigest) -> int | None:
 
 
 def _scores(trainer: Any, rows: Dataset, setup: Setup, written: bool) -> dict[str, Any]:
-    """Return the trainer's scores of ``rows`` and, if ``written``, the exact match."""
+    """Return the trainer's scores on ``rows`` and, if ``written``, the exact match."""
     from tlora.compare.exactmatch import exact_match
     from tlora.training.train import scores
 
@@ -194,7 +192,7 @@ def _scores(trainer: Any, rows: Dataset, setup: Setup, written: bool) -> dict[st
 def _rows(
     config: RunConfig, payload: dict[str, Any]
 ) -> tuple[Setup, dict[str, Dataset], OrderDigest]:
-    """Return the setup of a run, the rows that it is scored on by name, and its row digest."""
+    """Return the setup of a run, the rows to score by name, and its row digest."""
     validation = payload["validation"]
     file = validation if isinstance(validation, str) else None
     setup = settle_checked(config, file, payload["left_out"])
@@ -207,11 +205,11 @@ def _rows(
 
 
 def count_parameters(model: torch.nn.Module, base: set[str]) -> dict[str, int]:
-    """Count what trains: of the adapter; of the head, biases and whatever else of the base model.
+    """Count trainable parameters of the adapter, and of the base model (head, biases and others).
 
     Args:
         model: the prepared model.
-        base: names of the parameters of the base model, as `_base_name` gives them.
+        base: parameter names of the base model, as returned by `_base_name`.
     """
     counts = {"adapter": 0, "others": 0}
     for name, parameter in model.named_parameters():
@@ -221,9 +219,9 @@ def count_parameters(model: torch.nn.Module, base: set[str]) -> dict[str, int]:
 
 
 def _base_name(name: str) -> str:
-    """Return the name that a parameter of a wrapped model had in the base model.
+    """Return the base model's name for a parameter of a wrapped model.
 
-    PEFT wraps the model, layers that are adapted, and modules that it trains in full.
+    PEFT wraps the model, adapted layers, and fully trained modules.
     """
     parts = name.removeprefix("base_model.model.").split(".")
     if "modules_to_save" in parts:
@@ -233,7 +231,7 @@ def _base_name(name: str) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return plain values with None for what is no number: JSON has no NaN."""
+    """Return plain values with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

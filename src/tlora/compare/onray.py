@@ -1,8 +1,8 @@
-"""`tlora compare --engine ray`: each run is a task of a Ray cluster.
+"""`tlora compare --engine ray`: each run is a task on a Ray cluster.
 
-A task starts its run in a process of its own (`tlora.compare.queue`), in a scratch folder on the
-node. Files of rows travel to the node through Ray; record, log and adapter travel back, and this
-process writes them. So the nodes need no shared disk. Ray repeats the tasks of a node that dies.
+A task starts its run in a separate process (`tlora.compare.queue`), in a scratch folder on the
+node. Ray transfers the files of rows to the node, and record, log and adapter back to this process,
+which writes them, so nodes need no shared disk. Ray repeats the tasks of a node that dies.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tlora.files import replacing_file, replacing_folder
 from tlora.tasks.mixture import parts
 from tlora.training.digests import FILE_FIELDS, field_at, model_identity
 
-_RETRIES = 3  # times that a run starts again because its node or its worker died
-_ANSWER = 10.0  # seconds that RAY_ADDRESS gets to answer; Ray itself tries for minutes
-_GRACE = 10.0  # seconds that canceled tasks get to end their runs
+_RETRIES = 3  # restarts of a run whose node or worker died
+_ANSWER = 10.0  # timeout for RAY_ADDRESS in seconds; Ray itself tries for minutes
+_GRACE = 10.0  # seconds for canceled tasks to end their runs
 _RECORD, _LOG, _ADAPTER = Path("runs/record.json"), Path("log"), Path("adapter")
 
 Files = dict[str, bytes]
@@ -38,30 +38,30 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class RayWorkers:
-    """How jobs are run on the cluster that this process is connected to; compare `Workers`."""
+    """Runs jobs on the connected cluster; compare `Workers`."""
 
     local: Workers
-    """How a node runs one of them."""
+    """Runs one job on a node."""
     cpus: int = 1
-    """CPUs that Ray sets aside for each job."""
+    """CPUs that Ray reserves per job."""
     gpus: float = 0.0
-    """GPUs that it sets aside."""
+    """GPUs that Ray reserves per job."""
     disconnects: bool = False
     """Whether to disconnect from the cluster at the end."""
 
     @property
     def threads(self) -> int:
-        """Threads of each job."""
+        """Threads per job."""
         return self.local.threads
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
     ) -> None:
-        """Run jobs until none is ready and none is running; all that are ready are queued at once.
+        """Run jobs until none is ready or running, queuing all ready ones at once.
 
         Args:
             ready: as in `Workers.work`.
-            settled: as in `Workers.work`; the files of the job are in place by then.
+            settled: as in `Workers.work`; called once the job's files are in place.
         """
         import ray
 
@@ -97,27 +97,27 @@ def connect(config: CompareConfig, local: Workers, tell: Callable[[str], None]) 
 
     Args:
         config: the comparison.
-        local: how a node runs a job.
+        local: runs a job on a node.
         tell: called with a line about the cluster.
 
     Raises:
-        ConfigError: no cluster answers, or a node lacks the model, has another one at that path, or
-            has another version of tlora.
+        ConfigError: no cluster answers, or a node lacks the model, has a different one at its path,
+            or has another version of tlora.
     """
     import ray
 
     disconnects = not ray.is_initialized()
     if disconnects:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that starts here
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster started here
         address = os.environ.get("RAY_ADDRESS", "")
-        tell(f"Ray: connecting to {address or 'the cluster of this machine, or starting one'}")
+        tell(f"Ray: connecting to {address or 'the cluster on this machine, or a new one'}")
         try:
             _check_answer(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"Ray cannot be reached: {first_line(error).rstrip('.')}; start it with `ray start"
-                " --head`, or correct RAY_ADDRESS.",
+                f"cannot connect to Ray: {first_line(error).rstrip('.')}; start it with `ray start"
+                " --head`, or fix RAY_ADDRESS.",
                 where="engine",
             ) from error
     gpus = config.gpus_per_run
@@ -131,16 +131,16 @@ def connect(config: CompareConfig, local: Workers, tell: Callable[[str], None]) 
     tell(
         f"Ray: nodes: {len(fit)}; runs at a time: {sum(places.values())}, {needs}"
         if fit
-        else f"Ray: no node has room for a run ({needs}); the runs wait for one to join"
+        else f"Ray: no node has room for a run ({needs}); runs wait for a node to join"
     )
     return workers
 
 
 def _check_answer(address: str) -> None:
-    """Check that something listens at a host and port; Ray looks up other addresses itself.
+    """Check that a host and port answer; Ray resolves other addresses itself.
 
     Raises:
-        OSError: nothing does.
+        OSError: they do not.
     """
     import ray
 
@@ -149,7 +149,7 @@ def _check_answer(address: str) -> None:
         return
     host = host.strip("[]")
     if host in ("localhost", "127.0.0.1", "::1"):
-        host = ray.util.get_node_ip_address()  # as Ray takes it
+        host = ray.util.get_node_ip_address()  # as Ray does
     try:
         socket.create_connection((host, int(port)), timeout=_ANSWER).close()
     except (OSError, OverflowError) as error:
@@ -157,14 +157,14 @@ def _check_answer(address: str) -> None:
 
 
 def _places(node: dict[str, Any], workers: RayWorkers) -> int:
-    """Return how many runs fit on a node at a time."""
+    """Return how many runs fit on a node at the same time."""
     has = node["Resources"]
     count = int(has.get("CPU", 0) // workers.cpus)
     return min(count, int(has.get("GPU", 0) / workers.gpus)) if workers.gpus else count
 
 
 def _check_nodes(nodes: Sequence[str], model: str | None) -> None:
-    """Refuse a cluster with a node whose runs would fail, or would be other runs than those here.
+    """Reject a cluster with a node whose runs would fail or differ from those here.
 
     Raises:
         ConfigError: as in `connect`.
@@ -203,21 +203,21 @@ def _look(model: str) -> tuple[str, str, str]:
 
 
 def _faults(seen: tuple[str, str, str], place: str, identity: str) -> list[str]:
-    """Return what is wrong with a node, as `_look` saw it."""
+    """Return the faults of a node inspected by `_look`."""
     address, version, found = seen
     if version != __version__:
         return [f"node {address} has tlora {version}; install {__version__} there."]
     if found == identity:
         return []
-    wrong = "has no" if found == place else "has another model in"
+    wrong = "has no" if found == place else "has a different model in"
     return [f"node {address} {wrong} {place}; copy the model there, or name one on the Hub."]
 
 
 def _relocated(payload: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the payload of a run in a scratch folder, and the files that it needs there.
+    """Return the payload of a run in a scratch folder, and the files needed there.
 
-    The files are given by their path in that folder. An absolute path of the model is the same on
-    each node.
+    Keys of the files are their paths in that folder. An absolute model path is the same on each
+    node.
     """
     config = {name: dict(v) if isinstance(v, dict) else v for name, v in payload["config"].items()}
     sources: dict[str, str] = {}
@@ -237,9 +237,9 @@ def _relocated(payload: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
 
 
 def _sent(value: str, sources: dict[str, str]) -> str:
-    """Return what a field that may name files says in the scratch folder; add them to ``sources``.
+    """Return a field with its file names relocated, and add the files to ``sources``.
 
-    What names no file (a template of tlora, an option of the trainer) stays.
+    Other values (a template name, a trainer option) stay unchanged.
     """
     if not value or (Path(value).exists() and not Path(value).is_file()):
         return value
@@ -248,7 +248,7 @@ def _sent(value: str, sources: dict[str, str]) -> str:
         return value
     words = []
     for part in named:
-        # Files of one name lie in several folders.
+        # Files with the same name are in different folders.
         place = f"files/{len(sources)}/{Path(part.path).name}"
         sources[place] = str(part.path)
         words.append(place if part.weight == 1 else f"{place}:{part.weight}")
@@ -258,7 +258,7 @@ def _sent(value: str, sources: dict[str, str]) -> str:
 def _on_node(
     workers: Workers, job: Job, names: Sequence[str], *contents: bytes
 ) -> tuple[Outcome, Files]:
-    """Run one job in a scratch folder of this node; return how it ended, and its files."""
+    """Run one job in a scratch folder on this node; return its outcome and files."""
     import ray
 
     workers = replace(workers, gpus=[",".join(map(str, ray.get_gpu_ids()))])
@@ -280,7 +280,7 @@ def _on_node(
 
 
 def _outcome(job: Job, reference: Any, started: float) -> Outcome:
-    """Return how a job ended, with its files put in their places; the record comes last."""
+    """Write a job's files, the record last, and return its outcome."""
     import ray
 
     try:

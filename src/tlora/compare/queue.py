@@ -1,13 +1,13 @@
-"""A queue of jobs, each in a process of its own, several at a time.
+"""A queue of jobs, each in its own process, several at a time.
 
-A process for each job is what makes jobs independent: a crash takes one job with it, memory is
-given back whole, and no model, generator or setting of one run reaches the next. On a CPU
-under Linux, a fork server saves the cost of importing torch and transformers for each: a process
-that has imported them and nothing else is forked for every job. Elsewhere (macOS cannot fork such a
-process safely, and a forked process may be unable to use a GPU) each job starts from nothing.
+Separate processes make jobs independent: a crash affects one job, all memory is freed, and no
+model, generator or setting carries over to the next run. On a CPU under Linux, a fork server avoids
+importing torch and transformers for each job: it forks a process that has only imported them.
+Elsewhere (macOS cannot fork such a process safely, and a forked process may be unable to use a GPU)
+each job starts from scratch.
 
-No job outlives the queue: it is ended when the queue stops, and ends itself when the process that
-holds the queue has died, however it died.
+No job outlives the queue: the queue ends its jobs when it stops, and a job ends itself when the
+queue's process has died for any reason.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any
 
 from tlora.credentials import redacted
 
-_LOOK = 1.0  # seconds between chances for an interrupt that is no signal, such as Ray's
-_GRACE = 5.0  # seconds that a job gets to end before it is killed
+_LOOK = 1.0  # polling interval in seconds for interrupts without a signal, such as Ray's
+_GRACE = 5.0  # seconds for a job to end before it is killed
 _LINES_KEPT = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -45,7 +45,7 @@ class Job:
     payload: dict[str, Any]
     """The argument: plain JSON values."""
     log: Path
-    """Where what the job writes to its standard streams goes."""
+    """Log file for the job's output."""
 
 
 @dataclass(frozen=True)
@@ -53,45 +53,45 @@ class Outcome:
     """How a job ended."""
 
     exit_code: int
-    """0; what the process ended with; or minus the signal that ended it."""
+    """Exit code of the process, or minus the signal that ended it."""
     seconds: float
     last_lines: list[str] = field(default_factory=list)
-    """The end of the log of a job that failed."""
+    """The last log lines of a failed job."""
 
     @property
     def cause(self) -> str:
-        """Say how the process ended, in a few words."""
+        """Return how the process ended, in a few words."""
         if self.exit_code >= 0:
             return f"exit code {self.exit_code}"
         name = signal.Signals(-self.exit_code).name
-        memory = "; often the system ran out of memory" if name == "SIGKILL" else ""
+        memory = "; the system may have run out of memory" if name == "SIGKILL" else ""
         return f"ended by {name}{memory}"
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How jobs are run."""
+    """Runs jobs in processes on this machine."""
 
     function: str
-    """What every job calls with its payload: "module:name"."""
+    """Function that every job calls with its payload: "module:name"."""
     jobs: int = 1
-    """Processes at a time."""
+    """Number of parallel processes."""
     threads: int = 1
-    """Threads of each."""
+    """Threads per process."""
     preload: Sequence[str] = ()
     """Modules that the fork server imports once for all jobs."""
     gpus: Sequence[str] = ()
-    """Accelerators, dealt out to the places of the queue in turn; a job sees one, of "" none."""
+    """Accelerators, assigned to the slots of the queue in turn; a job sees one, or none for ""."""
 
     def work(
         self, ready: Callable[[], Job | None], settled: Callable[[Job, Outcome], None]
     ) -> None:
-        """Run jobs until none is ready and none is running.
+        """Run jobs until none is ready or running.
 
         Args:
-            ready: called whenever a place is free; returns a job that has not been given before,
-                or None while there is none. A job that ends may make others ready.
-            settled: called as each job ends.
+            ready: called whenever a slot is free; returns a new job, or None if none is ready. A
+                finished job may make others ready.
+            settled: called when a job ends.
         """
         context = self._context()
         running: dict[int, _Running] = {}
@@ -129,8 +129,8 @@ class Workers:
         process = context.Process(
             target=_run, args=(self.function, job.payload, str(job.log), environment)
         )
-        # The fork server takes these over as it starts, before it imports anything that counts
-        # threads; later they change nothing.
+        # The fork server reads these when it starts, before importing anything that depends on the
+        # number of threads; later changes have no effect.
         with _environment(environment):
             process.start()
         return _Running(job, process, time.monotonic())
@@ -150,7 +150,7 @@ class _Running:
 
 
 def cores() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -158,13 +158,13 @@ def cores() -> int:
 
 @contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, so that both ways of stopping clean up alike."""
+    """Let SIGTERM raise KeyboardInterrupt, so that both clean up in the same way."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not ours to handle there
+        yield  # only the main thread can handle signals
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -188,8 +188,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _run(function: str, payload: dict[str, Any], log: str, environment: dict[str, str]) -> None:
-    """Be the job's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the queue decides, and ends its jobs
+    """Run the job in its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the queue ends its jobs itself
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with Path(log).open("wb", buffering=0) as file:
         for stream in (1, 2):
@@ -226,6 +226,6 @@ def _last_lines(log: Path) -> list[str]:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    # A progress bar rewrites its line; the last state of it is enough.
+    # A progress bar rewrites its line; keep only its last state.
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return [line for line in lines if line][-_LINES_KEPT:]

@@ -1,7 +1,7 @@
-"""The runs of a comparison: which there are, which are ready, which are done.
+"""The runs of a comparison, and which of them are ready or finished.
 
-Tuning runs are every method x learning rate x tuning seed. Final runs, a method x final seed, wait
-until their method's tuning runs are settled, because these choose the learning rate.
+Tuning runs cover every method x learning rate x tuning seed. Final runs, a method x final seed,
+wait for their method's tuning runs, which choose the learning rate.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tlora.compare.comparefolder import CompareFolder
 
 Phase = Literal["tuning", "final"]
 SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
-"""The rows that a run is scored on."""
+"""The rows on which a run is scored."""
 Scores = Mapping[float, Sequence[float | None]]
-"""Validation scores by learning rate, a value for each tuning seed that has run; None: the run
-failed or its score is not a number."""
+"""Validation scores by learning rate, one value per finished tuning seed; None: the run failed or
+its score is not a number."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Trial:
     seed: int
     phase: Phase
     name: str
-    """Name of its files: readable, and ended by a digest of all that defines the run."""
+    """Name of its files: readable, ending in a digest of everything that defines the run."""
 
     def record(self) -> dict[str, Any]:
-        """Return what is known before the run starts."""
+        """Return the part of the record known before the run starts."""
         return {
             "name": self.name,
             "phase": self.phase,
@@ -52,21 +52,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison with what identifies its runs.
+    """A comparison, with the data that identifies its runs.
 
-    Two machines with the same rows and model agree on every name, wherever the files lie.
+    Two machines with the same rows and model agree on every name, regardless of paths.
     """
 
     config: CompareConfig
     metric: str
     better: str
     experiment: str
-    """Digest of what all runs share: model, rows, steps, schedule, batch."""
+    """Digest of the settings shared by all runs: model, rows, steps, schedule, batch."""
     changed: Mapping[str, dict[str, Any]] | None = None
-    """By method, `changed_defaults` of the time at which the comparison started; None: today's."""
+    """`changed_defaults` by method at the start of the comparison; None: current ones."""
 
     def tuning(self) -> list[Trial]:
-        """Return the tuning runs; seeds outermost, so that what has run so far is a fair part."""
+        """Return the tuning runs, seeds outermost, so that partial results are balanced."""
         entries, seeds = self.config.entries(), self.config.tuning_seeds
         places = range(len(entries[0].learning_rates))
         return [
@@ -88,14 +88,14 @@ class Comparison:
         return [self._trial(entry, learning_rate, seed, "final") for seed in seeds]
 
     def score(self, record: dict[str, Any] | None) -> float | None:
-        """Return the score that is compared: on the test rows of a final run, else on those that
-        choose the learning rate."""
+        """Return the compared score: on the test rows for a final run, else on the validation
+        rows."""
         if record is None or record["status"] != "finished":
             return None
         return record["scores"].get(SCORED[record["phase"]], {}).get(self.metric)
 
     def chosen(self, entry: MethodEntry, folder: CompareFolder) -> float | None:
-        """Return the learning rate that the tuning runs choose; None while one is not there."""
+        """Return the learning rate chosen by the tuning runs; None while some are missing."""
         scores: dict[float, list[float | None]] = {}
         for trial in self.tuning_of(entry):
             record = folder.record(trial.name)
@@ -115,10 +115,9 @@ class Comparison:
 
 
 class Schedule:
-    """What to do next.
+    """Order of the runs.
 
-    A finished run is done for good. A failed one is tried again, once each time that the
-    comparison is started.
+    Finished runs are never repeated. Failed runs are retried once each time the comparison starts.
     """
 
     def __init__(self, comparison: Comparison, folder: CompareFolder) -> None:
@@ -129,24 +128,24 @@ class Schedule:
         self._tuning = comparison.tuning()
 
     def __iter__(self) -> Iterator[Trial]:
-        """Yield the runs that can start now, tuning runs first."""
+        """Yield the runs that are ready, tuning runs first."""
         for trial in [*self._tuning, *self._finals()]:
             if trial.name not in self._attempted and not self._is_finished(trial):
                 yield trial
 
     def next(self) -> Trial | None:
-        """Return the next run to start, which will not be returned again, or None for now."""
+        """Return the next run to start, each only once, or None if none is ready."""
         trial = next(iter(self), None)
         if trial is not None:
             self._attempted.add(trial.name)
-            # What failed before and runs again is not settled in the meantime.
+            # A failed run that is being retried is not settled.
             self.folder.record_file(trial.name).unlink(missing_ok=True)
         return trial
 
     def counts(self) -> tuple[int, int]:
-        """Return how many runs are finished, and how many there are.
+        """Return the number of finished runs and the total.
 
-        A method with no learning rate to be chosen has no final runs.
+        A method without a valid learning rate has no final runs.
         """
         known = [*self._tuning, *self._finals()]
         config = self.comparison.config
@@ -154,7 +153,7 @@ class Schedule:
         return sum(map(self._is_finished, known)), len(known) + waiting * len(config.final_seeds)
 
     def _finals(self) -> list[Trial]:
-        """Return the final runs of the methods whose learning rate is chosen, by seed."""
+        """Return the final runs of methods with a chosen learning rate, by seed."""
         runs = []
         for entry in filter(self._settled, self.comparison.config.entries()):
             rate = self.comparison.chosen(entry, self.folder)
@@ -163,7 +162,7 @@ class Schedule:
         return [trial for round_ in zip(*runs, strict=True) for trial in round_]
 
     def _settled(self, entry: MethodEntry) -> bool:
-        """Whether every tuning run of a method has finished, or failed for now."""
+        """Whether every tuning run of a method has finished or failed."""
         return all(
             self._is_finished(trial)
             or (trial.name in self._attempted and self.folder.record(trial.name) is not None)
@@ -180,7 +179,7 @@ class Schedule:
 
 
 def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
-    """Return the mean score of every learning rate at which all ``seeds`` runs have a score."""
+    """Return the mean score of every learning rate with scores from all ``seeds`` runs."""
     return {
         learning_rate: statistics.fmean(value for value in values if value is not None)
         for learning_rate, values in scores.items()
@@ -189,13 +188,13 @@ def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
 
 
 def best_learning_rate(scores: Scores, seeds: int, better: str) -> float | None:
-    """Return the learning rate with the best mean; of equal means the lowest learning rate.
+    """Return the learning rate with the best mean; the lowest one among equal means.
 
-    One at which a seed failed is out: its mean would be over other seeds than the rest's.
+    Excludes learning rates with a failed seed, whose mean would be over fewer seeds.
 
     Args:
         scores: validation scores by learning rate.
-        seeds: how many tuning seeds there are.
+        seeds: number of tuning seeds.
         better: "higher" or "lower".
     """
     means = mean_scores(scores, seeds)

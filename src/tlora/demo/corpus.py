@@ -1,4 +1,4 @@
-"""Arithmetic in plain words: what the embedded base model is adapted to.
+"""Arithmetic word problems to which the demo adapts its embedded base model.
 
 A row is `{"prompt": ..., "response": ...}`. Every prompt states one problem `(a, operation, b)` in
 one of several forms and ends in `Answer:`. The response is the sum and its value, `30-14=16`.
@@ -6,10 +6,10 @@ one of several forms and ends in `Answer:`. The response is the sum and its valu
 
 One problem in ten, chosen by the problem itself, is held out: it appears in no training row of any
 form, neither in pretraining nor in the training half of a task, so that a right answer on it is
-computed and not remembered. The forms here are never seen in pretraining, whose own are in
-`scripts/pretraining_corpus.py`. `ledger`, the demo's: the question comes first, the change before
-the opening stock, and a count of something else stands among the facts. `spelled`: numbers are
-written as words. `program`: a few lines of code, one variable of which is not asked for.
+computed and not remembered. Pretraining never shows the forms here; its own are in
+`scripts/pretraining_corpus.py`. `ledger`, used by the demo: the question comes first, the change
+before the opening stock, with an unrelated count among the facts. `spelled`: numbers as words.
+`program`: a few lines of code with an irrelevant variable.
 """
 
 import random
@@ -20,7 +20,7 @@ from typing import NamedTuple
 Row = dict[str, str]
 
 HELD_OUT_SHARE = 0.1
-LIMIT = 100  # operands and answers stay below it
+LIMIT = 100  # operands and answers stay below this limit
 
 ITEMS = ("apples", "books", "coins", "eggs", "pens", "cups", "keys", "shells")
 PLACES = ("box", "shop", "bag", "room")
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
     @property
     def answer(self) -> int:
-        """The number a right response ends in."""
+        """The number at the end of a right response."""
         match self.op:
             case "+":
                 return self.a + self.b
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def working(self) -> str:
-        """The response to a problem told in words: `30-14=16`, or for a comparison the answer."""
+        """The response to a word problem: `30-14=16`, or just the answer for a comparison."""
         if self.op in ("+", "-"):
             return f"{self.a}{self.op}{self.b}={self.answer}"
         return str(self.answer)
@@ -68,7 +68,7 @@ class Problem(NamedTuple):
 
 @cache
 def problems(op: str, held_out: bool) -> tuple[Problem, ...]:
-    """All problems of one operation, on one side of the split, with operands from 1 to 99.
+    """Return all problems of one operation on one side of the split, with operands 1 to 99.
 
     Sums stay below 100, differences above 0, and the two numbers compared differ.
     """
@@ -117,7 +117,7 @@ class Form(NamedTuple):
     write: Callable[[Problem, random.Random], str]
     share: float = 1.0
     told: bool = True
-    """Whether the response shows the sum, and not its value alone."""
+    """Whether the response shows the calculation and not only its result."""
 
 
 SHIFTED: dict[str, Form] = {
@@ -147,10 +147,10 @@ def distinct(form: Form, held_out: bool, count: int, rng: random.Random) -> list
 def shifted_task(
     seed: int, train: int = 2000, test: int = 200, form: str = "ledger"
 ) -> tuple[list[Row], list[Row]]:
-    """The task to adapt to: `(train rows, test rows)` of a shifted form.
+    """Return the task to adapt to: `(train rows, test rows)` of a shifted form.
 
-    The two halves share no problem `(a, operation, b)`: training rows are drawn from the problems
-    that are not held out, test rows from those that are. No prompt occurs twice.
+    The two share no problem `(a, operation, b)`: training rows use problems that are not held out,
+    test rows use held-out ones. Every prompt is unique.
     """
     rng, shifted = random.Random(f"shifted {seed}"), SHIFTED[form]
     return distinct(shifted, False, train, rng), distinct(shifted, True, test, rng)

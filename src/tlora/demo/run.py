@@ -1,8 +1,8 @@
-"""`tlora demo`: the whole path on the embedded base model, without network or data.
+"""`tlora demo`: the full workflow on the embedded base model, without network or data.
 
 The base is adapted to word problems in a form it has not seen, by LoRA, by the paper's rule and by
 the recommended setting, three seeds each. Steps, batch, rank and learning rates are those of
-benchmarks/quality/base-ledger-seeds.yaml, where each method's rate was chosen on validation rows.
+benchmarks/quality/base-ledger-seeds.yaml, which tuned each learning rate on validation rows.
 Then PEFT alone loads an adapter of the recommended setting, in a process that cannot import tlora.
 """
 
@@ -30,12 +30,12 @@ from tlora.training.runfolder import RunFolder
 
 BASE_MODEL = str(files("tlora.demo") / "base")
 _MARK = "demo.json"
-"""Says that a folder holds a demonstration, and in the end what that found."""
+"""Marks the folder of a demonstration, and stores its results at the end."""
 _STEPS = 120
 _RATES = {"lora": 1.7e-2, "paper-rule": 3e-3, "recommended": 1.7e-2}
-"""Of LoRA, and of presets of tlora."""
+"""Learning rates of LoRA and of the tlora presets."""
 _SEEDS = (2, 3, 4)
-"""Added to the demo's own; 0, 1, 7 and 8 chose the learning rates."""
+"""Offsets to the demo's seed; the learning rates were tuned on 0, 1, 7 and 8."""
 _BATCH = 100
 _DATA = DataConfig(format="raw", max_length=512)
 _TOLERANCE = 1e-5
@@ -62,11 +62,11 @@ class Score:
 
     method: str
     trainable: int
-    """Parameters that train, the mean over seeds."""
+    """Trainable parameters, mean over seeds."""
     exact_match: list[float]
-    """Share of the test rows answered exactly, in [0, 1], a seed each."""
+    """Fraction of test rows answered exactly, in [0, 1], one value per seed."""
     loss: list[tuple[float, float]]
-    """Training loss by step, the mean over seeds."""
+    """Training loss by step, mean over seeds."""
 
     @property
     def mean(self) -> float:
@@ -76,26 +76,26 @@ class Score:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found, and where it left it."""
+    """Results of the demo and their location."""
 
     scores: tuple[Score, ...]
     test_rows: int
     difference: float
-    """Largest difference between the logits of the trained model and of PEFT's reload."""
+    """Largest logit difference between the trained model and PEFT's reload."""
     adapter: Path
     example: dict[str, str]
-    """One test row, and what the base and the adapted model answer."""
+    """One test row, with the answers of the base and the adapted model."""
     seconds: float
 
 
 def check(output_dir: str, seed: int = 0, rows_only: bool = False) -> dict[str, Any]:
-    """Check that a folder is free or holds this very demonstration, without writing anything.
+    """Check that a folder is free or has the same demonstration, without writing anything.
 
     Returns:
-        What `demo.json` says of it, now or when it is started.
+        The contents of `demo.json`, now or once started.
 
     Raises:
-        ConfigError: the folder holds something else, or another demonstration.
+        ConfigError: the folder has other contents, or another demonstration.
     """
     file = Path(output_dir) / _MARK
     mine = {"kind": "tlora demo", "seed": seed, "rows_only": rows_only}
@@ -105,11 +105,11 @@ def check(output_dir: str, seed: int = 0, rows_only: bool = False) -> dict[str, 
     found = read_json(file)
     if not isinstance(found, dict) or found.get("kind") != mine["kind"]:
         raise ConfigError(
-            f"{file} was not written by `tlora demo`; choose another --output_dir.", "output_dir"
+            f"{file} was not written by `tlora demo`; use another --output_dir.", "output_dir"
         )
     faults = [
-        f"`{name}` is {value!r}, but {output_dir} was started with {found.get(name)!r}; give it as"
-        " it was, or choose another --output_dir."
+        f"`{name}` is {value!r}, but {output_dir} was started with {found.get(name)!r}; use the"
+        " same value, or another --output_dir."
         for name, value in mine.items()
         if found.get(name) != value
     ]
@@ -124,17 +124,17 @@ def run(
     tell: Callable[[str], None] = lambda text: None,
     steps: int = _STEPS,
 ) -> DemoResult:
-    """Run the demonstration; a second call keeps the methods that are finished.
+    """Run the demonstration; a second call skips finished methods.
 
     Args:
-        output_dir: folder of the result, which is free or holds this demonstration.
-        seed: of the rows, the adapters and the order of training.
-        tell: called with a line of text as each part begins.
-        steps: optimizer steps of each training.
+        output_dir: folder for the results, free or with this demonstration.
+        seed: seed of the rows, the adapters and the training order.
+        tell: called with a line of text at the start of each part.
+        steps: optimizer steps per training.
 
     Raises:
-        ConfigError: the folder holds something else, or a demonstration of another seed.
-        AdapterError: PEFT's reload gives other logits.
+        ConfigError: the folder has other contents, or a demonstration of another seed.
+        AdapterError: PEFT's reload has different logits.
     """
     folder = Path(output_dir)
     mark = check(output_dir, seed)
@@ -146,19 +146,19 @@ def run(
 
 
 def write_rows(output_dir: str, seed: int = 0, test: int = 500) -> dict[str, Path]:
-    """Write the rows of each task that the embedded base can be adapted to; train nothing.
+    """Write the rows of each task for the embedded base, without training.
 
     Args:
-        output_dir: folder of the result, which is free or holds these rows: train.jsonl and
-            test.jsonl in a folder for each task. Files that are there stay as they are.
-        seed: of the rows.
-        test: test rows of a task.
+        output_dir: folder for the results, free or with these rows: train.jsonl and test.jsonl
+            in one folder per task. Existing files stay unchanged.
+        seed: seed of the rows.
+        test: test rows per task.
 
     Returns:
-        The folders, by name of the task.
+        The folders by task name.
 
     Raises:
-        ConfigError: the folder holds something else, or the rows of another seed.
+        ConfigError: the folder has other contents, or the rows of another seed.
     """
     from tlora.demo import corpus
 
@@ -211,7 +211,7 @@ def _run(folder: Path, seed: int, tell: Callable[[str], None], steps: int) -> De
 
 
 def _score(name: str, runs: Sequence[RunFolder], exact_match: list[float]) -> Score:
-    """Return the line of a method from its runs, a seed each."""
+    """Return the line of a method from its runs, one per seed."""
     losses: dict[int, list[float]] = {}
     for run in runs:
         for line in map(json.loads, run.log.read_text(encoding="utf-8").splitlines()):
@@ -227,7 +227,7 @@ def _score(name: str, runs: Sequence[RunFolder], exact_match: list[float]) -> Sc
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: the model is so small that more only wait for each other."""
+    """Compute on one thread, because more only add overhead for such a small model."""
     import torch
 
     threads = torch.get_num_threads()
@@ -292,7 +292,7 @@ def _load_base() -> tuple[Any, Any]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    """Write rows to a file that is not there yet."""
+    """Write rows to a file unless it exists."""
     if not path.is_file():
         with replacing_file(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -300,7 +300,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
 
 
 def _reload_alone(model: Any, tokenizer: Any, run: RunFolder, prompts: list[str]) -> float:
-    """Return the largest difference of the logits when PEFT, without tlora, loads the adapter."""
+    """Return the largest logit difference when PEFT loads the adapter without tlora."""
     import torch
     from safetensors.torch import load_file
 

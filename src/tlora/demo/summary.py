@@ -1,4 +1,4 @@
-"""What the demonstration shows at its end: a table, a plot, an example, where things are."""
+"""Final output of the demonstration: a table, a plot, an example, and paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def table(lines: Iterable[Score]) -> Table:
-    """Return a line for the base model and for each method."""
+    """Return one line for the base model and each method."""
     from tlora.report.tables import plain
 
     rows = [
@@ -23,12 +23,12 @@ def table(lines: Iterable[Score]) -> Table:
 
 
 def _seeds(line: Score) -> str:
-    """Return the spread of a method's scores; the base model has one and no spread."""
+    """Return the scores of a method by seed; nothing for the base model's single score."""
     return " ".join(f"{value:.1%}" for value in line.exact_match if len(line.exact_match) > 1)
 
 
 def page(result: DemoResult) -> str:
-    """Write the page of scores and losses, in the demo's folder; return where it is."""
+    """Write the page of scores and losses into the demo's folder, and return its path."""
     if extras.missing("compare"):
         return 'no page; run `pip install "tlora[compare]"`'
     from tlora.report import charts, svg
@@ -52,7 +52,7 @@ def page(result: DemoResult) -> str:
 
 
 def text(result: DemoResult) -> str:
-    """Return what is said below the table."""
+    """Return the text below the table."""
     return (
         f"exact match on {result.test_rows} problems that the adapters have not seen, the mean and"
         " each seed\n"

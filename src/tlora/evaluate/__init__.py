@@ -1,1 +1,1 @@
-"""`tlora eval`: its record, its folder on disk, the models it evaluates and how they are asked."""
+"""`tlora eval`: its configuration, folder and models, and how it queries them."""

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood, its probabilities averaged by a Laplace approximation."""
+"""Multiple choice by likelihood, with probabilities averaged by a Laplace approximation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 _BATCH = 8
 
 Choice = tuple[list[int], list[int]]
-"""Tokens of the context and of what follows it."""
+"""Tokens of the context and of its continuation."""
 
 
 class LaplaceLM(TransformersLM):
-    """An adapter of a causal model; the likelihoods of an item's choices are averaged ones.
+    """A causal model with an adapter, whose choice likelihoods are Laplace averages.
 
     Args:
         model: the adapter on its base.
         tokenizer: its tokenizer.
-        config: batch size, greatest length and seed.
+        config: batch size, maximum length and seed.
         evaluated: the adapter.
     """
 
@@ -50,7 +50,7 @@ class LaplaceLM(TransformersLM):
         self._fits, self._docs = False, [0]
 
     def fit(self, requests: list[Instance]) -> None:
-        """Fit the approximation to the training items of a task, given as its requests."""
+        """Fit the approximation to the requests of a task's training items."""
         before = self.truncated
         self._fits = True
         self.loglikelihood(requests, disable_tqdm=True)
@@ -59,7 +59,7 @@ class LaplaceLM(TransformersLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return the averaged log-likelihood of each choice; those of one doc belong together."""
+        """Return the averaged log-likelihood of each choice, grouped by doc."""
         self._docs = [request.doc_id for request in requests]
         return super().loglikelihood(requests, disable_tqdm)
 
@@ -81,7 +81,7 @@ class LaplaceLM(TransformersLM):
         return [(value, False) for logits in found for value in logits.tolist()]
 
     def _batch(self, items: Sequence[Sequence[Choice]]) -> ScoredBatch:
-        """Return the choices of items as sequences, each scored by the likelihood of its end."""
+        """Return the choices as sequences, each scored by the likelihood of its continuation."""
         choices = [choice for item in items for choice in item]
         rows = [(context + end)[-(self.max_length + 1) :][:-1] for context, end in choices]
         width = max(map(len, rows))

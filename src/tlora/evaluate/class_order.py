@@ -1,4 +1,4 @@
-"""Which class each output of a model with a head is: from its run, or its own configuration."""
+"""Map the outputs of a classifier to classes, from its run or its configuration."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from tlora.training.runfolder import RunFolder
 
 
 def class_names(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | None:
-    """Return the classes of a model in the order of its outputs; None where nothing tells it.
+    """Return a model's classes in the order of its outputs; None if unknown.
 
-    The record of its run comes first, and `label_names` of the user must not contradict it. Then
-    what the user says, then the model's own configuration, where it has a head and the names are
-    more than numbers ("LABEL_0").
+    The run's record takes precedence, and the user's `label_names` must not contradict it. Next
+    come the user's names, then the model's configuration, if it has a head and real names rather
+    than numbers ("LABEL_0").
 
     Raises:
-        ConfigError: the user's order is not that of training.
+        ConfigError: the user's order differs from that of training.
     """
     run, given = run_of(evaluated), config.data.label_names
     recorded = _recorded(run) if run else None
     if recorded and given and order_of(recorded, given) not in (None, [*range(len(given))]):
         raise ConfigError(
-            f"{', '.join(given)} is not the order in which {evaluated.name} was trained"
-            f" ({', '.join(recorded)}); leave it out.",
+            f"{', '.join(given)} differs from the class order {evaluated.name} was trained with"
+            f" ({', '.join(recorded)}); remove it.",
             where="data.label_names",
         )
     if given or recorded:
         return given or recorded
-    # What the base of a run's adapter says is of the head that the run has put aside.
+    # The base's configuration describes a head that the run has replaced.
     return None if run and evaluated.adapter else _configured(evaluated, config)
 
 
 def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """Return where each of ``wanted`` stands in ``names``, None if they are not the same classes.
+    """Return the index in ``names`` of each of ``wanted``; None if the classes differ.
 
-    Upper and lower case are one, unless they tell classes apart.
+    Ignores case, unless it distinguishes classes.
     """
     for same in (str, str.casefold):
         left, right = [same(name) for name in names], [same(name) for name in wanted]
@@ -52,7 +52,7 @@ def order_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
 
 
 def run_of(evaluated: EvaluatedModel) -> RunFolder | None:
-    """Return the run that a model or an adapter is in, at its end or as a checkpoint."""
+    """Return the run that contains a model or an adapter, final or as a checkpoint."""
     folder = Path(evaluated.path)
     for run in (RunFolder(folder.parent), RunFolder(folder.parent.parent)):
         if run.exists and folder in (run.adapter, run.checkpoints / folder.name):
@@ -64,7 +64,7 @@ def _recorded(run: RunFolder) -> list[str] | None:
     values = run.config()
     task = values.get("task")
     own = TASKS.load(task).label_names if task in TASKS.names() else None
-    # Where a task has classes of its own, training does not ask what the user calls them.
+    # If a task defines its classes, training ignores the user's names.
     return own or values.get("data", {}).get("label_names")
 
 
@@ -76,6 +76,6 @@ def _configured(evaluated: EvaluatedModel, config: EvalConfig) -> list[str] | No
     own = Pretrained(name=evaluated.model, trust_remote_code=config.trust_remote_code).config()
     by_id = getattr(own, "id2label", None) or {}
     names = [str(by_id[number]) for number in sorted(by_id)]
-    # Numbers and numbered labels name nothing: "LABEL_0", "0".
+    # Numbers and numbered labels ("LABEL_0", "0") are not names.
     named = any(name not in (f"LABEL_{n}", str(n)) for n, name in enumerate(names))
     return names if named and labels_texts(own) else None

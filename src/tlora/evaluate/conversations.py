@@ -1,6 +1,6 @@
-"""MT-Bench asked of a model: both turns, the second after the model's own first answer.
+"""Ask a model MT-Bench: both turns, the second after the model's own first answer.
 
-What it writes is graded later (`tlora.evaluate.grade`), when no model is in memory any more.
+Grading happens later (`tlora.evaluate.grade`), with no model in memory.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class ChatForm:
-    """One way to write a conversation as a prompt."""
+    """One way to format a conversation as a prompt."""
 
     says: str
-    """What it is, for a result's protocol line."""
+    """Description for the protocol line of a result."""
     render: Callable[[Any, Messages], str]
-    """(tokenizer, messages of which the user's is last) -> the prompt."""
+    """(tokenizer, messages ending with the user's) -> the prompt."""
     stops: Callable[[Any], list[str]] = lambda _: []
-    """Tokenizer -> texts that a reply ends before."""
+    """Tokenizer -> stop sequences."""
 
 
 _TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:"
@@ -77,11 +77,11 @@ class MtBench:
     """MT-Bench's two-turn questions (Zheng et al., arXiv 2306.05685).
 
     Raises:
-        ConfigError: a setting cannot be kept.
+        ConfigError: a setting is not supported.
         DataError: the files of questions and references are missing or damaged.
 
-    Source: turns, temperatures and the length of an answer are those of FastChat's script.
-    Departure: questions are asked in batches, so samples are not drawn alike.
+    Source: turns, temperatures and answer length follow FastChat's script.
+    Departure: questions are batched, so samples differ from FastChat's.
     """
 
     shots = 0
@@ -109,7 +109,7 @@ class MtBench:
 
     @property
     def protocol(self) -> str:
-        """What it is and its source, in a line; the prompts' form is known after `check`."""
+        """One line with name and source; `check` determines the form of the prompts."""
         sampling = "greedy" if self._greedy else "the published temperatures by category"
         said = [f"{form.says} ({name})" for name, form in self._forms.items()]
         forms = {form.says for form in self._forms.values()}
@@ -122,15 +122,15 @@ class MtBench:
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> None:
-        """Check, before the model is loaded, that it can be asked, and how.
+        """Check before loading the model that it supports MT-Bench, and choose the prompt form.
 
         Args:
             evaluated: the model.
             tokenizer: its tokenizer.
-            longest: tokens that it holds, prompt and reply.
+            longest: its context length in tokens, prompt and reply.
 
         Raises:
-            ConfigError: it has no chat template and one is asked for, or no room for a prompt.
+            ConfigError: it lacks a required chat template, or has no room for a prompt.
         """
         wanted = self._config.chat_prompt
         if wanted == "template" and not tokenizer.chat_template:
@@ -143,17 +143,17 @@ class MtBench:
         self._forms[evaluated.name] = self._form(tokenizer)
 
     def evaluate(self, lm: Any) -> TaskResult:
-        """Have the first turns of all questions answered, then the second ones; no scores yet.
+        """Generate the answers to all first turns, then to all second turns, without scores.
 
         Args:
-            lm: the model, as the harness knows it.
+            lm: the model, wrapped for the harness.
         """
         system = self._config.system_instruction or self._config.data.system
         start = [{"role": "system", "content": system}] if system else []
         chats: list[Messages] = [[*start] for _ in self._questions]
         form = self._form(lm.tokenizer)
         stops = form.stops(lm.tokenizer)
-        # vLLM cuts prompts where nobody counts them.
+        # vLLM truncates prompts without counting them.
         before, prompts, replies = getattr(lm, "truncated", 0), [], []
         for turn in (0, 1):
             for chat, question in zip(chats, self._questions, strict=True):
@@ -168,7 +168,7 @@ class MtBench:
         return TaskResult(lines, {}, getattr(lm, "truncated", 0) - before)
 
     def _form(self, tokenizer: PreTrainedTokenizerBase) -> ChatForm:
-        """Return what the user asks for, or else the chat template, where there is one."""
+        """Return the form that the user chose, else the chat template, if there is one."""
         wanted = self._config.chat_prompt
         own = "template" if tokenizer.chat_template else "instruction"
         return FORMS[own if wanted == "auto" else wanted]
@@ -196,7 +196,7 @@ class MtBench:
 
 def _generation(options: dict[str, Any]) -> tuple[int, bool]:
     faults = [
-        f"`gen_kwargs.{name}` has no place in MT-Bench, whose temperatures belong to it; give"
+        f"`gen_kwargs.{name}` does not apply to MT-Bench, which sets its own temperatures; use"
         " max_gen_toks, or do_sample=false for greedy answers."
         for name in options
         if name not in ("max_gen_toks", "do_sample")

@@ -1,7 +1,6 @@
-"""The record of `tlora eval`: which models, on which tasks, under which protocol.
+"""Configuration of `tlora eval`: which models, on which tasks, under which protocol.
 
-Where lm-evaluation-harness has a word for a field, it is the field's name. Nothing here imports
-torch.
+Fields that lm-evaluation-harness has too use its names. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ SETTINGS = (
     "laplace",
     "data",
 )
-"""Fields that can change a score; all results of a folder have them in common."""
+"""Fields that can change a score; all results in a folder share their values."""
 _OF_TRAINING = (
     "train_split",
     "loss_on",
@@ -52,9 +51,9 @@ _OF_TRAINING = (
     "guard",
     "guard_dir",
 )
-"""Fields of `data` that have no meaning where nothing is trained."""
+"""Fields of `data` that only apply to training."""
 REPLY_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What `gen_kwargs` may call the most tokens of a reply; the first is the harness' own name."""
+"""Names of the reply length limit in `gen_kwargs`; the first is the harness' own."""
 _GENERATION = {
     **dict.fromkeys(REPLY_TOKENS, Annotated[int, at_least(1)]),
     "temperature": Annotated[float, at_least(0)],
@@ -62,7 +61,7 @@ _GENERATION = {
 }
 
 _ITEMS = Rule(
-    "a number of items or a share below 1",
+    "a number of items or a fraction below 1",
     lambda limit: 0 < limit < 1 or (limit >= 1 and float(limit).is_integer()),
 )
 
@@ -72,85 +71,85 @@ class EvalConfig(Record):
     """One evaluation: models on tasks, every model with the same prompts, one table.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     where: ClassVar[str] = "eval"
 
     models: list[str] = field(default_factory=list, metadata={"positional": True})
-    """What to evaluate: folders or Hub names of models and PEFT adapters, folders of `tlora
-    train`; NAME=PATH says what tables call it."""
+    """Models to evaluate: folders or Hub names of models and PEFT adapters, or `tlora train`
+    folders. NAME=PATH sets the name in tables."""
     tasks: list[str] | str = field(default_factory=list)
-    """Tasks, "a,b": those of `tlora list evaluations`, any of lm-evaluation-harness; for models
-    with a head, and with `test_file`, those of `tlora list tasks`, by default jsonl."""
+    """Tasks, "a,b": from `tlora list evaluations` or lm-evaluation-harness; with `test_file`, and
+    for models with a head, from `tlora list tasks` (default: jsonl)."""
     output_dir: Annotated[str, FOLDER] = "tlora-eval"
-    """Folder of the result; rerun the same command to resume."""
+    """Folder for the results; rerun the same command to resume."""
     model: str | None = None
-    """Base model of the adapters, in place of the one that they name; alone: what to evaluate."""
+    """Base model for the adapters, instead of the one they name; alone, the model to evaluate."""
     adapter: str | None = None
-    """An adapter to evaluate, like a further word before the flags."""
+    """An adapter to evaluate, like a positional argument."""
     with_base: bool = False
-    """Evaluate the base model of each adapter too, first: what the others are compared with."""
+    """Also evaluate the base model of each adapter first, as the baseline for comparison."""
     merge: bool = False
-    """Evaluate each adapter merged into its base, in memory, instead of beside it."""
+    """Evaluate each adapter merged into its base in memory, instead of unmerged."""
     with_merged: bool = False
-    """Evaluate each adapter both ways."""
+    """Evaluate each adapter both merged and unmerged."""
     laplace: bool = False
-    """Evaluate each adapter with averaged predictions too, by a Laplace approximation fitted to its
-    training rows (Laplace-LoRA), and report -nll and -ece of all: of classifications and of
-    multiple choice by likelihood."""
+    """Also evaluate each adapter with predictions averaged by a Laplace approximation fitted to its
+    training rows (Laplace-LoRA), and report -nll and -ece for all models; for classification
+    and multiple choice by likelihood."""
     train_file: str | None = None
-    """Training rows of a classifier for `laplace`; by default those that its run records."""
+    """Training rows of a classifier for `laplace`; by default, those recorded by its run."""
     num_fewshot: Annotated[int, at_least(0)] | None = None
-    """Examples before each question; by default the task's own number."""
+    """Few-shot examples before each question; by default, the task's own number."""
     limit: Annotated[float, _ITEMS] | None = None
-    """Only the first items of each task: a number, or below 1 a share."""
+    """Evaluate only the first items of each task: a number, or a fraction below 1."""
     batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 16
-    """Prompts at a time, or "auto"; the longest come first."""
+    """Prompts per batch, or "auto"; the longest come first."""
     max_batch_size: Annotated[int, at_least(1)] = 64
-    """Where "auto" starts from."""
+    """Initial batch size for "auto"."""
     max_length: Annotated[int, at_least(1)] | None = None
-    """Tokens of prompt and reply; by default the model's own limit. Longer prompts lose their
-    beginning."""
+    """Maximum tokens of prompt and reply; by default, the model's own limit. Longer prompts lose
+    their beginning."""
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Generation over the task's own: max_gen_toks=256,temperature=0.7,do_sample=true."""
+    """Generation options over the task's: max_gen_toks=256,temperature=0.7,do_sample=true."""
     apply_chat_template: bool = False
-    """Put prompts into the tokenizer's chat template."""
+    """Format prompts with the tokenizer's chat template."""
     fewshot_as_multiturn: bool = False
-    """With a chat template, examples are earlier turns of the chat."""
+    """With a chat template, add few-shot examples as earlier turns of the chat."""
     system_instruction: str | None = None
-    """What stands before every prompt."""
+    """Text to put before every prompt."""
     data_dir: str | None = None
-    """Folder with the tasks' files, in place of the Hub."""
+    """Folder with the tasks' files, to use instead of the Hub."""
     test_file: str | None = None
-    """Rows of a task of `tlora list tasks` to score, in files as `tlora train` takes them."""
+    """Files of rows to score for a task of `tlora list tasks`, in the formats of `tlora train`."""
     allow_code_execution: bool = False
-    """Run the programs that models write, where a task asks for it; docs/evaluation.md says in
-    what sandbox. Python code that comes with a task's YAML runs too, in none."""
+    """Run programs written by models, for tasks that need it, in the sandbox described in
+    docs/evaluation.md. Python code that comes with a task's YAML also runs, without a sandbox."""
     sandbox: Sandbox = "namespaces"
-    """How programs are kept apart; "landlock" is weaker, for machines that forbid the first."""
+    """Sandbox for programs; "landlock" is weaker, for machines that forbid the first."""
     n_samples: Annotated[int, at_least(1)] = 1
-    """Programs for each problem of code; more than 1 are drawn, not greedy."""
+    """Programs to generate per coding problem; with more than 1, sampled instead of greedy."""
     backend: Backend = "hf"
-    """What generates: transformers, or vLLM where it is installed."""
+    """Generation backend: transformers, or vLLM if installed."""
     dtype: Dtype = "auto"
-    """Precision to load models in; "auto" takes the checkpoint's own, on a CPU float32."""
+    """Precision to load models in; "auto" uses the checkpoint's own, or float32 on a CPU."""
     quantization: Quantization = "none"
-    """Quantize the base while loading, by bitsandbytes: "nf4" or "int8"."""
+    """Quantize the base model with bitsandbytes while loading: "nf4" or "int8"."""
     device: str | None = None
-    """Where to compute ("cuda:1"); by default the first accelerator."""
+    """Device to compute on ("cuda:1"); by default, the first accelerator."""
     parallelize: bool = False
-    """Spread a model that one device does not hold over all of them."""
+    """Spread a model that does not fit on one device over all devices."""
     tokenizer: str | None = None
-    """Tokenizer for all models, in place of each base model's own."""
+    """Tokenizer for all models, instead of each base model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model or with a task's YAML."""
     seed: Annotated[int, SEED] = 1234
-    """Seed of the choice of examples and of sampling."""
+    """Seed for choosing few-shot examples and for sampling."""
     chat_prompt: ChatPrompt = "auto"
-    """Prompts of conversations: the run's or model's chat "template", the paper's "instruction"
-    prompt, which `--task chat` trains on, "raw" text, or "auto": as the run was trained, else the
-    template if there is one, else the instruction prompt."""
+    """Prompt format for conversations: the chat "template" of the run or model, the paper's
+    "instruction" prompt (as in `--task chat`), "raw" text, or "auto": the format the run was
+    trained in, else the template if there is one, else the instruction prompt."""
     data: DataConfig = field(default_factory=DataConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
@@ -165,44 +164,44 @@ class EvalConfig(Record):
         super().__post_init__()
 
     def entries(self) -> list[str]:
-        """Return what is to be evaluated, as the user wrote it."""
+        """Return the models to evaluate, as the user wrote them."""
         given = [*self.models, *([self.adapter] if self.adapter else [])]
         return given or ([self.model] if self.model else [])
 
     @property
     def only_grades(self) -> bool:
-        """Whether no model is named, and a judge is: what the folder holds is graded."""
+        """Whether only a judge is given, to grade the conversations in the folder."""
         return self.judge.url is not None and not self.entries()
 
     def limited(self, there: int) -> int:
-        """Return how many of ``there`` items are evaluated, by `limit`."""
+        """Return how many of ``there`` items to evaluate, according to `limit`."""
         if self.limit is None:
             return there
         wanted = int(self.limit) if self.limit >= 1 else math.ceil(self.limit * there)
         return min(there, wanted)
 
     def settings(self) -> dict[str, Any]:
-        """Return what can change a score, as plain JSON values."""
+        """Return the settings that can change a score, as plain JSON values."""
         values = self.to_dict()
         return {name: values[name] for name in SETTINGS}
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields, and in the open ones."""
+        """Yield errors in combinations of fields and in free-form fields."""
         for name in self.data.given():
             if name in _OF_TRAINING:
-                yield f"`data.{name}` is for training only; leave it out."
+                yield f"`data.{name}` only applies to training; remove it."
         if ":" not in str(self.test_file):
             yield from self.data.undrawn()
         for name, kind in _GENERATION.items():
             if name in self.gen_kwargs:
                 yield from fault(f"gen_kwargs.{name}", kind, self.gen_kwargs[name])
         if not (self.entries() or self.judge.url):
-            yield "no model to evaluate is named; give the folder of a model or an adapter."
+            yield "no model to evaluate is given; give the folder of a model or an adapter."
         if not (self.tasks or self.only_grades):
-            yield "`tasks` is empty; give --tasks; see `tlora list evaluations`."
+            yield "`tasks` is empty; give --tasks (see `tlora list evaluations`)."
         if self.merge and self.with_merged:
-            yield "`merge` and `with_merged` are both given; give one of them."
+            yield "`merge` and `with_merged` are both set; keep one of them."
         if self.train_file and not self.laplace:
-            yield "`train_file` has no effect without `laplace`; leave it out."
+            yield "`train_file` has no effect without `laplace`; remove it."
         if self.laplace and self.backend != "hf":
-            yield "`laplace` needs gradients, which vLLM does not give; leave --backend out."
+            yield "`laplace` needs gradients, which vLLM does not provide; remove --backend."

@@ -3,11 +3,11 @@
 ::
 
     eval.json                   models, tasks, scores, the configuration, where it was made
-    samples/MODEL/TASK.jsonl    one line an item: prompt, reply, answer, target, scores
+    samples/MODEL/TASK.jsonl    one line per item: prompt, reply, answer, target, scores
     report.html, report.md
 
-A pair of model and task is written when all its items are scored: its samples first, then
-eval.json, which names it. So a killed evaluation keeps the pairs that were finished.
+Once all items of a model and task are scored, the samples are written first, then eval.json, which
+lists the pair. An interrupted evaluation therefore keeps its finished pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FILES = ("eval.json", "report.html", "report.md", "report.csv")
 
 
 class EvalFolder:
-    """The files of one evaluation; making this object touches nothing."""
+    """The files of one evaluation; creating this object touches no file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -50,36 +50,41 @@ class EvalFolder:
         return self._file.is_file()
 
     def read(self) -> dict[str, Any]:
-        """Return what eval.json holds.
+        """Return the contents of eval.json.
 
         Raises:
             ArtifactError: there is no evaluation in the folder, or the file is damaged.
         """
         if not self.exists:
-            raise ArtifactError(f"{self.path}: there is no eval.json; no evaluation is here.")
+            raise ArtifactError(
+                f"{self.path}: there is no eval.json; give the folder of an evaluation."
+            )
         found = read_state(self._file)
         if not isinstance(found, dict) or (found.get("kind"), found.get("format")) != _MADE_BY:
-            raise ArtifactError(f"{self._file}: not written by this version's `tlora eval`.")
+            raise ArtifactError(
+                f"{self._file}: another version of `tlora eval` wrote this file; evaluate into"
+                " another folder."
+            )
         return found
 
     def refuse_unless_free(self) -> None:
-        """Check that an evaluation may be written here, without writing anything.
+        """Check that an evaluation may use this folder, without writing anything.
 
         Raises:
-            ConfigError: the folder is a file, or holds something else.
+            ConfigError: the path is a file, or the folder has other contents.
         """
         refuse_unless_free(self.path, own=self.exists)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process from writing here, for as long as this one lives.
+        """Lock the folder against other processes while this one runs.
 
         Raises:
-            ConfigError: one is.
+            ConfigError: another process holds the lock.
         """
         refusal = ConfigError(
-            f"{self.path}: another process is evaluating into it; wait for it, or give each its"
-            " own --output_dir.",
+            f"{self.path}: another process is evaluating into this folder; wait for it, or use"
+            " another --output_dir.",
             where="output_dir",
         )
         with locked(self._lock, refusal):
@@ -94,7 +99,7 @@ class EvalFolder:
         write_state(self._file, {"kind": kind, "format": form} | evaluation)
 
     def samples_file(self, model: str, task: str) -> Path:
-        """Return where the samples of a pair are, or will be."""
+        """Return the samples file of a model and task."""
         return self.samples / model / f"{file_name(task)}.jsonl"
 
     def write_samples(self, model: str, task: str, lines: list[dict[str, Any]]) -> str:
@@ -112,7 +117,7 @@ class EvalFolder:
         Args:
             model: name of the model.
             task: name of the task.
-            digest: what `write_samples` returned, as eval.json has it; None: it is not checked.
+            digest: the digest from `write_samples`, as in eval.json; None skips the check.
 
         Raises:
             ArtifactError: the file is missing or damaged.
@@ -121,7 +126,7 @@ class EvalFolder:
         try:
             if digest not in (None, file_digest(file)):
                 raise ArtifactError(
-                    f"{file}: {MISMATCH}, so it was edited or is damaged; put it back as it was, or"
+                    f"{file}: {MISMATCH}, so it was edited or is damaged; restore it, or"
                     " evaluate into another folder."
                 )
             with file.open(encoding="utf-8") as lines:
@@ -129,9 +134,9 @@ class EvalFolder:
         except ArtifactError:
             raise
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{file}: missing or damaged ({error}).") from error
+            raise ArtifactError(f"{file}: missing or damaged ({error}); restore it.") from error
 
 
 def file_name(name: str) -> str:
-    """Return a name that can be a file's: what else stands in it becomes an underscore."""
+    """Return a valid file name, with other characters replaced by underscores."""
     return re.sub(r"[^\w.+-]", "_", name)

@@ -1,8 +1,8 @@
-"""`tlora eval`: models on tasks, every model with the same prompts, one table.
+"""`tlora eval`: evaluate models on tasks with the same prompts, in one table.
 
-The walk: words become models (`inference.evaluated_models`) and tasks, both checked before anything
-is loaded or written; each model is loaded in turn and evaluated on every task that the folder does
-not have of it yet; a pair of model and task is written when it is finished.
+Arguments become models (`inference.evaluated_models`) and tasks, both checked before anything is
+loaded or written. Each model is loaded in turn and evaluated on every task missing in the folder.
+Each finished pair of model and task is written at once.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ logger = logging.getLogger(__name__)
 Tell = Callable[[str], None]
 
 _BY_MODEL = ("scores", "samples", "seconds", "truncated")
-"""What a task of eval.json holds by model."""
+"""Fields of a task in eval.json that have one entry per model."""
 
 
 class EvaluationTask(Protocol):
-    """A task as an evaluation sees it."""
+    """Interface of an evaluation task."""
 
     items: int
-    """How many items are evaluated."""
+    """Number of items."""
     shots: int
-    """Examples before each."""
+    """Few-shot examples per item."""
     protocol: str
-    """What it is and its source, in a line."""
+    """One line with the task's name and source."""
 
     def check(self, evaluated: EvaluatedModel, tokenizer: Any, longest: int) -> None:
-        """Raise a ConfigError if the model cannot be evaluated on it."""
+        """Raise a ConfigError if the model does not support the task."""
 
     def evaluate(self, lm: Any) -> TaskResult:
         """Evaluate one model on all items."""
 
 
 def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
-    """Evaluate what is missing in the folder; a second call does nothing new.
+    """Evaluate the pairs missing in the folder; finished pairs are skipped.
 
     Args:
         config: the evaluation.
-        tell: called with a line of text as each pair of model and task ends.
+        tell: called with a line of text for each finished pair of model and task.
 
     Raises:
-        ConfigError: a field is wrong, a model or a task is not there, the folder is taken or
-            was made with other settings, or the judge's endpoint refuses.
-        DataError: the rows of a task are missing or not what they should be.
+        ConfigError: a field is invalid, a model or a task is missing, the folder is in use or
+            has other settings, or the judge's endpoint rejects the request.
+        DataError: the rows of a task are missing or invalid.
         AdapterError: an adapter does not fit its base.
         JudgeError: some conversations could not be graded; the rest of the result is kept.
         KeyboardInterrupt: stopped; finished pairs are kept.
@@ -70,13 +70,13 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
     folder = EvalFolder(config.output_dir)
     sketched = preflight.check(config)
     if config.only_grades:
-        folder.read()  # the lock would make a folder that is not there
+        folder.read()  # the lock would create a missing folder
         with folder.locked():
             grade(folder, config, {}, tell)
         return folder
     if sketched:
         config = run_format.settled(config, sketched)
-        EvaluationRecord(folder, config, sketched)  # refuses other settings
+        EvaluationRecord(folder, config, sketched)  # rejects other settings
     models = evaluated_models.resolve(config)
     config = run_format.settled(config, models)
     loading.check_backend(config, models)
@@ -94,14 +94,14 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
             grade(folder, config, {name: task.protocol for name, task in tasks.items()}, tell)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                "interrupted; finished pairs of model and task are kept, and the same command does"
-                " the rest."
+                "interrupted; rerun the same command to resume, finished pairs of model and task"
+                " are skipped."
             ) from None
     return folder
 
 
 def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, EvaluationTask]:
-    """Return the tasks with all their rows read, by name.
+    """Return the tasks by name, with all rows read.
 
     Raises:
         ConfigError, DataError: as `run`.
@@ -135,7 +135,7 @@ def make_tasks(config: EvalConfig, models: list[EvaluatedModel]) -> dict[str, Ev
 def check(
     tasks: dict[str, EvaluationTask], config: EvalConfig, models: list[EvaluatedModel]
 ) -> None:
-    """Check that every model can be evaluated on every task, from configurations alone.
+    """Check from the configurations alone that every model supports every task.
 
     Raises:
         ConfigError: as `run`.
@@ -153,16 +153,16 @@ def check(
 
 
 def _check_laplace(tasks: dict[str, EvaluationTask], models: list[EvaluatedModel]) -> None:
-    """Check that tasks and models have what a Laplace approximation is of."""
+    """Check that tasks and models support a Laplace approximation."""
     faults = [
-        f"{name} has no classes to tell apart, or it chooses by likelihood and has no training"
-        " rows; leave --laplace out."
+        f"`laplace` does not support {name}, which needs classes, or choices by likelihood with"
+        " training rows; remove --laplace."
         for name, task in tasks.items()
         if not getattr(task, "has_odds", False)
     ]
     faults += [
-        f"{each.name} is an encoder-decoder, and choices are averaged of causal models alone; leave"
-        " --laplace out."
+        f"`laplace` only supports multiple choice for causal models, but {each.name} is an"
+        " encoder-decoder; remove --laplace."
         for each in models
         if each.head == "seq2seq"
     ]
@@ -176,7 +176,7 @@ def _evaluate(
     record: EvaluationRecord,
     tell: Tell,
 ) -> None:
-    """Load one model, evaluate it on the tasks, and let go of it."""
+    """Load one model, evaluate it on the tasks, and release it."""
     lm = _model(evaluated, record, tasks)
     for name, task in tasks.items():
         start = time.perf_counter()
@@ -185,7 +185,7 @@ def _evaluate(
         record.add(evaluated, name, found, seconds)
         if found.truncated:
             logger.warning(
-                "%s: %d prompts of %s are longer than the model holds and were truncated.",
+                "%s: truncated %d prompts of %s that exceed the model's context length.",
                 evaluated.name,
                 found.truncated,
                 name,
@@ -225,16 +225,16 @@ def _model(
 class EvaluationRecord:
     """eval.json as it grows.
 
-    What the folder holds of other models and tasks, evaluated with the same settings, is kept.
+    Results in the folder for other models and tasks with the same settings are kept.
     """
 
     def __init__(
         self, folder: EvalFolder, config: EvalConfig, models: list[EvaluatedModel]
     ) -> None:
-        """Read what is there.
+        """Read existing results.
 
         Raises:
-            ConfigError: it was made with other settings, or calls another model by a name.
+            ConfigError: they have other settings, or another model has the same name.
         """
         self.config, self.evaluated = config, models
         self._folder = folder
@@ -255,37 +255,37 @@ class EvaluationRecord:
             if finished and before.get(name) != value:
                 faults.append(
                     f"`{name}` is {value!r}, but {self._folder.path} was made with"
-                    f" {before.get(name)!r}; give it as it was, or choose another --output_dir."
+                    f" {before.get(name)!r}; use the same value, or another --output_dir."
                 )
         for name, digest in self._inputs.items():
-            # A file may have other content under the same name.
+            # A file's content may have changed under the same name.
             if finished and not faults and found["inputs"].get(name) != digest:
                 faults.append(
-                    f"the file of `{name}` has changed since {self._folder.path} was made; put it"
-                    " back as it was, or choose another --output_dir."
+                    f"the file of `{name}` has changed since {self._folder.path} was made; restore"
+                    " it, or use another --output_dir."
                 )
         for evaluated in self.evaluated:
             known = self._models.get(evaluated.name, {})
             here = (evaluated.kind, evaluated.model, evaluated.adapter)
             if known and (known["kind"], known["model"], known["adapter"]) != here:
                 faults.append(
-                    f"{self._folder.path} has another model called {evaluated.name!r}; call this"
-                    f" one otherwise: NAME={evaluated.path}."
+                    f"{self._folder.path} has another model called {evaluated.name!r}; rename this"
+                    f" one: NAME={evaluated.path}."
                 )
         if faults:
             raise ConfigError(faults, where="eval")
 
     def start(self, tasks: dict[str, EvaluationTask]) -> None:
-        """Write down what is about to run; results of models that have changed are dropped."""
+        """Record the pairs about to run; drop results of models that have changed."""
         for evaluated in self.evaluated:
             identity = self._identities[evaluated.name]
             known = self._models.get(evaluated.name)
             if known and known["identity"] != identity:
-                logger.warning("%s has changed, and is evaluated again.", evaluated.name)
+                logger.warning("%s has changed; evaluating it again.", evaluated.name)
                 self._forget(evaluated.name)
         named = {evaluated.name: self._entry(evaluated) for evaluated in self.evaluated}
         first = self.evaluated[0]
-        # What was there keeps its place, but a base leads: the others are compared with it.
+        # Existing models keep their place, but the base comes first as the baseline.
         lead = {first.name: named[first.name]} if first.kind == "base" else {}
         self._models = lead | {k: v for k, v in (self._models | named).items() if k not in lead}
         for name, task in tasks.items():

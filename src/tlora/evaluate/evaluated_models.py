@@ -1,6 +1,6 @@
-"""What is to be evaluated: words of the command line -> models and adapters, checked.
+"""Resolve command-line arguments to checked models and adapters.
 
-Nothing is loaded here but configurations, so that a wrong word is refused at once.
+Only configurations are loaded here, so that a wrong argument fails at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _HEADS: dict[str, Head] = {
     "SEQ_2_SEQ_LM": "seq2seq",
     "CAUSAL_LM": "causal",
 }
-"""By PEFT's name of the kind of task."""
-_END = 1 << 20  # bytes looked at on either side of a file
+"""Heads by PEFT's task type."""
+_END = 1 << 20  # bytes hashed at each end of a file
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class EvaluatedModel:
     """One model of an evaluation."""
 
     name: str
-    """What tables and folders call it."""
+    """Name in tables and folders."""
     kind: Kind
     model: str
-    """Folder or Hub name of the base, or of the model as it is."""
+    """Folder or Hub name of the base, or of the model itself."""
     adapter: str | None
     """Folder or Hub name of the adapter, if it has one."""
     head: Head
-    """What it can be asked: to go on with a text, to answer one, to label one."""
+    """Type of head: continues a text, answers it, or labels it."""
     tokenizer: str | None = None
-    """Folder or Hub name of the adapter, if it brings tokens that its base does not have."""
+    """Folder or Hub name of the adapter, if it adds tokens to its base."""
 
     @property
     def path(self) -> str:
-        """Return what the user would name to evaluate it."""
+        """Return the path that identifies the model to the user."""
         return self.adapter or self.model
 
     def identity(self) -> dict[str, str | None]:
-        """Return digests of the files that decide what it answers, None for those on the Hub."""
+        """Return digests of the model's files, None for those on the Hub."""
         return {
             "model": _digest(self.model),
             "adapter": _digest(self.adapter) if self.adapter else None,
@@ -69,17 +69,18 @@ def resolve(config: EvalConfig) -> list[EvaluatedModel]:
     """Return the models of an evaluation, in the order of its table.
 
     Raises:
-        ConfigError: a folder is missing or holds no model, a base cannot be found, two models
-            have one name, or they have different heads.
+        ConfigError: a folder is missing or contains no model, a base is missing, two models
+            share a name, or they have different heads.
     """
     return _together([each for each in _each(config, _loaded_head) if each], config)
 
 
 def sketch(config: EvalConfig) -> list[EvaluatedModel] | None:
-    """Return the models as their JSON files show them, so that nothing slow is imported.
+    """Return the models described by their JSON files, without slow imports.
 
     A model that only reads texts or only writes them counts as "causal". None if some model is on
-    the Hub: then what follows from all of them is not checked.
+    Any model without a labeling head counts as "causal". Returns None if some model is on the Hub;
+    checks that need all models are then skipped.
 
     Raises:
         ConfigError: as `resolve`.
@@ -90,8 +91,8 @@ def sketch(config: EvalConfig) -> list[EvaluatedModel] | None:
 
 
 FindHead = Callable[[str, EvalConfig], Head | None]
-"""Returns the head of the model of this name, None if that needs the Hub; raises if there is no
-model."""
+"""Returns the head of a model by name, None if that needs the Hub; raises if the model is
+missing."""
 
 
 def _each(config: EvalConfig, find_head: FindHead) -> list[EvaluatedModel | None]:
@@ -108,21 +109,22 @@ def _each(config: EvalConfig, find_head: FindHead) -> list[EvaluatedModel | None
 
 
 def _together(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
-    """Return the models with merged ones, bases and names, which must go together."""
+    """Add merged models, bases and names, and check that all fit together."""
     faults: list[str] = []
     models = _named(_all_kinds(found, config))
     labeling = [each.name for each in models if each.head == "labeled"]
     if 0 < len(labeling) < len(models):
         faults.append(
-            f"{', '.join(labeling)}: labels texts, and the other models write them; evaluate them"
-            " apart (the base of a classifier has no trained head, so leave --with_base out)."
+            f"{', '.join(labeling)}: classifiers cannot be evaluated together with generative"
+            " models; use separate commands (the base of a classifier has no trained head, so"
+            " remove --with_base)."
         )
     if config.laplace and not any(each.kind == "laplace" for each in models):
-        faults.append("`laplace` needs an adapter, and none is given; leave it out.")
+        faults.append("`laplace` needs an adapter, but none is given; remove it.")
     counts = Counter(evaluated.name for evaluated in models)
     for name in (name for name, count in counts.items() if count > 1):
         paths = ", ".join(evaluated.path for evaluated in models if evaluated.name == name)
-        faults.append(f"{paths} would all be called {name!r}; name them: NAME=PATH.")
+        faults.append(f"{paths} would all have the name {name!r}; name them: NAME=PATH.")
     if faults:
         raise ConfigError(faults, where="models")
     return models
@@ -133,7 +135,7 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
     if not equals or Path(entry).exists():
         name, path = "", entry
     if name and not re.fullmatch(r"[\w.+-]+", name):
-        raise ConfigError(f"{name!r} cannot be a name; use letters, digits, `.`, `-` and `_`.")
+        raise ConfigError(f"{name!r} is not a valid name; use letters, digits, `.`, `-` and `_`.")
     places = _places(path)
     if places is None and find_head is _head_on_disk:
         return None
@@ -147,7 +149,7 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
     except (OSError, ValueError) as error:
         what, flag = ("", "") if base == path else (f", the base of {path}", " by --model")
         raise ConfigError(
-            f"no model can be read at {base!r}{what}; give a folder or a name on the Hub{flag}"
+            f"cannot read a model at {base!r}{what}; give a folder or a name on the Hub{flag}"
             f" ({str(error).removeprefix('model: ').rstrip('.')})."
         ) from error
     head = _HEADS.get(str(fields.get("task_type")), found)
@@ -157,15 +159,15 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
 
 
 def _places(path: str) -> tuple[str, str | None] | None:
-    """Return the (model, None) or ("", adapter) that is at ``path``; None: it is on the Hub."""
+    """Return the (model, None) or ("", adapter) at ``path``; None if it is on the Hub."""
     folder = Path(path)
     if folder.is_dir():
         run = RunFolder(folder)
         if run.exists and not (folder / _ADAPTER).is_file():
             if not run.adapter.is_dir():
                 raise ConfigError(
-                    f"{path} is a run without an adapter yet; finish it: tlora {run.verb}"
-                    f" --output_dir {path} --resume."
+                    f"{path} is an unfinished run without an adapter; finish it with tlora"
+                    f" {run.verb} --output_dir {path} --resume."
                 )
             folder = run.adapter
         if (folder / _ADAPTER).is_file():
@@ -173,13 +175,13 @@ def _places(path: str) -> tuple[str, str | None] | None:
         if (folder / "config.json").is_file():
             return str(folder), None
         raise ConfigError(
-            f"{path} holds no model (config.json), no adapter ({_ADAPTER}) and no run of `tlora"
-            " train` (run.json)."
+            f"{path} contains no model (config.json), adapter ({_ADAPTER}) or `tlora train` run"
+            " (run.json); give another folder."
         )
     if folder.exists():
         raise ConfigError(f"{path} is a file; give the folder of a model or an adapter.")
     if not _HUB_NAME.fullmatch(path):
-        raise ConfigError(f"there is no folder {path!r}; give the one of a model or an adapter.")
+        raise ConfigError(f"there is no folder {path!r}; give the folder of a model or an adapter.")
     return None
 
 
@@ -199,20 +201,20 @@ def _adapter_fields(adapter: str) -> dict[str, Any]:
 
 
 def _loaded_head(model: str, config: EvalConfig) -> Head | None:
-    """Return the head of a model by its configuration, as transformers reads it.
+    """Return the head of a model from its configuration, as transformers reads it.
 
     Raises:
-        ConfigError: there is none that transformers can read.
+        ConfigError: transformers cannot read the configuration.
     """
     checkpoint = Pretrained(name=model, trust_remote_code=config.trust_remote_code)
     return _head_of_model(checkpoint.config())
 
 
 def _head_on_disk(model: str, config: EvalConfig) -> Head | None:
-    """Return the head of a model by its config.json; None for a name on the Hub.
+    """Return the head of a model from its config.json; None for a name on the Hub.
 
     Raises:
-        OSError, ValueError: there is no such folder, or no config.json in it that can be read.
+        OSError, ValueError: the folder or a readable config.json is missing.
     """
     check_model_folder(model)
     file = Path(model) / "config.json"
@@ -220,12 +222,12 @@ def _head_on_disk(model: str, config: EvalConfig) -> Head | None:
         return None
     fields = read_json(file)
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds no fields")
+        raise ValueError(f"{file} has no fields")
     return "labeled" if labels_texts(SimpleNamespace(**fields)) else "causal"
 
 
 def labels_texts(config: Any) -> bool:
-    """Return whether a model of this configuration is saved with a head that labels texts."""
+    """Return whether this configuration describes a model with a labeling head."""
     return _LABELED in str(getattr(config, "architectures", None))
 
 
@@ -240,7 +242,7 @@ def _head_of_model(config: Any) -> Head:
 
 
 def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[EvaluatedModel]:
-    """Add merged and averaged adapters beside or in place of the adapters, and bases in front."""
+    """Add merged and Laplace variants next to or instead of the adapters, and bases first."""
     models: list[EvaluatedModel] = []
     for each in found:
         if each.adapter is None or not config.merge:
@@ -260,7 +262,7 @@ def _all_kinds(found: list[EvaluatedModel], config: EvalConfig) -> list[Evaluate
 
 
 def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
-    """Give those without a name one: the base is "base", the rest are called by their folder."""
+    """Name the unnamed models: "base" for the base, the folder name for the others."""
     bases = {each.model for each in models if each.kind == "base"}
     used = {each.model for each in models if each.kind != "base"}
     lone = len(bases) == 1 and (bases <= used or len(models) == 1)
@@ -273,7 +275,7 @@ def _named(models: list[EvaluatedModel]) -> list[EvaluatedModel]:
 
 
 def _folder_name(path: str) -> str:
-    """Return what to call a folder; the adapter folder of a run is called as the run."""
+    """Return the name for a folder; the adapter folder of a run has the run's name."""
     folder = Path(path)
     if folder.exists():
         folder = folder.resolve()
@@ -283,7 +285,7 @@ def _folder_name(path: str) -> str:
 
 
 def _digest(path: str) -> str | None:
-    """Digest names, sizes, and the ends of the files of a folder: enough to see new weights."""
+    """Hash the names, sizes and ends of a folder's files, which detects new weights."""
     if not Path(path).is_dir():
         return None
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Conversations of an evaluation's folder, graded by a judge; no model is loaded."""
+"""Grade the conversations in an evaluation folder with a judge, without loading a model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_judge(config: EvalConfig) -> None:
-    """Check what can be known of the judge before any model is asked.
+    """Check the judge's settings before running any model.
 
     Raises:
-        ConfigError: its key cannot be sent.
-        DataError: the file of its prompts is missing or damaged.
+        ConfigError: its key is not valid in a request.
+        DataError: its prompts file is missing or damaged.
     """
     if config.judge.url:
         judge_prompts(config.judge)
@@ -41,21 +41,21 @@ def grade(
     protocols: Mapping[str, str],
     tell: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Have all conversations of the folder graded, of all its models, by one judge.
+    """Grade all conversations in the folder, of all models, with one judge.
 
-    So that a table holds the grades of one judge under one set of prompts, those of models that
-    were graded before are graded again; what the judge has said once is kept and costs nothing.
+    Grades all models again, so that a table has the grades of one judge with one set of prompts;
+    the judge's earlier replies are cached and cost nothing.
 
     Args:
-        folder: has an evaluation, and is locked: eval.json is read here and written at the end.
-        config: its judge; without one nothing is graded.
-        protocols: of the conversations that have just been asked, how.
-        tell: called with a line of text as each model's are graded.
+        folder: a locked evaluation folder; eval.json is read here and written at the end.
+        config: the evaluation; without a judge, nothing is graded.
+        protocols: protocol lines of the conversations just generated.
+        tell: called with a line of text for each graded model.
 
     Raises:
-        ConfigError: a folder without conversations is to be graded, or the judge's endpoint
-            refuses.
-        DataError: the file of the judge's prompts is missing or damaged.
+        ConfigError: the folder has no conversations, or the judge's endpoint rejects the
+            request.
+        DataError: the judge's prompts file is missing or damaged.
         JudgeError: some answers could not be graded; the grades of the others are kept.
     """
     evaluation = folder.read()
@@ -81,7 +81,7 @@ def _grade(
     took: dict[str, Any] = {}
     scores = {}
     for model in entry["scores"]:
-        # Unchecked: a grading that was killed may have written them, and not yet eval.json.
+        # Unchecked: an interrupted grading may have written them before eval.json.
         lines = folder.read_samples(model, entry["name"])
         replies = judge(lines, config.judge, folder.judgments, f"{model}: judging")
         lines = [graded(*each) for each in zip(lines, replies, strict=True)]
@@ -90,7 +90,7 @@ def _grade(
         entry["samples"][model] = folder.write_samples(model, entry["name"], lines)
         if unrated := took[model]["unrated"]:
             logger.warning(
-                "%s: %d of %d answers to %s got no grade and count in no mean: %s.",
+                "%s: %d of %d answers to %s have no grade and are excluded from the mean: %s.",
                 model,
                 sum(unrated.values()),
                 len(lines),

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, asked of one model at a time."""
+"""Run tasks of lm-evaluation-harness on one model at a time."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ _ONE_NAME = dict.fromkeys(REPLY_TOKENS, REPLY_TOKENS[0])
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one model said to one task."""
+    """Result of one model on one task."""
 
     lines: list[dict[str, Any]]
-    """A line an item, as `samples/MODEL/TASK.jsonl` has them."""
+    """One line per item, as in `samples/MODEL/TASK.jsonl`."""
     scores: dict[str, float]
-    """The task's scores, the main one first; higher is better for all."""
+    """The task's scores, the main one first; higher is always better."""
     truncated: int = 0
-    """Prompts that were longer than the model holds, and cut."""
+    """Number of prompts truncated to the model's context length."""
 
 
 def with_odds(
     found: TaskResult, logits: Sequence[Any], right: Sequence[Sequence[int]]
 ) -> TaskResult:
-    """Return a result with how good the probabilities are: "-nll" and "-ece".
+    """Add the quality of the probabilities to a result: "-nll" and "-ece".
 
     Args:
         found: the result.
-        logits: of the choices of each item, an array each.
-        right: the numbers of its right choices.
+        logits: one array per item with the logits of its choices.
+        right: the indices of the right choices of each item.
     """
     import numpy as np
 
@@ -65,7 +65,7 @@ def with_odds(
 
 
 class HarnessTask:
-    """A task of lm-evaluation-harness, set up as an evaluation says."""
+    """A task of lm-evaluation-harness, configured by an evaluation."""
 
     def __init__(self, task: Task, config: EvalConfig) -> None:
         from lm_eval.evaluator_utils import get_sample_size
@@ -79,7 +79,7 @@ class HarnessTask:
         self.items = there if limit is None else min(limit, there)
         self.shots = task.config.num_fewshot or 0
         self.protocol: str = protocol(task)
-        # Choices of mutual information are asked for a second time, without a context.
+        # Mutual information adds a second request per choice, without a context.
         informed = any("mutual_info" in metric for metric in task.aggregation())
         chooses = task.OUTPUT_TYPE == "multiple_choice" and not informed
         self.has_odds = chooses and task.has_training_docs()
@@ -87,23 +87,23 @@ class HarnessTask:
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> None:
-        """Check, before the model is loaded, that it can be asked.
+        """Check before loading the model that it supports the task.
 
         Args:
             evaluated: the model.
             tokenizer: its tokenizer.
-            longest: tokens that it holds, prompt and reply.
+            longest: its context length in tokens, prompt and reply.
 
         Raises:
-            ConfigError: there is no room for a prompt, no chat template where one is asked for, or
-                `gen_kwargs` has a name that transformers does not know.
+            ConfigError: there is no room for a prompt, a required chat template is missing, or
+                `gen_kwargs` has a name unknown to transformers.
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
         if self._config.apply_chat_template and not tokenizer.chat_template:
             raise ConfigError(
-                f"{evaluated.name}: the tokenizer has no chat template; leave"
-                " --apply_chat_template out.",
+                f"{evaluated.name}: the tokenizer has no chat template; remove"
+                " --apply_chat_template.",
                 where=self._task.task_name,
             )
         if self._task.OUTPUT_TYPE != "generate_until":
@@ -114,10 +114,10 @@ class HarnessTask:
         check_room(self._task.task_name, evaluated, tokens, longest)
 
     def evaluate(self, lm: Any) -> TaskResult:
-        """Ask all items of one model.
+        """Run all items on one model.
 
         Args:
-            lm: the model, as the harness knows it.
+            lm: the model, wrapped for the harness.
         """
         import transformers
         from lm_eval import evaluate
@@ -129,13 +129,13 @@ class HarnessTask:
         name, system = task.task_name, config.system_instruction
         if system and ours(task) and not config.apply_chat_template:
             system += "\n\n"
-        # So that a sampled reply does not depend on what was asked before.
+        # So that a sampled reply does not depend on earlier requests.
         transformers.set_seed(config.seed)
         task.set_fewshot_seed(seed=config.seed)
         if hasattr(lm, "fit"):
             lm.fit(self._training_requests(lm, system))
         before = getattr(lm, "truncated", 0)
-        # What is printed speaks of prompts that are too long; they are counted and told of once.
+        # The printed lines report long prompts one by one; they are counted and reported once.
         printed = contextlib.redirect_stdout(io.StringIO())
         with printed, unheard("lm_eval", "transformers.tokenization_utils_base"):
             found = evaluate(
@@ -164,7 +164,7 @@ class HarnessTask:
         return with_odds(result, logits, [right_options(task, sample) for sample in samples])
 
     def _training_requests(self, lm: Any, system: str | None) -> list[Any]:
-        """Return what would be asked of a model if the training rows were to be evaluated."""
+        """Return the requests for evaluating the training rows."""
         config, task = self._config, self._task
         chat = {"apply_chat_template": config.apply_chat_template}
         if config.apply_chat_template:
@@ -185,30 +185,30 @@ class HarnessTask:
 
 
 def check_room(task: str, evaluated: EvaluatedModel, tokens: int, longest: int) -> None:
-    """Check that a model has room for a prompt beside its reply; of encoders and decoders each has.
+    """Check that a model has room for prompt and reply; encoder-decoders hold them separately.
 
     Args:
         task: name of the task, for the message.
         evaluated: the model.
-        tokens: most tokens of a reply.
-        longest: tokens that the model holds, prompt and reply.
+        tokens: maximum tokens of a reply.
+        longest: context length of the model, prompt and reply.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has no room.
     """
     if evaluated.head == "causal" and tokens >= longest:
         raise ConfigError(
-            f"{tokens} new tokens are asked for, and {evaluated.name} holds {longest} with the"
-            " prompt; give --gen_kwargs max_gen_toks=N.",
+            f"a reply may take {tokens} tokens, but {evaluated.name} has room for {longest}"
+            " including the prompt; lower it with --gen_kwargs max_gen_toks=N.",
             where=task,
         )
 
 
 def _set_up(task: Task, config: EvalConfig) -> None:
-    """Lay what the user says over the task's own settings, as `lm_eval` does."""
+    """Override the task's settings with the user's, as `lm_eval` does."""
     own = task.get_config("num_fewshot")
     if config.num_fewshot is not None and own == 0 and config.num_fewshot > 0:
-        logger.warning("%s is always zero-shot; `num_fewshot` does not count.", task.task_name)
+        logger.warning("%s is always zero-shot; ignoring `num_fewshot`.", task.task_name)
     elif config.num_fewshot is not None:
         task.set_config(key="num_fewshot", value=config.num_fewshot)
     elif own is None:
@@ -219,10 +219,10 @@ def _set_up(task: Task, config: EvalConfig) -> None:
 
 
 def _generation(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what a user says of generation in one way, so that it wins over what a task says.
+    """Normalize the user's generation options so that they override the task's.
 
-    The harness would take the task's `max_gen_toks` before the user's `max_new_tokens`, and ignore
-    a temperature where the task is greedy.
+    The harness would prefer the task's `max_gen_toks` to the user's `max_new_tokens`, and ignore
+    a temperature if the task is greedy.
     """
     found = {_ONE_NAME.get(name, name): value for name, value in given.items()}
     if float(found.get("temperature") or 0) > 0:
@@ -231,14 +231,14 @@ def _generation(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(config: EvalConfig) -> list[str]:
-    """Return a sentence for each name in `gen_kwargs` that generation by transformers lacks."""
+    """Return an error for each name in `gen_kwargs` that transformers does not support."""
     from transformers import GenerationConfig
 
     if config.backend != "hf":
         return []
     known = [*REPLY_TOKENS, "until", *GenerationConfig().to_dict()]
     return [
-        f"`gen_kwargs` has {name!r}, which generation does not know.{did_you_mean(name, known)}"
+        f"`gen_kwargs` has the unknown option {name!r}; remove it.{did_you_mean(name, known)}"
         for name in config.gen_kwargs
         if name not in known
     ]
@@ -249,5 +249,5 @@ def _higher(task: Task, key: str) -> bool:
 
 
 def _turned(scores: dict[str, float], lower: list[str]) -> dict[str, float]:
-    """Return the scores with those that are better when lower as their negatives, -perplexity."""
+    """Negate the scores for which lower is better, as in -perplexity."""
     return {f"-{k}" if k in lower else k: -v if k in lower else v for k, v in scores.items()}

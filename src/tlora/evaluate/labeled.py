@@ -1,4 +1,4 @@
-"""Classification and regression: a model with a head labels the rows of a registered task."""
+"""Evaluate classification and regression models on the rows of a registered task."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ class Labeler:
     """A loaded model with a head."""
 
     evaluated: EvaluatedModel
-    """Which model of the evaluation it is."""
+    """The model's entry in the evaluation."""
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
     def __post_init__(self) -> None:
-        """Have decoders find the last token by the padding."""
+        """Set the padding token by which decoders find the last token."""
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         set_token_ids(self.model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
 
 
 class Labels:
-    """The rows of one task, and which output of each model is which of its classes.
+    """The rows of one task, and the class order of each model.
 
     Raises:
-        ConfigError: it is no registered task with a head, nothing names its classes, or there are
-            no rows.
-        DataError: a row is not what the task expects.
+        ConfigError: the task is not registered or has no head, its classes are unknown, or there
+            are no rows.
+        DataError: a row does not fit the task.
     """
 
     shots = 0
@@ -69,13 +69,17 @@ class Labels:
         self._outputs: dict[str, list[str]] = {}
         if task.kind == "classification":
             found = {evaluated.name: class_names(evaluated, config) for evaluated in models}
-            # A task that leaves its classes open has those of the first model that names them; a
-            # model that names none has those that the task fixes.
+            # A task without fixed classes uses those of the first model that names any; a model
+            # without class names uses the task's.
             fixed = type(task).label_names
             task.label_names = task.label_names or next(filter(None, found.values()), None)
             self._outputs = {name: names or fixed or [] for name, names in found.items()}
             if not all(self._outputs.values()):
-                raise ConfigError("name the classes in the order of training.", "data.label_names")
+                raise ConfigError(
+                    "the model's class order is unknown; list the classes in the order of"
+                    " training.",
+                    "data.label_names",
+                )
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)
@@ -84,23 +88,23 @@ class Labels:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Fields of a model's configuration that give it the head that was trained."""
+        """Model configuration fields that define the trained head."""
         return self.task.head
 
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> None:
-        """Check that a model has the task's classes; the head itself shows when it is loaded.
+        """Check that a model has the task's classes; its head is checked at loading.
 
         Raises:
-            ConfigError: it has others.
+            ConfigError: it has other classes.
         """
         if (wanted := self.task.label_names) and self._order(evaluated.name) is None:
             raise ConfigError(
-                f"the outputs of {evaluated.name} are {', '.join(self._outputs[evaluated.name])},"
-                f" and the classes that are asked for {', '.join(wanted)}; give a model of these"
-                " classes, or if only its names are others, --data.label_names with these in the"
-                " order of its outputs.",
+                f"{evaluated.name} has the classes {', '.join(self._outputs[evaluated.name])}, but"
+                f" the task has {', '.join(wanted)}; use a model with the task's classes, or, if"
+                " only the names differ, list the task's names in the order of the model's outputs"
+                " in --data.label_names.",
                 where="models",
             )
         if not self._asked_length:
@@ -108,7 +112,7 @@ class Labels:
             data.max_length = min(data.max_length or LONGEST, longest)
 
     def _order(self, model: str) -> list[int] | None:
-        """Return which output of a model is each class of the task."""
+        """Return the index of the model output for each class of the task."""
         return order_of(self._outputs[model], self.task.label_names or [])
 
     def evaluate(self, lm: Labeler) -> TaskResult:
@@ -144,7 +148,7 @@ class Labels:
         return with_odds(result, [*predictions], [[label] for label in labels.tolist()])
 
     def _average(self, lm: Labeler, data: DataConfig) -> Laplace | None:
-        """Return the approximation, fitted to the training rows, of a model that has one."""
+        """Return the Laplace approximation fitted to the training rows, if the model uses one."""
         if lm.evaluated.kind != "laplace":
             return None
         from tlora.evaluate.laplace import Laplace, training_rows
@@ -158,7 +162,7 @@ class Labels:
     def _batches(
         self, lm: Labeler, encoded: list[dict[str, Any]]
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Yield batches of rows on the model's device, the longest first, with their numbers."""
+        """Yield batches of rows on the model's device, longest first, with their indices."""
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
         collate = labeled_collator(lm.tokenizer)
         for start in tqdm(range(0, len(order), self._batch), desc=self.name, disable=None):
@@ -172,7 +176,7 @@ class Labels:
         names = self.task.label_names
         if names:
             found = chosen = predictions.argmax(axis=-1)
-            # What is counted item by item, so that every task has a score with an interval.
+            # A per-item score, so that every task has a score with an interval.
             scores = scores | {"accuracy": accuracy(chosen, labels)}
             replies = [(names[c], names[label]) for c, label in zip(chosen, labels, strict=True)]
         else:
@@ -205,15 +209,14 @@ def make(config: EvalConfig, models: Sequence[EvaluatedModel]) -> dict[str, Labe
     """Return the tasks of an evaluation of these models with heads.
 
     Raises:
-        ConfigError: a name is no such task, or the tasks have different heads.
+        ConfigError: a task is unknown, or the tasks have different heads.
         DataError: as `Labels`.
     """
     check_labeled_rows(config)
     tasks = {name: Labels(name, config, models) for name in config.tasks}
     if len({str(task.head) for task in tasks.values()}) > 1:
         raise ConfigError(
-            f"{', '.join(tasks)} have different heads, and a model has one; evaluate them"
-            " separately.",
+            f"{', '.join(tasks)} need different heads; evaluate them separately.",
             where="tasks",
         )
     return tasks

@@ -1,6 +1,6 @@
-"""Predictions averaged over what the training rows leave open of an adapter's weights.
+"""Average predictions over the posterior of an adapter's weights.
 
-Source: Laplace-LoRA, Yang et al., arXiv 2308.13111; docs/evaluation.md says what departs from it.
+Source: Laplace-LoRA, Yang et al., arXiv 2308.13111; docs/evaluation.md lists the differences.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _SAMPLES = 100_000
 
 
 class Laplace:
-    """A Gaussian over those LoRA factors of a loaded adapter that were trained.
+    """A Gaussian over the trained LoRA factors of a loaded adapter.
 
     Args:
-        evaluated: the adapter; of a run whose A is frozen, B alone varies. Without a run both do.
+        evaluated: the adapter; if its run froze A, only B varies, otherwise both do.
         model: the adapter on its base.
-        seed: of the samples that a prediction averages; they are the same for all items.
+        seed: seed of the samples that predictions average, the same for all items.
 
     Raises:
-        ConfigError: it has no such factors.
+        ConfigError: it has no supported factors.
     """
 
     def __init__(self, evaluated: EvaluatedModel, model: Any, seed: int) -> None:
@@ -54,15 +54,14 @@ class Laplace:
         }
         if not self._layers:
             raise ConfigError(
-                f"{evaluated.path} has no LoRA factors A and B that are Linear layers; leave"
-                " --laplace out.",
+                f"{evaluated.path} has no LoRA factors A and B in Linear layers; remove --laplace.",
                 where="laplace",
             )
         self._model, self._seed = model, seed
         self.precision = 0.0
 
     def fit(self, batches: Iterable[ScoredBatch]) -> None:
-        """Measure the curvature on training rows, and set the prior's precision by the evidence."""
+        """Measure the curvature on training rows, and set the prior precision by the evidence."""
         self._posterior = curvatures(self._model, self._layers, batches)
         norm = sum(layer.weight.double().square().sum().item() for layer in self._layers.values())
         eigenvalues = [layer.eigenvalues for layer in self._posterior.values()]
@@ -70,7 +69,7 @@ class Laplace:
         logger.info("laplace: the prior's precision is %.4g.", self.precision)
 
     def logits(self, batch: ScoredBatch) -> list[Tensor]:
-        """Return logits of each item's averaged probabilities, normalized as the plain ones are."""
+        """Return logits of each item's averaged probabilities, normalized like plain ones."""
         found, normals = [], {}
         pairs = covariances(self._model, self._layers, batch, self._posterior, self.precision)
         for logits, covariance in pairs:
@@ -87,22 +86,22 @@ class Laplace:
 
 
 def training_rows(evaluated: EvaluatedModel, task: Task, file: str | None) -> list[Row]:
-    """Return the rows that an adapter was trained on: of ``file``, else those that its run records.
+    """Return an adapter's training rows: from ``file``, else those recorded by its run.
 
     Args:
         evaluated: the adapter.
-        task: what it is evaluated on, whose rows ``file`` holds; its classes are the model's.
-        file: the user's.
+        task: the task being evaluated, which reads ``file``; its classes are the model's.
+        file: files given by the user.
 
     Raises:
         ConfigError: there is neither a file nor a run.
-        DataError: they cannot be read any more.
+        DataError: the rows can no longer be read.
     """
     run = run_of(evaluated)
     if not file and run is None:
         raise ConfigError(
-            f"the training rows of {evaluated.path}, which no run of `tlora train` holds, are"
-            " unknown; give --train_file.",
+            f"{evaluated.path} is not in a `tlora train` run, so its training rows are unknown;"
+            " give --train_file.",
             where="laplace",
         )
     if not file and run is not None:

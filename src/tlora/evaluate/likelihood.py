@@ -1,4 +1,4 @@
-"""How likely a model finds the rows of a task: the loss that training would see, and perplexity."""
+"""Score the rows of a task by the training loss and perplexity."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def likelihood(
 ) -> dict[str, float]:
     """Return {"-loss", "-perplexity"}: negatives, so that higher is better.
 
-    The loss is the mean of -log p(token) over all tokens that training learns (of prompts with
-    responses and of chats what the assistant says, its end included; of a text all but the first),
-    in nats and float32; perplexity is exp(loss).
+    The loss is the mean of -log p(token) over all tokens that training would use (the responses or
+    assistant turns including their end, or all but the first token of a text), in nats and float32;
+    perplexity is exp(loss).
 
     Args:
         model: in eval mode, on its device.
-        tokenizer: its own, with the chat template of the rows.
+        tokenizer: its tokenizer, with the chat template for the rows.
         rows: of the task's kind, "causal" or "seq2seq".
-        task: says how rows become tokens.
-        batch_size: rows at a time; "auto" is 8.
+        task: defines the tokenization.
+        batch_size: rows per batch; "auto" means 8.
     """
     kind = KINDS[task.kind]
     parts = [part for row in rows for part in _parts(tokenizer, row)]
@@ -62,7 +62,7 @@ def _parts(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
 def _losses(model: Any, batch: dict[str, Any], decodes: bool) -> Iterator[tuple[float, int]]:
     """Yield the summed loss and the number of tokens of each row of a batch."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
-    labels = batch.pop("labels")  # the loss of some adapters cannot be computed outside of training
+    labels = batch.pop("labels")  # some adapters cannot compute a loss outside training
     with torch.no_grad():
         if decodes:
             start = model.prepare_decoder_input_ids_from_labels(labels=labels)

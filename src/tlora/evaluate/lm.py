@@ -1,11 +1,10 @@
-"""lm-evaluation-harness' model of transformers, such that a batch cannot be seen in its replies.
+"""lm-evaluation-harness' transformers model, with replies independent of batching.
 
-`HFLM` sorts prompts by length, pads them on the left and generates with a KV cache. What is
-changed here: each prompt is tokenized by itself and as in training (without a closing token); each
-row ends at its own stop sequence; the new tokens of an encoder-decoder are counted by themselves;
-a greedy reply is the model's own, whatever the checkpoint asks of generation; likelihoods are
-computed in float32; and nothing is called with labels, whose loss some adapters cannot compute
-outside of training.
+`HFLM` sorts prompts by length, pads them on the left and generates with a KV cache. This class
+changes the following: it tokenizes each prompt separately and as in training (without a closing
+token); ends each row at its own stop sequence; counts only the new tokens of an encoder-decoder;
+ignores the checkpoint's generation settings for greedy replies; computes likelihoods in float32;
+and never passes labels, because some adapters cannot compute a loss outside training.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class TransformersLM(HFLM):
-    """A loaded model as the harness asks it.
+    """A loaded model, wrapped for the harness.
 
     Args:
         model: a transformers model or a PeftModel, on its device.
-        tokenizer: its tokenizer; without a padding token one is chosen.
-        config: batch size and greatest length.
+        tokenizer: its tokenizer; a missing padding token is set.
+        config: batch size and maximum length.
         head: "causal" or "seq2seq".
     """
 
@@ -41,7 +40,7 @@ class TransformersLM(HFLM):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, head: str
     ) -> None:
         self.truncated = 0
-        with unheard("lm_eval"), _tied_already(model):  # the remark: a model that is loaded
+        with unheard("lm_eval"), _tied_already(model):  # it warns about preloaded models
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -60,7 +59,7 @@ class TransformersLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Tokenize a text; an opening token is kept, a closing one is not."""
+        """Tokenize a text, keeping an opening token but no closing one."""
         ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
         if self._closes and add_special_tokens is not False and ids[-1:] == [self.eot_token_id]:
             ids = ids[:-1]
@@ -73,7 +72,7 @@ class TransformersLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Tokenize each prompt by itself and pad; return ids and mask, both (prompts, tokens)."""
+        """Tokenize each prompt separately and pad; return ids and mask, both (prompts, tokens)."""
         rows = [self.tok_encode(string) for string in strings]
         if left_truncate_len:
             self.truncated += sum(len(row) > left_truncate_len for row in rows)
@@ -136,22 +135,22 @@ class TransformersLM(HFLM):
 
 
 class EndOfRows(transformers.StoppingCriteria):
-    """Ends each row where its own reply holds a stop sequence, whatever the other rows do.
+    """Ends each row at a stop sequence in its own reply, independently of other rows.
 
     Args:
-        tokenizer: reads tokens as text.
-        stop: the sequences.
+        tokenizer: decodes tokens.
+        stop: the stop sequences.
         start: the first column of a reply.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
         self._tokenizer, self._stop, self._start = tokenizer, stop, start
-        # A token adds a character or more, or is a part of one of at most four bytes.
+        # A token adds at least one character, or is part of one of at most four bytes.
         self._back = max(len(text.encode()) for text in stop) + 4
         self._ended: list[bool] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Return which rows have ended: booleans, one for each row of ``input_ids``."""
+        """Return which rows have ended: one boolean per row of ``input_ids``."""
         self._ended = self._ended or [False] * len(input_ids)
         tails = input_ids[:, max(self._start, input_ids.shape[1] - self._back) :].tolist()
         for row, tail in enumerate(tails):
@@ -163,7 +162,7 @@ class EndOfRows(transformers.StoppingCriteria):
 
 @contextlib.contextmanager
 def _tied_already(model: Any) -> Iterator[None]:
-    """Let `HFLM` not tie a model's weights again: under an adapter of the head that fails."""
+    """Keep `HFLM` from tying the weights again, which fails with an adapted head."""
     model.tie_weights = lambda *_, **__: None
     try:
         yield
@@ -172,6 +171,6 @@ def _tied_already(model: Any) -> Iterator[None]:
 
 
 def _closes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer puts the end-of-text token behind a text."""
+    """Return whether the tokenizer appends the EOS token to a text."""
     end = tokenizer.eos_token_id
     return end is not None and tokenizer("a")["input_ids"][-1:] == [end]

@@ -1,4 +1,4 @@
-"""Loading what is evaluated: a model as it is, under an adapter, or with the adapter merged in."""
+"""Load the models to evaluate: plain, with an adapter, or with the adapter merged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def unheard(*names: str) -> Iterator[None]:
-    """Keep the loggers of other libraries silent but for errors."""
+    """Silence the loggers of other libraries below errors."""
     logs = [logging.getLogger(name) for name in names]
     levels = [log.level for log in logs]
     for log in logs:
@@ -44,7 +44,7 @@ _CLASSES: dict[Head, str] = {
 
 
 def device_of(config: EvalConfig) -> torch.device:
-    """Return where to compute: what the user says, else the accelerator, else the CPU.
+    """Return the device: the user's choice, else the accelerator, else the CPU.
 
     Raises:
         ConfigError: there is no such device.
@@ -62,30 +62,32 @@ def device_of(config: EvalConfig) -> torch.device:
 
 
 def check_backend(config: EvalConfig, models: list[EvaluatedModel]) -> None:
-    """Check that what generates is there, and takes these models.
+    """Check that the backend is installed and supports these models.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it is not, or does not.
     """
     if config.backend == "hf":
         device_of(config)
         return
     faults = []
     if importlib.util.find_spec("vllm") is None:
-        faults.append("'vllm' is not installed; run `pip install vllm`, or leave --backend out.")
+        faults.append("'vllm' is not installed; run `pip install vllm`, or remove --backend.")
     for evaluated in models:
         if evaluated.kind == "adapter" and (why := _unserved(evaluated)):
             faults.append(f"vLLM cannot serve {evaluated.name}: {why}; add --merge.")
     if any(evaluated.head == "labeled" for evaluated in models):
-        faults.append("vLLM writes texts, and these models label them; leave --backend out.")
+        faults.append(
+            "vLLM only generates text, but these models are classifiers; remove --backend."
+        )
     if config.quantization != "none" or config.parallelize:
-        faults.append("`quantization` and `parallelize` never reach vLLM; leave them out.")
+        faults.append("`quantization` and `parallelize` do not apply to vLLM; remove them.")
     if faults:
         raise ConfigError(faults, where="backend")
 
 
 def _unserved(evaluated: EvaluatedModel) -> str | None:
-    """Return why vLLM does not read an adapter."""
+    """Return the reason why vLLM cannot load an adapter, if any."""
     from tlora.adapter.saved import read_lora
     from tlora.adapter.savedconfig import CONFIG
     from tlora.exporters.readers import READERS, reading
@@ -99,7 +101,7 @@ def _unserved(evaluated: EvaluatedModel) -> str | None:
 
 
 def local_adapter(evaluated: EvaluatedModel) -> str:
-    """Return the folder of an adapter; one on the Hub is downloaded."""
+    """Return the folder of an adapter, downloading it from the Hub if needed."""
     adapter = str(evaluated.adapter)
     if Path(adapter).is_dir():
         return adapter
@@ -111,21 +113,21 @@ def local_adapter(evaluated: EvaluatedModel) -> str:
 def dtype_of(config: EvalConfig) -> str:
     """Return the precision to compute in; on a CPU "auto" is float32."""
     if config.dtype == "auto" and device_of(config).type == "cpu":
-        return "float32"  # as fast there, and the batch cannot be seen in the replies
+        return "float32"  # as fast there, and replies do not depend on the batch
     return config.dtype
 
 
 def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
-    """Load one model onto its device, in eval mode, its parameters without gradients.
+    """Load one model onto its device, in eval mode and without gradients.
 
     Args:
-        evaluated: what to load.
+        evaluated: the model to load.
         config: device, precision and quantization.
-        **head: fields of the model's configuration, for a head that the base does not have.
+        **head: model configuration fields that define a head missing from the base.
 
     Raises:
         ConfigError: the base cannot be loaded as asked.
-        AdapterError: the adapter does not fit it, or cannot be merged.
+        AdapterError: the adapter does not fit the base, or cannot be merged.
     """
     device = device_of(config)
     model, drawn = _load_base(evaluated, config, device, head)
@@ -141,9 +143,9 @@ def load(evaluated: EvaluatedModel, config: EvalConfig, **head: Any) -> Any:
 
 
 def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model: the base's own, so that all adapters get the same tokens.
+    """Load the base model's tokenizer, so that all adapters see the same tokens.
 
-    An adapter that brings tokens of its own has its own.
+    An adapter that adds tokens uses its own tokenizer.
 
     Raises:
         ConfigError: there is none.
@@ -153,14 +155,14 @@ def load_tokenizer(evaluated: EvaluatedModel, config: EvalConfig) -> PreTrainedT
         return Pretrained(name=place, trust_remote_code=config.trust_remote_code).tokenizer()
     except ConfigError as error:
         raise ConfigError(
-            f"no tokenizer can be loaded from {place!r} ({error.faults[0].rstrip('.')}); give"
+            f"cannot load a tokenizer from {place!r} ({error.faults[0].rstrip('.')}); give"
             " --tokenizer.",
             where="tokenizer",
         ) from error
 
 
 def release() -> None:
-    """Give the memory of models that nothing holds any more back to the device."""
+    """Free the device memory of models that are no longer referenced."""
     import torch
 
     gc.collect()
@@ -171,14 +173,14 @@ def release() -> None:
 def _load_base(
     evaluated: EvaluatedModel, config: EvalConfig, device: torch.device, head: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """Return the model, and the parameters of its head that its files do not have."""
+    """Return the model, and the head parameters missing from its files."""
     checkpoint = Pretrained(
         name=evaluated.model,
         dtype=dtype_of(config),
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
     )
-    # transformers would report a head as missing that the adapter is about to bring.
+    # transformers would report a head as missing that the adapter provides.
     with unheard(*(["transformers"] if head else [])):
         return checkpoint.model(
             _CLASSES[evaluated.head], device, parallelize=config.parallelize, head=head
@@ -186,14 +188,14 @@ def _load_base(
 
 
 def _check_head(model: Any, drawn: list[str], evaluated: EvaluatedModel) -> None:
-    """Raise if a parameter was drawn at random and the adapter did not bring it."""
+    """Raise if a parameter is random because neither base nor adapter has it."""
     brought = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in drawn)
     lost = [each for each in modules if not any(f".{each}.modules" in name for name in brought)]
     if lost:
         raise AdapterError(
-            f"{evaluated.path} has no trained {', '.join(lost)}; give an adapter that was trained"
-            " on the task, with its head."
+            f"{evaluated.path} has no trained {', '.join(lost)}; give an adapter trained on the"
+            " task, with its head."
         )
 
 
@@ -201,7 +203,7 @@ def _adapted(model: Any, evaluated: EvaluatedModel) -> Any:
     from tlora import load_adapter
 
     path = str(evaluated.adapter)
-    advice = "give its own base by --model, and if tokens were added for it, --tokenizer."
+    advice = "give its own base with --model, and its --tokenizer if it adds tokens."
     try:
         return load_adapter(model, path, freeze=False)
     except MisfitError as error:

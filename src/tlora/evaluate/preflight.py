@@ -1,6 +1,6 @@
-"""What flags and files tell of an evaluation, checked before anything that is slow to import.
+"""Check an evaluation's flags and files before any slow import.
 
-All faults come in one error. What needs a tokenizer, the rows or the Hub is checked later.
+One error lists all faults. Checks that need a tokenizer, rows or the Hub come later.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tlora.tasks.base import Task
 
 
 def check(config: EvalConfig) -> list[EvaluatedModel]:
-    """Check an evaluation: its folder, its judge, the folders of its models, its tasks.
+    """Check an evaluation's folder, judge, model folders and tasks.
 
     Returns:
-        The models as `evaluated_models.sketch` gives them; [] where some are on the Hub.
+        The models from `evaluated_models.sketch`; [] if some are on the Hub.
 
     Raises:
-        ConfigError: a field is wrong, a model or a task is not there, the folder is taken, or
-            several things are wrong.
-        DataError: a file of rows, or of the judge's prompts, is missing.
+        ConfigError: a field is invalid, a model or a task is missing, the folder is in use, or
+            several of these.
+        DataError: a file of rows or of judge prompts is missing.
     """
     faults, models = Faults("eval"), None
     with faults:
@@ -61,7 +61,7 @@ def _check_tasks(config: EvalConfig, models: list[EvaluatedModel] | None) -> Non
                 task.check_held_out(config.test_file)
         faults.raise_found()
     elif models is None and any(name in TASKS.names() for name in config.tasks):
-        return  # right or wrong by the head of a model on the Hub
+        return  # depends on the head of a model on the Hub
     elif of_a_task(config):
         task = replied_task(config)
         task.check_fields()
@@ -73,21 +73,23 @@ def _check_tasks(config: EvalConfig, models: list[EvaluatedModel] | None) -> Non
 
 
 def check_labeled_rows(config: EvalConfig) -> None:
-    """Check that rows which are named belong to one task.
+    """Check that rows are given for a single task.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: there are several tasks.
     """
     if (config.test_file or config.data.dataset) and len(config.tasks) > 1:
         flag = "--test_file" if config.test_file else "--data.dataset"
-        raise ConfigError(f"{flag} gives rows of one task; name one in --tasks.", where="tasks")
+        raise ConfigError(
+            f"{flag} gives the rows of one task; name a single task in --tasks.", where="tasks"
+        )
 
 
 def of_a_task(config: EvalConfig) -> bool:
-    """Return whether the rows of a registered task are asked for, and not an evaluation's.
+    """Return whether the evaluation scores rows of a registered task.
 
     Raises:
-        ConfigError: they are not, and fields say how they are read.
+        ConfigError: it does not, but fields about reading rows are set.
     """
     if config.test_file or config.data.kind or config.data.dataset:
         return True
@@ -98,52 +100,54 @@ def of_a_task(config: EvalConfig) -> bool:
         prompts |= {"chat_template", "system"}
     if given := [name for name in config.data.given() if name not in prompts]:
         raise ConfigError(
-            f"`data.{given[0]}` says how to read your own rows, but no rows are given; add"
-            " --test_file or --data.dataset, or leave it out.",
+            f"`data.{given[0]}` only applies to your own rows, but no rows are given; add"
+            " --test_file or --data.dataset, or remove it.",
             where="data",
         )
     return False
 
 
 def replied_task(config: EvalConfig) -> Task:
-    """Return the registered task whose prompts and responses are an evaluation.
+    """Return the registered task whose prompts and responses are evaluated.
 
     Raises:
-        ConfigError: there are several tasks, the name is not registered, or its rows are not scored
-            by their responses.
+        ConfigError: there are several tasks, the name is not registered, or the task does not score
+            responses.
     """
     if len(config.tasks) > 1:
         raise ConfigError(
-            "--test_file, --data.dataset and --data.kind describe one task; name one in --tasks.",
+            "--test_file, --data.dataset and --data.kind describe one task; name a single one in"
+            " --tasks.",
             where="tasks",
         )
     name = config.tasks[0]
     task: Task = TASKS.load(name)(config.data)
     if task.kind in ("classification", "regression"):
         raise ConfigError(
-            f"{name!r} has labels, and the models write texts; give models with a trained head,"
-            " or --data.kind seq2seq where the task can be put as text to text.",
+            f"{name!r} is a classification task, but the models are generative; use models with a"
+            " trained head, or --data.kind seq2seq if the task supports text to text.",
             where="tasks",
         )
     if not (task.exact or task.reads_replies):
         raise ConfigError(
-            f"the rows of {name!r} are not scored by their responses; leave --test_file out for"
-            " the evaluations that have a --data_dir.",
+            f"`--test_file` cannot score {name!r} by its responses; remove it, and use an"
+            " evaluation of `tlora list evaluations`.",
             where="test_file",
         )
     return task
 
 
 def labeled_task(name: str, config: EvalConfig) -> Task:
-    """Return the registered task that models with a head label.
+    """Return the registered task for models with a labeling head.
 
     Raises:
-        ConfigError: the name is not registered, or the task asks for text.
+        ConfigError: the name is not registered, or the task is generative.
     """
     asks = name in (*EVALUATIONS.names(), *CONVERSATIONS.names())
     task: Task | None = None if asks else TASKS.load(name)(config.data)
     if task is None or task.kind not in ("classification", "regression"):
         raise ConfigError(
-            f"{name!r} asks for text, and the models label it; see `tlora list tasks`.", "tasks"
+            f"{name!r} is generative, but the models are classifiers; see `tlora list tasks`.",
+            "tasks",
         )
     return task

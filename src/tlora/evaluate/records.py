@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness logs of an item -> one record, the same for every kind of task.
+"""Convert the samples logged by lm-evaluation-harness into uniform records.
 
 A record: {"item": text, "prompt", "reply", "answer" (or None), "target", "scores": {name: number}}.
 """
@@ -17,15 +17,15 @@ Sample = Mapping[str, Any]
 
 
 def records(task: Task, samples: Iterable[Sample]) -> list[Record]:
-    """Return a record of every item of a task, in the order of the items.
+    """Return one record per item of a task, in order.
 
     Args:
-        task: the task, of ours or of lm-evaluation-harness.
-        samples: what ``lm_eval.evaluate(..., log_samples=True)["samples"]`` holds for it; where a
-            task reads each reply in several ways (its filters), an item has several samples.
+        task: the task, ours or from lm-evaluation-harness.
+        samples: its ``lm_eval.evaluate(..., log_samples=True)["samples"]``; a task with several
+            filters has several samples per item.
 
-    An item's scores are called as the metric is; of several filters, as "metric,filter". Scores
-    that are no number for a single item (an F1's class and label, say) are left out. The answer
+    An item's scores have the metric's name, or "metric,filter" with several filters. Scores that
+    are not a number for a single item (such as an F1's class and label) are dropped. The answer
     is the first filter's.
     """
     by_item: dict[Any, list[Sample]] = {}
@@ -35,10 +35,10 @@ def records(task: Task, samples: Iterable[Sample]) -> list[Record]:
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of a task by the names that `records` uses, the main one first.
+    """Return the scores of a task, named as in `records`, the main one first.
 
     Args:
-        results: what ``lm_eval.evaluate(...)["results"]`` holds for the task.
+        results: the task's ``lm_eval.evaluate(...)["results"]``.
     """
     found = {
         key: value
@@ -80,17 +80,17 @@ def _scores(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _said(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
-    """Return the reply and the answer to a task of the harness itself, and the target."""
+    """Return the reply, answer and target for one of the harness' own tasks."""
     if task.OUTPUT_TYPE == "multiple_choice":
         return _chosen(task, sample)
-    if task.OUTPUT_TYPE != "generate_until":  # of likelihoods alone nothing is generated
+    if task.OUTPUT_TYPE != "generate_until":  # likelihood tasks generate nothing
         return {"reply": "", "answer": None}, sample["target"]
     answer = _text(sample["filtered_resps"][0])
     return {"reply": str(sample["resps"][0][0]), "answer": answer}, sample["target"]
 
 
 def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
-    """Of a choice by likelihood: the likeliest option, by the sum over its tokens, as "acc" is."""
+    """Return the likeliest option, by the sum over its tokens, as in "acc"."""
     options, found = task.doc_to_choice(sample["doc"]), likelihoods(task, sample)
     chosen = options[found.index(max(found))]
     right = [options[e] if isinstance(e, int) else str(e) for e in _gold(task, sample)]
@@ -99,7 +99,7 @@ def _chosen(task: Task, sample: Sample) -> tuple[dict[str, Any], Any]:
 
 def likelihoods(task: Task, sample: Sample) -> list[float]:
     """Return the log-likelihood of each option of a choice."""
-    # With a metric of mutual information, further requests without a prompt follow.
+    # A mutual information metric appends requests without a prompt.
     options = task.doc_to_choice(sample["doc"])
     return [pair[0] for pair in sample["filtered_resps"][: len(options)]]
 
@@ -111,7 +111,7 @@ def right_options(task: Task, sample: Sample) -> list[int]:
 
 
 def _gold(task: Task, sample: Sample) -> list[Any]:
-    # Where the options stand in the prompt, it is there that the index of the right one is.
+    # If the options are in the prompt, the index of the right one refers to them.
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     return gold if isinstance(gold, list) else [gold]
 

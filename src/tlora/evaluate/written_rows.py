@@ -1,4 +1,4 @@
-"""Rows of a registered task, with or without prompts, as an evaluation."""
+"""Evaluate on rows of a registered task, with or without prompts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 class WrittenRows:
-    """Rows of a registered task: how likely a model finds them, and how close its replies come.
+    """Rows of a registered task, scored by their likelihood and by replies to their prompts.
 
-    Texts without prompts have the first alone. Of a chat the last answer is asked for, and all are
-    scored by how likely they are.
+    Texts without prompts only have a likelihood. In a chat, the model generates the last answer,
+    and the likelihood covers all answers.
 
     Args:
         config: the evaluation.
-        tokenizer: its chat template writes the prompts, where one does.
+        tokenizer: its chat template formats the prompts, if they use one.
 
     Raises:
-        ConfigError: there are several tasks, the name is not registered, its rows are not scored by
-            their responses, or there are none.
-        DataError: a row is not what the task expects.
+        ConfigError: there are several tasks, the name is not registered, the task does not score
+            responses, or there are no rows.
+        DataError: a row does not fit the task.
     """
 
     def __init__(self, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,19 +43,22 @@ class WrittenRows:
         rows, name = scored_rows(self._task, config), config.tasks[0]
         self._rows = rows[: config.limited(len(rows))]
         self.items, self.shots = len(self._rows), 0
-        # Tasks that read replies have scores of their own; vLLM keeps its model to itself.
+        # Tasks that parse replies have their own scores; vLLM does not expose its model.
         self._likely = not self._task.reads_replies and config.backend == "hf"
         self._replies = None
         texts = sum("text" in row for row in self._rows)
         if 0 < texts < len(self._rows):
             raise DataError(
-                f"{config.test_file}: {texts} of {len(self._rows)} rows are plain text, the others"
-                " have prompts; evaluate them separately."
+                f"{config.test_file}: {texts} of {len(self._rows)} rows are plain text and the"
+                " others have prompts; evaluate them separately."
             )
         if not texts:
             self._replies = HarnessTask(of_rows(name, rows, self._task, tokenizer), config)
         elif not self._likely:
-            raise DataError(f"{name}: texts have a loss alone, which vLLM does not tell.")
+            raise DataError(
+                f"{name}: plain text is only scored by its loss, which vLLM does not compute;"
+                " remove --backend."
+            )
         said = [self._replies.protocol] if self._replies else []
         said += ["loss in nats, by token, of what training would learn"] if self._likely else []
         self.protocol = "; ".join(said)
@@ -63,7 +66,7 @@ class WrittenRows:
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> None:
-        """Check, before the model is loaded, that it can be asked.
+        """Check before loading the model that it supports the rows.
 
         Raises:
             ConfigError: as `HarnessTask.check`.
@@ -75,7 +78,7 @@ class WrittenRows:
             data.max_length = min(data.max_length or LONGEST, longest)
 
     def evaluate(self, lm: Any) -> TaskResult:
-        """Have the prompts answered, then score the rows themselves."""
+        """Generate replies to the prompts, then score the rows themselves."""
         if self._replies is not None:
             found = self._replies.evaluate(lm)
         else:
@@ -92,6 +95,6 @@ class WrittenRows:
 
 
 def _unasked(number: int, text: str) -> dict[str, Any]:
-    """Return the line of a text that nothing was asked about."""
+    """Return the sample line of a text without a prompt."""
     item = {"item": str(number), "prompt": "", "reply": "", "answer": None}
     return item | {"target": text, "scores": {}}

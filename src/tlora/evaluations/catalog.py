@@ -1,4 +1,4 @@
-"""Names of evaluations -> tasks: ours by our names, every other by lm-evaluation-harness itself."""
+"""Load evaluation tasks by name: ours, or from lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _WHERE = "tasks"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user decides about evaluations of code."""
+    """User settings for code evaluations."""
 
     allow_code_execution: bool = False
-    """Run what the model writes, in the sandbox; without it, evaluations of code are refused."""
+    """Run programs written by the model in the sandbox; otherwise code evaluations are rejected."""
     protection: Protection = "namespaces"
-    """How strongly the sandbox keeps programs apart; see `tlora.scoring.sandbox`."""
+    """Isolation level of the sandbox; see `tlora.scoring.sandbox`."""
     samples: int = 1
-    """Programs for each problem: 1 is greedy, more are drawn at `temperature`."""
+    """Programs per problem: 1 is greedy, more are sampled at `temperature`."""
     temperature: float = 0.8
-    """Of drawn programs."""
+    """Temperature for sampled programs."""
     trust_remote_code: bool = False
-    """Run the code that an evaluation's YAML brings; `allow_code_execution` allows that too."""
+    """Run code that comes with an evaluation's YAML; `allow_code_execution` implies this."""
 
 
 def build(
@@ -45,20 +45,20 @@ def build(
     """Make the tasks, with all their rows read and checked.
 
     Args:
-        names: ours (`tlora list evaluations`), or what lm-evaluation-harness calls a task, a group,
-            a tag or the path of a task's YAML. Groups are expanded; a name given twice counts once.
-        data_dir: folder of local files for our own; None reads from the Hub. The tasks of
-            lm-evaluation-harness read from where their YAML says.
-        settings: what the user decides.
+        names: our names (`tlora list evaluations`), or tasks, groups, tags or YAML paths of
+            lm-evaluation-harness. Groups are expanded and duplicates dropped.
+        data_dir: folder of local files for our evaluations; None reads from the Hub. Tasks of
+            lm-evaluation-harness read from the source in their YAML.
+        settings: user settings.
 
     Returns:
         Tasks by name in the order of ``names``, for ``lm_eval.evaluate(task_dict=...)``.
 
     Raises:
-        ConfigError: a name is unknown (with a suggestion), runs programs unallowed, or is a YAML
-            that brings code untrusted; all such faults at once, before a row is read or a function
-            imported. Or lm-evaluation-harness is not installed.
-        DataError: the rows of a task cannot be had.
+        ConfigError: a name is unknown (with a suggestion), runs programs without permission, or is
+            a YAML with untrusted code; one error lists all such faults before reading rows or
+            importing functions. Or lm-evaluation-harness is not installed.
+        DataError: the rows of a task are unavailable.
         SandboxError: the sandbox for programs does not work on this machine.
     """
     settings = settings or Settings()
@@ -78,18 +78,18 @@ def build(
 
 
 def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str, list[str]]:
-    """Return what evaluations of ours ask, every row, by name; groups are expanded.
+    """Return all prompts of our evaluations by name, with groups expanded.
 
     Args:
-        names: of our evaluations and groups. Those that run programs put a problem into words of
-            their own, which rows of other sources do not have.
+        names: our evaluations and groups, except those that run programs, whose prompts have
+            their own wording that training rows do not repeat.
         data_dir: as `build`.
-        where: what error messages call the field.
+        where: the field's name in error messages.
 
     Raises:
-        ConfigError: a name is not ours, or its programs are asked for; all such faults at once. Or
+        ConfigError: a name is not ours, or it runs programs; one error lists all such faults. Or
             lm-evaluation-harness is not installed.
-        DataError: the rows cannot be had.
+        DataError: the rows are unavailable.
     """
     names = list(names)
     check_guard(names, where)
@@ -101,12 +101,12 @@ def prompts(names: Iterable[str], data_dir: str | None, where: str) -> dict[str,
 
 
 def ours(task: Task) -> bool:
-    """Whether a task is one of ours and not one of lm-evaluation-harness."""
+    """Whether a task is ours rather than from lm-evaluation-harness."""
     return "protocol" in (task.config.metadata or {})
 
 
 def protocol(task: Task) -> str:
-    """Return in a line what a task is and where it is from."""
+    """Return one line with a task's name and source."""
     if ours(task):
         own = task.config.metadata["protocol"]
         rule = PROTOCOLS.get(task.config.filter_list[0]["name"])
@@ -120,11 +120,11 @@ def protocol(task: Task) -> str:
 
 
 def _index(names: Iterable[str], given: dict[str, Any]) -> TaskManager:
-    """Index the YAML files of those of our evaluations that are among ``names``.
+    """Index the YAML files of our evaluations among ``names``.
 
     Args:
-        names: ours and others.
-        given: what every YAML of ours gets as its metadata.
+        names: our and other names.
+        given: metadata for each of our YAML files.
     """
     from lm_eval.tasks import TaskManager
 
@@ -141,25 +141,25 @@ def _theirs() -> TaskManager:
 
 
 def _load(manager: TaskManager, name: str, settings: Settings) -> dict[str, Task]:
-    """Load a task, or all tasks of a group of theirs.
+    """Load a task, or all tasks of a harness group.
 
     Raises:
-        DataError: it cannot be loaded, mostly for want of its data.
-        ConfigError: it would run programs, unallowed.
+        DataError: it cannot be loaded, usually because its data is missing.
+        ConfigError: it would run programs without permission.
         SandboxError: as `build`.
     """
     log = logging.getLogger("lm_eval.api.task")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of every task whose rows a function reads, as ours
+    log.setLevel(logging.ERROR)  # it warns about tasks with a row function, such as ours
     try:
         found = manager.load([name])["tasks"]
     except TLoraError:
         raise
-    except Exception as error:  # whatever a task's YAML, code and data can raise
+    except Exception as error:  # a task's YAML, code and data can raise anything
         cause = " ".join(str(error).split())[:300]
         raise DataError(
             f"{name}: lm-evaluation-harness cannot load it ({type(error).__name__}: {cause});"
-            " is the Hub in reach?"
+            " check the connection to the Hub."
         ) from error
     finally:
         log.setLevel(level)

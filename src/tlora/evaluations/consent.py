@@ -1,8 +1,8 @@
-"""What of an evaluation's YAML would run code, found before lm-evaluation-harness reads it.
+"""Find code in an evaluation's YAML before lm-evaluation-harness reads it.
 
 Its loader imports the Python file that a `!function` names while it reads the YAML, and Hugging
 Face's `evaluate` downloads and runs a metric that the harness does not know. `datasets` before 5
-reads pickles. Templates are rendered in Jinja's sandbox, where they reach no code.
+reads pickles. Templates run in Jinja's sandbox, where they cannot execute code.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from tlora.errors import DataError
 
 
 class _Code(str):
-    """What stands behind a `!function`."""
+    """The value of a `!function` tag."""
 
     __slots__ = ()
 
 
 def code_in(path: str | Path) -> list[str]:
-    """Return in words what would run code in a YAML, and in the files that it includes.
+    """Describe everything that would run code in a YAML and its includes.
 
     Args:
-        path: of a task's or group's YAML.
+        path: YAML file of a task or group.
 
     Raises:
-        DataError: one of the files cannot be read, is no YAML, or has tags that are not the
-            harness'.
+        DataError: a file cannot be read, is not YAML, or has tags unknown to the harness.
     """
     found: list[str] = []
     waiting, seen = [Path(path)], set()
@@ -47,7 +46,7 @@ def code_in(path: str | Path) -> list[str]:
 
 
 def sandbox_templates() -> None:
-    """Have lm-evaluation-harness render templates in Jinja's sandbox.
+    """Make lm-evaluation-harness render templates in Jinja's sandbox.
 
     In a plain environment, `{{ x.__init__.__globals__ }}` leads to every module.
     """
@@ -63,13 +62,13 @@ def sandbox_templates() -> None:
 
 
 def _read(file: Path) -> tuple[Any, list[str]]:
-    """Return what a YAML says and the names of its functions, without importing any."""
+    """Return the contents of a YAML and the names of its functions, without importing any."""
     import yaml
 
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):
-        """Notes functions; those of keys that are given twice too."""
+        """Records functions, including those of duplicate keys."""
 
     def note(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Code:
         functions.append(str(loader.construct_scalar(node)))
@@ -80,18 +79,20 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         return yaml.load(file.read_bytes(), Loader), functions
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise DataError(f"{file}: this is no YAML of an evaluation ({cause}).") from error
+        raise DataError(
+            f"{file}: not the YAML of an evaluation ({cause}); fix the file."
+        ) from error
 
 
 def _foreign(values: Any) -> Iterator[str]:
-    """Yield, at any depth, metrics that come from `evaluate` and data sets that are pickles."""
+    """Yield metrics from `evaluate` and pickled data sets, at any depth."""
     from lm_eval.api import metrics  # noqa: F401  (registers them)
     from lm_eval.api.registry import metric_registry
 
     waiting, seen = [values], set()
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:  # YAML's aliases may go round
+        if id(value) in seen:  # YAML aliases may be cyclic
             continue
         seen.add(id(value))
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What evaluations are called, and which of them run programs, read from their YAML files alone.
+"""Names of evaluations, and whether they run programs, read from their YAML files alone.
 
-lm-evaluation-harness takes seconds to import and as long again to index its own tasks. A wrong name
-should be refused at once, so its files are searched for the name here, and ours are read.
+lm-evaluation-harness takes seconds to import and again to index its own tasks. To reject a wrong
+name at once, this module searches the harness' files for the name and reads ours.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def check_tasks(
     theirs: Collection[str] | None = None,
     where: str = "tasks",
 ) -> None:
-    """Check what is to be evaluated.
+    """Check the names of tasks.
 
     Args:
-        names: of our evaluations and groups, of lm-evaluation-harness, or paths of YAML files.
-        allow_code_execution: whether programs that the model writes may run.
-        trust_remote_code: whether code that a YAML brings may run; `allow_code_execution` lets it
-            run too.
-        theirs: names of lm-evaluation-harness; None: whatever its files mention may be one.
+        names: our evaluations and groups, names of lm-evaluation-harness, or paths of YAML files.
+        allow_code_execution: whether programs written by the model may run.
+        trust_remote_code: whether code that comes with a YAML may run; implied by
+            `allow_code_execution`.
+        theirs: names of lm-evaluation-harness; None: any word in its files may be one.
         where: what error messages call the field.
 
     Raises:
-        ConfigError: a name is unknown (with a suggestion), or runs programs unallowed, or is a YAML
-            that brings code untrusted; all such faults at once. Or lm-evaluation-harness is not
-            installed.
+        ConfigError: a name is unknown (with a suggestion), runs programs without permission, or is
+            a YAML with untrusted code; one error lists all such faults. Or lm-evaluation-harness is
+            not installed.
     """
     extras.require("eval", where)
     own, wanted = _ours(names)
@@ -53,7 +53,7 @@ def check_tasks(
     unsafe: list[str] = []
     if others:
         known = _HarnessFiles.read() if theirs is None else theirs
-        # Words like `jsonl` stand in their files, but name nothing there.
+        # Words like `jsonl` occur in their files without naming a task.
         rows = {name for name in others if name in TASKS.names()}.difference(known)
         faults = [
             f"there is no task {name!r}.{_hint(name, known)}"
@@ -66,8 +66,8 @@ def check_tasks(
             faults += _bringing_code(name for name in others if name not in known)
     if not allow_code_execution:
         faults += [
-            f"{name!r} runs the programs that the model writes; read docs/evaluation.md, then pass"
-            " allow_code_execution, or leave it out."
+            f"{name!r} runs programs written by the model; read docs/evaluation.md, then pass"
+            " allow_code_execution, or remove it."
             for name in _of_code(own, wanted)
         ]
         faults += [unsandboxed(name) for name in unsafe]
@@ -76,17 +76,17 @@ def check_tasks(
 
 
 def _bringing_code(names: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each YAML of these that would run code of its author's."""
+    """Yield an error for each YAML that would run its author's code."""
     for name in names:
         if Path(name).is_file() and (found := consent.code_in(name)):
             yield (
                 f"{name!r} runs Python code outside of the sandbox: {', '.join(found)}; read it,"
-                " then pass trust_remote_code or allow_code_execution, or leave it out."
+                " then pass trust_remote_code or allow_code_execution, or remove it."
             )
 
 
 def check_guard(names: Iterable[str], where: str) -> None:
-    """Check the evaluations whose questions are to be kept apart from training rows.
+    """Check the evaluations whose questions training rows must not repeat.
 
     Args:
         names: of our evaluations and groups. Those that run programs put a problem into words of
@@ -94,7 +94,7 @@ def check_guard(names: Iterable[str], where: str) -> None:
         where: what error messages call the field.
 
     Raises:
-        ConfigError: a name is not ours, or its programs are asked for; all such faults at once. Or
+        ConfigError: a name is not ours, or it runs programs; one error lists all such faults. Or
             lm-evaluation-harness is not installed.
     """
     extras.require("eval", where)
@@ -107,8 +107,8 @@ def check_guard(names: Iterable[str], where: str) -> None:
         if name not in own
     ]
     faults += [
-        f"{name!r} asks for programs in words of its own, which training rows do not repeat; leave"
-        " it out."
+        f"{name!r} has its own wording for coding problems, which training rows do not repeat;"
+        " remove it."
         for name in _of_code(own, wanted)
     ]
     if faults:
@@ -116,10 +116,10 @@ def check_guard(names: Iterable[str], where: str) -> None:
 
 
 def check_files(names: Iterable[str], data_dir: str | None) -> list[Path]:
-    """Return the files in the user's folder with the rows of our evaluations; [] for the Hub.
+    """Return the files with the rows of our evaluations in the user's folder; [] for the Hub.
 
     Raises:
-        DataError: they are not there.
+        DataError: a file is missing.
     """
     own, wanted = _ours(names)
     faults, files = Faults("data_dir"), []
@@ -132,26 +132,26 @@ def check_files(names: Iterable[str], data_dir: str | None) -> list[Path]:
 
 
 def expanded(names: Iterable[str]) -> list[str]:
-    """Return names with the members of our groups in their place, each once."""
+    """Replace our groups by their members and drop duplicates."""
     return _ours(names)[1]
 
 
 def unsandboxed(name: str) -> str:
-    """Return why a task of lm-evaluation-harness that runs programs is refused."""
+    """Return the error for a task of lm-evaluation-harness that runs programs."""
     return (
-        f"{name!r} of lm-evaluation-harness runs programs, and without a sandbox; pass"
-        " allow_code_execution if you mean to, or use a built-in evaluation."
+        f"{name!r} of lm-evaluation-harness runs programs without a sandbox; pass"
+        " allow_code_execution to accept this, or use a built-in evaluation."
     )
 
 
 def folders(names: Iterable[str]) -> list[str]:
-    """Return the folders of those of our evaluations that are among ``names``."""
+    """Return the folders of our evaluations among ``names``."""
     known = EVALUATIONS.names()
     return sorted({str(Path(EVALUATIONS.load(name)).parent) for name in names if name in known})
 
 
 def _ours(names: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return the YAML of all evaluations beside ours among ``names``, and `expanded` names."""
+    """Return the YAML of all evaluations next to ours among ``names``, and `expanded` names."""
     names = list(names)
     own: dict[str, dict[str, Any]] = {}
     for folder in folders(names):
@@ -170,13 +170,13 @@ def _of_code(own: dict[str, dict[str, Any]], wanted: list[str]) -> list[str]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Read an evaluation's YAML and what it includes; functions stay the names that they are."""
+    """Read an evaluation's YAML and its includes, keeping functions as names."""
     import yaml
 
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, ValueError, yaml.YAMLError):
-        return {}  # lm-evaluation-harness says what is wrong
+        return {}  # lm-evaluation-harness reports the error
     if not isinstance(found, dict):
         return {}
     included = found.get("include", [])
@@ -191,7 +191,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """Takes the name of a function for text."""
+        """Reads function names as text."""
 
     as_text: Any = Loader.construct_scalar
     Loader.add_constructor("!function", as_text)
@@ -199,10 +199,10 @@ def _loader() -> Any:
 
 
 class _HarnessFiles(Collection[str]):
-    """The names of lm-evaluation-harness, as far as its files show them unread.
+    """The names of lm-evaluation-harness, found by searching its files.
 
-    `in` is true for every word of theirs, also for those that name no task; iterating gives the
-    names that stand written out.
+    `in` is true for every word in the files, even if it is not a task; iterating yields the names
+    that appear literally.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -218,7 +218,7 @@ class _HarnessFiles(Collection[str]):
         for home in (spec and spec.submodule_search_locations) or []:
             for folder, _, files in os.walk(Path(home, "tasks")):
                 for name in files:
-                    if "yaml" in name or "." not in name:  # what a YAML includes may have no ending
+                    if "yaml" in name or "." not in name:  # includes may have no suffix
                         path = f"{folder}/{name}"
                         with open(path, "rb") as file:  # noqa: PTH123, twice as fast for 14,000
                             read[path] = file.read()
@@ -235,7 +235,7 @@ class _HarnessFiles(Collection[str]):
         return sum(1 for _ in self)
 
     def runs_programs(self, name: str) -> bool:
-        """Return whether the file of a task, or one given by its path, says so."""
+        """Return whether the file of a task or path declares that it runs programs."""
         if Path(name).is_file():
             return bool(_settings(Path(name)).get("unsafe_code"))
         word = name.encode()
@@ -247,11 +247,11 @@ class _HarnessFiles(Collection[str]):
 
 def _hint(name: str, theirs: Iterable[str]) -> str:
     ours = [known for known in EVALUATIONS.names() if known.startswith(f"{name}-")]
-    if ours:  # a data set without the protocol that is to read it
+    if ours:  # a data set without its protocol
         return f" Did you mean {' or '.join(map(repr, ours))}?"
     if name in TASKS.names():
-        return f" {name!r} is one to train on; give --test_file with the rows to score."
+        return f" {name!r} is a training task; give --test_file with the rows to score."
     return did_you_mean(name, [*EVALUATIONS.names(), *theirs]) or (
-        " Run `tlora list evaluations` for ours; lm-evaluation-harness lists its own by `lm_eval ls"
-        " tasks`."
+        " Run `tlora list evaluations` for built-in ones, or `lm_eval ls tasks` for those of"
+        " lm-evaluation-harness."
     )

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: the model is asked for a program, which the sandbox runs.
+"""HumanEval and MBPP: the model writes a program, which the sandbox runs.
 
 The paper (arXiv 2604.18124) reports pass@1 by EvalPlus, zero-shot in its one prompt; it does not
 say how a problem is put into words as an instruction, nor how the program is cut out of the
@@ -49,14 +49,14 @@ _FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(?P<code>.*?)(?:\n[ \t]*```|\Z)", re.
 _ENDS = (*MBPP_STOPS, "\n# Example usage", "\n# Test")
 _KS = (1, 10, 100)
 _TOP_P = 0.95
-"""Of drawn programs; Chen et al. (arXiv 2107.03374), section 3."""
+"""Sampling temperature; Chen et al. (arXiv 2107.03374), section 3."""
 
 
 def program_in(reply: str, names: Sequence[str]) -> str:
-    """Return the program that a reply holds, up to where it is demonstrated or tested.
+    """Return the program in a reply, up to its demonstration or tests.
 
-    That is what the first fence holds which defines one of ``names``, else the first fence, else
-    the whole reply: prose without a fence is no Python, and fails.
+    Takes the first fence that defines one of ``names``, else the first fence, else the whole reply,
+    which fails if it is prose.
     """
     text = reply.replace("\r", "")
     fences = [match["code"] for match in _FENCED.finditer(text)]
@@ -67,22 +67,22 @@ def program_in(reply: str, names: Sequence[str]) -> str:
 
 @functools.cache
 def _sandbox(protection: Protection, limits: Limits) -> Sandbox:
-    """Return a sandbox that several evaluations share: making one tries it out."""
+    """Return a sandbox shared by several evaluations; creating one tests it."""
     return Sandbox(allow_untrusted_code=True, protection=protection, limits=limits)
 
 
 class HumanEval(ConfigurableTask):
-    """An evaluation that runs programs; its docs carry their raw row as JSON in "row".
+    """An evaluation that runs programs; its docs have their raw row as JSON in "row".
 
     With one sample a problem is answered greedily; with more, "pass@k" is the unbiased estimate
     of Chen et al. for k = 1, 10, 100, as far as there are k samples.
 
     Args:
-        config: the YAML's. In its `metadata` may be `samples` (1), `temperature` of samples (0.8)
+        config: the YAML's config. Its `metadata` may set `samples` (1), their `temperature` (0.8)
             and the sandbox's `protection` ("namespaces").
 
     Raises:
-        DataError: the rows are missing, or one of them is not what it should be.
+        DataError: rows are missing or invalid.
         SandboxError: the sandbox does not work on this machine.
     """
 
@@ -90,7 +90,7 @@ class HumanEval(ConfigurableTask):
     solution = "canonical_solution"
     """Column of the reference solution."""
     endings: tuple[str, ...] = ("",)
-    """Ends of the scores' names: the last one after the first check is passed, and so on."""
+    """Suffixes of the score names: the last one after the first check has passed, and so on."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         given = config["metadata"]
@@ -147,12 +147,12 @@ class HumanEval(ConfigurableTask):
 
     @classmethod
     def checks(cls, raw: Raw, program: str) -> list[Check]:
-        """Return the checks of a program, each worth making if those before it passed."""
+        """Return the checks of a program; each only runs if the earlier ones passed."""
         return [dataclasses.replace(humaneval_check(raw, ""), program=program)]
 
     @classmethod
     def scores(cls, passed: Sequence[int]) -> dict[str, float]:
-        """Return the scores of a problem, given how many checks each of its programs passed."""
+        """Return the scores of a problem, given the number of checks each program passed."""
         size = len(passed)
         return {
             f"pass@{k}{ending}": pass_at_k(size, sum(count >= least for count in passed), k)
@@ -163,7 +163,7 @@ class HumanEval(ConfigurableTask):
 
 
 class Mbpp(HumanEval):
-    """MBPP, whose asserts the prompt shows."""
+    """MBPP, with the asserts in the prompt."""
 
     solution = "code"
 
@@ -174,7 +174,7 @@ class Mbpp(HumanEval):
 
     @classmethod
     def instruction(cls, raw: Raw, where: str) -> str:
-        """Return the sentence, and the tests, which alone tell the function's name."""
+        """Return the sentence and the tests, which give the function's name."""
         tests = "\n".join(raw.get("test_list") or [])
         return (
             f"{text_of(raw, 'text', where).strip()}\n\nIt has to pass:\n\n```python\n{tests}\n```"
@@ -192,14 +192,14 @@ class Mbpp(HumanEval):
 
 
 class Plus(HumanEval):
-    """EvalPlus's form of both; "pass@k_base" is of the inputs that the original set has."""
+    """EvalPlus's form of both; "pass@k_base" uses the inputs of the original set."""
 
     limits = Limits(seconds=60.0, cpu_seconds=60)
     endings = ("_base", "")
 
     @classmethod
     def checks(cls, raw: Raw, program: str) -> list[Check]:
-        """Return the check by the original inputs, and the one by EvalPlus's further ones."""
+        """Return the checks on the original inputs and on EvalPlus's additional ones."""
         return [inputs_check(raw, program, part) for part in ("base_input", "plus_input")]
 
 
@@ -208,9 +208,9 @@ class Programs(Filter):
 
     Args:
         kind: the class of evaluation.
-        samples: replies to each problem; where processes share the work, the last problem may have
-            further ones as padding.
-        protection: of the sandbox.
+        samples: replies per problem; with several processes, the last problem may have padding
+            replies.
+        protection: isolation level of the sandbox.
     """
 
     def __init__(self, kind: type[HumanEval], samples: int, protection: Protection) -> None:
@@ -234,7 +234,7 @@ class Programs(Filter):
         return readings
 
     def _passed(self, stages: Sequence[Sequence[Check]]) -> list[int]:
-        """Return of each program how many of its checks passed before the first that did not."""
+        """Return for each program the number of checks passed before the first failure."""
         passed = [0] * len(stages)
         for stage in range(max(map(len, stages))):
             due = [i for i, checks in enumerate(stages) if passed[i] == stage < len(checks)]

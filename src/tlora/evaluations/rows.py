@@ -1,4 +1,4 @@
-"""Where an evaluation's rows are: a file under the user's folder, or a dataset on the Hub."""
+"""Read an evaluation's rows from the user's folder or a dataset on the Hub."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where one evaluation's rows can be had."""
+    """Sources of one evaluation's rows."""
 
     files: tuple[str, ...]
-    """Paths under the user's folder, tried in this order, each also with ".gz"."""
+    """Paths in the user's folder, tried in this order, each also with ".gz"."""
     origin: str
-    """Who publishes these files, for whoever has to get them."""
+    """Publisher of these files, for users who need to download them."""
     hub: str | None = None
-    """Name of the dataset on the Hub; None: it is not there in this form."""
+    """Name of the dataset on the Hub; None if it is not there in this form."""
     configs: tuple[str | None, ...] = (None,)
-    """Configurations (subsets) of `hub`, whose rows follow one another."""
+    """Configurations (subsets) of `hub`, whose rows are concatenated."""
     split: str = "test"
     """Split of `hub`."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Source:
-        """Return what the `dataset_kwargs` of an evaluation's YAML say."""
+        """Build the source from the `dataset_kwargs` of an evaluation's YAML."""
         configs = given.get("configs", (None,))
         return cls(tuple(given["files"]), given["origin"], given.get("hub"), configs)
 
     def rows(self, name: str, data_dir: str | None) -> tuple[str, list[Raw]]:
-        """Return where the rows are and all of them.
+        """Return the location of the rows and all rows.
 
-        They are under ``data_dir`` if one is given, else on the Hub. A folder is never mixed with
-        the Hub: what is missing in it is an error.
+        Reads from ``data_dir`` if given, else from the Hub. The two are never mixed: a file missing
+        in the folder is an error.
 
         Args:
-            name: the evaluation's, for the message of an error.
+            name: the evaluation's name, for error messages.
             data_dir: the user's folder.
 
         Raises:
-            DataError: there are none, or they cannot be read.
+            DataError: the rows are missing or unreadable.
         """
         file = self.check(name, data_dir)
         if file is not None:
@@ -56,10 +56,10 @@ class Source:
         return f"{hub}, {self.split}", [row for part in parts for row in part]
 
     def check(self, name: str, data_dir: str | None) -> Path | None:
-        """Return the file that `rows` reads, None for the Hub; nothing is read.
+        """Return the file that `rows` reads, None for the Hub, without reading it.
 
         Args:
-            name: the evaluation's, for the message of an error.
+            name: the evaluation's name, for error messages.
             data_dir: the user's folder.
 
         Raises:
@@ -68,7 +68,7 @@ class Source:
         if data_dir is None:
             if self.hub is None:
                 raise DataError(
-                    f"{name}: its rows are not on the Hub; give the folder that holds"
+                    f"{name}: its rows are not on the Hub; give the folder with"
                     f" {self.files[0]} ({self.origin}) as data_dir."
                 )
             return None
@@ -83,23 +83,25 @@ class Source:
 
 
 def read_json(path: Path) -> list[Raw]:
-    """Read a JSON list, or JSON lines, of objects; a further ".gz" is unpacked.
+    """Read a JSON list or JSON lines of objects, unpacking ".gz".
 
-    Plain JSON and not a table, since a column of tests holds values of many types.
+    Reads plain JSON, not a table, because a column of tests has values of many types.
 
     Raises:
-        DataError: it cannot be read, is not that, or is empty.
+        DataError: the file is unreadable, invalid or empty.
     """
     rows: list[Any] = []
     text = "".join(source.decoded(path))
     try:
-        # Not splitlines(): a string may hold other line breaks than "\n".
+        # Not splitlines(): a string may contain other line breaks than "\n".
         for line in text.split("\n") if ".jsonl" in path.suffixes else [text]:
             rows += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON after row {len(rows)} ({error}).") from error
+        raise DataError(
+            f"{path}: not JSON after row {len(rows)} ({error}); download the file again."
+        ) from error
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = rows[0]
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: there are no rows with named columns; get the file again.")
+        raise DataError(f"{path}: there are no rows with named columns; download the file again.")
     return rows

@@ -1,7 +1,7 @@
-"""What the YAML files beside this one call: rows -> docs, replies -> answers -> scores.
+"""Functions for the YAML files: convert rows to docs, replies to answers, answers to scores.
 
-A doc is {"item": text that names the row, "prompt", "target"}; a filter turns the replies to all
-docs into readings, {"reply": the one that is scored, "answer": what it says or None, "scores"}.
+A doc is {"item": name of the row, "prompt", "target"}; a filter turns the replies to all docs into
+readings, {"reply": the scored reply, "answer": its answer or None, "scores"}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tlora.tasks.math import Math
 Doc = dict[str, str]
 Reading = dict[str, Any]
 Given = dict[str, Any]
-"""`dataset_kwargs` and `metadata` of a YAML, and what the command line adds to the latter."""
+"""`dataset_kwargs` and `metadata` of a YAML, including metadata from the command line."""
 
 STOPS = ("### Instruction:",)
 
@@ -43,19 +43,19 @@ def documents(
     """Return the docs of an evaluation, as its only split, "test".
 
     Args:
-        given: `files`, `origin`, and maybe `hub`, `configs` and `data_dir`; see `Source`.
-        doc: makes {"prompt", "target"} of a raw row and of what messages call it.
-        column: names a row, where it has distinct values; else a row's name is its number.
-        keep: whether a row of the file belongs to the evaluation; by default all do.
+        given: `files`, `origin`, and optionally `hub`, `configs` and `data_dir`; see `Source`.
+        doc: makes {"prompt", "target"} from a raw row and its name in messages.
+        column: column with row names, if distinct; otherwise a row's name is its number.
+        keep: whether a row belongs to the evaluation; by default all do.
 
     Raises:
-        DataError: there are no rows, or one of them is not what it should be.
+        DataError: rows are missing or invalid.
     """
     name = Path(given.get("config_source", "the evaluation")).stem
     place, rows = Source.of(given).rows(name, given.get("data_dir"))
     raws = [(i, raw) for i, raw in enumerate(rows) if keep is None or keep(raw)]
     if not raws:
-        raise DataError(f"{place}: none of its rows belongs to {name}; see its source.")
+        raise DataError(f"{place}: none of the rows belong to {name}; download its own file.")
     names = {str(raw[column]) for _, raw in raws if column and raw.get(column) is not None}
     distinct = len(names) == len(raws)
     return {
@@ -82,7 +82,7 @@ def gsm8k(**given: Any) -> dict[str, Dataset]:
 
 
 def math(**given: Any) -> dict[str, Dataset]:
-    """Return MATH's docs: the training task's prompt, and what the solution's last box holds."""
+    """Return MATH's docs: the training task's prompt, and the content of the last box."""
 
     def doc(raw: Raw, where: str) -> Doc:
         problem, solution = text_of(raw, "problem", where), text_of(raw, "solution", where)
@@ -96,7 +96,7 @@ def math(**given: Any) -> dict[str, Dataset]:
 
 
 def word_problems(rule: str, **given: Any) -> dict[str, Dataset]:
-    """Return the docs of word problems; column `output`, a model's and often wrong, is ignored."""
+    """Return the docs of word problems, ignoring the model-written and often wrong `output`."""
 
     def doc(raw: Raw, where: str) -> Doc:
         prompt = Math(DataConfig()).row(raw, where)["prompt"]
@@ -119,8 +119,8 @@ def _target(raw: Raw, rule: str, where: str) -> str:
     target = text_of(raw, "answer", where)
     if not PROTOCOLS[rule].score(target, target):
         raise DataError(
-            f"{where}: column 'answer' is {target!r}, which {rule} cannot read; is it another data"
-            " set's file?"
+            f"{where}: column 'answer' is {target!r}, which {rule} cannot read; check that the file"
+            " belongs to this data set."
         )
     return target
 
@@ -130,7 +130,7 @@ class Answer(Filter):
 
     Args:
         rule: name of the protocol in `tlora.scoring.answers.PROTOCOLS`.
-        stops: where a reply ends, should the model not have ended there.
+        stops: stop sequences, in case the model did not stop there.
     """
 
     def __init__(self, rule: str, stops: Sequence[str] = STOPS) -> None:
@@ -161,7 +161,7 @@ class MathAnswer(Filter):
     def _read(reply: str, doc: Doc, verifier: MathVerify) -> Reading:
         verdicts = math_verdicts(reply, doc["target"], verifier)
         scores = {
-            # The published rule knows no box.
+            # The published rule has no box.
             "exact_match": float(verdicts["string"] and after_mark(reply) is not None),
             "math_verify": float(verdicts["symbolic"]),
         }

@@ -1,1 +1,1 @@
-"""Formats that a trained LoRA is served in, one file each."""
+"""Formats for serving a trained LoRA, one file each."""

@@ -1,4 +1,4 @@
-"""What an exporter is given and what it promises; what several of them share."""
+"""The exporter interface, and functions that several exporters share."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from tlora.exporters.exportconfig import ExportConfig
 from tlora.files import seal_tensors
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-"""Endings of the files that lie beside weights and belong to them: tokenizer, template, code."""
+"""Suffixes of files that belong to the weights next to them: tokenizer, template, code."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Source:
-    """What is exported."""
+    """The adapter to export."""
 
     lora: SavedLora
     base: str
-    """Folder or Hub name of the base model; "" where nothing names it."""
+    """Folder or Hub name of the base model; "" if unknown."""
     sizes: dict[str, tuple[int, int]] | None
-    """d_out and d_in of the base's linear layers by name; None where its configuration is out of
-    reach."""
+    """d_out and d_in of the base's linear layers by name; None if its configuration is
+    unavailable."""
     config: ExportConfig
 
 
 @dataclass
 class Export:
-    """What an exporter wrote."""
+    """Result of an exporter."""
 
     notes: list[str] = field(default_factory=list)
-    """What was padded, cut, filled with zeros or rounded, a sentence each."""
+    """Notes on padding, truncation, zero filling and rounding, one sentence each."""
     largest_rank: int | None = None
-    """Of the written matrices; None where none are left."""
+    """Ranks of the written matrices; None if there are none."""
 
 
 class Exporter(Protocol):
-    """A format. It is made without arguments; a third party registers one by an entry point."""
+    """An export format, created without arguments; third parties register one by an entry point."""
 
     needs: str | None
-    """The extra of this package that it needs."""
+    """The package extra that it needs."""
 
     def write(self, source: Source, folder: Path) -> Export:
-        """Write the format's files into a folder, which is put in its place when all are there.
+        """Write the format's files into a folder, which is renamed once complete.
 
         Raises:
             TLoraError: the format cannot hold this LoRA, or its files cannot be read.
@@ -67,24 +67,24 @@ def counted(things: Sized, noun: str) -> str:
 
 
 def refuse(lora: SavedLora, form: str, lacking: list[str], way_out: str) -> None:
-    """Raise if there is anything in ``lacking`` that a format cannot hold.
+    """Raise if ``lacking`` is not empty: parts that a format cannot represent.
 
     Raises:
-        AdapterError: there is.
+        AdapterError: it is not.
     """
     if lacking:
         raise AdapterError(
-            f"{lora.path} has {'; '.join(lacking)}; {form} cannot hold that: {way_out}."
+            f"{lora.path} has {'; '.join(lacking)}, which {form} cannot represent; {way_out}."
         )
 
 
 def copy_beside(source: Path, folder: Path, left: Collection[str]) -> None:
-    """Copy what lies beside weights and is not there yet, but for the names that are left out.
+    """Copy missing files that belong to the weights, except those in ``left``.
 
     Raises:
-        AdapterError: one is a link out of the folder, which might lead to anything.
+        AdapterError: a file is a link out of the folder, which might lead anywhere.
     """
-    # The Hub's cache keeps the files of a folder two levels up.
+    # The Hub's cache stores the files of a folder two levels up.
     homes = (source.resolve(), source.resolve().parent.parent / "blobs")
     for file in sorted(source.iterdir()):
         wanted = file.is_file() and file.suffix in BESIDE and file.name not in left
@@ -95,20 +95,20 @@ def copy_beside(source: Path, folder: Path, left: Collection[str]) -> None:
 
 
 def in_dtype(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor in a dtype by name; "auto" leaves its own."""
+    """Convert a tensor to a dtype by name; "auto" keeps its own."""
     return tensor if name == "auto" else tensor.to(DTYPES[name])
 
 
 def scaled(b: Tensor, scale: float, dtype: str) -> Tensor:
-    """Return s B, rounded once: to the dtype by name, or back to B's own."""
+    """Return s B, rounded once to the named dtype, or to B's own."""
     return in_dtype((b.double() * scale).to(b.dtype if dtype == "auto" else torch.float64), dtype)
 
 
 def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
-    """Check that all values are finite in the dtype that they were rounded to.
+    """Check that all values are finite after rounding.
 
     Raises:
-        AdapterError: a tensor does not fit the dtype that was asked for.
+        AdapterError: a tensor does not fit the requested dtype.
     """
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
@@ -119,10 +119,10 @@ def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_lora(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a folder that PEFT reads, with a digest in the header of its weights.
+    """Write a folder that PEFT reads, with a digest in the header of the weights.
 
     Raises:
-        AdapterError: a tensor does not fit the dtype that was asked for.
+        AdapterError: a tensor does not fit the requested dtype.
     """
     refuse_infinite(tensors)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

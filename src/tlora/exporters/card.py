@@ -1,4 +1,4 @@
-"""The card of an exported folder: what it is, who reads it, how it is served."""
+"""The model card of an exported folder: contents, compatible readers and serving command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(
     exact: list[str],
     command: str,
 ) -> None:
-    """Write README.md into an exported folder; of local paths only the last part is shown."""
+    """Write README.md into an exported folder, showing only the last part of local paths."""
     base = public(source.base) if source.base else "(not named)"
     ranks = [source.lora.rank(name) for name in source.lora.keys]
     lines = [

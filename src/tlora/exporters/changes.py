@@ -1,8 +1,8 @@
-"""What an adapter changes of its base, by the names of the base's parameters.
+"""Changes of an adapter to its base, by the names of the base's parameters.
 
-PEFT's rules, read from its source (0.21): W + s B A; with DoRA the rows of that, or what a row is
-in a transposed weight, get the magnitudes as their norms; `modules_to_save` and trained biases
-replace the base's; trained rows of tokens replace the rows of an embedding.
+PEFT's rules, from its source (0.21): W + s B A; DoRA sets the norms of its rows (columns of a
+transposed weight) to the magnitudes; `modules_to_save` and trained biases replace the base's;
+trained token rows replace rows of an embedding.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from tlora.adapter.saved import BIAS, MAGNITUDE, PREFIX, ROWS, VARIANTS, SavedLo
 from tlora.errors import AdapterError, listed
 
 _WRAPPED = (".token_adapter.base_layer.", ".original_module.", ".base_layer.")
-"""What stands between a module's name and its parameter's while an adapter is on it."""
+"""Infix that PEFT adds to parameter names of an adapted module."""
 
 
 @dataclass
 class Change:
-    """What happens to one parameter, in this order."""
+    """Changes of one parameter, in this order."""
 
     lora: SavedLora
     stands_for: str | None = None
-    """Tensor that the base has in its place: a trained bias, a longer embedding. What is tied to
-    the parameter is tied to this."""
+    """Tensor that replaces the base's: a trained bias, a longer embedding. Tied parameters share
+    it."""
     rows: str | None = None
     """Tensor of trained rows."""
     indices: tuple[int, ...] = ()
-    """Which rows these are."""
+    """Indices of these rows."""
     replaced: str | None = None
-    """Tensor of a module that trained in full (`modules_to_save`)."""
+    """Tensor of a fully trained module (`modules_to_save`)."""
     update: str | None = None
-    """Module whose s B A is added."""
+    """Module whose s B A to add."""
     shift: str | None = None
-    """Module whose s times B's bias is added."""
+    """Module whose s times bias of B to add."""
     transposed: bool = False
-    """Whether the weight is d_in x d_out: of a Conv1D, of an embedding."""
+    """Whether the weight is d_in x d_out, as in a Conv1D or an embedding."""
 
     @property
     def own(self) -> bool:
-        """Whether a parameter that is tied to this one does not change with it."""
+        """Whether parameters tied to this one do not change with it."""
         return self.replaced is not None or self.update is not None
 
     @property
     def replaces(self) -> bool:
-        """Whether the base's tensor does not matter."""
+        """Whether the base's tensor is fully replaced."""
         return self.replaced is not None or self.stands_for is not None
 
     def shape(self, before: tuple[int, ...] | None) -> tuple[int, ...]:
-        """Return the sizes of the result.
+        """Return the shape of the result.
 
         Args:
-            before: the sizes in the base; None where it has no such parameter.
+            before: the shape in the base; None if it has no such parameter.
         """
         key = self.replaced or self.stands_for
         shape = shape_of(self.lora.tensors, key) if key else before or ()
@@ -68,13 +68,13 @@ class Change:
         """Return the changed parameter in float32.
 
         Args:
-            weight: the base's; not read where the adapter replaces it.
+            weight: the base's weight; unused if the adapter replaces it.
         """
         lora = self.lora
         key = self.replaced or self.stands_for
         if key:
             weight = lora.tensors[key]
-        assert weight is not None  # `changes_of` and the caller see to it
+        assert weight is not None  # ensured by `changes_of` and the caller
         weight = weight.to(torch.float32)
         if self.rows and not self.replaced:
             more = self.shape(tuple(weight.shape))[0] - weight.shape[0]
@@ -111,18 +111,18 @@ def _updated(weight: Tensor, lora: SavedLora, module: str, transposed: bool) -> 
 
 
 def changes_of(lora: SavedLora, model: Any) -> dict[str, Change]:
-    """Return what an adapter changes, by the parameter's name in the model.
+    """Return an adapter's changes by the parameter's name in the model.
 
     Args:
         lora: the adapter.
         model: the base, on the meta device.
 
     Raises:
-        AdapterError: something in it cannot be merged, or the base has no such parameter.
+        AdapterError: some part cannot be merged, or the base has no such parameter.
     """
     if never := [f"`{name}`" for name in VARIANTS if lora.fields.get(name)]:
         raise AdapterError(
-            f"{lora.path} has {listed(never)}, which no merged weight can hold; export --format"
+            f"{lora.path} has {listed(never)}, which cannot be merged into a weight; use --format"
             " native."
         )
     found: dict[str, Change] = {}
@@ -154,7 +154,7 @@ def changes_of(lora: SavedLora, model: Any) -> dict[str, Change]:
 
 
 def _indices(lora: SavedLora, module: str) -> tuple[int, ...]:
-    """Return the trained rows of a module; those of a tied head are the embedding's."""
+    """Return the trained rows of a module; a tied head uses the embedding's."""
     given = lora.fields.get("trainable_token_indices") or []
     if isinstance(given, Mapping):
         own = [rows for name, rows in given.items() if f".{module}".endswith(f".{name}")]
@@ -163,7 +163,7 @@ def _indices(lora: SavedLora, module: str) -> tuple[int, ...]:
 
 
 def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
-    """Check names and sizes, and note which weights are transposed."""
+    """Check names and shapes, and note which weights are transposed."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -171,13 +171,13 @@ def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
     unknown = [name for name in found if name not in known]
     if shifted := [name for name in unknown if found[name].shift]:
         raise AdapterError(
-            f"{lora.path} has biases of B, which become {listed(shifted)}; {type(model).__name__}"
-            " has no such parameters: use --format native or compact."
+            f"{lora.path} has biases of B, which would merge into {listed(shifted)}, but"
+            f" {type(model).__name__} has no such parameters; use --format native or compact."
         )
     if unknown:
         raise AdapterError(
             f"{lora.path} changes {listed(unknown)}, which {type(model).__name__} does not have;"
-            " give the base that it was trained on by --model."
+            " give the base that it was trained on with --model."
         )
     for name, change in found.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -185,26 +185,26 @@ def _check_known(lora: SavedLora, found: dict[str, Change], model: Any) -> None:
         if change.rows and len(change.indices) != shape_of(lora.tensors, change.rows)[0]:
             raise AdapterError(
                 f"{lora.path}: {name} has {shape_of(lora.tensors, change.rows)[0]} trained rows,"
-                f" and {len(change.indices)} in `trainable_token_indices`; save the adapter again."
+                f" but `trainable_token_indices` has {len(change.indices)}; save the adapter again."
             )
 
 
 def check_fit(name: str, change: Change, before: tuple[int, ...] | None) -> None:
-    """Check that an update has the sizes of the base's weight.
+    """Check that an update has the shape of the base's weight.
 
     Args:
-        name: of the parameter.
-        change: what happens to it.
-        before: its sizes in the base; None where it has no such parameter.
+        name: name of the parameter.
+        change: its change.
+        before: its shape in the base; None if it has no such parameter.
 
     Raises:
-        AdapterError: the sizes differ, or nothing is there to be changed.
+        AdapterError: the shapes differ, or the base lacks the parameter.
     """
     lora = change.lora
     if before is None and not change.replaces:
         raise AdapterError(
-            f"{lora.path} adapts {name}, which the base's files do not have; give the base that it"
-            " was trained on by --model."
+            f"{lora.path} adapts {name}, which is missing in the base's files; give the base that"
+            " it was trained on with --model."
         )
     if change.update is None:
         return
@@ -213,7 +213,7 @@ def check_fit(name: str, change: Change, before: tuple[int, ...] | None) -> None
     a, b = (shape_of(lora.tensors, key) for key in lora.keys[change.update])
     if (b[0], *a[1:]) != rows:
         raise AdapterError(
-            f"{lora.path} does not fit: {name} is {'x'.join(map(str, rows))} in the base, and"
+            f"{lora.path} does not fit: {name} is {'x'.join(map(str, rows))} in the base but"
             f" {'x'.join(map(str, (b[0], *a[1:])))} in the adapter; give the base that it was"
-            " trained on by --model."
+            " trained on with --model."
         )

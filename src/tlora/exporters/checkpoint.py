@@ -1,4 +1,4 @@
-"""The safetensors files of a base model: found, checked, and written anew tensor by tensor."""
+"""Find, check and rewrite the safetensors files of a base model, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-"""safetensors' names of the dtypes that weights are merged in."""
+"""safetensors' names of the dtypes that support merging."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Stored:
     """A tensor in a file.
 
     Attributes:
-        file: where it is.
-        key: its name there.
+        file: the file.
+        key: its name in the file.
         code: safetensors' name of its dtype.
-        shape: its sizes.
-        bytes: what it takes.
+        shape: its shape.
+        bytes: its size in bytes.
     """
 
     file: Path
@@ -51,7 +51,7 @@ class Stored:
     bytes: int
 
     def read(self) -> Tensor:
-        """Read it."""
+        """Read the tensor."""
         with safe_open(self.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(self.key)
             return tensor
@@ -59,13 +59,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
         code: safetensors' name of its dtype.
-        shape: its sizes.
-        bytes: what it takes.
-        make: returns it; called when its turn has come.
+        shape: its shape.
+        bytes: its size in bytes.
+        make: returns the tensor; called just before it is written.
     """
 
     code: str
@@ -75,7 +75,7 @@ class Piece:
 
 
 def base_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a base model; one on the Hub comes into its cache, if it is not there.
+    """Return the folder of a base model, downloading it from the Hub if needed.
 
     Raises:
         ConfigError: there is no such model, or the Hub cannot be reached.
@@ -94,11 +94,11 @@ def base_folder(name: str, revision: str | None = None) -> Path:
 
 
 def stored_tensors(folder: Path) -> dict[str, dict[str, Stored]]:
-    """Return the tensors of a model by file and name, files in their order; {} without safetensors.
+    """Return the tensors of a model by file and name, in file order; {} without safetensors.
 
     Raises:
-        ConfigError: the index leaves the folder, a file is missing, cut off or damaged, or lacks
-            a tensor that the index promises.
+        ConfigError: the index points outside the folder, or a file is missing, truncated, damaged
+            or lacks a tensor listed in the index.
     """
     names = _shards(folder)
     if names is None and (folder / SINGLE).is_file():
@@ -113,12 +113,12 @@ def stored_tensors(folder: Path) -> dict[str, dict[str, Stored]]:
     promised = [] if names == [SINGLE] else [*_weight_map(folder).items()]
     lost = [key for key, name in promised if key not in found[name]]
     if lost:
-        raise _broken(folder, f"{listed(lost)} is not in the file that {INDEX} names")
+        raise _broken(folder, f"{listed(lost)} is not in the file listed in {INDEX}")
     return found
 
 
 def _shards(folder: Path) -> list[str] | None:
-    """Return the names of the files of the weights by the index; None where there is none."""
+    """Return the names of the weight files in the index; None without an index."""
     if (folder / SINGLE).exists() or not (folder / INDEX).is_file():
         return None
     return sorted(set(_weight_map(folder).values()))
@@ -132,7 +132,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for name in found.values():
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
         if not plain or not name.endswith(".safetensors"):
-            raise _broken(folder, f"{INDEX} names {name!r}, which is no safetensors file in it")
+            raise _broken(
+                folder, f"{INDEX} lists {name!r}, which is not a safetensors file in the folder"
+            )
     return found
 
 
@@ -141,7 +143,7 @@ def _stored(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt"), file.open("rb") as opened:
             header = read_header(opened)
     except (SafetensorError, ValueError) as error:
-        raise _broken(file.parent, f"{file.name} is cut off or damaged ({error})") from error
+        raise _broken(file.parent, f"{file.name} is truncated or damaged ({error})") from error
     return {
         key: Stored(
             file,
@@ -160,31 +162,31 @@ def _broken(folder: Path, what: str) -> ConfigError:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Check that a disk has room for what is about to be written.
+    """Check that the disk has enough free space.
 
     Raises:
-        DiskFullError: it has not.
+        DiskFullError: it does not.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
-            f"the merged model takes {needed / 2**30:.1f} GiB, and {folder.parent} has"
-            f" {free / 2**30:.1f} GiB free; make room, or choose another --output_dir."
+            f"the merged model needs {needed / 2**30:.1f} GiB, but {folder.parent} only has"
+            f" {free / 2**30:.1f} GiB free; free some space, or use another --output_dir."
         )
 
 
 def write_weights(
     folder: Path, files: Mapping[str, Mapping[str, Piece]], index: Path | None
 ) -> None:
-    """Write files of weights, one tensor in memory at a time, and their index.
+    """Write weight files and their index, with one tensor in memory at a time.
 
     Args:
-        folder: where to.
+        folder: the target folder.
         files: the tensors by file and name.
-        index: the base model's, whose other fields are kept; None for a single file without one.
+        index: the base model's index, whose other fields are kept; None for a single file.
 
     Raises:
-        ArtifactError: a tensor came out in another size than was announced.
+        ArtifactError: a tensor's shape differs from its declaration.
     """
     from tqdm.auto import tqdm
 
@@ -201,7 +203,7 @@ def write_weights(
 
 
 def _write(file: Path, pieces: Mapping[str, Piece], tell: Callable[[], Any]) -> None:
-    """Write one file as safetensors lays it out: wide dtypes first, so that all are aligned."""
+    """Write one safetensors file, with wide dtypes first so that all are aligned."""
     names = sorted(pieces, key=lambda name: (-_width(pieces[name]), name))
     header: dict[str, Any] = {METADATA: {"format": "pt", DIGEST_KEY: "0" * 64}}
     end = 0
@@ -224,7 +226,8 @@ def _append(opened: BinaryIO, name: str, piece: Piece) -> None:
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     if tuple(tensor.shape) != piece.shape or content.size != piece.bytes:
         raise ArtifactError(
-            f"{name} came out as {tuple(tensor.shape)}, not {piece.shape}; report this."
+            f"{name} has shape {tuple(tensor.shape)} instead of {piece.shape}; please report this"
+            " bug."
         )
     opened.write(content.data)
 

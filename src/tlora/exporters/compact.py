@@ -1,6 +1,6 @@
-"""`compact`: each module's scale in its B, own ranks kept; alpha equals the rank everywhere.
+"""`compact`: each module's scale folded into B, with its own rank; alpha equals the rank.
 
-A reader that takes alpha / rank of each module, however it does, multiplies by one.
+Any reader that scales by each module's alpha / rank multiplies by one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOT_BAKED = ("target_parameters", *VARIANTS)
 
 
 class Compact:
-    """Scales in B; ranks and patterns as PEFT reads them."""
+    """Folds scales into B; keeps ranks and patterns for PEFT."""
 
     needs: ClassVar[str | None] = None
 
@@ -43,7 +43,7 @@ class Compact:
 
 
 def baked(lora: SavedLora, dtype: str) -> dict[str, Tensor]:
-    """Return all tensors of a LoRA, each B times its scale, in a dtype by name."""
+    """Return all tensors of a LoRA, with each B times its scale, in a named dtype."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in lora.keys.items():
         factors = lora.factors(name)

@@ -1,4 +1,4 @@
-"""`tlora export` and `tlora merge`: an adapter's folder -> a format, written aside and renamed."""
+"""`tlora export` and `tlora merge`: convert an adapter folder to a format, atomically."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _NOT_COPIED = (CONFIG, INDEX, "trainer_state.json", MANIFEST)
 
 @dataclass
 class Exported:
-    """What an export left, for the screen."""
+    """Summary of an export, for printing."""
 
     folder: Path
     format: str
     bytes: int
     notes: list[str]
     exact: list[str]
-    """Readers that get it right, by their titles."""
+    """Titles of the readers that read it exactly."""
     command: str
-    """The line that serves it."""
+    """The serving command."""
 
 
 def run(config: ExportConfig) -> Exported:
     """Export an adapter.
 
     Raises:
-        ConfigError: a field is wrong, there is no such format or base, or the folder is taken.
-        AdapterError: the adapter is damaged, does not fit its base, or the format cannot hold it.
+        ConfigError: a field is invalid, the format or base is unknown, or the folder exists.
+        AdapterError: the adapter is damaged, does not fit its base or cannot use the format.
     """
     name, folder = config.chosen, Path(config.output_dir)
     exporter = FORMATS.load(name)()
@@ -79,8 +79,8 @@ def run(config: ExportConfig) -> Exported:
 
 
 def serving_line(form: str, server: str | None, artifact: Artifact, exact: list[str]) -> str:
-    """Return the line that serves a format: by the server that is named, else by the first that
-    takes it, else in PEFT; "" for files that none of them reads."""
+    """Return the serving command for a format: of the given server, else the first that reads it,
+    else PEFT; "" if none does."""
     others = [title for title in exact if "PEFT" not in title]
     serves = server or next((n for n, info in SERVERS.items() if form in info.formats), None)
     if serves and others:
@@ -89,10 +89,10 @@ def serving_line(form: str, server: str | None, artifact: Artifact, exact: list[
 
 
 def read_source(config: ExportConfig) -> Source:
-    """Read the adapter that a path stands for, and the sizes of its base where they are in reach.
+    """Read the adapter at a path, and the layer sizes of its base if available.
 
     Raises:
-        ConfigError: the path holds no adapter, or `--model` no model.
+        ConfigError: the path has no adapter, or `--model` no model.
         AdapterError: the adapter is damaged or does not fit its base.
     """
     lora = read_lora(adapter_folder(config.path))
@@ -111,16 +111,16 @@ def read_source(config: ExportConfig) -> Source:
 
 
 def adapter_folder(path: str) -> Path:
-    """Return the folder of the adapter that a run's folder holds, or the folder itself.
+    """Return the adapter folder of a run, or the folder itself.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no adapter.
     """
     folder = Path(path)
     if RunFolder(folder).exists and not (folder / CONFIG).is_file():
         folder = RunFolder(folder).adapter
     if not (folder / CONFIG).is_file():
-        what = "holds no adapter" if folder.is_dir() else "is not a folder"
+        what = "contains no adapter" if folder.is_dir() else "is not a folder"
         raise ConfigError(
             f"{path} {what}; give the folder of a run or of an adapter, with {CONFIG} (`hf"
             " download` fetches one from the Hub).",
@@ -133,33 +133,33 @@ def _check_free(folder: Path) -> None:
     refuse_unusable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} already exists; choose another --output_dir, or remove it.", "output_dir"
+            f"{folder} already exists; use another --output_dir, or delete it.", "output_dir"
         )
 
 
 def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) -> None:
-    """Refuse modules that the base does not have, and matrices of other sizes."""
+    """Reject modules missing in the base, and matrices of other sizes."""
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
-        return  # their names are not those of layers
+        return  # the names are not layer names
     plain = {name: pair for name, pair in lora.keys.items() if pair[0].endswith(".lora_A.weight")}
     unknown = [n for n in plain if n not in sizes and len(shape_of(lora.tensors, plain[n][0])) == 2]
     if unknown:
         raise AdapterError(
             f"{lora.path} adapts {listed(unknown)}, which {base!r} does not have; give the base"
-            " that it was trained on by --model."
+            " that it was trained on with --model."
         )
     if lacking := [n for n in targeted_names(lora.fields, sizes) if n not in lora.keys]:
         raise AdapterError(
             f"{lora.path} has no matrices for {listed(lacking)}, which its configuration adapts in"
-            f" {base!r}; save or copy the adapter again, or give its own base by --model."
+            f" {base!r}; save or copy the adapter again, or give its base with --model."
         )
     for name, (a, b) in plain.items():
         found = (shape_of(lora.tensors, b)[0], shape_of(lora.tensors, a)[1])
         if found != sizes.get(name, found):
             raise AdapterError(
                 f"{lora.path} does not fit {base!r}: {name} is {sizes[name][0]} x {sizes[name][1]}"
-                f" there, and {found[0]} x {found[1]} in the adapter; give the base that it was"
-                " trained on by --model."
+                f" there but {found[0]} x {found[1]} in the adapter; give the base that it was"
+                " trained on with --model."
             )
 
 
@@ -167,8 +167,8 @@ def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
     lacking = [*lora.lacks()]
     if lacking:
         raise AdapterError(
-            f"{lora.path} has {'; '.join(lacking)}; only plain LoRA matrices can be cut to a rank:"
-            " leave --max_rank out."
+            f"{lora.path} has {'; '.join(lacking)}, but only plain LoRA matrices can be truncated;"
+            " remove --max_rank."
         )
     return truncated(lora, rank)
 
@@ -176,15 +176,15 @@ def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
 def _lost(cut: Cut, rank: int) -> list[str]:
     if cut.nested:
         return [
-            f"Cut to the first {rank} ranks at the scale alpha / {rank}, as DyLoRA trained them."
+            f"Truncated to the first {rank} ranks at scale alpha / {rank}, as trained by DyLoRA."
         ]
     worst = sorted(((lost, name) for name, lost in cut.lost.items() if lost), reverse=True)
     if not worst:
-        return [f"No module has a rank above {rank}, so nothing was cut."]
+        return [f"No module has a rank above {rank}; nothing was truncated."]
     most = ", ".join(f"{name} {lost:.2%}" for lost, name in worst[:3])
     return [
-        f"Cut to rank {rank} in {counted(worst, 'module')}: this loses {cut.in_all:.2%} of the"
-        f" energy of all updates (the most in {most})."
+        f"Truncated {counted(worst, 'module')} to rank {rank}, losing {cut.in_all:.2%} of the"
+        f" energy of all updates (most in {most})."
     ]
 
 
@@ -195,7 +195,7 @@ def _each_lost(cut: Cut | None) -> list[str]:
 
 
 def _copy_beside(adapter: Path, folder: Path, done: Export) -> None:
-    """Copy tokenizer, chat template and labels, which lie beside the adapter.
+    """Copy tokenizer, chat template and labels from the adapter folder.
 
     The labels of a merged model are in its configuration.
 
@@ -210,11 +210,11 @@ Tell = Callable[[str], None]
 
 
 def show(done: Exported, tell: Tell) -> None:
-    """Print what an export left."""
+    """Print the summary of an export."""
     for note in done.notes:
         tell(note)
     tell(f"{done.format}: {done.folder} ({done.bytes / 2**20:.1f} MiB)")
     if done.exact:
         tell(f"exact in: {', '.join(done.exact)}")
     if done.command:
-        tell(f"serve it: {done.command}")
+        tell(f"serve with: {done.command}")

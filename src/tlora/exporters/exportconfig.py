@@ -1,4 +1,4 @@
-"""The records of `tlora export` and `tlora merge`. Nothing here imports torch."""
+"""Configuration of `tlora export` and `tlora merge`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Server = Literal[
 
 @dataclass(kw_only=True)
 class MergeConfig(Record):
-    """Merge an adapter into its base model: a whole model that any server loads.
+    """Merge an adapter into its base model, for use in any server.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     where: ClassVar[str] = "merge"
 
     path: str = field(metadata={"positional": True})
-    """Folder of `tlora train`, or of any LoRA that PEFT has saved."""
+    """Folder of a `tlora train` run, or of any LoRA saved by PEFT."""
     output_dir: Annotated[str, FOLDER]
-    """Folder to write, which must not exist yet."""
+    """Output folder, which must not exist yet."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of the result; "auto" keeps the adapter's, in a merged model the base's."""
+    """Precision of the result; "auto" keeps the adapter's, or the base's when merging."""
     max_rank: Annotated[int, at_least(1)] | None = None
-    """Truncate each module's update to this rank by SVD, and print the energy lost; of an adapter
-    that DyLoRA trained, keep the first ranks."""
+    """Truncate each module's update to this rank by SVD, and print the lost energy; for a DyLoRA
+    adapter, keep the first ranks."""
     model: str | None = None
-    """Base model, if not the one that the adapter names."""
+    """Base model, if different from the one named by the adapter."""
     dequantize: bool = False
-    """Merge into a quantized base: dequantize it, and print how much that changes the outputs."""
+    """Merge into a quantized base by dequantizing it, and print how much the outputs change."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
 
     def export(self) -> ExportConfig:
-        """Return the export that this stands for."""
+        """Return the equivalent export."""
         return ExportConfig(**vars(self), format="merged")
 
 
@@ -50,7 +50,7 @@ class ExportConfig(MergeConfig):
     """Write an adapter in a format that your server reads correctly.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     where: ClassVar[str] = "export"
@@ -58,23 +58,23 @@ class ExportConfig(MergeConfig):
     format: str | None = None
     """Format of the result; `tlora list formats` lists them."""
     server: Server | None = None
-    """The server that will read it: picks the format, and prints the command that serves it."""
+    """Target server: selects the format and prints the serving command."""
     base_gguf: bool = False
-    """Beside the adapter's GGUF, write the base model as one (float16)."""
+    """Also write the base model as a GGUF file (float16)."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         yield from super().relations()
         if self.format is None and self.server is None:
-            yield "`format` is missing; give --format, or --for with the server that reads it."
+            yield "`format` is missing; give --format, or --for with the target server."
         if self.format and self.server and self.format not in SERVERS[self.server].formats:
             right = SERVERS[self.server]
             yield (
-                f"`format` is {self.format!r}, which not every version of {right.title} reads"
-                f" correctly; choose from {', '.join(right.formats)}, or leave it out."
+                f"`format` is {self.format!r}, which some versions of {right.title} read"
+                f" incorrectly; choose from {', '.join(right.formats)}, or remove it."
             )
         if self.base_gguf and self.chosen != "gguf":
-            yield "`base_gguf` goes with --format gguf; leave it out."
+            yield "`base_gguf` requires --format gguf; add that, or remove it."
 
     @property
     def chosen(self) -> str:

@@ -1,7 +1,7 @@
-"""`gguf`: one adapter file for llama.cpp and Ollama, each module with its own rank.
+"""`gguf`: one adapter file for llama.cpp and Ollama, with one rank per module.
 
-llama.cpp computes y = W x + (alpha / r) B (A x), where r is the rows of that A, and takes 1 for
-alpha / r where alpha is 0. So alpha is 0 here, and B is stored as s B.
+llama.cpp computes y = W x + (alpha / r) B (A x), with r the number of rows of A, and uses 1 for
+alpha / r if alpha is 0. So alpha is 0 here, and B is stored as s B.
 
 Source: llama.cpp, `src/llama-adapter.h` (`get_scale`) and `src/llama-adapter.cpp`.
 """
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 ADAPTER = "adapter.gguf"
 BASE = "base.gguf"
 MODELFILE = "Modelfile"
-_WAY_OUT = "merge it, and convert the merged folder by llama.cpp's own convert_hf_to_gguf.py"
+_WAY_OUT = "merge it, and convert the merged folder with llama.cpp's convert_hf_to_gguf.py"
 
 
 class Gguf:
-    """Scales in B, own ranks, llama.cpp's names and order of rows."""
+    """Folds scales into B; uses llama.cpp's names and row order."""
 
     needs: ClassVar[str | None] = "gguf"
 
@@ -40,7 +40,7 @@ class Gguf:
         lora = source.lora
         refuse(lora, "`gguf`", [*lora.lacks()], _WAY_OUT)
         if not source.base:
-            raise ConfigError(f"{lora.path} names no base model; give --model.", "model")
+            raise ConfigError(f"{lora.path} does not name its base model; give --model.", "model")
         checkpoint = Pretrained(name=source.base, trust_remote_code=source.config.trust_remote_code)
         config = checkpoint.config()
         write_adapter(folder / ADAPTER, lora, config.to_dict(), source.config.dtype)
@@ -52,23 +52,23 @@ class Gguf:
         notes = []
         if not source.config.base_gguf:
             notes = [
-                f"Put the base model's GGUF file beside the adapter as {BASE}, or export with"
+                f"Put the base model's GGUF file next to the adapter as {BASE}, or export with"
                 " --base_gguf."
             ]
         return Export(notes, max(lora.rank(name) for name in lora.keys))
 
 
 def modelfile() -> str:
-    """Return the Ollama Modelfile that serves the adapter on the base's file beside it."""
+    """Return an Ollama Modelfile for the adapter and the base file next to it."""
     return f"FROM ./{BASE}\nADAPTER ./{ADAPTER}\n"
 
 
 def write_adapter(path: Path, lora: SavedLora, config: Mapping[str, Any], dtype: str) -> None:
-    """Write an adapter that llama.cpp applies to the base's GGUF file.
+    """Write an adapter for llama.cpp to apply to the base's GGUF file.
 
     Args:
         path: the file.
-        lora: the adapter, plain matrices of linear layers.
+        lora: the adapter, with plain matrices of linear layers.
         config: the base's configuration, as in its `config.json`.
         dtype: "auto" (the adapter's own), "float32", "float16" or "bfloat16".
 
@@ -101,8 +101,8 @@ def write_adapter(path: Path, lora: SavedLora, config: Mapping[str, Any], dtype:
 def _stored_names(lora: SavedLora, family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of the modules' weights in the base's GGUF file.
 
-    Norms are vectors, and a tied head is the embedding, for whose factors llama.cpp has another
-    layout.
+    Norms are vectors, and a tied head is the embedding, whose factors have another layout in
+    llama.cpp.
 
     Raises:
         AdapterError: llama.cpp would not apply the matrices of a module.
@@ -121,7 +121,7 @@ def _stored_names(lora: SavedLora, family: Family, config: Mapping[str, Any]) ->
 
 
 def _add(writer: GGUFWriter, name: str, tensor: torch.Tensor) -> None:
-    """Add a matrix of float32, float16 or bfloat16, which numpy does not have."""
+    """Add a matrix in float32, float16, or bfloat16, which numpy lacks."""
     import gguf
 
     refuse_infinite({name: tensor})

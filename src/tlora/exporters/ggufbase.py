@@ -1,4 +1,4 @@
-"""`--base_gguf`: the base itself as a GGUF file, so that llama.cpp and Ollama need nothing else."""
+"""`--base_gguf`: write the base as a GGUF file, so that llama.cpp and Ollama need nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file, read when it is written."""
+    """A tensor of the file, read just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,13 +42,13 @@ class _Entry:
 def write_base(
     path: Path, folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write a base as a GGUF file; one tensor at a time is in memory.
+    """Write a base as a GGUF file, with one tensor in memory at a time.
 
     Args:
         path: the file.
         folder: the base in Hugging Face's format, with a `tokenizer.json`.
         config: its configuration.
-        dtype: float16, or float32 to round nothing; vectors are float32 either way.
+        dtype: float16, or float32 without rounding; vectors are always float32.
 
     Raises:
         ConfigError: this kind of base or tokenizer is not tested.
@@ -85,7 +85,7 @@ def write_base(
 
 
 def _add_sizes(writer: GGUFWriter, family: Family, config: Mapping[str, Any]) -> None:
-    """Add the sizes and constants that llama.cpp builds the model from."""
+    """Add the sizes and constants from which llama.cpp builds the model."""
     queries, keys = heads(config)
     width = setting(config, "hidden_size", "n_embd")
     head = setting(config, "head_dim") or width // queries
@@ -113,10 +113,10 @@ def _add_sizes(writer: GGUFWriter, family: Family, config: Mapping[str, Any]) ->
 
 
 def _refuse_other_constants(family: Family, config: Mapping[str, Any]) -> None:
-    """Refuse a base whose constants are not those that llama.cpp has built in for its family.
+    """Reject a base whose constants differ from llama.cpp's built-in ones for its family.
 
     Raises:
-        ConfigError: llama.cpp would load the file, and compute something else.
+        ConfigError: llama.cpp would load the file but compute something else.
     """
     layers, width = range(1, layer_count(config) + 1), setting(config, "hidden_size", "n_embd")
     count = heads(config)[0]
@@ -126,7 +126,7 @@ def _refuse_other_constants(family: Family, config: Mapping[str, Any]) -> None:
         for i in layers
     ]
     rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    # llama.cpp knows the largest Gemmas by their layers, and divides by the width of a head there.
+    # llama.cpp identifies the largest Gemmas by their layers, and divides by head width there.
     largest = len(layers) == {2: 46, 6: 62}.get(family.full_every)
     known: dict[str, Any] = {
         "hidden_act": family.activation,
@@ -141,19 +141,19 @@ def _refuse_other_constants(family: Family, config: Mapping[str, Any]) -> None:
         known["layer_types"] = kinds
     for name, right in known.items():
         if config.get(name, right) not in (right, None):
-            raise untested(f"a base with `{name}: {config[name]}`, where llama.cpp takes {right},")
+            raise untested(f"a base with `{name}: {config[name]}`, where llama.cpp uses {right},")
     if rope.get("rope_theta", _LOCAL) != _LOCAL:
-        raise untested(f"a base whose windows have a `rope_theta` of {rope['rope_theta']}")
+        raise untested(f"a base with a sliding window `rope_theta` of {rope['rope_theta']}")
 
 
 _LOCAL = 10_000
 
 
 def _rope_factors(config: PretrainedConfig) -> list[_Entry]:
-    """Return the divisors of the frequencies where Llama 3 changes them.
+    """Return the frequency divisors of Llama 3's rotary positions.
 
     Raises:
-        ConfigError: the frequencies are changed in another way.
+        ConfigError: the frequencies change in another way.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("full_attention", rope).get("rope_type", "default")
@@ -172,10 +172,10 @@ def _rope_factors(config: PretrainedConfig) -> list[_Entry]:
 def _weights(
     folder: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[_Entry]:
-    """Yield the tensors of a base, each by its name in the GGUF file.
+    """Yield the tensors of a base with their names in the GGUF file.
 
     Raises:
-        ConfigError: the base has tensors that the family has not.
+        ConfigError: the base has tensors unknown in its family.
     """
     table = name_map(family, config)
     seen = set()
@@ -187,7 +187,7 @@ def _weights(
             continue
         found = table.get_name(each.key, (".weight", ".bias"))
         if each.key == "lm_head.weight" and config.get("tie_word_embeddings", False):
-            found = "token_embd.weight"  # files have either name, or both
+            found = "token_embd.weight"  # files have either or both names
         if found is None:
             raise untested(f"a base with a tensor {each.key}")
         if found in seen:

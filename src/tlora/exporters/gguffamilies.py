@@ -1,8 +1,8 @@
-"""The model families whose GGUF files are tested here against llama.cpp itself.
+"""Model families whose GGUF files are tested against llama.cpp itself.
 
-llama.cpp rotates neighboring entries of a head (2i, 2i + 1) in some families, where transformers
-rotates entry i with entry i + d/2. There the rows of q and k are stored in another order, those of
-the base and those of an adapter's B alike.
+In some families llama.cpp rotates neighboring entries of a head (2i, 2i + 1), while transformers
+rotates entry i with entry i + d/2. Those families store the rows of q and k in another order, both
+in the base and in an adapter's B.
 
 Source: llama.cpp, `conversion/` (which families reorder) and `src/llama-adapter.cpp` (the adapter).
 """
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp stores a family."""
+    """llama.cpp's storage conventions for a family."""
 
     architecture: str
     """`general.architecture`, as llama.cpp spells it."""
     reordered: bool = False
-    """Whether the rows of q and k are reordered."""
+    """Whether to reorder the rows of q and k."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """The fields of the base's configuration that this family has besides, and GGUF's names."""
+    """Additional configuration fields of this family, with their GGUF names."""
     norm_offset: float = 0.0
-    """What is added to the weights of the norms."""
+    """Value added to norm weights."""
     activation: str = "silu"
-    """The one that llama.cpp computes, whatever the configuration says."""
+    """The activation that llama.cpp computes regardless of the configuration."""
     full_every: int = 0
-    """Every how many layers one attends to all positions, the others to a window; 0: all do."""
+    """Period of layers with full attention, the others use a window; 0: all are full."""
     transposed: tuple[str, ...] = ()
-    """The last parts of the names of the base's Conv1D modules, whose weights are (d_in, d_out)."""
+    """Last name parts of the base's Conv1D modules, whose weights are (d_in, d_out)."""
 
 
 FAMILIES = {
@@ -86,7 +86,7 @@ FAMILIES = {
     ),
     "gpt2": Family("gpt2", activation="gelu_new", transposed=("c_attn", "c_proj", "c_fc")),
 }
-"""By the `model_type` of the base's configuration."""
+"""Families by the base's `model_type`."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -101,24 +101,24 @@ def family_of(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ConfigError(
-            f"GGUF files are tested for {', '.join(FAMILIES)}, not for {kind}; export with --format"
-            " uniform, and run llama.cpp's own convert_lora_to_gguf.py on that folder.",
+            f"GGUF export supports {', '.join(FAMILIES)}, not {kind}; export with --format uniform,"
+            " and run llama.cpp's convert_lora_to_gguf.py on that folder.",
             "format",
         )
     return FAMILIES[kind]
 
 
 def untested(what: str) -> ConfigError:
-    """Return the error of what `--base_gguf` has not been tested with."""
+    """Return the error for a base untested with `--base_gguf`."""
     return ConfigError(
-        f"{what} is not supported; write the base's GGUF file by llama.cpp's own"
-        " convert_hf_to_gguf.py, which the adapter fits too.",
+        f"{what} is not supported; write the base's GGUF file with llama.cpp's"
+        " convert_hf_to_gguf.py, which works with the adapter.",
         "base_gguf",
     )
 
 
 def name_map(family: Family, config: Mapping[str, Any]) -> TensorNameMap:
-    """Return the gguf package's table of tensors' names for a base of a family."""
+    """Return the gguf package's tensor name table for a base."""
     import gguf
 
     found = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -126,7 +126,7 @@ def name_map(family: Family, config: Mapping[str, Any]) -> TensorNameMap:
 
 
 def setting(config: Mapping[str, Any], *names: str) -> Any:
-    """Return the first of these fields that is set, or None: GPT-2 has names of its own."""
+    """Return the first of these fields that is set, or None; GPT-2 uses its own names."""
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
@@ -144,7 +144,7 @@ def heads(config: Mapping[str, Any]) -> tuple[int, int]:
 def reordered(
     rows: torch.Tensor, module: str, family: Family, config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Return the rows of q or k in llama.cpp's order; those of other modules as they are.
+    """Return the rows of q or k in llama.cpp's order, and those of other modules unchanged.
 
     Args:
         rows: (d_out, ...): a weight, a bias or B.

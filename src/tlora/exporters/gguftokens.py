@@ -1,7 +1,7 @@
-"""The tokenizer of a base in its GGUF file.
+"""Write the tokenizer of a base into its GGUF file.
 
-llama.cpp has two kinds of byte pair encoding: `gpt2` merges within the words that a named pattern
-finds, `llama` merges the pair whose result has the highest score, with bytes as fallback.
+llama.cpp has two kinds of byte pair encoding: `gpt2` merges within words found by a named pattern;
+`llama` merges the pair whose result has the highest score, with bytes as fallback.
 
 Source: llama.cpp, `src/llama-vocab.cpp`.
 """
@@ -29,7 +29,7 @@ _PATTERNS = {
     (_GPT4 % "{1,3}", "bytes"): "dbrx",
     (_GPT4 % "{1,3}", "bytes", "whole words first"): "llama-bpe",
 }
-"""How a tokenizer splits text into words, and llama.cpp's name of it."""
+"""Ways to split text into words, with llama.cpp's names."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -37,9 +37,9 @@ def add_tokens(writer: GGUFWriter, folder: Path, rows: int) -> None:
     """Add a base's tokens, merges, special tokens and chat template.
 
     Args:
-        writer: of the base's GGUF file.
+        writer: writer of the base's GGUF file.
         folder: the base, with a `tokenizer.json`.
-        rows: rows of its embedding; those without a token are filled.
+        rows: rows of its embedding; rows without a token get placeholders.
 
     Raises:
         ConfigError: this kind of tokenizer is not tested.
@@ -66,7 +66,7 @@ def add_tokens(writer: GGUFWriter, folder: Path, rows: int) -> None:
 
 
 def _tokens(data: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
-    """Return the tokens and what each is.
+    """Return the tokens and their types.
 
     Raises:
         ConfigError: there are more tokens than rows.
@@ -88,7 +88,7 @@ def _tokens(data: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]
 
 
 def _add_specials(writer: GGUFWriter, folder: Path) -> None:
-    """Add the special tokens, whether they are put around a text, and the chat template."""
+    """Add the special tokens, whether they surround a text, and the chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -106,7 +106,7 @@ def _add_specials(writer: GGUFWriter, folder: Path) -> None:
 
 
 def _scores(merges: list[list[str]], tokens: list[str]) -> list[float]:
-    """Return scores under which the best pair is the one that is merged first."""
+    """Return scores that rank pairs in their merge order."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
@@ -114,10 +114,10 @@ def _scores(merges: list[list[str]], tokens: list[str]) -> list[float]:
 
 
 def _has_prefix(data: dict[str, Any]) -> bool:
-    """Return whether a space is put before a text.
+    """Return whether the tokenizer puts a space before a text.
 
     Raises:
-        ConfigError: more is done to a text than to replace its spaces.
+        ConfigError: the tokenizer does more than replace spaces.
     """
     steps = _steps(data, "normalizer") + _steps(data, "pre_tokenizer")
     for step in steps:
@@ -131,10 +131,10 @@ def _has_prefix(data: dict[str, Any]) -> bool:
 
 
 def _pattern(data: dict[str, Any]) -> str:
-    """Return llama.cpp's name of how a tokenizer splits text into words.
+    """Return llama.cpp's name for a tokenizer's word splitting.
 
     Raises:
-        ConfigError: it has not been tested.
+        ConfigError: it is untested.
     """
     steps = [step for step in _steps(data, "normalizer") if step["type"] != "NFC"]
     key = tuple(_step(step) for step in [*steps, *_steps(data, "pre_tokenizer")])
@@ -157,7 +157,7 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _steps(data: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """Return the steps of a part of a tokenizer, which is one step, a sequence or nothing."""
+    """Return the steps of a tokenizer part, which is one step, a sequence or absent."""
     whole = data.get(part)
     if not whole:
         return []

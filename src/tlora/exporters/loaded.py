@@ -1,6 +1,6 @@
-"""Merging in memory, for bases whose weights cannot be read one by one: quantized, fused.
+"""Merge in memory, for bases whose weights cannot be read one by one: quantized, fused.
 
-The model is loaded, widened to float32, merged by PEFT and rounded once.
+Loads the model, converts it to float32, merges with PEFT and rounds once.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Loaded:
     """A merge of a whole model.
 
     Attributes:
-        source: what is merged.
+        source: the adapter and its base.
         base: the base model.
-        bare: it on the meta device, without quantization.
-        head: fields of its configuration that describe the adapter's classifier.
-        quantized: whether its weights are.
+        bare: the base on the meta device, without quantization.
+        head: configuration fields that describe the adapter's classifier.
+        quantized: whether its weights are quantized.
     """
 
     source: Source
@@ -49,7 +49,7 @@ class Loaded:
         """Write the merged model, and return notes about it.
 
         Raises:
-            AdapterError: PEFT cannot merge it, or a weight is stored in a form not known here.
+            AdapterError: PEFT cannot merge it, or a weight has an unknown storage format.
         """
         _refuse_ties(self.source, self.bare)
         measured = self._before() if self.quantized else None
@@ -89,7 +89,7 @@ class Loaded:
         return model.eval().requires_grad_(False)
 
     def _adapted(self, model: Any) -> Any:
-        with tempfile.TemporaryDirectory() as folder:  # ranks may have been cut since it was read
+        with tempfile.TemporaryDirectory() as folder:  # ranks may have been truncated
             write_lora(Path(folder), self.source.lora.fields, dict(self.source.lora.tensors))
             return load_adapter(model, folder, freeze=False).eval()
 
@@ -98,31 +98,31 @@ class Loaded:
             return self._adapted(model).merge_and_unload(safe_merge=True)
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise AdapterError(
-                f"{self.source.lora.path} cannot be merged: {first_line(error).rstrip('.')}; export"
+                f"{self.source.lora.path} cannot be merged: {first_line(error).rstrip('.')}; use"
                 " --format native."
             ) from error
 
     def _before(self) -> tuple[Tensor, Tensor]:
-        """Return the logits of the quantized base, alone and under the adapter."""
+        """Return the logits of the quantized base, alone and with the adapter."""
         model = self._model()
         return _logits(model), _logits(self._adapted(model))
 
 
 def _refuse_ties(source: Source, bare: Any) -> None:
-    """Refuse an adapter of tied weights: PEFT would change both."""
+    """Reject an adapter on tied weights, because PEFT would change both."""
     lora = source.lora
     tied = getattr(bare, "all_tied_weights_keys", None) or {}
     names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     saved = {each for each in names if PREFIX + each + ".weight" in lora.tensors}
     if touched := sorted(names & (lora.keys.keys() | saved)):
         raise AdapterError(
-            f"{lora.path} changes {listed(touched)}, which shares its weights with others; that"
-            " cannot be merged in memory: merge into a full-precision base by --model."
+            f"{lora.path} changes {listed(touched)}, whose tied weights cannot be merged in memory;"
+            " merge into a full-precision base with --model."
         )
 
 
 def _dequantize(model: Any, bare: Any) -> None:
-    """Put linear layers of float32 in place of the quantized ones."""
+    """Replace quantized linear layers by float32 ones."""
     for name, plain in bare.named_modules():
         if not isinstance(plain, nn.Linear):
             continue
@@ -135,7 +135,7 @@ def _dequantize(model: Any, bare: Any) -> None:
         layer.bias = module.bias
         model.set_submodule(name, layer)
     model.hf_quantizer.remove_quantization_config(model)
-    # transformers would undo on saving what it did to the quantized weights on loading.
+    # On saving, transformers would revert its conversion of the quantized weights.
     model.__dict__.pop("_weight_conversions", None)
 
 

@@ -1,7 +1,7 @@
-"""`merged`: W + s B A in place of W, a whole model that needs no adapter.
+"""`merged`: replace W by W + s B A in a full model that needs no adapter.
 
-The base's files are written anew one tensor at a time: computed in float32, rounded once. A base
-whose weights cannot be read one by one is loaded instead: `tlora.exporters.loaded`.
+Rewrites the base's files one tensor at a time, computing in float32 and rounding once. A base whose
+weights cannot be read one by one is loaded instead (`tlora.exporters.loaded`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CONFIG = "config.json"
 _SLACK = 2**26  # bytes for tokenizer and configuration
 _TOKENS = "tokenizer_config.json"
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
-"""What a tokenizer's files begin with."""
+"""Prefixes of tokenizer files."""
 
 
 @dataclass
 class Plan:
-    """What is written."""
+    """Files to write."""
 
     files: dict[str, dict[str, Piece]]
     """Tensors by file and name."""
     fields: dict[str, Any]
-    """Of config.json, which become others."""
+    """Changed fields of config.json."""
     notes: list[str] = field(default_factory=list)
     rounding: Rounding = field(default_factory=Rounding)
 
@@ -58,22 +58,22 @@ class Merged:
         """Write the folder; see `Exporter`."""
         lora = source.lora
         if not source.base:
-            raise AdapterError(f"{lora.path} names no base model; give --model.")
+            raise AdapterError(f"{lora.path} does not name its base model; give --model.")
         revision = lora.fields.get("revision") if source.base == lora.base else None
         root = checkpoint.base_folder(source.base, revision)
         base = Pretrained(name=str(root), trust_remote_code=source.config.trust_remote_code)
         quantized = bool(read_json(root / CONFIG).get("quantization_config"))
         if quantized and not source.config.dequantize:
             raise ConfigError(
-                f"{source.base!r} is quantized, and its weights cannot hold an update; merge into"
-                " the full-precision model by --model, or give --dequantize.",
+                f"{source.base!r} is quantized and its weights cannot absorb an update; merge into"
+                " the full-precision model with --model, or use --dequantize.",
                 where="model",
             )
         model = skeleton(base, lora.fields.get("task_type"))
         head = _head(lora, model.config)
         why = "the base is quantized" if quantized else None
         if lora.fields.get("target_parameters"):
-            why = why or "PEFT merges adapters of fused experts (`target_parameters`)"
+            why = why or "PEFT has to merge adapters of fused experts (`target_parameters`)"
         plan = why or _plan(source, root, model)
         if isinstance(plan, Plan):
             pieces = [each for file in plan.files.values() for each in file.values()]
@@ -89,7 +89,7 @@ class Merged:
 
 
 def _plan(source: Source, root: Path, model: Any) -> Plan | str:
-    """Return what is written; or why that cannot be said from the files.
+    """Return the plan, or the reason why the files are not sufficient.
 
     Raises:
         AdapterError: the adapter cannot be merged, or does not fit.
@@ -133,23 +133,23 @@ def _plan(source: Source, root: Path, model: Any) -> Plan | str:
     if ties.split:
         plan.fields["tie_word_embeddings"] = False
         plan.notes.append(
-            f"{listed(ties.apart)} shared its weights and has its own now; `tie_word_embeddings` is"
+            f"{listed(ties.apart)} had tied weights and now has its own; `tie_word_embeddings` is"
             " false."
         )
     return plan
 
 
 def _refuse_scaled(lora: SavedLora, model: Any, ties: Ties) -> None:
-    """Refuse to pull apart what is tied in an encoder and decoder: T5's scales a tied head."""
+    """Reject untying in an encoder-decoder, because T5 scales a tied head."""
     if ties.apart and model.config.is_encoder_decoder:
         raise AdapterError(
-            f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties, and a"
-            " model of this kind computes differently without the tie; export --format native."
+            f"{lora.path} changes {listed(ties.apart)}, which {type(model).__name__} ties and"
+            " computes differently without the tie; use --format native."
         )
 
 
 def _sizes(model: Any, changes: Mapping[str, Change]) -> dict[str, Any]:
-    """Return the fields of a configuration that count rows of a longer embedding, or of a head."""
+    """Return the configuration fields with the row counts of an embedding or a head."""
     fields: dict[str, Any] = {}
     for name, change in changes.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -166,7 +166,7 @@ def _sizes(model: Any, changes: Mapping[str, Change]) -> dict[str, Any]:
 def _check_whole(
     root: Path, model: Any, in_model: Mapping[str, Stored], given: Collection[str]
 ) -> None:
-    """Check that the files hold the model that the configuration describes."""
+    """Check that the files contain the model described by the configuration."""
     optional = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
     lost = [
         name
@@ -176,15 +176,15 @@ def _check_whole(
     ]
     if lost:
         raise ConfigError(
-            f"{str(root)!r} has no {listed(lost)}, and neither has the adapter; download the"
-            " base model again, or give another by --model.",
+            f"{str(root)!r} and the adapter both lack {listed(lost)}; download the base model"
+            " again, or give another with --model.",
             where="model",
         )
     for name, shape in ((name, tuple(each.shape)) for name, each in model.state_dict().items()):
         if name in in_model and name not in given and in_model[name].shape != shape:
             raise ConfigError(
-                f"{str(root)!r}: {name} is {_by(in_model[name].shape)} in its files, and"
-                f" {_by(shape)} by its {CONFIG}; download the base model again.",
+                f"{str(root)!r}: {name} is {_by(in_model[name].shape)} in its files but"
+                f" {_by(shape)} in its {CONFIG}; download the base model again.",
                 where="model",
             )
 
@@ -194,19 +194,19 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _head(lora: SavedLora, config: Any) -> dict[str, Any]:
-    """Return the fields of a configuration that describe an adapter's classifier, or {}."""
+    """Return the configuration fields that describe an adapter's classifier, or {}."""
     file = lora.path / HEAD_FILE
     if not file.is_file():
         return {}
     fields = dict(read_json(file))
     if config.get_text_config().pad_token_id is None and (lora.path / _TOKENS).is_file():
-        # Decoders find the last token of a text by it.
+        # Decoders use it to find the last token of a text.
         fields["pad_token_id"] = Pretrained(name=str(lora.path)).tokenizer().pad_token_id
     return fields
 
 
 def _copy(root: Path, adapter: Path, folder: Path) -> None:
-    """Copy the files beside the base's weights; the export copies the adapter's own."""
+    """Copy the files next to the base's weights; the export copies the adapter's own."""
     own = {file.name for file in adapter.iterdir()} - {CONFIG}
     left = {INDEX, *own}
     if _TOKENS in own:
@@ -215,7 +215,7 @@ def _copy(root: Path, adapter: Path, folder: Path) -> None:
 
 
 def _configure(folder: Path, fields: dict[str, Any], dtype: str, model: Any) -> None:
-    """Write into config.json what the merged model does not share with its base."""
+    """Update config.json with the fields in which the merged model differs from its base."""
     config = read_json(folder / CONFIG) | {"architectures": [type(model).__name__]}
     texts = [config, *(each for name in ("text_config",) if (each := config.get(name)))]
     for name in ("vocab_size", "tie_word_embeddings"):
@@ -232,12 +232,12 @@ def _configure(folder: Path, fields: dict[str, Any], dtype: str, model: Any) -> 
 
 
 def _trained_on(lora: SavedLora, quantized: bool) -> Iterator[str]:
-    """Yield a note where training saw other weights than these."""
+    """Yield a note if training used other weights than these."""
     run = RunFolder(lora.path.parent)
     if not quantized and run.exists and run.adapter.name == lora.path.name:
         kind = run.config().get("quantization", "none")
         if kind != "none":
             yield (
-                f"The adapter was trained on weights quantized to {kind}, and is merged into the"
-                " full-precision ones, so that answers differ a little from those in training."
+                f"The adapter was trained on weights quantized to {kind} but merged into the"
+                " full-precision ones, so answers differ slightly from those in training."
             )

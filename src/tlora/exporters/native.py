@@ -1,5 +1,5 @@
-"""`native`: a rank and a scale per module, as training left them; exact where PEFT's patterns are
-read."""
+"""`native`: the trained rank and scale of each module; exact in readers that support PEFT's
+patterns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tlora.exporters.base import Export, Source, in_dtype, write_lora
 
 
 class Native:
-    """The LoRA as it is, in another dtype if asked for."""
+    """Writes the LoRA unchanged, or in another dtype."""
 
     needs: ClassVar[str | None] = None
 

@@ -1,4 +1,4 @@
-"""One tensor of a merged model: computed in float32, rounded once."""
+"""Compute one tensor of a merged model in float32, rounding once."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from tlora.exporters.changes import Change, check_fit
 from tlora.exporters.checkpoint import CODES, Piece, Stored
 
 _NOTHING = 1e-4
-"""Share of the update that rounding to float32 never comes to."""
+"""Fraction of the update that rounding to float32 never reaches."""
 
 
 @dataclass
 class Rounding:
-    """What rounding takes from the updates, as squared Frobenius norms over all modules."""
+    """Rounding error of the updates, as squared Frobenius norms over all modules."""
 
     lost: float = 0.0
     whole: float = 0.0
 
     def add(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Count one weight."""
+        """Add one weight."""
         self.lost += float((rounded.float() - exact).square().sum(dtype=torch.float64))
         self.whole += float((exact - before.float()).square().sum(dtype=torch.float64))
 
     def notes(self) -> Iterator[str]:
-        """Yield a note where it is not next to nothing, as it is in float32."""
+        """Yield a note if the error is not negligible, as it is in float32."""
         share = math.sqrt(self.lost / self.whole) if self.whole else 0.0
         if share > _NOTHING:
             yield (
                 f"Rounding changes the merged weights by {share:.2%} of the update (in norm);"
-                " --dtype float32 avoids it, and so does serving the adapter unmerged."
+                " --dtype float32 or serving the adapter unmerged avoids this."
             )
 
 
@@ -49,15 +49,15 @@ def piece(
     dtype: str,
     rounding: Rounding,
 ) -> Piece:
-    """Return what is written for a tensor; what it takes to make it is done when its turn comes.
+    """Return a tensor to write, computed just before it is written.
 
     Args:
-        name: of the tensor, for errors.
-        stored: the base's; None where it has none.
-        change: what the adapter does to it.
+        name: name of the tensor, for errors.
+        stored: the base's tensor; None if it has none.
+        change: the adapter's change.
         code: safetensors' name of the base's dtype.
-        dtype: what was asked for, by name.
-        rounding: counts what is lost.
+        dtype: name of the requested dtype.
+        rounding: accumulates the rounding error.
 
     Raises:
         AdapterError: the adapter does not fit the tensor.
@@ -68,8 +68,8 @@ def piece(
         if change is None and stored is not None:
             return Piece(code, stored.shape, stored.bytes, stored.read)
         raise AdapterError(
-            f"{name} is stored as {code}, which cannot hold an update; give a base in full"
-            " precision by --model."
+            f"{name} is stored as {code}, which cannot absorb an update; give a full-precision"
+            " base with --model."
         )
     wanted = DTYPES.get(dtype) or next(each for each, its in CODES.items() if its == code)
     before = stored.shape if stored else ()

@@ -1,10 +1,9 @@
-"""What each program that reads LoRA folders makes of one, as arithmetic on its files.
+"""Compute how each program that reads LoRA folders would interpret one.
 
-A reader multiplies B A of a module by a scale of its own rule. Its error is the norm of the
-difference to s B A, s being PEFT's, over the norm of s B A, both over all modules: 0 is exact, 1 is
-as wrong as leaving the adapter out. What is read may be another folder than the one that says what
-is meant, such as its export. The rules are read from the readers' sources, in the versions that
-docs/serving.md names.
+A reader multiplies B A of a module by a scale according to its own rule. Its error is the norm of
+the difference to s B A, with PEFT's s, over the norm of s B A, both over all modules: 0 is exact, 1
+is as wrong as dropping the adapter. The folder read may differ from the reference, for example an
+export of it. The rules come from the readers' sources, in the versions listed in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -24,54 +23,54 @@ from tlora.exporters.updates import Pairs
 from tlora.integrations.vllm import VLLM_RANKS
 
 _NOISE = 1e-12
-"""Of the effect: what float64 itself loses."""
+"""Relative error of float64 itself."""
 _MOST = 0.1
-"""Of a module's effect: what is lost to rounding beyond that is lost."""
+"""Largest acceptable rounding error, relative to a module's update."""
 Scales = dict[str, float]
 
 
 class RefusedError(Exception):
-    """A reader does not load a folder; the message says why."""
+    """A reader rejects a folder; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader, in versions that read alike."""
+    """One reader, in versions with the same behavior."""
 
     name: str
     title: str
     scales: Callable[[SavedLora], Scales]
-    """Returns what it multiplies B A of each module by; raises RefusedError."""
+    """Returns the scale of B A for each module; raises RefusedError."""
     servers: tuple[str, ...] = ()
-    """The names that `--for` takes for it."""
+    """Its names in `--for`."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader makes of a folder."""
+    """A reader's interpretation of a folder."""
 
     reader: Reader
     error: float | None
-    """Of the effect; None where it does not load the folder."""
+    """Relative error of the update; None if it rejects the folder."""
     refused: str | None = None
     rounding: float = 0.0
-    """The error that the precision of the matrices explains."""
+    """The error explained by the precision of the matrices."""
     modules: dict[str, float] = field(default_factory=dict)
-    """The error of each module that is off, of its own effect; infinite where that is none."""
+    """Relative error of each inexact module; infinite if its update is zero."""
 
     @property
     def exact(self) -> bool:
-        """Whether every module gets its own update, but for the rounding of its matrices."""
+        """Whether every module gets its own update, up to rounding of its matrices."""
         return self.error is not None and not self.modules and math.isfinite(self.error)
 
 
 def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Reading:
-    """Return what a reader makes of a LoRA.
+    """Return a reader's interpretation of a LoRA.
 
     Args:
-        reader: who reads.
-        lora: what is read.
-        pairs: its updates beside those that are meant; None: it is what it means itself.
+        reader: the reader.
+        lora: the LoRA that it reads.
+        pairs: its updates paired with the reference; None if it is its own reference.
     """
     try:
         scales = reader.scales(lora)
@@ -95,17 +94,17 @@ def reading(reader: Reader, lora: SavedLora, pairs: Pairs | None = None) -> Read
 
 
 def exact(folder: Path, meant: SavedLora, form: str, server: str | None = None) -> list[str]:
-    """Return the titles of the readers that read an exported folder as PEFT reads the adapter.
+    """Return the titles of the readers that read an export as PEFT reads the adapter.
 
     Args:
-        folder: what was exported.
+        folder: the exported folder.
         meant: the adapter.
-        form: its format.
-        server: who has to read it.
+        form: the format of the export.
+        server: the target server.
 
     Raises:
-        AdapterError: the server does not, or not even PEFT, since the precision of the folder lost
-            an update.
+        AdapterError: the server does not, or even PEFT does not because the precision of the
+            folder lost an update.
     """
     if not (folder / CONFIG).is_file():
         own = ["transformers"] if form == "merged" else []
@@ -115,15 +114,15 @@ def exact(folder: Path, meant: SavedLora, form: str, server: str | None = None) 
     readings = [reading(reader, lora, pairs) for reader in READERS]
     if not readings[0].exact:
         raise AdapterError(
-            f"{meant.path}: rounding takes more than {_MOST:.0%} of the update of"
+            f"{meant.path}: rounding loses more than {_MOST:.0%} of the update of"
             f" {listed([*readings[0].modules])}; export with --dtype bfloat16 or float32."
         )
     for each in readings:
         if server in each.reader.servers and not each.exact:
             raise AdapterError(
-                f"{each.reader.title} does not read this adapter correctly"
+                f"{each.reader.title} reads this adapter incorrectly"
                 f" ({each.refused or f'its error is {each.error:.2g} of the update'}); merge it"
-                " instead: tlora merge."
+                " instead (tlora merge)."
             )
     return [each.reader.title for each in readings if each.exact]
 
@@ -133,7 +132,7 @@ def _peft(lora: SavedLora) -> Scales:
 
 
 def _hotswap(lora: SavedLora) -> Scales:
-    """`hotswap_adapter` looks patterns up by the tensor's name: B's, which comes last, decides."""
+    """`hotswap_adapter` looks patterns up by tensor name; B comes last and decides."""
     scales = {}
     for name, (_, b) in lora.keys.items():
         key = re.sub(r"(\.weight)?$", r".default\1", b, count=1)
@@ -156,17 +155,17 @@ def _vllm(lora: SavedLora) -> Scales:
 
 
 def _one_scale(lora: SavedLora) -> Scales:
-    """SGLang: one buffer of rank r, and alpha / r for all."""
+    """SGLang: one buffer of rank r, and alpha / r for all modules."""
     _plain(lora)
     _equal_ranks(lora, "it asserts that they are equal")
     return dict.fromkeys(lora.keys, _alpha(lora) / _root(lora, _r(lora)))
 
 
 def _stacked(lora: SavedLora) -> Scales:
-    """TGI and LoRAX stack the layers of a projection, and drop one that a layer lacks.
+    """TGI and LoRAX stack the layers of a projection, and drop it if one layer lacks it.
 
-    They pad a rank to what their kernels take, and then hold the padded one for r: the first
-    projection gets alpha / r, the others alpha / padded.
+    They pad a rank to a size supported by their kernels, and then use the padded one as r: the
+    first projection gets alpha / r, the others alpha / padded.
     """
     _plain(lora)
     _equal_ranks(lora, "it stacks the layers")
@@ -200,7 +199,7 @@ def _converted(lora: SavedLora) -> Scales:
 
 
 _HEADS = ("score", "classifier")
-"""Heads of classifiers, which vLLM loads from an adapter."""
+"""Classifier heads, which vLLM loads from an adapter."""
 
 
 def _plain(lora: SavedLora, but: tuple[str, ...] = ()) -> None:
@@ -248,4 +247,4 @@ READERS = (
     Reader("tensorrt-llm", "TensorRT-LLM", _tensorrt, ("tensorrt-llm",)),
     Reader("llama.cpp", "llama.cpp's converter", _converted, ("llama.cpp", "ollama")),
 )
-"""Every reader of LoRA folders; `verify` has a line for each. The first is PEFT."""
+"""All readers of LoRA folders, one line each in `verify`; PEFT comes first."""

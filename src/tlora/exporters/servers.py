@@ -1,4 +1,4 @@
-"""Who serves an adapter, from which formats, and the command that does it. Imports no torch."""
+"""Servers, the formats they read, and their commands. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tlora.integrations.vllm import VLLM_RANKS, vllm_rank
 
 @dataclass(frozen=True)
 class Artifact:
-    """What was exported."""
+    """An exported adapter or model."""
 
     folder: str
-    """Where it lies, absolute."""
+    """Absolute path of its folder."""
     name: str
-    """What the server may call it."""
+    """Name to serve it under."""
     base: str
     """Folder or Hub name of the base model."""
     rank: int
@@ -36,16 +36,16 @@ class ServerInfo:
 
     title: str
     formats: tuple[str, ...]
-    """Formats that every version of it reads right, the one that `--for` picks first."""
+    """Formats that every version reads correctly; `--for` picks the first."""
     adapter: str
-    """The line that serves an adapter; `raw` is the `Artifact`, the other fields are quoted."""
+    """Command that serves an adapter; `raw` is the `Artifact`, other fields are quoted."""
     whole: str = ""
-    """The line that serves a merged model."""
+    """Command that serves a merged model."""
     padded: Callable[[int], int] = int
-    """Returns the rank to pad to, by the largest one."""
+    """Returns the padded rank for the largest rank."""
 
     def command(self, artifact: Artifact) -> str:
-        """Return the line that serves an artifact."""
+        """Return the command that serves an artifact."""
         line = self.whole if artifact.merged else self.adapter
         most, rank = VLLM_RANKS[-1], vllm_rank(artifact.rank)
         if rank is None and "{vllm_rank}" in line:

@@ -1,4 +1,4 @@
-"""Weights that a model shares, and which of them an adapter pulls apart."""
+"""Tied weights of a model, and those that an adapter unties."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Ties:
     """The tied parameters of a model.
 
     Attributes:
-        stored: the tensor in the files that each of them is.
-        apart: those that an adapter changes and the others not.
-        split: those that get weights of their own: all of them, if there are any apart, since a
+        stored: the stored tensor of each parameter.
+        apart: parameters changed by an adapter while their tied partners are not.
+        split: parameters that get their own weights: all, if any are apart, because a
             configuration ties all or none.
     """
 
@@ -29,7 +29,7 @@ class Ties:
         self._source: dict[str, str] = {}
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             here, there = in_files.get(target), in_files.get(source)
-            # As transformers does it: what is stored twice with two values is not tied.
+            # As in transformers: weights stored twice with two values are not tied.
             if here is None or there is None or torch.equal(here.read(), there.read()):
                 self._source |= {target: source, source: source}
         self.stored = {}
@@ -43,11 +43,11 @@ class Ties:
         self.split = set(self._source) if self.apart else set()
 
     def follows(self, name: str) -> bool:
-        """Return whether a parameter needs no weights of its own."""
+        """Return whether a parameter needs no stored weights."""
         return name in self._source and name not in self.split
 
     def change(self, name: str) -> Change | None:
-        """Return what happens to a parameter; what replaces the base's own, to all tied to it."""
+        """Return a parameter's change; a replacement applies to all tied parameters."""
         own = self._changes.get(name)
         if name not in self._source:
             return own

@@ -1,7 +1,7 @@
-"""A LoRA of at most R ranks a module: the closest one, by the singular values of each update.
+"""Truncate a LoRA to rank at most R per module by SVD of each update.
 
 s B A = Q_B (R_B R_A^T) Q_A^T by QR of B and A^T, so the SVD is of an r x r matrix and the product
-of d_out x d_in is never made. Cutting it at R is the best approximation of rank R in the Frobenius
+of d_out x d_in is never formed. Truncation at R is the best rank-R approximation in the Frobenius
 norm (Eckart and Young, 1936); the lost energy is the sum of the squared singular values beyond R.
 """
 
@@ -19,12 +19,12 @@ from tlora.adapter.saved import Factors, SavedLora
 
 @dataclass(frozen=True)
 class Cut:
-    """What cutting lost.
+    """Loss due to truncation.
 
     Attributes:
-        lost: share of the squared Frobenius norm of each module's update, by name.
-        in_all: share of the sum over all modules.
-        nested: whether the ranks were trained to be cut: what is left is what was trained.
+        lost: lost fraction of the squared Frobenius norm of each module's update, by name.
+        in_all: lost fraction of the sum over all modules.
+        nested: whether the ranks were trained for truncation, so that nothing trained is lost.
     """
 
     lost: dict[str, float]
@@ -39,15 +39,15 @@ def spectrum(factors: Factors) -> Tensor:
 
 
 def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
-    """Return the LoRA cut to at most ``rank`` in each module, and the energy that this loses.
+    """Truncate the LoRA to at most ``rank`` in each module, and return the lost energy too.
 
-    A module that has no more is left as it is. A cut one has orthonormal rows in A, and its scale
-    is one, in B; matrices are computed in float64 and rounded to their dtype. Nested ranks are cut
-    to the first, at the scale lora_alpha / rank, as they were trained.
+    Smaller modules stay unchanged. Truncated ones have orthonormal rows in A and their scale folded
+    into B; matrices are computed in float64 and rounded to their dtype. Nested ranks keep the first
+    ones, at the scale lora_alpha / rank, as trained.
 
     Args:
-        lora: of linear layers.
-        rank: of each module at most.
+        lora: a LoRA on linear layers.
+        rank: maximum rank of each module.
     """
     tensors = {key: lora.tensors[key] for key in lora.others}
     ranks, alphas, lost, energies = {}, {}, {}, {}
@@ -64,7 +64,7 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         elif factors.rank > rank:
             lost[name] = float(energy[rank:].sum()) / energies[name] if energies[name] else 0.0
             tensors[a], tensors[b] = _cut(factors, rank)
-            ranks[name] = len(tensors[a])  # less than `rank` in a layer that is smaller
+            ranks[name] = len(tensors[a])  # less than `rank` in a smaller layer
             alphas[name] = float(ranks[name])
     whole = sum(energies.values())
     in_all = sum(lost[name] * energies[name] for name in lost) / whole if whole else 0.0

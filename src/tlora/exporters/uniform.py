@@ -1,10 +1,10 @@
-"""`uniform`: one rank and the scale 1 for all modules, the LoRA that every server reads.
+"""`uniform`: one rank and scale 1 for all modules, readable by every server.
 
-A's rows and B's columns are padded with zeros to R, the largest rank; B holds the scale;
-`r` and `lora_alpha` are R, and there are no patterns. TGI and LoRAX pad ranks themselves, and then
-divide alpha by the padded one: for them R is what they pad to. Every projection that is adapted
-somewhere is there in every layer, with zeros where training left it alone: TGI and LoRAX leave a
-projection out that one layer lacks, and LMDeploy reads uninitialized memory.
+Pads A's rows and B's columns with zeros to R, the largest rank; folds the scale into B; sets `r`
+and `lora_alpha` to R, without patterns. TGI and LoRAX pad ranks themselves and then divide alpha by
+the padded one, so for them R is the padded rank. A projection adapted in some layer appears in
+every layer, filled with zeros if untrained: TGI and LoRAX drop a projection missing in one layer,
+and LMDeploy reads uninitialized memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tlora.exporters.servers import SERVERS, stacked_rank
 from tlora.training.model_card import span
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""The number of a layer in a module's name."""
+"""The layer number in a module's name."""
 _CARRIED = ("trained modules", "trained rows", "other tensors")
-"""What PEFT and the servers of classifiers read beside the matrices."""
+"""Parts besides the matrices that PEFT and classifier servers read."""
 
 
 class Uniform:
-    """One rank, scale 1, no gaps."""
+    """Writes one rank, scale 1 and no gaps."""
 
     needs: ClassVar[str | None] = None
 
@@ -69,13 +69,13 @@ class Uniform:
         notes = _notes(ranks, rank, missing)
         if not server and rank != stacked_rank(rank):
             notes.append(
-                f"TGI and LoRAX pad rank {rank} to {stacked_rank(rank)} and divide alpha by that;"
-                " for them, export with --for tgi."
+                f"TGI and LoRAX pad rank {rank} to {stacked_rank(rank)} and divide alpha by it;"
+                " for these servers, export with --for tgi."
             )
         if source.sizes is None:
             notes.append(
                 "The base model's configuration was not found, so layers above the last adapted one"
-                " were not filled with zeros; give --model."
+                " are not filled with zeros; give --model."
             )
         return Export(notes, rank)
 
@@ -97,12 +97,12 @@ def _notes(ranks: dict[str, int], rank: int, missing: dict[str, tuple[int, int]]
 
 
 def gaps(lora: SavedLora, sizes: dict[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
-    """Return d_out and d_in of the modules that are adapted in other layers and not in theirs.
+    """Return d_out and d_in of modules that are adapted in other layers but not in their own.
 
     Args:
-        lora: what is adapted.
-        sizes: of the base's linear layers; None: a module is missing where a later layer is
-            adapted, or another projection of its own, and has the size that it has elsewhere.
+        lora: the adapter.
+        sizes: sizes of the base's linear layers; None: a module is missing if a later layer or
+            another projection of its layer is adapted, and has its size from other layers.
     """
     forms: dict[str, tuple[int, int]] = {}
     for name, (a, b) in lora.keys.items():
@@ -132,7 +132,7 @@ def gaps(lora: SavedLora, sizes: dict[str, tuple[int, int]] | None) -> dict[str,
 
 
 def target_list(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the last parts of the names, where they match no other known name; else the names."""
+    """Return the last name parts if they match no other known name, else the full names."""
     ours = set(names)
     ends = sorted({name.rpartition(".")[2] for name in ours})
     matched = {name for name in known if name.rpartition(".")[2] in ends}

@@ -1,6 +1,6 @@
-"""The updates s B A of adapters as numbers: norms, differences, spectra, overlaps.
+"""Norms, differences, spectra and overlaps of adapter updates s B A.
 
-The product of d_out x d_in is never made. The two sides of a difference share one QR: with
+The product of d_out x d_in is never formed. Both sides of a difference share one QR: with
 [B_1, B_2] = Q_B R_B and [A_1; A_2]^T = Q_A R_A, the norm of s_1 B_1 A_1 - s_2 B_2 A_2 is that of
 R_B diag(s_1, -s_2) R_A^T. All of it is float64; a difference of Gram matrices would lose half of
 the digits.
@@ -21,13 +21,13 @@ from tlora.exporters.truncate import small
 
 @dataclass(frozen=True)
 class Pair:
-    """The update of a module as it is read, and as it is meant.
+    """The update of a module as read, and its reference.
 
     Attributes:
-        read: R_B R_A^T of the matrices that are read, k x k with k = r_1 + r_2, or none.
-        meant: s R_B R_A^T of those that are meant, k x k, or none.
-        unit: the norm that rounding B and A once may put on B A.
-        scale: PEFT's, of what is read.
+        read: R_B R_A^T of the matrices read, k x k with k = r_1 + r_2, or none.
+        meant: s R_B R_A^T of the reference, k x k, or none.
+        unit: the error norm of B A from rounding B and A once.
+        scale: PEFT's scale of the matrices read.
     """
 
     read: Tensor | None
@@ -37,16 +37,16 @@ class Pair:
 
     @property
     def effect(self) -> float:
-        """The norm of what is meant."""
+        """The norm of the reference update."""
         return 0.0 if self.meant is None else float(self.meant.norm())
 
     @property
     def rounding(self) -> float:
-        """The norm of the difference that rounding explains."""
+        """The norm of the difference explained by rounding."""
         return self.unit * abs(self.scale)
 
     def error(self, scale: float) -> float:
-        """Return the norm of the difference where a reader multiplies by ``scale``."""
+        """Return the norm of the difference for a reader that multiplies by ``scale``."""
         if self.read is None:
             return self.effect
         return float((scale * self.read - (0.0 if self.meant is None else self.meant)).norm())
@@ -56,8 +56,8 @@ class Pairs(Mapping[str, Pair]):
     """The updates of two LoRAs by module, each computed once.
 
     Args:
-        read: what is read.
-        meant: what it should be.
+        read: the LoRA as read.
+        meant: the reference.
     """
 
     def __init__(self, read: SavedLora, meant: SavedLora) -> None:
@@ -66,7 +66,7 @@ class Pairs(Mapping[str, Pair]):
 
     @classmethod
     def of(cls, lora: SavedLora) -> Pairs:
-        """Return a LoRA beside itself."""
+        """Return a LoRA paired with itself."""
         return cls(lora, lora)
 
     def __iter__(self) -> Iterator[str]:
@@ -74,7 +74,7 @@ class Pairs(Mapping[str, Pair]):
         return iter({**self._meant.keys, **self._read.keys})
 
     def __len__(self) -> int:
-        """Return how many modules there are."""
+        """Return the number of modules."""
         return len({*self._meant.keys, *self._read.keys})
 
     def __getitem__(self, name: str) -> Pair:
@@ -102,7 +102,7 @@ def _unscaled(factors: Factors) -> Tensor:
 
 
 def both(one: Factors, other: Factors) -> tuple[Tensor, Tensor]:
-    """Return B_1 A_1, without its scale, and s_2 B_2 A_2 in one orthonormal basis, k x k each.
+    """Return B_1 A_1 without its scale and s_2 B_2 A_2 in one orthonormal basis, k x k each.
 
     Raises:
         ValueError: their sizes differ.
@@ -119,7 +119,7 @@ def both(one: Factors, other: Factors) -> tuple[Tensor, Tensor]:
 
 
 def rounding(factors: Factors) -> float:
-    """Return the norm that rounding A and B to their dtypes may put on B A.
+    """Return the error norm of B A from rounding A and B to their dtypes.
 
     With errors of at most u |b_ij| that are independent of each other, the mean square of
     ||dB A||_F is at most u^2 / 3 sum_j ||b_j||^2 ||a_j||^2, b_j and a_j being columns of B and rows
@@ -131,7 +131,7 @@ def rounding(factors: Factors) -> float:
 
 
 def _squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared norms of the columns, and of the largest rounding errors in them."""
+    """Return the squared norms of the columns, and of their largest rounding errors."""
     limits = torch.finfo(matrix.dtype)
     values = matrix.double()
     off = (values.abs() * limits.eps / 2).clamp_min(limits.tiny * limits.eps / 2)
@@ -139,9 +139,9 @@ def _squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return exp of the entropy of the singular values, each over their sum; 0 where all are zero.
+    """Return exp of the entropy of the normalized singular values; 0 if all are zero.
 
-    It is r where r of them are equal and the others zero.
+    It equals r if r of them are equal and the others zero.
 
     Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
     """
@@ -153,7 +153,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def cosine(one: Tensor, other: Tensor) -> float | None:
-    """Return <D_1, D_2> / (||D_1|| ||D_2||) of two updates, in [-1, 1]; None where one is zero.
+    """Return <D_1, D_2> / (||D_1|| ||D_2||) of two updates, in [-1, 1]; None if one is zero.
 
     Args:
         one: D_1, in any orthonormal basis, such as that of `both`.
@@ -164,17 +164,17 @@ def cosine(one: Tensor, other: Tensor) -> float | None:
 
 
 def overlap(one: Factors, other: Factors, leading: int | None = None) -> tuple[float, float]:
-    """Return how far the row spaces of two updates agree: of their inputs, which ones they read.
+    """Return how much the row spaces (input directions) of two updates agree.
 
     Args:
         one: the first update.
         other: the second.
-        leading: how many right singular vectors of each count, by size of the singular value; None:
-            all that are not zero.
+        leading: number of leading right singular vectors to compare; None: all with nonzero
+            singular values.
 
     Returns:
-        ||V_1^T V_2||_F^2 / min(r_1, r_2), from 0 (orthogonal) to 1 (one holds the other), V being
-        orthonormal bases; and the largest principal angle, in degrees. Zeros where one has no rank.
+        ||V_1^T V_2||_F^2 / min(r_1, r_2), from 0 (orthogonal) to 1 (one contains the other), with
+        orthonormal bases V; and the largest principal angle in degrees. Zeros if one has rank 0.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 7.2; Golub and Van Loan, Matrix
     Computations, 4th edition, section 6.4.3.

@@ -1,1 +1,1 @@
-"""TLoRA inside other people's trainers, one file each."""
+"""TLoRA in other trainers, one file each."""

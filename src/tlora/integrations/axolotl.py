@@ -31,7 +31,7 @@ _IGNORED = -100
 class TLoraArgs(BaseModel):
     """The `tlora:` section: fields of `TLoraConfig`, `samples` (32) and `batch_size` (4).
 
-    What it leaves out is as in `TLoraConfig.recommended()`.
+    Missing fields have the values of `TLoraConfig.recommended()`.
     """
 
     tlora: dict[str, Any] | None = None
@@ -41,27 +41,27 @@ class TLoraPlugin(BasePlugin):
     """Calibrates on Axolotl's tokenized training rows when it loads the adapter."""
 
     def get_input_args(self) -> str:
-        """Return the name of the class that Axolotl reads the section with."""
+        """Return the name of the class with which Axolotl parses the section."""
         return "tlora.integrations.axolotl.TLoraArgs"
 
     def get_adapter_capabilities(self) -> list[Any]:
-        """Return the adapter that this plugin brings."""
+        """Return the adapter provided by this plugin."""
         return [AdapterCapabilities(name=NAME, lora_like=True)]
 
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, Any] | None:
-        """Attach the adapter of `lora_model_dir`, or a new one; None if it is not ours.
+        """Attach the adapter from `lora_model_dir`, or a new one; None for other adapter types.
 
         Raises:
-            ConfigError: the section is wrong, or the training wants a configuration alone.
+            ConfigError: the section is invalid, or the training only accepts a configuration.
             TLoraError: as `tlora.get_tlora_model` and `tlora.load_adapter`.
         """
         if cfg.adapter != NAME:
             return None
         if config_only:
             raise ConfigError(
-                "preference training makes its adapter from a configuration alone, which holds no"
+                "preference training creates its adapter from a configuration, which has no"
                 " calibrated A; train with `adapter: lora`, or on rows without `rl`.",
                 where="tlora",
             )
@@ -90,7 +90,7 @@ def _read(section: Mapping[str, Any] | None) -> tuple[TLoraConfig, int, int]:
 
 
 def _training_rows(cfg: Any) -> Any:
-    """Return Axolotl's tokenized training rows, which it has prepared by now and reads again."""
+    """Return Axolotl's tokenized training rows, which it has already prepared."""
     from axolotl.common.datasets import load_datasets
 
     return load_datasets(cfg=cfg).train_dataset
@@ -100,8 +100,8 @@ def batches(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[dict[str, 
     """Yield padded batches of tokenized rows.
 
     Args:
-        rows: each with `input_ids`, and `labels` where not all tokens count.
-        size: rows of a batch.
+        rows: rows with `input_ids`, and `labels` if not all tokens count.
+        size: rows per batch.
     """
     import torch
 

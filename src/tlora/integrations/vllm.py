@@ -1,4 +1,4 @@
-"""What vLLM's `--max-lora-rank` takes. Imports no torch."""
+"""Values of vLLM's `--max-lora-rank`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(rank: int) -> int | None:
-    """Return the smallest `--max-lora-rank` of vLLM that holds a rank; None where it has none."""
+    """Return vLLM's smallest `--max-lora-rank` for a rank; None if the rank is too large."""
     return next((each for each in VLLM_RANKS if each >= rank), None)

@@ -1,1 +1,1 @@
-"""Pictures and tables of what tlora decided and measured."""
+"""Charts, tables and pages of plans, adapters, comparisons and evaluations."""

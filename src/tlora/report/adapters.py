@@ -1,4 +1,4 @@
-"""A LoRA of any origin, module by module: table, page and JSON; and the difference of two."""
+"""Inspect any LoRA module by module, or the difference of two: table, page and JSON."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Update:
         rank: rows of A.
         scale: s.
         norm: its Frobenius norm.
-        effective_rank: exp of the entropy of its singular values, each over their sum.
-        bytes: of A and B as they are stored.
-        singular_values: in descending order.
+        effective_rank: exp of the entropy of its normalized singular values.
+        bytes: stored size of A and B.
+        singular_values: singular values in descending order.
         a: the entries of A.
-        b: of B.
+        b: the entries of B.
     """
 
     rank: int
@@ -58,12 +58,12 @@ class Change:
     """The update of one module in two adapters, 1 and 2.
 
     Attributes:
-        norm: of the first, ||s_1 B_1 A_1||.
-        other: of the second.
-        difference: the norm of the difference over ``norm``; None where that is zero.
-        cosine: of the two as vectors, <D_1, D_2> / (||D_1|| ||D_2||); None where one is zero.
+        norm: norm of the first, ||s_1 B_1 A_1||.
+        other: norm of the second.
+        difference: norm of the difference over ``norm``; None if that is zero.
+        cosine: cosine of the two as vectors, <D_1, D_2> / (||D_1|| ||D_2||); None if one is zero.
         overlap: ||V_1^T V_2||_F^2 / min(r_1, r_2) of the row spaces' orthonormal bases.
-        leading: the same of the first k right singular vectors, k being the smaller one of their
+        leading: the same for the first k right singular vectors, with k the smaller of their
             effective ranks, rounded.
         angle: the largest principal angle of the row spaces, in degrees.
     """
@@ -79,19 +79,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Inspection(Generic[Module]):
-    """What is shown of an adapter, or of two."""
+    """Contents of the page for one or two adapters."""
 
     title: str
     summary: str
     modules: dict[str, Module]
     forms: Mapping[str, str]
-    """The fields that a map shows, and how."""
+    """Fields with a heat map, and their number formats."""
     training: Norms = field(default_factory=dict)
-    """The norms by step, where a run kept several checkpoints."""
+    """The norms by step, if a run kept several checkpoints."""
 
 
 def inspect(lora: SavedLora, checkpoints: Path | None = None) -> Inspection[Update]:
-    """Measure an adapter, and the checkpoints of its run where there are several."""
+    """Measure an adapter, and the checkpoints of its run if there are several."""
     found = {}
     for name in lora.keys:
         factors = lora.factors(name)
@@ -122,14 +122,17 @@ def inspect(lora: SavedLora, checkpoints: Path | None = None) -> Inspection[Upda
 
 
 def against(lora: SavedLora, other: SavedLora) -> Inspection[Change]:
-    """Compare two adapters module by module; modules of one alone are named in the summary.
+    """Compare two adapters module by module; the summary lists modules that only one has.
 
     Raises:
-        AdapterError: they share no module, or one has another size in the two.
+        AdapterError: they share no module, or a module's size differs between them.
     """
     shared = [name for name in lora.keys if name in other.keys]
     if not shared:
-        raise AdapterError(f"{lora.path} and {other.path} adapt no module in common.")
+        raise AdapterError(
+            f"{lora.path} and {other.path} have no adapted module in common; give two comparable"
+            " adapters."
+        )
     changes = {name: _change(lora, other, name) for name in shared}
     own = math.hypot(*(c.norm for c in changes.values()))
     off = math.hypot(*((c.difference or 0.0) * c.norm for c in changes.values()))
@@ -153,7 +156,8 @@ def _change(lora: SavedLora, other: SavedLora, name: str) -> Change:
         plain_one, second = both(one, two)
     except ValueError as sizes:
         raise AdapterError(
-            f"{lora.path} and {other.path} are adapters of different models: {name} is {sizes}."
+            f"{lora.path} and {other.path} adapt different models: {name} is {sizes}; give adapters"
+            " of one base."
         ) from sizes
     first = one.scale * plain_one
     norm = float(first.norm())
@@ -172,7 +176,7 @@ def _change(lora: SavedLora, other: SavedLora, name: str) -> Change:
 
 
 def table(found: Inspection[Any], by: str) -> Table:
-    """Return the table, a line per module, layer or projection."""
+    """Return the table with one line per module, layer or projection."""
     line = _update_line if found.title == "Adapter" else _change_line
     head = _HEADS[line]
     rows = [[name, *line(group)] for name, group in groups(found.modules, by).items()]
@@ -215,7 +219,7 @@ _HEADS: dict[Any, list[str]] = {
 
 
 def write(found: Inspection[Any], page: Path) -> tuple[Path, Path]:
-    """Write the page, and the same numbers as JSON beside it; return both paths."""
+    """Write the page and a JSON file with the same numbers; return both paths."""
     columns = {
         field: {name: getattr(module, field) for name, module in found.modules.items()}
         for field in found.forms
@@ -236,7 +240,7 @@ def write(found: Inspection[Any], page: Path) -> tuple[Path, Path]:
 
 
 def _charts(found: Inspection[Update]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """Return the charts of an adapter, by heading, each with a note."""
+    """Return the charts of an adapter with notes, by heading."""
     named = groups(found.modules, "projection")
     spectra = {name: [_spectrum(u) for u in updates] for name, updates in named.items()}
     drawn = {
@@ -267,11 +271,11 @@ def _charts(found: Inspection[Update]) -> dict[str, tuple[str, Mapping[str, str]
 
 
 def _spectrum(update: Update) -> list[tuple[float, float]]:
-    """Return the singular values over the largest, by number; none where there is only one."""
+    """Return the singular values relative to the largest, by index; none if there is only one."""
     values = update.singular_values
     points = [(k, v / values[0]) for k, v in enumerate(values, 1) if v > _FLOOR * values[0]]
     return [(float(k), v) for k, v in points] if len(points) > 1 else []
 
 
 _FLOOR = 1e-8
-"""Of the largest: smaller singular values are what rounding leaves."""
+"""Singular values smaller than this, relative to the largest, are rounding noise."""

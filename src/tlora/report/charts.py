@@ -12,7 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 14, 8, 22
 
 
 def strips(results: Results) -> dict[str, str]:
-    """Return, by method, its scores on an axis that all methods share."""
+    """Return charts of each method's scores on a shared axis."""
     scored = [(m, m.score) for m in results.methods if m.score is not None]
     values = [v for m, _ in scored for v in m.scores.values()]
     values += [
@@ -33,14 +33,14 @@ def strips(results: Results) -> dict[str, str]:
 
 
 def _near(end: float, values: Sequence[float]) -> bool:
-    """Whether an interval's end is no further out than the scores are wide: two seeds have
-    intervals that would flatten everything else."""
+    """Whether an interval's end lies within one score range of the scores; the wide intervals of
+    two seeds would flatten everything else."""
     low, high = min(values), max(values)
     return low - (high - low) <= end <= high + (high - low)
 
 
 def learning_rates(results: Results) -> dict[str, str]:
-    """Return, by method, its validation score against the learning rate."""
+    """Return charts of each method's validation score against the learning rate."""
     lines = {m.label: sorted(m.tuning_means.items()) for m in results.methods}
     tried = [rate for m in results.methods for rate in m.tuning]
     scores = [s for m in results.methods for row in m.tuning.values() for s in row if s is not None]
@@ -65,12 +65,12 @@ def learning_rates(results: Results) -> dict[str, str]:
 
 
 def curves(results: Results) -> dict[str, str]:
-    """Return, by method, the training loss by step, the mean over the final seeds."""
+    """Return charts of each method's training loss by step, averaged over the final seeds."""
     return losses({m.label: m.curve("loss") for m in results.methods})
 
 
 def losses(lines: Mapping[str, Curve]) -> dict[str, str]:
-    """Return, by method, its line of training loss by step, in front of the others in gray."""
+    """Return charts of each method's training loss by step, with the others in gray."""
     lines = {label: [(s, v) for s, v in line if v > 0] for label, line in lines.items()}
     steps = [step for line in lines.values() for step, _ in line]
     values = [loss for line in lines.values() for _, loss in line]
@@ -89,12 +89,12 @@ def losses(lines: Mapping[str, Curve]) -> dict[str, str]:
 
 
 def panels(curves: Mapping[str, Sequence[Curve]], about: str, log_y: bool = True) -> dict[str, str]:
-    """Return, by caption, a chart of a line per module, all with the same axes.
+    """Return charts with one line per module and shared axes, by caption.
 
     Args:
-        curves: the lines, by caption; whole numbers are marked on the axis of x.
-        about: what they show, for screen readers.
-        log_y: whether y has a logarithmic axis.
+        curves: the lines, by caption; the x axis marks whole numbers.
+        about: description of the lines, for screen readers.
+        log_y: whether the y axis is logarithmic.
     """
     points = [point for lines in curves.values() for line in lines for point in line]
     if not points:

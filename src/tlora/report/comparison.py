@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: plain data for the page and the tables, nothing drawn."""
+"""Results of a comparison's runs as plain data for the page and the tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class MissingRun:
-    """A run that has no score, and why."""
+    """A run without a score, and the reason."""
 
     run: str
     cause: str
@@ -36,11 +36,11 @@ class MethodResult:
 
     entry: MethodEntry
     trials: list[Trial]
-    """Its runs, as far as they are known."""
+    """Number of its runs known so far."""
     learning_rate: float | None
-    """The one that validation chose; None while it has not."""
+    """The learning rate chosen on validation rows; None if not chosen yet."""
     tuning: dict[float, list[float | None]]
-    """Validation scores by learning rate, a value for each tuning seed."""
+    """Validation scores by learning rate, one value per tuning seed."""
     tuning_means: dict[float, float]
     finals: dict[int, Record]
     """Finished final runs by seed."""
@@ -50,7 +50,7 @@ class MethodResult:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.entry.label
 
     @property
@@ -60,36 +60,36 @@ class MethodResult:
 
     @property
     def edge(self) -> str | None:
-        """ "lowest" or "highest" if the chosen learning rate is at that end of those tried."""
+        """ "lowest" or "highest" if the chosen learning rate is at that end of the range tried."""
         tried = self.entry.learning_rates
         ends = {tried[0]: "lowest", tried[-1]: "highest"} if len(tried) > 1 else {}
         return None if self.learning_rate is None else ends.get(self.learning_rate)
 
     @property
     def parameters(self) -> int:
-        """All trainable parameters; 0 where no final run has a score."""
+        """Number of trainable parameters; 0 if no final run has a score."""
         means = (self.mean("parameters", what) for what in ("adapter", "others"))
         return sum(round(mean or 0) for mean in means)
 
     @property
     def memory(self) -> int | None:
-        """Peak memory in bytes, the largest of the seeds."""
+        """Peak memory in bytes, maximum over seeds."""
         return max((r["memory"]["bytes"] for r in self.finals.values()), default=None)
 
     @property
     def plan(self) -> dict[str, dict[str, float]] | None:
-        """Rank and scale by module, of the lowest final seed, if the method plans them."""
+        """Rank and scale by module for the lowest final seed, if the method plans them."""
         return next((r["plan"] for _, r in sorted(self.finals.items()) if r.get("plan")), None)
 
     def mean(self, *path: str) -> float | None:
-        """Return the mean over seeds of what the final runs have at a path of keys."""
+        """Return the mean over seeds of the final runs' value at a path of keys."""
         values: list[Any] = [
             functools.reduce(operator.getitem, path, r) for r in self.finals.values()
         ]
         return statistics.fmean(values) if values else None
 
     def curve(self, name: str) -> Curve:
-        """Return the mean over seeds of a curve, at the steps that all seeds have."""
+        """Return the mean over seeds of a curve, at the steps shared by all seeds."""
         curves = [dict(map(tuple, r["curves"].get(name, []))) for r in self.finals.values()]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         values = ((step, [curve[step] for curve in curves]) for step in steps)
@@ -102,16 +102,16 @@ class Results:
 
     comparison: Comparison
     methods: list[MethodResult]
-    """Best test score first; those that lack a final seed after all that do not, and those
-    without a score last, in the order of the file."""
+    """Methods, best test score first; then those that lack a final seed, and last those without a
+    score, in the order of the file."""
     differences: dict[tuple[str, str], Difference]
-    """By pair of labels, better placed method first."""
+    """Differences by pair of labels, higher-ranked method first."""
     holding: set[tuple[str, str]]
-    """Pairs whose difference holds when all pairs are tested together (Holm)."""
+    """Pairs whose difference remains significant when all pairs are tested together (Holm)."""
     records: list[Record]
     """All finished runs of this comparison."""
     labels: dict[str, str]
-    """Of every run, finished or not, by its name: the label of its method."""
+    """Label of the method for every run, finished or not, by run name."""
 
     @property
     def config(self) -> CompareConfig:
@@ -129,7 +129,7 @@ class Results:
         return [problem for method in self.methods for problem in method.problems]
 
     def find(self, first: str, second: str) -> Difference | None:
-        """Return first minus second, whichever way round the pair is kept."""
+        """Return first minus second, regardless of the stored order of the pair."""
         kept = self.differences.get((first, second))
         turned = self.differences.get((second, first))
         if turned is None:
@@ -139,11 +139,11 @@ class Results:
         return Difference(Interval(-i.mean, low, high, i.count), turned.p, -turned.better)
 
     def holds(self, first: str, second: str) -> bool:
-        """Whether the pair's difference, either way round, holds when all pairs are tested."""
+        """Whether the pair's difference, in either order, is in `held`."""
         return not self.holding.isdisjoint({(first, second), (second, first)})
 
     def values(self, *path: str) -> list[Any]:
-        """Return what the runs have at a path of keys, each value once."""
+        """Return the distinct values of the runs at a path of keys."""
 
         def at(record: Any) -> Any:
             for key in path:
@@ -157,12 +157,12 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
     """Read the runs of ``comparison`` from ``folder``.
 
     Raises:
-        ArtifactError: a file is damaged, or two runs were not trained alike.
+        ArtifactError: a file is damaged, or two runs were trained differently.
     """
     methods = [_method(comparison, entry, folder) for entry in comparison.config.entries()]
     runs = [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "tuning"]
     sign = -1.0 if comparison.better == "higher" else 1.0
-    # Means over other seeds are not in one order: who failed at a bad seed would gain by it.
+    # Do not rank means over different seeds: a method would gain by failing at a bad seed.
     methods.sort(key=lambda m: (-len(m.scores), sign * m.score.mean if m.score else 0.0))
     runs += [(trial, m.label) for m in methods for trial in m.trials if trial.phase == "final"]
     labels = {trial.name: label for trial, label in runs}
@@ -173,7 +173,7 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
         for first, second in itertools.combinations(methods, 2)
         if (made := difference(first.scores, second.scores, comparison.better)) is not None
     }
-    # A pair without a p-value is one of those looked at all the same.
+    # A pair without a p-value still counts as a comparison.
     held = holm([1.0 if made.p is None else made.p for made in differences.values()])
     return Results(
         comparison=comparison,
@@ -186,13 +186,13 @@ def gather(comparison: Comparison, folder: CompareFolder) -> Results:
 
 
 def read(folder: CompareFolder) -> Results:
-    """Read a comparison from its folder alone: neither model nor rows are needed.
+    """Read a comparison from its folder alone, without the model or rows.
 
     Raises:
-        ArtifactError: there is none, a file is damaged, or two runs were not trained alike.
+        ArtifactError: there is none, a file is damaged, or two runs were trained differently.
     """
     start = folder.read()
-    # Fields that did not exist yet have the value that means "as before".
+    # Fields added later have the value that means "as before".
     data = defaults.SHARED["data"] | start["config"].get("data", {})
     config = CompareConfig.from_dict(start["config"] | {"data": data})
     comparison = Comparison(
@@ -202,12 +202,12 @@ def read(folder: CompareFolder) -> Results:
 
 
 def check_alike(records: Iterable[Record]) -> None:
-    """Check that runs saw as many rows in as many steps, and those of a seed in the same order.
+    """Check that runs saw the same number of rows and steps, in the same order for one seed.
 
-    The precision is among what is checked: by default it is what the hardware has.
+    Also checks the precision, whose default depends on the hardware.
 
     Raises:
-        ArtifactError: two did not.
+        ArtifactError: two runs differ.
     """
     first: dict[tuple[str, Any], tuple[Any, str]] = {}
     for record in records:
@@ -221,8 +221,8 @@ def check_alike(records: Iterable[Record]) -> None:
             held, by = first.setdefault(key, (value, record["name"]))
             if held != value:
                 raise ArtifactError(
-                    f"{record['name']} and {by} were not trained alike: {key[0]} {value!r} and"
-                    f" {held!r}; remove one of the files and run the comparison again."
+                    f"{record['name']} and {by} were trained differently: {key[0]} {value!r} and"
+                    f" {held!r}; remove one of the files and rerun the comparison."
                 )
 
 
@@ -259,7 +259,7 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
 def _problems(
     comparison: Comparison, entry: MethodEntry, trials: Sequence[Trial], folder: CompareFolder
 ) -> list[MissingRun]:
-    """Return why each of ``trials`` has no score; those that have not run yet together."""
+    """Return the reason why each of ``trials`` has no score, grouping those not run yet."""
     problems, missing = [], 0
     for trial in trials:
         record = folder.record(trial.name)

@@ -1,11 +1,11 @@
-"""What may be said of a score of all items together, such as F1 or a correlation.
+"""Statistics of scores over all items together, such as F1 or a correlation.
 
-As in `tlora.report.paired`, the items are drawn again, not the models. Interval: the percentile
-bootstrap (Efron 1979), an item drawn with its label and with what each model predicted. Test: the
-two models' predictions of an item exchanged at random (approximate randomization, Noreen 1989).
+As in `tlora.report.paired`, items are resampled, not models. Interval: the percentile bootstrap
+(Efron 1979), resampling each item with its label and all predictions. Test: the two models'
+predictions of an item exchanged at random (approximate randomization, Noreen 1989).
 
-Here a statistic is a function of predictions and labels of shape (..., items), classes or values,
-which gives scores of shape (...); an undefined one is 0, as in `tlora.tasks.metrics`.
+A statistic is a function of predictions and labels of shape (..., items), classes or values, that
+returns scores of shape (...); an undefined one is 0, as in `tlora.tasks.metrics`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def score(metric: str, predicted: np.ndarray, labels: np.ndarray) -> Interval:
-    """Return a score and its 95 % interval; one item has no interval.
+    """Return a score and its 95 % interval; a single item has no interval.
 
     Args:
         metric: one of `STATISTICS`.
-        predicted: a class or a value an item, float64 of shape (items,).
+        predicted: a class or value per item, float64 of shape (items,).
         labels: the true ones, of the same shape.
     """
     return _interval(STATISTICS[metric], predicted, labels)
@@ -36,10 +36,10 @@ def score(metric: str, predicted: np.ndarray, labels: np.ndarray) -> Interval:
 def difference(
     metric: str, first: np.ndarray, second: np.ndarray, labels: np.ndarray
 ) -> Difference | None:
-    """Compare what two models predicted of the same items, first minus second; higher is better.
+    """Compare two models' predictions on the same items, first minus second; higher is better.
 
-    One is called better if the interval leaves zero out and the test says p < 0.05 too. Of fewer
-    than two items nothing is said: None. Arguments as in `score`.
+    One is better if the interval excludes zero and the test has p < 0.05. Returns None for fewer
+    than two items. Arguments as in `score`.
     """
     statistic = STATISTICS[metric]
 
@@ -55,7 +55,7 @@ def difference(
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """F1 of class 1; a prediction that is neither 0 nor 1 counts as the wrong one of the two."""
+    """Return F1 of class 1; a prediction other than 0 or 1 counts as the wrong one of the two."""
     import numpy as np
 
     chosen = np.where((predicted == 0) | (predicted == 1), predicted, 1 - labels)
@@ -64,7 +64,7 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1_macro(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean F1 of the classes that are predicted or true anywhere."""
+    """Return the mean F1 over all predicted or true classes."""
     total: Any = 0.0
     present: Any = 0.0
     for name in _classes(predicted, labels):
@@ -75,7 +75,7 @@ def f1_macro(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Matthews correlation coefficient of two sets of classes (Gorodkin 2004 for several)."""
+    """Return the Matthews correlation coefficient (Gorodkin 2004 for more than two classes)."""
     import numpy as np
 
     right: Any = 0.0
@@ -91,18 +91,18 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pearson's correlation."""
+    """Return Pearson's correlation."""
     import numpy as np
 
     x, y = (v - v.mean(axis=-1, keepdims=True) for v in (predicted, labels))
     size = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    # Of equal values the mean is off by rounding, and so would be the spread.
+    # The mean of equal values has a rounding error, which would appear as spread.
     constant = [(v == v[..., :1]).all(axis=-1) for v in (predicted, labels)]
     return _shares((x * y).sum(axis=-1), np.where(constant[0] | constant[1], 0.0, size))
 
 
 def spearman(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing theirs."""
+    """Return Spearman's correlation: Pearson's of the ranks, with ties sharing a rank."""
     from scipy.stats import rankdata
 
     return pearson(rankdata(predicted, axis=-1), rankdata(labels, axis=-1))
@@ -115,11 +115,11 @@ STATISTICS: Mapping[str, Statistic] = {
     "pearson": pearson,
     "spearmanr": spearman,
 }
-"""By the names that evaluations give them."""
+"""Statistics by their names in evaluations."""
 
 
 def _interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Interval:
-    """Return a statistic and its percentile limits, the items of the columns drawn together."""
+    """Return a statistic and its percentile limits, resampling items of all columns together."""
     from scipy.stats import bootstrap
 
     value, count = float(statistic(*columns)), len(columns[0])
@@ -140,7 +140,7 @@ def _interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Int
 
 
 def _exchanged(gap: Callable[..., np.ndarray], first: np.ndarray, second: np.ndarray) -> float:
-    """Return the two-sided p-value of "each item's predictions as likely the other way round"."""
+    """Return the two-sided p-value of "each item's predictions are exchangeable"."""
     from scipy.stats import permutation_test
 
     found = permutation_test(
@@ -158,7 +158,7 @@ def _exchanged(gap: Callable[..., np.ndarray], first: np.ndarray, second: np.nda
 def _counted(
     predicted: np.ndarray, labels: np.ndarray, name: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return how many items of a class are found, called so, and truly so."""
+    """Return the numbers of true positives, predicted positives and positives of a class."""
     guesses, members = predicted == name, labels == name
     return (guesses & members).sum(-1), guesses.sum(-1), members.sum(-1)
 
@@ -170,7 +170,7 @@ def _classes(predicted: np.ndarray, labels: np.ndarray) -> list[float]:
 
 
 def _shares(part: Any, whole: Any) -> np.ndarray:
-    """Return part / whole, 0 where there is no whole."""
+    """Return part / whole, or 0 if whole is 0."""
     import numpy as np
 
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)

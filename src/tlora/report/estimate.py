@@ -1,4 +1,4 @@
-"""A dry run as text: what is adapted, and what calibration and training take."""
+"""A dry run as text: adapted modules, and memory of calibration and training."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def show(dry: DryRun) -> None:
         how += f"; `memory_budget`: {dry.budget.explained()}"
     trained = "float32" if dry.training[0].element == FLOAT else "bfloat16"
     assumed = (
-        "Assumed: one device; full-length samples; a fused attention kernel where the model has"
-        f" one; AdamW; what trains in {trained}; ranks as at equal sensitivities. Second moments"
-        " include each sample's mean. Activations are by formula, all else is exact."
+        "Assumptions: one device; full-length samples; a fused attention kernel if the model has"
+        f" one; AdamW; trainable parameters in {trained}; ranks at equal sensitivities. Second"
+        " moments include each sample's mean. Activations are estimated; the rest is exact."
     )
     for line in [f"{how[0].upper()}{how[1:]}.", *dry.notes, assumed]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _modules(dry: DryRun) -> Table:
-    """Return the targets by projection: indexes of layers and experts in a name become `*`."""
+    """Return the targets by projection, with layer and expert indices replaced by `*`."""
     groups: dict[tuple[str, str, int], list[Target]] = {}
     for target in dry.targets:
         name = re.sub(r"(?<![^.[])\d+(?![^.\]])", "*", target.name)
@@ -60,7 +60,7 @@ def _trained(dry: DryRun, group: list[Target]) -> int:
 
 
 def _memory(dry: DryRun) -> Table:
-    """Return the memory of calibration, and of training by TLoRA, by LoRA and in full."""
+    """Return the memory of calibration, and of training with TLoRA, LoRA and in full."""
     ways = [dry.calibration, *dry.training]
     sizes = {
         "weights": [way.weights for way in ways],

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file: the table, a picture of it, and the replies that changed."""
+"""An evaluation as one HTML file: the table, a chart, and the changed replies."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tlora.report import html, paired, svg
 from tlora.report.outcomes import GAINED, LOST, OTHER, EvaluationResults, Row
 from tlora.report.read_evaluation import TaskSamples
 
-_PREFIX = 60  # so many characters in common are worth folding away
+_PREFIX = 60  # minimum length of a common prefix to fold
 
-# What the kinds of change are called, of right and wrong, and of graded scores.
+# Names of the kinds of change, for right-or-wrong and for graded scores.
 _EXACT = {
     LOST: "right before, wrong after",
     GAINED: "wrong before, right after",
@@ -28,7 +28,7 @@ def render(results: EvaluationResults) -> str:
 
 
 def context(results: EvaluationResults) -> dict[str, Any]:
-    """Return all that the template shows, as plain values and drawn charts."""
+    """Return the template's context of plain values and charts."""
     import yaml
 
     evaluation, listed = results.evaluation, results.listed
@@ -53,7 +53,7 @@ def context(results: EvaluationResults) -> dict[str, Any]:
 
 
 def panel(row: Row) -> str:
-    """Return the picture of one metric: a line a model, its score and interval."""
+    """Return the chart of one metric: a line per model with its score and interval."""
     scored = [(cell.model, cell.score) for cell in row.cells if cell.score is not None]
     if not scored:
         return ""
@@ -62,10 +62,10 @@ def panel(row: Row) -> str:
 
 
 def replies(results: EvaluationResults) -> dict[str, Any]:
-    """Return what the page's list of changed items is made of.
+    """Return the data for the page's list of changed items.
 
-    An item is there if any model changed it: texts once an item and model, and for each model the
-    places of the items that it changed.
+    Includes items changed by any model: texts once per item and model, and for each model the
+    indices of the items that it changed.
     """
     return {
         "models": [model.name for model in results.evaluation.models],
@@ -115,8 +115,8 @@ def _replies(results: EvaluationResults, row: Row) -> dict[str, Any]:
 
 
 def common_prefix(task: TaskSamples) -> str:
-    """Return the whole lines that all prompts of a task begin with, such as examples, or "" if
-    they are few."""
+    """Return the full lines at the start of all prompts of a task, such as examples, or "" if they
+    are short."""
     prompts = {sample.prompt for samples in task.samples.values() for sample in samples}
     common = os.path.commonprefix([*prompts])  # noqa: RUF071 - of texts, character by character
     common = common[: common.rfind("\n") + 1]

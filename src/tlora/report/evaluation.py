@@ -1,4 +1,4 @@
-"""The report of an evaluation: page and Markdown, made from its files alone."""
+"""The report of an evaluation: page and Markdown, built from its files alone."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _VERDICTS = {1: "better", -1: "worse", 0: "tie"}
 
 
 class Report(NamedTuple):
-    """Where the report is, and its text."""
+    """Paths and text of the report."""
 
     page: Path
     markdown: Path
     text: str
-    """What the Markdown file holds."""
+    """Contents of the Markdown file."""
 
 
 def write(folder: str | Path) -> Report:
     """Write report.html and report.md into ``folder``, each atomically.
 
-    Neither a model nor the tasks' data are needed. Nothing is written where anything is wrong.
+    Needs neither a model nor the tasks' data. Writes nothing in case of an error.
 
     Raises:
         ArtifactError: as `tlora.report.read_evaluation.read`.
@@ -41,7 +41,7 @@ def write(folder: str | Path) -> Report:
 
 
 def markdown(results: EvaluationResults) -> str:
-    """Return the table and what belongs to it."""
+    """Return the table and its notes."""
     models = [model.name for model in results.evaluation.models]
     made = []
     for row in results.rows:

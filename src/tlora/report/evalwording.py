@@ -1,4 +1,4 @@
-"""What an evaluation's page says in sentences."""
+"""Sentences on an evaluation's page."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tlora.report.read_evaluation import TaskSamples
 
 
 def name(row: Row) -> str:
-    """Return what a row is called: the task, and the metric where the task has several."""
+    """Return the name of a row: the task, and the metric if the task has several."""
     return row.task.name if len(row.task.metrics) == 1 else f"{row.task.name} ({row.metric})"
 
 
 def marks(results: EvaluationResults, row: Row, cell: Cell) -> str:
-    """Return the signs beside a difference: † holds alone, but not with all others; * prompts
-    differ."""
+    """Return the marks next to a difference: † significant alone, but not among all others; *
+    prompts differ."""
     key = (row.task.name, cell.model)
     found = cell.difference
     alone = found and found.better and row.main and results.tested > 1
@@ -22,13 +22,13 @@ def marks(results: EvaluationResults, row: Row, cell: Cell) -> str:
 
 
 def legend(results: EvaluationResults) -> str:
-    """Explain the `marks` that the table has, and say what looking at many comparisons does."""
+    """Explain the `marks` in the table, and the effect of multiple comparisons."""
     used = {
         mark for row in results.rows for cell in row.cells for mark in marks(results, row, cell)
     }
     said = []
     if "†" in used:
-        said.append("† taken alone; not when all are tested together (Holm).")
+        said.append("† significant alone, but not when all are tested together (Holm).")
     if "*" in used:
         said.append("* the prompts differ.")
     if results.tested > 1:
@@ -40,11 +40,10 @@ def legend(results: EvaluationResults) -> str:
 
 
 def summary(results: EvaluationResults) -> str:
-    """Say what the table shows, and what it does not."""
+    """Summarize what the table shows and what it does not."""
     if not results.others:
-        return (
-            f"One model, {results.first}: nothing to compare it with. Its replies are in samples/."
-        )
+        return f"Only one model, {results.first}, so there is no comparison. Its replies are in"
+        " samples/."
     return " ".join(_summary(results, model) for model in results.others)
 
 
@@ -66,36 +65,36 @@ def _summary(results: EvaluationResults, model: str) -> str:
 
 
 def task(found: TaskSamples) -> str:
-    """Return what a task is, in a line."""
+    """Return one line about a task."""
     shots = "" if not found.shots else f", {found.shots} examples before each"
     protocol = f": {found.protocol.rstrip('.')}" if found.protocol else ""
     return f"{found.name}{protocol}; {count(found.items)} items{shots}."
 
 
 def remarks(results: EvaluationResults) -> list[str]:
-    """Say what is not like for like."""
+    """List unequal conditions between models."""
     said = [
-        f"{task}: {model} was given other prompts than {results.first} on {count(unlike)} items."
+        f"{task}: {model} had different prompts than {results.first} on {count(unlike)} items."
         for (task, model), unlike in results.other_prompts.items()
     ]
     said += [
         f"{name(row)}: {model} has no score on {count(lacking)} of {count(row.task.items)} items,"
-        " which are left out."
+        " which are excluded."
         for row in results.rows
         if row.main and row.by_item
         for model, samples in row.task.samples.items()
         if (lacking := sum(row.metric not in sample.scores for sample in samples))
     ]
     said += [
-        f"{found.name}: {count(lost)} of {count(found.items)} prompts were truncated, being"
-        f" too long for {model}."
+        f"{found.name}: {count(lost)} of {count(found.items)} prompts were truncated because they"
+        f" exceed the context length of {model}."
         for found in results.evaluation.tasks
         for model, lost in found.truncated.items()
         if lost
     ]
     said += [
-        f"{name(row)}: the score is not the mean of scores of items, so it has no interval and is"
-        " not compared."
+        f"{name(row)}: the score is not a mean of item scores, so it has no interval and no"
+        " comparison."
         for row in results.rows
         if not (row.by_item or row.together) and row.task.samples
     ]

@@ -1,4 +1,4 @@
-"""Heat maps of layers x projections, and a plan's own page of them."""
+"""Heat maps of layers x projections, and the page of a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS = {"rank": "{}", "scale": "{:.2f}", "sensitivity": "{:.1e}", "captured_e
 Module = TypeVar("Module")
 
 OUTSIDE = "-"
-"""The row of modules that belong to no numbered layer, such as a head."""
+"""The row for modules outside numbered layers, such as a head."""
 
 
 def save(plan: AdapterPlan, path: Path) -> Path:
@@ -47,8 +47,8 @@ def write_page(
         path: the file.
         title: the heading.
         summary: a few lines of text.
-        maps: from `heat_map`.
-        charts: by heading, a note and drawn charts by their captions.
+        maps: heat maps from `heat_map`.
+        charts: by heading, a note and charts by caption.
     """
     context = {
         "title": title,
@@ -65,8 +65,8 @@ def write_page(
 def heat_map(title: str, values: Mapping[str, float], form: str) -> dict[str, Any]:
     """Return ``values`` by module as layers x projections, for the template.
 
-    "same" is the text that all modules have, if it is one; "shares" are of the largest magnitude,
-    for colors.
+    "same" is the text shared by all modules, if any; "shares" are relative to the largest
+    magnitude, for colors.
     """
     grid = Grid.of(values)
     texts = {place: form.format(value) for place, value in grid.cells.items()}
@@ -82,12 +82,11 @@ def heat_map(title: str, values: Mapping[str, float], form: str) -> dict[str, An
 
 @dataclass(frozen=True)
 class Grid(Generic[Module]):
-    """Where each module of a plan stands.
+    """Position of each module of a plan.
 
-    "model.layers.3.mlp.up_proj" stands in row "3", column "up_proj". Rows of a model with
-    several stacks carry the stack's name ("encoder.block.3"). A column is the last part of the
-    module's name, or all of it after the layer where the last part says too little (BERT has
-    several "dense").
+    "model.layers.3.mlp.up_proj" is in row "3", column "up_proj". Rows of a model with several
+    stacks include the stack's name ("encoder.block.3"). A column is the last part of the module's
+    name, or everything after the layer if the last part is ambiguous (BERT has several "dense").
     """
 
     rows: list[str]

@@ -1,4 +1,4 @@
-"""What every page shares: one HTML file that needs no script, style or font from outside."""
+"""Rendering of all pages: one HTML file without external scripts, styles or fonts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tlora.report import numbers
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """Return the page of ``template``, a file in templates/, which shows ``context``."""
+    """Render ``template``, a file in templates/, with ``context``."""
     import jinja2
     import markupsafe
 
@@ -29,22 +29,22 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """Return ``value``, of plain JSON values, as text for a script element of the page."""
-    # A "<" could end the script element that holds the text.
+    """Encode plain JSON values as text for a script element of the page."""
+    # A "<" could end the script element.
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def listed(values: Sequence[Any]) -> str:
-    """Return the distinct ``values`` that are there, most frequent first."""
+    """Return the distinct ``values``, most frequent first."""
     known = Counter(str(value) for value in values if value not in (None, ""))
     return "; ".join(value for value, _ in known.most_common())
 
 
 def machines(provenances: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, str]]:
-    """Return (what, which) of versions and hardware; what differs between runs is listed.
+    """Return (name, values) for versions and hardware, listing differences between runs.
 
     Args:
-        provenances: one a run, as `tlora.training.runfolder.provenance` makes them.
+        provenances: one per run, from `tlora.training.runfolder.provenance`.
     """
     found = [_machine(each or {}) for each in provenances]
     return [(name, listed([row[name] for row in found]) or numbers.NONE) for name in _machine({})]

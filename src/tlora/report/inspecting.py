@@ -1,4 +1,4 @@
-"""`tlora inspect`: what a folder holds, on the screen and as its page."""
+"""`tlora inspect`: show the contents of a folder on the screen and as a page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Tell = Callable[[str], None]
 def run(
     tell: Tell, *, path: str, by: str = "module", against: str | None, output: str | None
 ) -> None:
-    """Show a comparison, an evaluation, a plan or an adapter, whichever is there.
+    """Show the comparison, evaluation, plan or adapter in a folder.
 
     Args:
-        tell: prints.
+        tell: prints a line.
         path: the folder, or a plan.safetensors.
-        by: what a line of a table is about.
+        by: what each table line covers: a module, layer or projection.
         against: a method of a comparison, or the folder of another adapter.
         output: HTML file of an adapter's page.
 
@@ -43,23 +43,25 @@ def run(
         _show_adapter(adapter, tell, by, against, output)
         return
     if against is not None:
-        raise ConfigError(f"{path} holds no comparison and no adapter; leave it out.", "against")
+        raise ConfigError(
+            f"{path} contains no comparison and no adapter; remove --against.", "against"
+        )
     if EvalFolder(path).exists:
         show_evaluation(EvalFolder(path), tell)
         return
     if folder.is_dir() and not file.is_file():
         raise ArtifactError(
-            f"{path}: there is no plan.safetensors and no adapter; give the folder of a run, of an"
-            " adapter, of a comparison or of an evaluation."
+            f"{path}: there is no plan.safetensors and no adapter; give the folder of a run,"
+            " adapter, comparison or evaluation."
         )
     refuse_missing(file)
     _show_plan(file, tell, by)
     if adapter:
-        tell(f"`tlora inspect {adapter}` shows what was trained.")
+        tell(f"run `tlora inspect {adapter}` to see the trained adapter.")
 
 
 def show_comparison(folder: CompareFolder, tell: Tell, against: str | None = None) -> None:
-    """Write a comparison's page and tables, and print them; or the differences to one method."""
+    """Write a comparison's page and tables and print them, or the differences to one method."""
     from tlora.report import comparison, plaintext
 
     results = comparison.read(folder)

@@ -1,4 +1,4 @@
-"""What may be said of a few seeds: intervals of a mean, and of the difference between two methods.
+"""Statistics over a few seeds: intervals of a mean, and of the difference of two methods.
 
 All intervals are Student's: mean -+ t s / sqrt(n), with the sample's standard deviation s and the
 quantile t of n - 1 degrees of freedom. They cover the next seed on the same rows, not other rows.
@@ -18,7 +18,7 @@ FEWEST = 3  # two differences of rounded scores agree too often by chance
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds or items, with its interval where there are enough for one."""
+    """A mean over seeds or items, with its interval if there are enough."""
 
     mean: float
     low: float | None
@@ -37,7 +37,7 @@ class Difference:
 
     interval: Interval
     p: float | None
-    """Two-sided p-value of the paired test; None where no spread was seen."""
+    """Two-sided p-value of the paired test; None without spread."""
     better: int
     """1: the first is better beyond the noise; -1: the second; 0: neither (a tie)."""
 
@@ -59,11 +59,11 @@ def interval(values: Sequence[float]) -> Interval:
 def difference(
     first: Mapping[int, float], second: Mapping[int, float], better: str
 ) -> Difference | None:
-    """Compare two methods over the seeds that both have; None where they share none.
+    """Compare two methods over their shared seeds; None if they share none.
 
-    Runs of one seed share the rows' order and the new head, so the difference of a pair varies
-    less than the scores do. A difference whose interval holds zero is a tie; so is one of fewer
-    than three pairs, and one without any spread, which says nothing about the noise.
+    Runs with the same seed share the row order and the new head, so paired differences vary less
+    than scores. A difference is a tie if its interval contains zero, there are fewer than three
+    pairs, or there is no spread, which gives no estimate of the noise.
 
     Args:
         first: score by seed.
@@ -88,8 +88,8 @@ def difference(
 
 
 def holm(p_values: Sequence[float]) -> list[bool]:
-    """Return which of several tests hold together (Holm 1979): the chance that any is false is
-    at most 5 %."""
+    """Return which of several tests are significant together (Holm 1979), with a family-wise error
+    rate of 5 %."""
     alpha = 1 - LEVEL
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     limits = (p_values[index] <= alpha / (len(order) - rank) for rank, index in enumerate(order))

@@ -1,4 +1,4 @@
-"""Markdown in which names, labels and causes stay text: no HTML, no link, no line of their own."""
+"""Markdown that escapes names, labels and causes: no HTML, no links, no extra lines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
-"""Where Markdown sees HTML or a link; "p < 0.05" is neither."""
+"""Text that Markdown treats as HTML or a link, unlike "p < 0.05"."""
 
 _BREAKS = re.compile(r"[^\S\u00a0\u202f]+")
-"""White space but the spaces in numbers, which do not break."""
+"""White space except the non-breaking spaces in numbers."""
 
 
 def document(lines: Iterable[str]) -> str:
     """Return the text of a file; each of ``lines`` stays one line without HTML and links.
 
-    A terminal can show it too: it holds no control characters.
+    The text is also safe for a terminal: it has no control characters.
     """
     return "".join(f"{_inert(line)}\n" for line in lines)
 
@@ -25,8 +25,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a table.
 
     Args:
-        head: the titles of the columns.
-        rows: their cells; a "|", a backtick or the end of a line in one ends no cell.
+        head: the column titles.
+        rows: the cells; "|", backticks and line ends in a cell are escaped.
     """
     first, *rest = (f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows))
     return [first, f"|{'---|' * len(head)}", *rest]

@@ -1,19 +1,19 @@
-"""How the pages and tables write numbers."""
+"""Number formats for pages and tables."""
 
 from __future__ import annotations
 
 from tlora.report.intervals import Interval
 
 NONE = "\N{EN DASH}"
-"""What stands for a number that there is not."""
+"""Text for a missing number."""
 
 _ROUNDING = 1e-12
-"""Differences of scores up to here are what adding up in another order makes."""
+"""Largest score difference explained by summation order."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a score: four decimals, four digits where it is large, two where the decimals would
-    all be zero; a dash for none."""
+    """Return a score with four decimals, four digits if it is large, two if the decimals would all
+    be zero; a dash for None."""
     if value is None:
         return NONE
     if _ROUNDING < abs(value) < 0.5 * 10**-digits:
@@ -22,7 +22,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def signed(value: float) -> str:
-    """Return a difference with its sign, the minus as a minus."""
+    """Return a difference with its sign, using a real minus."""
     sign = "\N{MINUS SIGN}" if value < 0 else "+"
     return f"{sign}{number(abs(value))}"
 
@@ -40,5 +40,5 @@ def seconds(value: float | None) -> str:
 
 
 def margin(score: Interval) -> str:
-    """Return "± half" of an interval, or what is missing for one."""
+    """Return "± half" of an interval, or "one seed" without one."""
     return "one seed" if score.half is None else f"± {number(score.half)}"

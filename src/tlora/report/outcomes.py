@@ -1,4 +1,4 @@
-"""What an evaluation says: scores, differences to the first model, and which items changed."""
+"""Results of an evaluation: scores, differences to the first model, and changed items."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tlora.report.read_evaluation import Evaluation, Sample, TaskSamples
 if TYPE_CHECKING:
     import numpy as np
 
-_NEAR = 1e-4  # how far a score may be from what its items make, for rounding
+_NEAR = 1e-4  # rounding tolerance between a score and its items' scores
 
 LOST, GAINED, OTHER = "lost", "gained", "other"
 KINDS = (LOST, GAINED, OTHER)
-"""Scored lower than by the first model; higher; the same, not fully right, and answered
-differently."""
+"""Kinds of change to the first model: lower score; higher score; same, not fully right score with
+a different answer."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Cell:
     score: Interval | None
     """None if the evaluation has no such score."""
     difference: Difference | None = None
-    """To the first model; None for that one, and where there is nothing to draw again."""
+    """Difference to the first model; None for that one, and without items to resample."""
     changes: dict[str, list[int]] = field(default_factory=dict)
-    """Places of the items that changed, by the `KINDS`; empty for the first model, and where items
-    have no scores of their own."""
+    """Indices of changed items by the `KINDS`; empty for the first model, and if items have no
+    scores."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Row:
     metric: str
     cells: list[Cell]
     items: int
-    """How many items have this score; some metrics are of a part of the items."""
+    """Number of items with this score; some metrics cover only part of the items."""
     by_item: bool = False
     """Whether the score is the mean of the items' scores."""
     together: bool = False
-    """Whether it is made of all predictions together, as F1 and correlations are."""
+    """Whether it is computed over all predictions together, like F1 and correlations."""
     right_or_wrong: bool = False
     """Whether every item scored 0 or 1."""
 
@@ -65,15 +65,15 @@ class EvaluationResults:
     evaluation: Evaluation
     rows: list[Row]
     tested: int
-    """How many differences of main metrics were tested."""
+    """Number of tested differences of main metrics."""
     holding: set[tuple[str, str]]
-    """Tasks and models whose difference holds when all those are tested together (Holm)."""
+    """Tasks and models whose difference remains significant among all tests (Holm)."""
     other_prompts: dict[tuple[str, str], int]
-    """By task and model: how many items were put to it in other words than to the first model."""
+    """Number of items by task and model whose prompt differs from the first model's."""
 
     @property
     def first(self) -> str:
-        """The model that the others are compared to."""
+        """The model to which the others are compared."""
         return self.evaluation.models[0].name
 
     @property
@@ -83,7 +83,7 @@ class EvaluationResults:
 
     @property
     def listed(self) -> list[Row]:
-        """The rows whose changed items are listed: of each task the first with scores by item."""
+        """The rows with a list of changed items: each task's first row with item scores."""
         first = {row.task.name: row for row in reversed(self.rows) if row.by_item}
         return [row for row in first.values() if any(cell.changes for cell in row.cells)][::-1]
 
@@ -150,7 +150,7 @@ def _together(
     models: Sequence[str],
     columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> Row:
-    """Return the row of a score that items have no part of, as F1 or a correlation."""
+    """Return the row of a score without item scores, such as F1 or a correlation."""
     first, cells = models[0], []
     for model in models:
         if model not in columns:
@@ -165,7 +165,7 @@ def _together(
 
 
 def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """Return predictions and labels, of no items where one has none."""
+    """Return predictions and labels, or empty arrays if any is missing."""
     import numpy as np
 
     pairs = [(s.predicted, s.label) for s in samples if None not in (s.predicted, s.label)]
@@ -175,7 +175,7 @@ def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _near(told: Mapping[str, float], made: Mapping[str, float]) -> bool:
-    """Whether all scores that eval.json tells are those of its samples, but for rounding."""
+    """Whether all scores in eval.json match its samples, up to rounding."""
     return all(
         model in made and abs(value - made[model]) <= _NEAR * max(1.0, abs(made[model]))
         for model, value in told.items()
@@ -214,7 +214,7 @@ def _changes(
 
 
 def _said(sample: Sample, exact: bool) -> tuple[str | None, str]:
-    """Return what of a reply is compared: the answer read from it; of a graded one, all of it."""
+    """Return the compared part of a reply: its answer, or all of it if graded."""
     if exact and sample.answer is not None:
         return sample.answer, ""
     return None, sample.reply.strip()

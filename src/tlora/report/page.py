@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: no script, style or font from outside."""
+"""A comparison as one HTML file without external scripts, styles or fonts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tlora.compare.compareconfig import CompareConfig
 
 _OF_RAY = ("engine", "cpus_per_run", "gpus_per_run")
-"""Fields that say nothing of a comparison without Ray."""
+"""Fields that only apply to comparisons on Ray."""
 
 
 def render(results: Results) -> str:
@@ -24,7 +24,7 @@ def render(results: Results) -> str:
 
 
 def context(results: Results) -> dict[str, Any]:
-    """Return all that the template shows, as plain values and drawn charts."""
+    """Return the template's context of plain values and charts."""
     config = results.config
     return {
         "title": config.title or f"{config.task}, {config.model}",
@@ -59,7 +59,7 @@ def context(results: Results) -> dict[str, Any]:
 
 
 def _unused(config: CompareConfig) -> tuple[str, ...]:
-    """Return the fields that the page leaves out, because they are at defaults that do nothing."""
+    """Return the fields omitted from the page because their defaults have no effect."""
     return (*(() if config.engine == "ray" else _OF_RAY), *(() if config.answers else ("answers",)))
 
 

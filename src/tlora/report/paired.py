@@ -1,16 +1,15 @@
-"""What may be said of two models that answered the same items.
+"""Statistics of two models on the same items.
 
-The items are drawn again, not the models: the intervals say how other items of the kind would
-turn out, not how another training would.
+Items are resampled, not models: the intervals describe other items of the same kind, not another
+training run.
 
-Difference of means: the percentile bootstrap (Efron 1979) over items, both models' scores of an
-item drawn together. BCa limits correct by what the few items that changed have in common, which
-goes wrong where few did: of equal models that differ on 8 % of 50 items they leave zero out in 10 %
-of the cases, percentile limits in 5 % (benchmarks/quality/intervals.py). From some hundred items
-on the two agree.
+Difference of means: the percentile bootstrap (Efron 1979) over items, resampling both models'
+scores of an item together. BCa limits fail if few items changed: for equal models that differ on
+8 % of 50 items they exclude zero in 10 % of the cases, percentile limits in 5 %
+(benchmarks/quality/intervals.py). With some hundred items or more, the two agree.
 
-Test: signs of the differences flipped at random (Fisher's paired randomization test), which for
-right and wrong is McNemar's exact test.
+Test: random sign flips of the differences (Fisher's paired randomization test), which for
+right-or-wrong scores is McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 SEED = 0
-_FEW = 32  # so many distinct values are drawn as counts, faster than item by item
-BLOCK = 2**22  # numbers drawn at a time: 32 MiB
+_FEW = 32  # up to this many distinct values, drawing counts is faster than drawing items
+BLOCK = 2**22  # numbers per block of resamples: 32 MiB
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one model on the items of a task, in an order that all models share."""
+    """The scores of one model on the items of a task, in the same order for all models."""
 
     values: Sequence[float]
     groups: Sequence[str] | None = None
-    """Items of one group, such as the turns of a conversation, are drawn together."""
+    """Items of one group, such as the turns of a conversation, are resampled together."""
 
 
 def score(scores: Scores) -> Interval:
-    """Return the mean and its 95 % interval; one item has no interval.
+    """Return the mean and its 95 % interval; a single item has no interval.
 
-    Of right and wrong it is Wilson's (1927), which does not shrink to a point where all or none
-    are right; otherwise the percentile bootstrap.
+    Uses Wilson's interval (1927) for right-or-wrong scores, which does not shrink to a point if all
+    or none are right; otherwise the percentile bootstrap.
     """
     count = len(scores.values)
     mean = math.fsum(scores.values) / count
@@ -58,8 +57,8 @@ def score(scores: Scores) -> Interval:
 def difference(first: Scores, second: Scores) -> Difference | None:
     """Compare two models on the same items, first minus second; higher is better.
 
-    One is called better if the interval leaves zero out and the test says p < 0.05 too: with five
-    changed items or fewer, no matter which way, it never does.
+    One is better if the interval excludes zero and the test has p < 0.05, which never happens with
+    five changed items or fewer.
 
     Args:
         first: scores of one model.
@@ -71,7 +70,7 @@ def difference(first: Scores, second: Scores) -> Difference | None:
     count = len(first.values)
     if count < 2:
         return None
-    # Rounded, or 0.3 - 0.2 and 0.2 - 0.1 would be different differences.
+    # Round, because 0.3 - 0.2 and 0.2 - 0.1 would otherwise differ.
     pairs = zip(first.values, second.values, strict=True)
     differences = [round(a - b, 12) for a, b in pairs]
     totals, sizes = _totals(differences, first.groups)
@@ -81,7 +80,7 @@ def difference(first: Scores, second: Scores) -> Difference | None:
 
 
 def judged(found: Interval, p: float) -> Difference:
-    """Return a difference of two models, one better if interval and test agree that it is."""
+    """Return a difference of two models; one is better if interval and test agree."""
     assert found.low is not None
     assert found.high is not None
     better = 0
@@ -91,13 +90,13 @@ def judged(found: Interval, p: float) -> Difference:
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Return the two-sided p-value of "as likely up as down", given the sizes of the differences.
+    """Return the two-sided p-value of symmetric differences, given their magnitudes.
 
-    Exact where all differences that are not zero have one size (McNemar 1947: twice the binomial
-    tail of the rarer sign); else from `RESAMPLES` random flips, never below 1 / (RESAMPLES + 1).
+    Exact if all nonzero differences have the same magnitude (McNemar 1947: twice the binomial tail
+    of the rarer sign); otherwise from `RESAMPLES` random flips, at least 1 / (RESAMPLES + 1).
 
     Args:
-        differences: one a group (an item, if none is grouped), float64 of any length.
+        differences: one per group (or item, without groups), float64 of any length.
     """
     import numpy as np
 
@@ -119,9 +118,9 @@ def sign_flip(differences: np.ndarray) -> float:
 
 
 def resampled_means(totals: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return `RESAMPLES` means of as many groups, drawn with replacement from a fixed seed.
+    """Return `RESAMPLES` bootstrap means over groups, with a fixed seed.
 
-    A mean is sum(totals) / sum(sizes) over what was drawn.
+    A mean is sum(totals) / sum(sizes) over the drawn groups.
 
     Args:
         totals: sum of the values of each group, float64 of shape (groups,).
@@ -133,7 +132,7 @@ def resampled_means(totals: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     count = len(totals)
     kinds, numbers = np.unique(np.stack([totals, sizes], axis=1), axis=0, return_counts=True)
     if len(kinds) <= _FEW:
-        # How often each kind of group is drawn is multinomial: no need to draw group by group.
+        # The counts of each kind of group are multinomial, so draw counts instead of groups.
         drawn = generator.multinomial(count, numbers / count, size=RESAMPLES) @ kinds
         return drawn[:, 0] / drawn[:, 1]
     means = []
@@ -144,7 +143,7 @@ def resampled_means(totals: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _totals(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum and the number of the values of each group."""
+    """Return the sum and the number of values per group."""
     import numpy as np
 
     if groups is None:
@@ -155,7 +154,7 @@ def _totals(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.n
 
 
 def _limits(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Return the percentile limits, each the next mean outwards where two would do."""
+    """Return the percentile limits, rounded outward to the next mean."""
     import numpy as np
 
     means = resampled_means(totals, sizes).round(12)
@@ -171,12 +170,12 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count)
     half *= math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # At a share of 0 or 1 the limit is that share, but for the last digit.
+    # At a share of 0 or 1 the limit equals that share, up to the last digit.
     return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))
 
 
 def _blocks(width: int) -> list[int]:
-    """Return numbers of resamples that together are all, each of at most `BLOCK` numbers."""
+    """Split the resamples into blocks of at most `BLOCK` numbers."""
     most = max(1, BLOCK // width)
     whole, rest = divmod(RESAMPLES, most)
     return [most] * whole + [rest] * bool(rest)

@@ -1,4 +1,4 @@
-"""The parameters of an adapter: how their entries are distributed, and their norms by step."""
+"""Distributions of an adapter's parameters, and their norms by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 Norms = dict[str, dict[str, list[tuple[int, float]]]]
-"""By part (A, B, or what a method has in their place) and module: steps and norms."""
+"""Steps and norms by part (A, B, or a method's equivalent) and module."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Entries:
     Attributes:
         norm: the Frobenius norm of the matrix.
         deviation: their standard deviation.
-        excess: their excess kurtosis: 0 of a Gaussian, -1.2 of a uniform distribution, above 0
-            where few entries are large. None where all are equal.
-        quantiles: at `QUANTILES`.
+        excess: their excess kurtosis: 0 for a Gaussian, -1.2 for a uniform distribution, above 0
+            if few entries are large. None if all are equal.
+        quantiles: their quantiles at `QUANTILES`.
     """
 
     norm: float
@@ -60,7 +60,7 @@ class Entries:
 
 
 def norms_by_step(checkpoints: Path) -> Norms:
-    """Return the norm of each of the adapter's tensors at each whole checkpoint of a run.
+    """Return the norms of the adapter's tensors at each complete checkpoint of a run.
 
     Args:
         checkpoints: the folder of the checkpoint-N folders; it need not exist.
@@ -79,8 +79,8 @@ def norms_by_step(checkpoints: Path) -> Norms:
 
 
 def placed(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the module, the part and the tensor of each matrix of a LoRA, by its name in the file;
-    a part is A, B, or what a method has in their place."""
+    """Yield module, part and tensor of each matrix of a LoRA, from its name in the file; a part is
+    A, B, or a method's equivalent."""
     for key, tensor in tensors.items():
         module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").partition(".lora_")
         if part:
@@ -88,8 +88,8 @@ def placed(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def norms_table(norms: Norms) -> Table:
-    """Return the table of norms over all modules, a line per step; below, the range over modules
-    at the last one."""
+    """Return the table of norms over all modules, one line per step, followed by the range over
+    modules at the last step."""
     parts = {part: [dict(line) for line in modules.values()] for part, modules in norms.items()}
     steps = sorted({step for lines in parts.values() for line in lines for step in line})
     at = {n: [[line[n] for line in own if n in line] for own in parts.values()] for n in steps}
@@ -110,7 +110,7 @@ def _whole(norms: Sequence[float]) -> float:
 
 
 def curves(norms: Norms) -> Mapping[str, list[list[tuple[float, float]]]]:
-    """Return the norms that are not zero as lines, by part."""
+    """Return the nonzero norms as lines, by part."""
     lines = {
         part: [[(float(n), norm) for n, norm in line if norm] for line in modules.values()]
         for part, modules in norms.items()

@@ -39,7 +39,7 @@ def write(results: Results, folder: Path) -> tuple[Path, Path, Path]:
 
 
 def markdown(results: Results) -> str:
-    """Return the headline table and what belongs to it."""
+    """Return the headline table and its notes."""
     metric = results.comparison.metric
     head = ["method", f"{metric}, mean and 95 % interval", "seeds", *wording.FIGURES]
     rows = []
@@ -58,10 +58,10 @@ def markdown(results: Results) -> str:
 
 
 def against(results: Results, label: str) -> str:
-    """Return a table of how each method differs from one, paired by seed.
+    """Return a table of each method's difference to one, paired by seed.
 
     Raises:
-        ConfigError: no method is called ``label``.
+        ConfigError: no method has the label ``label``.
     """
     labels = [m.label for m in results.methods]
     if label not in labels:
@@ -85,7 +85,7 @@ def against(results: Results, label: str) -> str:
 
 
 def table(results: Results) -> str:
-    """Return every finished run as a line of CSV."""
+    """Return a CSV with one line per finished run."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)

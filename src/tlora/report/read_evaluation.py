@@ -1,4 +1,4 @@
-"""An evaluation's folder, read: which models gave which replies to which items."""
+"""Read an evaluation's folder: the replies of its models to the items."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlora.evaluate.evalfolder import EvalFolder
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that was evaluated."""
+    """An evaluated model."""
 
     name: str
     kind: str
@@ -21,22 +21,22 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Sample:
-    """One item and what one model made of it."""
+    """One item and one model's result on it."""
 
     item: str
     prompt: str
     reply: str
     answer: str | None
-    """As read from the reply; None if there is none in it."""
+    """Answer parsed from the reply; None if there is none."""
     target: str | None
     scores: dict[str, float]
-    """By metric; one that the item has no part in, or that could not be given, is left out."""
+    """Scores by metric, without those that do not apply or are missing."""
     group: str | None = None
     """Items of one group depend on each other, as the turns of a conversation do."""
     predicted: float | None = None
-    """What a model with a head made of it: a class by its number, or a value."""
+    """Prediction of a model with a head: a class id or a value."""
     label: float | None = None
-    """The true one."""
+    """The true class id or value."""
 
 
 @dataclass(frozen=True)
@@ -45,39 +45,39 @@ class TaskSamples:
 
     name: str
     metrics: list[str]
-    """The first is the main one; higher is better for all. Empty where no model is done."""
+    """Metrics, main one first; higher is always better. Empty if no model is finished."""
     protocol: str
     shots: int | None
     scores: dict[str, dict[str, float]]
-    """By model and metric, as eval.json has them; a model that it does not name is not done."""
+    """Scores by model and metric, from eval.json; a missing model is unfinished."""
     truncated: dict[str, int]
-    """By model, how many prompts were too long for it and were truncated."""
+    """Number of truncated prompts by model."""
     samples: dict[str, list[Sample]]
-    """By model that is done, items in the same order for all."""
+    """Samples by finished model, with items in the same order."""
 
     @property
     def items(self) -> int:
-        """The number of items; 0 where no model is done."""
+        """The number of items; 0 if no model is finished."""
         return len(next(iter(self.samples.values()), []))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation as it is on disk; differences are to the first model."""
+    """An evaluation on disk; differences are relative to the first model."""
 
     models: list[ModelEntry]
     tasks: list[TaskSamples]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """Provenance of each start; an evaluation that was stopped has several."""
+    """Provenance of each start; a resumed evaluation has several."""
 
 
 def read(folder: str | Path) -> Evaluation:
     """Read an evaluation.
 
     Raises:
-        ArtifactError: files are missing, damaged or of another format, or models were asked
-            different things.
+        ArtifactError: files are missing, damaged or in another format, or models have different
+            items.
     """
     files = EvalFolder(folder)
     found = files.read()

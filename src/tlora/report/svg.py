@@ -1,7 +1,7 @@
-"""Small charts as inline SVG. Colors and fonts come from the page's style sheet, by class.
+"""Small charts as inline SVG, with colors and fonts from the page's style sheet.
 
-Every chart has a title for screen readers. Panels are drawn at the size at which they are shown,
-so that their text keeps its size on a telephone.
+Every chart has a title for screen readers. Panels are drawn at their display size, so that text
+keeps its size on a phone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values in [low, high] to pixels in [start, end], linearly or by the logarithm."""
+    """Maps values in [low, high] to pixels in [start, end], linearly or logarithmically."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class Scale:
 
     @classmethod
     def over(cls, values: Iterable[float], start: float, end: float, log: bool = False) -> Scale:
-        """Return a scale that holds ``values`` with some room on both sides."""
+        """Return a scale for ``values`` with some margin on both sides."""
         known = [v for v in values if not log or v > 0] or [1.0]
         low, high = min(known), max(known)
         if log:
@@ -63,7 +63,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Frame:
-    """The plot area of a chart: two scales and where the axes are labeled."""
+    """The plot area of a chart: two scales and the positions of axis labels."""
 
     x: Scale
     y: Scale
@@ -100,7 +100,7 @@ def strip(score: Interval, seeds: Sequence[float], domain: tuple[float, float], 
 
 
 def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> str:
-    """Draw one score a row under its name, with its interval; a line goes down from the first."""
+    """Draw one score per row under its name, with its interval, and a line at the first score."""
     step, top, foot = 34, 4, 24
     values = [e for _, s in rows for e in (s.low, s.mean, s.high) if e is not None]
     height = top + step * len(rows) + foot
@@ -120,7 +120,7 @@ def intervals(rows: Sequence[tuple[str, Interval]], width: int, text: str) -> st
 
 
 def seeds(rows: Mapping[str, Sequence[float]], width: int, text: str) -> str:
-    """Draw the scores of one method a row under its name: each seed a dot, the mean a tick."""
+    """Draw one method's scores per row under its name: each seed a dot, the mean a tick."""
     step, top, foot = 40, 4, 24
     height = top + step * len(rows) + foot
     x = Scale.over([value for values in rows.values() for value in values], 10, width - 14)
@@ -137,9 +137,9 @@ def seeds(rows: Mapping[str, Sequence[float]], width: int, text: str) -> str:
 def lines(
     frame: Frame, own: Sequence[Point], others: Iterable[Sequence[Point]], extra: list[str]
 ) -> list[str]:
-    """Return one method's line in front of all others' in gray; ``extra`` goes in between."""
+    """Return one method's line in front of all others in gray, with ``extra`` in between."""
     parts = [*(_path(frame, line, "other") for line in others), *extra, _path(frame, own, "own")]
-    # A line of one point would not be seen.
+    # A line of one point would be invisible.
     return [*parts, *dots(frame, own, "seed")] if len(own) == 1 else parts
 
 
@@ -154,7 +154,7 @@ def dots(frame: Frame, points: Iterable[Point], kind: str, radius: float = 2.6) 
 
 
 def labeled(frame: Frame, points: Sequence[tuple[float, float, str]]) -> list[str]:
-    """Return dots with their names beside them, names pushed apart where they would overlap."""
+    """Return dots with names next to them, moved apart to avoid overlap."""
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []
     for a, b, name in sorted(points, key=lambda point: -point[1]):
@@ -178,7 +178,7 @@ def labeled(frame: Frame, points: Sequence[tuple[float, float, str]]) -> list[st
 
 
 def caption(frame: Frame, x: str, y: str) -> list[str]:
-    """Return what the axes show."""
+    """Return the axis titles."""
     return [
         _text((frame.x.start + frame.x.end) / 2, frame.height - 4, x, "tick middle"),
         _text(frame.x.start, 11, y, "tick"),

@@ -1,4 +1,4 @@
-"""A plan as a table: a line per module, per layer or per projection; and tables of other things."""
+"""Tables of plans, with one line per module, layer or projection, and other tables."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ VIEWS = ("module", "layer", "projection")
 
 
 def show(plan: AdapterPlan, by: str = "module", console: Console | None = None) -> None:
-    """Print the table of ``plan`` on ``console``, by default on standard output."""
+    """Print the table of ``plan`` on ``console``, by default standard output."""
     from rich.console import Console
 
     (console or Console()).print(table(plan, by))
 
 
 def table(plan: AdapterPlan, by: str = "module") -> Table:
-    """Return the table: for groups of modules ranks and parameters are summed, the rest averaged.
+    """Return the table; groups of modules sum ranks and parameters, and average the rest.
 
-    "energy" is the share of ||W C||_F^2 that the subspace of A keeps.
+    "energy" is the fraction of ||W C||_F^2 captured by the subspace of A.
     """
     counted = by != "module"
     head = [by, "modules", "rank", "scale", "sensitivity", "energy", "parameters"]
@@ -39,12 +39,12 @@ def table(plan: AdapterPlan, by: str = "module") -> Table:
 
 
 def plain(head: Sequence[str], *sections: Iterable[Sequence[str]]) -> Table:
-    """Return a table of names and right-aligned numbers, its sections set apart."""
+    """Return a table of names and right-aligned numbers, with separated sections."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    # On a narrow terminal the names fold; a number cut short would be a wrong number.
+    # On a narrow terminal names wrap, because a truncated number would be wrong.
     made.add_column(head[0], overflow="fold")
     for column in head[1:]:
         made.add_column(column, justify="right", no_wrap=True)
@@ -56,7 +56,7 @@ def plain(head: Sequence[str], *sections: Iterable[Sequence[str]]) -> Table:
 
 
 def groups(modules: Mapping[str, Module], by: str) -> dict[str, list[Module]]:
-    """Return what belongs to each line of a table, by the modules' full names."""
+    """Return the modules of each table line, grouped by full name."""
     if by == "module":
         return {name: [module] for name, module in modules.items()}
     grid = Grid.of(modules)

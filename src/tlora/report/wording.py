@@ -1,4 +1,4 @@
-"""What a comparison's page says in sentences."""
+"""Sentences on a comparison's page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FIGURES: dict[str, Callable[[MethodResult], str]] = {
     "init s": lambda method: seconds(method.mean("seconds", "initialise")),
     "train s": lambda method: seconds(method.mean("seconds", "train")),
 }
-"""What the tables show of a method beside its scores, by the title of the column."""
+"""Table columns besides the scores, by title."""
 
 
 def verdict(results: Results, first: str, second: str) -> str:
-    """Say in a sentence whether two methods differ beyond the noise."""
+    """Return a sentence on whether two methods differ significantly."""
     found = results.find(first, second)
     if found is None:
         return f"{first} and {second} have no seed in common yet."
@@ -41,7 +41,7 @@ def verdict(results: Results, first: str, second: str) -> str:
 
 
 def _tie(found: Difference) -> str:
-    """Say why a difference counts as none."""
+    """Return why a difference counts as a tie."""
     known = found.interval
     if known.low is None or known.high is None:
         return " at the one seed that both have, which cannot tell them apart."
@@ -56,7 +56,7 @@ def _tie(found: Difference) -> str:
 
 
 def caveat(results: Results) -> str:
-    """Say what looking at many pairs does."""
+    """Return a note on the effect of multiple comparisons."""
     pairs = len(results.differences)
     if not pairs:
         return "No two methods have a seed in common yet."
@@ -69,7 +69,7 @@ def caveat(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Say what the table shows, and what it does not."""
+    """Summarize what the table shows and what it does not."""
     scored = {m.label: m for m in results.methods if m.score is not None}
     if not scored:
         return "No final run has a score."
@@ -100,13 +100,13 @@ def summary(results: Results) -> str:
 
 
 def of_seeds(results: Results, method: MethodResult) -> str:
-    """Return "3 of 5 seeds", or nothing where all are there."""
+    """Return "3 of 5 seeds", or "" if none is missing."""
     has, wanted = len(method.scores), len(results.config.final_seeds)
     return "" if has == wanted else f"{has} of {wanted} seeds"
 
 
 def edges(results: Results) -> list[str]:
-    """Say which methods were best at the edge of the learning rates tried, or that it was one."""
+    """Name methods that were best at an edge of the learning rates, or note a single one."""
     if all(len(m.entry.learning_rates) == 1 for m in results.methods):
         return [
             "One learning rate was tried: the methods' scores and their order hold for it alone."
@@ -123,7 +123,7 @@ def edges(results: Results) -> list[str]:
 
 
 def protocol(results: Results) -> list[str]:
-    """Return how the comparison was made, a sentence or two each."""
+    """Describe the protocol of the comparison, one or two sentences per item."""
     config, comparison = results.config, results.comparison
     rows = {k: v for r in results.records for k, v in r["rows"].items()}
     steps, batch = (next(iter(results.values(what)), None) for what in ("steps", "batch"))

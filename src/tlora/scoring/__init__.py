@@ -1,1 +1,1 @@
-"""Answers against references, programs against tests, replies graded by a judge; no torch."""
+"""Score answers against references, programs against tests, and replies by a judge; no torch."""

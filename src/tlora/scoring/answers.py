@@ -1,7 +1,7 @@
-"""Protocols: where the answer stands in what a model wrote, and whether it is the right one.
+"""Protocols for extracting the answer from a model's text and checking it.
 
-A published figure belongs to the protocol that it was scored with; two protocols of one data set
-can differ by points. So each has a name and a source, and none is changed to be kinder.
+A published score depends on its protocol; two protocols for one data set can differ by points. So
+each has a name and a source, and none is relaxed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tlora.scoring.quantities import first_number, last_number, same_number, val
 from tlora.scoring.symbolic import MathVerify
 
 MARK = "The answer is: "
-"""What the paper's training data puts before the answer."""
+"""Text before the answer in the paper's training data."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ class Protocol:
     """One way to score a text."""
 
     name: str
-    """What it is called in results."""
+    """Its name in results."""
     source: str
-    """The publication or code whose rule it is, with every departure."""
+    """The publication or code that defines the rule, with every departure."""
     extract: Callable[[str], str | None]
-    """The answer in a text, or None where there is none."""
+    """Extracts the answer from a text, or None."""
     correct: Callable[[str, str], bool]
-    """Whether an answer is the reference; the reference is a bare answer, not a solution."""
+    """Whether an answer equals the reference, which is a bare answer, not a solution."""
 
     def score(self, text: str, reference: str) -> bool:
-        """Whether ``text`` holds an answer and it is the right one."""
+        """Whether ``text`` contains the right answer."""
         answer = self.extract(text)
         return answer is not None and self.correct(answer, reference)
 
 
 def after_mark(text: str) -> str | None:
-    """Return what follows the last "The answer is: ", up to a full stop that ends a line."""
+    """Return the text after the last "The answer is: ", up to a full stop that ends a line."""
     _, mark, rest = text.rpartition(MARK)
     answer = rest.split(".\n", maxsplit=1)[0].strip().removesuffix(".").strip()
     return answer if mark and answer else None
@@ -50,7 +50,7 @@ def _number_after_mark(text: str) -> str | None:
 
 
 def _metamath_number(text: str) -> str | None:
-    """Return the number as MetaMath's script reads it: rounded, and cut at a second comma."""
+    """Return the number as MetaMath's script reads it: rounded, and truncated at a second comma."""
     match = re.search(r"[-+]?\d*[.,/]?\d+", after_mark(text) or "")
     if match is None:
         return None
@@ -77,7 +77,7 @@ def _within_a_thousandth(answer: str, reference: str) -> bool:
 
 
 def math_answer(text: str) -> str | None:
-    """Return what follows the last "The answer is: ", else what the last ``\\boxed`` holds."""
+    """Return the text after the last "The answer is: ", or else in the last ``\\boxed``."""
     marked = after_mark(text)
     if marked is None:
         return boxed(text)
@@ -88,9 +88,9 @@ def math_verdicts(text: str, reference: str, verifier: MathVerify) -> dict[str, 
     """Score an answer to a MATH problem by both rules.
 
     Returns:
-        "string": the rule of the paper's lineage, by which its figures were made. "symbolic": what
-        math-verify says; where it can read one of the two no better than as text, or runs out of
-        time, the string rule decides. The second is right more often: 0.25 is 1/4 there alone.
+        "string": the rule behind the figures of the paper's lineage. "symbolic": math-verify's
+        verdict, or the string rule if math-verify cannot parse an answer or times out. Only the
+        symbolic rule accepts equivalent answers such as 0.25 and 1/4.
     """
     answer = math_answer(text)
     if answer is None:
@@ -101,7 +101,7 @@ def math_verdicts(text: str, reference: str, verifier: MathVerify) -> dict[str, 
 
 
 def _first_of(*choices: str) -> Callable[[str], str | None]:
-    """Return a function that finds the first of ``choices`` in a text, wherever it stands."""
+    """Return a function that finds the first of ``choices`` anywhere in a text."""
     pattern = re.compile("|".join(choices))
 
     def extract(text: str) -> str | None:
@@ -174,4 +174,4 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("option", _COMMONSENSE, _first_of("option1", "option2"), _same),
     )
 }
-"""Every protocol by its name."""
+"""All protocols by name."""

@@ -1,6 +1,6 @@
-"""How close a reply comes to its reference in words and characters, by the engines of `evaluate`.
+"""Similarity of a reply and its reference in words and characters, as in `evaluate`.
 
-Google's rouge_score and sacrebleu, which lm-evaluation-harness brings.
+Uses Google's rouge_score and sacrebleu, which lm-evaluation-harness installs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 def rouge(reply: str, reference: str) -> dict[str, float]:
     """Return the ROUGE scores of a reply, from 0 to 1; words are not stemmed.
 
-    Source: rouge_score's own settings, as `evaluate.load("rouge")` has them.
+    Source: rouge_score's default settings, as in `evaluate.load("rouge")`.
     """
     found = _scorer().score(reference, reply)
     return {name: float(found[name].fmeasure) for name in ROUGE}
@@ -25,7 +25,7 @@ def rouge(reply: str, reference: str) -> dict[str, float]:
 def chrf(replies: Sequence[str], references: Sequence[str]) -> float:
     """Return the chrF of all replies together, from 0 to 100 (Popović 2015).
 
-    Source: sacrebleu's own settings, as `evaluate.load("chrf")` has them.
+    Source: sacrebleu's default settings, as in `evaluate.load("chrf")`.
     """
     import sacrebleu
 

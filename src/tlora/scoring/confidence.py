@@ -1,4 +1,4 @@
-"""How well a model's probabilities tell how often it is right."""
+"""Calibration of a model's probabilities."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BIN
     """Return the expected calibration error: sum_b (n_b / n) |accuracy_b - mean confidence_b|.
 
     Args:
-        confidence: probability of the chosen class of each item; the bins are of equal width, each
-            with its upper end.
+        confidence: probability of the chosen class of each item; bins have equal width and include
+            their upper end.
         right: whether each choice is right.
-        bins: how many.
+        bins: number of bins.
 
     Source: Guo et al., arXiv 1706.04599, section 2, with 15 bins.
     """

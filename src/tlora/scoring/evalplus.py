@@ -1,11 +1,11 @@
-"""HumanEval+ and MBPP+: a program has to answer as the reference solution does, input by input.
+"""HumanEval+ and MBPP+: compare a program with the reference solution, input by input.
 
 The files are EvalPlus's (Liu et al., arXiv 2305.01210): a row has task_id, prompt, entry_point,
 canonical_solution, base_input and plus_input (lists of argument lists) and atol. Values are
 compared by EvalPlus's own rules (`tlora.scoring.evalplus_rules`). The package itself is not
-used: it runs program and tests in one process, keeps the expected values in a pickle, and depends
-on the clients of three model providers. Departures that remain: all inputs of a program share one
-time limit, and arrays of numpy that a program returns are not compared.
+used: it runs program and tests in one process, stores the expected values in a pickle, and depends
+on the clients of three model providers. Departures: all inputs of a program share one time limit,
+and numpy arrays returned by a program are not compared.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def inputs_check(row: Mapping[str, Any], program: str, part: Part) -> Check:
     """Return the check of ``program`` on one of the two sets of inputs of an EvalPlus row.
 
     Raises:
-        DataError: the row lacks a column, or a column is not what it should be.
+        DataError: a column is missing or invalid.
     """
     names = ("task_id", "entry_point", "prompt", "canonical_solution", part)
     task, name, prompt, solution, inputs = columns(row, *names)
     if not isinstance(inputs, list) or not all(isinstance(each, list) for each in inputs):
-        raise DataError(f"row {task}: column {part!r} is no list of argument lists.")
+        raise DataError(
+            f"row {task}: column {part!r} is not a list of argument lists; download the file again."
+        )
     reference = prompt + solution
     tests = (
         f"evalplus_program = {name}",

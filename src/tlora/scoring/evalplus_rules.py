@@ -1,8 +1,8 @@
-"""EvalPlus's comparison rules: inputs as Python has them, oracles, float tolerances.
+"""EvalPlus's comparison rules: Python inputs, oracles, float tolerances.
 
-The text of this file is put before the tests of a problem and runs in the sandbox, beside the
-program's process and not in it. So it imports the standard library alone, and numpy only where two
-values are not equal and a tolerance is allowed.
+The text of this file precedes the tests of a problem and runs in the sandbox, outside the program's
+process. So it only imports the standard library, and numpy only if two values differ and a
+tolerance applies.
 
 Source: EvalPlus 0.3.1 (Liu et al., arXiv 2305.01210), evalplus/eval/__init__.py, _special_oracle.py
 and data/mbpp.py; the same verdicts, which a test holds against verdicts of that release.
@@ -33,7 +33,7 @@ _FORMS: dict[tuple[int, ...], Any] = {
     (252,): lambda a: [complex(a)],
     (722,): lambda a, *b: [{key: tuple(x) for key, x in a.items()}, *b],
 }
-"""What JSON does not tell apart, by the number of an MBPP problem."""
+"""Types that JSON cannot represent, by MBPP problem number."""
 
 _UNORDERED = {"similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly"}
 _UNORDERED |= {"larg_nnum", "intersection_array", "find_dissimilar", "Diff"}
@@ -53,7 +53,7 @@ def evalplus_compare(
 ) -> None:
     """Raise unless the first function answers every input as the second, the reference, does.
 
-    An input that the reference itself refuses is left out; EvalPlus would stop there.
+    Skips an input that the reference itself rejects; EvalPlus would stop there.
     """
     program, reference = functions
     mbpp, compared = task_id.startswith("Mbpp/"), 0
@@ -72,7 +72,7 @@ def evalplus_compare(
         else:
             oracle = (name, arguments, value, expected, tolerance)
             equal = _mbpp_equal(*oracle) if mbpp else value == expected
-            # Once floats are expected, the tolerance holds for the inputs that follow too.
+            # Once floats are expected, the tolerance applies to all later inputs.
             tolerance = tolerance or (1e-6 if _floats(expected) else 0)
             right = equal or _close(value, expected, tolerance)
         assert right, f"{arguments!r} gives {value!r}"[:300]
@@ -90,7 +90,7 @@ def _close(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def _mbpp_equal(name: str, arguments: list, value: Any, expected: Any, tolerance: float) -> bool:
-    """Whether a value of MBPP+ is right, of whose problems some have several right answers."""
+    """Whether an MBPP+ value is right; some problems have several right answers."""
     if name in _UNORDERED:
         return set(value) == set(expected)
     if name in _NOT_NONE:
@@ -105,7 +105,7 @@ def _mbpp_equal(name: str, arguments: list, value: Any, expected: Any, tolerance
 
 
 def _surface(edge: float, height: float) -> int:
-    """Return the rounded surface of a pyramid whose height is not that of its sides."""
+    """Return the rounded surface of a pyramid from its vertical height."""
     return round(edge**2 + 4 * (edge * math.sqrt((edge / 2) ** 2 + height**2)) / 2)
 
 

@@ -1,4 +1,4 @@
-"""The answer to a MATH problem as a string: where it stands, and when two strings are the same.
+"""Extract the answer to a MATH problem as a string, and compare answers as strings.
 
 Sources: the grader of MATH (Hendrycks et al., arXiv 2103.03874) with the additions of Minerva
 (Lewkowycz et al., arXiv 2206.14858, appendix D). Departures: a unit is anything in ``\\text`` that
@@ -18,10 +18,10 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def boxed(text: str) -> str | None:
-    """Return what the last ``\\boxed`` (or ``\\fbox``) of ``text`` holds, or None.
+    """Return the content of the last ``\\boxed`` (or ``\\fbox``) in ``text``, or None.
 
-    Braces nest, and an escaped brace is a character. ``\\boxed 7`` without braces holds what
-    follows up to the end of the formula or line. A box that never closes, or is empty, is None.
+    Braces nest, and an escaped brace is a character. ``\\boxed 7`` without braces extends to the
+    end of the formula or line. An unclosed or empty box gives None.
     """
     found = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
     if not found:
@@ -38,16 +38,16 @@ def boxed(text: str) -> str | None:
 
 
 def same_string(one: str, other: str) -> bool:
-    """Whether two answers are the same characters once both are normalized."""
+    """Whether two answers are equal after normalization."""
     return normalized(one) == normalized(other)
 
 
 def normalized(answer: str) -> str:
-    """Return ``answer`` without what does not change its meaning, and with shorthand written out.
+    """Return ``answer`` without meaningless parts and with shorthand expanded.
 
-    Dropped are spaces, sizes of brackets, degrees, currency, percent, thousands commas, a unit
-    at the end, a short left side ("x ="), and a full stop. ``\\frac12``, ``\\sqrt3``, 1/2, .5 and
-    0.5 are written ``\\frac{1}{2}``, ``\\sqrt{3}``, ``\\frac{1}{2}``, twice. Not idempotent on
+    Drops spaces, bracket sizes, degrees, currency, percent, thousands commas, a unit at the end, a
+    short left side ("x ="), and a full stop. Expands ``\\frac12``, ``\\sqrt3``, 1/2, .5 and 0.5 to
+    ``\\frac{1}{2}``, ``\\sqrt{3}``, ``\\frac{1}{2}``, and .5 and 0.5 to the same. Not idempotent on
     nonsense; two answers are compared after one pass each.
     """
     text = answer.strip().rstrip(".").strip()

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: what is run for a completion, and pass@k of what came of it.
+"""HumanEval and MBPP: the check to run for a completion, and pass@k of the results.
 
 Sources: HumanEval and pass@k, Chen et al., arXiv 2107.03374; MBPP, Austin et al., arXiv
 2108.07732. Departure from both harnesses: the tests do not share a process with the program (see
@@ -22,21 +22,21 @@ from tlora.errors import ConfigError, DataError
 from tlora.scoring.sandbox import Result, Sandbox
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
-"""Where a completion of a HumanEval prompt ends (Chen et al., section 3), and a fence."""
+"""Stop sequences for a HumanEval prompt (Chen et al., section 3), and a fence."""
 MBPP_STOPS = ("\nassert", "\nprint", "\nif __name__", "\n```", "[DONE]")
-"""Where an MBPP program ends: at its tests, a demonstration, a fence, or the prompt's own mark."""
+"""Stop sequences for an MBPP program: tests, a demonstration, a fence, the prompt's own mark."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One program and the tests that it has to pass."""
+    """One program and the tests it has to pass."""
 
     program: str
-    """What the model wrote, and for HumanEval the prompt before it: untrusted."""
+    """The model's text, after the prompt for HumanEval: untrusted."""
     tests: str
-    """What the data set says: trusted."""
+    """The data set's tests: trusted."""
     entry_points: tuple[str, ...]
-    """Names that the tests take from the program even where Python has a function of that name."""
+    """Names that tests take from the program even if they are Python built-ins."""
 
 
 def truncated(completion: str, stops: Iterable[str]) -> str:
@@ -52,8 +52,8 @@ def humaneval_check(row: Mapping[str, str], completion: str) -> Check:
         DataError: the row lacks a column.
     """
     prompt, test, name = columns(row, "prompt", "test", "entry_point")
-    # Some tests call what the prompt defines before the function; it is the data set's, and the
-    # program's own version of it would decide about the program.
+    # Some tests call helpers that the prompt defines; use the data set's version, because the
+    # program's own could influence its verdict.
     helpers = prompt.partition(f"def {name}(")[0]
     program = prompt + truncated(completion, HUMANEVAL_STOPS)
     return Check(program, f"{helpers}\n{test}\ncheck({name})\n", (name,))
@@ -71,7 +71,8 @@ def mbpp_check(row: Mapping[str, object], completion: str) -> Check:
         names = _called(source)
     except SyntaxError as error:
         raise DataError(
-            f"MBPP row {row.get('task_id')}: its tests are not Python: {error}."
+            f"MBPP row {row.get('task_id')}: its tests are not valid Python: {error}; download the"
+            " file again."
         ) from None
     return Check(truncated(completion, MBPP_STOPS), source, names)
 
@@ -80,19 +81,21 @@ def columns(row: Mapping[str, Any], *names: str) -> list[Any]:
     """Return the columns of a row.
 
     Raises:
-        DataError: it lacks one.
+        DataError: a column is missing.
     """
     missing = [name for name in names if name not in row]
     if missing:
-        raise DataError(f"row {row.get('task_id')}: it has no column {missing[0]!r}.")
+        raise DataError(
+            f"row {row.get('task_id')}: column {missing[0]!r} is missing; download the file again."
+        )
     return [row[name] for name in names]
 
 
 def _called(tests: str) -> tuple[str, ...]:
-    """Return what the tests are about: the names that every assert calls.
+    """Return the tested names: those that every assert calls.
 
-    Of ``assert set(pairs(3)) == set()`` that is pairs: a built-in function is meant only where
-    the asserts have nothing else in common, as in ``assert sum(3, 4) == 7``.
+    For ``assert set(pairs(3)) == set()`` that is pairs: a built-in only counts if the asserts have
+    no other name in common, as in ``assert sum(3, 4) == 7``.
     """
     asserts = [node for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Assert)]
     names = [
@@ -110,7 +113,7 @@ def _called(tests: str) -> tuple[str, ...]:
 def run_checks(
     sandbox: Sandbox, checks: Sequence[Check], workers: int | None = None
 ) -> list[Result]:
-    """Run all checks, ``workers`` at a time (default: one for each CPU); results in their order."""
+    """Run all checks, ``workers`` at a time (default: one per CPU); results in order."""
     count = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(count) as pool:
         running = pool.map(lambda c: sandbox.run(c.program, c.tests, c.entry_points), checks)
@@ -118,7 +121,7 @@ def run_checks(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return the probability that k of the samples, drawn without replacement, hold a right one.
+    """Return the probability that k samples drawn without replacement contain a right one.
 
     With n samples, c of them right: ``1 - C(n - c, k) / C(n, k)``, computed as ``1 - prod_{i =
     n-c+1}^{n} (1 - k / i)``, whose factors lie between 0 and 1: no large number is divided.
@@ -130,8 +133,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     """
     if not (0 <= right <= samples and 1 <= k <= samples):
         raise ConfigError(
-            f"pass@{k} of {samples} samples, {right} of them right, is not defined; it takes at"
-            " least k samples.",
+            f"pass@{k} is undefined for {samples} samples with {right} right ones; use at least"
+            " k samples.",
             where="pass@k",
         )
     if samples - right < k:

@@ -1,8 +1,8 @@
-"""Equality of mathematical expressions by math-verify, in a process of its own.
+"""Equality of mathematical expressions by math-verify, in a separate process.
 
-math-verify stops an endless comparison by a signal of the main thread, so that it works neither in
-a thread pool nor in compiled code that holds the interpreter. Here its own limits are off, and a
-worker of a pool compares, which the pool kills when the time is over.
+math-verify stops an endless comparison with a signal to the main thread, which fails in a thread
+pool and in compiled code that holds the interpreter. Here its own limits are off, and a pool worker
+compares, which the pool kills at the time limit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MathVerify:
     has to start its work below ``if __name__ == "__main__"``.
 
     Args:
-        seconds: the most wall-clock time of one comparison.
-        memory: the most bytes of address space that the worker takes for comparing.
+        seconds: wall-clock limit of one comparison.
+        memory: limit of the worker's address space in bytes.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify.
     """
@@ -34,7 +34,7 @@ class MathVerify:
         from pebble import ProcessPool
 
         self.seconds = seconds
-        # Spawned: a fork would copy the locks of torch's threads.
+        # Spawn, because a fork would copy the locks of torch's threads.
         self._pool = ProcessPool(
             1,
             initializer=_start,
@@ -43,10 +43,10 @@ class MathVerify:
         )
 
     def equal(self, answer: str, reference: str) -> bool | None:
-        """Whether ``answer`` is mathematically ``reference``.
+        """Whether ``answer`` and ``reference`` are mathematically equal.
 
-        None where that could not be found out: one of the two is no expression that math-verify
-        reads, or the comparison took too long or too much memory.
+        None if unknown: math-verify cannot parse one of the two, or the comparison took too long or
+        too much memory.
         """
         from pebble import ProcessExpired
 
@@ -54,7 +54,7 @@ class MathVerify:
             task = self._pool.schedule(_equal, (answer, reference), timeout=self.seconds)
             return task.result()
         except (concurrent.futures.TimeoutError, ProcessExpired):  # 3.10: not the built-in one
-            # Too slow, or gone: killed by the system, or crashed inside a library.
+            # Too slow, or the worker was killed by the system or crashed inside a library.
             return None
 
     def close(self) -> None:
@@ -70,13 +70,13 @@ class MathVerify:
 
 
 def _start(memory: int) -> None:
-    """Make this process ready to compare.
+    """Prepare this process for comparisons.
 
     Model output can ask for numbers of any size, hence the limit on memory.
     """
     import resource
 
-    import math_verify  # noqa: F401 - its seconds are none of the first comparison's
+    import math_verify  # noqa: F401 - keep its import time out of the first comparison
 
     logging.disable(logging.CRITICAL)
     sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
@@ -89,7 +89,7 @@ def _equal(answer: str, reference: str) -> bool | None:
     from math_verify import parse, verify
 
     try:
-        # The box ends what is read: nothing outside it is taken for the answer.
+        # The box delimits the answer; nothing outside it counts.
         given, right = (
             parse(rf"\boxed{{{text}}}", parsing_timeout=None, extraction_mode="first_match")
             for text in (answer, reference)
@@ -99,12 +99,12 @@ def _equal(answer: str, reference: str) -> bool | None:
         equal = verify(right, given, timeout_seconds=None)
         return equal and not _tiny_and_different(given[0], right[0])
     except Exception:
-        # Out of memory, too deep, or a fault of a library.
+        # Out of memory, too deep, or an error in a library.
         return None
 
 
 def _tiny_and_different(one: Any, other: Any) -> bool:
-    """Whether two numbers agree to the six decimals of math-verify only since both are tiny."""
+    """Whether two numbers agree to math-verify's six decimals only because both are tiny."""
     if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
         return False
     first, second = one.evalf(), other.evalf()

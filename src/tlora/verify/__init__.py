@@ -1,1 +1,1 @@
-"""What an artifact really does: which readers get it right, by its files and by its replies."""
+"""Verify which readers interpret an artifact correctly, by its files and by its replies."""

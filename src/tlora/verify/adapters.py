@@ -1,4 +1,4 @@
-"""An adapter's folder, or an export of it, as each reader of adapters takes it."""
+"""Verdicts on an adapter folder, or an export of it, for each reader of adapters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def by_every_reader(lora: SavedLora, meant: SavedLora | None = None) -> list[Ver
     """Return a verdict for each reader of folders, PEFT first.
 
     Args:
-        lora: what they read.
-        meant: what it should be, as PEFT reads it; None: itself.
+        lora: the LoRA that they read.
+        meant: the reference, as PEFT reads it; None: the LoRA itself.
 
     Raises:
-        AdapterError: a module has another size in the two.
+        AdapterError: a module's size differs between the two.
     """
     if meant is None:
         return [Verdict.of(reading(reader, lora)) for reader in READERS]
@@ -31,14 +31,14 @@ def by_every_reader(lora: SavedLora, meant: SavedLora | None = None) -> list[Ver
 
 
 def by_llama_cpp(lora: SavedLora, meant: SavedLora) -> list[Verdict]:
-    """Return the verdicts on a GGUF file: llama.cpp's own, and that nothing else reads it.
+    """Return the verdicts on a GGUF file: llama.cpp's, and rejections by all other readers.
 
     Args:
-        lora: the file, its scales being llama.cpp's.
+        lora: the file's LoRA, with llama.cpp's scales.
         meant: the adapter.
 
     Raises:
-        AdapterError: a module has another size in the two.
+        AdapterError: a module's size differs between the two.
     """
     own = READERS[0]
     llama = Reader("llama.cpp", "llama.cpp (GGUF)", own.scales, ("llama.cpp", "ollama"))
@@ -56,10 +56,10 @@ def _not_gguf(_: SavedLora) -> dict[str, float]:
 
 
 def paired(lora: SavedLora, meant: SavedLora) -> Pairs:
-    """Return the updates of both, computed.
+    """Return the computed updates of both.
 
     Raises:
-        AdapterError: a module has another size in the two.
+        AdapterError: a module's size differs between the two.
     """
     pairs = Pairs(lora, meant)
     for name in pairs:
@@ -67,14 +67,14 @@ def paired(lora: SavedLora, meant: SavedLora) -> Pairs:
             pairs[name]
         except ValueError as sizes:
             raise AdapterError(
-                f"{lora.path} is no export of {meant.path}: {name} is {sizes}; give two adapters of"
-                " one base model."
+                f"{lora.path} is not an export of {meant.path}: {name} is {sizes}; give two"
+                " adapters of the same base model."
             ) from sizes
     return pairs
 
 
 def _faults(lora: SavedLora, meant: SavedLora) -> Iterator[str]:
-    """Yield what differs beside the updates, a noun phrase each."""
+    """Yield differences besides the updates, one noun phrase each."""
     if missing := [name for name in meant.keys if name not in lora.keys]:
         yield f"{listed(missing)} missing"
     extra = [n for n in lora.keys if n not in meant.keys and lora.tensors[lora.keys[n][1]].any()]
@@ -94,13 +94,13 @@ def _faults(lora: SavedLora, meant: SavedLora) -> Iterator[str]:
 
 
 def _beside(lora: SavedLora) -> dict[str, float]:
-    """Return the tensors beside A and B, and what each is multiplied by: a bias of B by s."""
+    """Return the tensors besides A and B with their factors: s for a bias of B, else 1."""
     biases = lora.biases
     return {key: lora.scale(biases[key]) if key in biases else 1.0 for key in lora.others}
 
 
 def _alike(lora: SavedLora, key: str, scale: float, meant: Tensor, other: float) -> bool:
-    """Return whether a tensor is the meant one, but for rounding."""
+    """Return whether a tensor equals the reference, up to rounding."""
     found = lora.tensors[key]
     if found.shape != meant.shape:
         return False

@@ -1,4 +1,4 @@
-"""An adapter.gguf as llama.cpp reads it: s is alpha over the tensor's own rank, 1 where alpha is 0.
+"""Read an adapter.gguf as llama.cpp does: s is alpha over the tensor's rank, or 1 if alpha is 0.
 
 Source: llama.cpp, `src/llama-adapter.h` (`get_scale`).
 """
@@ -20,16 +20,16 @@ _SIDES = (".lora_a", ".lora_b")
 
 
 def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
-    """Return the LoRA in a GGUF file, under the names of the adapter that it was made from.
+    """Return the LoRA in a GGUF file, with the names of the original adapter.
 
     Args:
         file: the GGUF file.
-        meant: the adapter; a matrix whose module it lacks keeps its name of GGUF.
+        meant: the adapter; a matrix without a counterpart keeps its GGUF name.
         config: the base's configuration, as in its `config.json`.
 
     Raises:
-        AdapterError: the file is damaged, no LoRA, of another architecture, or a matrix has no
-            counterpart.
+        AdapterError: the file is damaged, not a LoRA or for another architecture, or a matrix
+            has no counterpart.
         ConfigError: the base's family has not been tested.
     """
     family = family_of(config)
@@ -37,8 +37,7 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
     lone = [n for n in found if not n.endswith(_SIDES) or not _pair(n) <= found.keys()]
     if lone or not found:
         raise AdapterError(
-            f"{file}: {listed(lone) or 'nothing'} is not one of A and B of a module; export it"
-            " again."
+            f"{file}: A or B is missing for {listed(lone) or 'all modules'}; export it again."
         )
     table = name_map(family, config)
     names = {table.get_name(f"{name}.weight", (".weight",)): name for name in meant.keys}
@@ -62,7 +61,7 @@ def _opened(file: Path, architecture: str) -> tuple[dict[str, Tensor], float]:
     """Return the tensors of a GGUF file, and its alpha.
 
     Raises:
-        AdapterError: it is damaged, or no adapter of this architecture.
+        AdapterError: the file is damaged, or not an adapter for this architecture.
     """
     import gguf
 
@@ -71,12 +70,12 @@ def _opened(file: Path, architecture: str) -> tuple[dict[str, Tensor], float]:
         found = {each.name: _tensor(each, gguf) for each in opened.tensors}
         kind, own = (_value(opened, f"general.{name}") for name in ("type", "architecture"))
         alpha = float(_value(opened, "adapter.lora.alpha") or 0.0)
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file can raise anything
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise AdapterError(f"{file}: cut off or damaged ({cause}); export it again.") from error
+        raise AdapterError(f"{file}: truncated or damaged ({cause}); export it again.") from error
     if kind != "adapter" or own != architecture:
         raise AdapterError(
-            f"{file} is a {kind or 'file'} of {own}, no adapter of {architecture}; export the"
+            f"{file} is a {kind or 'file'} for {own}, not an adapter for {architecture}; export the"
             " adapter again."
         )
     return found, alpha
@@ -93,7 +92,7 @@ def _value(opened: Any, name: str) -> Any:
 
 
 def _tensor(entry: Any, gguf: Any) -> Tensor:
-    """Return a tensor as torch has it: llama.cpp lists sizes from the innermost."""
+    """Convert a tensor to torch; llama.cpp lists sizes innermost first."""
     shape = [int(size) for size in reversed(entry.shape)]
     raw = torch.from_numpy(entry.data.copy())
     if entry.tensor_type == gguf.GGMLQuantizationType.BF16:

@@ -1,4 +1,4 @@
-"""llama.cpp itself, by the xllamacpp package: the next token under a GGUF adapter."""
+"""Run llama.cpp itself, through the xllamacpp package, to get next-token probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def is_installed() -> bool:
-    """Return whether the package is there."""
+    """Return whether the package is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -23,11 +23,11 @@ def next_tokens(
 
     Args:
         base: the base model's GGUF file.
-        adapter: the adapter's; None: the base alone.
+        adapter: the adapter's GGUF file; None: the base alone.
         prompts: token ids.
         rows: size of the vocabulary.
-        letter: a token that is a whole character. llama.cpp holds others back together with their
-            probabilities, so that this one is taken; what it returns is without this bias.
+        letter: a token that is a whole character. llama.cpp withholds the probabilities of other
+            tokens, so sampling is biased to this one; the returned values exclude the bias.
     """
     server = _server(base, adapter, max(map(len, prompts)))
     found = []

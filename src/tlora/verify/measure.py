@@ -1,4 +1,4 @@
-"""What models reply: the adapter under each reader's rule, an export of it, a GGUF in llama.cpp."""
+"""Measure replies: of the adapter under each reader's rule, an export, a GGUF in llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tlora.verify.verdicts import Verdict
 from tlora.verify.verifyconfig import VerifyConfig
 
 LIMIT = 0.1
-"""Of the adapter's effect: an export whose replies are further off is wrong."""
+"""Largest acceptable difference of an export's replies, relative to the adapter's effect."""
 _NOISE = 3
-"""Times what llama.cpp's base is off from transformers' that its adapter may be off, at least."""
+"""Tolerance for llama.cpp's adapter, as a multiple of its base's difference to transformers."""
 
 
 @dataclass
 class Measured:
-    """What was found: for the screen, for JSON, and for the exit code."""
+    """Results for the screen, for JSON, and for the exit code."""
 
     lines: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def add(self, title: str, difference: Difference, effect: Difference) -> None:
-        """Note the difference of a model to the adapter."""
+        """Record the difference of a model to the adapter."""
         self.lines.append(f"{title}: {difference.words(effect)}")
         share = difference.of_effect(effect)
         self.record[title] = {**vars(difference), "of_effect": share}
@@ -45,20 +45,20 @@ class _Setting:
 
     @classmethod
     def of(cls, config: VerifyConfig, lora: SavedLora, base: str) -> _Setting | str:
-        """Return what is asked; or why nothing is, in a line."""
+        """Return the setting, or a line with the reason why replies are not compared."""
         models = Models(base, config.trust_remote_code)
         if not models.writes(str(lora.path)):
-            return "replies: not run, since the model does not generate text"
+            return "replies: skipped, the model does not generate text"
         try:
             prompts = models.prompts(str(lora.path), config.prompts)
         except ConfigError as error:
             if config.prompts:
                 raise
-            return f"replies: not run ({error.faults[0].rstrip('.')})"
+            return f"replies: skipped ({error.faults[0].rstrip('.')})"
         return cls(models, prompts, config.max_new_tokens)
 
     def adapted(self, model: Any, tokenizer: Any) -> Replies:
-        """Return the replies of the adapter on its base, which all others read."""
+        """Return the replies of the adapter on its base, which the other models read."""
         own = written(model, tokenizer, self.prompts, self.count)
         return Replies(own, logs(model, self.prompts, own))
 
@@ -71,7 +71,7 @@ class _Setting:
 def readers(
     config: VerifyConfig, lora: SavedLora, base: str, verdicts: Sequence[Verdict]
 ) -> Measured:
-    """Measure what the scales of each reader that is off make of the replies."""
+    """Measure the replies under the scales of each inexact reader."""
     setting = _Setting.of(config, lora, base)
     if isinstance(setting, str):
         return Measured([setting])
@@ -96,7 +96,7 @@ def readers(
 
 
 def export(config: VerifyConfig, lora: SavedLora, base: str, path: Path) -> Measured:
-    """Measure how far an export's replies are from the adapter's, both by transformers."""
+    """Measure the difference between an export's and the adapter's replies in transformers."""
     setting = _Setting.of(config, lora, base)
     if isinstance(setting, str):
         return Measured([setting])
@@ -117,17 +117,15 @@ def _effect(setting: _Setting, base: str, meant: Replies) -> Difference:
 
 
 def gguf(config: VerifyConfig, lora: SavedLora, base: str, file: Path) -> Measured:
-    """Measure how far llama.cpp's next token is from the adapter's, and its base's from the base's.
+    """Measure llama.cpp's next-token difference to the adapter, and between both bases.
 
-    The noise of llama.cpp's own base counts as no error.
+    Differences within the noise of llama.cpp's base are not errors.
     """
     stored = file.with_name(BASE)
     if not llamacpp.is_installed():
-        return Measured(["llama.cpp: not run; it needs `pip install xllamacpp`"])
+        return Measured(["llama.cpp: skipped; it needs `pip install xllamacpp`"])
     if not stored.is_file():
-        return Measured(
-            [f"llama.cpp: not run, since {stored} does not exist; export with --base_gguf"]
-        )
+        return Measured([f"llama.cpp: skipped, {stored} does not exist; export with --base_gguf"])
     setting = _Setting.of(config, lora, base)
     if isinstance(setting, str):
         return Measured([setting])

@@ -1,8 +1,7 @@
-"""A merged model against its base and the adapter, tensor by tensor, from the files alone.
+"""Compare a merged model with its base and adapter, tensor by tensor, from the files alone.
 
-W_merged - W is compared with s B A of each module; all other tensors must be the base's. Merging in
-one step rounds each weight once, by at most u |w|, so a difference up to u ||W|| is that of
-rounding.
+Compares W_merged - W with s B A for each module; all other tensors must equal the base's. Merging
+in one step rounds each weight once, by at most u |w|, so differences up to u ||W|| are rounding.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from tlora.verify.verdicts import Verdict
 
 
 def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
-    """Return how far a merged model is from its base and the adapter.
+    """Return the difference of a merged model to its base plus adapter.
 
     Args:
-        folder: of the merged model.
+        folder: the folder of the merged model.
         base: the base.
         lora: the adapter.
 
     Raises:
-        AdapterError: the adapter holds what is not merged by adding s B A, or the base has no
-            weight of a module.
-        ConfigError: a model's files are damaged, or there are none.
+        AdapterError: the adapter has parts not merged by adding s B A, or the base has no weight
+            for a module.
+        ConfigError: a model's files are damaged or missing.
     """
     _refuse_more_than_matrices(lora)
     model = skeleton(base, lora.fields.get("task_type"))
@@ -45,8 +44,8 @@ def check(folder: Path, base: Pretrained, lora: SavedLora) -> Verdict:
     updated = {f"{name}.weight": name for name in lora.keys}
     if unknown := [key for key in updated if key not in before]:
         raise AdapterError(
-            f"the files of {base.name!r} have no {listed(unknown)}; give the adapter's own base by"
-            " --model."
+            f"the files of {base.name!r} have no {listed(unknown)}; give the adapter's own base"
+            " with --model."
         )
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     faults = [*_elsewhere(before, after, updated, ties), *_settings(base, folder)]
@@ -78,36 +77,38 @@ def _refuse_more_than_matrices(lora: SavedLora) -> None:
     lacking = [words for words in lora.lacks() if not words.startswith("adapters of embeddings")]
     if lacking:
         raise AdapterError(
-            f"{lora.path} has {'; '.join(lacking)}; only plain matrices can be compared with merged"
-            " weights from the files alone."
+            f"{lora.path} has {'; '.join(lacking)}, but only plain matrices can be compared with"
+            " merged weights; compare replies with --prompts instead."
         )
 
 
 def _tensors(model: Any, folder: Path) -> dict[str, Stored]:
-    """Return the tensors of a checkpoint by their names in the model; computed ones are left out.
+    """Return the tensors of a checkpoint by their names in the model, without computed ones.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no tensors.
     """
     files = stored_tensors(folder)
     found = {key: stored for tensors in files.values() for key, stored in tensors.items()}
     if not found:
-        raise ConfigError(f"{str(folder)!r} has no safetensors files.", "model")
+        raise ConfigError(
+            f"{str(folder)!r} has no safetensors files; give a folder with some.", "model"
+        )
     names = names_in_model(model, found)
     return {name: found[key] for key, (name, is_computed) in names.items() if not is_computed}
 
 
 _SLACK = 0.02
-"""Of a module's update: what merging in half precision may be off beyond one rounding an entry."""
+"""Tolerance beyond rounding for half-precision merges, relative to a module's update."""
 _BLOCK = 4096
-"""Rows of a weight at a time."""
+"""Rows of a weight per chunk."""
 
 
 def _off(before: Tensor, after: Tensor, factors: Factors, transposed: bool) -> tuple[float, ...]:
-    """Return ||W_merged - W - s B A||, ||s B A||, the bound of rounding, and the norm beyond it.
+    """Return ||W_merged - W - s B A||, ||s B A||, the rounding bound, and the norm beyond it.
 
-    The last is that of what each entry of the difference has beyond its own bound: where an update
-    is smaller than the rounding of the large weights, the small ones tell whether it is there.
+    The last is the norm of each entry's excess over its own bound: if an update is smaller than the
+    rounding of large weights, the small weights show whether it is present.
     """
     a, b = factors.a.double().flatten(1), factors.scale * factors.b.double().flatten(1)
     if transposed:
@@ -119,7 +120,7 @@ def _off(before: Tensor, after: Tensor, factors: Factors, transposed: bool) -> t
         found, update = after[rows].double().flatten(1), b[rows] @ a
         off = found - before[rows].double().flatten(1) - update
         bound = (found.abs() * limits.eps / 2).clamp_min(limits.tiny * limits.eps)
-        # The sum itself is made in float32.
+        # The sum itself is computed in float32.
         bound += found.abs() * _FLOAT32
         beyond = (off.abs() - bound).clamp_min(0)
         sums += torch.stack([each.square().sum() for each in (off, update, bound, beyond)])
@@ -135,8 +136,8 @@ def _elsewhere(
     updated: Collection[str],
     ties: Mapping[str, str],
 ) -> Iterator[str]:
-    """Yield what differs outside of the weights that the adapter updates, a noun phrase each."""
-    # A tied head may be written out, or left out.
+    """Yield differences outside the weights that the adapter updates, one noun phrase each."""
+    # A tied head may be stored or omitted.
     lost = [k for k in before if k not in after and ties.get(k) not in after]
     if lost:
         yield f"{listed(lost)} missing"
@@ -152,11 +153,11 @@ _FREE = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config"),
     *("tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
-"""Fields of a configuration that may change in merging: `_elsewhere` looks after the tie."""
+"""Configuration fields that merging may change; `_elsewhere` checks the tie."""
 
 
 def _settings(base: Pretrained, folder: Path) -> Iterator[str]:
-    """Yield which fields of the configuration differ from the base's, as a noun phrase."""
+    """Yield configuration fields that differ from the base's, as a noun phrase."""
     old, new = (
         _bound(dataclasses.replace(base, name=name).config().to_diff_dict())
         for name in (base.name, str(folder))
@@ -166,7 +167,7 @@ def _settings(base: Pretrained, folder: Path) -> Iterator[str]:
 
 
 def _bound(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that may not change, those of parts included."""
+    """Return the fields that must not change, including nested ones."""
     kept = {k: v for k, v in fields.items() if k not in _FREE and not k.startswith("_")}
     return {key: _bound(each) if isinstance(each, dict) else each for key, each in kept.items()}
 

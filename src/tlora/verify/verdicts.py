@@ -1,4 +1,4 @@
-"""What is said of each reader, on the screen and in JSON."""
+"""Verdicts on each reader, for the screen and JSON."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from tlora.errors import listed
 from tlora.exporters.readers import Reading
 
 _WORST = 3
-"""Modules that a line names."""
+"""Maximum number of modules listed in a line."""
 
 
 @dataclass
 class Verdict:
-    """What a reader makes of an artifact."""
+    """A verdict on a reader of an artifact."""
 
     reader: str
     """A short name."""
     title: str
     servers: tuple[str, ...]
-    """The names that `--for` takes for it."""
+    """Its names in `--for`."""
     error: float | None = None
-    """Norm of the difference over the norm of the adapter's effect; None where it is not known."""
+    """Norm of the difference over the norm of the adapter's effect; None if unknown."""
     refused: str | None = None
-    """Why it is not read at all."""
+    """Reason why the reader rejects it."""
     rounding: float = 0.0
-    """The error that the precision explains."""
+    """The error explained by precision."""
     exact: bool = False
-    """Whether there is no error but that of rounding."""
+    """Whether the only error is rounding."""
     modules: dict[str, float] = field(default_factory=dict)
-    """The errors of the modules that are off, each of its own effect."""
+    """Relative errors of the inexact modules."""
     faults: list[str] = field(default_factory=list)
-    """What else is wrong, a noun phrase each: tensors that are missing, or too many."""
+    """Other faults, one noun phrase each: missing or extra tensors."""
 
     @classmethod
     def of(cls, reading: Reading, faults: Sequence[str] = ()) -> Verdict:
-        """Return what a reading says, and what else was found."""
+        """Build the verdict from a reading and other faults."""
         reader = reading.reader
         return cls(
             reader.name,
@@ -78,6 +78,6 @@ _SHOWN = 1e-12
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Return a line a reader."""
+    """Return one line per reader."""
     width = max(len(verdict.title) for verdict in verdicts)
     return "\n".join(f"{verdict.title:<{width}}  {verdict.words()}" for verdict in verdicts)

@@ -1,4 +1,4 @@
-"""`tlora verify`: what each reader makes of an adapter, or whether an export of it is the same."""
+"""`tlora verify`: check how each reader interprets an adapter, or whether an export equals it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is verified.
+    """An artifact to verify.
 
     Attributes:
         path: its folder, or the GGUF file.
@@ -40,16 +40,16 @@ class Artifact:
 
 
 def run(config: VerifyConfig, tell: Tell) -> None:
-    """Verify an artifact and print what was found.
+    """Verify an artifact and print the results.
 
     Raises:
-        ConfigError: a path holds nothing that can be verified, or there is no base.
-        VerificationError: what was asked is wrong, or a file is damaged.
+        ConfigError: a path has nothing to verify, or the base is unknown.
+        VerificationError: the verification fails, or a file is damaged.
     """
     found = [artifact_at(path) for path in config.paths]
     if found[0].kind != "adapter":
         raise ConfigError(
-            f"{found[0].path} holds no PEFT adapter to compare with; give one first: tlora"
+            f"{found[0].path} has no PEFT adapter to compare with; give one first: tlora"
             f" verify ADAPTER {found[0].path}",
             "paths",
         )
@@ -74,15 +74,15 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         tell(f"numbers: {config.output}")
     faults = _wrong(config, verdicts) + (measured.faults if measured else [])
     if faults:
-        again = f"; `tlora export {config.paths[0]} --for {config.server}` writes what it reads"
+        again = f"; run `tlora export {config.paths[0]} --for {config.server}` to convert it"
         raise VerificationError("; ".join(faults) + (again if config.server in SERVERS else ""))
 
 
 def artifact_at(path: str) -> Artifact:
-    """Return what is at a path: a run stands for its adapter.
+    """Return the artifact at a path; for a run, its adapter.
 
     Raises:
-        ConfigError: nothing that can be verified.
+        ConfigError: there is nothing to verify.
     """
     folder = Path(path)
     if folder.suffix == ".gguf" and folder.is_file():
@@ -117,18 +117,18 @@ def base_of(config: VerifyConfig, lora: SavedLora) -> str:
     """Return the base model.
 
     Raises:
-        ConfigError: nothing names it.
+        ConfigError: it is unknown.
     """
     base = config.model or lora.base
     if not base:
-        raise ConfigError(f"{lora.path} names no base model; give --model.", "model")
+        raise ConfigError(f"{lora.path} does not name its base model; give --model.", "model")
     return base
 
 
 def _by_replies(
     config: VerifyConfig, lora: SavedLora, subject: Artifact | None, verdicts: list[Verdict]
 ) -> Measured | None:
-    """Compare replies where a base or prompts are given."""
+    """Compare replies if a base or prompts are given."""
     if not (config.model or config.prompts):
         return None
     from tlora.verify import measure
@@ -141,7 +141,7 @@ def _by_replies(
 
 
 def _wrong(config: VerifyConfig, verdicts: list[Verdict]) -> list[str]:
-    """Return what is wrong of what was asked, a clause each."""
+    """Return the faults relevant to the request, one clause each."""
     if config.server is None:
         asked = verdicts[:1]
     else:

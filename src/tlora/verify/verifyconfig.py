@@ -1,4 +1,4 @@
-"""The record of `tlora verify`. Nothing here imports torch."""
+"""Configuration of `tlora verify`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,37 @@ Reader = Literal["peft"] | Server
 
 @dataclass(kw_only=True)
 class VerifyConfig(Record):
-    """Check which readers get an adapter right, from its files alone; or whether an export of it is
-    the same adapter. With a base model, compare log probabilities and greedy replies too.
+    """Check from the files alone which readers interpret an adapter correctly, or whether an export
+    is the same adapter. With a base model, also compare log probabilities and greedy replies.
 
-    The exit code is 1 if the reader of --for, or without it PEFT, gets it wrong, or if the two
-    differ.
+    The exit code is 1 if the reader in --for (default: PEFT) is wrong, or if the two differ.
 
     Raises:
-        ConfigError: values are missing or out of range; all faults are collected into one error.
+        ConfigError: values are missing or out of range; one error lists all faults.
     """
 
     where: ClassVar[str] = "verify"
 
     paths: list[str] = field(metadata={"positional": True})
-    """An adapter (the folder of a run, or of any LoRA that PEFT has saved); and, to compare with
-    it, an export of it: another adapter, a merged model, or a folder with an adapter.gguf."""
+    """An adapter (the folder of a run, or of any LoRA saved by PEFT), and optionally an export of
+    it to compare: another adapter, a merged model, or a folder with an adapter.gguf."""
     server: Reader | None = None
-    """Who will read it."""
+    """The reader to check."""
     model: str | None = None
-    """Base model, in place of the one that the adapter names; it is loaded, and replies are
-    compared."""
+    """Base model, instead of the one named by the adapter; loads it and compares replies."""
     prompts: str | None = None
-    """Prompts to compare replies on: a text file with a prompt a line, or JSONL with `prompt` or
-    `messages`; by default a few that come with the package."""
+    """Prompts for comparing replies: a text file with one prompt per line, or JSONL with `prompt`
+    or `messages`; by default, a few built-in ones."""
     max_new_tokens: Annotated[int, at_least(1)] = 16
-    """Greedy tokens that are compared of each reply."""
+    """Number of greedy tokens to compare per reply."""
     output: str | None = None
-    """JSON file to write all numbers to."""
+    """JSON file for all numbers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         if not 1 <= len(self.paths) <= 2:
-            yield "`paths` takes an adapter, and at most one export of it to compare."
+            yield "`paths` must be an adapter and at most one export of it to compare."
         if self.output is not None and not self.output.endswith(".json"):
             yield f"`output` is {self.output!r}; give the name of a .json file."

@@ -1,11 +1,11 @@
-"""Requests to an endpoint that speaks OpenAI's chat completions, by the `openai` client.
+"""Send requests to an OpenAI-compatible chat completions endpoint with the `openai` client.
 
-The client retries what passes by itself (429, 5xx, timeouts, lost connections), with waits that
-double or that the endpoint asks for by Retry-After. What would fail again (a wrong key, an unknown
-model) is an error at once.
+The client retries temporary failures (429, 5xx, timeouts, lost connections) with exponential
+backoff or after the endpoint's Retry-After. Permanent failures (a wrong key, an unknown model) are
+errors at once.
 
-The key is read from the environment, sent in a header, and taken out of whatever the endpoint says
-before anyone sees it.
+The key is read from the environment, sent in a header, and removed from the endpoint's messages
+before they are shown.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
 
 _EXCERPT = 300
 _SHORTEST_SECRET = 8
-"""Shorter keys are fillers ("EMPTY", "none") for servers that check none."""
+"""Shorter keys are placeholders ("EMPTY", "none") for servers that check none."""
 _PASSING = (408, 409, 429)
-"""With 5xx, the statuses that the client retries."""
+"""Statuses that the client retries, besides 5xx."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for a request."""
+    """Response to a request."""
 
     text: str
-    """The judge's words; empty if it gave none."""
+    """The judge's text; may be empty."""
     finish: str
-    """Why it stopped: "stop", "length", "content_filter", or "refusal" where the endpoint says that
-    the judge declined."""
+    """Reason why it stopped: "stop", "length", "content_filter", or "refusal" if the endpoint
+    reports that the judge declined."""
     tokens_in: int
-    """Tokens of the prompt, as the endpoint counts them; 0 if it does not."""
+    """Prompt tokens counted by the endpoint; 0 if missing."""
     tokens_out: int
-    """Tokens of the answer, likewise."""
+    """Answer tokens counted by the endpoint; 0 if missing."""
 
     @property
     def status(self) -> str:
-        """ "rated", or why there is no grade.
+        """ "rated", or the reason for a missing grade.
 
-        "declined" (the endpoint says so), "no rating" (no number in brackets, as in "I cannot judge
-        this"), "cut off" (none before `judge.max_tokens`), or "out of range".
+        "declined" (reported by the endpoint), "no rating" (no number in brackets, as in "I cannot
+        judge this"), "cut off" (none before `judge.max_tokens`), or "out of range".
         """
         found = rating(self.text)
         if self.finish in ("refusal", "content_filter"):
@@ -61,15 +61,15 @@ class Reply:
 
     @property
     def score(self) -> float | None:
-        """The grade, 1 to 10; None where none could be read: that answer counts in no mean."""
+        """The grade, 1 to 10; None if unreadable, which excludes the answer from means."""
         return rating(self.text) if self.status == "rated" else None
 
 
 def read_key(config: JudgeConfig) -> str | None:
-    """Return the key from the environment, or None where there is none.
+    """Return the key from the environment, or None without one.
 
     Raises:
-        ConfigError: it cannot be sent in a header, or would travel unencrypted to another machine.
+        ConfigError: it is invalid in a header, or would be sent unencrypted to another machine.
     """
     name = config.key_variable
     key = os.environ.get(name, "").strip() if name else ""
@@ -77,13 +77,13 @@ def read_key(config: JudgeConfig) -> str | None:
         return None
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(
-            f"the key in {name} has characters that no header can carry; set it again.", "judge"
+            f"the key in {name} has characters that are invalid in a header; set it again.", "judge"
         )
     url = config.url or ""
     if url.startswith("http:") and not is_local(url):
         raise ConfigError(
-            f"the key in {name} would travel unencrypted to {url}; give an https address, or send"
-            " no key by `judge.key_variable: null`.",
+            f"the key in {name} would be sent unencrypted to {url}; use an https address, or send"
+            " no key with `judge.key_variable: null`.",
             where="judge",
         )
     return key
@@ -94,12 +94,12 @@ def connected(config: JudgeConfig) -> Iterator[Endpoint]:
     """Yield the judge's endpoint; threads may share it.
 
     Raises:
-        ConfigError: the key cannot be sent.
+        ConfigError: the key is invalid or would be sent unencrypted.
     """
     key = read_key(config)
     import openai
 
-    # No proxy stands between this machine and itself.
+    # Use no proxy for requests to this machine itself.
     transport = openai.DefaultHttpxClient(
         timeout=config.timeout, trust_env=not is_local(config.url or ""), follow_redirects=False
     )
@@ -122,16 +122,16 @@ class Endpoint:
     key: str | None = field(repr=False)
 
     def request(self, body: dict[str, Any]) -> Reply:
-        """Send one request; the client sends it again where that may help.
+        """Send one request, with retries by the client.
 
         Raises:
-            ConfigError: the endpoint refuses the key, the model or the request.
-            JudgeError: it did not answer in any of the tries, or not by a chat completion.
+            ConfigError: the endpoint rejects the key, the model or the request.
+            JudgeError: every try failed, or the answer is not a chat completion.
         """
         import httpx2
         import openai
 
-        # Said here, or the client would send a key that it finds itself (OPENAI_ADMIN_KEY).
+        # Set explicitly, or the client would send a key that it finds itself (OPENAI_ADMIN_KEY).
         headers = {"Authorization": f"Bearer {self.key}" if self.key else openai.omit}
         url = completions_url(self.config)
         try:
@@ -152,7 +152,7 @@ class Endpoint:
         raise JudgeError(f"{url} gave no judgment ({_excerpt(reason)}).")
 
     def _refusal(self, status: int, text: str) -> ConfigError | JudgeError:
-        """Return the error for a status: it may pass later, or the user has to change something."""
+        """Return the error for a status: temporary, or one that the user has to fix."""
         url = completions_url(self.config)
         if status >= 500 or status in _PASSING:
             return JudgeError(f"{url} gave no judgment (status {status}: {_excerpt(text)}).")
@@ -161,7 +161,7 @@ class Endpoint:
             name = self.config.key_variable
             advice = f"check the key in {name}" if self.key else f"no key was sent: {name} is unset"
         return ConfigError(
-            f"{url} refuses the request with status {status} ({_excerpt(text)}); {advice}.",
+            f"{url} rejects the request with status {status} ({_excerpt(text)}); {advice}.",
             where="judge",
         )
 
@@ -171,7 +171,7 @@ class Endpoint:
         refusal, usage = choice["message"].get("refusal"), value.get("usage") or {}
         said = self._safe(choice["message"].get("content") or refusal or "")
         return Reply(
-            # A reply that was cut may end in half of a surrogate pair, which no file can hold.
+            # A truncated reply may end in half a surrogate pair, which cannot be written to a file.
             text=said.encode("utf-8", "replace").decode(),
             finish="refusal" if refusal else str(choice.get("finish_reason")),
             tokens_in=int(usage.get("prompt_tokens") or 0),
@@ -188,12 +188,12 @@ class Endpoint:
 
 
 def completions_url(config: JudgeConfig) -> str:
-    """Return the address that requests go to."""
+    """Return the URL for requests."""
     return f"{(config.url or '').rstrip('/')}/chat/completions"
 
 
 def request_body(config: JudgeConfig, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """Return the request that asks for a reply to ``messages``; null fields are left out."""
+    """Return the request body for ``messages``, without null fields."""
     fields: dict[str, Any] = {"temperature": config.temperature, "max_tokens": config.max_tokens}
     fields |= config.request
     kept = {name: value for name, value in fields.items() if value is not None}

@@ -1,10 +1,10 @@
-"""Grading many answers: each turn of each question is one request, several under way at a time.
+"""Grade many answers with one request per turn of a question, several in parallel.
 
-Answers are lines, as an evaluation's folder keeps them: two for each question, one for each turn,
-with all that a judging needs.
+Answers are lines as in an evaluation's folder: one per turn of each question, with everything that
+judging needs.
 
 Source: FastChat's summary of single-answer grades, published with arXiv 2306.05685: means over
-answers, those without a grade left out.
+graded answers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def answer_lines(question: Question, replies: Pair, prompts: Pair) -> list[Line]
 
     Args:
         question: the question.
-        replies: what a model wrote to its two turns.
-        prompts: what the model was given for each.
+        replies: a model's replies to its two turns.
+        prompts: the prompt of each turn.
     """
     return [
         {
@@ -58,13 +58,13 @@ def answer_lines(question: Question, replies: Pair, prompts: Pair) -> list[Line]
 
 
 def graded(line: Mapping[str, Any], reply: Reply) -> Line:
-    """Return a line with what the judge said of its answer."""
+    """Add the judge's reply to the line of an answer."""
     scores = {} if reply.score is None else dict.fromkeys(_means_of(line), reply.score)
     return {**line, "scores": scores, "judgment": reply.text, "status": reply.status}
 
 
 def _means_of(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the means that the grade of one answer counts in."""
+    """Return the names of the means that include the grade of one answer."""
     return ("score", f"turn_{line['turn']}", line["category"])
 
 
@@ -77,14 +77,14 @@ def metric_names(lines: Lines) -> list[str]:
 def means(lines: Lines) -> dict[str, float]:
     """Return the mean grade under each name of `metric_names`, 1 to 10.
 
-    A name whose answers have all been left unrated is left out.
+    Omits a name without any graded answer.
     """
     grades = {n: [e["scores"][n] for e in lines if n in e["scores"]] for n in metric_names(lines)}
     return {name: math.fsum(some) / len(some) for name, some in grades.items() if some}
 
 
 def counts(replies: Iterable[Reply]) -> dict[str, Any]:
-    """Return what judging took, kept judgments included, as plain JSON values."""
+    """Return the cost of judging, including cached judgments, as plain JSON values."""
     replies = list(replies)
     statuses = Counter(reply.status for reply in replies)
     return {
@@ -96,7 +96,7 @@ def counts(replies: Iterable[Reply]) -> dict[str, Any]:
 
 
 def judge_prompts(config: JudgeConfig) -> JudgePrompts:
-    """Return the prompts that a configuration asks for.
+    """Return the prompts selected by a configuration.
 
     Raises:
         DataError: the file of prompts is missing or damaged.
@@ -105,22 +105,22 @@ def judge_prompts(config: JudgeConfig) -> JudgePrompts:
 
 
 def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging") -> list[Reply]:
-    """Have every answer graded; return the judge's replies, one for each line.
+    """Grade every answer, and return the judge's replies, one per line.
 
-    A reply is written to the folder ``kept`` as it comes, in a file whose name is a digest of all
-    that defines the request (but not the key), so that none is paid for twice: after a failure or
-    a kill the same call asks for the rest.
+    Each reply is written to the folder ``kept`` at once, in a file named by a digest of the request
+    (without the key), so that none is paid for twice: after an interruption, the same call only
+    requests the rest.
 
     Args:
-        lines: those of `answer_lines`, question by question.
-        config: the judge; has a url.
-        kept: where judgments are kept.
-        title: what the progress bar says.
+        lines: lines from `answer_lines`, question by question.
+        config: the judge, with a url.
+        kept: folder for judgments.
+        title: label of the progress bar.
 
     Raises:
-        ConfigError: the endpoint refuses the key, the model or the request.
+        ConfigError: the endpoint rejects the key, the model or the request.
         DataError: the file of prompts is missing or damaged.
-        JudgeError: a request was answered in none of its tries; the others are kept.
+        JudgeError: every try of a request failed; the other replies are kept.
     """
     prompts, url = judge_prompts(config), completions_url(config)
     bodies = [
@@ -136,8 +136,8 @@ def judge(lines: Lines, config: JudgeConfig, kept: Path, title: str = "judging")
     except JudgeError as error:
         there = sum(file.is_file() for file in files)
         raise JudgeError(
-            f"{there} of {len(bodies)} judgments are made and kept in {kept}; the same command"
-            f" asks for the rest. The first failure: {error}"
+            f"{there} of {len(bodies)} judgments are saved in {kept}; rerun the same command to"
+            f" request the rest. The first failure: {error}"
         ) from error
     return [Reply(**read_state(file)["reply"]) for file in files]
 
@@ -155,7 +155,7 @@ def _ask(missing: list[tuple[dict[str, Any], Path]], config: JudgeConfig, title:
             for ended in tqdm(as_completed(running), total=len(running), desc=title, disable=None):
                 ended.result()
         finally:
-            # After a failure those under way end, and are kept; those that wait are not begun.
+            # After a failure, running requests finish and are kept; waiting ones do not start.
             pool.shutdown(cancel_futures=True)
 
 
@@ -164,7 +164,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def _reply_in(file: Path) -> Reply | None:
-    """Return a kept reply, or None if it has to be asked; so where its file is damaged."""
+    """Return a saved reply, or None if it is missing or its file is damaged."""
     try:
         return Reply(**read_state(file)["reply"])
     except (ArtifactError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""What the judge is asked, and how its grade is read.
+"""Prompts for the judge, and parsing of its grade.
 
 Single-answer grading (Zheng et al., arXiv 2306.05685, section 3.1 and appendix A): the judge sees
 one answer, explains and grades. Four prompts: for the first turn, or for the second with the whole
 conversation; with or without reference answers. The published texts are in FastChat's
-judge_prompts.jsonl, read from a file of the user's; the default is a wording of our own, and every
-result says which of the two it was.
+judge_prompts.jsonl, read from the user's file; the default is our own wording, and every result
+records which of the two was used.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class JudgePrompts:
     """The four prompts, by (turn, whether there are reference answers)."""
 
     label: str
-    """Whose wording it is; part of every result."""
+    """Source of the wording; part of every result."""
     prompts: dict[tuple[int, bool], Prompt]
-    """Each a system message, and a template of the user's message with named fields."""
+    """System messages, and templates of user messages with named fields."""
 
     def messages(self, first: Line, second: Line, turn: int) -> Messages:
-        """Return the messages that ask for a grade of the answer to ``turn``, 1 or 2.
+        """Return the messages for grading the answer to ``turn``, 1 or 2.
 
         Args:
             first: the line of a question's first turn: "prompt", "reply" and "target" (the
                 reference answer, or None).
-            second: the one of its second turn.
-            turn: which of the two answers is graded.
+            second: the line of its second turn.
+            turn: the answer to grade.
         """
         system, template = self.prompts[turn, first["target"] is not None]
         fields = {"question": first["prompt"], "answer": first["reply"]}
@@ -69,8 +69,8 @@ def read_prompts(path: str | Path) -> JudgePrompts:
     """Read the four prompts for single-answer grading from a file in FastChat's form.
 
     Raises:
-        DataError: the file cannot be read, lacks one of the prompts, or a prompt has a field that
-            cannot be filled in.
+        DataError: the file cannot be read, lacks one of the prompts, or a prompt has an unknown
+            field.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -86,7 +86,7 @@ def read_prompts(path: str | Path) -> JudgePrompts:
                 read.messages(line | {"target": target}, line, turn)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path}: these are not FastChat's prompts for single-answer grading ({error!r})."
+            f"{path}: not FastChat's prompts for single-answer grading ({error!r}); use that file."
         ) from error
     mark = digest(prompts)
     label = PUBLISHED_LABEL if mark == _PUBLISHED else f"{read.label} ({mark[:12]})"
@@ -103,7 +103,7 @@ _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)
 
 
 def rating(text: str) -> float | None:
-    """Return the number that a judgment gives: the first "[[n]]", else the first "[n]".
+    """Return the number in a judgment: the first "[[n]]", else the first "[n]".
 
     Source: FastChat's reading of judgments, published with arXiv 2306.05685.
     """

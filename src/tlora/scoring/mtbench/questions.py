@@ -1,4 +1,4 @@
-"""MT-Bench's questions and reference answers, in FastChat's files.
+"""Read MT-Bench's questions and reference answers from FastChat's files.
 
 A line of the questions: {"question_id", "category", "turns": [first, second]}; of the references
 (reference_answer/gpt-4.jsonl): {"question_id", "choices": [{"turns": [first, second]}]}.
@@ -22,11 +22,11 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""Sampling temperature of the answers by category, as published with the questions (FastChat)."""
+"""Published sampling temperature of the answers by category (FastChat)."""
 OTHER_TEMPERATURE = 0.7
-"""The same for any other category."""
+"""Temperature for any other category."""
 NEEDS_REFERENCE = frozenset({"math", "reasoning", "coding"})
-"""Categories that are judged beside a reference answer."""
+"""Categories judged with a reference answer."""
 
 Pair = tuple[str, str]
 
@@ -39,7 +39,7 @@ class Question:
     category: str
     turns: Pair
     references: Pair | None = None
-    """What a right answer to each turn is, for the categories that need it."""
+    """Reference answers to both turns, for the categories that need them."""
 
     @property
     def temperature(self) -> float:
@@ -50,25 +50,25 @@ class Question:
 def read_questions(
     rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
 ) -> list[Question]:
-    """Return the questions of the rows of FastChat's two files, in their order.
+    """Return the questions in the rows of FastChat's two files, in order.
 
     Raises:
-        DataError: a row is not a question or a reference answer, or a question that is judged
-            beside a reference answer has none.
+        DataError: a row is not a question or a reference answer, or a question lacks the reference
+            answer it needs.
     """
     try:
         answers = {str(row["question_id"]): _pair(row["choices"][0]["turns"]) for row in references}
         asked = [(str(row["question_id"]), row["category"], _pair(row["turns"])) for row in rows]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
-            f"a row of MT-Bench's files has no question of two turns, or no answer to both"
-            f" ({error!r}); take FastChat's files as they are."
+            f"a row of MT-Bench's files lacks a question with two turns or answers to both"
+            f" ({error!r}); use FastChat's original files."
         ) from error
     lacking = [name for name, group, _ in asked if group in NEEDS_REFERENCE and name not in answers]
     if lacking:
         raise DataError(
-            f"there is no reference answer to the questions {', '.join(lacking)}, which are judged"
-            " by one; take the file of references that belongs to the questions."
+            f"the questions {', '.join(lacking)} need reference answers but have none; use the"
+            " reference file that belongs to the questions."
         )
     return [
         Question(name, group, turns, answers[name] if group in NEEDS_REFERENCE else None)

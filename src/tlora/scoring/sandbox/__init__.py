@@ -1,4 +1,4 @@
-"""A sandbox for programs that a model wrote: `host` starts it, and `inside` runs in it."""
+"""A sandbox for model-written programs: `host` starts it, and `inside` runs in it."""
 
 from tlora.scoring.sandbox.host import PROTECTIONS, Limits, Protection, Result, Sandbox
 

@@ -1,9 +1,9 @@
-"""Running programs that a model wrote, and finding out whether they pass their tests.
+"""Run model-written programs, and check whether they pass their tests.
 
 A program is untrusted: it may loop, fill the disk, delete files, call home, or claim to have
-passed. It runs in a process of its own, and its tests in another, which asks it for values; see
-`tlora.scoring.sandbox.inside`. ``docs/evaluation.md`` says what this protects against, and what
-it does not. Linux only, and nothing but Python and the kernel.
+passed. It runs in its own process, and its tests in another, which asks it for values; see
+`tlora.scoring.sandbox.inside`. ``docs/evaluation.md`` describes what this protects against and
+what it does not. It needs Linux, but nothing besides Python and the kernel.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Status = Literal["passed", "failed", "timed out", "memory", "output limit", "cra
 Protection = Literal["namespaces", "landlock"]
 
 PROTECTIONS = get_args(Protection)
-"""The levels of protection, strongest first; docs/evaluation.md says what each keeps apart."""
+"""The levels of protection, strongest first; docs/evaluation.md describes each."""
 
-# By its place and not by a search path: neither can another "inside" stand in for it, nor does the
-# program find our modules beside it.
+# Load by file location, not by search path: no other "inside" can replace it, and the program
+# cannot find our modules.
 _BOOT = """
 import sys
 sys.path.remove("")  # the working directory; Python 3.11 has -P for it
@@ -46,15 +46,15 @@ main()
 """
 _INSIDE = str(Path(__file__).with_name("inside") / "__init__.py")
 _START_SECONDS = 300.0
-"""For isolating, which is our own work, on a busy machine; the program's time starts after it."""
+"""Timeout for isolation, even on a busy machine; the program's time starts afterwards."""
 _END_SECONDS = 60.0
 _TAIL = 4000
-"""Characters of stderr that are kept."""
+"""Maximum characters of stderr to keep."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     seconds: float = 10.0
     """Wall-clock time of the program and its tests together."""
@@ -73,7 +73,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         faults = [
-            f"`{name}` is {value}; it has to be above 0."
+            f"`{name}` is {value}; give a value above 0."
             for name, value in vars(self).items()
             if value <= 0
         ]
@@ -83,7 +83,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program; the same program gives the same record."""
+    """The result of a program; the same program gives the same record."""
 
     status: Status
     """"passed" if every test ran and held; else what ended it first."""
@@ -99,17 +99,17 @@ class Result:
 
 
 class Sandbox:
-    """Runs untrusted Python programs, if the caller says so; safe to use from many threads.
+    """Runs untrusted Python programs if the caller allows it; thread-safe.
 
     Args:
-        allow_untrusted_code: has to be True; whoever passes it has decided to run what a model
-            wrote on this machine.
-        protection: a level of `PROTECTIONS`. What the machine cannot give is refused, and the
-            weaker level is never taken unasked.
-        limits: what one program may use.
+        allow_untrusted_code: must be True; the caller thereby decides to run model-written code on
+            this machine.
+        protection: a level of `PROTECTIONS`. A level that the machine does not support is an error,
+            without fallback to a weaker one.
+        limits: resource limits of one program.
 
     Raises:
-        SandboxError: not allowed by the caller, or the machine cannot give this protection.
+        SandboxError: the caller does not allow it, or the machine does not support the protection.
     """
 
     def __init__(
@@ -121,23 +121,25 @@ class Sandbox:
     ) -> None:
         if not allow_untrusted_code:
             raise SandboxError(
-                "programs that a model wrote are run only if the caller allows it; read"
-                " docs/evaluation.md, then pass allow_untrusted_code=True."
+                "running model-written programs needs permission; read docs/evaluation.md, then"
+                " pass allow_untrusted_code=True."
             )
         if protection not in PROTECTIONS:
             raise ConfigError(
-                f"there is no protection {protection!r}; there are {', '.join(PROTECTIONS)}.",
+                f"there is no protection {protection!r}; choose from {', '.join(PROTECTIONS)}.",
                 where="sandbox",
             )
         self.protection = protection
         self.limits = limits or Limits()
         if not sys.platform.startswith("linux"):
-            raise SandboxError(f"the sandbox needs Linux; this is {sys.platform}.")
+            raise SandboxError(
+                f"the sandbox needs Linux, but this is {sys.platform}; run this on Linux."
+            )
         # Without a namespace the kernel counts all processes of the user as one program's: one at a
         # time, or one program's forks would fail another. Root gives each a user of its own.
         alone = protection != "namespaces" and os.geteuid() != 0
         self._turn = threading.Lock() if alone else contextlib.nullcontext()
-        # A trial tells more than any list of kernel versions and settings.
+        # A trial is more reliable than a list of kernel versions and settings.
         trial = self.run("def one(): return 1", "assert one() == 1")
         if not trial.passed:
             said = f"{trial.status}, {trial.detail}. {trial.stderr}".strip()
@@ -183,7 +185,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[str]:
-        """Yield the scratch folder; a namespace brings its own."""
+        """Yield the scratch folder; a namespace has its own."""
         if self.protection == "namespaces":
             yield "/tmp"
             return
@@ -196,7 +198,7 @@ class Sandbox:
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """Return all of the program's environment: nothing of this process's."""
+    """Return the program's full environment, without anything from this process."""
     return {
         "HOME": scratch,
         "TMPDIR": scratch,
@@ -211,7 +213,7 @@ def _environment(scratch: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield the ends of a pipe, to read and to write; both are closed in the end."""
+    """Yield the read and write ends of a pipe, closing both at the end."""
     read, write = os.pipe()
     with os.fdopen(read, "rb", 0) as reading, os.fdopen(write, "wb", 0) as writing:
         yield reading, writing
@@ -219,7 +221,7 @@ def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have the launcher clean up and end, whatever happens; then close the pipes."""
+    """Always make the launcher clean up and end, then close the pipes."""
     try:
         yield
     finally:
@@ -245,7 +247,7 @@ def _send(process: subprocess.Popen[bytes], *texts: str) -> None:
 
 
 class _Run:
-    """Reads what comes out of a sandbox until there is a verdict or a limit is hit."""
+    """Reads the output of a sandbox until there is a verdict or a limit is hit."""
 
     def __init__(self, process: subprocess.Popen[bytes], verdicts: int, limits: Limits) -> None:
         assert process.stdout is not None
@@ -260,7 +262,7 @@ class _Run:
             self._selector.register(handle, selectors.EVENT_READ)
 
     def result(self) -> Result:
-        """Return what became of the program.
+        """Return the result of the program.
 
         Raises:
             SandboxError: the machine does not allow this protection.
@@ -275,7 +277,7 @@ class _Run:
             if first and first[0]["status"] == "unavailable":
                 raise SandboxError(
                     f"this machine does not allow the sandbox ({first[0]['detail']}); see"
-                    " docs/evaluation.md for what it needs, and for the weaker level."
+                    " docs/evaluation.md for its requirements and the weaker level."
                 )
             in_time = self._read(self._limits.seconds, lines=2)
         tail = self._said[self._stderr].decode("utf-8", "replace")[-_TAIL:]
@@ -289,7 +291,7 @@ class _Run:
         return Result(verdict[0]["status"], verdict[0]["detail"], tail)
 
     def _read(self, seconds: float, lines: int) -> bool:
-        """Read until so many verdicts are there, or none can come; False if out of time."""
+        """Read until ``lines`` verdicts have arrived or none can come; False on timeout."""
         deadline = time.monotonic() + seconds
         while len(self._lines()) < lines and self._verdicts in self._selector.get_map():
             left = deadline - time.monotonic()

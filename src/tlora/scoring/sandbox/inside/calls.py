@@ -1,9 +1,9 @@
-"""System calls that no program in a sandbox may make: those by which it would slip its limits.
+"""System calls forbidden in a sandbox because they evade its limits.
 
-Memory that belongs to no process is in no process's count: files without a name (memfd_create) and
-System V's segments, semaphores and queues. A new user namespace gives its maker every right inside,
-mounting a file system of any size among them. Keys, tracing, BPF and io_uring are refused as well,
-since programs have no use for them and they reach deep into the kernel.
+Some memory counts toward no process: unnamed files (memfd_create) and System V's segments,
+semaphores and queues. A new user namespace grants every right inside, including mounting a file
+system of any size. Keys, tracing, BPF and io_uring are also forbidden, because programs do not need
+them and they expose much of the kernel.
 
 Sources: seccomp(2), <linux/seccomp.h>, <linux/filter.h>, and the call numbers of <asm/unistd.h>.
 """
@@ -48,9 +48,9 @@ REFUSED: dict[str, tuple[int, int]] = {
 CLONE = (56, 220)
 CLONE3 = (435, 435)
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""By uname(2), what the kernel calls the convention of a call (AUDIT_ARCH_...)."""
+"""The kernel's calling convention (AUDIT_ARCH_...) by machine name of uname(2)."""
 
-# CLONE_NEWCGROUP and all that `kernel` names; CLONE_NEWTIME is none of clone's flags.
+# CLONE_NEWCGROUP and those in `kernel`; clone has no CLONE_NEWTIME flag.
 _NAMESPACES = (
     0x02000000
     | kernel.NEW_MOUNTS
@@ -70,16 +70,16 @@ _SET_SECCOMP, _FILTER = 22, 2
 def program(machine: str) -> bytes:
     """Return the filter for a ``machine``, as an array of struct sock_filter.
 
-    Calls of `REFUSED`, and clone with a namespace, fail with EPERM; clone3, whose flags a filter
-    cannot see, with ENOSYS, whereupon C libraries take clone. Calls by another convention, whose
-    numbers mean other calls, end the process.
+    Calls in `REFUSED`, and clone with a namespace, fail with EPERM; clone3, whose flags a filter
+    cannot see, fails with ENOSYS, so that C libraries fall back to clone. Calls in another
+    convention, with different numbers, end the process.
 
     Raises:
-        OSError: the numbers of that machine's calls are not known here.
+        OSError: that machine's call numbers are unknown.
     """
     if machine not in MACHINES:
         known = " and ".join(MACHINES)
-        raise OSError(errno.ENOSYS, f"the call filter knows {known}, not {machine}")
+        raise OSError(errno.ENOSYS, f"the call filter supports {known}, not {machine}")
     column = list(MACHINES).index(machine)
     refuse = _step(_RETURN, ERROR | errno.EPERM)
     steps = [
@@ -105,20 +105,20 @@ def program(machine: str) -> bytes:
 
 
 def refuse() -> None:
-    """Put the filter on this thread and all that it starts, for good.
+    """Install the filter permanently on this thread and everything it starts.
 
     Needs `kernel.no_new_privileges`.
 
     Raises:
-        OSError: the kernel has no such filters (CONFIG_SECCOMP_FILTER), or not for this machine.
+        OSError: the kernel lacks such filters (CONFIG_SECCOMP_FILTER), or the machine is unknown.
     """
     steps = program(os.uname().machine)
     kept = ctypes.create_string_buffer(steps, len(steps))
-    # struct sock_fprog; "P" is aligned as the C compiler aligns it.
+    # struct sock_fprog; "P" has the C compiler's alignment.
     header = struct.pack("HP", len(steps) // 8, ctypes.addressof(kept))
     kernel.control(_SET_SECCOMP, "the call filter (seccomp)", ctypes.c_ulong(_FILTER), header)
 
 
 def _step(code: int, value: int, holds: int = 0, fails: int = 0) -> bytes:
-    """Return one instruction; a comparison passes over so many steps if it holds or fails."""
+    """Return one instruction; a comparison skips ``holds`` or ``fails`` steps."""
     return struct.pack("HBBI", code, holds, fails, value)

@@ -1,4 +1,4 @@
-"""The untrusted process: it runs the program, then does what the examiner asks for."""
+"""The untrusted process, which runs the program and then serves the examiner."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .wire import Peer
 def run(program: str, connection: socket.socket) -> None:
     """Run ``program`` as a module called "candidate", then serve the examiner; never return.
 
-    The module is not "__main__", so that a demonstration below ``if __name__ == "__main__"`` is
-    passed over, as in the harness of HumanEval.
+    The module is not "__main__", so a demonstration below ``if __name__ == "__main__"`` does not
+    run, as in HumanEval's harness.
     """
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module
@@ -32,7 +32,7 @@ def run(program: str, connection: socket.socket) -> None:
         return {name: value for name, value in namespace.items() if not name.startswith("__")}
 
     peer = Peer(connection, trusting=True)
-    # What the examiner calls first is the first thing that this side has named.
+    # The examiner's first call refers to the first object named here.
     peer.pack(load)
     peer.serve()
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""The trusted process: it runs the tests on values that it asks the candidate for.
+"""The trusted process, which runs the tests on values requested from the candidate.
 
-The candidate never has the tests, nor the channel on which the verdict is given, so there is
-nothing in its process by which a verdict could be forged: it can only answer, right or wrong.
+The candidate never has the tests or the verdict channel, so its process cannot forge a verdict: it
+can only answer, right or wrong.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ Verdict = dict[str, str]
 def examine(
     tests: str, entry_points: list[str], connection: socket.socket, candidate: int
 ) -> Verdict:
-    """Run ``tests`` with what the program defines; return {"status", "detail"}.
+    """Run ``tests`` with the program's names; return {"status", "detail"}.
 
-    Names of built-in functions that the program defines anew are not taken over, unless they are
-    among ``entry_points``: the tests' own ``abs`` is Python's. Nor are objects of the program that
-    go by the name of a standard module.
+    Ignores the program's redefinitions of built-in functions unless they are in ``entry_points``
+    (the tests' own ``abs`` is Python's), and its objects with the name of a standard module.
     """
     try:
         code = compile(tests, "tests.py", "exec")
@@ -50,7 +49,7 @@ def examine(
 
 
 def _harmless(name: str, value: Any) -> bool:
-    """Whether the tests may have ``name`` from the program: it displaces nothing they rely on."""
+    """Whether the tests may use ``name`` from the program, because it shadows nothing they need."""
     if name.startswith("__") or hasattr(builtins, name):
         return False
     return not (isinstance(value, Stub) and name in sys.stdlib_module_names)
@@ -71,7 +70,7 @@ def _of(error: BaseException, tests: str) -> Verdict:
 
 
 def _of_the_end(code: int) -> Verdict:
-    """Say how a candidate ended that was still needed."""
+    """Return the verdict on a candidate that ended too early."""
     if not os.WIFSIGNALED(code):
         detail = f"the program ended with exit code {os.waitstatus_to_exitcode(code)}"
         return {"status": "failed", "detail": f"{detail} before its tests did"}

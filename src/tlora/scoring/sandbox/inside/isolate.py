@@ -1,4 +1,4 @@
-"""Namespaces, a file system of its own, an unprivileged user, and limits, for one program."""
+"""Isolate a program with namespaces, a private file system, an unprivileged user and limits."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from . import kernel
 
 SCRATCH = "/tmp"
-"""Where the program may write, in its own file system."""
+"""Writable folder of the program, in its own file system."""
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
 _SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 _FIRST_USER = 0x70000000
-"""User ids from here on belong to nobody; each sandbox has one, as processes are counted by it."""
+"""First of the unused user ids; each sandbox has one, because process limits count by user."""
 _NOBODY = 65534
 
 
 def readable() -> list[str]:
-    """Return what of the machine the program may read: the system's libraries and Python's."""
+    """Return the paths that the program may read: the system's libraries and Python's."""
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     python |= {str(Path(path).resolve()) for path in python}
     paths: list[str] = []
@@ -35,7 +35,7 @@ def readable() -> list[str]:
 
 
 def enter_namespaces() -> None:
-    """Leave the machine's processes, network, IPC and host name; without root, its users too.
+    """Enter new namespaces for processes, network, IPC and host name; without root, users too.
 
     Children of this process are in the new process namespace, the first as its init.
 
@@ -45,8 +45,8 @@ def enter_namespaces() -> None:
     flags = kernel.NEW_PROCESSES | kernel.NEW_NETWORK | kernel.NEW_IPC | kernel.NEW_HOSTNAME
     user, group = os.geteuid(), os.getegid()
     if user == 0:
-        # Root in a container may lack the right; root in a user namespace would count as root in
-        # the limits, so there is no second way.
+        # Root in a container may lack the right; root in a user namespace would count as root for
+        # the limits, so there is no fallback.
         kernel.unshare(flags)
         return
     kernel.unshare(flags | kernel.NEW_USER)
@@ -56,10 +56,10 @@ def enter_namespaces() -> None:
 
 
 def enter_file_system(scratch_bytes: int) -> None:
-    """Make a root of read-only copies of `readable`, a few devices, /proc and an empty scratch.
+    """Create a root of read-only copies of `readable`, a few devices, /proc and an empty scratch.
 
-    Everything else of the machine is not there. The scratch lives in memory and goes with the
-    namespace. The parent keeps its own view, by which it watches.
+    Nothing else of the machine is visible. The scratch is in memory and disappears with the
+    namespace. The parent keeps its own view for watching.
     """
     kernel.unshare(kernel.NEW_MOUNTS)
     kernel.mount(None, "/", None, kernel.SLAVE | kernel.RECURSIVE)
@@ -82,8 +82,8 @@ def enter_file_system(scratch_bytes: int) -> None:
     for device in DEVICES:
         _bind(f"/machine/dev/{device}", f"/dev/{device}")
     Path("/proc").mkdir()
-    # In a container whose /proc is partly hidden, a whole one may not be mounted: then there is
-    # none, which most programs do not miss.
+    # A container with a partly hidden /proc does not allow mounting a full one; then there is none,
+    # which most programs do not need.
     with contextlib.suppress(OSError):
         kernel.mount(
             "proc",
@@ -104,7 +104,7 @@ def _show(path: str) -> None:
     if source.is_symlink() and str(source.readlink()).startswith(("usr/", "/usr/")):
         Path(path).symlink_to(source.readlink())
         return
-    # Resolved by hand: an absolute link would be followed in the new root, where it leads nowhere.
+    # Resolve manually: in the new root, an absolute link would point nowhere.
     real = source
     while real.is_symlink():
         link = real.readlink()
@@ -124,7 +124,7 @@ def _bind(source: str, target: str) -> None:
 
 
 def become_nobody(number: int) -> None:
-    """Give up root, if this is root: become a user that nobody else is; and every capability.
+    """Drop root by becoming an otherwise unused user, and drop every capability.
 
     ``number`` is unique among the sandboxes of the machine at one time: a process id.
     """
@@ -139,16 +139,16 @@ def become_nobody(number: int) -> None:
     kernel.no_new_privileges()
     kernel.drop_capabilities()
     if os.geteuid() == 0:
-        raise PermissionError("root's rights cannot be given up here")
+        raise PermissionError("cannot drop root's rights here")
     if not os.access(sys.base_prefix, os.R_OK | os.X_OK):
         raise PermissionError(
-            f"{sys.base_prefix} is closed to other users than root; run as an ordinary user, or"
-            " with a Python outside root's folders"
+            f"only root can read {sys.base_prefix}; run as an ordinary user, or use a Python"
+            " outside root's folders"
         )
 
 
 def threads_of_this_user() -> int:
-    """Return how many threads the user has: what the limit on processes counts."""
+    """Return the user's number of threads, which the process limit counts."""
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ def threads_of_this_user() -> int:
 
 
 def set_limits(limits: dict[str, Any], processes: int) -> None:
-    """Set the limits that the kernel keeps for each process; none can be raised again."""
+    """Set the kernel's limits per process; none can be raised again."""
     cpu = int(limits["cpu_seconds"])
     values = {
         resource.RLIMIT_AS: limits["memory"],
@@ -172,5 +172,5 @@ def set_limits(limits: dict[str, Any], processes: int) -> None:
         hard = resource.getrlimit(limit)[1]
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(limit, (most, most))
-    # SIGXCPU at the first, SIGKILL at the second, for those who catch the first.
+    # SIGXCPU at the first limit, SIGKILL at the second for programs that catch SIGXCPU.
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))

@@ -1,4 +1,4 @@
-"""System calls of Linux that Python 3.11 has no function for.
+"""Linux system calls without a function in Python 3.11.
 
 Sources: the manual pages unshare(2), mount(2), pivot_root(2), mount_setattr(2), prctl(2),
 capset(2), landlock(7).
@@ -39,7 +39,7 @@ def _call(number: int, what: str, *arguments: Any) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Give this process (for NEW_PROCESSES: its children) namespaces of its own."""
+    """Give this process (for NEW_PROCESSES: its children) new namespaces."""
     _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
@@ -53,7 +53,7 @@ def mount(
 
 
 def detach(target: str) -> None:
-    """Unmount a tree as soon as nobody uses it."""
+    """Unmount a tree once it is unused."""
     _checked(_libc.umount2(os.fsencode(target), DETACH), f"umount {target}")
 
 
@@ -77,7 +77,7 @@ def read_only(path: str, tree: bool = True) -> None:
 
 
 def control(option: int, what: str, *arguments: Any) -> None:
-    """prctl(2); ``what`` is what the error's message calls it."""
+    """Call prctl(2); error messages use the name ``what``."""
     zeros = [ctypes.c_ulong(0)] * (4 - len(arguments))
     _checked(_libc.prctl(ctypes.c_int(option), *arguments, *zeros), what)
 
@@ -87,17 +87,17 @@ def _prctl(option: int, value: int) -> None:
 
 
 def die_with_parent(signal: int) -> None:
-    """Be sent ``signal`` when the parent dies; a change of user or namespace takes it back."""
+    """Get ``signal`` when the parent dies; changing user or namespace resets this."""
     _prctl(1, signal)
 
 
 def allow_inspection(allowed: bool) -> None:
-    """Whether processes of the same user may trace this one and read its memory and files."""
+    """Set whether processes of the same user may trace this one and read its memory."""
     _prctl(4, int(allowed))
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose parent dies (PR_SET_CHILD_SUBREAPER)."""
+    """Become the parent of orphaned descendants (PR_SET_CHILD_SUBREAPER)."""
     _prctl(36, 1)
 
 
@@ -107,7 +107,7 @@ def no_new_privileges() -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability of this thread."""
+    """Drop every capability of this thread."""
     header = struct.pack("Ii", 0x20080522, 0)
     _checked(_libc.capset(header, struct.pack("IIIIII", 0, 0, 0, 0, 0, 0)), "capset")
 
@@ -118,13 +118,13 @@ def landlock_version() -> int:
 
 
 def landlock(readable: Iterable[str], writable: Iterable[str], devices: Iterable[str]) -> None:
-    """Confine this thread and its children to the given folders and files, by Landlock.
+    """Confine this thread and its children to the given folders and files with Landlock.
 
-    Beside files, what the kernel's version knows: TCP (4), devices (5), signals to processes
-    outside and abstract sockets (6). Needs `no_new_privileges`.
+    Also restricts whatever the kernel's version supports: TCP (4), devices (5), outgoing signals
+    and abstract sockets (6). Needs `no_new_privileges`.
     """
     version = landlock_version()
-    files = (1 << 13) - 1  # execute, write, read, list, remove, make: what version 1 knows
+    files = (1 << 13) - 1  # execute, write, read, list, remove, make: supported by version 1
     for since, right in ((2, 1 << 13), (3, 1 << 14), (5, 1 << 15)):
         files |= right if version >= since else 0
     network = 3 if version >= 4 else 0

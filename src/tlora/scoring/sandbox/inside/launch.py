@@ -5,7 +5,7 @@
     caller ── launcher ──(new namespaces)── examiner, their init ── candidate ── whatever it starts
 
 The launcher stays on the caller's side. When it is told to end, or dies, the examiner is killed;
-and with its init every process of a namespace goes, whichever group or parent it has taken.
+as the init of the namespace it takes every process with it, whatever its group or parent.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .examiner import Verdict, examine
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _POLL_SECONDS = 0.05
 _VERDICTS = 3
-"""The handle on which verdicts go to the caller; in the candidate it is the wire's."""
+"""File descriptor for verdicts to the caller; in the candidate, for the wire."""
 
 
 def main() -> NoReturn:
-    """Read the order from stdin, have it carried out, leave the verdict, clean up."""
+    """Read the order from stdin, execute it, write the verdict and clean up."""
     order = json.loads(_block())
-    # A low number: no handle of the caller, however many it has, lies beyond what is closed later.
+    # Lower the limit, so that closing all descriptors later covers every one of the caller's.
     if (verdicts := order.pop("verdicts")) != _VERDICTS:
         os.dup2(verdicts, _VERDICTS)
         os.close(verdicts)
@@ -60,12 +60,12 @@ def main() -> NoReturn:
 
 
 def _watch(order: dict[str, Any], examiner: int, waited: set[signal.Signals]) -> None:
-    """Return when the examiner has ended, or has to."""
+    """Wait until the examiner has ended or must end."""
     while True:
         told = signal.sigtimedwait(waited, _POLL_SECONDS)
         if told is not None and told.si_signo == signal.SIGTERM:
             return
-        # WNOWAIT: as long as it is not collected, its number is nobody else's.
+        # WNOWAIT: until it is collected, its process id is not reused.
         if os.waitid(os.P_PID, examiner, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
         if sum(map(_resident, _tree(examiner))) > order["limits"]["memory"]:
@@ -74,7 +74,7 @@ def _watch(order: dict[str, Any], examiner: int, waited: set[signal.Signals]) ->
 
 
 def _end(examiner: int, everything: bool) -> None:
-    """Kill the examiner; without a namespace, all that descends from this process."""
+    """Kill the examiner; without a namespace, all descendants of this process."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(examiner, signal.SIGKILL)
     os.waitpid(examiner, 0)
@@ -90,11 +90,11 @@ def _end(examiner: int, everything: bool) -> None:
 
 
 def _tree(process: int) -> list[int]:
-    """Return a process and its descendants, as far as the /proc of this process shows them."""
+    """Return a process and its descendants visible in /proc."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
-            # After the name, which may hold anything: the state, then the parent.
+            # The name may contain anything; after it come the state and the parent.
             parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
             children.setdefault(int(parent), []).append(int(folder.name))
     found = [process]
@@ -111,7 +111,7 @@ def _resident(process: int) -> int:
 
 
 def _inside(order: dict[str, Any], number: int) -> NoReturn:
-    """Be the examiner: enter the file system, drop all rights, fork the candidate, test it."""
+    """Run the examiner: enter the file system, drop all rights, fork the candidate, test it."""
     status = "unavailable"
     try:
         _confine(order, number)
@@ -122,7 +122,7 @@ def _inside(order: dict[str, Any], number: int) -> NoReturn:
             _become_candidate(order, theirs)
         theirs.close()
         _verdict({"status": "started"})
-        # Read only now: what the fork copied to the candidate has no tests in it.
+        # Read only now, so that the fork did not copy the tests to the candidate.
         tests = _block()
         _verdict(examine(tests, order["entry_points"], mine, candidate))
     except BaseException as error:
@@ -134,7 +134,7 @@ def _inside(order: dict[str, Any], number: int) -> NoReturn:
 def _confine(order: dict[str, Any], number: int) -> None:
     limits, processes = order["limits"], order["limits"]["processes"] + 1
     if order["protection"] == "namespaces":
-        # The user of a user namespace has the launcher too.
+        # The user of a user namespace also owns the launcher.
         processes += os.geteuid() != 0
         isolate.enter_file_system(limits["scratch"])
     elif os.geteuid() != 0:
@@ -168,7 +168,7 @@ def _become_candidate(order: dict[str, Any], connection: socket.socket) -> NoRet
 
 
 def _block() -> str:
-    """Read a text that its length precedes."""
+    """Read a length-prefixed text."""
     (size,) = struct.unpack("<Q", _exactly(8))
     return _exactly(size).decode("utf-8", "surrogatepass")
 

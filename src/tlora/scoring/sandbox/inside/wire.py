@@ -1,10 +1,9 @@
-"""Values between the examiner, which is trusted, and the candidate, which is not.
+"""Exchange values between the trusted examiner and the untrusted candidate.
 
-Lines of JSON over a socket. Plain values (numbers, strings, lists, tuples, sets, dicts, ranges,
-fractions, decimals) arrive as copies, made of exact built-in types, so that an ``__eq__`` that the
-program has written compares nothing on the other side. Everything else stays where it is, and a
-`Stub` on the other side stands for it: calls, attributes, items and iteration are passed on;
-comparison is not.
+Sends lines of JSON over a socket. Plain values (numbers, strings, lists, tuples, sets, dicts,
+ranges, fractions, decimals) arrive as copies of exact built-in types, so the program's ``__eq__``
+never compares on the other side. Everything else stays in place behind a `Stub` on the other side,
+which forwards calls, attributes, items and iteration, but not comparison.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _MUTABLE = (list, dict, set, bytearray)
 
 
 class Ended(BaseException):
-    """The other side is gone; no Exception, which a test might catch."""
+    """The other side is gone; not an Exception, which a test might catch."""
 
 
 class Raised(Exception):
@@ -41,8 +40,7 @@ class Peer:
 
     Args:
         connection: a connected socket.
-        trusting: whether the other side may use attributes of what is sent to it; if not, it may
-            only call it.
+        trusting: whether the other side may use attributes of sent objects, or only call them.
     """
 
     def __init__(self, connection: socket.socket, trusting: bool) -> None:
@@ -53,13 +51,13 @@ class Peer:
         self._numbers: dict[int, int] = {}
 
     def request(self, verb: str, *arguments: Any, **named: Any) -> Any:
-        """Let the other side do ``verb``; its requests in between are served.
+        """Ask the other side to perform ``verb``, serving its requests meanwhile.
 
-        Mutable arguments are changed here as they were changed there.
+        Changes to mutable arguments are copied back.
 
         Raises:
             Ended: the connection ended.
-            Exception: what was raised there, as the built-in exception of the same name, else
+            Exception: the other side's exception, as the built-in one of the same name, else
                 `Raised`.
         """
         packed = [self.pack(arguments), self.pack(named)]
@@ -77,7 +75,7 @@ class Peer:
             return self.unpack(result)
 
     def serve(self) -> None:
-        """Do what the other side asks for until it is gone."""
+        """Serve the other side until it is gone."""
         while True:
             try:
                 kind, *rest = self._receive()
@@ -125,7 +123,7 @@ class Peer:
         return message
 
     def pack(self, value: Any) -> Any:
-        """Return what JSON can carry of ``value``."""
+        """Encode ``value`` for JSON."""
         if value is None or isinstance(value, (int, float, str)):
             return _scalar(value)
         for name, kinds in _COLLECTIONS.items():
@@ -167,7 +165,7 @@ class Peer:
 
 
 class Stub:
-    """Stands for an object of the other side."""
+    """Proxy for an object on the other side."""
 
     def __init__(self, peer: Peer, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
@@ -204,7 +202,7 @@ class Stub:
         return str(_ask(self, "text"))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both stand for the same object; what it says of itself is not asked."""
+        """Whether both refer to the same object, without asking its own ``__eq__``."""
         mine = object.__getattribute__(self, "_number")
         return isinstance(other, Stub) and object.__getattribute__(other, "_number") == mine
 
@@ -218,7 +216,7 @@ def _ask(stub: Stub, verb: str, *arguments: Any, **named: Any) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """Return an exact built-in scalar, not asking a subclass; integers too long for JSON as hex."""
+    """Return an exact built-in scalar without calling a subclass; long integers as hex."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):
@@ -230,14 +228,14 @@ def _scalar(value: Any) -> Any:
 
 
 def _items(value: Any) -> Any:
-    """Iterate as the built-in class does, whatever a subclass makes of it."""
+    """Iterate like the built-in class, ignoring overrides of a subclass."""
     kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
     kind = next((kind for kind in kinds if isinstance(value, kind)), None)
     return kind.__iter__(value) if kind else iter(value)
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Give a container of this side the contents that its copy has on the other."""
+    """Update a container with the contents of its copy on the other side."""
     if isinstance(old, (list, bytearray)):
         old[:] = new
     elif isinstance(old, (dict, set)):
@@ -248,13 +246,13 @@ def _replace(old: Any, new: Any) -> None:
 def _exception(kind: str, message: str) -> BaseException:
     known = getattr(builtins, kind, None)
     if isinstance(known, type) and issubclass(known, Exception):
-        with contextlib.suppress(TypeError):  # of those with an obligatory form
+        with contextlib.suppress(TypeError):  # some require other arguments
             return known(message)
     return Raised(kind, message)
 
 
 def _class(name: str) -> type:
-    """Return a built-in class; of functions, which the other side would have run here, none."""
+    """Return a built-in class, but no function, which the other side could run here."""
     found = getattr(builtins, name)
     if not isinstance(found, type):
         raise TypeError(name)
@@ -262,7 +260,7 @@ def _class(name: str) -> type:
 
 
 def _module(name: str) -> ModuleType | None:
-    """Import what the other side calls by that name, if it is of the standard library."""
+    """Import a module by name if it is in the standard library."""
     if name.partition(".")[0] not in sys.stdlib_module_names:
         return None
     try:
