@@ -1,9 +1,9 @@
-"""transformers' Trainer with Task-aware LoRA: the script that you have, and two lines (marked).
+"""transformers' Trainer with Task-aware LoRA: a standard script plus two lines (marked).
 
     python examples/plain_trainer.py MODEL ROWS.jsonl OUTPUT
 
-Each row has a `text` and a `label`, 0 or 1. A is calibrated on the first 32 rows, as they are
-collated for training.
+Each row has a `text` and a `label`, 0 or 1. A is calibrated on the first 32 rows, collated as in
+training.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tlora import TLoraConfig, get_tlora_model
 
 
 def main(path: str, file: str, output: str, **fields: object) -> Trainer:
-    """Train a classifier's adapter on the rows of ``file``; save it in ``output``."""
+    """Train a classifier's adapter on the rows of ``file``, and save it in ``output``."""
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = load_dataset("json", data_files=file, split="train")

@@ -1,17 +1,17 @@
 """Task-aware LoRA in one file: read this first.
 
-LoRA adapts a linear layer y = W x by y = W x + s B A x. Task-aware LoRA looks at a few samples of
-the task before training, and takes from them, for each layer i:
+LoRA adapts a linear layer y = W x as y = W x + s B A x. Before training, Task-aware LoRA computes
+from a few samples of the task, for each layer i:
 
     A_i   the leading right singular vectors of W_i C_i, where C_i is the second moment of the
           layer's inputs; A is frozen and only B trains
     r_i   its rank, in proportion to the layer's sensitivity S_i
-    s_i   its scale, likewise
+    s_i   its scale, in the same way
 
-This is the rule of the paper and its released code (arXiv 2604.18124), written down as one would:
-samples come one at a time, all targeted weights have a gradient at once, every layer holds a
-second moment of its own, and the SVD gives full factors. The library gives the same ranks, scales
-and subspaces in less time and memory (docs/cost.md), on more models, from padded batches.
+This is the rule of the paper and its released code (arXiv 2604.18124) in its simplest form: samples
+come one at a time, all targeted weights have a gradient at the same time, every layer keeps its own
+second moment, and the SVD returns full factors. The library computes the same ranks, scales and
+subspaces in less time and memory (docs/cost.md), for more models, from padded batches.
 
     python examples/tlora_in_one_file.py [MODEL]
 """
@@ -58,9 +58,9 @@ def calibrate(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return two dicts by module name, means over the n samples.
 
-    S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|: how much the loss depends on the layer.
-    C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d: where its inputs vary, with X_s
-    (tokens x d) the inputs on sample s, each sample centered over its own tokens.
+    S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|: sensitivity of the loss to the layer.
+    C = (1/n) sum_s (X_s - mean X_s)^T (X_s - mean X_s), d x d: second moment of its inputs, with
+    X_s (tokens x d) the inputs for sample s, centered over the sample's tokens.
     """
     layers = {name: model.get_submodule(name) for name in names}
     sensitivities = {name: layer.weight.new_zeros(()).float() for name, layer in layers.items()}
@@ -99,7 +99,7 @@ def calibrate(
 
 
 def share_ranks(sensitivities: Mapping[str, Tensor], r: int) -> dict[str, int]:
-    """r_i = round(N r S_i / sum S); what is missing or over goes to the largest, one by one."""
+    """r_i = round(N r S_i / sum S); rounding errors are fixed at the largest layers, one by one."""
     values = {name: float(value) for name, value in sensitivities.items()}
     budget, total = len(values) * r, sum(values.values())
     ranks = {name: round(budget * value / total) for name, value in values.items()}
@@ -128,9 +128,9 @@ def task_subspace(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
 def attach(
     model: nn.Module, bases: Mapping[str, Tensor], scales: Mapping[str, float], r: int
 ) -> Any:
-    """Wrap the layers by PEFT, set and freeze A; PEFT starts B at zero.
+    """Wrap the layers with PEFT, set and freeze A; PEFT initializes B to zero.
 
-    PEFT scales by alpha_i / r_i, so alpha_i = s_i r_i. A layer of rank 0 is left out.
+    PEFT scales by alpha_i / r_i, so alpha_i = s_i r_i. Layers of rank 0 are skipped.
     """
     used = {name: basis for name, basis in bases.items() if len(basis)}
     config = LoraConfig(
@@ -152,7 +152,7 @@ def attach(
 
 
 def main() -> None:
-    """Adapt a model (by default the one that comes with tlora) on four texts; print the plan."""
+    """Adapt a model (by default, the one shipped with tlora) to four texts, and print the plan."""
     from importlib.resources import files
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +170,7 @@ def main() -> None:
 
     adapted = initialize(model, samples, names, r=8)
 
-    print("rank scale energy  (energy: the share of ||W C||^2 that A keeps)")
+    print("rank scale energy  (energy: the fraction of ||W C||^2 captured by A)")
     for name in names:
         layer = adapted.base_model.model.get_submodule(name)
         if not hasattr(layer, "lora_A"):

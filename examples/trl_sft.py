@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with Task-aware LoRA: the script that you have, and two lines (marked).
+"""TRL's SFTTrainer with Task-aware LoRA: a standard script plus two lines (marked).
 
     python examples/trl_sft.py MODEL ROWS.jsonl OUTPUT
 
@@ -15,7 +15,7 @@ from tlora import TLoraConfig, calibration_batches, get_tlora_model
 
 
 def main(path: str, file: str, output: str, **fields: object) -> SFTTrainer:
-    """Train an adapter for the model at ``path`` on the rows of ``file``; save it in ``output``."""
+    """Train an adapter for the model at ``path`` on the rows of ``file``, and save it."""
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = load_dataset("json", data_files=file, split="train")

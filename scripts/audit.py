@@ -1,9 +1,9 @@
-"""Look every locked package, torch and Triton up in a public database of vulnerabilities.
+"""Check every locked package, torch and Triton against a public vulnerability database.
 
     make audit
 
-Exit codes: 0 nothing is known of any of them, 1 vulnerabilities (each is named), 3 the database
-did not tell of every package, so that nothing is said of those.
+Exit codes: 0 no known vulnerabilities, 1 vulnerabilities (each is listed), 3 the database did not
+cover every package, so the audit is incomplete.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
 
 
 def pins() -> list[list[str]]:
-    """Return the locked packages, torch and Triton as lists in which each name stands once.
+    """Return the locked packages, torch and Triton as lists with each name once.
 
-    All versions are audited, whichever platform or Python they are for.
+    All versions are audited, regardless of platform and Python version.
     """
     versions: dict[str, list[str]] = {}
     for name in FILES:
@@ -38,7 +38,7 @@ def pins() -> list[list[str]]:
 
 
 def ask(service: str) -> tuple[list[dict[str, Any]], str]:
-    """Return pip-audit's answer for each package from one database, and the error that ended it."""
+    """Return pip-audit's result per package from one database, and the error that ended it."""
     told: list[dict[str, Any]] = []
     for pinned in pins():
         with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +56,7 @@ def ask(service: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def verdict(packages: list[dict[str, Any]], failure: str, service: str) -> tuple[int, list[str]]:
-    """Return the exit code and the lines to print for what a database said."""
+    """Return the exit code and the lines to print for a database's results."""
     told = [package for package in packages if "vulns" in package]
     faults = [
         f"{package['name']} {package['version']}: {fault['id']}"
@@ -67,9 +67,7 @@ def verdict(packages: list[dict[str, Any]], failure: str, service: str) -> tuple
     untold = [package["name"] for package in packages if "vulns" not in package]
     if not told:
         cause = failure or "it knows none of the packages"
-        return UNKNOWN, [
-            f"The database {service!r} is out of reach: nothing was audited ({cause})."
-        ]
+        return UNKNOWN, [f"The database {service!r} is unreachable; nothing was audited ({cause})."]
     said = [f"{len(told)} packages, {len(faults)} known vulnerabilities (database {service!r})."]
     if untold:
         said.append(f"The database {service!r} does not know: {', '.join(untold)}.")
@@ -80,7 +78,7 @@ def verdict(packages: list[dict[str, Any]], failure: str, service: str) -> tuple
 
 
 def main() -> int:
-    """Ask one database, and where that is out of reach the other."""
+    """Query one database, and if it is unreachable, the other."""
     for service in ("pypi", "osv"):
         code, lines = verdict(*ask(service), service)
         print("\n".join(lines))

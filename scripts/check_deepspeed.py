@@ -1,12 +1,12 @@
-"""Compare ZeRO-2 and ZeRO-3 with one process, by the real DeepSpeed; run it under torchrun::
+"""Compare ZeRO-2 and ZeRO-3 with one process, using real DeepSpeed; run it with torchrun::
 
     pip install deepspeed
     torchrun --standalone --nproc_per_node 2 scripts/check_deepspeed.py
 
-`tests/distributed/test_deepspeed.py` runs it where DeepSpeed is installed. On a CPU DeepSpeed runs
-over gloo, and compiles an extension when it first starts. Prints, for each
-stage and each way of dealing five samples out, the largest relative difference of a sensitivity
-and of a second moment, the least overlap of a subspace, and whether all ranks have one plan.
+`tests/distributed/test_deepspeed.py` runs it if DeepSpeed is installed. On a CPU, DeepSpeed uses
+gloo and compiles an extension at its first start. For each stage and each distribution of five
+samples, the script prints the largest relative difference of a sensitivity and of a second moment,
+the smallest overlap of a subspace, and whether all processes have the same plan.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def samples() -> list[dict[str, torch.Tensor]]:
 
 
 def engine(stage: int) -> Any:
-    """Return the base model in an engine of DeepSpeed; nothing stays gathered in stage 3."""
+    """Return the base model in a DeepSpeed engine; stage 3 keeps no parameter gathered."""
     import deepspeed
 
     model = load()
@@ -71,7 +71,7 @@ def compare(found: Calibration, expected: Calibration) -> tuple[float, float]:
 
 
 def overlap(found: AdapterPlan, expected: AdapterPlan) -> float:
-    """Return the least mean squared overlap of two subspaces of a module."""
+    """Return the smallest mean squared overlap of two subspaces of a module."""
     pairs = [(m.lora_A, expected.modules[name].lora_A) for name, m in found.modules.items()]
     return min(((a @ b.T).square().sum() / len(b)).item() for a, b in pairs if len(a) == len(b))
 
@@ -83,10 +83,10 @@ def digest(found: AdapterPlan) -> str:
 
 
 def main() -> None:
-    """Compare, and print on the first rank."""
+    """Compare, and print on the first process."""
     import deepspeed
 
-    # Before there is a process group: this process alone.
+    # Before the process group exists: a single process.
     expected = calibrate(load(), samples(), CONFIG)
     planned = plan(load(), expected, CONFIG)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")

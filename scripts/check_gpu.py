@@ -1,16 +1,16 @@
-"""Compare products, calibration and planning on a GPU with the same on the CPU.
+"""Compare products, calibration and planning between GPU and CPU.
 
     python scripts/check_gpu.py
 
-On a small random Llama. Prints the relative errors of 16-bit products against float64;
-for float32 and bfloat16 the largest relative difference of sensitivities and of second moments, how
-many ranks differ, and the least overlap of a module's subspaces (1: the same); and whether the same
-seed gives the same plan twice, to the bit. Then, on a GPU, for the down_proj of Llama-2-7B and 4
-samples of 512 tokens in bfloat16, what sum |W * G_s| costs by the Triton kernel and by batched
-products, beside the bare product of all tokens.
+Uses a small random Llama. Prints the relative errors of 16-bit products against float64;
+for float32 and bfloat16, the largest relative difference of sensitivities and of second moments,
+the number of different ranks, the smallest overlap of a module's subspaces (1: equal), and whether
+the same seed gives a bit-identical plan twice. On a GPU, it also prints, for the down_proj of
+Llama-2-7B and 4 samples of 512 tokens in bfloat16, the cost of sum |W * G_s| with the Triton kernel
+and with batched products, compared to the bare product of all tokens.
 
-Exits with 1 where a difference is beyond its limit, the adapted model's output is not the base's to
-the bit, or anything but B gets a gradient.
+Exits with 1 if a difference exceeds its limit, the adapted model's output is not bit-identical to
+the base's, or anything besides B gets a gradient.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tlora.linalg.products import product, product_of_terms, terms
 
 LIMITS = {
     torch.float32: {"sensitivities": 1e-4, "second moments": 1e-4, "ranks": 0, "apart": 1e-3},
-    # The passes themselves round to 16 bits, each device in its own order.
+    # The passes themselves round to 16 bits, in a device-specific order.
     torch.bfloat16: {"sensitivities": 1e-2, "second moments": 3e-2, "ranks": 2, "apart": 1e-2},
 }
 PRODUCTS = {"bfloat16 by bfloat16": 1e-5, "three terms": 2e-6}
@@ -46,7 +46,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def make_batches(device: str) -> list[Batch]:
-    """Return 16 samples in batches of four, every other one padded."""
+    """Return 16 samples in batches of four, with every other sample padded."""
     ids = torch.randint(0, 512, (16, 48), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[::2, 30:] = 0
@@ -58,7 +58,7 @@ def make_batches(device: str) -> list[Batch]:
 def planned(
     base: LlamaForCausalLM, device: str, dtype: torch.dtype
 ) -> tuple[Calibration, AdapterPlan]:
-    """Calibrate, plan, attach and step back on ``device``; return what was found."""
+    """Calibrate, plan, attach and run backward on ``device``; return the results."""
     model = copy.deepcopy(base).to(device, dtype)
     batches, config = make_batches(device), TLoraConfig(r=16, lora_alpha=16)
     statistics = calibrate(model, batches, config)
@@ -67,7 +67,7 @@ def planned(
     adapted = attach(model, found)
     outputs = adapted(**batches[0])
     if not torch.equal(before, outputs.logits):
-        raise SystemExit(f"{device}: the adapted model's output is not the base's")
+        raise SystemExit(f"{device}: the adapted model's output differs from the base's")
     outputs.loss.backward()
     trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
     if not trained or not all("lora_B" in name for name in trained):
@@ -76,7 +76,7 @@ def planned(
 
 
 def compared(base: LlamaForCausalLM, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Return the differences between the CPU and ``device``; "apart" is 1 - the least overlap."""
+    """Return the differences between the CPU and ``device``; "apart" is 1 - smallest overlap."""
     (stats, found), (other_stats, other) = (planned(base, each, dtype) for each in ("cpu", device))
     apart = dict.fromkeys(LIMITS[dtype], 0.0)
     for name, one in stats.modules.items():
@@ -114,7 +114,7 @@ def errors_of_products(device: str) -> dict[str, float]:
 
 
 def repeats(base: LlamaForCausalLM, device: str, dtype: torch.dtype) -> bool:
-    """Return whether the same seed gives the same plan again on a device, to the bit."""
+    """Return whether the same seed gives a bit-identical plan again on a device."""
     model = copy.deepcopy(base).to(device, dtype)
     config = TLoraConfig(r=16, lora_alpha=16)
     one, other = (made_plan(model, make_batches(device), config) for _ in range(2))
@@ -122,7 +122,7 @@ def repeats(base: LlamaForCausalLM, device: str, dtype: torch.dtype) -> bool:
 
 
 def seconds(function: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """Return the mean time of a call after a first one."""
+    """Return the mean time of a call after a warm-up call."""
     for count in (1, repeats):
         start = time.perf_counter()
         for _ in range(count):
@@ -133,7 +133,7 @@ def seconds(function: Callable[[], object], device: str, repeats: int = 10) -> f
 
 
 def sensitivity_costs(device: str, m: int, d: int, counts: tuple[int, ...]) -> None:
-    """Print time and rate of each way to sensitivities, and how far it is from float64."""
+    """Print time, throughput and float64 error of each way to compute sensitivities."""
     generator = torch.Generator().manual_seed(2)
     weight, delta, x = (
         torch.randn(shape, generator=generator).bfloat16().to(device)
@@ -157,7 +157,7 @@ def sensitivity_costs(device: str, m: int, d: int, counts: tuple[int, ...]) -> N
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print the differences; exit with 1 where one is beyond its limit."""
+    """Print the differences; exit with 1 if one exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args(words).device

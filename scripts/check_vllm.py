@@ -1,13 +1,13 @@
-"""Serve an adapter by a real vLLM, and compare its answers with PEFT's::
+"""Serve an adapter with real vLLM, and compare its answers with PEFT's::
 
     pip install ".[eval]" vllm  # without a GPU, a CPU build of vLLM: docs/serving.md
     python scripts/check_vllm.py --model BASE --data_dir DATA [--adapter ADAPTER]
 
-DATA holds HumanEval (code/HumanEval.jsonl.gz). Without ``--adapter`` one of varied ranks and scales
-is trained for a few steps. Each format is served through a LoRA request, and so is the base alone:
-what differs there are vLLM's own kernels. Then `tlora eval` answers the same problems through
-transformers and through vLLM. Prints tables in Markdown; docs/serving.md holds its output. Not
-among the tests: vLLM is large.
+DATA contains HumanEval (code/HumanEval.jsonl.gz). Without ``--adapter``, the script trains one with
+varied ranks and scales for a few steps. It serves each format through a LoRA request, and also the
+base alone, whose differences come from vLLM's own kernels. Then `tlora eval` answers the same
+problems with transformers and with vLLM. Prints tables in Markdown; docs/serving.md has its output.
+It is not a test because vLLM is large.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tlora.integrations.vllm import vllm_rank
 FORMATS = ("native", "compact", "uniform")
 STEPS, LEARNING_RATE = 12, 3e-3
 Answers = list[tuple[list[int], list[float]]]
-"""Of each prompt the greedy tokens and their log probabilities."""
+"""Greedy tokens of each prompt and their log probabilities."""
 
 
 def problems(data_dir: str) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def trained(base: str, rows: list[dict[str, str]], folder: str) -> str:
 
 @torch.no_grad()
 def expected(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
-    """Answer greedily by transformers, a prompt at a time."""
+    """Answer greedily with transformers, one prompt at a time."""
     answers = []
     for prompt in prompts:
         made = model.generate(
@@ -85,7 +85,7 @@ def expected(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
 
 @torch.no_grad()
 def rated(model: Any, prompts: list[list[int]], answers: Answers) -> Answers:
-    """Return answers of another model with the log probabilities that this one gives them."""
+    """Return another model's answers with this model's log probabilities."""
     found = []
     for prompt, (tokens, _) in zip(prompts, answers, strict=True):
         logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -95,10 +95,9 @@ def rated(model: Any, prompts: list[list[int]], answers: Answers) -> Answers:
 
 
 def served(engine: Any, folder: str | None, prompts: list[list[int]], target: Answers) -> Answers:
-    """Answer greedily by vLLM; log probabilities are the target's tokens', as far as it follows.
+    """Answer greedily with vLLM; log probabilities are for the target's tokens while both agree.
 
-    A token beyond the likeliest 20 counts as the last of them, so what is off there is at least
-    that much.
+    A token beyond the top 20 counts as the last of them, so the difference is a lower bound.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -133,7 +132,7 @@ def row(title: str, found: Answers, target: Answers, foretold: str) -> str:
 
 
 def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens: int) -> None:
-    """Print how each format's answers differ from PEFT's."""
+    """Print the differences between each format's answers and PEFT's."""
     import vllm
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -182,7 +181,7 @@ def compare_formats(base: str, adapter: str, rows: list[dict[str, str]], tokens:
 
 
 def compare_evaluations(base: str, adapter: str, data_dir: str, items: int, tokens: int) -> None:
-    """Print how many replies of `tlora eval` are the same through transformers and vLLM."""
+    """Print how many replies of `tlora eval` are equal with transformers and vLLM."""
     replies = {}
     with tempfile.TemporaryDirectory() as place:
         for backend in ("hf", "vllm"):
@@ -216,7 +215,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     given = parser.parse_args()
     rows = problems(given.data_dir)
-    importlib.import_module("vllm")  # before the training, that it is missing
+    importlib.import_module("vllm")  # fail before training if it is missing
     with tempfile.TemporaryDirectory() as place:
         adapter = given.adapter or trained(given.model, rows[-8:], place)
         compare_formats(given.model, adapter, list(islice(rows, given.items)), given.tokens)

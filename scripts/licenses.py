@@ -1,4 +1,4 @@
-"""Write docs/licenses.md: the license of every locked package, as its own metadata names it.
+"""Write docs/licenses.md: the license of every locked package, from its metadata.
 
 make licenses
 """
@@ -29,7 +29,7 @@ ELSEWHERE = "not installed on the platform that wrote this: "
 
 
 def locked() -> dict[str, list[Requirement]]:
-    """Return the locked packages, torch and Triton, by name; several where versions differ."""
+    """Return the locked packages, torch and Triton, by name; several if versions differ."""
     found: dict[str, list[Requirement]] = {}
     for name in ("requirements/dev.txt", "constraints.txt"):
         for line in (PROJECT / name).read_text("utf-8").splitlines():
@@ -41,7 +41,7 @@ def locked() -> dict[str, list[Requirement]]:
 
 
 def license_of(distribution: metadata.Distribution) -> str:
-    """Return the license that a package's metadata names: expression, classifiers, or text."""
+    """Return the license in a package's metadata: expression, classifiers, or text."""
     about = distribution.metadata
     if expression := about.get("License-Expression"):
         return expression

@@ -1,10 +1,10 @@
-"""Write requirements/*.txt: every package that `make` and CI install, with versions and hashes.
+"""Write requirements/*.txt: all packages installed by `make` and CI, with versions and hashes.
 
-    make lock                               # keeps locked versions that still fit
-    make lock LOCK_ARGS=--upgrade           # takes the newest that constraints.txt allows
+    make lock                               # keeps valid locked versions
+    make lock LOCK_ARGS=--upgrade           # upgrades to the newest allowed by constraints.txt
 
-Needs uv (`make lock` installs it in an environment of its own) and a package index. The files hold
-for every platform and for Python 3.10 and later; what only some need carries a marker.
+Needs uv (`make lock` installs it in a separate environment) and a package index. The files apply to
+every platform and to Python 3.10 and later; platform-specific packages have a marker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOCKS = {
     "library": ["pyproject.toml"],
     "tools": ["--group", "pyproject.toml:tools"],
 }
-"""What each file installs; the first decides the versions of the others."""
+"""Contents of each file; the first one determines the versions of the others."""
 HEADER = """\
 # {name}: written by `make lock`; do not edit.
 # torch and what only its CUDA builds need are not here: an index may offer torch builds of its own

@@ -3,8 +3,8 @@
     python scripts/pretrain_base.py --scratch /tmp/pretrain_base
 
 Trains a byte-level BPE tokenizer and a Llama of about one million parameters on
-`scripts/pretraining_corpus.py`, in about ten minutes of one core. A run that stops goes on from the
-checkpoint in `--scratch`; delete that folder to start over.
+`scripts/pretraining_corpus.py`, in about ten minutes on one core. Rerun the same command to resume
+from the checkpoint in `--scratch`; delete that folder to start over.
 """
 
 import argparse
@@ -36,7 +36,7 @@ IGNORE = -100
 
 
 def byte_level_bpe(texts: Iterable[str], size: int, special_tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE of at most ``size`` tokens in which each digit is a token of its own."""
+    """Train a byte-level BPE with at most ``size`` tokens and one token per digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -56,7 +56,7 @@ def byte_level_bpe(texts: Iterable[str], size: int, special_tokens: list[str]) -
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 512 tokens in which each digit is a token of its own."""
+    """Train a byte-level BPE with at most 512 tokens and one token per digit."""
     texts = (row["prompt"] for row in islice(pretraining_rows(seed), 20_000))
     tokenizer = byte_level_bpe(texts, 512, [END, PAD])
     return PreTrainedTokenizerFast(
@@ -71,7 +71,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A small Llama with tied embeddings and grouped-query attention."""
+    """Return a small Llama with tied embeddings and grouped-query attention."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -93,7 +93,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def collate(encoded: list[tuple[list[int], int]], pad: int) -> Batch:
-    """Ids (batch, length), padded on the right, and the length of each prompt (batch,)."""
+    """Return ids (batch, length), padded on the right, and prompt lengths (batch,)."""
     length = max(len(ids) for ids, _ in encoded)
     ids = torch.tensor([row + [pad] * (length - len(row)) for row, _ in encoded])
     return ids, torch.tensor([prompt for _, prompt in encoded])
@@ -102,10 +102,10 @@ def collate(encoded: list[tuple[list[int], int]], pad: int) -> Batch:
 def chunk_of_batches(
     tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, chunk: int
 ) -> list[Batch]:
-    """The batches of one chunk, rows of like length together; a function of its arguments alone.
+    """Return the batches of one chunk, grouped by length; depends only on its arguments.
 
-    The first `--bare_steps` are symbols only: the arithmetic is learned many times faster
-    from rows of eight tokens than from stories, which can then build on it.
+    The first `--bare_steps` only have symbols: the model learns arithmetic many times faster from
+    rows of eight tokens than from stories, which then build on it.
     """
     batch_size = args.batch_size
     names = ("symbols",) if chunk * BATCHES_PER_CHUNK < args.bare_steps else FORMS
@@ -128,7 +128,7 @@ def chunk_of_batches(
 def batches(
     tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, start: int
 ) -> Iterator[Batch]:
-    """The batches from step `start` on; the same whether or not the run was interrupted."""
+    """Yield the batches from step `start` on, independent of interruptions."""
     chunk, skip = divmod(start, BATCHES_PER_CHUNK)
     while True:
         yield from chunk_of_batches(tokenizer, args, chunk)[skip:]
@@ -136,9 +136,9 @@ def batches(
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch, prompt_weight: float) -> torch.Tensor:
-    """Mean cross-entropy of the response, plus `prompt_weight` times that of the prompt.
+    """Return the mean cross-entropy of the response plus `prompt_weight` times the prompt's.
 
-    Padding stands on the right of a causal model, so no attention mask is needed.
+    Padding is on the right and the model is causal, so no attention mask is needed.
     """
     ids, prompt_length = batch
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -153,14 +153,14 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, prompt_weight: float) -> torc
 
 
 def rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then cosine to zero."""
+    """Return the fraction of the peak learning rate: linear warm-up, then cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def pretrain(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Run, or go on with, the training loop; a checkpoint is written every 200 steps."""
+    """Run or resume the training loop, writing a checkpoint every 200 steps."""
     torch.manual_seed(args.seed)
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(
@@ -197,7 +197,7 @@ def pretrain(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Ll
 def exact_match(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]
 ) -> float:
-    """Share of rows whose greedy continuation is the response and then the end token."""
+    """Return the fraction of rows whose greedy continuation is the response and then EOS."""
     prompts = tokenizer(
         [row["prompt"] for row in rows], padding=True, padding_side="left", return_tensors="pt"
     )
@@ -240,7 +240,7 @@ The last form is the one the demonstration adapts to. Pretraining never shows it
 def write_folder(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> None:
-    """Save the folder, measure what is loaded back from it, and write the model card."""
+    """Save the folder, evaluate the reloaded model, and write the model card."""
     model.generation_config.do_sample = False
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

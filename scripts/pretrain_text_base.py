@@ -2,11 +2,11 @@
 
     python scripts/pretrain_text_base.py OUT --text MATH_train.jsonl wiki_demo.txt ... [--steps 900]
 
-The base of the comparisons that need something larger than the shipped one. Each row of a file
-(JSON, JSONL, CSV, TSV; a line of anything else) is a text, its columns in their order. Leave out
-the files that the base is to be adapted to. About three minutes on an H200. OUT is a Hugging Face
-folder, and `pretraining.json` beside the weights has the texts' names and SHA-256; a run that stops
-goes on from OUT/checkpoints.
+This is the base for comparisons that need a larger model than the shipped one. Each row of a file
+(JSON, JSONL, CSV, TSV; otherwise each line) is a text of its columns in order. Do not include files
+to which the base will be adapted. Takes about three minutes on an H200. OUT is a Hugging Face
+folder, with the texts' names and SHA-256 in `pretraining.json`; rerun the same command to resume
+from OUT/checkpoints.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def sums(seed: int, count: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which each digit is a token of its own."""
+    """Train a byte-level BPE with one token per digit."""
     tokenizer = byte_level_bpe(texts, VOCABULARY, [END])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -69,7 +69,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Return the texts end to end as rows of LENGTH tokens, int64; the rest is dropped."""
+    """Return the concatenated texts as rows of LENGTH tokens, int64, dropping the rest."""
     end = tokenizer.eos_token_id
     rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     ids = [i for row in rows for i in (*row, end)]
@@ -77,7 +77,7 @@ def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 30 million parameters with tied embeddings."""
+    """Return a Llama with 30 million parameters and tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=512,
@@ -95,7 +95,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def arguments(flags: argparse.Namespace) -> TrainingArguments:
-    """Return how it is trained."""
+    """Return the training arguments."""
     return TrainingArguments(
         output_dir=str(flags.folder / "checkpoints"),
         max_steps=flags.steps,
@@ -116,7 +116,7 @@ def arguments(flags: argparse.Namespace) -> TrainingArguments:
 
 
 def pack(texts: list[str], flags: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Dataset]:
-    """Return the tokenizer and the training rows: the texts repeated, the sums never."""
+    """Return the tokenizer and the training rows; texts repeat, sums do not."""
     tokenizer = train_tokenizer(texts + sums(flags.seed, 20_000))
     read = blocks(texts, tokenizer)
     wanted = flags.steps * flags.batch_size
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch_size", type=int, default=128, help=f"rows of {LENGTH} tokens")
-    parser.add_argument("--sums", type=float, default=0.4, help="share of the demo's arithmetic")
+    parser.add_argument("--sums", type=float, default=0.4, help="fraction of the demo's arithmetic")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     texts = [text for file in flags.text for text in texts_of(file)]

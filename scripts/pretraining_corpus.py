@@ -1,8 +1,8 @@
-"""Arithmetic in plain words: what the embedded base model is trained on.
+"""Arithmetic word problems for pretraining the embedded base model.
 
 Rows are those of `tlora.demo.corpus`, in other forms. The response to a bare sum is its value, to
-a comparison the number asked for, and to a sum told in words the sum and its value: reading is
-then learned apart from reckoning, which all forms share. No held-out problem is among them.
+a comparison the requested number, and to a word problem the sum and its value: this separates
+reading from arithmetic, which all forms share. No row has a held-out problem.
 """
 
 import random
@@ -90,11 +90,11 @@ FORMS: dict[str, Form] = {
     "gap": Form(("-",), _gap),
     "mixed": Form(("+", "-"), _mixed),
 }
-"""The forms of pretraining. The bare one gets a larger share: it carries the arithmetic."""
+"""The forms of pretraining; the bare one has a larger share because it teaches arithmetic."""
 
 
 def pretraining_rows(seed: int, names: Iterable[str] = tuple(FORMS)) -> Iterator[Row]:
-    """Rows of the named forms without end, in their shares, no held-out problem among them."""
+    """Yield endless rows of the named forms by share, without held-out problems."""
     rng = random.Random(f"pretraining {seed}")
     forms = [FORMS[name] for name in names]
     shares = [form.share for form in forms]
@@ -103,5 +103,5 @@ def pretraining_rows(seed: int, names: Iterable[str] = tuple(FORMS)) -> Iterator
 
 
 def held_out_rows(form: str, seed: int, count: int) -> list[Row]:
-    """`count` different rows of one pretraining form, all stating held-out problems."""
+    """Return `count` distinct rows of one pretraining form, all with held-out problems."""
     return distinct(FORMS[form], True, count, random.Random(f"held out {form} {seed}"))

@@ -36,7 +36,7 @@ COMMANDS = (
     ("train --model {}/model --train_file {}/rows.xml", "files of type '.xml' are not supported"),
     ("train --model {}/model --train_file {}/empty.csv", "{}/empty.csv: there are no rows"),
     (f"{TRAIN} --eval_file {{}}/no.csv", "{}/no.csv: there is no such file"),
-    (f"{TRAIN} --data.eval_split test", "`data.eval_split` needs `data.dataset`"),
+    (f"{TRAIN} --data.eval_split test", "`data.eval_split` requires `data.dataset`"),
     (f"{TRAIN} --output_dir {{}}/rows.jsonl", "{}/rows.jsonl is a file; choose another"),
     (f"{TRAIN} --output_dir {{}}/model", "{}/model is not empty and holds no run"),
     (f"{TRAIN} --output_dir {{}}/rows.jsonl/run", "cannot be written to; choose another"),
@@ -65,7 +65,7 @@ COMMANDS = (
     (f"{TRAIN} --trainer.fp16 maybe", "`fp16` is 'maybe'; give true or false"),
     (f"{TRAIN} --trainer.eval_strategy epoch", "`eval_strategy` is 'epoch', but there are no"),
     (f"{TRAIN} --data.guard nosuch", "there is no built-in evaluation 'nosuch'"),
-    (f"{TRAIN} --data.guard humaneval-paper", "'humaneval-paper' asks for programs"),
+    (f"{TRAIN} --data.guard humaneval-paper", "'humaneval-paper' has its own wording"),
     (f"{TRAIN} --data.guard gsm8k-paper --data.guard_dir {{}}", "has none of gsm8k/test.jsonl"),
     ("train --resume --output_dir {}/new", "there is no run in {}/new to resume"),
     # Initialization.
@@ -101,7 +101,7 @@ COMMANDS = (
     ("eval {}/empty --tasks swag", "{}/empty contains no model (config.json), adapter"),
     ("eval {}/gone --tasks swag", "there is no folder '{}/gone'"),
     ("eval ./gone --tasks swag", "there is no folder './gone'"),
-    ("eval {}/adapter --tasks swag", "no model can be read at '{}/base', the base of {}/adapter"),
+    ("eval {}/adapter --tasks swag", "cannot read a model at '{}/base', the base of {}/adapter"),
     (
         "eval {}/model {}/model --tasks swag",
         "would all have the name 'model'; name them: NAME=PATH",
@@ -111,7 +111,7 @@ COMMANDS = (
         "eval {}/classifier {}/model --tasks swag",
         "classifiers cannot be evaluated together with generative models",
     ),
-    (f"{EVAL} --tasks swag --backend vllm --quantization nf4", "never reach vLLM"),
+    (f"{EVAL} --tasks swag --backend vllm --quantization nf4", "do not apply to vLLM"),
     (f"{EVAL} --tasks mtbench --judge.url http://h/v1", "`judge.model` is missing"),
     (
         f"{EVAL} --tasks mtbench --judge.url http://h/v1 --judge.model j --judge.prompts {{}}/no",

@@ -110,7 +110,7 @@ def test_a_text_that_does_not_fit_is_forgotten(made, monkeypatch):
     found, prompts = partner(made("chat").path)
     longest = len(found._prompt("3+4?")[1]) + 3
     monkeypatch.setattr(found, "_longest", lambda: longest)
-    with pytest.raises(DataError, match=r"the model holds \d+ with the reply"):
+    with pytest.raises(DataError, match=r"the model has room for \d+ including the reply"):
         said(found, "3+4? " * 40)
     said(found, "3+4?")
     assert len(prompts) == 1
@@ -284,7 +284,7 @@ def test_a_long_prompt_is_a_sentence_and_the_talk_goes_on(made, caplog, monkeypa
     found, prompts = partner(made("raw").path)
     monkeypatch.setattr(found, "_longest", lambda: 8)
     chat.talk(found, iter(["so " * 900, "3?"]), lambda text: None)
-    assert "the model holds 8 with the reply" in caplog.text
+    assert "the model has room for 8 including the reply" in caplog.text
     assert not found.tokenizer.deprecation_warnings  # where it notes that it warned
     assert len(prompts) == 1
 

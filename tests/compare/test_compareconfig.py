@@ -93,7 +93,7 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
         ({"tuning_seeds": []}, "`tuning_seeds` is []"),
         ({"final_seeds": [1, 2]}, "share [1], but reported runs need seeds that did not choose"),
         ({"validation": 1.5}, "`validation` is 1.5"),
-        ({"trainer": {"learning_rate": 1e-3}}, "give `learning_rates`"),
+        ({"trainer": {"learning_rate": 1e-3}}, "set `learning_rates`"),
         ({"trainer": {"save_strategy": "epoch"}}, "write no checkpoints"),
         ({"trainer": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "depends on a run's scores"),
         ({"calibration": CalibrationConfig(cache="c.safetensors")}, "each run calibrates"),
@@ -102,7 +102,7 @@ def test_all_runs_differ_in_method_rate_and_seed_alone():
             "`jobs` does not apply to Ray; use `cpus_per_run` and `gpus_",
         ),
         ({"cpus_per_run": 2}, "`cpus_per_run` requires `engine: ray`"),
-        ({"gpus_per_run": 0.0}, "`gpus_per_run` is for `engine: ray`"),
+        ({"gpus_per_run": 0.0}, "`gpus_per_run` requires `engine: ray`"),
         ({"engine": "ray", "gpus_per_run": 2}, "`gpus_per_run` is 2; give a number from 0 to 1."),
     ],
 )

@@ -168,7 +168,7 @@ def test_held_out_rows_are_the_same_for_every_run_and_apart(shared):
     assert sorted(seen) == sorted(map(tuple, setup.train["input_ids"]))
     assert onerun.split(setup, 6, seed=0)[1]["input_ids"][:] == held["input_ids"][:]
     assert onerun.split(setup, 6, seed=1)[1]["input_ids"][:] != held["input_ids"][:]
-    with pytest.raises(DataError, match="holds 24 of 24 training rows out"):
+    with pytest.raises(DataError, match="holds out 24 of 24 training rows"):
         onerun.split(setup, 24, seed=0)
 
 
@@ -289,7 +289,7 @@ TEST_ROWS = object()
     [
         ({"test_file": None}, ConfigError, "there are no test rows; give --test_file"),
         ({"metric": "los"}, ConfigError, "but the scores are 'loss', 'exact_match'. Did you"),
-        ({"validation": 24}, DataError, "holds 24 of 24 training rows out"),
+        ({"validation": 24}, DataError, "holds out 24 of 24 training rows"),
         ({"model": None}, ConfigError, "`model` is missing"),
         ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
         ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),

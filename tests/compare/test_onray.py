@@ -188,7 +188,7 @@ def test_an_address_that_does_not_answer_is_refused_at_once(shared, tmp_path, mo
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **fields: pytest.fail("Ray would try for minutes"))
     config, lines = CompareConfig(**shared | {"output_dir": str(tmp_path)}), []
-    with pytest.raises(ConfigError, match=rf"{address} does not answer .*correct RAY_ADDRESS\."):
+    with pytest.raises(ConfigError, match=rf"{address} does not answer .*fix RAY_ADDRESS\."):
         onray.connect(config, Workers("x"), lines.append)
     assert lines == [f"Ray: connecting to {address}"]
 

@@ -159,11 +159,11 @@ def test_what_cannot_be_labeled_is_refused(saved, tiny_bert_classifier, here):
         return str(error.value)
 
     for texts in ("gsm8k", "gsm8k-paper", "mtbench"):
-        assert f"{texts!r} asks for text" in refused(tasks=[texts])
+        assert f"{texts!r} is generative" in refused(tasks=[texts])
     assert "Did you mean 'sst2'" in refused(tasks=["sst3"])
     assert "--test_file gives the rows of one task" in refused(tasks=["sst2", "cola"])
     named = DataConfig(kind="classification", label_names=["bad", "good"])
-    assert "no rows of its own" in refused(tasks=["jsonl"], test_file=None, data=named)
+    assert "no default dataset" in refused(tasks=["jsonl"], test_file=None, data=named)
 
 
 COLUMNS = {"kind": "classification", "text_column": "text", "label_column": "label"}

@@ -108,7 +108,7 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(rank, told):
         (LoraConfig(r=2, use_dora=True), "it does not support DoRA's magnitudes"),
         (LoraConfig(r=2, modules_to_save=["lm_head"]), "it does not support trained modules"),
         (LoraConfig(r=513), "rank 513 is above its limit of 512"),
-        (IA3Config(feedforward_modules=[]), "it is of type IA3, not a LoRA"),
+        (IA3Config(feedforward_modules=[]), "its type is IA3, not LoRA"),
     ],
 )
 def test_an_adapter_that_vllm_does_not_read_has_to_be_merged(tmp_path, config, why):

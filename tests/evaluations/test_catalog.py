@@ -56,7 +56,9 @@ def test_unknown_names_are_reported_together_with_suggestions(theirs):
     assert "'jsonl' is a training task; give --test_file" in rows
     assert one == "there is no task 'gsm8k-papr'. Did you mean 'gsm8k-paper'?"
     assert two == "there is no task 'hellaswagg'. Did you mean 'hellaswag'?"
-    assert three.startswith("there is no task 'zzz'. Run `tlora list evaluations` for ours")
+    assert three.startswith(
+        "there is no task 'zzz'. Run `tlora list evaluations` for built-in ones"
+    )
 
 
 def test_theirs_that_cannot_be_loaded_are_named_with_the_cause(theirs):

@@ -117,5 +117,5 @@ def test_of_mbpp_only_the_test_split_is_asked(tmp_path):
 
 def test_a_plus_row_without_inputs_is_refused(tmp_path):
     (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(PLUS_ROW | {"plus_input": "none"}))
-    with pytest.raises(DataError, match=r"row 1: row Test/0: column 'plus_input' is no list"):
+    with pytest.raises(DataError, match=r"row 1: row Test/0: column 'plus_input' is not a list"):
         catalog.build(["humaneval_plus-paper"], str(tmp_path), ALLOWED)

@@ -130,5 +130,5 @@ def test_includes_and_aliases_that_go_round_end(tmp_path):
 @pytest.mark.parametrize("text", ["a: !!python/name:os.system", "a: [", "a: !other x"])
 def test_other_tags_and_no_yaml_are_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(DataError, match="no YAML of an evaluation"):
+    with pytest.raises(DataError, match="not the YAML of an evaluation"):
         code_in(tmp_path / "a.yaml")

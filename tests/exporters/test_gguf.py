@@ -133,7 +133,7 @@ def test_what_llama_cpp_would_leave_out_in_silence_is_refused(fields, what, tmp_
 
 
 def test_another_family_is_refused_with_the_way_round():
-    with pytest.raises(ConfigError, match=r"not for falcon; .* uniform, .*convert_lora_to_gguf"):
+    with pytest.raises(ConfigError, match=r"not falcon; .* uniform, .*convert_lora_to_gguf"):
         gguffamilies.family_of({"model_type": "falcon"})
 
 

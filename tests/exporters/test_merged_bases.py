@@ -85,7 +85,7 @@ def deeper(base: Path) -> None:
         (escaping, r"lists '../\S+', which is not a safetensors file in"),
         (lacking_a_shard, r"model-00001-of-\d+.safetensors is missing"),
         (cut_off, r"model-00001-of-\d+.safetensors is cut off or damaged"),
-        (lacking_a_tensor, r"model.norm.weight is not in the file that"),
+        (lacking_a_tensor, r"model.norm.weight is not in the file listed in"),
         (of_another_shape, r"is 160 x 16 in its files but 161 x 16 in its config.json"),
         (without_an_index, "maps no tensors to files"),
         (deeper, r"has no model.layers.2\S+, "),
@@ -101,7 +101,7 @@ def test_a_damaged_base_is_refused_and_nothing_written(shards, damage, fault, tm
 def test_a_full_disk_is_seen_before_anything_is_written(varied, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(DiskFullError, match=r"takes 0.1 GiB, and \S+ has 0.0 GiB free"):
+    with pytest.raises(DiskFullError, match=r"needs 0.1 GiB, but \S+ only has 0.0 GiB free"):
         merged(varied, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -187,7 +187,7 @@ def test_a_quantized_base_is_dequantized_if_asked_and_the_difference_said(form, 
     base = quantized_bases.load(str(saved.base), form, dtype=torch.float32)
     base.save_pretrained(tmp_path / "quantized")
     fields = {"model": str(tmp_path / "quantized")}
-    with pytest.raises(ConfigError, match=r"is quantized, and .* give --dequantize"):
+    with pytest.raises(ConfigError, match=r"is quantized and .* use --dequantize"):
         merged(saved, tmp_path / "out", **fields)
     done = merged(saved, tmp_path / "out", **fields, dequantize=True)
     assert any("of the adapter's effect" in note for note in done.notes)

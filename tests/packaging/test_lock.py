@@ -126,8 +126,8 @@ SKIPPED = {"name": "b", "skip_reason": "not found"}
     [
         ([package("a")], "", 0, "1 packages, 0 known vulnerabilities"),
         ([package("a", FAULT), SKIPPED], "", 1, "a 1.0: PYSEC-1 (fixed in 1.1)"),
-        ([SKIPPED], "", 3, "out of reach: nothing was audited (it knows none of the packages)."),
-        ([], "no route", 3, "out of reach: nothing was audited (no route)."),
+        ([SKIPPED], "", 3, "unreachable; nothing was audited (it knows none of the packages)."),
+        ([], "no route", 3, "unreachable; nothing was audited (no route)."),
         ([package("a"), SKIPPED], "", 3, "does not know: b."),
         ([package("a")], "no route", 3, "The rest was not audited (no route)."),
     ],

@@ -101,7 +101,7 @@ def test_results_come_in_the_order_of_the_checks(sandbox):
 
 
 def test_a_row_that_lacks_a_column_is_named():
-    with pytest.raises(DataError, match="row Test/0: it has no column 'test'"):
+    with pytest.raises(DataError, match="row Test/0: column 'test' is missing"):
         humaneval_check({k: v for k, v in HUMANEVAL.items() if k != "test"}, "")
     with pytest.raises(DataError, match="MBPP row 1: its tests are not Python"):
         mbpp_check(MBPP | {"test_list": ["assert ("]}, "")

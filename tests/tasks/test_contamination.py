@@ -299,7 +299,7 @@ def test_what_cannot_be_guarded_against_is_refused_at_once(guarding):
     with pytest.raises(ConfigError) as caught:
         guarded(DataConfig(guard="gsm8k-papr,humaneval-paper", guard_dir=guarding))
     assert "Did you mean 'gsm8k-paper'?" in str(caught.value)
-    assert "'humaneval-paper' asks for programs" in str(caught.value)
+    assert "'humaneval-paper' has its own wording" in str(caught.value)
     with pytest.raises(DataError, match="math-paper"):
         guarded(DataConfig(guard="math-paper", guard_dir=guarding))
     assert guarded(DataConfig()) == {}

@@ -90,7 +90,7 @@ def test_without_a_tokenizer_only_files_are_compared(varied, tmp_path, capsys):
     code, found = run(tmp_path, varied.adapter, "--model", varied.base)
     assert code == 0
     assert found == {}
-    assert "replies: not run" in capsys.readouterr().out
+    assert "replies: skipped" in capsys.readouterr().out
 
 
 def test_prompts_may_be_messages(talking, tmp_path):

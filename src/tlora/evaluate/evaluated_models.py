@@ -147,7 +147,7 @@ def _evaluated_model(entry: str, config: EvalConfig, find_head: FindHead) -> Eva
     try:
         found = find_head(base, config)
     except (OSError, ValueError) as error:
-        what, flag = ("", "") if base == path else (f", the base of {path}", " by --model")
+        what, flag = ("", "") if base == path else (f", the base of {path}", " with --model")
         raise ConfigError(
             f"cannot read a model at {base!r}{what}; give a folder or a name on the Hub{flag}"
             f" ({str(error).removeprefix('model: ').rstrip('.')})."

@@ -95,7 +95,7 @@ def _unserved(evaluated: EvaluatedModel) -> str | None:
     folder = Path(local_adapter(evaluated))
     kind = adapter_fields(folder / CONFIG).get("peft_type")
     if kind != "LORA":
-        return f"it is of type {kind}, not a LoRA"
+        return f"its type is {kind}, not LoRA"
     vllm = next(reader for reader in READERS if reader.name == "vllm")
     return reading(vllm, read_lora(folder)).refused
 

@@ -7,7 +7,7 @@ tests). Of a reply, the fenced code counts, up to its demonstration; it stands a
 prompt, so that both a whole function and a mere body will do. PiSSA's scripts (arXiv 2404.02948),
 of the paper's lineage, cut programs out in that way, and generate 1,024 tokens.
 
-Classes and not YAML alone, since YAML cannot say what the number of samples and the sandbox's
+These are classes, because YAML alone cannot express how the number of samples and the sandbox's
 protection, both of the user, change: how often a model is asked, at which temperature, and where
 its programs run. That they run at all is agreed to as for every task of lm-evaluation-harness with
 `unsafe_code`.

@@ -90,7 +90,7 @@ class Result:
     detail: str = ""
     """Which test failed and how, or which limit was hit."""
     stderr: str = field(default="", compare=False)
-    """The end of what it wrote to stderr."""
+    """The last characters of its stderr."""
 
     @property
     def passed(self) -> bool:
