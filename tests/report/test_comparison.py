@@ -75,7 +75,7 @@ def test_a_single_rate_is_no_choice(tmp_path):
     made = synthetic.comparison(tmp_path, learning_rates=[1e-3])
     results = comparison.gather(made, synthetic.write(made, GAPS))
     (said,) = wording.edges(results)
-    assert said.startswith("One learning rate was tried: ")
+    assert said.startswith("Only one learning rate was tried, ")
     assert said in plaintext.markdown(results)
 
 
@@ -85,7 +85,7 @@ def test_what_the_noise_could_have_done_is_called_a_tie(results):
     assert wording.verdict(results, "full", "lora").startswith("lora is better than full by 0.09")
     summary = wording.summary(results)
     assert summary.startswith("Best mean: lora, 0.8")
-    assert "Behind it, each pair taken alone: " in summary
+    assert "Significantly better than (each pair tested alone): " in summary
 
 
 def without(folder, start, seeds):
@@ -102,7 +102,7 @@ def test_a_method_that_lacks_a_seed_comes_after_those_that_do_not(made):
     assert [m.label for m in results.methods][-1] == "lora"
     said = wording.summary(results)
     assert not said.startswith("Best mean: lora")
-    assert said.endswith("Ahead of it on the seeds that both have: lora (3 of 5 seeds).")
+    assert said.endswith("Worse on shared seeds than: lora (3 of 5 seeds).")
     assert "<small>3 of 5 seeds</small>" in page.render(results)
 
 
@@ -225,15 +225,15 @@ def test_the_markdown_has_every_seed_and_the_caveat(results):
         for score in method.scores.values():
             assert f"{score:.4f}" in text
     assert "With 6 pairs at 95 %, about 0.3 would differ by chance" in text
-    assert "Common options that a method does not have" not in text
+    assert "Common options that a method lacks" not in text
 
 
 @pytest.mark.parametrize(
     ("first", "second", "text"),
     [
-        ({1: 0.5}, {1: 0.25}, "at the one seed that both have"),
-        ({1: 0.5, 2: 0.75}, {1: 0.25, 2: 0.0}, "but 2 seeds cannot tell them apart"),
-        (dict.fromkeys(range(5), 0.5), dict.fromkeys(range(5), 0.25), "at every seed, which says"),
+        ({1: 0.5}, {1: 0.25}, "at their only shared seed"),
+        ({1: 0.5, 2: 0.75}, {1: 0.25, 2: 0.0}, "but 2 seeds are not enough to tell them apart"),
+        (dict.fromkeys(range(5), 0.5), dict.fromkeys(range(5), 0.25), "at every seed, which gives"),
     ],
 )
 def test_a_tie_for_want_of_seeds_or_spread_says_so(results, first, second, text):

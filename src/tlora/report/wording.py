@@ -23,7 +23,7 @@ def verdict(results: Results, first: str, second: str) -> str:
     """Return a sentence on whether two methods differ significantly."""
     found = results.find(first, second)
     if found is None:
-        return f"{first} and {second} have no seed in common yet."
+        return f"{first} and {second} have no shared seed yet."
     if found.better == 0:
         return f"Tie: {first} minus {second} is {signed(found.interval.mean)}{_tie(found)}"
     winner, loser = (first, second) if found.better == 1 else (second, first)
@@ -36,22 +36,22 @@ def verdict(results: Results, first: str, second: str) -> str:
     if pairs == 1:
         return said
     if results.holds(first, second):
-        return f"{said} It holds too when all {pairs} pairs are tested together (Holm)."
-    return f"{said} It does not hold when all {pairs} pairs are tested together (Holm)."
+        return f"{said} This also holds when all {pairs} pairs are tested together (Holm)."
+    return f"{said} This does not hold when all {pairs} pairs are tested together (Holm)."
 
 
 def _tie(found: Difference) -> str:
     """Return why a difference counts as a tie."""
     known = found.interval
     if known.low is None or known.high is None:
-        return " at the one seed that both have, which cannot tell them apart."
+        return " at their only shared seed, which is not enough to tell them apart."
     if known.count < FEWEST:
-        return f", but {known.count} seeds cannot tell them apart."
+        return f", but {known.count} seeds are not enough to tell them apart."
     if found.p is None:
-        return " at every seed, which says nothing about the noise."
+        return " at every seed, which gives no estimate of the noise."
     return (
         f" (95 % interval {signed(known.low)} to {signed(known.high)}, {known.count} seeds)."
-        " The interval contains zero: these seeds do not tell the two apart."
+        " The interval contains zero, so the difference is not significant."
     )
 
 
@@ -59,12 +59,12 @@ def caveat(results: Results) -> str:
     """Return a note on the effect of multiple comparisons."""
     pairs = len(results.differences)
     if not pairs:
-        return "No two methods have a seed in common yet."
+        return "No two methods have a shared seed yet."
     if pairs == 1:
-        return "There is one pair, so nothing was picked from among many."
+        return "There is only one pair, so no correction is needed."
     return (
         f"With {pairs} pairs at 95 %, about {pairs / 20:.1f} would differ by chance if all methods"
-        " were equal. Choose the pair before looking, or go by the test of all pairs together."
+        " were equal. Choose the pair in advance, or use the test of all pairs together."
     )
 
 
@@ -87,9 +87,9 @@ def summary(results: Results) -> str:
         found = results.find(best, other)
         groups[found.better if found else 0].append(named[other])
     titles = (
-        "Not told apart from it by these seeds",
-        "Behind it, each pair taken alone",
-        "Ahead of it on the seeds that both have",
+        "No significant difference to",
+        "Significantly better than (each pair tested alone)",
+        "Worse on shared seeds than",
     )
     parts = [
         f" {title}: {', '.join(labels)}."
@@ -108,16 +108,14 @@ def of_seeds(results: Results, method: MethodResult) -> str:
 def edges(results: Results) -> list[str]:
     """Name methods that were best at an edge of the learning rates, or note a single one."""
     if all(len(m.entry.learning_rates) == 1 for m in results.methods):
-        return [
-            "One learning rate was tried: the methods' scores and their order hold for it alone."
-        ]
+        return ["Only one learning rate was tried, so scores and ranking only apply to that one."]
     said = []
     for end, side in (("lowest", "below"), ("highest", "above")):
         at_end = [f"{m.label} ({m.learning_rate:g})" for m in results.methods if m.edge == end]
         if at_end:
             said.append(
-                f"Best at the {end} learning rate tried: {', '.join(at_end)}. The optimum may lie"
-                f" {side} it, and the score may be lower than the method can reach."
+                f"Best at the {end} learning rate tried: {', '.join(at_end)}. The optimum may be"
+                f" {side} it, so the method may be able to score better."
             )
     return said
 
@@ -130,17 +128,17 @@ def protocol(results: Results) -> list[str]:
     held = (
         f"the file {config.validation}"
         if isinstance(config.validation, str)
-        else f"held out of the training file, the same for all (seed {config.validation_seed})"
+        else f"held out of the training file, equal for all runs (seed {config.validation_seed})"
     )
     seen = (
-        "which no choice has seen"
+        "which were not used for tuning"
         if config.data.overlap != "allow"
         else 'which may overlap with training or validation rows (`data.overlap` is "allow")'
     )
     checked = (
-        "Runs whose steps, batch or order differ are refused."
+        "Runs whose steps, batch or order differ are rejected."
         if None not in results.values("data_order")
-        else "Runs whose steps or batch differ are refused; the order of rows was not recorded"
+        else "Runs whose steps or batch differ are rejected; the order of rows was not recorded"
         " (loader processes or packing)."
     )
     untaken = [f"{label} {', '.join(names)}" for label, names in config.untaken().items()]
@@ -148,16 +146,16 @@ def protocol(results: Results) -> list[str]:
         f"Task {config.task}, score {comparison.metric} ({comparison.better} is better);"
         f" {count(rows.get('train'))} training rows, {count(rows.get('validation'))} validation"
         f" rows ({held}), {count(rows.get('test'))} test rows.",
-        f"Every run of every method: the same rows, {count(steps)} steps of {count(batch)} rows,"
-        " the same schedule and optimizer settings, and for one seed the same order of rows and"
-        f" the same new head. {checked}",
+        f"All runs use the same rows, {count(steps)} steps of {count(batch)} rows, and the same"
+        " schedule and optimizer settings; runs with the same seed also share the order of rows and"
+        f" the initial head. {checked}",
         "Each method's learning rate has the best mean over the tuning seeds"
-        f" ({', '.join(map(str, config.tuning_seeds))}) on the validation rows; of equal means the"
-        " lowest learning rate. Intervals take that choice as given.",
+        f" ({', '.join(map(str, config.tuning_seeds))}) on the validation rows; ties go to the"
+        " lowest learning rate. Intervals do not include the uncertainty of that choice.",
         f"The table reports other seeds ({', '.join(map(str, config.final_seeds))}) at that"
         f" learning rate, on the test rows, {seen}.",
-        "Intervals are Student's over seeds, 95 %. They say how another seed would do on these"
-        " test rows, not how other rows would do. Differences are paired by seed. A difference"
-        " whose interval contains zero, or over fewer than three seeds, is called a tie.",
-        *([f"Common options that a method does not have: {'; '.join(untaken)}."] * bool(untaken)),
+        "Intervals are Student's over seeds, 95 %. They describe other seeds on these test rows,"
+        " not other rows. Differences are paired by seed. A difference whose interval contains"
+        " zero, or with fewer than three seeds, is a tie.",
+        *([f"Common options that a method lacks: {'; '.join(untaken)}."] * bool(untaken)),
     ]
