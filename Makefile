@@ -1,7 +1,8 @@
 # Everything from nothing but make and Python 3.10 or later:
 #   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
-#   make check   ruff, mypy and the layering rules
+#   make check   ruff, mypy, the layering rules and the site
+#   make docs    the site: build/site/index.html
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
 #   make audit   look the locked packages up in a public database of vulnerabilities
 #   make lock    resolve the locked versions again;  make licenses: the licenses of the packages
@@ -21,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test test-deepspeed check lock audit licenses clean
+.PHONY: demo test test-deepspeed check docs lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -40,6 +41,11 @@ check: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(MAKE) docs
+
+# A warning (a link, an anchor or a page that is not there) is an error.
+docs: $(VENV)/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lock: $(TOOLS)/ready
 	$(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)
