@@ -10,14 +10,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-import tlora  # noqa: E402
-from tlora.checks import choices, words  # noqa: E402
-from tlora.cli import VERBS, Verb  # noqa: E402
-from tlora.flags import Field, fields_of, help_text, screen  # noqa: E402
-from tlora.presets import default_options  # noqa: E402
-from tlora.registry import METHODS  # noqa: E402
-from tlora.shortnames import SHORT, short_names  # noqa: E402
-from tlora.training.runconfig import RunConfig  # noqa: E402
+import tlora
+from tlora.checks import choices, words
+from tlora.cli import VERBS, Verb
+from tlora.flags import Field, fields_of, help_text, screen
+from tlora.presets import default_options
+from tlora.registry import METHODS
+from tlora.shortnames import SHORT, short_names
+from tlora.training.runconfig import RunConfig
 
 _SECTIONS = {
     "": "Fields",
@@ -38,7 +38,7 @@ def pages() -> dict[str, str]:
     made["reference/errors.md"] = (
         "# Errors in Python\n\nEvery error that tlora raises on purpose is a `TLoraError`.\n\n"
         "::: tlora.errors\n"
-        "    options: {show_root_heading: false, show_root_toc_entry: false, members_order: source}\n"
+        "    options: {show_root_heading: false, show_root_toc_entry: false}\n"
     )
     return made
 
@@ -66,7 +66,7 @@ def _verb(verb: Verb) -> str:
             lines += _entry(name if field.positional else f"--{name}", field)
     if issubclass(verb.record, RunConfig):
         lines += [
-            "Below `--adapter.` stand the [options of the method](../options.md), below `--trainer.`"
+            "`--adapter.NAME` takes the [options of the method](../options.md), `--trainer.NAME`"
             " the training arguments of transformers and TRL under their own names.",
             "",
         ]
@@ -77,8 +77,8 @@ def _options() -> str:
     """Return the page of the options of every method."""
     lines = ["# Options of the methods", ""]
     lines += [
-        "As flags `--adapter.NAME`, as keys below `adapter` in a YAML, and in Python as fields of the"
-        " method's options; those of `tlora` are `TLoraConfig`. Defaults are those of `tlora train`"
+        "Flags `--adapter.NAME`, keys below `adapter` in a YAML, and fields of the method's options"
+        " in Python; those of `tlora` are `TLoraConfig`. The defaults are those of `tlora train`"
         " without a preset.",
         "",
     ]
@@ -87,8 +87,8 @@ def _options() -> str:
         given = default_options(method)
         lines += [f"## {method}", ""]
         same = []
-        for name, field in fields_of(METHODS.load(method).options):
-            field = dataclasses.replace(field, default=given.get(name, field.default))
+        for name, declared in fields_of(METHODS.load(method).options):
+            field = dataclasses.replace(declared, default=given.get(name, declared.default))
             if shared.setdefault(name, field) == field and method != METHODS.names()[0]:
                 same.append(f"`{name}`")
             else:

@@ -119,21 +119,19 @@ def indented(markdown: str) -> str:
     open_items: list[int] = []  # the columns at which the texts of the open items start
     fenced = False
     for line in markdown.splitlines():
-        column = len(line) - len(line.lstrip(" "))
+        item = None if fenced else _ITEM.match(line)
         above = lines[-1].strip() if lines else ""
-        if line.strip() and not fenced:
-            item = _ITEM.match(line)
-            while open_items and column < open_items[-1] and (item or not above):
-                open_items.pop()
-            inside = open_items[-1] if open_items else 0
-            line = " " * (4 * len(open_items) - inside) + line
-            if item and column < inside + 4:  # not a line of code
-                if above and not open_items and not _ITEM.match(lines[-1]):
-                    lines.append("")
-                open_items.append(len(item[0]))
-        elif line.strip() and open_items:
-            line = " " * (4 * len(open_items) - open_items[-1]) + line
-        if _FENCE.match(line):
-            fenced = not fenced
-        lines.append(line)
+        column = len(line) - len(line.lstrip(" "))
+        if line.strip() and not fenced and (item or not above):
+            open_items = [start for start in open_items if start <= column]
+        inside = open_items[-1] if open_items else 0
+        if item and column < inside + 4:  # not a line of code
+            if above and not open_items and not _ITEM.match(lines[-1]):
+                lines.append("")
+            open_items.append(len(item[0]))
+            levels = len(open_items) - 1
+        else:
+            levels = len(open_items)
+        lines.append(" " * (4 * levels - inside if line.strip() else 0) + line)
+        fenced ^= bool(_FENCE.match(line))
     return "\n".join(lines) + "\n"
