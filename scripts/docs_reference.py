@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import sys
@@ -26,6 +27,7 @@ _SECTIONS = {
     "tokens": "Added tokens: `tokens`",
     "judge": "The judge: `judge`",
 }
+_FOLDERS = ("training/runfolder", "compare/comparefolder", "evaluate/evalfolder")
 _CLASS = "    options: {heading_level: 3}\n"
 _LINALG = ("moments", "subspace", "allocation")
 
@@ -34,6 +36,7 @@ def pages() -> dict[str, str]:
     """Return the Markdown of each generated page by its place in the site."""
     made = {f"reference/cli/{verb.name}.md": _verb(verb) for verb in VERBS.values()}
     made["reference/options.md"] = _options()
+    made["reference/folders.md"] = _folders()
     made["reference/python.md"] = _python()
     made["reference/errors.md"] = (
         "# Errors in Python\n\nEvery error that tlora raises on purpose is a `TLoraError`.\n\n"
@@ -96,6 +99,17 @@ def _options() -> str:
         if same:
             lines += [f"As above: {', '.join(same)}.", ""]
     return "\n".join(lines)
+
+
+def _folders() -> str:
+    """Return the page of what verbs leave on disk: the docstrings of the modules that write it."""
+    texts = ["# Folders on disk"]
+    for name in _FOLDERS:
+        source = Path(tlora.__file__).with_name(f"{name}.py").read_text("utf-8")
+        head, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n::\n")
+        title = re.split(r"[.:,]", head)[0]
+        texts.append(f"## {title}\n\n{head}\n{rest}")
+    return "\n\n".join(texts)
 
 
 def _python() -> str:

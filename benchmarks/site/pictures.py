@@ -24,7 +24,7 @@ from tlora import AdapterPlan, Calibration, TLoraConfig, calibrate, calibration_
 from tlora.demo.run import BASE_MODEL, write_rows
 
 mpl.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREY = "#3b5b8c", "#c8501e", "#8a8f98"
 
