@@ -1,6 +1,6 @@
 """Print the oldest versions that pyproject.toml allows of what the library and training need.
 
-    make test-oldest    # installs them beside the environment and runs the tests of OLDEST there
+    make test-oldest    # installs them before the environment's packages and runs some tests
 
 torch is left out: its builds differ by machine, and constraints.txt names the tested one.
 """

@@ -162,6 +162,25 @@ def test_transcripts_on_the_base_show_what_the_commands_print(
                 assert line in said, (command, line)
 
 
+def test_faults_are_said_as_the_page_of_errors_says(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "rows.jsonl": [{"prompt": f"{n}?", "response": "no"} for n in "1234"],
+        "other.jsonl": [{"ask": f"{n}?", "say": "no"} for n in "1234"],
+    }
+    for name, rows in files.items():
+        Path(name).write_text("\n".join(map(json.dumps, rows)))
+    Path("broken.jsonl").write_text('{"prompt": "1?", "response": "no"}\n{"prompt": "2?", "resp\n')
+    checked = 0
+    for mark, argument, _, content in blocks(TEXTS["faq.md"]):
+        for part in content.split("$ tlora ")[1:] if (mark, argument) == ("run", "fault") else ():
+            command, _, shown = part.replace("BASE", BASE_MODEL).partition("\n")
+            assert cli.main(shlex.split(command)) == 2, command
+            assert capsys.readouterr().err == shown, command
+            checked += 1
+    assert checked >= 10
+
+
 def test_the_conversations_of_the_page_are_read_as_it_says(
     tiny_llama, tiny_tokenizer, tmp_path, monkeypatch, caplog
 ):
