@@ -105,7 +105,7 @@ def _folders() -> str:
     """Return the page of what verbs leave on disk: the docstrings of the modules that write it."""
     texts = ["# Folders on disk"]
     for name in _FOLDERS:
-        source = Path(tlora.__file__).with_name(f"{name}.py").read_text("utf-8")
+        source = (Path(tlora.__file__).parent / f"{name}.py").read_text("utf-8")
         head, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n::\n")
         title = re.split(r"[.:,]", head)[0]
         texts.append(f"## {title}\n\n{head}\n{rest}")

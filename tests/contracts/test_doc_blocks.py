@@ -40,7 +40,11 @@ def blocks(text):
 
 def commands(text):
     """Yield the words of each `tlora` command of a page, in blocks and within sentences."""
-    code = [content for _, _, language, content in blocks(text) if language != "python"]
+    code = [
+        content
+        for _, argument, language, content in blocks(text)
+        if language != "python" and argument != "fault"
+    ]
     rest = FENCE.sub("", text)
     code += re.findall(r"(?:^ {4,}\S.*\n)+", rest, re.M)
     lines = [line for each in code for line in each.replace("\\\n", " ").splitlines()]
