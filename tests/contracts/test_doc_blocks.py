@@ -174,7 +174,7 @@ def test_faults_are_said_as_the_page_of_errors_says(tmp_path, monkeypatch, capsy
     }
     for name, rows in files.items():
         Path(name).write_text("\n".join(map(json.dumps, rows)))
-    Path("broken.jsonl").write_text('{"prompt": "1?", "response": "no"}\n{"prompt": "2?", "resp\n')
+    Path("broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp\n')
     checked = 0
     for mark, argument, _, content in blocks(TEXTS["faq.md"]):
         for part in content.split("$ tlora ")[1:] if (mark, argument) == ("run", "fault") else ():
