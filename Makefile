@@ -1,8 +1,10 @@
 # Everything from nothing but make and Python 3.10 or later:
 #   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
-#   make check   ruff, mypy and the layering rules
+#   make check   ruff, mypy, the layering rules, the wheel's files and the site
+#   make docs    the site: build/site/index.html
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
+#   make test-oldest  what trains, with the oldest transformers, PEFT and TRL of pyproject.toml
 #   make audit   look the locked packages up in a public database of vulnerabilities
 #   make lock    resolve the locked versions again;  make licenses: the licenses of the packages
 # Packages come from requirements/*.txt, whose hashes pip checks, and torch from constraints.txt.
@@ -16,12 +18,15 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 TOOLS := $(VENV)-tools
+OLDEST := $(VENV)-oldest
+OLDEST_TESTS := tests/examples/test_scripts.py tests/adapter/test_attach.py
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 LOCK_ARGS ?=
 PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test test-deepspeed check lock audit licenses clean
+.PHONY: demo test test-deepspeed test-oldest check docs lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -35,11 +40,19 @@ test-deepspeed: $(VENV)/deepspeed/ready
 	PYTHONPATH=$(VENV)/deepspeed OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_deepspeed.py
 
+test-oldest: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(OLDEST_TESTS)
+
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/packaging/test_wheel.py
+	$(MAKE) docs
+
+# A warning (a link, an anchor or a page that is not there) is an error.
+docs: $(VENV)/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lock: $(TOOLS)/ready
 	$(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)
@@ -72,10 +85,18 @@ $(VENV)/deepspeed/ready: $(VENV)/ready-dev
 	  deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
+# Whatever is not installed in it comes from the environment, torch and pytest among it.
+$(OLDEST)/ready: $(VENV)/ready-dev pyproject.toml scripts/oldest.py
+	$(PYTHON) -m venv $(OLDEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
+	  > "$$($(OLDEST)/bin/python $(SITE))/beside.pth"
+	$(OLDEST)/bin/python $(PIP_INSTALL) $$($(BIN)/python scripts/oldest.py)
+	touch $@
+
 $(TOOLS)/ready: requirements/tools.txt
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python $(PIP_INSTALL) $(LOCKED) requirements/tools.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TOOLS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
