@@ -349,7 +349,7 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     training += ["--trainer.max_steps", "2", "--trainer.save_strategy", "no"]
     code, _, err = tlora(*training)
     assert code == 2
-    assert "of 8 training rows 8 repeat a prompt of" in err
+    assert "of 8 training rows, 8 repeat a prompt of" in err
     code, out, err = tlora(*training, "--data.overlap", "allow")
     assert code == 0, err
     assert '"loss":' in out

@@ -179,7 +179,7 @@ def test_means_are_over_answers_and_leave_the_unrated_out():
         ({"url": "http://me:secret@x/v1", "model": "m"}, "not shown here"),
         ({"url": "http://x/v1?key=secret", "model": "m"}, "not shown here"),
         ({"timeout": 0}, "`judge.timeout` is 0"),
-        ({"request": {"messages": []}}, "`judge.request.messages` is set"),
+        ({"request": {"messages": []}}, "sets `judge.request.messages` itself"),
     ],
 )
 def test_bad_values_are_one_sentence_each_and_show_no_secret(fields, says):

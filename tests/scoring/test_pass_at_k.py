@@ -51,7 +51,7 @@ def test_pass_at_k_of_many_samples_stays_finite():
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
 def test_pass_at_k_is_refused_where_it_is_not_defined(samples, right, k):
-    with pytest.raises(ConfigError, match=f"pass@{k} of {samples} samples, {right} of them"):
+    with pytest.raises(ConfigError, match=f"pass@{k} is undefined for {samples} samples with {right} correct"):
         pass_at_k(samples, right, k)
 
 
@@ -103,5 +103,5 @@ def test_results_come_in_the_order_of_the_checks(sandbox):
 def test_a_row_that_lacks_a_column_is_named():
     with pytest.raises(DataError, match="row Test/0: column 'test' is missing"):
         humaneval_check({k: v for k, v in HUMANEVAL.items() if k != "test"}, "")
-    with pytest.raises(DataError, match="MBPP row 1: its tests are not Python"):
+    with pytest.raises(DataError, match="MBPP row 1: its tests are not valid Python"):
         mbpp_check(MBPP | {"test_list": ["assert ("]}, "")

@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named(saved, folder, tmp_path, capsys):
     file = tmp_path / "adapter.gguf"
     file.write_bytes((folder / "adapter.gguf").read_bytes()[:200])
     assert cli.main(["verify", str(saved.adapter), str(file)]) == 1
-    assert "cut off or damaged" in capsys.readouterr().err
+    assert "truncated or damaged" in capsys.readouterr().err
 
 
 def test_llama_cpp_replies_as_the_adapter_within_the_noise_of_its_base(saved, folder, tmp_path):

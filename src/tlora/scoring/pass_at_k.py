@@ -133,7 +133,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     """
     if not (0 <= right <= samples and 1 <= k <= samples):
         raise ConfigError(
-            f"pass@{k} is undefined for {samples} samples with {right} right ones; use at least"
+            f"pass@{k} is undefined for {samples} samples with {right} correct; use at least"
             " k samples.",
             where="pass@k",
         )
