@@ -180,7 +180,7 @@ def test_a_cut_keeps_the_largest_singular_values_and_reports_the_energy_lost(
         lost, whole = lost + energy, whole + float(values.square().sum())
         if before.rank(name) > rank:
             assert f"{name} {energy / float(values.square().sum()):.2%}" in card
-    assert f"loses {lost / whole:.2%} of the energy" in capsys.readouterr().out
+    assert f"losing {lost / whole:.2%} of the energy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_head_of_its_own_is_applied(tmp_path):
 def test_a_tied_head_is_refused(tmp_path):
     kind = kind_of("llama", tie_word_embeddings=True)
     saved = save(kind, tmp_path, ["lm_head", "q_proj"], exclude_modules=None)
-    with pytest.raises(AdapterError, match=r"matrices of lm_head; .* convert_hf_to_gguf\.py"):
+    with pytest.raises(AdapterError, match=r"matrices of lm_head, .* convert_hf_to_gguf\.py"):
         write_adapter(
             tmp_path / "a.gguf", read_lora(saved.adapter), config_of(saved).to_dict(), "auto"
         )

@@ -84,11 +84,11 @@ def deeper(base: Path) -> None:
     [
         (escaping, r"lists '../\S+', which is not a safetensors file in"),
         (lacking_a_shard, r"model-00001-of-\d+.safetensors is missing"),
-        (cut_off, r"model-00001-of-\d+.safetensors is cut off or damaged"),
+        (cut_off, r"model-00001-of-\d+.safetensors is truncated or damaged"),
         (lacking_a_tensor, r"model.norm.weight is not in the file listed in"),
         (of_another_shape, r"is 160 x 16 in its files but 161 x 16 in its config.json"),
         (without_an_index, "maps no tensors to files"),
-        (deeper, r"has no model.layers.2\S+, "),
+        (deeper, r"lack model.layers.2\S+, "),
     ],
 )
 def test_a_damaged_base_is_refused_and_nothing_written(shards, damage, fault, tmp_path):
