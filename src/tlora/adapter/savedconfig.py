@@ -1,6 +1,6 @@
-"""The fields of an adapter_config.json that decide ranks, scales and targets, checked.
+"""Checks the adapter_config.json fields that decide ranks, scales and targets.
 
-PEFT itself takes any value there: it fails later, somewhere else, or computes with it.
+PEFT accepts any value there and fails later elsewhere, or computes with it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
 }
 _NEEDED = ("r", "lora_alpha")
-"""Fields that may be left out, and not be null."""
+"""Fields that may be missing but not null."""
 
 
 def check_fields(path: str | Path, fields: Mapping[str, Any]) -> None:

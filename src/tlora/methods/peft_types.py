@@ -1,6 +1,6 @@
-"""What is known of PEFT's types of adapters: paper, learning rate, and where one is an exception.
+"""Facts about PEFT's adapter types: paper, learning rate, exceptions.
 
-A type that is missing here works too; it has no paper then. Nothing here imports PEFT.
+A type that is missing here works too, but without a paper. Nothing here imports PEFT.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class PeftType:
     title: str
     """Title of its paper."""
     arxiv: str | None = None
-    """The paper's number on arXiv, if it is there."""
+    """The paper's number on arXiv, if it has one."""
     year: int
-    """Of the paper."""
+    """Year of the paper."""
     rate: float | None = None
-    """Learning rate of PEFT's own comparison on Llama-3.2-3B (the lower one of several)."""
+    """Learning rate in PEFT's own comparison on Llama-3.2-3B (the lowest one)."""
     start: Literal["rounding", "moved"] = "rounding"
-    """Whether the output before the first step is the base's, or one that PEFT draws."""
+    """Whether the output before the first step equals the base's, or PEFT draws it at random."""
     targets: Literal["all-linear"] | None = "all-linear"
     """Default of `target_modules`; None: PEFT's choice for the architecture."""
     trains: str | None = None
-    """A part of the names of its parameters, where PEFT's prefix is none."""
+    """A part of its parameters' names, if PEFT's prefix does not fit."""
     unmerged: str | None = None
     """Why PEFT does not merge it into the weights."""
     refused: str | None = None
