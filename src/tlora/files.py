@@ -246,7 +246,7 @@ def write_state(path: str | Path, value: dict[str, Any]) -> None:
     write_json(path, value | {_STATE_KEY: integrity.json_digest(value)})
 
 
-def read_state(path: str | Path, advice: str = "put it back as it was, or make it again") -> Any:
+def read_state(path: str | Path, advice: str = "restore it, or make it again") -> Any:
     """Read a file written by `write_state`, without its digest.
 
     Args:

@@ -173,7 +173,7 @@ def test_offloading_needs_somewhere_to_load_from(config, monkeypatch):
 def test_pushing_needs_a_token(config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(ConfigError, match="`push_to_hub` needs a token of the Hub"):
+    with pytest.raises(ConfigError, match="`push_to_hub` needs a Hub token"):
         train.run(config(trainer={"push_to_hub": True, "hub_model_id": "a/b"}))
 
 
