@@ -238,7 +238,7 @@ class Section:
             kind, value = hints(type(self))[field.name], getattr(self, field.name)
             if is_section(kind) and isinstance(value, kind):
                 found += value.faults()
-            elif wrong := self._wrong(field.name, kind, value):
+            elif wrong := self._value_faults(field.name, kind, value):
                 found += wrong
                 named += (f"`{self.prefix}{field.name}` ",)
                 vars(sound)[field.name] = default_of(field)
@@ -246,7 +246,7 @@ class Section:
         # their complaints about such a default are dropped.
         return found + [each for each in sound.relations() if not each.startswith(named)]
 
-    def _wrong(self, name: str, kind: Any, value: Any) -> list[str]:
+    def _value_faults(self, name: str, kind: Any, value: Any) -> list[str]:
         """Describe the fault of one value; a credential is refused before anything quotes it."""
         name = f"{self.prefix}{name}"
         return [*credentials.faults(name, value)] or fault(name, kind, value)

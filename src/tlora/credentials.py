@@ -54,7 +54,7 @@ def holds(text: str) -> bool:
     """Return whether a text contains the form of a credential, or one from the environment."""
     if any(pattern.search(text) for pattern in (_FORM, _USER_INFO, _QUERY)):
         return True
-    return any(value in text for value in _of_environment())
+    return any(value in text for value in _environment_credentials())
 
 
 def faults(name: str, value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
@@ -86,7 +86,7 @@ def faults(name: str, value: Any, within: tuple[int, ...] = ()) -> Iterator[str]
 
 def redacted(text: str) -> str:
     """Return a text with every credential replaced that its form, name or place reveals."""
-    for value in _of_environment():
+    for value in _environment_credentials():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(HIDDEN, _FORM.sub(HIDDEN, text))
     text = _QUERY.sub(rf"\g<name>={HIDDEN}", text)
@@ -112,7 +112,7 @@ def _advice(name: str) -> str:
     return "set HF_TOKEN or run `hf auth login`"
 
 
-def _of_environment() -> list[str]:
+def _environment_credentials() -> list[str]:
     """Return the credentials in the environment, longest first."""
     found = {
         value.strip()

@@ -176,7 +176,7 @@ def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
             raise refusal from None
         except OSError:
             pass  # a file system without locks must not stop anyone
-        if not _is_at(handle, Path(path)):
+        if not _is_file_at(handle, Path(path)):
             # Its last holder removed it after it was opened: another process may lock a new one.
             os.close(handle)
             handle = None
@@ -194,7 +194,7 @@ def _opened(path: Path) -> int:
             return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_file_at(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

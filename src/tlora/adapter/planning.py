@@ -144,7 +144,7 @@ def solve_each(
             del weight  # before the next one is gathered
             bar.update(sum(map(len, together)))
     owners = {job.target.name: process for some in rounds for process, job in some.items()}
-    return _exchanged(jobs, owners, done, group)
+    return _broadcast(jobs, owners, done, group)
 
 
 def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[Round]:
@@ -189,7 +189,7 @@ def _gathered(some: Round, group: ProcessGroup) -> Tensor | None:
     return own
 
 
-def _exchanged(
+def _broadcast(
     jobs: Sequence[ModuleJob],
     owner: dict[str, int],
     done: dict[str, ModulePlan],

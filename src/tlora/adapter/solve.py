@@ -184,7 +184,7 @@ def solve(
             power = _WHITENING[config.whiten]
             found = [_whitened(*pair, power) for pair in zip(wanted, found, strict=True)]
     of = {job.target.name: each for job, each in zip(wanted, found, strict=True)}
-    return planned(jobs, config, [of.get(job.target.name) or _nothing(job) for job in jobs])
+    return planned(jobs, config, [of.get(job.target.name) or _empty_subspace(job) for job in jobs])
 
 
 def _problem(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Problem:
@@ -209,7 +209,7 @@ def _whitened(job: ModuleJob, found: Subspace, power: float) -> Subspace:
     return replace(found, basis=whitened(found.basis, uncentered, power))
 
 
-def _nothing(job: ModuleJob) -> Subspace:
+def _empty_subspace(job: ModuleJob) -> Subspace:
     return Subspace(torch.zeros(0, job.target.d_in), 0.0, "none", 0, None)
 
 

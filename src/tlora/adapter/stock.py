@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.freeze import complete_heads
-from tlora.calibration.language_model import say_what_is_left_alone
+from tlora.calibration.language_model import log_unadapted_towers
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import (
     find_targets,
@@ -100,7 +100,7 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> Pe
             "the method `tlora` does, by `target_parameters`.",
             type(model).__name__,
         )
-    say_what_is_left_alone(model, config)
+    log_unadapted_towers(model, config)
     fields = exact(model, targets) | dict.fromkeys(_LAYERS)
     if fields["exclude_modules"] and not hasattr(config, "exclude_modules"):
         raise ConfigError(

@@ -262,12 +262,12 @@ class GradientAccumulator:
         if self.means:
             to.gradient = self._total(target).div_(to.samples)
             del self.totals[target.name]
-            _refuse_overflown(to.gradient, f"{target.name}: its mean gradient")
+            _refuse_overflow(to.gradient, f"{target.name}: its mean gradient")
         if self.weighted:
             moment = to.gradient_moment = self._moment(target)
             moment.samples = to.samples
             kept = moment.scatter.diagonal() if moment.rows is None else moment.rows
-            _refuse_overflown(kept, f"{target.name}: its gradient-weighted second moment")
+            _refuse_overflow(kept, f"{target.name}: its gradient-weighted second moment")
             del self.moments[target.name]
 
     def pool(self, targets: Iterable[Target], group: ProcessGroup) -> None:
@@ -294,7 +294,7 @@ class GradientAccumulator:
         return self.moments[target.name]
 
 
-def _refuse_overflown(values: Tensor, what: str) -> None:
+def _refuse_overflow(values: Tensor, what: str) -> None:
     if not values.isfinite().all():
         raise CalibrationError(
             f"{what} overflows, though the gradient of every sample is finite; calibrate in"

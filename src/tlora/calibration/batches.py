@@ -69,7 +69,7 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
             f"a calibration batch is a {type(batch).__name__}; give dicts of the model's "
             "forward arguments (input_ids, attention_mask, labels, ...)."
         )
-    moved: dict[str, Any] = {key: _moved(value, device) for key, value in batch.items()}
+    moved: dict[str, Any] = {key: _to_device(value, device) for key, value in batch.items()}
     ids = moved.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() < 2:
         raise CalibrationError(
@@ -84,14 +84,14 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
     return moved
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     """Return ``value`` with the tensors in it, and in its lists and dicts, on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _to_device(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_to_device(item, device) for item in value)
     return value
 
 

@@ -207,7 +207,7 @@ class Collector:
 
     def _take(self, micro_batch: MicroBatch, alone: bool = False) -> None:
         """Add the good samples of a micro-batch; ``alone``: it is one sample without padding."""
-        rest = self._tried(micro_batch, alone)
+        rest = self._try(micro_batch, alone)
         if rest is None:
             samples = reading.single_samples(micro_batch.batch, self.model)
             for number, sample in zip(micro_batch.numbers, samples, strict=True):
@@ -215,7 +215,7 @@ class Collector:
         elif rest.numbers:
             self._take(rest, alone)
 
-    def _tried(self, micro_batch: MicroBatch, alone: bool) -> MicroBatch | None:
+    def _try(self, micro_batch: MicroBatch, alone: bool) -> MicroBatch | None:
         """Add a micro-batch; return the part to retry, or None to retry sample by sample.
 
         Raises:

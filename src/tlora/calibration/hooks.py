@@ -65,15 +65,15 @@ class RealTokens:
 
     def places(self, mask: Tensor | None) -> Tensor | None:
         """Return the positions of the real tokens among B T rows; None: all are real."""
-        return None if mask is None else self._of(mask)[1]
+        return None if mask is None else self._lookup(mask)[1]
 
     def counts(self, call: Call) -> list[int]:
         """Return the number of real tokens of each sample of a call."""
         if call.mask is None:
             return [call.rows.shape[1]] * call.rows.shape[0]
-        return self._of(call.mask)[2]
+        return self._lookup(call.mask)[2]
 
-    def _of(self, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _lookup(self, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         if id(mask) not in self._found:
             places = mask.flatten().nonzero().flatten()
             self._found[id(mask)] = (mask, places, mask.sum(dim=1).tolist())

@@ -71,7 +71,7 @@ def check_reached(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def say_what_is_left_alone(model: nn.Module, config: Any) -> None:
+def log_unadapted_towers(model: nn.Module, config: Any) -> None:
     """Log a line that names the towers of a multimodal model that are not adapted."""
     inner = language_model(model) if is_text_only(model, config) else None
     if inner is None:

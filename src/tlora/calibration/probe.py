@@ -20,7 +20,7 @@ from tlora.calibration.backward import backward_for
 from tlora.calibration.budget import MemoryBudget, given
 from tlora.calibration.collector import Collector
 from tlora.calibration.group import ProcessGroup, process_group
-from tlora.calibration.language_model import say_what_is_left_alone
+from tlora.calibration.language_model import log_unadapted_towers
 from tlora.calibration.limits import fault_of_ids
 from tlora.calibration.placement import (
     can_be_loaded,
@@ -259,7 +259,7 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             )
     warn_of_second_names(model, targets, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
-    say_what_is_left_alone(model, config)
+    log_unadapted_towers(model, config)
     return targets
 
 

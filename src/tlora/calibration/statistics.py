@@ -205,7 +205,7 @@ class Calibration:
         tensors, header = read_tensors(path, _KIND, _FORMAT)
         with damaged(path):
             moments = {
-                name: SecondMoment.from_parts(_below(tensors, f"{name}/"), **counts)
+                name: SecondMoment.from_parts(_with_prefix(tensors, f"{name}/"), **counts)
                 for name, counts in header["moments"].items()
             }
             modules = {
@@ -235,7 +235,7 @@ class Calibration:
         return shared | own
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -258,7 +258,7 @@ def model_key(model: nn.Module) -> str:
         # DeepSpeed sometimes holds a sharded parameter whole.
         unseen = name in offloaded or is_zero3(parameter)
         for stored in [] if unseen else _stored(parameter.detach()):
-            samples.setdefault(stored.device, []).append(_some_bytes(stored))
+            samples.setdefault(stored.device, []).append(_sampled_bytes(stored))
     digest = hashlib.sha256("\n".join(described).encode())
     for parts in samples.values():
         # One transfer per device, not per parameter.
@@ -278,7 +278,7 @@ def _stored(tensor: Tensor) -> list[Tensor]:
     return [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
 
 
-def _some_bytes(tensor: Tensor) -> Tensor:
+def _sampled_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     return flat[:: max(1, -(-len(flat) // _SAMPLED))].contiguous().view(torch.uint8)
 

@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     experts = list(_expert_targets(model, config.target_parameters or ()))
     faults = name_faults(model, config)
     if not names and not experts and not faults:
-        faults = [_nothing_matches(model, config)]
+        faults = [_no_match_message(model, config)]
     if faults:
         raise ConfigError(faults, where="adapter")
     targets, wrong = [], []
@@ -253,7 +253,7 @@ def _hqq_names(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if is_hqq_linear(m) and m is not head]
 
 
-def _nothing_matches(model: nn.Module, config: TLoraConfig) -> str:
+def _no_match_message(model: nn.Module, config: TLoraConfig) -> str:
     wanted, hint = config.target_modules, ""
     if isinstance(wanted, str) and wanted != "all-linear":
         hint = f" A string is a regex of full names; give names as a list: [{wanted}]."

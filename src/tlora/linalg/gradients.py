@@ -243,7 +243,7 @@ def add_gradient(total: Tensor, samples: Sequence[Pairs], weights: Sequence[floa
         weights: w; each turns the gradient of the batch's loss into that of the sample's own.
     """
     if not any(delta.dtype in NARROW for pairs in samples for delta, _ in pairs):
-        delta, x = _of_own_losses(samples, weights)
+        delta, x = _weighted_rows(samples, weights)
         total.addmm_(delta.T, x)
         return
     # 16 bits cannot hold w delta, so the product of all samples with one weight is scaled instead.
@@ -267,12 +267,12 @@ def gradient_weighted(samples: Sequence[Pairs], weights: Sequence[float]) -> Ten
     Returns:
         tokens x d, float32.
     """
-    delta, x = _of_own_losses(samples, weights)
+    delta, x = _weighted_rows(samples, weights)
     norms: Tensor = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
     return norms * x
 
 
-def _of_own_losses(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _weighted_rows(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return w delta and X of all samples in float32."""
     each = [
         (weight * delta.float(), x.float())

@@ -98,7 +98,7 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
     found: dict[int, Leading | Sketch | Subspace] = {}
     sizes = [_solving_bytes(problem, solver) for problem in problems]
     for places in batches(sizes, BATCH_BYTES):
-        found |= _begun({place: problems[place] for place in places}, solver)
+        found |= _start({place: problems[place] for place in places}, solver)
     sketches = {place: each for place, each in found.items() if isinstance(each, Sketch)}
     found |= dict(zip(sketches, ritz(list(sketches.values())), strict=True))
     quick = {place: each for place, each in found.items() if isinstance(each, Leading)}
@@ -112,7 +112,7 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
             energy = share(kept, whole)
             found[place] = Subspace(vectors, energy, method, int(determined), whole)
         else:
-            found[place] = _alone(problem.product(), problem, solver)
+            found[place] = _solve_alone(problem.product(), problem, solver)
     return [found[place] for place in range(len(problems))]  # type: ignore[misc]
 
 
@@ -126,7 +126,7 @@ def _solving_bytes(problem: Problem, solver: Solver) -> int:
     return 4 * math.prod(problem.shape) + 8 * grams * min(problem.shape) ** 2
 
 
-def _begun(
+def _start(
     problems: Mapping[int, Problem], solver: Solver
 ) -> dict[int, Leading | Sketch | Subspace]:
     """Do the work that needs the matrices, without synchronizing."""
@@ -135,7 +135,9 @@ def _begun(
     for place, product in products.items():
         method = solver.method(product, problems[place].rank)
         ways[method if solvable(product, method) else "alone"].append(place)
-    alone = {place: _alone(products[place], problems[place], solver) for place in ways["alone"]}
+    alone = {
+        place: _solve_alone(products[place], problems[place], solver) for place in ways["alone"]
+    }
     few = ways["exact"]
     small = exact([products[place] for place in few], [problems[place].rank for place in few])
     many = ways["randomized"]
@@ -153,7 +155,7 @@ def _measured(found: Leading, shape: Sequence[int]) -> Tensor:
     return torch.stack([number.double() for number in numbers])
 
 
-def _alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
+def _solve_alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
     """Solve one module by Householder QR and SVD."""
     vectors, values = right_singular_vectors(product, problem.rank, solver)
     nonzero = (values > rounding(product.shape, values.dtype) * values[:1]).sum()

@@ -86,7 +86,7 @@ class PeftMethod:
         from tlora.adapter.stock import targets_of, wrap, wrap_exactly
 
         config = options.config()
-        if getattr(options, "target_modules", None) is None or not _of_layers(config):
+        if getattr(options, "target_modules", None) is None or not _adapts_layers(config):
             adapted = wrap(model, config)
         else:
             adapted = wrap_exactly(model, targets_of(model, options), config)
@@ -96,7 +96,7 @@ class PeftMethod:
         return Prepared(model=adapted)
 
 
-def _of_layers(config: Any) -> bool:
+def _adapts_layers(config: Any) -> bool:
     """Return whether a type adapts linear maps, as far as known."""
     kind = config.peft_type.value.lower()
     return kind == "ia3" or kind not in KNOWN or KNOWN[kind].targets is not None

@@ -73,9 +73,9 @@ def _warn_of_further_layers(name: str, model: Any, unused: Iterable[str]) -> Non
 
     Others do not matter: the head of another task, another modality's tower.
     """
-    used = {_in_any_layer(key) for key, _ in model.named_parameters()}
+    used = {_layer_pattern(key) for key, _ in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
-    extra = [k for k in unused if {_in_any_layer(k), _in_any_layer(prefix + k)} & used]
+    extra = [k for k in unused if {_layer_pattern(k), _layer_pattern(prefix + k)} & used]
     if extra:
         logger.warning(
             "%s has %d weights of layers that its config.json lacks, and they are not used: %s.",
@@ -85,5 +85,5 @@ def _warn_of_further_layers(name: str, model: Any, unused: Iterable[str]) -> Non
         )
 
 
-def _in_any_layer(name: str) -> str:
+def _layer_pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)

@@ -113,7 +113,7 @@ def run(config: RunConfig) -> DryRun:
     targets = find_targets(model, options)
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
-    notes += _not_shown(config, model, options)
+    notes += _omissions(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
     length = min(config.data.max_length or LONGEST, positions_of(model.config) or LONGEST)
     weights = weight_bytes(model, config.quantization)
@@ -164,7 +164,7 @@ def _budget(
     return on_devices([(device or torch.device("cpu"), weights)], targets)
 
 
-def _not_shown(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:
+def _omissions(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:
     """Return a sentence for each omission of the tables."""
     from tlora.calibration.targets import left_out, unadapted_experts
 
@@ -214,7 +214,7 @@ class _Counted:
     def adapters(self, name: str, weights: int, beside: int) -> Memory:
         trained = adapter_parameters(self.targets, self.ranks, self.options.freeze_a)
         stored = adapter_parameters(self.targets, self.ranks, frozen_a=False)
-        kept = self.tokens * self.activations.frozen + self._beside()
+        kept = self.tokens * self.activations.frozen + self._adapter_activations()
         if self._cast:
             kept += self.activations.element * stored
         weights += self.trained * (stored + beside)
@@ -244,7 +244,7 @@ class _Counted:
         """Whether autocast copies the adapter's weights, which autograd keeps."""
         return self.autocast and self.trained > self.activations.element
 
-    def _beside(self) -> int:
+    def _adapter_activations(self) -> int:
         """Return the bytes of activations that adapters keep besides those of the base model.
 
         B's gradient needs z = A x, r_i values per token. A's gradient needs x: the tensors that the

@@ -69,7 +69,7 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front=_front_matter(setup, base, fields),
-        title=_cell(f"{_name(base)}, {_learned(setup)}"),
+        title=_cell(f"{_name(base)}, {_task_text(setup)}"),
         summary=_summary(setup, base, fields, verb),
         facts=[(name, _cell(value)) for name, value in _facts(setup, base, fields, ranks)],
         scored=_cell(_rows(setup.config.eval_file, setup.held_out, "the rows held out")),
@@ -102,7 +102,7 @@ def command(config: RunConfig, verb: str = "train") -> str:
     import shlex
 
     words = ["tlora", verb]
-    for name, value in _given(config):
+    for name, value in _changed_flags(config):
         words += [f"--{name}", value]
     return shlex.join(words)
 
@@ -126,7 +126,7 @@ def span(numbers: Collection[float]) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
-def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _changed_flags(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the flags that differ from the defaults, including those of the default preset."""
     fixed = {} if config.continue_from else presets.default_options(config.method)
     default = RunConfig(adapter=fixed).to_dict()
@@ -216,7 +216,7 @@ def _scores(setup: Setup, scores: Mapping[str, Any]) -> Iterator[tuple[str, str]
         yield "perplexity", f"{math.exp(loss):.4g}"
 
 
-def _learned(setup: Setup) -> str:
+def _task_text(setup: Setup) -> str:
     files = setup.config.train_file or setup.config.data.dataset
     return f"adapted to {_word(files, files=True) if files else setup.config.task}"
 

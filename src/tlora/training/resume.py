@@ -72,7 +72,7 @@ def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
         return Todo(config, inputs_of(config), resumes=False)
     _refuse_other(config, folder, verb)
     saved = RunConfig.from_dict(folder.config())
-    moved = _moved(config, saved, folder.inputs())
+    moved = _moved_inputs(config, saved, folder.inputs())
     finished = folder.finished
     trained = finished and verb == "train"
     try:
@@ -112,7 +112,7 @@ def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:
         )
 
 
-def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
+def _moved_inputs(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
     """Return the given paths, by field, of inputs that have moved but not changed."""
     given, before = config.to_dict(), saved.to_dict()
     paths = {name: field_at(given, name) for name in digests}
@@ -157,7 +157,7 @@ def merge_saved(
     if given["method"] != before["method"]:  # whose options differ
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()
     if may_grow:
-        same |= _grown(given, before)
+        same |= _extended_fields(given, before)
     faults = [
         f"`{name}` {_words(given, name, 'is')}, but {config.output_dir} was started"
         f" {_words(before, name, 'with')}; {_ADVICE}"
@@ -180,7 +180,7 @@ def _refuse_other_steps(config: RunConfig, saved: RunConfig, folder: RunFolder) 
     Raises:
         ConfigError: it does not.
     """
-    before, now = _rows_a_process(saved), _rows_a_process(config)
+    before, now = _rows_per_process(saved), _rows_per_process(config)
     old, new = folder.processes(), process_count()
     if now * new == before * old:
         return
@@ -194,12 +194,12 @@ def _refuse_other_steps(config: RunConfig, saved: RunConfig, folder: RunFolder) 
     )
 
 
-def _rows_a_process(config: RunConfig) -> int:
+def _rows_per_process(config: RunConfig) -> int:
     fields = _flat(config)
     return math.prod(int(fields.get(name) or own) for name, own in _ROWS.items())
 
 
-def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
+def _extended_fields(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
     """Return the name of the field that makes a run train longer than before, if any."""
     steps, epochs = (f"trainer.{name}" for name in _LENGTH)
     by_steps = (before.get(steps) or -1) > 0

@@ -157,7 +157,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids
         )
-        extra["preprocess_logits_for_metrics"] = _logits_alone
+        extra["preprocess_logits_for_metrics"] = _only_logits
     elif setup.task.reads_replies and arguments.predict_with_generate:
         extra["compute_metrics"] = lambda prediction: setup.task.reply_metrics(
             texts(setup.tokenizer, prediction.predictions),
@@ -190,7 +190,7 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     return trainer
 
 
-def _logits_alone(outputs: Any, labels: Any) -> Any:
+def _only_logits(outputs: Any, labels: Any) -> Any:
     """Return only the logits from a classifier's output; encoder-decoders add encoder states."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
