@@ -109,9 +109,7 @@ def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
         for name in ("first", "second", "escaped", "basis")
     )
     decay1, decay2 = (
-        g.new_tensor([_bias_corrected(beta, float(state["step"])) for state in states])[
-            :, None, None
-        ]
+        g.new_tensor([_unbiased(beta, float(state["step"])) for state in states])[:, None, None]
         for beta in group["betas"]
     )
     turn = basis.mT @ before
@@ -131,7 +129,7 @@ def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
     return moves
 
 
-def _bias_corrected(beta: float, step: float) -> float:
+def _unbiased(beta: float, step: float) -> float:
     return float(beta * (1 - beta ** (step - 1)) / (1 - beta**step))
 
 

@@ -145,16 +145,14 @@ def results(
         block = space.block[:, :-_PROBES]
         problems.append(Problem(partial(_unchanged, kept), weight, kept.shape, space.rank, block))
     found = task_subspaces(problems, Solver())
-    return [
-        _with_lost_energy(each, outside) for each, outside in zip(found, read(lost), strict=True)
-    ]
+    return [_add_lost(each, outside) for each, outside in zip(found, read(lost), strict=True)]
 
 
 def _unchanged(product: FactoredMatrix) -> FactoredMatrix:
     return product
 
 
-def _with_lost_energy(found: Subspace, lost: float) -> Subspace:
+def _add_lost(found: Subspace, lost: float) -> Subspace:
     inside = found.total_energy or 0.0
     kept, whole = (found.captured_energy or 0.0) * inside, inside + lost
     return replace(found, captured_energy=share(kept, whole), total_energy=whole, method="streamed")

@@ -112,7 +112,7 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
             energy = share(kept, whole)
             found[place] = Subspace(vectors, energy, method, int(determined), whole)
         else:
-            found[place] = _solve_alone(problem.product(), problem, solver)
+            found[place] = _solve_one(problem.product(), problem, solver)
     return [found[place] for place in range(len(problems))]  # type: ignore[misc]
 
 
@@ -135,9 +135,7 @@ def _start(
     for place, product in products.items():
         method = solver.method(product, problems[place].rank)
         ways[method if solvable(product, method) else "alone"].append(place)
-    alone = {
-        place: _solve_alone(products[place], problems[place], solver) for place in ways["alone"]
-    }
+    alone = {place: _solve_one(products[place], problems[place], solver) for place in ways["alone"]}
     few = ways["exact"]
     small = exact([products[place] for place in few], [problems[place].rank for place in few])
     many = ways["randomized"]
@@ -155,7 +153,7 @@ def _measured(found: Leading, shape: Sequence[int]) -> Tensor:
     return torch.stack([number.double() for number in numbers])
 
 
-def _solve_alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
+def _solve_one(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
     """Solve one module by Householder QR and SVD."""
     vectors, values = right_singular_vectors(product, problem.rank, solver)
     nonzero = (values > rounding(product.shape, values.dtype) * values[:1]).sum()
