@@ -135,7 +135,7 @@ def of_hub(kind: type[Exception], text: str) -> Exception:
     ("error", "says"),
     [
         (of_hub(hub.RepositoryNotFoundError, "401"), "no model of this name on the Hub"),
-        (of_hub(hub.GatedRepoError, "403"), "restricts access to"),
+        (of_hub(hub.GatedRepoError, "403"), "on the Hub is restricted"),
         (OSError("Name or service not known"), "cannot be reached .Name or service not known."),
         (TimeoutError("timed out"), "the Hub cannot be reached .timed out."),
     ],

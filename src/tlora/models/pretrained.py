@@ -318,7 +318,7 @@ def check_hub(name: str, *files: str, kind: str = "model") -> None:
             return
         hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], repo_type=kind))
     except hub.errors.GatedRepoError:
-        fault = f"the Hub restricts access to {name!r}; accept its terms and log in."
+        fault = f"access to {name!r} on the Hub is restricted; accept its terms and log in."
     except hub.errors.RepositoryNotFoundError:
         fault = f"there is no folder {name!r}, and no {kind} of this name on the Hub."
     except hub.errors.OfflineModeIsEnabled:

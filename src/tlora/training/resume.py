@@ -131,8 +131,7 @@ def merge_saved(
     """Return the saved configuration with the given fields that cannot change the weights.
 
     Args:
-        config: the requested configuration. With `resume`, a field at its default counts as not
-            given.
+        config: the requested one. With `resume`, a field at its default counts as not given.
         saved: the run's original configuration, with every default written out.
         moved: new paths, by field, of unchanged files and folders.
         settled: dotted names of fields that were not given to the run either.
