@@ -200,7 +200,7 @@ def test_an_adapter_on_the_output_layer_is_refused_where_the_trainer_bypasses_it
 
 def test_a_task_type_of_another_task_is_refused(config):
     run = config(method="lora", adapter={"r": 2, "task_type": "TOKEN_CLS"})
-    message = r"adapter: `task_type` is 'TOKEN_CLS', but this task is 'CAUSAL_LM'; leave it out\."
+    message = r"adapter: `task_type` is 'TOKEN_CLS', but this task is 'CAUSAL_LM'; remove it\."
     for verb in (train, initialize, dryrun):
         with pytest.raises(ConfigError, match=message):
             verb.run(run)
