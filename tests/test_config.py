@@ -113,7 +113,7 @@ def test_what_peft_users_write_is_taken() -> None:
 
 def test_parameters_go_without_dropout() -> None:
     (fault,) = faults_of(target_parameters=["experts.down_proj"], lora_dropout=0.1)
-    assert "`lora_dropout` does not go with `target_parameters`" in fault
+    assert "`lora_dropout` does not work with `target_parameters`" in fault
     assert not TLoraConfig(target_parameters=[], lora_dropout=0.1).target_parameters
 
 
@@ -128,7 +128,7 @@ def test_parameters_go_without_dropout() -> None:
         ({"layers_pattern": "h"}, "`layers_pattern` needs `target_modules` as a list of names"),
         (
             {"layers_pattern": "h", "target_modules": ["q_proj"]},
-            "`layers_pattern` needs `layers_to_transform`; give it too, or leave it out.",
+            "`layers_pattern` needs `layers_to_transform`; give both or neither.",
         ),
         ({"target_modules": []}, "`target_modules` is []; name a module to adapt."),
         (

@@ -105,5 +105,5 @@ def test_words_without_a_flag_fill_the_places_in_order():
     assert (one.path, one.against) == ("a", None)
     assert (other.path, other.against) == ("a", "b")
     assert parse("tlora", InspectConfig, ["a", "--against", "b"]).record == other
-    with pytest.raises(ConfigError, match="no place for 'c'"):
+    with pytest.raises(ConfigError, match="unexpected word 'c'"):
         parse("tlora", InspectConfig, ["a", "b", "c"])

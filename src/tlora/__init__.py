@@ -1,6 +1,6 @@
 """Task-aware LoRA: calibrated, frozen A; trained B; a plain PEFT adapter out.
 
-The public names are loaded when first used, so that ``import tlora`` costs next to nothing.
+The public names are loaded on first use, so that ``import tlora`` is fast.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a field takes, read from its type hint: the one place where option values are checked.
+"""Checks option values against type hints; the only place that does.
 
 A record is a dataclass whose hints carry bounds beside types: ``Annotated[int, at_least(1)]``.
-Every value that a hint does not allow becomes a sentence, and all sentences of a record come in
-one ``ConfigError``. Only what concerns several fields is written by hand, in ``relations``.
+Every invalid value becomes a sentence, and all sentences of a record are raised in one
+``ConfigError``. Only rules between several fields are written by hand, in ``relations``.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ AnyRow = TypeVar("AnyRow")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must fulfill beside its type."""
+    """A condition on a value beside its type."""
 
     words: str
-    """What to give, as in "give ..."; `{}` stands for the words of the type."""
+    """The valid values, as in "give ..."; `{}` stands for the name of the type."""
     holds: Callable[[Any], bool]
-    """Whether a value of the right type is allowed."""
+    """Whether a value of the right type is valid."""
 
 
 def at_least(low: int) -> Rule:
-    """Return the rule of numbers that are ``low`` or more."""
+    """Return the rule of numbers that are at least ``low``."""
     return Rule(f"{{}}, {low} or more", lambda value: value >= low)
 
 
 POSITIVE = Rule("a positive number", lambda value: value > 0)
 SEED = Rule("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-"""The seeds that NumPy takes."""
+"""The seeds that NumPy accepts."""
 PROBABILITY = Rule("a probability in [0, 1)", lambda value: 0 <= value < 1)
 FOLDER = Rule("the name of a folder", bool)
 
@@ -57,17 +57,17 @@ def _compiles(pattern: str) -> bool:
 
 
 Pattern = Annotated[str, Rule("a regular expression that compiles", _compiles)]
-"""What PEFT matches names by."""
+"""Patterns that PEFT matches names by."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers", str: "names"}
 
 
 def fault(name: str, kind: Any, value: Any) -> list[str]:
-    """Return a sentence if the field ``name`` of type ``kind`` does not take ``value``, else none.
+    """Return a sentence if ``value`` is invalid for the field ``name`` of type ``kind``, else None.
 
-    A bool is no number, a number that is not finite is none either, and a string is no list.
-    Types that are not plain (a class of another library) take everything.
+    A bool is not a number, nor is a number that is not finite, and a string is not a list. Types
+    that are not plain (a class of another library) accept every value.
     """
     if takes(kind, value):
         return []
@@ -78,7 +78,7 @@ def fault(name: str, kind: Any, value: Any) -> list[str]:
 
 
 def takes(kind: Any, value: Any) -> bool:
-    """Return whether a field of type ``kind`` takes ``value``."""
+    """Return whether ``value`` is valid for a field of type ``kind``."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return takes(inside[0], value) and all(rule.holds(value) for rule in inside[1:])
@@ -100,12 +100,12 @@ def takes(kind: Any, value: Any) -> bool:
 
 _PLAIN = (bool, str, dict, list, type(None))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""The null character, which no file name can hold, and surrogates, which stand for bytes that are
-not UTF-8."""
+"""The null character, which no file name can contain, and surrogates, which represent bytes that
+are not UTF-8."""
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON has for a tuple, a set of names, or a member of an enumeration of texts."""
+    """Return the JSON form of a tuple, a set of names, or a member of an enumeration of strings."""
     if isinstance(value, str) and isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (set, frozenset)) and all(isinstance(item, str) for item in value):
@@ -114,14 +114,14 @@ def plain(value: Any) -> Any:
 
 
 _NAMES = re.compile(r"\s*[A-Za-z_][\w.-]*(\s*,\s*[A-Za-z_][\w.-]*)+\s*")
-"""Names with commas between them. A module's name has no comma, so this is not a regex of one."""
+"""Names separated by commas. A module's name has no comma, so this is not a regex of one."""
 
 
 def fitted(kind: Any, value: Any) -> Any:
-    """Return ``value`` as a field of type ``kind`` stores it.
+    """Return ``value`` in the form that a field of type ``kind`` stores.
 
-    Where the field takes a list of names, "a, b" becomes the list of these names; where it takes a
-    string too (a regex), only if there is a comma and nothing but names.
+    If the field accepts a list of names, "a, b" becomes the list of these names; if it also accepts
+    a string (a regex), only if the value is nothing but names with commas.
     """
     value = plain(value)
     if not isinstance(value, str):
@@ -135,7 +135,7 @@ def fitted(kind: Any, value: Any) -> Any:
 
 
 def item_of(kind: Any) -> Any:
-    """Return the type of the items that a list, or a list or None, holds; else None."""
+    """Return the item type of a list, or of a list or None; else None."""
     first, *others = _parts(kind)
     if typing.get_origin(first) is Annotated:
         first = typing.get_args(first)[0]
@@ -144,7 +144,7 @@ def item_of(kind: Any) -> Any:
 
 
 def words(kind: Any) -> str:
-    """Say in words what a field of type ``kind`` takes."""
+    """Describe the valid values of a field of type ``kind`` in words."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return str(inside[1].words).format(words(inside[0]))
@@ -162,21 +162,21 @@ def words(kind: Any) -> str:
 
 
 def choices(kind: Any) -> list[Any]:
-    """Return the values that a type lists, if it takes no others (but None)."""
+    """Return the values that a type lists, if it accepts no others (except None)."""
     if any(typing.get_origin(part) is not Literal for part in _parts(kind)):
         return []
     return [option for part in _parts(kind) for option in typing.get_args(part)]
 
 
 def _parts(kind: Any) -> list[Any]:
-    """Return the members of a union but None; of another type itself."""
+    """Return the members of a union except None; for another type, the type itself."""
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return [kind]
     return [part for part in typing.get_args(kind) if part is not type(None)]
 
 
 def is_section(kind: Any) -> bool:
-    """Return whether a field of type ``kind`` holds a record of its own."""
+    """Return whether a field of type ``kind`` holds a nested record."""
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
@@ -186,28 +186,28 @@ def _hints(record: Any) -> dict[str, Any]:
 
 
 hints: Callable[[Any], dict[str, Any]] = functools.cache(_hints)
-"""Returns the type of each field of a record, bounds included."""
+"""Return the type of each field of a record, bounds included."""
 
 
 class Section:
-    """A base for dataclasses whose `faults` say what is wrong with their values.
+    """A base for dataclasses whose `faults` describe invalid values.
 
-    A field that takes a list of names, and no string, takes "a, b" as the list of these names.
-    Tuples and sets are taken as lists (sets sorted), members of an enumeration as their values.
+    A field that accepts a list of names but no string turns "a, b" into the list of these names.
+    Tuples and sets become lists (sets sorted), members of an enumeration their values.
 
     Raises:
         ConfigError: a name is unknown; the sentence suggests the nearest one.
     """
 
     where: ClassVar[str] = "configuration"
-    """What an error says it is about."""
+    """The subject in error messages."""
     prefix: ClassVar[str] = ""
-    """What stands before a field's name in sentences: "data."."""
+    """Prefix of a field's name in sentences: "data."."""
     noun: ClassVar[str] = "field"
-    """What a field is called in sentences."""
+    """A field's name in sentences."""
 
     def __new__(cls, *args: Any, **values: Any) -> Any:
-        # Before __init__, so that an unknown name meets our sentence and not a bare TypeError.
+        # Before __init__, so that an unknown name gets our message instead of a bare TypeError.
         if faults := cls.name_faults(values):
             known = {name: value for name, value in values.items() if name in cls.field_names()}
             raise ConfigError([*faults, *_faults_of(cls, known)], where=cls.where)
@@ -224,13 +224,13 @@ class Section:
 
     @classmethod
     def name_faults(cls, values: dict[str, Any], elsewhere: Sequence[str] = ()) -> list[str]:
-        """Return a sentence for each name that is no field; it may suggest one ``elsewhere``."""
+        """Return a sentence for each name that is not a field, perhaps suggesting ``elsewhere``."""
         known = [f"{cls.prefix}{name}" for name in cls.field_names()]
         names = [f"{cls.prefix}{name}" for name in values]
         return unknown_names(names, known, cls.noun, elsewhere)
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the values, a sentence each."""
+        """Return a sentence for each invalid value."""
         found: list[str] = []
         sound = copy.copy(self)
         named: tuple[str, ...] = ()
@@ -238,21 +238,21 @@ class Section:
             kind, value = hints(type(self))[field.name], getattr(self, field.name)
             if is_section(kind) and isinstance(value, kind):
                 found += value.faults()
-            elif wrong := self._wrong(field.name, kind, value):
+            elif wrong := self._value_faults(field.name, kind, value):
                 found += wrong
                 named += (f"`{self.prefix}{field.name}` ",)
                 vars(sound)[field.name] = default_of(field)
-        # Relations see the default in place of each wrong value, so that they never meet a wrong
-        # type; what they say about such a default is left out.
+        # Relations see the default instead of each invalid value, so they never meet a wrong type;
+        # their complaints about such a default are dropped.
         return found + [each for each in sound.relations() if not each.startswith(named)]
 
-    def _wrong(self, name: str, kind: Any, value: Any) -> list[str]:
-        """Say what is wrong with one value; a credential is refused before anything quotes it."""
+    def _value_faults(self, name: str, kind: Any, value: Any) -> list[str]:
+        """Describe the fault of one value; a credential is refused before anything quotes it."""
         name = f"{self.prefix}{name}"
         return [*credentials.faults(name, value)] or fault(name, kind, value)
 
     def relations(self) -> Iterator[str]:
-        """Yield a sentence for each thing that is wrong between fields; their types are right."""
+        """Yield a sentence for each fault between fields; their types are valid."""
         yield from ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class Section:
 
 
 class Record(Section):
-    """A base for dataclasses that are checked when they are made.
+    """A base for dataclasses that are checked on construction.
 
     Raises:
         ConfigError: a name is unknown (with a suggestion) or a value out of range; all faults are
@@ -300,21 +300,21 @@ class Record(Section):
 
 
 def default_of(field: Any) -> Any:
-    """Return the default of a dataclass field; MISSING, if it has none."""
+    """Return the default of a dataclass field; MISSING if it has none."""
     made = field.default_factory is not dataclasses.MISSING
     return field.default_factory() if made else field.default
 
 
 def from_row(record: type[AnyRow], row: Any, **given: Any) -> AnyRow:
-    """Make a dataclass from a row of a file, and check the type of each value.
+    """Make a dataclass from a row of a file, checking the type of each value.
 
     Args:
         record: a dataclass that does not check itself.
-        row: what should be a mapping of its fields.
+        row: expected to be a mapping of its fields.
         **given: further fields, which are not checked.
 
     Raises:
-        ConfigError: it is no mapping, a field is missing, unknown or of another type.
+        ConfigError: it is not a mapping, or a field is missing, unknown or of the wrong type.
     """
     if not isinstance(row, dict):
         raise ConfigError(f"{row!r} stands where `name: value` pairs belong.", record.__name__)

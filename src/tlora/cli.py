@@ -1,8 +1,7 @@
 """The command line: `tlora VERB [flags]`.
 
-A verb is a line in `VERBS`: its name, what it does, the record that its flags fill, and the
-function below that takes the record. Whatever is slow to import is imported in that function, so
-that help comes at once.
+A verb is a line in `VERBS`: its name, its purpose, the record that its flags fill, and the function
+below that takes the record. Slow imports happen in that function, so that help is fast.
 
 Exit codes: 0 done, 2 bad input (a sentence says which), 1 anything else, 130 interrupted.
 """
@@ -69,7 +68,7 @@ def demo(config: DemoConfig) -> None:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    # The bars of training stay; loading and tokenizing take no time here.
+    # Training keeps its progress bar; loading and tokenizing are fast here.
     disable_progress_bar()
     disable_progress_bars()
     result = run(output_dir=config.output_dir, seed=config.seed, tell=_say)
@@ -78,7 +77,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def init(config: InitConfig) -> None:
-    """Calibrate, plan and attach; save the untrained adapter. Or only show what that would take."""
+    """Calibrate, plan and attach; save the untrained adapter. --dry_run only estimates the cost."""
     if config.dry_run:
         from tlora.report.estimate import show
         from tlora.training import dryrun
@@ -108,7 +107,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def compare(config: CompareConfig) -> None:
-    """Run what is missing of a comparison; write its page and its tables."""
+    """Run the missing parts of a comparison; write its page and its tables."""
     from tlora.compare.compare import run
     from tlora.compare.comparefolder import CompareFolder
     from tlora.report.inspecting import show_comparison
@@ -125,7 +124,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def evaluate(config: EvalConfig) -> None:
-    """Evaluate models on tasks; make page and tables of what the folder holds."""
+    """Evaluate models on tasks; write the page and tables of the folder."""
     no_bars_in_batch_jobs()
     from tlora.evaluate.evaluate import run
     from tlora.report.inspecting import show_evaluation
@@ -134,14 +133,14 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def inspect(config: InspectConfig) -> None:
-    """Show a plan or an adapter, or make the page of a comparison or an evaluation again."""
+    """Show a plan or an adapter, or write the page of a comparison or an evaluation again."""
     from tlora.report.inspecting import run
 
     run(_say, **vars(config))
 
 
 def export(config: ExportConfig) -> None:
-    """Write an adapter in the format that its reader takes."""
+    """Write an adapter in the format of its reader."""
     no_bars_in_batch_jobs()
     from tlora.exporters.export import run, show
 
@@ -149,12 +148,12 @@ def export(config: ExportConfig) -> None:
 
 
 def merge(config: MergeConfig) -> None:
-    """Merge an adapter into its base."""
+    """Merge an adapter into its base model."""
     export(config.export())
 
 
 def verify(config: VerifyConfig) -> None:
-    """Check which readers get an adapter right, or whether an export of it is the same."""
+    """Check which readers load an adapter correctly, or whether an export equals it."""
     no_bars_in_batch_jobs()
     from tlora.verify.verify import run
 
@@ -189,7 +188,7 @@ class Verb:
     record: type
     run: Callable[[Any], None]
     extra: str | None = None
-    """The extra of the package that it needs."""
+    """The package extra that it needs."""
 
 
 VERBS = {
@@ -234,7 +233,7 @@ VERBS = {
 
 
 def _leave_process_group() -> None:
-    """End torch's process group; gloo's threads abort a process that exits within one."""
+    """Close torch's process group; gloo's threads abort a process that exits with one open."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -247,12 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("tlora").setLevel(logging.INFO)
-    # PEFT reads a property that transformers has renamed; a user can do nothing about it.
+    # PEFT reads a property that transformers has renamed; users cannot fix that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without the line that warns
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--local_rank="):
-        # DeepSpeed's launcher puts it before the verb, and sets LOCAL_RANK, which is what is read.
+        # DeepSpeed's launcher puts it before the verb and sets LOCAL_RANK, which is read instead.
         argv = argv[1:]
     try:
         code = _run(argv)
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(str(stop) or interrupted(*argv[:1]))
         return 130
     except BrokenPipeError:
-        # The reader of our output has left (`tlora list | head -1`): nothing more to say.
+        # The reader of our output has closed the pipe (`tlora list | head -1`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -324,7 +323,7 @@ def _overview() -> str:
 
 
 def _report(folder: Any) -> None:
-    """Print what a run left where; of several processes, only the first prints."""
+    """Print where a run left its files; in a process group only the first process prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     if folder.plan.is_file():
@@ -346,7 +345,7 @@ def _show(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    if "tqdm" in sys.modules:  # a progress bar is drawn again below the text, not before it
+    if "tqdm" in sys.modules:  # a progress bar is redrawn below the text, not before it
         sys.modules["tqdm"].tqdm.write(f"tlora: {printable(text)}", file=sys.stderr)
     else:
         sys.stderr.write(f"tlora: {printable(text)}\n")

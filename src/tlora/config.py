@@ -1,8 +1,8 @@
-"""Records that describe an adapter before it exists.
+"""Records that configure an adapter before it exists.
 
-``TLoraConfig`` is what a user writes. It carries PEFT's own field names where PEFT has one, and
-checks itself when made: every fault is found and all are reported in one ``ConfigError``.
-Nothing here imports torch, so that a command line can parse and print configurations at once.
+Users write ``TLoraConfig``. It uses PEFT's own field names where PEFT has one, and checks itself on
+construction: all faults are reported in one ``ConfigError``. Nothing here imports torch, so that a
+command line can parse and print configurations quickly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tlora.checks import POSITIVE, PROBABILITY, SEED, Pattern, Record, Rule, at_least
 
-# The paper's two come first; the others have to hold what they are made of.
+# The paper's two come first; the others must hold their source matrices.
 Basis = Literal[
     "weight-covariance",
     "random",
@@ -40,8 +40,8 @@ TaskType = Literal[
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-# What of the calibration a basis is made from: second moments of the inputs, the mean gradient, or
-# the inputs' second moment weighted by the gradients.
+# The calibration statistics behind each basis: second moments of the inputs, the mean gradient, or
+# the gradient-weighted second moment of the inputs.
 _READS: dict[Basis, tuple[str, ...]] = {
     "weight-covariance": ("moments",),
     "random": (),
@@ -115,7 +115,7 @@ def bytes_text(count: float) -> str:
 
 
 def target_faults(options: Any) -> Iterator[str]:
-    """Yield what is wrong between the fields of any method's options that choose modules."""
+    """Yield faults between the fields that choose modules, in any method's options."""
     targets = options.target_modules
     if targets == [] and not getattr(options, "target_parameters", None):
         yield "`target_modules` is []; name a module to adapt."
@@ -123,8 +123,9 @@ def target_faults(options: Any) -> Iterator[str]:
         both := sorted({*targets} & {*(options.modules_to_save or ())})
     ):
         yield (
-            f"`target_modules` and `modules_to_save` both name {', '.join(map(repr, both))}; a"
-            " module is adapted or trained in full: leave it out of one."
+            "`target_modules` and `modules_to_save` both name "
+            f"{', '.join(map(repr, both))}; a module is adapted or trained in full: "
+            "remove it from one of them."
         )
 
 
@@ -160,11 +161,11 @@ class TLoraConfig(Record):
     lora_alpha: Annotated[float, POSITIVE] = 8
     """Base alpha: with constant scales every module's output is multiplied by lora_alpha / r."""
     target_modules: Pattern | list[str] | None = "all-linear"
-    """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear"
-    (every Linear and Conv1D but the head; of a multimodal model, of its language model), or None
-    for PEFT's default of the architecture."""
+    """Modules to adapt, by PEFT's rules: a list of names or suffixes, a regex, "all-linear" (every
+    Linear and Conv1D except the head; in a multimodal model, of its language model), or None for
+    PEFT's default of the architecture."""
     exclude_modules: Pattern | list[str] | None = None
-    """Modules to leave out, by PEFT's rules."""
+    """Modules to exclude, by PEFT's rules."""
     target_parameters: list[str] | None = None
     """Fused parameters of experts to adapt: a list of names or suffixes, as in PEFT
     (["experts.gate_up_proj", "experts.down_proj"]); None: none. All experts of a parameter get
@@ -174,7 +175,7 @@ class TLoraConfig(Record):
     layers_pattern: Pattern | list[Pattern] | None = None
     """Name of the layer list that `layers_to_transform` indexes, as in PEFT."""
     lora_dropout: Annotated[float, PROBABILITY] = 0.0
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input during training."""
     modules_to_save: list[Pattern] | None = None
     """Modules trained in full and saved with the adapter (a new classifier head)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -185,11 +186,12 @@ class TLoraConfig(Record):
     bias: Bias = "none"
     """Which biases train, as in PEFT."""
     task_type: TaskType | None = None
-    """PEFT's task type, or None: of no head that PEFT knows."""
+    """PEFT's task type, or None: for no head that PEFT knows."""
 
     basis: Basis = "weight-covariance"
-    """What the rows of A span. "weight-covariance": the leading right singular vectors of W C (the
-    paper); "random": LoRA's own random A (its ablation without initialization). Not in the paper,
+    """Span of the rows of A. "weight-covariance": the leading right singular vectors of W C (the
+    paper); "random": LoRA's own random A (the paper's ablation without initialization). Not in the
+    paper,
     the leading right singular vectors of: C ("covariance"), W C^(1/2) ("weight-half-covariance"),
     the mean gradient G ("gradient"), G C ("gradient-covariance"), N, the inputs' second moment with
     each token weighted by its squared gradient ("gradient-moment"), W N
@@ -198,52 +200,51 @@ class TLoraConfig(Record):
     """Give the features A x equal variance: A' = c K^(-1/2) A with K = A C0 A^T; "half" takes
     K^(-1/4), which halves the spread of their variances on a logarithmic scale."""
     allocate_rank: bool = True
-    """Share the ranks out by sensitivity; off: every module gets r."""
+    """Allocate ranks by sensitivity; false: every module gets r."""
     allocate_scale: bool = True
-    """Set the scales by sensitivity; off: every module gets lora_alpha / r."""
+    """Set scales by sensitivity; false: every module gets lora_alpha / r."""
     sensitivity_rule: SensitivityRule = "magnitude"
-    """What ranks and scales are shared out by: "magnitude", the mean of |w * dL/dw| (the paper), or
-    "fisher", the mean of (dL/dw)^2."""
+    """Sensitivity that ranks and scales follow: "magnitude", the mean of |w * dL/dw| (the paper),
+    or "fisher", the mean of (dL/dw)^2."""
     scale_rule: ScaleRule = "released"
     """Rule used when `allocate_scale` is on: "released" (only ever raises a scale),
     "proportional" (keeps the mean), "constant"."""
     freeze_a: bool = True
-    """Freeze A and train B alone."""
+    """Freeze A and train only B."""
     budget: Budget = "rank"
-    """What stays as it was with uniform rank r: "rank" (the sum of the ranks) or "params"
-    (the trainable parameters sum_i m_i r_i do not exceed the uniform ones)."""
+    """Quantity to keep equal to uniform rank r: "rank" (the sum of the ranks) or "params" (the
+    trainable parameters sum_i m_i r_i do not exceed the uniform ones)."""
     rank_min: Annotated[int, at_least(0)] = 1
-    """Smallest rank of a module; 0 lets the allocation leave modules out."""
+    """Smallest rank of a module; 0 lets the allocation skip modules."""
     rank_max: Annotated[int, at_least(1)] | None = None
-    """Largest rank of a module, beside min(m, d)."""
+    """Largest rank of a module, besides min(m, d)."""
 
     covariance: CovarianceMode = "auto"
     """How second moments are made: "exact" (d x d each; in blocks beyond the budget), "streamed"
-    (never: subspace iteration over the samples), or "auto" (exact without a budget; within one,
+    (not made: subspace iteration over the samples), or "auto" (exact without a budget; within one,
     the widest modules are streamed where that saves work or their own moment exceeds it)."""
     subspace: SubspaceMode = "auto"
     """Solver of the singular vectors: "exact", "randomized", or "auto" (by size)."""
     memory_budget: Literal["auto"] | Annotated[int | float | str, _SIZE] | None = "auto"
-    """Memory that second moments (and gradients, where `basis` needs them) may take together: bytes
-    or "2GiB"; None: no limit; "auto": no limit on the CPU, on an accelerator 1/20 of the memory
-    that the weights leave, at most 4 GiB. The mean of each sample, d numbers a moment, comes on
-    top."""
+    """Memory limit for all second moments (and gradients, if `basis` needs them): bytes or "2GiB";
+    None: no limit; "auto": no limit on the CPU, on an accelerator 1/20 of the memory that the
+    weights leave, at most 4 GiB. The mean of each sample, d numbers per moment, comes on top."""
     seed: Annotated[int, SEED] = 0
-    """Seed of everything random in planning: the sketch of the solver, the random basis."""
+    """Seed of all random draws in planning: the solver's sketch, the random basis."""
 
     @classmethod
     def recommended(cls, **options: Any) -> TLoraConfig:
         """Return the setting that this project's tables support; `TLoraConfig()` is the paper's.
 
         Equal ranks and scales, and A from W C and frozen; with `freeze_a=False` A trains from the
-        same start, at LoRA's number of parameters. The same as the presets `recommended` and
+        same start, with as many parameters as LoRA. Equals the presets `recommended` and
         `recommended-train-a` of the command line.
 
         Args:
-            options: fields to set, over those of the preset.
+            options: fields that override the preset's.
 
         Raises:
-            ConfigError: as of `TLoraConfig`.
+            ConfigError: as for `TLoraConfig`.
         """
         from tlora import presets
 
@@ -251,25 +252,25 @@ class TLoraConfig(Record):
 
     @classmethod
     def name_faults(cls, values: dict[str, Any], elsewhere: Sequence[str] = ()) -> list[str]:
-        """Return a sentence for each name that is no field: why it is refused, or a suggestion."""
+        """Return a sentence for each name that is not a field: the refusal, or a suggestion."""
         refused = [name for name in values if name in REFUSED_OPTIONS]
         others = {name: value for name, value in values.items() if name not in REFUSED_OPTIONS}
         faults = [f"`{name}` is refused: {REFUSED_OPTIONS[name]}." for name in refused]
         return faults + super().name_faults(others, elsewhere)
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield faults between fields."""
         if self.rank_max is not None and self.rank_max < self.rank_min:
             yield (
-                f"`rank_max` is {self.rank_max!r}; give a whole number not below `rank_min`"
-                f" ({self.rank_min!r}), or None."
+                f"`rank_max` is {self.rank_max!r}; give a whole number not below "
+                f"`rank_min` ({self.rank_min!r}), or None."
             )
         yield from target_faults(self)
         yield from self._layer_faults()
         if self.target_parameters and self.lora_dropout:
             yield (
-                "`lora_dropout` does not go with `target_parameters`: PEFT adapts a parameter by"
-                " changing it, not its inputs; set it to 0."
+                "`lora_dropout` does not work with `target_parameters`: PEFT adapts a "
+                "parameter by changing it, not its inputs; set it to 0."
             )
         if self.covariance == "streamed" and self.whiten:
             yield '`whiten` needs second moments, which covariance "streamed" avoids; drop one.'
@@ -281,7 +282,7 @@ class TLoraConfig(Record):
             )
 
     def _layer_faults(self) -> Iterator[str]:
-        """Yield what PEFT refuses of the layers to adapt."""
+        """Yield PEFT's objections to the layers to adapt."""
         given = [
             name
             for name in ("layers_to_transform", "layers_pattern")
@@ -289,56 +290,56 @@ class TLoraConfig(Record):
         ]
         if given and isinstance(self.target_modules, str):
             yield (
-                f"`{given[0]}` needs `target_modules` as a list of names, not"
-                f" {self.target_modules!r}; give a list, or None for PEFT's default."
+                f"`{given[0]}` needs `target_modules` as a list of names, not "
+                f"{self.target_modules!r}; give a list, or None for PEFT's default."
             )
         elif given == ["layers_pattern"]:
-            yield "`layers_pattern` needs `layers_to_transform`; give it too, or leave it out."
+            yield "`layers_pattern` needs `layers_to_transform`; give both or neither."
 
     @property
     def bounds_moments(self) -> bool:
-        """Whether the user bounds second moments, so that no calibration can hold all of them."""
+        """Whether the user limits second moments, so that calibration cannot keep all of them."""
         return self.memory_budget_bytes is not None or self.covariance == "streamed"
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """`memory_budget` in bytes; None for no limit, and for "auto", which is to be resolved."""
+        """`memory_budget` in bytes; None for no limit, and for "auto", which is resolved later."""
         unset = self.memory_budget in (None, "auto")
         return None if unset else parse_bytes(self.memory_budget)  # type: ignore[arg-type]
 
     @property
     def needs_sensitivity(self) -> bool:
-        """Whether planning asks for the sensitivities of the paper, mean |w * dL/dw|."""
+        """Whether planning needs the sensitivities of the paper, mean |w * dL/dw|."""
         return self._allocates and self.sensitivity_rule == "magnitude"
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether planning asks for the mean of (dL/dw)^2."""
+        """Whether planning needs the mean of (dL/dw)^2."""
         return self._allocates and self.sensitivity_rule == "fisher"
 
     @property
     def needs_moments(self) -> bool:
-        """Whether planning asks for the second moments of the inputs."""
+        """Whether planning needs the second moments of the inputs."""
         return self._basis_reads("moments") or bool(self.whiten)
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether planning asks for the mean gradient of each weight."""
+        """Whether planning needs the mean gradient of each weight."""
         return self._basis_reads("gradient")
 
     @property
     def needs_gradient_moment(self) -> bool:
-        """Whether planning asks for the second moments that gradients weight."""
+        """Whether planning needs the gradient-weighted second moments."""
         return self._basis_reads("gradient_moment")
 
     @property
     def streams(self) -> bool:
-        """Whether no more of what the basis is made from has to be held than its products."""
+        """Whether the basis only needs products with its source matrix."""
         return self.basis in get_args(Basis)[:2]
 
     @property
     def needs_backward(self) -> bool:
-        """Whether planning asks for anything of the loss, and so calibration for labels."""
+        """Whether planning needs the loss, and so calibration needs labels."""
         return self._allocates or self.needs_gradient or self.needs_gradient_moment
 
     @property

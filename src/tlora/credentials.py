@@ -1,7 +1,7 @@
-"""What is a credential, told by the name it is given under and by its form: none is kept or shown.
+"""Detects credentials by field name and by form, so that none is saved or shown.
 
-A configuration that holds one is refused (`faults`), so that none reaches a file; what is shown or
-logged has them replaced (`redacted`), as other libraries' messages may quote one.
+A configuration with a credential is refused (`faults`), so that none reaches a file; shown and
+logged text has them replaced (`redacted`), as other libraries' messages may quote one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _GIVEN = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST = 12
-"""Characters of a value of the environment that is looked for; a shorter one may be a word."""
+"""Minimum length of an environment value to search for; a shorter one may be a word."""
 HIDDEN = "[hidden]"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -45,36 +45,36 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def is_secret_name(name: str) -> bool:
     """Return whether a field or variable of this name holds a credential, such as `hub_token`.
 
-    `pad_token` and the like, and numbers of tokens, are none.
+    `pad_token` and the like, and token counts, do not.
     """
     return _NAMED.fullmatch(name) is not None
 
 
 def holds(text: str) -> bool:
-    """Return whether a text holds what has the form of a credential, or one of the environment."""
+    """Return whether a text contains the form of a credential, or one from the environment."""
     if any(pattern.search(text) for pattern in (_FORM, _USER_INFO, _QUERY)):
         return True
-    return any(value in text for value in _of_environment())
+    return any(value in text for value in _environment_credentials())
 
 
 def faults(name: str, value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
     """Yield a sentence for each credential in the field ``name``, never with the value.
 
     Args:
-        name: what sentences call the field, dotted.
-        value: what it holds; lists and mappings are searched.
-        within: what it stands in, by `id`: YAML's aliases may go round.
+        name: the field's dotted name in sentences.
+        value: its value; lists and mappings are searched.
+        within: enclosing values, by `id`: YAML's aliases may be circular.
     """
     if id(value) in within:
         return
     within = (*within, id(value))
     named = is_secret_name(name) and value and not isinstance(value, bool)
-    # Templates and messages may well say `token: ...`; what the trainer takes as text does not.
+    # Templates and messages may contain `token: ...`; text fields of the trainer do not.
     told = name.startswith("trainer") and isinstance(value, str) and _GIVEN.search(value)
     if named or told or (isinstance(value, str) and holds(value)):
         yield (
-            f"`{redacted(name)}` holds a credential (not shown here), and a configuration is"
-            f" written to disk; leave it out, and {_advice(name)}."
+            f"`{redacted(name)}` holds a credential (not shown here), and a "
+            f"configuration is written to disk; remove it, and {_advice(name)}."
         )
     elif isinstance(value, dict):
         for key, inner in value.items():
@@ -85,8 +85,8 @@ def faults(name: str, value: Any, within: tuple[int, ...] = ()) -> Iterator[str]
 
 
 def redacted(text: str) -> str:
-    """Return a text with every credential that is told by its form, name or place replaced."""
-    for value in _of_environment():
+    """Return a text with every credential replaced that its form, name or place reveals."""
+    for value in _environment_credentials():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(HIDDEN, _FORM.sub(HIDDEN, text))
     text = _QUERY.sub(rf"\g<name>={HIDDEN}", text)
@@ -94,13 +94,12 @@ def redacted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without what moves a terminal's cursor, colors it or writes its title."""
+    """Return a text without sequences that move a terminal's cursor, color it or set its title."""
     return _CONTROL.sub("", text)
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats the lines of a log so that they show no credential and stay plain text, whichever
-    library logs them."""
+    """Formats log lines without credentials and as plain text, whichever library logs them."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
@@ -113,8 +112,8 @@ def _advice(name: str) -> str:
     return "set HF_TOKEN or run `hf auth login`"
 
 
-def _of_environment() -> list[str]:
-    """Return the credentials that the environment holds, the longest first."""
+def _environment_credentials() -> list[str]:
+    """Return the credentials in the environment, longest first."""
     found = {
         value.strip()
         for name, value in os.environ.items()

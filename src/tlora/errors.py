@@ -1,7 +1,7 @@
-"""The one exception tree of the library.
+"""The library's exception tree.
 
-Every message says what was wrong (value and name), where (module, file, field), and what to do.
-The second base of a class is the builtin that a caller without ``tlora`` in mind would catch.
+Every message says what was wrong (value and name), where (module, file, field), and what to do. The
+second base of a class is the builtin that a caller who does not know ``tlora`` would catch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TLoraError(Exception):
         return redacted(super().__str__())
 
     exit_code: ClassVar[int] = 2
-    """What the command line exits with: 2 where the input is at fault, 1 where it is not."""
+    """Exit code of the command line: 2 if the input is at fault, otherwise 1."""
 
 
 class ConfigError(TLoraError, ValueError):
@@ -33,7 +33,7 @@ class ConfigError(TLoraError, ValueError):
         self, faults: str | Sequence[str], where: str = "configuration", placed: bool = False
     ) -> None:
         self.placed = placed
-        """Whether each fault says itself where it is."""
+        """Whether each fault contains its own location."""
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         self.where = where
         if len(self.faults) == 1:
@@ -49,13 +49,13 @@ class CalibrationError(TLoraError, RuntimeError):
 
 
 class OutOfMemoryError(CalibrationError, MemoryError):
-    """The calibration pass needs more memory than there is."""
+    """The calibration pass needs more memory than available."""
 
     exit_code = 1
 
 
 class ProcessError(CalibrationError):
-    """Another process of the group failed with an error that is not of this tree."""
+    """Another process of the group failed with an error from outside this tree."""
 
     exit_code = 1
 
@@ -75,7 +75,7 @@ class AdapterError(TLoraError, RuntimeError):
 
 
 class MisfitError(AdapterError):
-    """A saved adapter is not of this model's sizes; ``misfit`` says where."""
+    """A saved adapter does not match this model's sizes; ``misfit`` says where."""
 
     def __init__(self, path: object, model: str, misfit: str, advice: str) -> None:
         self.misfit = misfit
@@ -83,7 +83,7 @@ class MisfitError(AdapterError):
 
 
 class VerificationError(TLoraError, RuntimeError):
-    """An artifact is not what it should be, or a reader that was asked for gets it wrong."""
+    """An artifact is not of the expected form, or the requested reader loads it incorrectly."""
 
     exit_code = 1
 
@@ -99,7 +99,7 @@ class DivergenceError(TLoraError, FloatingPointError):
 
 
 class DataError(TLoraError, ValueError):
-    """A data file or a row of it is not what the task expects."""
+    """A data file or a row of it does not match the task's format."""
 
 
 class ArtifactError(TLoraError, OSError):
@@ -107,25 +107,25 @@ class ArtifactError(TLoraError, OSError):
 
 
 class JudgeError(TLoraError, RuntimeError):
-    """A judge of answers did not answer, though it was asked again."""
+    """A judge did not answer, even after retries."""
 
     exit_code = 1
 
 
 class SandboxError(TLoraError, RuntimeError):
-    """Programs cannot be run here as safely as was asked for."""
+    """Programs cannot be run here as safely as requested."""
 
     exit_code = 1
 
 
 class DiskFullError(TLoraError, OSError):
-    """There is no space left for what is written."""
+    """No disk space is left for writing."""
 
     exit_code = 1
 
 
 class FileError(TLoraError, OSError):
-    """The system refuses to read or write a file that was asked for."""
+    """The system refuses to read or write a requested file."""
 
 
 _FULL = (
@@ -134,14 +134,14 @@ _FULL = (
     "PytorchStreamWriter failed",
     "unexpected pos",
 )
-"""How a full disk reads in the messages of safetensors and torch, which have no error number."""
+"""A full disk in the messages of safetensors and torch, which have no error number."""
 
 
 def system_fault(error: BaseException) -> TLoraError | None:
-    """Return the error of this tree for what the system refuses; None for any other error.
+    """Return the error of this tree for a refusal by the system; None for any other error.
 
     Args:
-        error: what a library or Python itself raised while a file was read or written.
+        error: raised by a library or Python while reading or writing a file.
     """
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in _FULL):
@@ -156,7 +156,7 @@ def system_fault(error: BaseException) -> TLoraError | None:
 
 
 class Faults:
-    """Collects what checks refuse, so that everything is reported at once.
+    """Collects refusals of checks, so that all are reported at once.
 
     Example:
         >>> faults = Faults("run")
@@ -184,14 +184,14 @@ class Faults:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        """Keep what the check refuses; any other exception passes."""
+        """Keep the check's error; any other exception passes."""
         if isinstance(error, (ConfigError, DataError, ArtifactError)):
             self._found.append(error)
             return True
         return False
 
     def raise_found(self) -> None:
-        """Raise the one error that was collected, or a ConfigError of all of them."""
+        """Raise the collected error, or a ConfigError of all of them."""
         sentences = dict.fromkeys(each for error in self._found for each in _placed(error))
         if len(sentences) == 1 or len(self._found) == 1:
             raise self._found[0]
@@ -209,7 +209,7 @@ def _placed(error: ConfigError | DataError | ArtifactError) -> list[str]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; other libraries' messages can fill pages.
 
-    The type is named where the message alone says little: a KeyError's is the key.
+    The type is named if the message alone says little: a KeyError's is the key.
     """
     lines = str(error).strip().splitlines()
     kind = type(error).__name__
@@ -221,16 +221,16 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def damaged(path: object, advice: str = "make it again") -> Iterator[None]:
-    """Turn whatever the content of a file makes its reader raise into a sentence with its name.
+    """Turn any error from reading a file's content into a sentence with the file's name.
 
-    For files that may have been cut off or edited: their content can fail in any way.
+    For files that may be truncated or edited: their content can fail in any way.
 
     Args:
         path: the file.
-        advice: what to do.
+        advice: what the user should do.
 
     Raises:
-        ArtifactError: the content is not what the reader expects.
+        ArtifactError: the reader cannot read the content.
     """
     try:
         yield
@@ -283,13 +283,13 @@ _MEANT = {
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and how many there are besides: "a, b, c and 4 more"."""
+    """Return the first names, and the number of others: "a, b, c and 4 more"."""
     more = f" and {len(names) - most} more" if names[most:] else ""
     return ", ".join(names[:most]) + more
 
 
 def shortened(value: object, most: int = 200) -> str:
-    """Return what a message shows of a row or a value of it: its first characters."""
+    """Return the part of a row or value that a message shows: its first characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -297,9 +297,9 @@ def shortened(value: object, most: int = 200) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, else ``""``.
 
-    Dotted names of one section are compared without it, and so are flags without their dashes: what
-    all of them share says nothing. The first letters have to agree, unless little else differs. A
-    name without a section is looked for in all of them.
+    Dotted names of one section are compared without it, and flags without their dashes, because
+    these parts are always equal. The first letters must agree, unless little else differs. A name
+    without a section is looked up in all of them.
     """
 
     def alike(left: str, right: str) -> float:
@@ -326,10 +326,10 @@ def unknown_names(
     """Return a sentence, with a suggestion, for each name that is not among ``known``.
 
     Args:
-        names: what was given.
-        known: what there is.
-        kind: what a name is called in the sentence: "field", "option".
-        elsewhere: names that are suggested too, though they are not valid here.
+        names: the given names.
+        known: the valid names.
+        kind: the word for a name in the sentence: "field", "option".
+        elsewhere: names that are suggested too, although they are not valid here.
     """
     return [
         f"there is no {kind} `{name}`.{did_you_mean(name, [*known, *elsewhere])}"

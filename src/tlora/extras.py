@@ -1,6 +1,6 @@
-"""The extras of the package: what each verb needs beside the library, and whether it is there.
+"""The package's extras: the further packages of each verb, and checks that they are installed.
 
-`pip install tlora` brings calibrate, plan, attach, save and load. Looking imports nothing.
+`pip install tlora` brings calibrate, plan, attach, save and load. Checking imports nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODULES = {
     "gguf": ("gguf",),
     "ray": (*_COMPARE, "ray"),
 }
-"""What each extra of pyproject.toml installs, by the names that Python imports."""
+"""Packages that each extra of pyproject.toml installs, by import name."""
 
 
 def require(extra: str, where: str) -> None:

@@ -1,7 +1,7 @@
-"""Writing so that a killed process leaves the last good state: to a temporary name, then rename.
+"""Atomic writes: to a temporary name, then rename; a killed process keeps the last good state.
 
 Tensors go to safetensors, everything else to JSON (in a safetensors file: in its header), each with
-a digest that is checked on reading. No pickle is read or written.
+a digest that is checked on reading. Pickles are neither read nor written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        # mkstemp makes files private; the result should have the rights of an ordinary new file.
+        # mkstemp makes files private; the result should have the permissions of an ordinary new
+        # file.
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)
@@ -50,7 +51,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on a clean exit it replaces ``path``.
 
-    Where ``path`` is a link, this is about what it leads to.
+    If ``path`` is a link, its target is replaced.
 
     Raises:
         ArtifactError: ``path`` is a file.
@@ -66,7 +67,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         yield part
         part.chmod(0o755)
         if path.exists():
-            # A folder cannot be replaced in one step: set the old aside until the new stands.
+            # A folder cannot be replaced in one step: the old one is set aside until the new one is
+            # in place.
             old = part.with_suffix(".old")
             path.replace(old)
             part.replace(path)
@@ -78,18 +80,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a file or folder of this name is one that a killed process was writing."""
+    """Return whether a name belongs to a file or folder that a killed process was writing."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
 def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
     """Remove what killed processes were writing directly in ``folder``, whose lock is held.
 
-    A folder that was set aside for a new one, which was then not put in place, gives way to it.
+    A folder that was set aside for a new one is restored if the new one is not in place.
 
     Args:
-        folder: where to look; it need not exist.
-        names: the files and folders that are written there; None: whatever the name.
+        folder: where to search; it need not exist.
+        names: the files and folders that are written there; None: any name.
     """
     found = {}
     for path in folder.glob(".*"):
@@ -98,7 +100,7 @@ def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
             found[path] = folder / match[1]
     for path, target in found.items():
         if path.suffix == ".old" and not target.exists():
-            # The old folder is moved only once the new one is whole.
+            # The old folder only moves once the new one is complete.
             new = path.with_suffix(".part")
             (new if new.exists() else path).replace(target)
     for path in found:
@@ -112,17 +114,17 @@ def refuse_missing(path: str | Path) -> None:
     """Check that a file is there.
 
     Raises:
-        ArtifactError: it is not.
+        ArtifactError: it is missing.
     """
     if not Path(path).is_file():
         raise ArtifactError(f"{path}: there is no such file.")
 
 
 def refuse_unusable(folder: Path) -> None:
-    """Check that ``folder``, an `output_dir`, is or could be made a folder that can be written to.
+    """Check that ``folder``, an `output_dir`, is a writable folder or can be created.
 
     Raises:
-        ConfigError: it could not.
+        ConfigError: it cannot.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose another --output_dir.", "output_dir")
@@ -152,16 +154,16 @@ def refuse_unless_free(folder: Path, own: bool) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
-    """Keep other processes off what the lock file ``path`` stands for, for as long as this lives.
+    """Lock out other processes by the lock file ``path`` for as long as this lives.
 
-    The file stays; who holds the lock may remove it.
+    The file stays; the holder of the lock may remove it.
 
     Raises:
         Exception: ``refusal``, if another process holds the lock.
     """
     try:
         import fcntl
-    except ImportError:  # no such locks on this system
+    except ImportError:  # this system has no such locks
         yield
         return
     handle = None
@@ -173,8 +175,8 @@ def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
             os.close(handle)
             raise refusal from None
         except OSError:
-            pass  # a file system without locks must not keep anyone from working
-        if not _is_at(handle, Path(path)):
+            pass  # a file system without locks must not stop anyone
+        if not _is_file_at(handle, Path(path)):
             # Its last holder removed it after it was opened: another process may lock a new one.
             os.close(handle)
             handle = None
@@ -187,12 +189,12 @@ def locked(path: str | Path, refusal: Exception) -> Iterator[None]:
 def _opened(path: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder may go with its lock file between these two lines.
+        # The folder may vanish with its lock file between these two lines.
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_file_at(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -200,7 +202,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def file_at(path: str | Path, name: str) -> Path:
-    """Return ``path``, or the file ``name`` in it where it is an existing folder."""
+    """Return ``path``, or the file ``name`` in it if it is an existing folder."""
     path = Path(path)
     return path / name if path.is_dir() else path
 
@@ -228,7 +230,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def adapter_fields(path: str | Path) -> dict[str, Any]:
-    """Return the fields of an adapter_config.json, which anyone may have written.
+    """Return the fields of an adapter_config.json, which may come from anyone.
 
     Raises:
         ArtifactError: the file is missing, or not the configuration of an adapter.
@@ -240,16 +242,16 @@ def adapter_fields(path: str | Path) -> dict[str, Any]:
 
 
 def write_state(path: str | Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as `write_json` does, with a digest that `read_state` checks."""
+    """Write ``value`` like `write_json`, with a digest that `read_state` checks."""
     write_json(path, value | {_STATE_KEY: integrity.json_digest(value)})
 
 
-def read_state(path: str | Path, advice: str = "put it back as it was, or make it again") -> Any:
-    """Read what `write_state` wrote, without its digest.
+def read_state(path: str | Path, advice: str = "restore it, or make it again") -> Any:
+    """Read a file written by `write_state`, without its digest.
 
     Args:
         path: the file.
-        advice: what to do about an edited or damaged file.
+        advice: what the user should do about an edited or damaged file.
 
     Raises:
         ArtifactError: the file is missing, is not JSON, or does not match its digest.
@@ -272,7 +274,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: An
     """Write tensors with a JSON ``header`` and a digest into one safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    # Room for the digest, which is then written in place.
+    # Space for the digest, which is then written in place.
     metadata = {_HEADER_KEY: json.dumps(header), integrity.DIGEST_KEY: "0" * 64}
     with replacing_file(path) as part:
         save_file(
@@ -284,9 +286,9 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: An
 
 
 def seal_tensors(path: str | Path) -> None:
-    """Put the digest of a finished safetensors file, of any library, into its header.
+    """Put the digest of a finished safetensors file, from any library, into its header.
 
-    A file with room for it is changed in place, another one is written anew and replaced.
+    A file with space for it is changed in place; any other is rewritten and replaced.
     """
     path = Path(path)
     with path.open("r+b") as file:
@@ -311,16 +313,16 @@ def seal_tensors(path: str | Path) -> None:
 def read_tensors(
     path: str | Path, kind: str, version: int | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote, if its header's "kind" is ``kind``.
+    """Read a file written by `write_tensors` whose header's "kind" is ``kind``.
 
     Args:
         path: the file.
-        kind: what it should be.
-        version: what the header's "format" should be; None: the kind has no formats.
+        kind: the expected kind.
+        version: the expected "format" of the header; None: the kind has no formats.
 
     Raises:
-        ArtifactError: the file is missing, does not match its digest, has another format, or
-            holds another kind of artifact.
+        ArtifactError: the file is missing, does not match its digest, has another format, or holds
+            another kind of artifact.
     """
     from safetensors import SafetensorError, safe_open
 

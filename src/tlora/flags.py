@@ -1,4 +1,4 @@
-"""The flags of a verb: the fields of its record, and their help, which stands below each field."""
+"""The flags of a verb: the fields of its record, with the help that is written below each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from tlora.training.runconfig import RunConfig
 
 _WIDTH = 88
 _LONG = 130
-"""Letters of a field's help from which the screen shows only what comes before a colon."""
+"""Characters; the first screen cuts longer help at its first colon."""
 _PRESET_HELP = (
-    "A setting or a whole run by name, below files and flags; see `tlora list presets`. Without"
-    f" one, the method of `{DEFAULT}` uses that. With another --method, only those of a preset's"
-    " `adapter` options apply that the method has."
+    "A setting or a whole run by name, below files and flags; see `tlora "
+    f"list presets`. By default the method's preset `{DEFAULT}`, if it has "
+    "one. With another --method, only the preset's `adapter` options that "
+    "this method has apply."
 )
 _GROUPS = {
     "data": ("rows and columns", "--data.prompt_column question"),
@@ -34,7 +35,7 @@ _GROUPS = {
     "trainer": ("training arguments", "--trainer.lr_scheduler_type cosine"),
     "judge": ("the judge of conversations", "--judge.model gpt-4"),
 }
-"""What the flags of a section are about, and one of them as it is typed."""
+"""The topic of a section's flags, and an example."""
 _COMMON = (
     *("model", "task", "train_file", "eval_file", "data.dataset", "data.format", "data.val_size"),
     *("output_dir", "method", "methods", "continue_from", "quantization", "preset", "config"),
@@ -43,7 +44,7 @@ _COMMON = (
     *("early_stopping", "data.max_length", "test_file", "validation", "metric", "jobs"),
     *("seed", "resume", "dry_run", "print_config"),
 )
-"""What most people set, in the order in which the help shows it."""
+"""The most common fields, in the order of the help."""
 _OWN_FLAGS = {
     "config": "YAML of any of these fields, or the first word; flags win.",
     "adapter.target_modules": "Modules to adapt: names, a regex, or all-linear, the default.",
@@ -53,22 +54,22 @@ _OWN_FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One flag: a field of the record, or of a record inside it."""
+    """One flag: a field of the record, or of a nested record."""
 
     kind: Any
     default: Any
     help: str
     positional: bool
-    """Whether words that stand alone are its value."""
+    """Whether standalone words are its value."""
 
     @property
     def open(self) -> bool:
-        """Whether any name may stand below it."""
+        """Whether any name may follow it."""
         return typing.get_origin(self.kind) is dict
 
     @property
     def item(self) -> Any:
-        """The type of what it lists, if it takes a list."""
+        """The item type of its list, if it takes a list."""
         return item_of(self.kind)
 
 
@@ -86,7 +87,7 @@ def fields_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
 
 
 def field_docs(record: type) -> dict[str, str]:
-    """Return the text written below each field of a dataclass, inherited ones too, a line each."""
+    """Return the one-line help below each field of a dataclass, inherited fields included."""
     docs: dict[str, str] = {}
     for base in record.__bases__:
         if dataclasses.is_dataclass(base):
@@ -111,9 +112,9 @@ def field_docs(record: type) -> dict[str, str]:
 
 
 def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
-    """Return the help of a verb: what fits a screen, or with `--help all` every flag.
+    """Return the help of a verb: one screen, or with `--help all` every flag.
 
-    That has the options of the method that is named in ``argv``, or of the default one.
+    It shows the options of the method named in ``argv``, or of the default method.
     """
     short = None if "all" in argv else screen(prog, record)
     if short is not None:
@@ -127,11 +128,11 @@ def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
 
 
 def help_text(prog: str, record: type[Section], method: str | None = None) -> str:
-    """Return the whole help of one verb: its words, what it does and its flags in groups.
+    """Return the whole help of one verb: usage, purpose, and flags in groups.
 
     Args:
-        prog: what the user typed so far.
-        record: of the verb.
+        prog: the command line up to here.
+        record: the verb's record.
         method: the name of the method to describe, if the verb runs one.
     """
     fields = dict(fields_of(record))
@@ -143,7 +144,7 @@ def help_text(prog: str, record: type[Section], method: str | None = None) -> st
     if issubclass(record, RunConfig):
         lines += _lines("--preset NAME", _PRESET_HELP)
     lines += _lines("--print_config", "Show the resolved configuration instead of running.")
-    lines += _lines("-h, --help", "Show what most people set; `--help all` shows every flag.")
+    lines += _lines("-h, --help", "Show the most common flags; `--help all` shows every flag.")
     for short, full in short_names(record).items():
         lines += _lines(f"--{short}", f"{SHORT[short][1]} Short for --{full}.")
     groups: dict[str, list[tuple[str, Field]]] = {"": []}
@@ -176,7 +177,7 @@ def _place(group: str) -> int:
 
 
 def screen(prog: str, record: type[Section]) -> str | None:
-    """Return the help that fits a screen: what most people set; None where all of it does."""
+    """Return the one-screen help with the most common flags; None if everything fits."""
     fields = dict(fields_of(record))
     shorts = {name: SHORT[name][1] for name in short_names(record)}
     if not any("." in full for full in short_names(record).values()):

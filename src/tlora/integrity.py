@@ -1,7 +1,7 @@
-"""Digests that show whether a file is still what was written.
+"""Digests that show whether a file is unchanged since it was written.
 
-A safetensors file carries its digest in its header's metadata, where other readers pass it over; a
-JSON file carries it in a field.
+A safetensors file carries its digest in its header's metadata, which other readers ignore; a JSON
+file carries it in a field.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def has_digest(path: str | Path) -> bool:
-    """Return whether a safetensors file carries a digest, which its content then matches.
+    """Return whether a safetensors file carries a digest, after checking the content against it.
 
     Raises:
         ValueError: the content does not match, or the header is damaged.
@@ -61,15 +61,15 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict) or not isinstance(header.get(METADATA, {}), dict):
-        raise ValueError("its header is not a list of tensors")
+        raise ValueError("its header does not list tensors")
     return header
 
 
 def tensors_digest(header: dict[str, Any], file: BinaryIO) -> str:
-    """Return the digest of a safetensors file, which is read to its end in small blocks.
+    """Return the digest of a safetensors file, read to its end in small blocks.
 
     Args:
-        header: what `read_header` returned; a digest in it does not count.
+        header: the result of `read_header`; a digest in it does not count.
         file: the file, at the first tensor.
     """
     metadata = {key: text for key, text in header.get(METADATA, {}).items() if key != DIGEST_KEY}

@@ -1,8 +1,8 @@
-"""Flags and YAML -> a record: flags over files over presets over defaults.
+"""Flags and YAML -> a record; precedence: flags, files, presets, defaults.
 
-A record is a dataclass; each field is a flag. A field that is itself a record gives dotted flags
-(`--data.max_length`), a dict field takes any name below it (`--trainer.learning_rate`), which
-whoever knows the names checks. What values a field takes is checked by the record (`checks`).
+A record is a dataclass; each field is a flag. A nested record gives dotted flags
+(`--data.max_length`); a dict field accepts any name below it (`--trainer.learning_rate`), which is
+checked later. The record checks its values (`checks`).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ AnyRecord = TypeVar("AnyRecord", bound=Section)
 
 @dataclasses.dataclass(frozen=True)
 class Parsed(Generic[AnyRecord]):
-    """What a command line says."""
+    """The parsed command line."""
 
     record: AnyRecord
     print_config: bool
     """Show the record instead of running."""
     note: str = ""
-    """What the default preset sets, a sentence for the user; "" where it sets nothing."""
+    """The settings of the default preset, in a sentence for the user; "" if it sets nothing."""
 
 
 def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyRecord]:
-    """Read ``argv`` into a ``record``: flags over files over presets, wherever they stand.
+    """Read ``argv`` into a ``record``; flags override files override presets, in any position.
 
     A first word that ends in .yaml is a file too: `tlora compare compare.yaml`. A run without a
-    preset has the default one (`tlora.presets`).
+    preset uses the default one (`tlora.presets`).
 
     Args:
-        prog: what the user typed so far.
+        prog: the command line up to here.
         record: the dataclass to fill.
         argv: the words after the verb.
 
@@ -94,7 +94,7 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
 
 
 def _as_fields(shorts: dict[str, str], fields: dict[str, Field]) -> dict[str, Field]:
-    """Return the short names as flags that take anything, as what is below an open field does."""
+    """Return the short names as flags that accept any value, like the names below an open field."""
     return {name: Field(Any, None, "", False) for name in shorts if name not in fields}
 
 
@@ -117,7 +117,7 @@ def _read_words(
     lists: dict[str, list[str]],
     flags: list[tuple[str, Any]],
 ) -> Iterator[str]:
-    """Put the values of flags into ``flags`` and ``lists``; yield what is wrong with the words."""
+    """Put the values of flags into ``flags`` and ``lists``; yield faults of the words."""
     places = [name for name, field in fields.items() if field.positional]
     many = any(fields[name].item for name in places)
     found: list[str] = []
@@ -128,7 +128,7 @@ def _read_words(
             if many or len(found) < len(places):
                 found.append(word)
             else:
-                yield f"there is no place for {word!r}; give flags as --name value."
+                yield f"unexpected word {word!r}; give flags as --name value."
             continue
         flag, equals, text = word.partition("=")
         name = flag[2:] if _takes(flag[2:], fields) else flag[2:].replace("-", "_")
@@ -157,7 +157,7 @@ def _takes(name: str, fields: dict[str, Field]) -> bool:
 
 
 def _trained_with(record: type[Section]) -> list[str]:
-    """Return the names below `adapter` and `trainer` in a run of the defaults."""
+    """Return the names below `adapter` and `trainer` in a run with the defaults."""
     if not issubclass(record, RunConfig):
         return []
     options = [field.name for field in dataclasses.fields(METHODS.load(RunConfig.method).options)]
@@ -166,7 +166,7 @@ def _trained_with(record: type[Section]) -> list[str]:
 
 
 def _hint(name: str, known: list[str], fields: dict[str, Field]) -> str:
-    """Suggest a name; for `adaptor.r` too, where the names below the section are open."""
+    """Suggest a name; also for `adaptor.r`, where names below the section are open."""
     if name in ("--dry_run", "--dry-run"):
         return " `tlora init --dry_run` shows what a run of the same flags takes."
     if name == "--resume":
@@ -186,7 +186,7 @@ def _hint(name: str, known: list[str], fields: dict[str, Field]) -> str:
 def _unknown_keys(
     record: type[Section], values: dict[str, Any], elsewhere: Sequence[str] = ()
 ) -> list[str]:
-    """Return a sentence for each key of a file that is no field; it may suggest ``elsewhere``."""
+    """Return a sentence for each key of a file that is not a field; may suggest ``elsewhere``."""
     faults = record.name_faults(values, elsewhere)
     for name, kind in hints(record).items():
         if is_section(kind) and isinstance(values.get(name), dict):
@@ -195,7 +195,7 @@ def _unknown_keys(
 
 
 def _read(fields: dict[str, Field], name: str, text: str) -> Any:
-    """Return the value that the text of a flag stands for."""
+    """Return the value that a flag's text represents."""
     if name not in fields:  # below an open field
         return _fitted(Any, text)
     kind = fields[name].kind
@@ -211,7 +211,7 @@ def _read(fields: dict[str, Field], name: str, text: str) -> Any:
 
 
 def _fitted(kind: Any, text: str) -> Any:
-    """Return the text as it is where only text fits, else as YAML reads it."""
+    """Return the text unchanged if only text is valid, otherwise parse it as YAML."""
     value = None if text in _NULL else read_value(text)
     if isinstance(value, str) or (value is None and text not in _NULL):
         return text
@@ -230,7 +230,7 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay values over others, sections name by name; an empty section takes nothing away."""
+    """Merge values over others, section by section; an empty section removes nothing."""
     laid = below | above
     for name, old in below.items():
         if isinstance(old, dict) and isinstance(new := above.get(name), dict | None):
@@ -241,7 +241,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of the default preset that ``given``, files and flags, leave open.
 
-    None where the options are those of a run or an adapter that exists.
+    None if the options come from an existing run or adapter.
     """
     if given.get("resume") or given.get("continue_from"):
         return {}
@@ -251,7 +251,7 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _note(defaults: dict[str, Any]) -> str:
-    """Say which options the default preset sets to something else than the method's own default."""
+    """List the options that the default preset changes from the method's own defaults."""
     own = METHODS.load(RunConfig.method).options.__dataclass_fields__ if defaults else {}
     changed = [
         f"adapter.{name} {json.dumps(value)}"
@@ -267,9 +267,9 @@ def _note(defaults: dict[str, Any]) -> str:
 
 
 def _fitting(preset: dict[str, Any], chosen: str | None) -> dict[str, Any]:
-    """Return the preset without those options that the method lacks, as in a comparison.
+    """Return the preset without options that the method lacks, as in a comparison.
 
-    So `--preset NAME --method OTHER` is one command. What the user gave is for the method to judge.
+    So `--preset NAME --method OTHER` is one command. The method checks the user's own options.
     """
     if "adapter" not in preset:
         return preset

@@ -1,8 +1,7 @@
-"""Names a user can type, each tied to an object that is imported only when asked for.
+"""Names that a user can type, each tied to an object that is imported on demand.
 
-A new method or task is one line in a table below, a new evaluation one file in
-`tlora/evaluations`. A third party adds one without touching this package, by an entry point in its
-own::
+A new method or task is one line in a table below, a new evaluation one file in `tlora/evaluations`.
+A third party adds one without changing this package, by an entry point in its own::
 
     [project.entry-points."tlora.methods"]
     mymethod = "mypackage.mymodule:MyMethod"
@@ -26,11 +25,11 @@ class Entry:
     """One registered name."""
 
     name: str
-    """What the user types."""
+    """The name that the user types."""
     target: str
-    """Where the object is, as an entry point says it: "module:attribute"."""
+    """Location of the object, in entry-point form: "module:attribute"."""
     summary: str
-    """What it is, in a line."""
+    """A one-line description."""
 
     def load(self) -> Any:
         """Import the module and return the object."""
@@ -38,19 +37,19 @@ class Entry:
 
 
 class Registry:
-    """Built-in entries, and beside them the entry points of other installed packages.
+    """Built-in entries, and the entry points of other installed packages.
 
     Example:
         >>> METHODS.load("lora").__name__
         'Lora'
 
-    A built-in name wins over an entry point of the same name: installing a package must not
-    change what an existing run file means.
+    A built-in name wins over an entry point of the same name: installing a package must not change
+    an existing run file's meaning.
     """
 
     def __init__(self, kind: str, entries: Iterable[Entry], families: Iterable[Entry] = ()) -> None:
-        """Register entries, and families of names: each loads to a function of what comes after
-        the colon."""
+        """Register entries, and families of names: each loads to a function of the part after the
+        colon."""
         self.kind = kind
         self.group = f"tlora.{kind}s"
         self._builtin = {entry.name: entry for entry in entries}
@@ -67,7 +66,7 @@ class Registry:
         return [*self._builtin.values(), *self._families.values(), *others]
 
     def names(self) -> list[str]:
-        """Return every name that `load` takes, but for those of families."""
+        """Return every name that `load` accepts, except those of families."""
         return [entry.name for entry in self.entries() if entry not in self._families.values()]
 
     def load(self, name: str) -> Any:
@@ -79,7 +78,7 @@ class Registry:
         family, colon, member = name.partition(":")
         entry = self._families.get(family) if colon else self._builtin.get(name)
         if entry is None:
-            # Entry points are read from every installed package, so only when a name needs it.
+            # Entry points are read from every installed package, so only if a name needs them.
             others = {entry.name: entry for entry in self.entries()}
             if name not in others:
                 hint = did_you_mean(name, others) or f" Run `tlora list {self.kind}s`."
@@ -98,7 +97,7 @@ class Registry:
 
 @dataclass(frozen=True)
 class _File(Entry):
-    """A registered file: its name is the entry's, its first line the summary."""
+    """A registered file: its stem is the entry's name, its first line the summary."""
 
     def load(self) -> str:
         """Return the path."""
@@ -106,14 +105,14 @@ class _File(Entry):
 
 
 def _files(folder: str) -> Iterator[Entry]:
-    """Yield the YAML files of a folder of ours but for those that others include, `_x.yaml`."""
+    """Yield the YAML files of one of our folders, except those that others include, `_x.yaml`."""
     for path in sorted(Path(__file__).with_name(folder).glob("[!_]*.yaml")):
         with path.open(encoding="utf-8") as file:
             yield _File(path.stem, str(path), file.readline().strip("# \n"))
 
 
 def _classes(package: str, *rows: tuple[str, str, str]) -> list[Entry]:
-    """Return entries of a package's classes, each given as name, "module:class" and summary."""
+    """Return entries for a package's classes, each given as name, "module:class" and summary."""
     return [Entry(name, f"{package}.{target}", summary) for name, target, summary in rows]
 
 

@@ -1,7 +1,7 @@
-"""Short names of what everybody sets: `--learning_rate` for `--trainer.learning_rate`.
+"""Short names of common fields: `--learning_rate` for `--trainer.learning_rate`.
 
-They are taken as flags and at the top level of a YAML file, and written out at once, so that a
-record, a run folder and `--print_config` know the full names alone.
+They are accepted as flags and at the top level of a YAML file, and expanded at once, so that a
+record, a run folder and `--print_config` only contain full names.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ SHORT: dict[str, tuple[str, str]] = {
     "max_steps": ("trainer.max_steps", "Optimizer steps, in place of epochs."),
     "r": ("adapter.r", "Rank of the adapter (default: 8)."),
     "alpha": ("adapter.lora_alpha", "The adapter's output is scaled by alpha / r (default: 8)."),
-    "for": ("server", "Who will read the result: vllm, sglang, llama.cpp, ollama, ..."),
+    "for": ("server", "Reader of the result: vllm, sglang, llama.cpp, ollama, ..."),
 }
 """The full name and the help of each."""
 
 
 def short_names(record: type[Section]) -> dict[str, str]:
-    """Return the short names that a verb with this record takes, and what they stand for.
+    """Return the short names that a verb with this record accepts, and their full names.
 
-    A field of that name is the field. `tlora compare` tunes the learning rate: it has no short one.
+    A field of that name takes precedence. `tlora compare` tunes the learning rate, so it has no
+    short name for it.
     """
     own = record.field_names()
     is_open = {name for name, kind in hints(record).items() if typing.get_origin(kind) is dict}
@@ -62,7 +63,7 @@ def written_out(values: dict[str, Any], shorts: dict[str, str]) -> tuple[dict[st
 
 
 def contradiction(short: str, value: Any, full: str, other: Any) -> list[str]:
-    """Return a sentence if a field is given two values by its two names, else none."""
+    """Return a sentence if a field gets two values by its two names, else None."""
     if value == other:
         return []
     return [

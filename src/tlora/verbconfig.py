@@ -1,4 +1,4 @@
-"""The records of the verbs that need no more than a few flags.
+"""The records of verbs with only a few flags.
 
 Nothing here imports torch.
 """
@@ -25,7 +25,7 @@ _AGAIN = {
 
 
 def interrupted(verb: str = "") -> str:
-    """Return what to say after Ctrl-C: what the same command does when it is run again."""
+    """Return the message after Ctrl-C: what rerunning the same command does."""
     again = f"; rerun the same command to {_AGAIN[verb]}" if verb in _AGAIN else ""
     return f"interrupted{again}."
 
@@ -41,8 +41,8 @@ class DemoConfig(Record):
     seed: Annotated[int, SEED] = 0
     """Seed of the demonstration."""
     rows_only: bool = False
-    """Only write the rows of the tasks that the small model can be adapted to, for `tlora train`
-    and `tlora compare`."""
+    """Only write the rows of the tasks that the small model can learn, for `tlora train` and `tlora
+    compare`."""
 
 
 @dataclass(kw_only=True)
@@ -50,66 +50,66 @@ class InitConfig(RunConfig):
     """One initialization: a model, a task, a method and where the result goes."""
 
     dry_run: bool = False
-    """Show what would be adapted and the memory it would take, from the model's config alone: no
-    weights are read, nothing is written."""
+    """Show the modules to adapt and the memory needed, from the model's config alone: no weights
+    are read, nothing is written."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield faults between fields."""
         yield from super().relations()
         if self.continue_from:
-            yield "`continue_from`: `tlora init` makes a new adapter; leave it out."
+            yield "`continue_from` does not apply: `tlora init` makes a new adapter; remove it."
 
     def run_config(self) -> RunConfig:
-        """Return the run without what belongs to the dry run."""
+        """Return the run without the fields of the dry run."""
         return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
 
     def resolved(self) -> RunConfig:
-        """Return the run, which any verb takes, with every option of the method written out."""
+        """Return the run as any verb takes it, with every option of the method written out."""
         return self.run_config().resolved()
 
 
 @dataclass(kw_only=True)
 class InspectConfig(Record):
     """Show ranks, scales and captured energy of a plan, or ranks, scales, norms and spectra of any
-    LoRA, as a table and as a page; of a comparison or an evaluation, make page and tables again
+    LoRA, as a table and as a page; for a comparison or an evaluation, write page and tables again
     from its files."""
 
     where: ClassVar[str] = "inspect"
 
     path: str = field(metadata={"positional": True})
-    """A run's folder, a plan.safetensors, the folder of an adapter, of a comparison or of an
+    """A run's folder, a plan.safetensors, or the folder of an adapter, a comparison or an
     evaluation. A run with a plan shows the plan; its adapter is the folder `adapter` in it."""
     by: Literal["module", "layer", "projection"] = "module"
-    """What a line of the table is about."""
+    """The subject of each line of the table."""
     against: str | None = field(default=None, metadata={"positional": True})
-    """The second word, or --against. Of an adapter: another run or adapter, to show how their
-    updates differ. Of a comparison: a method by its label, to print its paired difference to every
-    other one."""
+    """The second word, or --against. For an adapter: another run or adapter, to compare their
+    updates. For a comparison: a method by its label, to print its paired difference to every other
+    one."""
     output: str | None = None
     """HTML file of an adapter's page, with its numbers in a .json beside it; by default
-    FOLDER.inspect.html beside the adapter's folder, which stays as it is."""
+    FOLDER.inspect.html beside the adapter's folder, which does not change."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield faults between fields."""
         if self.output is not None and not self.output.endswith(".html"):
             yield f"`output` is {self.output!r}; give the name of an .html file."
 
 
 @dataclass(kw_only=True)
 class ListConfig(Record):
-    """List what is registered, a line each."""
+    """List registered names, one per line."""
 
     where: ClassVar[str] = "list"
 
     what: Literal["methods", "tasks", "formats", "evaluations", "presets"] | None = field(
         default=None, metadata={"positional": True}
     )
-    """Which registry to list; all of them, if left out. Tasks are to train on; what `tlora eval`
-    calls tasks are evaluations, and follow them."""
+    """Registry to list; all of them by default. Tasks are for training; the tasks of `tlora eval`
+    are evaluations and come after them."""
 
 
 def no_bars_in_batch_jobs() -> None:
-    """Let loading and tokenizing show no bars where no terminal would draw them over.
+    """Hide the progress bars of loading and tokenizing unless a terminal would overwrite them.
 
     The libraries read this when they are imported.
     """

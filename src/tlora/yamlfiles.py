@@ -1,4 +1,4 @@
-"""YAML in which `1e-4` is a number and a date is text, read and written."""
+"""Reads and writes YAML in which `1e-4` is a number and a date is text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tlora.errors import ConfigError
 
 _FLOAT = "tag:yaml.org,2002:float"
 _SCIENTIFIC = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-"""`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, takes it for text."""
+"""`1e-4`, a number in YAML 1.2; YAML 1.1, and with it PyYAML, reads it as text."""
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """Read a file of `field: value` lines, in which `1e-4` is a number.
 
     Raises:
-        ConfigError: the file cannot be read, or is no YAML, or no mapping.
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         values = _loaded(Path(file).read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """Read one value as YAML; what is no YAML is text."""
+    """Read one value as YAML; invalid YAML is text."""
     try:
         if re.fullmatch(r"[-+]?[0-9]+", text):
             return int(text)  # YAML 1.1 takes leading zeros for octal digits
@@ -44,10 +44,10 @@ def read_value(text: str) -> Any:
 
 
 def _loaded(text: str) -> Any:
-    """Return what YAML makes of a text.
+    """Return the YAML value of a text.
 
     Raises:
-        ValueError: it is no YAML; the message is one line.
+        ValueError: it is not YAML; the message is one line.
     """
     import yaml
 
@@ -57,7 +57,7 @@ def _loaded(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}{error.problem or error.context}") from error
-    # A value that its tag does not fit (`!!int x`) meets Python's own errors.
+    # A value that does not match its tag (`!!int x`) raises Python's own errors.
     except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -72,7 +72,7 @@ def to_yaml(record: Any, left_out: Collection[str] = ()) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes text that `read_yaml` would take for a number."""
+        """Quotes text that `read_yaml` would read as a number."""
 
     Dumper.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
     values = {k: v for k, v in dataclasses.asdict(record).items() if k not in left_out}
@@ -84,7 +84,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Takes `1e-4` for a number and a date for text; an alias may not stand in its own value.
+        """Reads `1e-4` as a number and a date as text; an alias may not occur in its own value.
 
         Sets, pairs and bytes are refused: no field holds them, and JSON cannot.
         """

@@ -284,5 +284,5 @@ def test_a_calibrated_link_is_refused_where_nothing_can_be_merged(saved, tiny_ll
     folder = saved(tiny_llama(hidden_size=64, intermediate_size=128))
     with pytest.raises(ConfigError, match=r"the base is quantized.*choose the link lora or"):
         prepared_by("rac-lora", quantized_bases.load(folder, "nf4"), batches, link="tlora")
-    with pytest.raises(ConfigError, match="rows of the embedding train beside it"):
+    with pytest.raises(ConfigError, match="rows of the embedding train too"):
         prepared_by("rac-lora", tiny_llama(), batches, link="tlora", trainable_token_indices=[1])

@@ -77,7 +77,7 @@ def test_preparing_the_attached_model_is_named_before_a_step_is_lost(
     model = adapted(folder, form)
     before = a_of(model)
     model = peft.prepare_model_for_kbit_training(model, checkpointing)
-    told = r"no parameter trains: .*give it the base model, before .* make a new trainer\.$"
+    told = r"no parameter trains: .*call that on the base model before .* make a new trainer\.$"
     with pytest.raises(AdapterError, match=told):
         sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
     assert not any(parameter.any() for parameter in b_of(model))

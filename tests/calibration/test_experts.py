@@ -178,9 +178,9 @@ def test_a_class_that_does_not_say_its_layout_is_named_with_the_reason():
     model = tiny_llama4()
     message = unadapted_experts(model, TLoraConfig())
     assert "Not possible for model.layers.0.feed_forward.experts.gate_up_proj" in message
-    assert "Llama4TextExperts does not say how its experts are laid out" in message
+    assert "Llama4TextExperts does not declare the layout of its experts" in message
     assert "target_parameters" not in message
-    with pytest.raises(ConfigError, match="does not say how its experts are laid out"):
+    with pytest.raises(ConfigError, match="does not declare the layout of its experts"):
         find_targets(model, TLoraConfig(target_parameters=["experts.gate_up_proj"]))
 
 

@@ -107,7 +107,7 @@ def test_less_than_is_needed_will_not_do(tiny_llama):
     for fields in ({"basis": "random"}, flat, {"sensitivity_rule": "fisher"}):
         stats = calibrate(model, samples, TLoraConfig(**fields))
         assert stats.lacks(list(stats), TLoraConfig(**fields)) == []
-        assert stats.lacks(list(stats), TLoraConfig()) == ["it lacks statistics that are needed"]
+        assert stats.lacks(list(stats), TLoraConfig()) == ["it lacks required statistics"]
     assert stats.lacks(["lm_head"], TLoraConfig(sensitivity_rule="fisher")) == ["other modules"]
 
 

@@ -24,9 +24,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"modules_to_save": ["ead"]}, "`modules_to_save` names 'ead', but no module"),
     ({"modules_to_save": [""]}, "`modules_to_save` names '', but no module"),
     ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj', but no module of LlamaForCausalLM"),
-    ({"target_modules": "q_proj"}, "a regex of full names; names go in a list: [q_proj]."),
+    ({"target_modules": "q_proj"}, "a regex of full names; give names as a list: [q_proj]."),
     ({"exclude_modules": ["q_prj"]}, "`exclude_modules` names 'q_prj', but no module"),
-    ({"exclude_modules": "q_proj"}, "names go in a list: [q_proj]."),
+    ({"exclude_modules": "q_proj"}, "give names as a list: [q_proj]."),
     (
         {"exclude_modules": ["mlp"]},
         "`exclude_modules` names 'mlp', but PEFT still adapts the modules inside it; name these,"
@@ -39,7 +39,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layer"},
-        "`layers_pattern` is 'layer', which is the name of no list of layers (layers)."
+        "`layers_pattern` is 'layer', which matches no list of layers; choose one of: layers."
         " Did you mean 'layers'?",
     ),
     ({"target_parameters": "experts.down"}, "`target_modules` adapts Linears"),

@@ -147,7 +147,7 @@ def test_an_unknown_architecture_has_no_default():
 def test_a_model_with_adapters_is_refused(tiny_llama):
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     for model in (adapted, adapted.base_model.model):
-        with pytest.raises(AdapterError, match=r"already carries adapters.*unload"):
+        with pytest.raises(AdapterError, match=r"already has adapters.*unload"):
             find_targets(model, TLoraConfig())
 
 

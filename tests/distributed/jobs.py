@@ -260,7 +260,7 @@ def zero3(folder: str, dealt: Dealt, out: str) -> list[int]:
         else:
             sys.modules["deepspeed"] = before
     del model.ds_inflight_param_registry
-    with pytest.raises(TLoraError, match="no engine brings it together"):
+    with pytest.raises(TLoraError, match="no engine gathers it"):
         calibrate(model, batches(dealt), config)
     for parameter, part in zip(kept, parts, strict=True):
         assert parameter.ds_status is zero.Status.NOT_AVAILABLE

@@ -68,7 +68,7 @@ def test_a_run_resumes_on_another_number_of_processes(
     if first == "two":
         launched(processes, "fsdp2", halves)
         runs.stop_at(folder, 2, processes=2)
-        with pytest.raises(ConfigError, match=r"4 rows a step \(2 processes\).* on 2 \(1\)"):
+        with pytest.raises(ConfigError, match=r"4 rows per step \(2 processes\).* on 2 \(1\)"):
             train.run(halves)
         train.run(whole)
     else:

@@ -180,11 +180,11 @@ def test_a_sensitivity_that_is_no_size_is_named(bad: float, index: int) -> None:
 
 
 def test_no_module_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no module"):
+    with pytest.raises(ValueError, match="no modules"):
         allocate_ranks([], 8, [])
-    with pytest.raises(ValueError, match="no module"):
+    with pytest.raises(ValueError, match="no modules"):
         allocate_ranks_by_cost([], 8, [], [])
-    with pytest.raises(ValueError, match="no module"):
+    with pytest.raises(ValueError, match="no modules"):
         allocate_scales([], 8, 8, "constant")
 
 

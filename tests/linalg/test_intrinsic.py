@@ -36,8 +36,8 @@ def test_it_finds_the_dimension_of_a_curved_surface(dimension):
 @pytest.mark.parametrize(
     ("points", "fault"),
     [
-        (torch.ones(9, 2), "1 points differ"),
-        (torch.eye(4), "at the same distance"),
+        (torch.ones(9, 2), r"too few distinct points \(1\)"),
+        (torch.eye(4), "equally far away"),
     ],
 )
 def test_points_without_a_dimension_are_refused(points, fault):

@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_the_factors(prepared_by, tiny_llama, tmp_path):
 
 
 def test_it_says_what_it_does_not_find(prepared_by, tiny_gpt2, tiny_llama, tiny_bert_classifier):
-    with pytest.raises(ConfigError, match="a matrix of q, k and v together will not do"):
+    with pytest.raises(ConfigError, match="a fused matrix of q, k and v does not work"):
         prepared_by("lorta", tiny_gpt2(), r=2)
     with pytest.raises(ConfigError, match=r"pooler\.dense has no layer's number in its name"):
         prepared_by("lorta", tiny_bert_classifier(), r=2, head_modules=["pooler.dense"])

@@ -252,7 +252,7 @@ def test_corda_leaves_a_bad_sample_out_where_that_is_asked_for(prepared_by, tiny
 
     with pytest.raises(CalibrationError, match="not finite"):
         started([good[0], bad])
-    with pytest.warns(UserWarning, match="1 of 6 calibration samples were left out"):
+    with pytest.warns(UserWarning, match="1 of 6 calibration samples are bad and were skipped"):
         skipped = started(Samples([good[0], bad], skip_bad_samples=True))
     left = started([good[0], {key: value[1:] for key, value in good[1].items()}])
     for name, (a, b) in left.items():

@@ -135,9 +135,9 @@ def of_hub(kind: type[Exception], text: str) -> Exception:
     ("error", "says"),
     [
         (of_hub(hub.RepositoryNotFoundError, "401"), "no model of this name on the Hub"),
-        (of_hub(hub.GatedRepoError, "403"), "to those alone who may read it"),
-        (OSError("Name or service not known"), "cannot be asked .Name or service not known."),
-        (TimeoutError("timed out"), "the Hub cannot be asked .timed out."),
+        (of_hub(hub.GatedRepoError, "403"), "on the Hub is restricted"),
+        (OSError("Name or service not known"), "cannot be reached .Name or service not known."),
+        (TimeoutError("timed out"), "the Hub cannot be reached .timed out."),
     ],
 )
 def test_a_name_that_cannot_be_had_is_asked_for_once(asked, error, says):

@@ -191,7 +191,7 @@ def test_every_file_of_several_is_looked_for(tmp_path):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (TimeoutError("timed out"), r"the Hub cannot be asked \(timed out\)"),
+        (TimeoutError("timed out"), r"the Hub cannot be reached \(timed out\)"),
         (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "no dataset of this name"),
     ],
 )

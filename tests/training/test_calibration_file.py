@@ -69,7 +69,7 @@ def test_rows_with_nothing_to_learn_are_left_out_on_demand(config, tmp_path, kep
 
     cache = str(tmp_path / "calibration.safetensors") if kept else None
     options = CalibrationConfig(samples=4, batch_size=2, cache=cache, skip_bad_samples=True)
-    with pytest.warns(UserWarning, match="1 of 4 calibration samples were left out"):
+    with pytest.warns(UserWarning, match="1 of 4 calibration samples are bad and were skipped"):
         run = initialize.run(config("kept", calibration=options, **fields))
     info = AdapterPlan.load(run.plan).info
     assert (info["samples"], info["skipped"]) == (3, 1)

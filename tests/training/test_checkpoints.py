@@ -100,7 +100,7 @@ def test_files_that_people_edit_may_be_edited(tmp_path):
 
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
     write_checkpoint(tmp_path, 2).rename(tmp_path / "checkpoint-4")
-    assert damage(tmp_path / "checkpoint-4").endswith("is of step 2")
+    assert damage(tmp_path / "checkpoint-4").endswith("belongs to step 2")
 
 
 def test_weights_alone_cannot_be_resumed_from(tmp_path, caplog):
@@ -110,7 +110,7 @@ def test_weights_alone_cannot_be_resumed_from(tmp_path, caplog):
     seal(path)
     assert damage(path) is None
     assert rewind(tmp_path) is None
-    assert "checkpoint-2 holds no state of the optimizer; the run starts over." in caplog.text
+    assert "checkpoint-2 holds no optimizer state; the run starts over." in caplog.text
 
 
 def test_rewinding_drops_what_lies_beyond_and_says_why(tmp_path, caplog):
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_deepspeed_fits_deepspeed_and_its_number_of_processes(tm
     for process in range(2):
         (tmp_path / f"rng_state_{process}.pth").touch()
     check_engine(tmp_path, deepspeed=False, processes=3)
-    with pytest.raises(ConfigError, match=r"written without DeepSpeed.*leave DeepSpeed out"):
+    with pytest.raises(ConfigError, match=r"written without DeepSpeed.*launch without DeepSpeed"):
         check_engine(tmp_path, deepspeed=True, processes=2)
     (tmp_path / "latest").touch()
     check_engine(tmp_path, deepspeed=True, processes=2)

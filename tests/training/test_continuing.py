@@ -194,7 +194,7 @@ def test_what_is_no_lora_adapter_is_refused(first, further, tmp_path, tiny_llama
     peft.get_peft_model(tiny_llama(), options).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="of the type 'IA3'; only those of the type 'LORA'"):
         train.run(further(tmp_path / "ia3"))
-    with pytest.raises(ConfigError, match="`tlora init` makes a new adapter; leave it out"):
+    with pytest.raises(ConfigError, match="`tlora init` makes a new adapter; remove it"):
         InitConfig(continue_from="run")
 
 

@@ -116,7 +116,7 @@ def test_broken_notes_of_a_run_do_not_stop_it(cut, whole, caplog):
     lines = folder.log.read_bytes().splitlines(keepends=True)
     folder.log.write_bytes(b"".join([lines[0], b"\xff\xfe\n[1]\n", *lines[1:], b'{"step": 3, "l']))
     assert weights(resumed(folder)) == whole("tlora")
-    assert "provenance.json is damaged; it starts over with this start." in caplog.text
+    assert "provenance.json is damaged; it is started over with this start." in caplog.text
     assert "log.jsonl: lines [2, 3, " in caplog.text
     assert len(json.loads((folder.path / "provenance.json").read_text())["starts"]) == 1
     steps = [json.loads(line) for line in folder.log.read_text().splitlines()]

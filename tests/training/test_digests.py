@@ -43,8 +43,8 @@ def test_a_resumed_run_notices_an_edited_chat_template(templated):
         continued(again, folder, "train")
     file.write_text(TEMPLATE)
     assert caught.value.faults == (
-        f"`data.chat_template`, {file}, has changed since the run was started; put it back as it"
-        " was, or start a new run in another --output_dir.",
+        f"`data.chat_template`, {file}, has changed since the run was started; restore it,"
+        " or start a new run in another --output_dir.",
     )
 
 
@@ -54,7 +54,7 @@ def test_a_chat_template_may_move(templated, tmp_path):
     again = RunConfig(output_dir=str(folder.path), resume=True, data=data)
     try:
         assert continued(again, folder, "train") is None
-        with pytest.raises(ConfigError, match=r"is gone; .* new path by --data.chat_template"):
+        with pytest.raises(ConfigError, match=r"is missing; .* new path by --data.chat_template"):
             continued(dataclasses.replace(again, data=DataConfig()), folder, "train")
         moved = {"data.chat_template": str(data.chat_template)}
         saved = RunConfig.from_dict(folder.config())

@@ -173,7 +173,7 @@ def test_offloading_needs_somewhere_to_load_from(config, monkeypatch):
 def test_pushing_needs_a_token(config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(ConfigError, match="`push_to_hub` needs a token of the Hub"):
+    with pytest.raises(ConfigError, match="`push_to_hub` needs a Hub token"):
         train.run(config(trainer={"push_to_hub": True, "hub_model_id": "a/b"}))
 
 
@@ -200,7 +200,7 @@ def test_an_adapter_on_the_output_layer_is_refused_where_the_trainer_bypasses_it
 
 def test_a_task_type_of_another_task_is_refused(config):
     run = config(method="lora", adapter={"r": 2, "task_type": "TOKEN_CLS"})
-    message = r"adapter: `task_type` is 'TOKEN_CLS', but this task is 'CAUSAL_LM'; leave it out\."
+    message = r"adapter: `task_type` is 'TOKEN_CLS', but this task is 'CAUSAL_LM'; remove it\."
     for verb in (train, initialize, dryrun):
         with pytest.raises(ConfigError, match=message):
             verb.run(run)

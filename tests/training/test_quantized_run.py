@@ -56,7 +56,7 @@ def test_none_loads_what_is_there(config, folder, tmp_path):
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert kinds(settle(config(model=str(tmp_path))).load_model("cpu")) == {"Linear4bit"}
     again = settle(config(model=str(tmp_path), quantization="int8"))
-    with pytest.raises(ConfigError, match=r"is already quantized; leave `quantization` out"):
+    with pytest.raises(ConfigError, match=r"is already quantized; remove `quantization`"):
         again.load_model("cpu")
 
 

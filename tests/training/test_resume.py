@@ -130,7 +130,7 @@ def test_another_configuration_is_refused_and_all_fields_are_named(cut, config, 
     # The method's own seed follows the run's; where it is not written out, the run's is kept.
     assert set(named) == {"trainer.learning_rate", "seed"} | (set() if resume else {"adapter.seed"})
     assert (
-        f"`seed` is 4, but {folder.path} was started with 0; give it as it was, or choose another"
+        f"`seed` is 4, but {folder.path} was started with 0; restore it, or choose another"
         " --output_dir."
     ) in caught.value.faults
     assert contents(folder) == before
@@ -182,7 +182,7 @@ def test_where_there_is_none_resume_is_refused_and_leaves_nothing(config, verb, 
     there = config(resume=True, **fields)
     noun = {"train": "run", "init": "initialization"}[verb]
     said = (
-        f"run: there is no {noun} in {there.output_dir} to resume; leave --resume out to start one,"
+        f"run: there is no {noun} in {there.output_dir} to resume; remove --resume to start one,"
         " or name its folder by --output_dir."
     )
     with pytest.raises(ConfigError) as caught:
@@ -274,7 +274,7 @@ def test_machines_that_do_not_share_the_folder_are_named(cut, config, monkeypatc
     folder = cut()
     group = types.SimpleNamespace(all_gather=lambda found: [found, not found])
     monkeypatch.setattr("tlora.calibration.group.process_group", lambda: group)
-    with pytest.raises(ConfigError, match="put --output_dir on a file system that they share"):
+    with pytest.raises(ConfigError, match="put --output_dir on a shared file system"):
         train.run(config())
     assert folder.exists
 
@@ -315,6 +315,8 @@ def test_resuming_on_other_rows_or_another_model_is_refused(cut, tmp_path, name)
         with pytest.raises(ConfigError) as caught:
             resumed(folder)
         (fault,) = caught.value.faults
-        says = "is gone; put it back, or give its new path" if gone else "has changed since the run"
+        says = (
+            "is missing; restore it, or give its new path" if gone else "has changed since the run"
+        )
         assert fault.startswith(f"`{name}`, {other}, {says}")
     assert sorted(folder.path.rglob("*")) == before

@@ -1,1 +1,1 @@
-"""Statistics -> plan -> PeftModel. The only place that knows PEFT's insides."""
+"""Statistics -> plan -> PeftModel. The only package that knows PEFT's internals."""

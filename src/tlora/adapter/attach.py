@@ -1,14 +1,14 @@
 """Plan -> stock PEFT adapter: a LoraConfig with rank and alpha patterns, A set and frozen.
 
-Fused parameters of experts are adapted by `target_parameters`; and on architectures whose dense
-layers have the names that experts had before they were fused (DeepSeek: gate_proj, up_proj,
-down_proj) the weights of these layers too, since PEFT rewrites such names in `target_modules` to
-those of the fused parameters. A parameter's adapter sits in a `ParamWrapper` around its module;
-wrappers of several parameters of a module are nested.
+`target_parameters` adapts fused parameters of experts. On architectures whose dense layers have the
+names that experts had before fusion (DeepSeek: gate_proj, up_proj, down_proj), it also adapts the
+weights of these layers, since PEFT rewrites such names in `target_modules` to those of the fused
+parameters. A parameter's adapter sits in a `ParamWrapper` around its module; several wrappers of
+one module are nested.
 
-PEFT makes an adapter where the base weight is; an offloaded weight is on `meta`, and so the adapter
-would be without values too. Here the adapter gets room on the device that the module runs on, and
-stays there: it is small, and it trains.
+PEFT creates an adapter on the device of the base weight. An offloaded weight is on `meta`, so the
+adapter would have no values either. Here the adapter is allocated on the device that runs the
+module and stays there: it is small, and it trains.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ def get_tlora_model(
     adapter_name: str = "default",
     **reading: Unpack[CalibrateOptions],
 ) -> PeftModel:
-    """Calibrate, plan and attach in one call: a PeftModel whose output is still the base's.
+    """Calibrate, plan and attach in one call; the PeftModel's output still equals the base model's.
 
     ``attach(model, plan(model, calibrate(model, batches, config), config))``, but within
     `memory_budget`; unless modules are streamed, the plan is the same up to rounding.
 
     Args:
         model: the base model; as with PEFT, its Linears are wrapped in place.
-        config: the adapter.
+        config: the adapter's configuration.
         batches: calibration samples, read once; see `calibrate`.
         adapter_name: PEFT's name of the adapter.
         **reading: ``progress``, ``skip_bad_samples`` and ``cache``, as for `calibrate`.
 
     Raises:
-        TLoraError: as `calibrate`, `plan` and `attach`; the model is then as it was.
+        TLoraError: as `calibrate`, `plan` and `attach`; the model is then unchanged.
     """
     refuse_wrapped(model)
     return attach(model, made_plan(model, batches, config, **reading), adapter_name=adapter_name)
@@ -78,7 +78,7 @@ def made_plan(
     config: TLoraConfig,
     **reading: Unpack[CalibrateOptions],
 ) -> AdapterPlan:
-    """Calibrate and plan in one go, or by a calibration that a cache keeps."""
+    """Calibrate and plan in one go, or plan from a cached calibration."""
     check_config(config)
     if reading.get("cache") is None:
         return plan_in_blocks(model, batches, config, **reading)
@@ -89,9 +89,9 @@ def made_plan(
 def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default") -> PeftModel:
     """Attach a plan's adapter to the base model as a stock PEFT LoRA, A frozen, B zero.
 
-    The model's output stays bit-identical to the base model's, and the random state is left
-    alone. As with PEFT, ``model`` itself is changed: its targeted Linears are wrapped in place.
-    (bitsandbytes' 4-bit layers also give up a CPU kernel for inference that no gradient passes.)
+    The model's output stays bit-identical to the base model's, and the random state does not
+    change. As with PEFT, ``model`` itself changes: its targeted Linears are wrapped in place.
+    (bitsandbytes' 4-bit layers also lose a CPU inference kernel that blocks gradients.)
 
     Args:
         model: the base model the plan was made for.
@@ -99,9 +99,9 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        AdapterError: the plan does not fit the model (every misfit is named), no gradient passes
-            its 4-bit weights any more, a head that would train is offloaded, or an engine has
-            wrapped or sharded the model already; nothing is changed.
+        AdapterError: the plan does not fit the model (every misfit is named), its 4-bit weights
+            block gradients, a head that would train is offloaded, or an engine has already wrapped
+            or sharded the model; nothing is changed.
     """
     from peft import get_peft_model
 
@@ -112,7 +112,8 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
     config = lora_config(plan, model)
     keys = parameter_keys(model, plan.modules)
     with torch.random.fork_rng(devices=[]), misleading_warnings_ignored():
-        # On `meta`, since every value is written below; what else trains starts from the base's.
+        # On `meta`, since every value is written below; other trained modules start from the base's
+        # values.
         adapted = get_peft_model(
             model,
             config,
@@ -135,11 +136,11 @@ def attach(model: nn.Module, plan: AdapterPlan, *, adapter_name: str = "default"
 
 @contextlib.contextmanager
 def misleading_warnings_ignored() -> Iterator[None]:
-    """Silence what PEFT warns of in vain while the body runs."""
+    """Suppress pointless PEFT warnings while the body runs."""
     with warnings.catch_warnings():
-        # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
+        # PEFT sets fan_in_fan_out per module and warns if the config differs.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        # It applies the patterns of parameters, but looks for their keys among modules alone.
+        # PEFT applies the patterns of parameters but searches only modules for their keys.
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted")
         yield
 
@@ -182,7 +183,7 @@ def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
     faults = []
     for name, module in plan.modules.items():
         if (target := targets.get(name)) is None:
-            faults.append(f"{name} is planned but is no target of this model")
+            faults.append(f"{name} is planned but is not a target of this model")
             continue
         count = target.part.count if target.part else 1
         is_, planned = (
@@ -206,7 +207,7 @@ def _check_fit(model: nn.Module, plan: AdapterPlan) -> None:
 
 
 def parameter_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Return the full name of the parameter, by planned name, of what PEFT adapts as one."""
+    """Return the full name of the parameter that PEFT adapts as one unit, by planned name."""
     parameters = {name for name, _ in model.named_parameters()}
     keys = {name: name for name in names if name in parameters}
     taken = taken_for_experts(model, [name for name in names if name not in keys])
@@ -216,7 +217,7 @@ def parameter_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 def adapter_layer(model: nn.Module, name: str, key: str | None) -> Any:
     """Return the LoRA layer of an adapted module, or of the parameter with the full name ``key``.
 
-    ``key`` is None where the module itself is adapted.
+    ``key`` is None if the module itself is adapted.
     """
     if key is None:
         return model.get_submodule(name)
@@ -230,10 +231,10 @@ def adapter_layer(model: nn.Module, name: str, key: str | None) -> Any:
 def refuse_offloaded_training(
     model: nn.Module, config: TLoraConfig, targets: Iterable[str]
 ) -> None:
-    """Refuse to train what is dropped after each call: an offloaded head or bias.
+    """Refuse to train an offloaded head or bias, which is dropped after each call.
 
     Raises:
-        AdapterError: parameters of the base would train, but are offloaded.
+        AdapterError: offloaded parameters of the base would train.
     """
     offloaded = loaded_by(model)
     if not offloaded:
@@ -250,19 +251,19 @@ def refuse_offloaded_training(
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise AdapterError(
-            f"{wrong[0]}{more} would train in full but is offloaded, and what is offloaded is only"
-            " read; keep it on a device by the `device_map`, or attach the saved plan to a model"
-            " that is loaded whole."
+            f"{wrong[0]}{more} would train in full but is offloaded, and offloaded "
+            "weights are read-only; keep it on a device by the `device_map`, or "
+            "attach the saved plan to a model that is loaded whole."
         )
 
 
 def make_room(adapted: PeftModel, adapter_name: str) -> None:
-    """Give matrices of an adapter on `meta` room, without values yet, where their module runs."""
+    """Allocate adapter matrices that are on `meta` on the device that runs their module."""
     for _, layer in lora_layers(adapted, adapter_name):
         for matrix in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
             if matrix.weight.is_meta:
                 base = layer.get_base_layer()
-                # As PEFT: float32, but for a base of more precision.
+                # As in PEFT: float32, or the base's dtype if that is wider.
                 wide = getattr(getattr(base, "weight", None), "dtype", None) == torch.float64
                 matrix.to_empty(device=device_of(base))
                 matrix.to(torch.float64 if wide else torch.float32)

@@ -1,12 +1,12 @@
-"""Calibrating and planning in one go, within a memory budget for second moments and gradients.
+"""Calibrates and plans in one go, within a memory budget for second moments and gradients.
 
 One pass over the samples measures the sensitivities and keeps the second moments of a first block
-of modules. Ranks and scales are settled, those modules are solved, their moments freed; then a
-forward pass over the same samples, which stops after the last module it is for, does the next
-block, until none is left (for a basis of gradients a whole pass, forward and backward). Without a
-budget the first block is all. A module whose own second moment exceeds the budget, or that costs
-less so, is solved by subspace iteration over the samples instead. `strategy.py` says which module
-is done when.
+of modules. Ranks and scales are computed, those modules are solved, and their moments are freed. A
+forward pass over the same samples, which stops after the last module it needs, then handles the
+next block, until none is left (a gradient basis needs a whole forward and backward pass). Without a
+budget the first block holds all modules. A module whose own second moment exceeds the budget, or
+that is cheaper to stream, is solved by subspace iteration over the samples. `strategy.py` decides
+the order.
 """
 
 from __future__ import annotations
@@ -71,19 +71,20 @@ def plan_in_blocks(
 ) -> AdapterPlan:
     """Calibrate and plan in one go, within `config.memory_budget` for moments and gradients.
 
-    Exact, at once or in blocks, the plan is the same to the bit, and that of `calibrate` and `plan`
-    up to the rounding of a module whose W C is taken from its outputs (`cheaper_by_outputs`).
-    `covariance` says what happens within a budget: "auto" streams modules where that is cheaper,
-    and one whose own moment exceeds the budget (whitening and other bases need the moment itself,
-    and go over budget instead), "exact" goes over budget, "streamed" streams every module. The
-    budget and what is held in which pass are settled first, and noted in the plan's
+    With exact moments, at once or in blocks, the plan has the same bits, and equals that of
+    `calibrate` and `plan` up to the rounding of modules whose W C is computed from their outputs
+    (`cheaper_by_outputs`).
+    `covariance` decides how to keep the budget: "auto" streams modules where that is cheaper,
+    and any module whose own moment exceeds the budget (whitening and other bases need the moment
+    itself, and exceed the budget instead); "exact" exceeds the budget; "streamed" streams every
+    module. The budget and the modules of each pass are settled first, and recorded in the plan's
     ``info["calibration"]``.
 
     Args:
         model: as for `calibrate`.
-        batches: as for `calibrate`; read once, so a generator will do.
-        config: the adapter.
-        **reading: as for `calibrate`, but for ``cache``: there is no calibration to keep.
+        batches: as for `calibrate`; read once, so a generator works.
+        config: the adapter's configuration.
+        **reading: as for `calibrate`, except ``cache``: no calibration is kept.
 
     Raises:
         CalibrationError: as `calibrate`.
@@ -116,14 +117,14 @@ def plan_in_blocks(
 
 @dataclass(frozen=True)
 class _Settling:
-    """What is known before anything is measured.
+    """Everything known before measuring.
 
     Attributes:
         targets: the modules.
-        config: as the user gave it.
+        config: as given by the user.
         budget: resolved.
         lockstep: runs the batch that shows which modules share an input.
-        group: the processes that share the samples.
+        group: the processes that divide the samples.
     """
 
     targets: Sequence[Target]
@@ -135,10 +136,10 @@ class _Settling:
     def strategy(
         self, batches: Iterable[Mapping[str, Any]]
     ) -> tuple[Strategy, Iterable[Mapping[str, Any]]]:
-        """Choose the strategy; where moments share a budget, see first which are shared.
+        """Choose the strategy; if a budget applies, first find out which modules share moments.
 
         Returns:
-            The strategy, and the batches, which may have been read.
+            The strategy and the batches, of which some may have been read.
         """
         sources: dict[str, int] = {}
         work = None
@@ -157,10 +158,10 @@ class _Settling:
         return strategy, batches
 
     def accumulator(self, excluded: Collection[str] = ()) -> MomentAccumulator | None:
-        """Return where the moments of a pass go, but for modules left out; None if none does."""
+        """Return the accumulator of a pass's moments, without excluded modules; None if empty."""
         if not self.config.needs_moments:
             return None
-        # Processes can only add up second moments.
+        # Processes can only sum second moments.
         alone = self.group.size == 1
         by_outputs = cheaper_by_outputs(self.targets, self.config) if alone else ()
         return MomentAccumulator(excluded, by_outputs)
@@ -168,7 +169,7 @@ class _Settling:
     def _sources(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         with self.group.raise_on_all():
             own = as_batch(batches[0], torch.device("cpu")) if batches else None
-        # All processes run the same batch, and one of them reports what it sees.
+        # All processes run the same batch, and one of them reports the result.
         if (lent := self.group.broadcast_first(own)) is None:
             return {}
         model = self.lockstep.model
@@ -185,7 +186,7 @@ class _Settling:
 
 
 class _Planner:
-    """Makes module plans from passes over the samples that a first pass has read."""
+    """Makes module plans from passes over the samples that the first pass has read."""
 
     def __init__(
         self,
@@ -244,7 +245,7 @@ class _Planner:
             self.take(block, accumulator, None if backward is None else backward.accumulator)
 
     def stream(self, targets: Sequence[Target]) -> None:
-        """Plan modules by subspace iteration over the samples, within the budget run by run."""
+        """Plan modules by subspace iteration over the samples, run by run within the budget."""
         ranks = {target.name: self.shares.of[target.name].rank for target in targets}
         # Rank 0 needs no subspace.
         self.take([target for target in targets if not ranks[target.name]], None)
@@ -282,7 +283,7 @@ class _Planner:
             where = partial("solving {}{}".format, some[0].target.name, more)
             return within_memory(partial(solve_some, some, weight), where, 0, self.budget)
 
-        # Where passes follow, their bars are enough.
+        # If passes follow, their progress bars are enough.
         title = "Planning" if self.progress and self.strategy.passes == 1 else None
         self.done |= solve_each(jobs, within, self.group, title)
 
@@ -310,7 +311,7 @@ class _Planner:
 def input_sources(
     model: nn.Module, targets: Sequence[Target], batch: dict[str, Any]
 ) -> dict[str, int]:
-    """Return a number for each target that runs, equal for those that read the same tensors.
+    """Return a number for each target that runs, equal for targets that read the same tensors.
 
     The model is in eval mode, its parameters frozen (see `preserved`), the batch on its device.
     """

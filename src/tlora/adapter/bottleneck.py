@@ -1,9 +1,9 @@
 """Bottleneck adapters behind modules, inside PEFT's own LoRA layers.
 
-A variant of the layer computes y + U gelu(D y + b) + c of the module's own output y. D, b and U, c
-stand in the places of `lora_A` and `lora_B`, so that freezing, disabling and checkpoints stay
-PEFT's. No weight of the module does the same, so it merges into none, and PEFT has no name for it:
-the folder's `peft_type` is ours.
+A variant of the layer computes y + U gelu(D y + b) + c from the module's own output y. D, b and U,
+c replace `lora_A` and `lora_B`, so PEFT still handles freezing, disabling and checkpoints. No
+weight can represent this map, so it cannot be merged, and PEFT has no name for it: the folder's
+`peft_type` is ours.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _SPREAD = 1e-3
 
 
 class Affine(nn.Module):
-    """D y + b; b starts at zero, D normal of deviation 1e-3, cut off at two deviations."""
+    """D y + b; b starts at zero, D normal with deviation 1e-3, truncated at two deviations."""
 
     def __init__(self, outputs: int, inputs: int, like: Tensor) -> None:
         """Make D, ``outputs`` x ``inputs``, of the dtype and on the device of ``like``."""
         super().__init__()
         self.weight = nn.Parameter(like.new_empty(outputs, inputs))
-        # 1 x outputs: PEFT takes a matrix of fewer dimensions for a shard that was not gathered.
+        # 1 x outputs: PEFT mistakes a matrix of fewer dimensions for a shard that was not gathered.
         self.shift = nn.Parameter(like.new_zeros(1, outputs))
         nn.init.trunc_normal_(self.weight, std=_SPREAD, a=-2 * _SPREAD, b=2 * _SPREAD)
 
@@ -45,7 +45,7 @@ class Affine(nn.Module):
 
 
 class Behind(LoraVariant):
-    """What PEFT's layer calls in the place of W x + s B A x; it is not merged."""
+    """PEFT's layer calls this instead of W x + s B A x; it cannot be merged."""
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -54,13 +54,16 @@ class Behind(LoraVariant):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("a bottleneck adapter is not linear, so no weight holds it.")
+        raise NotImplementedError(
+            "a bottleneck adapter is not linear, so it cannot be merged into a "
+            "weight; keep it as an adapter."
+        )
 
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Return y + U gelu(D y + b) + c; y is ``result``, what the module gave."""
+        """Return y + U gelu(D y + b) + c; y is ``result``, the module's output."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         given = module.lora_dropout[active_adapter](result.to(down.weight.dtype))
         change: Tensor = up(nn.functional.gelu(down(given), approximate="tanh"))
@@ -68,11 +71,11 @@ class Behind(LoraVariant):
 
 
 def make_bottlenecks(model: PeftModel, rank: int) -> None:
-    """Turn a model freshly wrapped by PEFT's LoRA into one of bottleneck adapters.
+    """Turn LoRA layers freshly wrapped by PEFT into bottleneck adapters.
 
     Args:
         model: the model.
-        rank: r, numbers in the bottleneck.
+        rank: r, the width of the bottleneck.
     """
     for _, layer in lora_layers(model):
         like = layer.lora_B["default"].weight.detach()
@@ -82,8 +85,8 @@ def make_bottlenecks(model: PeftModel, rank: int) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write the folder: the tensors as PEFT names them, and a configuration of our type."""
-    # Rows that train are saved as such; PEFT would add all others of a longer embedding.
+    """Write the folder: the tensors under PEFT's names, and a configuration of our type."""
+    # Trained rows are saved as rows; PEFT would also save the rest of a resized embedding.
     model.save_pretrained(folder, save_embedding_layers=False)
     write_json(folder / CONFIG, adapter_fields(folder / CONFIG) | {"peft_type": PEFT_TYPE})
 
@@ -91,16 +94,16 @@ def save(model: PeftModel, folder: Path) -> None:
 def load(
     model: nn.Module, folder: Path, fields: Mapping[str, Any], is_trainable: bool
 ) -> PeftModel:
-    """Load a folder that `save` wrote onto its base.
+    """Load a folder written by `save` onto its base model.
 
     Args:
         model: the base model.
         folder: the adapter's.
-        fields: of its adapter_config.json.
+        fields: fields of its adapter_config.json.
         is_trainable: whether to train it further.
 
     Raises:
-        AdapterError: its tensors are not those of the model's modules.
+        AdapterError: its tensors do not match the model's modules.
         ArtifactError: a file is damaged.
     """
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -122,8 +125,8 @@ def load(
     )
     if differing := [n for n in wanted | found if wanted.get(n) != found.get(n)]:
         raise AdapterError(
-            f"{folder} is not an adapter of this {type(model).__name__}: they differ in"
-            f" {listed(differing)}; load it onto its own base."
+            f"{folder} is not an adapter of this {type(model).__name__}: they differ "
+            f"in {listed(differing)}; load it onto its own base model."
         )
     set_peft_model_state_dict(adapted, tensors)
     if not is_trainable:

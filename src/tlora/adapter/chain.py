@@ -1,10 +1,10 @@
-"""Chains of LoRA: links of one rank train one after another, each on what the last one left.
+"""Chains of LoRA: links of one rank train one after another, each on top of the previous ones.
 
-A finished link belongs to the model that the next one trains on, as if it had been merged into W.
-It is not added to W, but stays beside it, frozen: W' = W + s (B_1 A_1 + ... + B_k A_k). So nothing
-is rounded to the dtype of W, which may be quantized; PEFT saves every link with each checkpoint;
-and the adapter that is written out is what was trained. The price is that a step computes with the
-summed rank. Gradients and the optimizer's state are those of one link.
+The next link trains as if every finished link had been merged into W. A finished link is not added
+to W but stays beside it, frozen: W' = W + s (B_1 A_1 + ... + B_k A_k). So nothing is rounded to the
+dtype of W, which may be quantized; PEFT saves every link with each checkpoint; and the saved
+adapter is exactly the trained one. The cost is that a step computes with the summed rank. Gradients
+and optimizer state have the size of one link.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 
 class _Links(nn.Module):
-    """A or B of every link: the newest is a parameter, those before it, or zeros, are a buffer."""
+    """A or B of every link: the newest is a parameter; earlier links, or zeros, are a buffer."""
 
     dim: int
-    """Along which links lie side by side: rows of A, columns of B."""
+    """Dimension along which links are concatenated: rows of A, columns of B."""
 
     def __init__(self, plain: nn.Module, length: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Links(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All links: what PEFT merges."""
+        """All links: the matrix that PEFT merges."""
         return torch.cat([self.newest, self.finished.to(self.newest.dtype)], dim=self.dim)
 
     def first(self, count: int) -> Tensor:
@@ -60,7 +60,7 @@ class _Links(nn.Module):
 
     @torch.no_grad()
     def follow(self, count: int, start: Tensor) -> None:
-        """Put the newest link behind ``count`` finished ones; the next one begins at ``start``."""
+        """Put the newest link behind ``count`` finished ones; the next link begins at ``start``."""
         self.finished.narrow(self.dim, count * self.rank, self.rank).copy_(self.newest)
         self.newest.copy_(start)
 
@@ -73,7 +73,7 @@ class _LinksA(_Links):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A x of every link; no input of a finished one is dropped."""
+        """Return A x of every link; inputs of finished links get no dropout."""
         newest = nn.functional.linear(self.dropout(x), self.newest)
         finished = nn.functional.linear(x, self.finished.to(self.newest.dtype))
         return torch.cat([newest, finished], dim=-1)
@@ -92,14 +92,14 @@ class _LinksB(_Links):
 def make_chain(model: PeftModel, length: int, method: str, plain: bool = True) -> None:
     """Make the LoRA of a freshly wrapped ``model`` the first of ``length`` links.
 
-    Args:
+    Make the LoRA of a freshly wrapped ``model`` the first of ``length`` links.
         model: wrapped by the method of a link.
-        length: links.
+        length: number of links.
         method: the name of that method.
         plain: whether it leaves the optimizer to the trainer.
 
     Raises:
-        ConfigError: it does not, or its adapter is no plain LoRA of one rank and scale.
+        ConfigError: it does not, or its adapter is not a plain LoRA with one rank and scale.
     """
     config, layers = model.peft_config["default"], [*lora_layers(model)]
     plain = plain and not (config.rank_pattern or config.alpha_pattern or config.target_parameters)
@@ -108,9 +108,10 @@ def make_chain(model: PeftModel, length: int, method: str, plain: bool = True) -
         plain = plain and kinds == {nn.Linear} and "default" not in layer.lora_variant
     if not plain:
         raise ConfigError(
-            f"`link` is {method!r}, which with these options makes no plain LoRA of one rank and"
-            " scale that any optimizer trains; leave out what shares out ranks or scales, adapts"
-            " experts or steps in its own way, or choose the link lora, lora-fa or tlora.",
+            f"`link` is {method!r}, which with these options makes no plain LoRA with "
+            "one rank and scale that any optimizer trains; remove options that "
+            "allocate ranks or scales, adapt experts or bring an optimizer, or "
+            "choose the link lora, lora-fa or tlora.",
             where="adapter",
         )
     for _, layer in layers:
@@ -121,14 +122,14 @@ def make_chain(model: PeftModel, length: int, method: str, plain: bool = True) -
 
 
 def finished_links(model: nn.Module) -> int:
-    """Return how many links of a chain are finished. No row of their A is zero."""
+    """Return how many links of a chain are finished; their A has no zero row."""
     held: Any = next(layer for _, layer in lora_layers(model)).lora_A["default"]
     rows = int(held.finished.any(dim=1).sum())
     return rows // int(held.rank)
 
 
 def random_links(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Return an A for each layer, drawn from torch's global generator as PEFT draws the first."""
+    """Return an A for each layer, drawn from torch's global generator like PEFT's first one."""
     layers: list[Any] = [model.get_submodule(name) for name in names]
     shapes = [layer.lora_A["default"].newest.shape for layer in layers]
     return {name: random_a(*shape) for name, shape in zip(names, shapes, strict=True)}
@@ -136,9 +137,9 @@ def random_links(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def merged_base(model: PeftModel) -> Iterator[nn.Module]:
-    """Give the base model without its adapter and with every link added to copies of its weights.
+    """Give the base model without its adapter, with every link added to copies of its weights.
 
-    Afterwards ``model`` is as it was.
+    Afterwards ``model`` is restored.
     """
     base = model.get_base_model()
     layers = [*lora_layers(base)]
@@ -170,17 +171,17 @@ def _merged(layer: Any) -> nn.Module:
 class ChainCallback(TrainerCallback):
     """Finishes a link after its share of the optimizer steps, and starts the next one.
 
-    Links get equal shares; a run of fewer steps has a link a step. The next one begins with a new
-    A, B = 0 and no state of the optimizer; the learning rate follows the one schedule of the run.
-    What is drawn depends on the run's seed and the number of the link alone, so that a resumed run,
-    and every process of a group, draws the same. A checkpoint holds the chain after its step.
+    Links get equal shares; a run with fewer steps has one link per step. The next link begins with
+    a new A, B = 0 and no optimizer state; the learning rate follows the run's single schedule.
+    Random draws depend only on the run's seed and the link's number, so a resumed run, and every
+    process of a group, draws the same values. A checkpoint holds the chain after its step.
 
     Args:
-        length: links.
-        next_a: returns A of the next link by the names of the layers, which it is given after the
-            base model: with all links merged, or with its LoRA layers.
+        length: number of links.
+        next_a: returns A of the next link by layer name; it gets the base model, with all links
+            merged or with its LoRA layers.
         merges: whether the links are merged for it.
-        frozen: what guards a frozen A.
+        frozen: the guard of a frozen A.
 
     Raises:
         ConfigError: the number of steps was changed between links, or DeepSpeed trains.
@@ -193,23 +194,23 @@ class ChainCallback(TrainerCallback):
         self.count = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the shares, and of a resumed run count the finished links.
+        """Check the shares; in a resumed run, count the finished links.
 
         Raises:
             ConfigError: as the class.
         """
         if by_deepspeed(args):
             raise ConfigError(
-                "DeepSpeed trains copies of the adapter, and a chain replaces the adapter between"
-                " steps; launch the run with DDP, or leave DeepSpeed out.",
+                "DeepSpeed trains copies of the adapter, and a chain replaces the "
+                "adapter between steps; launch the run with DDP, or without DeepSpeed.",
                 where="adapter",
             )
         self.count = finished_links(kwargs["model"])
         if self.count != (due := self._due(state)):
             raise ConfigError(
-                f"{self.count} links are finished, and after {state.global_step} of"
-                f" {state.max_steps} steps it should be {due}: the number of steps was changed, of"
-                " which each link has its share; give it as it was, or start a new run.",
+                f"{self.count} links are finished, and after {state.global_step} of "
+                f"{state.max_steps} steps it should be {due}: the number of steps has "
+                "changed, and links divide it equally; restore it, or start a new run.",
                 where="adapter",
             )
 
@@ -219,7 +220,7 @@ class ChainCallback(TrainerCallback):
         return min(step * length // steps, length - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on to the next link if this one has had its share."""
+        """Go to the next link if this one has finished its share."""
         if self._due(state) == self.count:
             return
         model: Any = kwargs["model"]

@@ -1,7 +1,7 @@
-"""What a way of making second moments costs, in multiply-adds, from shapes and tokens alone.
+"""Cost of each way to make second moments, in multiply-adds, from shapes and tokens only.
 
-Counted is what differs between the ways: passes after the first, products with C, and the
-factorizations. Every token counts for every module, also where routing brings it to few experts.
+The count covers the differences between the ways: passes after the first, products with C, and the
+factorizations. Every token counts for every module, even if routing brings it to few experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tlora.linalg.streamed import PASSES, block_width
 
 
 class Shaped(Protocol):
-    """A module whose name and shape are known: a `Target`, or one without weights."""
+    """A module with a known name and shape: a `Target`, or one without weights."""
 
     @property
     def name(self) -> str:
@@ -39,12 +39,12 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What passes over the samples take.
+    """Cost of passes over the samples.
 
     Attributes:
         tokens: real tokens of all samples.
-        through: by module, the parameters of the model up to its end: multiply-adds of a token.
-        rank: r, which is expected of every module.
+        through: by module, the parameters of the model up to its end, i.e. multiply-adds per token.
+        rank: r, the expected rank of every module.
     """
 
     tokens: int
@@ -52,27 +52,27 @@ class Work:
     rank: int
 
     def passes(self, runs: Iterable[Iterable[str]]) -> int:
-        """Return what forward passes cost, one for each run, to the end of its last module."""
+        """Return the cost of forward passes, one for each run, up to the end of its last module."""
         return self.tokens * sum(max(self.through[name] for name in run) for run in runs)
 
     def forming(self, columns: int) -> int:
-        """Return what C costs, of which the lower triangle is formed, or none of few tokens."""
+        """Return the cost of C, of which only the lower triangle is formed; zero for few tokens."""
         return 0 if self._keeps_rows(columns) else self.tokens * columns**2 // 2
 
     def exact(self, module: Shaped) -> int:
-        """Return what W C and its sketch cost; of few tokens W C stays in two factors."""
+        """Return the cost of W C and its sketch; for few tokens W C stays in two factors."""
         rows, columns, rank = module.d_out, module.d_in, self._rank(module)
         width = rank + max(32, rank // 2)
         inner = self.tokens if self._keeps_rows(columns) else columns
         return rows * columns * inner + 8 * rows * columns * width
 
     def streamed(self, module: Shaped) -> int:
-        """Return what three products with C cost, and with W between."""
+        """Return the cost of three products with C, with W in between."""
         width = block_width(module.d_in, self._rank(module))
         return PASSES * 2 * module.d_in * width * (self.tokens + module.d_out)
 
     def _keeps_rows(self, columns: int) -> bool:
-        """Return whether a moment keeps the rows of so few tokens and forms no C."""
+        """Return whether a moment of few tokens keeps its rows and does not form C."""
         return 4 * self.tokens * columns <= moment_bytes(columns)
 
     def _rank(self, module: Shaped) -> int:
@@ -86,14 +86,14 @@ def multiply_adds(
     streams: Sequence[Iterable[str]],
     work: Work,
 ) -> int:
-    """Return the cost of a way.
+    """Return the cost of a strategy.
 
     Args:
         modules: all.
         sources: by name: equal for modules that read the same tensors.
-        blocks: names of the modules that are exact, by block; the first has no pass of its own.
-        streams: names of the modules that are streamed, by run.
-        work: what passes take.
+        blocks: names of the exact modules, by block; the first block has no pass of its own.
+        streams: names of the streamed modules, by run.
+        work: cost of passes.
     """
     streamed = {name for run in streams for name in run}
     exact = [module for module in modules if module.name not in streamed]
@@ -108,9 +108,9 @@ def multiply_adds(
 
 
 def work_of(model: nn.Module, targets: Sequence[Target], config: TLoraConfig, tokens: int) -> Work:
-    """Return what passes of ``tokens`` through a model take, in the order of its modules.
+    """Return the cost of passes of ``tokens`` through a model, in the order of its modules.
 
-    A target counts with its shape, whatever its weight is stored as.
+    A target counts with its shape, regardless of its storage format.
     """
     inside: dict[int, list[Target]] = {}
     for target in targets:
@@ -126,5 +126,5 @@ def work_of(model: nn.Module, targets: Sequence[Target], config: TLoraConfig, to
 
 
 def _entries(parameter: nn.Parameter) -> int:
-    # DeepSpeed keeps the whole count beside an emptied parameter.
+    # DeepSpeed keeps the full count beside an emptied parameter.
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,10 +1,10 @@
-"""LoRTA's tensor inside PEFT's own LoRA layers: factors that all layers, heads and matrices share.
+"""LoRTA's tensor inside PEFT's own LoRA layers: factors shared by all layers, heads and matrices.
 
 The update of projection p in layer l has a term for each component k of the tensor:
 
     dW[l, p][(h, i), j] = s sum_k B[i, k] H[h, k] P[p, k] L[l, k] A[j, k]
 
-for a projection that puts heads out (query, key, value); that of one that reads them (output) is
+for a projection that outputs heads (query, key, value); a projection that reads heads (output) gets
 the transpose. So one side of each LoRA is A (d x r), and the other has the rows B diag(H_h P_p L_l)
 of every head h.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class CpTensor(nn.Module):
     """The factors: A `wide` (d x r), B `head` (d_h x r), and a row for each head, layer and matrix.
 
-    B starts at zero, A and the others as the authors draw them, from torch's global generator.
+    B starts at zero; A and the others are drawn as by the authors, from torch's global generator.
     """
 
     def __init__(self, sizes: Sequence[int], rank: int, like: Tensor) -> None:
@@ -50,10 +50,10 @@ class CpTensor(nn.Module):
 
 
 class CpFactor(nn.Module):
-    """What stands in the place of a layer's `lora_A` or `lora_B`."""
+    """Replaces a layer's `lora_A` or `lora_B`."""
 
     def __init__(self, tensor: CpTensor, place: tuple[int, int] | None, first: bool) -> None:
-        """Be the side with heads of the projection at ``place`` (layer, matrix); None: A.
+        """Take the head side of the projection at ``place`` (layer, matrix); None: A.
 
         ``first``: the place of `lora_A`, whose matrix is r x d.
         """
@@ -68,14 +68,14 @@ class CpFactor(nn.Module):
         return side.T if self.first else side
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the Linear would."""
+        """Return the output of the Linear that this replaces."""
         weight = self.weight
         return nn.functional.linear(x.to(weight.dtype), weight.to(x.device))
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A module that the tensor has a slice for: where, and whether it reads heads."""
+    """A module with a slice of the tensor: its position, and whether it reads heads."""
 
     name: str
     layer: str
@@ -88,17 +88,17 @@ Groups = dict[tuple[int, int], list[Projection]]
 
 
 def grouped(heads: Sequence[Target], readers: Sequence[Target], head_dim: int) -> Groups:
-    """Share projections out to tensors: those of one d and as many heads have one together.
+    """Group projections by d and number of heads; each group shares one tensor.
 
-    So where keys and values have fewer heads (grouped-query attention), they have their own.
+    With grouped-query attention, keys and values have fewer heads and therefore their own tensor.
 
     Args:
-        heads: modules that put heads out.
+        heads: modules that output heads.
         readers: modules that read heads.
         head_dim: d_h.
 
     Raises:
-        ConfigError: a module's name has no layer's number, or its size is no multiple of d_h.
+        ConfigError: a module's name has no layer number, or its size is not a multiple of d_h.
     """
     groups: Groups = {}
     for target in (*heads, *readers):
@@ -108,8 +108,9 @@ def grouped(heads: Sequence[Target], readers: Sequence[Target], head_dim: int) -
         if layer is None or inner % head_dim:
             what = f"no heads of {head_dim}" if layer else "no layer's number in its name"
             raise ConfigError(
-                f"{target.name} has {what}, and LoRTA shares factors over layers and heads; choose"
-                " the attention's projections by `head_modules` and `output_modules`.",
+                f"{target.name} has {what}, and LoRTA shares factors over layers and "
+                "heads; choose the attention's projections by `head_modules` and "
+                "`output_modules`.",
                 where="adapter",
             )
         matrix = target.name.removeprefix(f"{layer}.")
@@ -119,7 +120,7 @@ def grouped(heads: Sequence[Target], readers: Sequence[Target], head_dim: int) -
 
 
 def make_lorta(model: PeftModel, groups: Groups, head_dim: int, rank: int) -> None:
-    """Turn a model freshly wrapped by PEFT's LoRA into one of shared factors."""
+    """Turn LoRA layers freshly wrapped by PEFT into shared factors."""
     adapted: dict[str, Any] = dict(lora_layers(model.base_model.model))
     for (d, heads), members in groups.items():
         layers = list(dict.fromkeys(member.layer for member in members))

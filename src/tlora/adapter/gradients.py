@@ -28,7 +28,7 @@ def gradients_by_peft(
 ) -> dict[str, Tensor]:
     """Return dL/dW (m x d) of each target, the mean over ``batches``; dropout is off.
 
-    The model comes back as it was, also when a batch raises.
+    The model is restored afterwards, also if a batch raises.
 
     Args:
         model: the base model.
@@ -43,7 +43,7 @@ def gradients_by_peft(
     from peft.tuners.lora.loraga import preprocess_loraga
 
     with undo_after(model), torch.inference_mode(False), warnings.catch_warnings():
-        # Of modules that read embeddings, which need no gradient.
+        # For modules that read embeddings, which need no gradient.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(model, config, lambda: _backward(model, batches))
         found: dict[str, Any] = {
@@ -52,8 +52,8 @@ def gradients_by_peft(
     missing = [name for name, gradient in found.items() if gradient is None]
     if missing:
         raise CalibrationError(
-            f"{missing[0]}: the loss of no calibration batch depends on it, so LoRA-GA has no"
-            " gradient to go by; leave it out by `exclude_modules`."
+            f"{missing[0]}: no calibration batch's loss depends on it, so LoRA-GA has "
+            "no gradient for it; exclude it by `exclude_modules`."
         )
     conv = {t.name for t in targets if isinstance(t.module, Conv1D)}
     return {n: (g.T if n in conv else g).detach().float() for n, g in found.items()}

@@ -1,9 +1,9 @@
-"""Adapters that begin as a part of the base weight: W' = W - s B_0 A_0, y = W' x + s B A x.
+"""Adapters that start as a part of the base weight: W' = W - s B_0 A_0, y = W' x + s B A x.
 
-While training, the base holds the residual W'. What is saved is a plain adapter for the original
+During training, the base holds the residual W'. The saved adapter is a plain one for the original
 W, since W' + s B A = W + s (B A - B_0 A_0) = W + s [B, -B_0] [A; A_0]: twice the rank, the same
-scale. It is the conversion that PEFT makes for its `path_initial_model_for_weight_conversion`
-(which leaves heads in `modules_to_save` out of the result; here they are kept).
+scale. PEFT does the same conversion for `path_initial_model_for_weight_conversion` (but drops heads
+in `modules_to_save`, which are kept here).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _FILE = "initial.safetensors"
 
 @dataclass
 class InitialAdapter:
-    """A_0 (r x d) and B_0 (m x r) of every module by its full name, as they were before training.
+    """A_0 (r x d) and B_0 (m x r) of every module by its full name, from before training.
 
-    A run keeps it, so that a resumed one begins from the very same residual.
+    A run saves it, so that a resumed run starts from the same residual.
     """
 
     modules: dict[str, tuple[Tensor, Tensor]]
@@ -55,10 +55,10 @@ class InitialAdapter:
 
     @classmethod
     def load(cls, path: str | Path) -> InitialAdapter:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            ArtifactError: the file is missing, damaged or something else.
+            ArtifactError: the file is missing, damaged or of another kind.
         """
         path = file_at(path, _FILE)
         tensors, header = read_tensors(path, _KIND)
@@ -67,12 +67,12 @@ class InitialAdapter:
 
 
 def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None:
-    """Check that every target's weight can give a part of ``rank`` away.
+    """Check that ``rank`` components can be taken out of every target's weight.
 
     Raises:
-        ConfigError: the rank exceeds a matrix, a weight is stored quantized (the residual would be
-            rounded again), is shared with another module, which would change too, or has a name
-            that PEFT takes for that of experts.
+        ConfigError: the rank exceeds a matrix, or a weight is quantized (the residual would be
+            rounded again), shared with another module (which would change too), or named like
+            experts in PEFT.
     """
     refuse_taken(model, [target.name for target in targets])
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -82,13 +82,14 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
             faults.append(fault)
         elif not holds_floats(target.module):
             faults.append(
-                f"{target.name} is quantized, and this method takes its start out of the weight,"
-                " which would be rounded again; load the model unquantized."
+                f"{target.name} is quantized, and this method subtracts its "
+                "initialization from the weight, which would be rounded again; load the "
+                "model unquantized."
             )
         elif shared[id(target.module.weight)] > 1:
             faults.append(
-                f"{target.name} shares its weight with another module, which would change with it;"
-                " leave it out by `exclude_modules`."
+                f"{target.name} shares its weight with another module, which would change "
+                "with it; exclude it by `exclude_modules`."
             )
     if faults:
         more = [f"and {len(faults) - 5} more modules."] if faults[5:] else []
@@ -96,7 +97,7 @@ def refuse_unfit(model: nn.Module, targets: Sequence[Target], rank: int) -> None
 
 
 def too_large(target: Target, rank: int) -> str | None:
-    """Return what is wrong where a matrix has fewer singular components than a method takes."""
+    """Return the fault of a matrix with fewer singular components than a method needs."""
     if rank <= min(target.d_in, target.d_out):
         return None
     return (
@@ -109,7 +110,7 @@ def refuse_ranks(targets: Sequence[Target], rank: int) -> None:
     """Check that every target's matrix has ``rank`` singular components.
 
     Raises:
-        ConfigError: one has fewer.
+        ConfigError: a matrix has fewer.
     """
     if faults := [fault for target in targets if (fault := too_large(target, rank))]:
         raise ConfigError(faults[0], where="adapter")
@@ -120,14 +121,14 @@ def random_start(target: Target, rank: int) -> tuple[Tensor, Tensor]:
 
     Args:
         target: the module.
-        rank: r, as far as the matrix has so many ranks.
+        rank: r, limited to the rank of the matrix.
     """
     rank = min(rank, target.d_in, target.d_out)
     return random_a(rank, target.d_in), torch.zeros(target.d_out, rank)
 
 
 def random_a(rank: int, width: int) -> Tensor:
-    """Return an A, ``rank`` x ``width``, drawn from torch's global generator as PEFT draws it."""
+    """Return an A, ``rank`` x ``width``, drawn from torch's global generator as PEFT does."""
     return nn.init.kaiming_uniform_(torch.empty(rank, width), a=5**0.5)
 
 
@@ -145,14 +146,16 @@ def attach_initial(
         targets: its modules.
         config: with PEFT's default initialization; it gets the ranks that differ from its `r`.
         initial: A and B of every target.
-        scale: s of every module, whatever its rank; None: as ``config`` gives it by the rank.
+        scale: s of every module, whatever its rank; None: computed from ``config`` and the rank.
 
     Raises:
         AdapterError: ``initial`` was made for other modules.
     """
     if (names := {target.name for target in targets}) != initial.modules.keys():
         odd = ", ".join(sorted(names ^ initial.modules.keys())[:5])
-        raise AdapterError(f"the initial adapter is not of this model: {odd}; start a new run.")
+        raise AdapterError(
+            f"the initial adapter does not match this model: {odd}; start a new run."
+        )
     ranks = {n: len(a) for n, (a, _) in initial.modules.items() if len(a) != config.r}
     alphas = {} if scale is None else {name: scale * rank for name, rank in ranks.items()}
     for field, pattern in patterns(ranks, alphas).items():
@@ -170,14 +173,14 @@ def attach_initial(
 def attach_residual(
     model: nn.Module, targets: Sequence[Target], config: LoraConfig, initial: InitialAdapter
 ) -> PeftModel:
-    """Wrap ``model``, set A_0 and B_0, and leave W - s B_0 A_0 in the base.
+    """Wrap ``model``, set A_0 and B_0, and store W - s B_0 A_0 in the base.
 
-    Computed in float32, whatever autocast and TF32 say, and rounded to the dtype of the weight.
+    Computed in float32, regardless of autocast and TF32, and rounded to the dtype of the weight.
 
     Args:
         model: the base model, changed in place.
         targets: its modules.
-        config: r, lora_alpha and the rest, with PEFT's default initialization.
+        config: r, lora_alpha and the other fields, with PEFT's default initialization.
         initial: from before training.
 
     Raises:
@@ -221,14 +224,14 @@ def save_larger(model: PeftModel, times: int, state: dict[str, Tensor], folder: 
 
 @full_precision
 def start_by_peft(target: Target, config: LoraConfig, **fields: Any) -> tuple[Tensor, Tensor]:
-    """Return A_0 and B_0 that PEFT's own initialization gives a module; the module is not touched.
+    """Return the A_0 and B_0 of PEFT's own initialization; the module does not change.
 
-    PEFT initializes a float32 copy, which is dropped with its residual.
+    PEFT initializes a float32 copy, which is then dropped with its residual.
 
     Args:
         target: the module.
-        config: with `init_lora_weights` naming the initialization.
-        fields: attributes that PEFT's preprocessing would have left on the module.
+        config: its `init_lora_weights` names the initialization.
+        fields: attributes that PEFT's preprocessing would have set on the module.
     """
     from peft.tuners.lora import Linear
 
@@ -251,7 +254,7 @@ def start_by_corda(target: Target, options: Any, covariance: Tensor) -> tuple[Te
     """Return A_0 and B_0 that PEFT's CorDA gives a module.
 
     Args:
-        target: the module; it is not touched.
+        target: the module; it does not change.
         options: with `r`, `lora_alpha` and `corda_method`.
         covariance: C, d x d.
     """
@@ -267,7 +270,7 @@ def start_by_corda(target: Target, options: Any, covariance: Tensor) -> tuple[Te
         target_modules=["scratch"],
     )
     scratch: Any = linear_copy(target)
-    # What `preprocess_corda` leaves on a module before it decomposes.
+    # Attributes that `preprocess_corda` sets on a module before decomposing it.
     scratch.covariance_matrix = covariance.to(scratch.weight.device)
     scratch.corda_method, scratch.rank = options.corda_method, options.r
     box = nn.ModuleDict({"scratch": scratch})

@@ -1,4 +1,4 @@
-"""A saved adapter back onto its base model, checked before the model is changed."""
+"""Loads a saved adapter onto its base model, with checks before the model changes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _SIZES = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the"
     r" shape in current model is torch\.Size\((.*?)\)"
 )
-"""How torch names a tensor, its shape in a file and the model's own."""
+"""How torch names a tensor, its shape in a file and its shape in the model."""
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-"""What safetensors calls floating-point numbers of 16 bits or more."""
+"""safetensors' names of floating-point dtypes with at least 16 bits."""
 _SIDES = {"lora_A": ("in_features", 1), "lora_B": ("out_features", 0)}
 
 _PARTS = re.compile(r"\.(lora_|base_layer\b|modules_to_save\b|token_adapter\b)")
-"""What PEFT puts behind a module's name in the name of a tensor."""
+"""Suffixes that PEFT appends to a module's name in tensor names."""
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -52,19 +52,20 @@ def load_adapter(
     adapter_name: str = "default",
     freeze: bool = True,
 ) -> PeftModel:
-    """Load a saved adapter onto the base model; when trained on, A stays frozen, unlike in PEFT.
+    """Load a saved adapter onto the base model; unlike in PEFT, A stays frozen in further training.
 
     Args:
         model: the base model.
         path: a PEFT adapter folder (or a Hub name).
         is_trainable: whether to train it further.
         adapter_name: PEFT's name of the adapter.
-        freeze: freeze A; off for one that was planned with ``freeze_a=False``.
+        freeze: freeze A; false for an adapter planned with ``freeze_a=False``.
 
     Raises:
         AdapterError: the folder holds no adapter, its weights are damaged, incomplete, not finite
-            or not of the model's modules and sizes, or no gradient passes the model's 4-bit weights
-            any more; the model is as it was. If PEFT does not load it, it may be half adapted.
+            or do not match the model's modules and sizes, or the model's 4-bit weights block
+            gradients; the model is unchanged. If PEFT fails to load it, the model may be partly
+            adapted.
         ArtifactError: its adapter_config.json is damaged.
     """
     from peft import PeftModel
@@ -111,11 +112,11 @@ def _saved_fields(path: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _fitting(model: nn.Module, path: str | Path) -> Iterator[None]:
-    """Turn what PEFT raises over a configuration that it cannot make layers of into a sentence.
+    """Raise a clear error if PEFT cannot build layers from a configuration.
 
     Raises:
-        MisfitError: PEFT cannot.
-        AdapterError: the saved ranks are not those of adapter_config.json.
+        MisfitError: PEFT cannot build them.
+        AdapterError: the saved ranks contradict adapter_config.json.
     """
     try:
         yield
@@ -125,19 +126,19 @@ def _fitting(model: nn.Module, path: str | Path) -> Iterator[None]:
         sizes = _SIZES.search(str(error))
         if sizes and ".lora_" in sizes[1]:
             raise AdapterError(
-                f"{path}: {sizes[1]} has shape {sizes[2]} in the file, and {sizes[3]} by"
-                " adapter_config.json (`r`, `rank_pattern`); restore adapter_config.json, or copy"
-                " the adapter again."
+                f"{path}: {sizes[1]} has shape {sizes[2]} in the file, and {sizes[3]} by "
+                "adapter_config.json (`r`, `rank_pattern`); restore adapter_config.json, "
+                "or copy the adapter again."
             ) from error
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        advice = "load it onto the base that it was trained on, or save or copy it again."
+        advice = "load it onto its own base model, or save or copy it again."
         raise MisfitError(path, f"this {type(model).__name__}", said, advice) from error
 
 
 def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> None:
-    """Check that a folder's weights are whole, finite and those of the model's layers.
+    """Check that a folder's weights are complete, finite and match the model's layers.
 
-    Layers without `in_features` are left to PEFT, and so is an adapter on the Hub.
+    PEFT checks layers without `in_features` and adapters on the Hub.
 
     Args:
         path: the folder.
@@ -145,10 +146,10 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
         fields: of the folder's adapter_config.json.
 
     Raises:
-        AdapterError: a field of the configuration makes no sense, a file is cut off or damaged, or
-            does not match the digest that it carries, or a weight is not finite.
-        MisfitError: a matrix has other sizes, a tensor belongs to no module, or a module that the
-            configuration adapts has no matrices.
+        AdapterError: a field of the configuration is invalid, a file is truncated or damaged or
+            does not match its digest, or a weight is not finite.
+        MisfitError: a matrix has other sizes, a tensor matches no module, or a module in the
+            configuration has no matrices.
     """
     if fields.get("peft_type") == "LORA":
         check_fields(path, fields)
@@ -158,11 +159,11 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
     shapes = sound_shapes(file)
     where = f"this {type(model).__name__}"
     if misfit := next(_misfits(shapes, dict(model.named_modules())), None):
-        raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
+        raise MisfitError(path, where, misfit, "load it onto its own base model.")
     if fields.get("peft_type") == "LORA":
         if foreign := _unmatched(shapes, model):
             misfit = f"the model has no module {listed(foreign)}"
-            raise MisfitError(path, where, misfit, "load it onto the base that it was trained on.")
+            raise MisfitError(path, where, misfit, "load it onto its own base model.")
         if lacking := _lacking(shapes, model, fields):
             misfit = (
                 f"its file has no matrices for {listed(lacking)}, which its configuration adapts"
@@ -171,14 +172,14 @@ def check_saved(path: str | Path, model: nn.Module, fields: dict[str, Any]) -> N
 
 
 def sound_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in an adapter's file of weights, whose values are checked.
+    """Return the tensor shapes in an adapter's weight file, after checking its values.
 
     Raises:
-        AdapterError: it is cut off or damaged, or does not match the digest that it carries, or a
-            tensor is not finite.
+        AdapterError: it is truncated or damaged, does not match its digest, or a tensor is not
+            finite.
     """
     try:
-        has_digest(file)  # an adapter that others saved has none
+        has_digest(file)  # adapters saved by other tools have none
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
@@ -195,18 +196,18 @@ def check_finite(file: Path, name: str) -> None:
 
     Args:
         file: the file.
-        name: what the error calls it.
+        name: its name in the error.
 
     Raises:
-        AdapterError: one is not.
+        AdapterError: a tensor is not finite.
     """
     with safe_open(file, framework="pt") as tensors:
         keys = [k for k in tensors.keys() if tensors.get_slice(k).get_dtype() in FLOATS]  # noqa: SIM118
         bad = [key for key in keys if not_finite({key: tensors.get_tensor(key)})]
     if bad:
         raise AdapterError(
-            f"{name}: {len(bad)} of {len(keys)} tensors are not finite ({listed(bad)}); train"
-            " again, with a lower learning rate or in float32."
+            f"{name}: {len(bad)} of {len(keys)} tensors are not finite "
+            f"({listed(bad)}); train again with a lower learning rate or in float32."
         )
 
 
@@ -222,7 +223,7 @@ def _misfits(shapes: dict[str, tuple[int, ...]], layers: dict[str, nn.Module]) -
 
 
 def _unmatched(shapes: dict[str, tuple[int, ...]], model: nn.Module) -> list[str]:
-    """Return the modules that a file names and the model does not have."""
+    """Return the modules in a file's tensor names that the model does not have."""
     if getattr(model, "_checkpoint_conversion_mapping", None):
         return []  # PEFT renames the tensors
     known = dict(model.named_modules(remove_duplicate=False))
@@ -234,7 +235,7 @@ def _unmatched(shapes: dict[str, tuple[int, ...]], model: nn.Module) -> list[str
 def _lacking(
     shapes: dict[str, tuple[int, ...]], model: nn.Module, fields: dict[str, Any]
 ) -> list[str]:
-    """Return the modules that PEFT would adapt by a configuration and for which no tensor is."""
+    """Return the modules that PEFT would adapt by a configuration but that have no tensor."""
     renamed = getattr(model, "_checkpoint_conversion_mapping", None)
     if renamed or fields.get("layer_replication"):
         return []
@@ -257,9 +258,9 @@ def module_of(key: str) -> str:
 
 
 def targeted_names(fields: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return those of the modules' names that a saved configuration adapts, by PEFT's matching.
+    """Return the modules that a saved configuration adapts, by PEFT's matching.
 
-    An empty list where it says "all-linear", which is a matter of types.
+    An empty list for "all-linear", which matches by type.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -272,7 +273,8 @@ def targeted_names(fields: dict[str, Any], names: Iterable[str]) -> list[str]:
     return [
         name
         for name in names
-        # By the ends of names PEFT also finds what trains in full (DistilBERT's pre_classifier).
+        # Matching by suffix, PEFT also finds modules that train in full (DistilBERT's
+        # pre_classifier).
         if name and not name.endswith(tuple(heads)) and check_target_module_exists(rule, name)
     ]
 
@@ -280,10 +282,10 @@ def targeted_names(fields: dict[str, Any], names: Iterable[str]) -> list[str]:
 def load_onto_offloaded(
     model: nn.Module, path: str | Path, *, is_trainable: bool, adapter_name: str
 ) -> PeftModel:
-    """Load a saved adapter onto an offloaded base, which stays as it is.
+    """Load a saved adapter onto an offloaded base model, which stays offloaded.
 
-    PEFT's own loading would take the base's hooks away and spread it anew over the devices that
-    this machine has, adapter included.
+    PEFT's own loading would remove the base's hooks and dispatch it again over this machine's
+    devices, together with the adapter.
     """
     from peft import PeftConfig, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict

@@ -1,7 +1,7 @@
-"""Nested LoRA: while training, a step sees the first b ranks alone, so that any number serves.
+"""Nested LoRA: each training step uses only the first b ranks, so that any number of ranks works.
 
-A and B are PEFT's; what stands in the place of their Linears holds the same parameters under the
-same names, so that saving, merging and checkpoints stay PEFT's.
+A and B belong to PEFT; the modules that replace their Linears hold the same parameters under the
+same names, so PEFT still handles saving, merging and checkpoints.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class LeadingRanks:
-    """How many ranks the layers of a model compute with, all alike.
+    """The number of ranks that all layers of a model compute with.
 
     Attributes:
-        count: b; None: all of them.
-        frozen: give a gradient to rank b alone.
+        count: b; None: all ranks.
+        frozen: only rank b gets a gradient.
     """
 
     count: int | None = None
@@ -37,7 +37,7 @@ class LeadingRanks:
 
 
 class LeadingLinear(nn.Linear):
-    """A (``dim`` 0) or B (``dim`` 1) of a LoRA, cut to the leading ranks of the moment."""
+    """A (``dim`` 0) or B (``dim`` 1) of a LoRA, cut to the current leading ranks."""
 
     ranks: LeadingRanks
     dim: int
@@ -64,7 +64,7 @@ class LeadingLinear(nn.Linear):
 
 
 def make_nested(model: PeftModel, ranks: LeadingRanks) -> None:
-    """Let ``ranks`` say how many leading ranks each LoRA layer of ``model`` computes with."""
+    """Let ``ranks`` decide how many leading ranks each LoRA layer of ``model`` computes with."""
     for _, layer in lora_layers(model):
         for held, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
             held["default"] = LeadingLinear.of(held["default"], ranks, dim)
@@ -73,27 +73,27 @@ def make_nested(model: PeftModel, ranks: LeadingRanks) -> None:
 class DrawRank(TrainerCallback):
     """Draws b for each optimizer step, uniform from ``least`` to ``most``.
 
-    Evaluation sees all ranks. A draw depends on the run's seed and the number of the step alone, so
-    that a resumed run, and every process of a group, draws the same.
+    Evaluation uses all ranks. A draw depends only on the run's seed and the step number, so a
+    resumed run, and every process of a group, draws the same.
     """
 
     def __init__(self, ranks: LeadingRanks, least: int, most: int) -> None:
         self.ranks, self.least, self.most = ranks, least, most
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw."""
+        """Draw b for a step."""
         drawn = random.Random(f"{args.seed}, {state.global_step}")
         self.ranks.count = drawn.randint(self.least, self.most)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compute with all ranks again."""
+        """Use all ranks again."""
         self.ranks.count = None
 
 
 def mark_nested(folder: Path) -> None:
-    """Note in an adapter's weights that its leading ranks are an adapter themselves."""
+    """Record in an adapter's weights that its leading ranks are adapters themselves."""
     from safetensors.torch import load_file, save_file
 
     file = folder / WEIGHTS
-    if file.is_file():  # a process of a group may write nothing
+    if file.is_file():  # a process of a group may have written nothing
         save_file(load_file(file), file, metadata={"format": "pt", NESTED: "true"})

@@ -25,24 +25,24 @@ _FILE = "plan.safetensors"
 class ModulePlan:
     """The adapter of one module: y = W x + scale * B (lora_A x), B starting at zero.
 
-    Or of a parameter that holds the matrices of E experts: y = W_e x + scale * B_e (A_e x) with
+    For a parameter that holds the matrices of E experts: y = W_e x + scale * B_e (A_e x) with
     A_e the rows e r_i to (e + 1) r_i of lora_A.
 
     Attributes:
         name: the module's (or parameter's) full name in the base model.
         d_in: d, columns of the weight.
         d_out: m, rows of the weight and of B.
-        rank: r_i; 0 leaves the module out.
+        rank: r_i; 0 skips the module.
         scale: s_i.
         lora_A: E r_i x d float32; orthonormal rows (of each expert) unless whitened or random.
-        captured_energy: share of ||M||_F^2 (of all experts together) that the row space of lora_A
-            keeps, M = W C or the matrix of another basis (docs/method.md, 9); None for a random
-            basis where no second moment was measured.
-        sensitivity: S_i by the configuration's rule, or None where it was not measured.
-        solver: how the subspace was found: "exact", "randomized", "streamed", "random", or "none"
-            at rank 0.
+        captured_energy: share of ||M||_F^2 (of all experts together) in the row space of lora_A,
+            with M = W C or the matrix of another basis (docs/method.md, 9); None for a random basis
+            without a measured second moment.
+        sensitivity: S_i by the configuration's rule; None if it was not measured.
+        solver: how the subspace was computed: "exact", "randomized", "streamed", "random", or
+            "none" at rank 0.
         experts: E; 1 for a module.
-        total_energy: ||M||_F^2, of which captured_energy is a share.
+        total_energy: ||M||_F^2, the total that captured_energy is a share of.
     """
 
     name: str
@@ -58,18 +58,18 @@ class ModulePlan:
     total_energy: float | None = None
 
     def parameters(self, freeze_a: bool) -> int:
-        """Return how many parameters train: E m r_i, and E d r_i more unless A is frozen."""
+        """Return the number of trainable parameters: E m r_i, plus E d r_i unless A is frozen."""
         return self.experts * self.rank * (self.d_out + (0 if freeze_a else self.d_in))
 
 
 @dataclass
 class AdapterPlan:
-    """What to attach: one `ModulePlan` per targeted module, in model order, and the config."""
+    """Input of `attach`: one `ModulePlan` per targeted module, in model order, and the config."""
 
     modules: dict[str, ModulePlan]
     config: TLoraConfig
     info: dict[str, Any] = field(default_factory=dict)
-    """Where the plan comes from (model class, calibration samples). Plain JSON values."""
+    """Origin of the plan (model class, calibration samples). Plain JSON values."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
@@ -79,7 +79,7 @@ class AdapterPlan:
 
     @property
     def trainable_parameters(self) -> int:
-        """Adapter parameters that train: sum_i m_i r_i, plus sum_i d_i r_i where A trains too."""
+        """Trainable parameters of the adapter: sum_i m_i r_i, plus sum_i d_i r_i if A trains."""
         return sum(m.parameters(self.config.freeze_a) for m in self.modules.values())
 
     def summary(self) -> str:
@@ -121,10 +121,10 @@ class AdapterPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> AdapterPlan:
-        """Read what `save` wrote; equal to what was saved, to the bit.
+        """Read a file written by `save`, restoring the exact bits.
 
         Raises:
-            ArtifactError: the file is missing, damaged or something else.
+            ArtifactError: the file is missing, damaged or of another kind.
         """
         path = file_at(path, _FILE)
         tensors, header = read_tensors(path, _KIND, _FORMAT)
@@ -137,5 +137,5 @@ class AdapterPlan:
                 shape = " x ".join(map(str, module.lora_A.shape))
                 raise ArtifactError(f"{path}: damaged (A of {name} is {shape}); make it again.")
         if not modules:
-            raise ArtifactError(f"{path}: damaged (it plans no module); make it again.")
+            raise ArtifactError(f"{path}: damaged (it contains no modules); make it again.")
         return cls(modules, config, info)

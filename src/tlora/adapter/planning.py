@@ -1,4 +1,4 @@
-"""Statistics -> plan: each module is solved on one process of the group, and sent to the others."""
+"""Statistics -> plan: one process of the group solves each module and broadcasts the result."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def plan(
 ) -> AdapterPlan:
     """Decide every module's rank, scale and frozen A. The model is only read.
 
-    The same statistics can be planned again with another rank, budget, basis or ablation, as
-    long as they hold what it needs.
+    The same statistics can be planned again with another rank, budget, basis or ablation if they
+    contain the required parts.
 
-    In a process group every process calls it with the statistics that `calibrate` gave it: the
-    modules are shared out, and every process ends with the same plan to the bit. Sharded weights
-    (FSDP2, ZeRO-3) are gathered one module at a time.
+    In a process group every process calls this with the statistics from its `calibrate` call: the
+    modules are divided among processes, and every process gets the same plan, bit for bit. Sharded
+    weights (FSDP2, ZeRO-3) are gathered one module at a time.
 
     Args:
-        model: the base model that was calibrated; DDP and DeepSpeed's engine are looked through.
+        model: the base model that was calibrated; may be wrapped by DDP or DeepSpeed's engine.
         stats: from `calibrate`.
-        config: how to share ranks and scales out, and which subspace.
-        progress: show a bar (on a terminal only).
+        config: how to allocate ranks and scales, and which subspace.
+        progress: show a progress bar (only on a terminal).
 
     Raises:
-        PlanError: the statistics are not of this model.
+        PlanError: the statistics come from another model.
         AdapterError: a weight cannot be read.
-        CalibrationError: the statistics lack what ``config`` needs.
+        CalibrationError: the statistics lack something that ``config`` needs.
 
     Source: arXiv 2604.18124, section 3 (docs/method.md, 3 to 5).
     """
@@ -55,7 +55,7 @@ def plan(
             measured = [_statistics_of(target, stats) for target in targets]
             _refuse_another(model, stats)
             shares = allocate(targets, measured, config)
-        # The first process's, so that all have the same to the bit, whatever they were given.
+        # The first process's statistics, so that all processes use the same bits.
         shares = group.broadcast(shares, 0)
         each = zip(targets, measured, strict=True)
         solved = solve_each(
@@ -73,15 +73,15 @@ def _refuse_another(model: nn.Module, stats: Calibration) -> None:
     refuse_repacked(model, AdapterError)
     if stats.key is not None and stats.key.model != model_key(model):
         raise PlanError(
-            "the calibration was made with another model"
-            f" ({stats.info.get('model', 'unknown class')}, with other parameters than this"
-            f" {class_name(model)}), or with this one loaded another way (whole, offloaded or"
-            " sharded); calibrate this model, loaded as it is now."
+            "the calibration was made with another model "
+            f"({stats.info.get('model', 'unknown class')}, with other parameters than "
+            f"this {class_name(model)}), or with this one loaded another way (whole, "
+            "offloaded or sharded); calibrate this model, loaded as it is now."
         )
 
 
 def plan_info(model: nn.Module, samples: tuple[int, int], shares: Shares) -> dict[str, Any]:
-    """Return where a plan comes from; ``samples``: that counted, and that were left out as bad."""
+    """Return the origin of a plan; ``samples``: the numbers of used and skipped samples."""
     return {
         "model": class_name(model),
         "samples": samples[0],
@@ -103,36 +103,36 @@ def _statistics_of(target: Target, stats: Calibration) -> ModuleStatistics:
 
 
 Solve = Callable[[Sequence[ModuleJob], Tensor | None], list[ModulePlan]]
-"""Plans modules; is given the weight of one that is sharded and had to be gathered."""
+"""Plans modules; gets the weight of a sharded module after gathering it."""
 
 Round = dict[int, ModuleJob]
-"""One job to a process, by the process's number."""
+"""One job per process, by the process's number."""
 
 
 def solve_each(
     jobs: Sequence[ModuleJob], solve: Solve, group: ProcessGroup, title: str | None
 ) -> dict[str, ModulePlan]:
-    """Plan every module, on every process the same to the bit.
+    """Plan every module, with the same bits on every process.
 
-    The jobs are dealt out in rounds, one to a process, the largest first. Sharded weights are
-    gathered one by one, at the start of the round that needs them, so that a process holds one at a
-    time (and a second while it is gathered). Where weights are whole and on an accelerator, a
-    process solves its jobs of many rounds together.
+    Jobs are assigned in rounds, one per process, largest first. Sharded weights are gathered one by
+    one, at the start of the round that needs them, so a process holds one at a time (and a second
+    while gathering). If weights are whole and on an accelerator, a process solves its jobs of many
+    rounds together.
 
     Args:
         jobs: the same on every process, in model order.
-        solve: plans some, of which it is given the weight only if it is sharded.
+        solve: plans some jobs; it gets a weight only if the weight is sharded.
         group: the processes that take part.
-        title: of the bar; None: no bar.
+        title: title of the progress bar; None: no bar.
 
     Raises:
-        TLoraError: as ``solve``; on every process, if it raises on one.
+        TLoraError: as ``solve``; on every process if one raises.
     """
     from tqdm.auto import tqdm
 
     done: dict[str, ModulePlan] = {}
     rounds = list(_rounds(jobs, group.size))
-    # None: silent where standard error is no terminal.
+    # None: silent if standard error is not a terminal.
     hidden = None if title and group.is_main_process else True
     bar = tqdm(total=len(jobs), desc=title, unit=" modules", disable=hidden)
     with group.raise_on_all(), bar:
@@ -144,15 +144,15 @@ def solve_each(
             del weight  # before the next one is gathered
             bar.update(sum(map(len, together)))
     owners = {job.target.name: process for some in rounds for process, job in some.items()}
-    return _exchanged(jobs, owners, done, group)
+    return _broadcast(jobs, owners, done, group)
 
 
 def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[Round]:
-    """Deal the jobs out to processes; the first of a round is the last of the next, for balance."""
+    """Assign jobs to processes in alternating order, for balance."""
 
     def cost(job: ModuleJob) -> tuple[int, int]:
-        # The product W C costs m d^2, and a sketch of it less, in the same order. Equal shapes of
-        # equal rank come together, and make a batch.
+        # The product W C costs m d^2, and its sketch less, in the same order. Jobs of equal shape
+        # and rank are adjacent and form a batch.
         return -job.target.d_out * job.target.d_in**2, -job.share.rank
 
     order = sorted(jobs, key=cost)
@@ -162,14 +162,14 @@ def _rounds(jobs: Sequence[ModuleJob], size: int) -> Iterator[Round]:
 
 
 def _batches(rounds: Sequence[Round]) -> Iterator[Sequence[Round]]:
-    """Yield rounds that are solved together: one where a weight is sharded, or on a CPU."""
+    """Yield rounds that are solved together: single rounds if a weight is sharded, or on a CPU."""
     sizes = [max(map(_solving_bytes, some.values())) for some in rounds]
     for places in batches(sizes, BATCH_BYTES):
         yield rounds[places.start : places.stop]
 
 
 def _solving_bytes(job: ModuleJob) -> int:
-    """Return what a job takes of a batch, in bytes: all, where it is to be a batch of its own."""
+    """Return the bytes that a job takes in a batch; all of them if it is a batch of its own."""
     module = job.target.module
     if not (is_whole_weight(module) and batch_bytes(device_of(module))):
         return BATCH_BYTES
@@ -178,7 +178,7 @@ def _solving_bytes(job: ModuleJob) -> int:
 
 
 def _gathered(some: Round, group: ProcessGroup) -> Tensor | None:
-    """Return the weight of this process's job, if it is sharded; all take part."""
+    """Return the weight of this process's job if it is sharded; all processes take part."""
     split = {p: job for p, job in some.items() if not is_whole_weight(job.target.module)}
     if split:
         group.barrier()
@@ -189,7 +189,7 @@ def _gathered(some: Round, group: ProcessGroup) -> Tensor | None:
     return own
 
 
-def _exchanged(
+def _broadcast(
     jobs: Sequence[ModuleJob],
     owner: dict[str, int],
     done: dict[str, ModulePlan],

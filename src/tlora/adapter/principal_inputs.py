@@ -1,4 +1,4 @@
-"""EVA by PEFT: principal directions of each target's inputs, and a LoRA whose A they are."""
+"""EVA by PEFT: principal directions of each target's inputs, and a LoRA with these as A."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IGNORED_LABEL = -100
-# PEFT goes over the batches until all has settled, however long that takes.
+# PEFT repeats the batches until all directions settle, however long that takes.
 _MOST_BATCHES = 2000
 _REPORTED = 20
-"""Batches from one line of progress to the next."""
+"""Number of batches between two progress lines."""
 
 
 def principal_inputs(
@@ -39,14 +39,14 @@ def principal_inputs(
     config: LoraConfig,
     batches: Iterable[Mapping[str, Any]],
 ) -> InitialAdapter:
-    """Return A of each target that gets ranks (r_i x d), with a B of zeros.
+    """Return A (r_i x d), with a zero B, of each target with a positive rank.
 
-    The model comes back as it was, also when a batch raises. The batches are kept as long as this
-    runs; ``config`` has an `eva_config`.
+    The model is restored afterwards, also if a batch raises. The batches stay in memory during the
+    call; ``config`` has an `eva_config`.
 
     Raises:
-        CalibrationError: no batch, fewer tokens in one than the largest rank, or directions that
-            do not settle.
+        CalibrationError: no batch, a batch with fewer tokens than the largest rank, or directions
+            that do not settle.
     """
     from peft import get_eva_state_dict
 
@@ -81,9 +81,9 @@ def principal_inputs(
 def attach_eva(
     model: nn.Module, targets: Sequence[Target], config: LoraConfig, initial: InitialAdapter
 ) -> PeftModel:
-    """Wrap ``model`` by PEFT, A as found; a module that got no rank is left out.
+    """Wrap ``model`` by PEFT with the given A; modules without ranks are skipped.
 
-    The config says afterwards that the weights need no special start, and carries the ranks.
+    Afterwards the config requests no special initialization and contains the ranks.
     """
     from peft import initialize_lora_eva_weights
 
@@ -94,7 +94,7 @@ def attach_eva(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the following layers were initialized with")
         initialize_lora_eva_weights(adapted, eva_state_dict=state, show_progress_bar=False)
-    # Where PEFT changed a rank it made A and B anew, in the base's dtype.
+    # When PEFT changes a rank it recreates A and B, in the base's dtype.
     adapted.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=True)
     with torch.no_grad():
         for name, layer in lora_layers(adapted.base_model.model):
@@ -129,9 +129,9 @@ class _Rows:
         self.left -= 1
         if self.left < 0:
             raise CalibrationError(
-                f"EVA's directions have not settled after {_MOST_BATCHES} batches, of"
-                " which it reads the same ones again and again; give more samples, or lower"
-                " `tau`, `r` or `rho`."
+                f"EVA's directions did not settle after {_MOST_BATCHES} batches, which "
+                "repeat the same samples; give more samples, or lower `tau`, `r` or "
+                "`rho`."
             )
         read = _MOST_BATCHES - self.left
         if read % _REPORTED == 0:
@@ -144,7 +144,8 @@ class _Rows:
     def of(self, inputs: Any, _: Any, name: str) -> Tensor:
         """Return the real rows of a module's input, rows x d.
 
-        No row of a module that reads one row a sample (a pooler), or whose rows routing has mixed.
+        Returns no rows for a module that reads one row per sample (a pooler), or rows mixed by
+        routing.
         """
         given = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
         try:
@@ -162,7 +163,7 @@ class _Rows:
 def _readers(
     targets: Sequence[Target], rows: _Rows, batches: Sequence[dict[str, Any]], needed: int
 ) -> list[Target]:
-    # Those that read tokens in every batch, `needed` or more; the others start as in LoRA.
+    # Modules that read at least `needed` tokens in every batch; the others start as in LoRA.
     fewest: dict[str, int] = {}
     for batch in batches:
         records = [ModuleRecord(target) for target in targets]
@@ -175,13 +176,16 @@ def _readers(
             fewest[name] = min(fewest.get(name, least), least)
     read = [target for target in targets if fewest[target.name]]
     if not read:
-        raise CalibrationError("no targeted module reads tokens, and EVA goes by these.")
+        raise CalibrationError(
+            "no targeted module reads tokens, which EVA needs; choose other `target_modules`."
+        )
     for target in read:
         if fewest[target.name] < needed:
             raise CalibrationError(
-                f"{target.name}: a batch has {fewest[target.name]} tokens for it, and EVA needs"
-                f" `r` times `rho`, {needed}, in each; give a larger --calibration.batch_size (and"
-                " a multiple of it as samples), or lower one of them."
+                f"{target.name}: a batch has {fewest[target.name]} tokens for it, and EVA "
+                f"needs `r` times `rho`, {needed}, in each; give a larger "
+                "--calibration.batch_size (and a multiple of it as samples), or lower "
+                "one of them."
             )
         if needed > target.d_in:
             raise ConfigError(
@@ -190,5 +194,7 @@ def _readers(
                 where="adapter",
             )
     if left_out := sorted({target.name for target in targets} - {t.name for t in read}):
-        logger.warning("%s: no tokens for EVA to go by; started as in LoRA.", ", ".join(left_out))
+        logger.warning(
+            "%s: reads no tokens, so EVA does not apply; started as in LoRA.", ", ".join(left_out)
+        )
     return read

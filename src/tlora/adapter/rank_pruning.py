@@ -1,8 +1,8 @@
-"""Driving PEFT's AdaLoRA from a trainer, so that a stopped run goes on as if it had not been.
+"""Drives PEFT's AdaLoRA from a trainer, so that a resumed run equals an uninterrupted one.
 
-PEFT prunes in `update_and_allocate`, which wants the gradients of the step just taken. Left to
-itself it also writes the ranks kept into its config, by which every checkpoint loses the pruned
-ranks, though these may come back. Here the config learns of them only when the result is saved.
+PEFT prunes in `update_and_allocate`, which needs the gradients of the step just taken. On its own
+it also writes the kept ranks into its config, so every checkpoint loses the pruned ranks, which may
+come back later. Here the config gets the ranks only when the result is saved.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tlora.errors import ConfigError
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# PEFT's smoothed importances, kept with each parameter's state of the optimizer, which every
-# checkpoint holds.
+# PEFT's smoothed importance scores, stored with each parameter's optimizer state in every
+# checkpoint.
 _SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoraCallback(TrainerCallback):
     """Calls PEFT's allocation after each optimizer step, and keeps its state in the checkpoints.
 
-    The orthogonality term is in the loss while training alone, so that what is evaluated is the
-    loss of the task.
+    The orthogonality term is added to the loss only in training, so evaluation reports the task's
+    loss.
 
     Args:
         weight: of the orthogonality term.
@@ -50,7 +50,7 @@ class AdaLoraCallback(TrainerCallback):
             _check(config, args.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the number of steps; of a resumed run, read its state back."""
+        """Set the number of steps; in a resumed run, restore the state."""
         model = kwargs["model"]
         config = model.peft_config["default"]
         _check(config, state.max_steps)
@@ -62,7 +62,7 @@ class AdaLoraCallback(TrainerCallback):
                 if field in kept:
                     getattr(allocator, field)[name] = kept[field]
             if _SMOOTHED[0] in kept:
-                allocator.ipt[name] = kept[_SMOOTHED[0]]  # only its presence is looked at
+                allocator.ipt[name] = kept[_SMOOTHED[0]]  # only its presence matters
         if state.global_step >= config.total_step - config.tfinal:
             self._pattern = _kept_ranks(model)
 
@@ -71,10 +71,10 @@ class AdaLoraCallback(TrainerCallback):
         kwargs["model"].peft_config["default"].orth_reg_weight = self.weight
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prune by the gradients of the step just taken."""
+        """Prune using the gradients of the step just taken."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if getattr(optimizer, "step_was_skipped", False):
-            return  # overflow in half precision: there are no gradients to go by
+            return  # overflow in half precision: there are no gradients
         config = model.peft_config["default"]
         config.rank_pattern = self._pattern
         model.base_model.update_and_allocate(state.global_step + 1)
@@ -87,7 +87,7 @@ class AdaLoraCallback(TrainerCallback):
                     optimizer.state[parameter][field] = smoothed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the orthogonality term out of the loss: an evaluation may follow."""
+        """Remove the orthogonality term from the loss before an evaluation."""
         kwargs["model"].peft_config["default"].orth_reg_weight = 0.0
 
 
@@ -95,7 +95,7 @@ def save_pruned(model: PeftModel, weight: float, folder: Path) -> None:
     """Write PEFT's AdaLoRA folder without the ranks whose entry of E is zero.
 
     Args:
-        model: trained, or not yet: then every rank is kept.
+        model: trained, or untrained (then every rank is kept).
         weight: of the orthogonality term, for the config.
         folder: where to write.
     """
@@ -106,7 +106,7 @@ def save_pruned(model: PeftModel, weight: float, folder: Path) -> None:
     config.rank_pattern = pattern if any(map(any, pattern.values())) else None
     try:
         with warnings.catch_warnings():
-            # Of modules that have lost all their ranks.
+            # For modules that have lost all their ranks.
             warnings.filterwarnings("ignore", message=".*have invalid shape")
             model.save_pretrained(folder)
     finally:
@@ -114,7 +114,7 @@ def save_pruned(model: PeftModel, weight: float, folder: Path) -> None:
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what is scored, by the names that PEFT's allocator uses."""
+    """Yield the scored entries, by the names that PEFT's allocator uses."""
     inner: Any = model
     for name, parameter in inner.base_model.model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
@@ -122,7 +122,7 @@ def _adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _kept_ranks(model: nn.Module) -> dict[str, list[bool]]:
-    """Return which entries of each E are not zero, by the names that PEFT's pattern has."""
+    """Return which entries of each E are nonzero, by PEFT's pattern names."""
     return {
         name: (parameter != 0).flatten().tolist()
         for name, parameter in _adapter_parameters(model)
@@ -131,10 +131,11 @@ def _kept_ranks(model: nn.Module) -> dict[str, list[bool]]:
 
 
 def _check(config: Any, steps: int) -> None:
-    # At its very last step before `tfinal` PEFT prunes by scores that it has never taken.
+    # At its very last step before `tfinal` PEFT prunes by scores that it has never computed.
     if config.tinit + config.tfinal >= steps or steps - config.tfinal < 2:
         raise ConfigError(
-            f"the run has {steps} steps, and `tinit` ({config.tinit}) and `tfinal`"
-            f" ({config.tfinal}) leave too few to prune in; lower them, or train for longer.",
+            f"the run has {steps} steps, and `tinit` ({config.tinit}) and `tfinal` "
+            f"({config.tfinal}) leave too few steps for pruning; lower them, or train "
+            "for longer.",
             where="adapter",
         )

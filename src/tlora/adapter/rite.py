@@ -1,7 +1,7 @@
-"""LoRA-RITE: an optimizer whose steps do not depend on how a low-rank product is factored.
+"""LoRA-RITE: an optimizer whose steps do not depend on the factorization of a low-rank product.
 
-(M A, B M^-1) has the same product as (A, B) for every invertible M. AdamW moves the two products
-apart; this optimizer moves them alike.
+(M A, B M^-1) has the same product as (A, B) for every invertible M. AdamW updates the two products
+differently; this optimizer updates them equally.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tlora.errors import ConfigError
 
 
 class LoraRite(torch.optim.AdamW):
-    """AdamW, but for the groups with `pairs`, whose parameters are A_1, B_1, A_2, B_2, and so on.
+    """AdamW, except for groups with `pairs`, whose parameters are A_1, B_1, A_2, B_2, and so on.
 
     Let X (n x r) be a factor, B or A^T, Y the other one, and Y = U R its QR decomposition. At step
     t, with the decays b1 and b2 corrected for bias (b (1 - b^(t-1)) / (1 - b^t)):
@@ -31,15 +31,15 @@ class LoraRite(torch.optim.AdamW):
         M   = b1 M P^T + (1 - b1) g (V + rho I)^(-1/2)
         X   = X - lr M R^(+T)
 
-    l_i are eigenvalues in order, R^+ is the pseudoinverse: while B is zero, A rests. Both factors
-    step from where they were. Where A is frozen, B steps alone. State is kept in the parameters'
-    dtype, float32 at least.
+    l_i are eigenvalues in order, and R^+ is the pseudoinverse: while B is zero, A does not change.
+    Both factors step from their values before the step. If A is frozen, only B steps. State is kept
+    in the parameters' dtype, float32 at least.
 
     Args:
-        groups: of parameters; a group with `pairs` true holds the factors of LoRA, A (r x d) and
-            B (m x r) in turn.
+        groups: of parameters; a group with `pairs` true holds LoRA factors A (r x d) and B (m x r),
+            alternating.
         lr, betas, weight_decay: as AdamW's.
-        rite_eps: added to the root of each eigenvalue of V + rho I before it is inverted.
+        rite_eps: added to the root of each eigenvalue of V + rho I before inversion.
 
     Source: Yen et al., arXiv 2410.20625, section 3.2 (averages and their divisors: its code).
     """
@@ -52,7 +52,7 @@ class LoraRite(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; the gradients of the pairs are used up by it."""
+        """Take a step; it overwrites the gradients of the pairs."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +64,7 @@ class LoraRite(torch.optim.AdamW):
         return loss
 
     def _move(self, group: dict[str, Any]) -> None:
-        """Step the pairs of a group, factors of one size together: few launches on a GPU."""
+        """Step the pairs of a group, batching factors of equal size: few launches on a GPU."""
         alike: dict[Any, list[_Half]] = {}
         for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
             for factor, x, y in ((b, b, a.T), (a, a.T, b)):
@@ -73,11 +73,11 @@ class LoraRite(torch.optim.AdamW):
                     half = _Half(factor, x, y, gradient, self.state[factor])
                     alike.setdefault((x.shape, y.shape, x.device, x.dtype), []).append(half)
         moves = [(halves, _steps(halves, group)) for halves in alike.values()]
-        for halves, steps in moves:  # once all are known: no half sees the other's step
+        for halves, steps in moves:  # once all are known: neither factor sees the other's step
             for half, step in zip(halves, steps, strict=True):
                 half.x.mul_(1 - group["lr"] * group["weight_decay"])
                 half.x.sub_(step.to(half.x.dtype), alpha=group["lr"])
-                half.factor.grad = None  # AdamW passes it by
+                half.factor.grad = None  # AdamW skips it
 
 
 class _Half(NamedTuple):
@@ -91,7 +91,7 @@ class _Half(NamedTuple):
 
 
 def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
-    """Return what each X moves by, N x n x r; the states are updated."""
+    """Return the update of each X, N x n x r, and update the states."""
     wide = torch.promote_types(halves[0].x.dtype, torch.float32)
     basis, magnitude = torch.linalg.qr(torch.stack([half.y for half in halves]).to(wide))
     inverse = torch.linalg.pinv(magnitude)
@@ -109,7 +109,7 @@ def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
         for name in ("first", "second", "escaped", "basis")
     )
     decay1, decay2 = (
-        g.new_tensor([_corrected(beta, float(state["step"])) for state in states])[:, None, None]
+        g.new_tensor([_unbiased(beta, float(state["step"])) for state in states])[:, None, None]
         for beta in group["betas"]
     )
     turn = basis.mT @ before
@@ -129,7 +129,7 @@ def _steps(halves: Sequence[_Half], group: dict[str, Any]) -> Tensor:
     return moves
 
 
-def _corrected(beta: float, step: float) -> float:
+def _unbiased(beta: float, step: float) -> float:
     return float(beta * (1 - beta ** (step - 1)) / (1 - beta**step))
 
 
@@ -138,23 +138,23 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
-    """Make the optimizer of an adapted model; what trains beside A and B gets AdamW.
+    """Make the optimizer of an adapted model; parameters other than A and B get AdamW.
 
-    As with the trainer's own optimizer, no weight decay touches one-dimensional parameters.
+    As in the trainer's own optimizer, one-dimensional parameters have no weight decay.
 
     Args:
-        model: carries LoRA layers.
-        arguments: transformers' training arguments, of which it takes `learning_rate`,
-            `adam_beta1`, `adam_beta2`, `adam_epsilon` (AdamW's) and `weight_decay`.
+        model: has LoRA layers.
+        arguments: transformers' training arguments; uses `learning_rate`, `adam_beta1`,
+            `adam_beta2`, `adam_epsilon` (AdamW's) and `weight_decay`.
         eps: see `LoraRite`.
 
     Raises:
-        ConfigError: there is no pair A, B, or one is in parts or of fused experts.
+        ConfigError: there is no pair A, B, or a pair is sharded or belongs to fused experts.
     """
     if is_sharded(model) or by_deepspeed(arguments):
         raise ConfigError(
-            "LoRA-RITE needs each A and B whole, and FSDP2 and DeepSpeed keep them in parts;"
-            " launch the run with DDP, or choose another optimizer.",
+            "LoRA-RITE needs each A and B whole, and FSDP2 and DeepSpeed shard them; "
+            "launch the run with DDP, or choose another optimizer.",
             where="trainer",
         )
     factors = _factors(model)
@@ -175,17 +175,18 @@ def make_rite(model: nn.Module, arguments: Any, eps: float = 1e-6) -> LoraRite:
 
 
 def _factors(model: nn.Module) -> list[Tensor]:
-    """Return A_1, B_1, A_2, B_2, and so on; where A is frozen it is among them.
+    """Return A_1, B_1, A_2, B_2, and so on; a frozen A is included.
 
     Raises:
-        ConfigError: there is no pair, or one is of fused experts.
+        ConfigError: there is no pair, or a pair belongs to fused experts.
     """
     factors: list[Tensor] = []
     for name, layer in lora_layers(model):
         if isinstance(layer, ParamWrapper):
             raise ConfigError(
-                f"{name} adapts fused experts, whose A and B are no single pair, and LoRA-RITE"
-                " steps pairs; leave `target_parameters` out, or choose another optimizer.",
+                f"{name} adapts fused experts, whose A and B are not a single pair, and "
+                "LoRA-RITE steps pairs; remove `target_parameters`, or choose another "
+                "optimizer.",
                 where="trainer",
             )
         a, b = layer.lora_A["default"], layer.lora_B["default"]

@@ -1,8 +1,8 @@
-"""A LoRA folder as its files say: A, B, rank and scale of each module, without any model.
+"""Reads a LoRA folder: A, B, rank and scale of each module, without a model.
 
-PEFT's rules, read from its source (0.21): a module's rank and alpha are the pattern's whose key
-matches first, else `r` and `lora_alpha`; the scale is alpha / rank, with `use_rslora` alpha /
-sqrt(rank). Tensors are read when they are asked for.
+PEFT's rules, from its source (0.21): a module's rank and alpha come from the first pattern with a
+matching key, else from `r` and `lora_alpha`; the scale is alpha / rank, with `use_rslora` alpha /
+sqrt(rank). Tensors are read on demand.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")
 
 _NUMBER = re.compile(r"\.\d+\.")
-"""The number of a layer, which only the full name of a module has."""
+"""The layer number, which only the full name of a module contains."""
 VARIANTS = {
     "layer_replication": "replicated layers (`layer_replication`)",
     "alora_invocation_tokens": "an activation by tokens (aLoRA)",
@@ -40,16 +40,16 @@ VARIANTS = {
     "kasa_config": "a truncated base (KaSA)",
     "monteclora_config": "random updates (MonteCLoRA)",
 }
-"""Fields of PEFT under which a layer does not compute W + s B A, and how messages call them."""
+"""PEFT fields with which a layer does not compute W + s B A, and their names in messages."""
 MAGNITUDE = ".lora_magnitude_vector"
 BIAS = ".lora_B.bias"
 NESTED = "nested_ranks"
-"""Key in the header of weights of which the first K ranks are an adapter too, for any K."""
+"""Header key of weights whose first K ranks are an adapter too, for any K."""
 ROWS = ".token_adapter.trainable_tokens_delta"
 _BESIDE = {"use_dora": MAGNITUDE, "lora_bias": BIAS, "trainable_token_indices": ROWS}
-"""Fields of PEFT that add tensors to an adapter's file, and how their names end."""
+"""PEFT fields that add tensors to an adapter's file, and the suffixes of these tensors."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations of PEFT after which the adapter stands on changed base weights."""
+"""Initializations of PEFT that change the base weights of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Factors:
     """The update of one module, s B A.
 
     Attributes:
-        a: r x d_in; of a convolution r x channels x kernel, of an embedding r x vocabulary.
-        b: d_out x r; of a convolution d_out x r x 1 ...
+        a: r x d_in; for a convolution r x channels x kernel, for an embedding r x vocabulary.
+        b: d_out x r; for a convolution d_out x r x 1 ...
         scale: s.
     """
 
@@ -73,7 +73,7 @@ class Factors:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of an adapter's file, all checked, each read when it is asked for.
+    """The tensors of an adapter's file, all checked, each read on demand.
 
     Raises:
         AdapterError: as `sound_shapes`.
@@ -89,7 +89,7 @@ class Tensors(Mapping[str, Tensor]):
         """Read one tensor.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: there is no tensor of this name.
         """
         if key not in self.shapes:
             raise KeyError(key)
@@ -102,7 +102,7 @@ class Tensors(Mapping[str, Tensor]):
         return iter(self.shapes)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of tensors."""
         return len(self.shapes)
 
 
@@ -114,7 +114,7 @@ class SavedLora:
         path: its folder.
         fields: of adapter_config.json.
         tensors: by their names in the file.
-        keys: the names of A's and B's tensor, by the module's full name in the base model.
+        keys: the tensor names of A and B, by the module's full name in the base model.
     """
 
     path: Path
@@ -124,23 +124,23 @@ class SavedLora:
 
     @property
     def base(self) -> str | None:
-        """The base model that it names."""
+        """The base model that the adapter names."""
         return self.fields.get("base_model_name_or_path")
 
     @property
     def nested(self) -> bool:
-        """Whether its leading ranks were trained to serve alone, at lora_alpha / their number."""
+        """Whether its leading ranks were trained to work alone, at lora_alpha / their number."""
         return getattr(self.tensors, "nested", False)
 
     @property
     def others(self) -> list[str]:
-        """The tensors beside A and B: heads, biases, magnitudes, rows of tokens."""
+        """The tensors besides A and B: heads, biases, magnitudes, rows of tokens."""
         ours = {key for pair in self.keys.values() for key in pair}
         return [key for key in self.tensors if key not in ours]
 
     @property
     def biases(self) -> dict[str, str]:
-        """The module by the name that its B's bias has, if there is one: it is scaled as B is."""
+        """The module by the name of its B's bias, if it has one: the bias is scaled like B."""
         return {b.removesuffix("weight") + "bias": name for name, (_, b) in self.keys.items()}
 
     def factors(self, module: str) -> Factors:
@@ -162,12 +162,12 @@ class SavedLora:
         return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def pattern(self, field: str, module: str, otherwise: Any) -> Any:
-        """Return what `rank_pattern` or `alpha_pattern` has for a name, by PEFT's matching."""
+        """Return the value of `rank_pattern` or `alpha_pattern` for a name, by PEFT's matching."""
         pattern = self.fields.get(field) or {}
         return pattern.get(get_pattern_key(list(pattern), module), otherwise)
 
     def lacks(self) -> Iterator[str]:
-        """Yield what it has beside A, B and a scale of linear layers, a noun phrase each."""
+        """Yield a noun phrase for each part besides A, B and a scale of linear layers."""
         fields = self.fields
         named = {
             "use_dora": "DoRA's magnitudes",
@@ -190,13 +190,13 @@ class SavedLora:
             yield f"adapters of convolutions ({listed(deep)})"
 
     def in_full(self, key: str) -> bool:
-        """Return whether a tensor is one of a module that trained in full (`modules_to_save`)."""
+        """Return whether a tensor belongs to a module that trained in full (`modules_to_save`)."""
         parts = key.removeprefix(PREFIX).split(".")
         modules = [".".join(parts[:end]) for end in range(1, len(parts))]
         return any(m.endswith(s) for m in modules for s in self.fields.get("modules_to_save") or [])
 
     def _is_named(self, key: str) -> bool:
-        """Return whether a field of the configuration says that there is this tensor."""
+        """Return whether a configuration field announces this tensor."""
         is_bias = key.endswith(".bias") and self.fields.get("bias", "none") != "none"
         return is_bias or key.endswith((*_BESIDE.values(),)) or self.in_full(key)
 
@@ -205,35 +205,37 @@ class SavedLora:
 
 
 def shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """Return the shape of a tensor, without reading it where it lies in a file."""
+    """Return the shape of a tensor, without reading it from a file."""
     if isinstance(tensors, Tensors):
         return tensors.shapes[key]
     return tuple(tensors[key].shape)
 
 
 def read_lora(path: str | Path) -> SavedLora:
-    """Read the LoRA in a folder, ours or any other that PEFT's `save_pretrained` wrote.
+    """Read the LoRA in a folder, ours or any other written by PEFT's `save_pretrained`.
 
     Args:
         path: the folder.
 
     Raises:
-        AdapterError: it holds no LoRA, a file is cut off or damaged, a tensor is not finite or has
-            no counterpart, or ranks are not those of the configuration.
+        AdapterError: it holds no LoRA, a file is truncated or damaged, a tensor is not finite or
+            has no counterpart, or ranks contradict the configuration.
         ArtifactError: its adapter_config.json is missing or damaged.
     """
     path = Path(path)
     fields = adapter_fields(path / CONFIG)
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; only LoRA"
-            " adapters can be read here."
+            f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; "
+            "give the folder of a LoRA adapter."
         )
     check_fields(path, fields)
     file = path / WEIGHTS
     if not file.is_file():
         pickled = (path / "adapter_model.bin").is_file()
-        why = "its weights are in a pickle, adapter_model.bin" if pickled else "there is no weight"
+        why = (
+            "its weights are in a pickle, adapter_model.bin" if pickled else "there are no weights"
+        )
         raise AdapterError(
             f"{path} has no {WEIGHTS} ({why}); save the adapter by `model.save_pretrained`, which"
             " writes safetensors."
@@ -243,9 +245,9 @@ def read_lora(path: str | Path) -> SavedLora:
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise AdapterError(
-            f"{path}: `init_lora_weights` is {start!r}, so it was trained on changed base"
-            " weights; save it with `path_initial_model_for_weight_conversion`, which makes it"
-            " a plain LoRA."
+            f"{path}: `init_lora_weights` is {start!r}, so it was trained on changed "
+            "base weights; save it with `path_initial_model_for_weight_conversion`, "
+            "which makes it a plain LoRA."
         )
     lora = SavedLora(path, fields, tensors, _paired(path, tensors.shapes))
     _check_ranks(lora)
@@ -257,14 +259,14 @@ def _check_numbers(path: Path, tensors: Tensors) -> None:
     """Check that matrices hold floating-point numbers of at least 16 bits.
 
     Raises:
-        AdapterError: one does not.
+        AdapterError: a matrix does not.
     """
     odd = {key: code for key, code in tensors.codes.items() if code not in FLOATS}
     odd = {key: code for key, code in odd.items() if key.endswith((*_A, *_B))}
     if odd:
         raise AdapterError(
-            f"{path}: {listed([*odd])} is stored as {next(iter(odd.values()))}, not in floating"
-            " point of 16 bits or more; save the adapter again."
+            f"{path}: {listed([*odd])} is stored as {next(iter(odd.values()))}, not "
+            "in floating point of at least 16 bits; save the adapter again."
         )
 
 
@@ -288,7 +290,7 @@ def _paired(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
             " the adapter again."
         )
     if not sides[0]:
-        raise AdapterError(f"{path} holds no matrices of LoRA; give the folder of an adapter.")
+        raise AdapterError(f"{path} holds no LoRA matrices; give the folder of an adapter.")
     return {name: (sides[0][name], sides[1][name]) for name in sorted(sides[0], key=_in_order)}
 
 
@@ -299,13 +301,13 @@ def _in_order(name: str) -> list[str | int]:
 
 def _check_ranks(lora: SavedLora) -> None:
     if lora.fields.get("target_parameters"):
-        return  # one A for all experts: its rows are not the rank
+        return  # one A for all experts: its row count is not the rank
     for name, (a, b) in lora.keys.items():
         shapes = [shape_of(lora.tensors, key) for key in (a, b)]
         if any(len(shape) < 2 for shape in shapes):
             raise AdapterError(
-                f"{lora.path}: A and B of {name} are of shape {shapes[0]} and {shapes[1]}, no"
-                " matrices; save or copy the adapter again."
+                f"{lora.path}: A and B of {name} have shapes {shapes[0]} and {shapes[1]}, "
+                "so they are not matrices; save or copy the adapter again."
             )
         rows, columns = shapes[0][0], shapes[1][1]
         if rows != columns or rows != lora.rank(name):
@@ -316,10 +318,10 @@ def _check_ranks(lora: SavedLora) -> None:
 
 
 def _check_complete(lora: SavedLora) -> None:
-    """Refuse a folder whose weights are not those that its configuration describes.
+    """Refuse a folder whose weights contradict its configuration.
 
     Raises:
-        AdapterError: a module that it names in full has no matrices, or a field no tensors.
+        AdapterError: a module named in full has no matrices, or a field has no tensors.
     """
     for field, ending in _BESIDE.items():
         said, there = lora.fields.get(field), [k for k in lora.others if k.endswith(ending)]
@@ -337,7 +339,7 @@ def _check_complete(lora: SavedLora) -> None:
             f" {CONFIG} names in `modules_to_save`; save the adapter again."
         )
     if lora.fields.get("target_parameters") or lora.fields.get("layer_replication"):
-        return  # their names are not those of modules
+        return  # their names are not module names
     targets = lora.fields.get("target_modules") or []
     full = [] if isinstance(targets, str) else [each for each in targets if _NUMBER.search(each)]
     full = targeted_names(lora.fields, full)

@@ -1,6 +1,6 @@
-"""The fields of an adapter_config.json that decide ranks, scales and targets, checked.
+"""Checks the adapter_config.json fields that decide ranks, scales and targets.
 
-PEFT itself takes any value there: it fails later, somewhere else, or computes with it.
+PEFT accepts any value there and fails later elsewhere, or computes with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _is_list(value: Any, kind: type = str) -> bool:
     return isinstance(value, list) and all(type(each) is kind for each in value)
 
 
-def _are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _all_values(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Return the check of a `rank_pattern` or `alpha_pattern`."""
     return lambda value: (
         isinstance(value, Mapping)
@@ -56,8 +56,8 @@ def _is_table(value: Any) -> bool:
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a positive integer", _is_rank),
     "lora_alpha": ("a finite number", _is_alpha),
-    "rank_pattern": ("regular expressions with positive integers", _are(_is_rank)),
-    "alpha_pattern": ("regular expressions with finite numbers", _are(_is_alpha)),
+    "rank_pattern": ("regular expressions with positive integers", _all_values(_is_rank)),
+    "alpha_pattern": ("regular expressions with finite numbers", _all_values(_is_alpha)),
     "target_modules": ("names or a regular expression", lambda v: _is_list(v) or _is_pattern(v)),
     "exclude_modules": ("names or a regular expression", lambda v: _is_list(v) or _is_pattern(v)),
     "modules_to_save": ("a list of names", _is_list),
@@ -70,7 +70,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
 }
 _NEEDED = ("r", "lora_alpha")
-"""Fields that may be left out, and not be null."""
+"""Fields that may be missing but not null."""
 
 
 def check_fields(path: str | Path, fields: Mapping[str, Any]) -> None:

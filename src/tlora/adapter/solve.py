@@ -1,10 +1,10 @@
 """Statistics -> rank, scale and frozen A of each module.
 
-The budget is allocated by sensitivity, among adapters: PEFT adapts a fused parameter as a whole, by
-one rank r and one scale for its E experts, lora_A with E r rows (expert e owns rows e r to
-(e + 1) r), lora_B with E r columns. Each expert gets r directions of its own.
+The budget is allocated by sensitivity, among adapters. PEFT adapts a fused parameter as a whole,
+with one rank r and one scale for its E experts: lora_A has E r rows (expert e owns rows e r to (e +
+1) r), lora_B has E r columns. Each expert gets its own r directions.
 
-A basis is one line in `MATRICES`, one in `tlora.config` (its name, and the statistics it needs).
+A basis is one line in `MATRICES` and one in `tlora.config` (its name, and the statistics it needs).
 Source: docs/method.md, 3, 4, 5 and 9.
 """
 
@@ -48,7 +48,7 @@ from tlora.linalg.subspace import (
 
 @dataclass(frozen=True)
 class Shares:
-    """How the budget was shared out: by name of the target, and what of it was spent."""
+    """The allocation of the budget: the share of each target by name, and the amount spent."""
 
     of: dict[str, Share]
     ranks: RankAllocation
@@ -56,10 +56,10 @@ class Shares:
 
 @dataclass(frozen=True)
 class Share:
-    """What a module gets of the budget.
+    """A module's share of the budget.
 
     Attributes:
-        index: the module's place among the targets; seeds its random numbers.
+        index: the module's position among the targets; seeds its random numbers.
         rank: r_i.
         scale: s_i.
     """
@@ -72,7 +72,7 @@ class Share:
 def allocate(
     targets: Sequence[Target], statistics: Sequence[ModuleStatistics], config: TLoraConfig
 ) -> Shares:
-    """Allocate ranks and scales by the modules' sensitivities; no second moment is looked at.
+    """Allocate ranks and scales by the modules' sensitivities; reads no second moments.
 
     The experts of a parameter count as one module and get the same rank and scale.
 
@@ -87,7 +87,7 @@ def allocate(
     if config.allocate_rank or (config.allocate_scale and config.scale_rule != "constant"):
         name = "sensitivity" if config.sensitivity_rule == "magnitude" else "fisher"
         by_name = {t.name: s for t, s in zip(targets, statistics, strict=True)}
-        # The mean over all entries: of equal matrices the mean of each one's.
+        # The mean over all entries; for matrices of equal size, the mean of their means.
         sensitivities = [
             sum(by_name[t.name].require(name) for t in each) / len(each) for each in experts
         ]
@@ -110,7 +110,7 @@ def _ranks(
     if not config.allocate_rank:
         allocation = equal_ranks(config.r, bounds)
     elif config.budget == "params":
-        # Trainable parameters that a rank costs: E m, and E d more where A trains.
+        # Trainable parameters per rank: E m, plus E d if A trains.
         costs = [
             len(each) * (m + (0 if config.freeze_a else d))
             for each, (m, d) in zip(experts, shapes, strict=True)
@@ -121,19 +121,20 @@ def _ranks(
         allocation = allocate_ranks(sensitivities, config.r, bounds)
     if not allocation.feasible:
         warnings.warn(
-            f"{len(experts)} modules at r = {config.r} would have {allocation.wanted} {unit};"
-            f" within rank_min = {config.rank_min}, rank_max = {config.rank_max} and the sizes of"
-            f" the weights the nearest is {allocation.spent}, which the plan takes.",
+            f"{len(experts)} modules at r = {config.r} would have {allocation.wanted} "
+            f"{unit}; within rank_min = {config.rank_min}, rank_max = "
+            f"{config.rank_max} and the sizes of the weights the nearest is "
+            f"{allocation.spent}, which the plan takes.",
             stacklevel=4,
         )
     return allocation
 
 
 Matrix = Callable[[Tensor, ModuleStatistics], FactoredMatrix]
-"""Takes W (m x d float32) and the module's statistics; gives a matrix of d columns on W's device.
+"""Maps W (m x d float32) and the module's statistics to a matrix with d columns on W's device.
 
 Raises:
-    CalibrationError: the calibration lacks what it is made from.
+    CalibrationError: the calibration lacks the statistics for it.
 """
 
 MATRICES: dict[Basis, Matrix] = {
@@ -145,7 +146,7 @@ MATRICES: dict[Basis, Matrix] = {
     "gradient-moment": lambda w, s: moment_itself(s.require("gradient_moment"), w),
     "weight-gradient-moment": lambda w, s: s.require("gradient_moment").weighted(w),
 }
-"""By basis; one that is not here needs no matrix (random)."""
+"""By basis; a basis without an entry needs no matrix (random)."""
 
 # By `TLoraConfig.whiten`: the power of K.
 _WHITENING: dict[bool | str, float] = {True: -1 / 2, "half": -1 / 4}
@@ -164,13 +165,13 @@ class ModuleJob:
 def solve(
     jobs: Sequence[ModuleJob], config: TLoraConfig, weight: Tensor | None = None
 ) -> list[ModulePlan]:
-    """Find modules' A from their statistics; the host waits for all of them at once.
+    """Compute modules' A from their statistics, synchronizing once for all.
 
     Args:
         jobs: the modules.
         config: which subspace.
-        weight: W, m x d float32, of a single module, if it is at hand; None: each is read where it
-            is needed.
+        weight: W, m x d float32, of a single module, if available; None: each weight is read when
+            needed.
     """
     with torch.no_grad():
         wanted = [job for job in jobs if job.share.rank]
@@ -183,7 +184,7 @@ def solve(
             power = _WHITENING[config.whiten]
             found = [_whitened(*pair, power) for pair in zip(wanted, found, strict=True)]
     of = {job.target.name: each for job, each in zip(wanted, found, strict=True)}
-    return planned(jobs, config, [of.get(job.target.name) or _nothing(job) for job in jobs])
+    return planned(jobs, config, [of.get(job.target.name) or _empty_subspace(job) for job in jobs])
 
 
 def _problem(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Problem:
@@ -198,7 +199,7 @@ def _problem(job: ModuleJob, config: TLoraConfig, weight: Tensor | None) -> Prob
 
 
 def _narrow_or_float32(target: Target) -> Tensor:
-    """Return W as `SecondMoment.weighted` takes it: a 16-bit one as it is, else float32."""
+    """Return W as `SecondMoment.weighted` takes it: 16-bit weights unchanged, others in float32."""
     weight = stored_weight(target)
     return weight if weight.itemsize == 2 else weight.float()
 
@@ -208,14 +209,14 @@ def _whitened(job: ModuleJob, found: Subspace, power: float) -> Subspace:
     return replace(found, basis=whitened(found.basis, uncentered, power))
 
 
-def _nothing(job: ModuleJob) -> Subspace:
+def _empty_subspace(job: ModuleJob) -> Subspace:
     return Subspace(torch.zeros(0, job.target.d_in), 0.0, "none", 0, None)
 
 
 def planned(
     jobs: Sequence[ModuleJob], config: TLoraConfig, found: Sequence[Subspace]
 ) -> list[ModulePlan]:
-    """Return the plans of modules whose subspaces are ``found``."""
+    """Return the plans of modules with the subspaces ``found``."""
     rows = on_host([each.basis for each in found])
     return [
         ModulePlan(
@@ -237,11 +238,11 @@ def planned(
 def _random(
     jobs: Sequence[ModuleJob], config: TLoraConfig, weight: Tensor | None
 ) -> list[Subspace]:
-    """Draw A at random; it captures energy of W C, where a second moment was measured."""
+    """Draw A at random; its captured energy of W C is known if a second moment was measured."""
     found: list[Subspace] = []
     measured: dict[int, Tensor] = {}
     for place, job in enumerate(jobs):
-        # A seed of its own for each module: equal shapes must not get equal matrices.
+        # A separate seed per module: equal shapes must not get equal matrices.
         seed = config.seed * 1_000_003 + job.share.index
         basis = random_basis(job.share.rank, job.target.d_in, seed)
         if job.statistics.moment is not None:
@@ -255,7 +256,7 @@ def _random(
 
 
 def joined(targets: Sequence[Target], plans: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
-    """Return one plan for each adapter from those of its targets, by the adapter's name."""
+    """Return one plan per adapter from the plans of its targets, by the adapter's name."""
     members: dict[str, list[ModulePlan]] = {}
     for target in targets:
         members.setdefault(target.adapter, []).append(plans[target.name])
@@ -282,7 +283,7 @@ def _total(experts: Sequence[ModulePlan]) -> float | None:
 
 
 def _energy(experts: Sequence[ModulePlan]) -> float | None:
-    """Return the share of sum_e ||W_e C_e||_F^2 that is kept; 1 where it is zero."""
+    """Return the captured share of sum_e ||W_e C_e||_F^2; 1 if the sum is zero."""
     kept = [e.captured_energy for e in experts]
     total = _total(experts)
     if total is None or None in kept:

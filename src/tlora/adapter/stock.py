@@ -1,4 +1,4 @@
-"""Wrapping a model by PEFT's own LoRA, with our choice of modules and our errors."""
+"""Wraps a model by PEFT's own LoRA, with our choice of modules and our errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tlora.adapter.freeze import complete_heads
-from tlora.calibration.language_model import say_what_is_left_alone
+from tlora.calibration.language_model import log_unadapted_towers
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import (
     find_targets,
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What the options records and TLoraConfig share of how modules are chosen.
+# Fields for choosing modules that the options records and TLoraConfig share.
 _CHOOSING = ("target_modules", "exclude_modules", "modules_to_save", "task_type")
 _LAYERS = ("layers_to_transform", "layers_pattern")
 
 # PEFT matches every module against every key of both patterns, and Python caches 512 compiled
-# regexes: beyond this many keys, modules of equal value share one.
+# regexes: beyond this number of keys, modules of equal value share one.
 _KEYS_BEFORE_GROUPING = 450
 
 
@@ -43,8 +43,8 @@ def targets_of(model: nn.Module, options: Any) -> list[Target]:
     """Return the modules that an options record names, in the model's order, by PEFT's rules.
 
     Raises:
-        ConfigError: nothing matches, or something that is no Linear and no Conv1D.
-        AdapterError: the model carries adapters already.
+        ConfigError: nothing matches, or a match is neither a Linear nor a Conv1D.
+        AdapterError: the model already has adapters.
     """
     if isinstance(options, TLoraConfig):
         return find_targets(model, options)
@@ -53,7 +53,7 @@ def targets_of(model: nn.Module, options: Any) -> list[Target]:
 
 
 def targets_named(model: nn.Module, names: Collection[str], options: Any) -> list[Target]:
-    """Return those of all Linears and Conv1Ds whose name is, or ends in, one of ``names``."""
+    """Return all Linears and Conv1Ds whose name is, or ends in, one of ``names``."""
     chosen = TLoraConfig(modules_to_save=options.modules_to_save, task_type=options.task_type)
     suffixes = tuple(f".{name}" for name in names)
     return [t for t in find_targets(model, chosen) if f".{t.name}".endswith(suffixes)]
@@ -64,25 +64,25 @@ def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
 
     Raises:
         ConfigError: PEFT does not find the target modules, or cannot adapt them.
-        AdapterError: no gradient passes the model's 4-bit weights any more.
+        AdapterError: the model's 4-bit weights block gradients.
     """
     import peft
 
     keep_gradients(model)
     try:
         with warnings.catch_warnings():
-            # PEFT decides fan_in_fan_out per module and warns where the config said otherwise.
+            # PEFT sets fan_in_fan_out per module and warns if the config differs.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             adapted = peft.get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        # PEFT names the modules it did not find, or what a type of adapter cannot do.
+        # PEFT's message names the modules it did not find, or a limit of the adapter type.
         raise ConfigError(str(error), where="adapter") from error
     complete_heads(adapted)
     return adapted
 
 
 def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> PeftModel:
-    """Wrap ``targets`` and nothing else, whatever PEFT would make of the names in ``config``.
+    """Wrap exactly ``targets``, even if PEFT would match the names in ``config`` differently.
 
     Args:
         model: the base model.
@@ -90,21 +90,23 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> Pe
         config: PEFT's, of a type that adapts linear maps.
 
     Raises:
-        ConfigError: as `exact` and `wrap`, or a target cannot be told from its namesake.
+        ConfigError: as `exact` and `wrap`, or a target cannot be told from a module of the same
+            name.
         AdapterError: as `wrap`.
     """
     if config.target_modules == "all-linear" and any(fused_parameters(model)):
         logger.warning(
-            "%s keeps experts in fused parameters, which this method does not adapt; `tlora` does,"
-            " by `target_parameters`.",
+            "%s keeps experts in fused parameters, which this method does not adapt; "
+            "the method `tlora` does, by `target_parameters`.",
             type(model).__name__,
         )
-    say_what_is_left_alone(model, config)
+    log_unadapted_towers(model, config)
     fields = exact(model, targets) | dict.fromkeys(_LAYERS)
     if fields["exclude_modules"] and not hasattr(config, "exclude_modules"):
         raise ConfigError(
-            f"{type(config).__name__} has no `exclude_modules`, without which PEFT would adapt"
-            f" {fields['exclude_modules']} too, for the end of its name; leave its namesake out.",
+            f"{type(config).__name__} has no `exclude_modules`, without which PEFT "
+            f"would also adapt {fields['exclude_modules']}, whose name has the same "
+            "ending; remove the target of that name.",
             where="target_modules",
         )
     if hasattr(config, "feedforward_modules"):
@@ -116,7 +118,7 @@ def wrap_exactly(model: nn.Module, targets: Sequence[Target], config: Any) -> Pe
 
 
 def _feedforward(model: nn.Module, targets: Sequence[Target], config: Any) -> list[str]:
-    """Return the targets that IA3 scales at their inputs, by full names as the targets are."""
+    """Return the targets whose inputs IA3 scales, by full name like the targets."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS
 
     wanted = config.feedforward_modules
@@ -129,10 +131,10 @@ def _feedforward(model: nn.Module, targets: Sequence[Target], config: Any) -> li
 
 
 def exact(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
-    """Return the fields of a LoraConfig that choose exactly ``targets``, by their full names.
+    """Return the LoraConfig fields that choose exactly ``targets``, by full name.
 
     Raises:
-        ConfigError: PEFT takes a name for that of experts.
+        ConfigError: PEFT mistakes a name for that of experts.
     """
     names = [target.name for target in targets]
     refuse_taken(model, names)
@@ -146,7 +148,7 @@ def exact(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
 def patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, dict[str, Any]]:
     """Return `rank_pattern` and `alpha_pattern` of a LoraConfig, from values by full module name.
 
-    The keys are anchored, because PEFT takes a bare name for a suffix.
+    The keys are anchored, because PEFT treats a bare name as a suffix.
     """
     grouped = len(ranks) + len(alphas) > _KEYS_BEFORE_GROUPING
     return {
@@ -165,7 +167,7 @@ def _pattern(values: Mapping[str, Any], grouped: bool) -> dict[str, Any]:
 
 
 def refuse_taken(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that PEFT's LoRA takes no name for that of experts, which it would adapt instead.
+    """Check that PEFT's LoRA mistakes no name for that of experts and adapts these instead.
 
     Raises:
         ConfigError: it does.
@@ -174,9 +176,10 @@ def refuse_taken(model: nn.Module, names: Sequence[str]) -> None:
         more = f" and {len(taken) - 1} more" if taken[1:] else ""
         leaves = sorted({name.rpartition(".")[2] for name in taken})
         raise ConfigError(
-            f"{taken[0]!r}{more}: on this architecture PEFT takes the name for that of fused"
-            " experts, and would adapt these instead; leave them out by `exclude_modules`"
-            f" ({', '.join(leaves)}), or use `tlora`, which adapts them by their weights.",
+            f"{taken[0]!r}{more}: on this architecture PEFT takes the name for that "
+            "of fused experts, and would adapt these instead; exclude them by "
+            f"`exclude_modules` ({', '.join(leaves)}), or use the method `tlora`, "
+            "which adapts them by their weights.",
             where="target_modules",
         )
 
@@ -186,10 +189,10 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
 
     Args:
         targets: the modules.
-        reasons: why not: of ``int8``, bitsandbytes' 8-bit layers, and of ``hqq``.
+        reasons: the reason for ``int8`` (bitsandbytes' 8-bit layers) and for ``hqq``.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: a target is such a layer.
     """
     forms = {"int8": (is_8bit_linear, "in 8 bits"), "hqq": (is_hqq_linear, "by HQQ")}
     for target in targets:
@@ -204,14 +207,14 @@ def refuse_stored(targets: Sequence[Target], **reasons: str) -> None:
 
 
 def refuse_quantized(targets: Sequence[Target], reason: str) -> None:
-    """Check that every target's weight is stored in floats.
+    """Check that every target's weight is stored in floating point.
 
     Args:
         targets: the modules.
-        reason: why that is needed, as a clause.
+        reason: why the method needs that, as a clause.
 
     Raises:
-        ConfigError: one is quantized.
+        ConfigError: a weight is quantized.
     """
     if quantized := [target.name for target in targets if not holds_floats(target.module)]:
         raise ConfigError(
@@ -223,7 +226,7 @@ def refuse_quantized(targets: Sequence[Target], reason: str) -> None:
 def calibration_config(options: Any, basis: Basis = "weight-covariance") -> TLoraConfig:
     """Return a configuration that calibrates an options record's targets.
 
-    It measures what ``basis`` is made from, and nothing to share out ranks or scales by.
+    It measures the statistics of ``basis`` and no sensitivities.
     """
     chosen = {name: getattr(options, name) for name in _CHOOSING}
     return TLoraConfig(**chosen, basis=basis, allocate_rank=False, allocate_scale=False)

@@ -1,13 +1,13 @@
-"""How second moments and gradients are made within a memory budget, settled before measuring.
+"""Chooses how to make second moments and gradients within a memory budget, before measuring.
 
-The ways, of which `covariance="auto"` takes the cheapest (`costs`):
+There are two ways; `covariance="auto"` takes the cheapest combination (`costs`):
 
 - in blocks: the pass that measures sensitivities, which runs the whole model anyway, keeps the
   moments of the last modules that fit the budget; each further block takes a forward pass that
-  stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one
-  (where the basis needs gradients, which are never streamed: a whole forward pass, and a backward
-  one to its first module);
-- streamed: `PASSES` forward passes a run of modules, each with two d x l blocks (`streams`).
+  stops after its last module, so K blocks cost about (K - 1) / 2 forward passes more than one (if
+  the basis needs gradients, which are never streamed: a whole forward pass, and a backward pass to
+  its first module);
+- streamed: `PASSES` forward passes per run of modules, each with two d x l blocks (`streams`).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ T = TypeVar("T")
 
 
 _WORTH = 1.2
-"""Streaming is less accurate: it is taken where exact costs more than this many times as much."""
+"""Streaming is less accurate: it is used only if exact costs more than this many times as much."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Which second moments and gradients are held when.
+    """Which second moments and gradients are in memory in which pass.
 
     Attributes:
-        blocks: names of the modules whose moments (and gradients) are held together. The first
-            block, which may be empty, is filled by the pass that measures sensitivities, each other
-            one by a pass of its own.
-        streams: names of the modules whose subspace is found without their moment, by run of three
-            passes at the base rank; allocation may change the runs.
-        held: bytes of these (or of streaming blocks) held at a time, at the most.
-        total: bytes that those of all modules would take at once.
-        kind: what they are, in words.
+        blocks: names of the modules whose moments (and gradients) are in memory together. The pass
+            that measures sensitivities fills the first block, which may be empty; each other block
+            has its own pass.
+        streams: names of the modules whose subspace is computed without their moment, by run of
+            three passes at the base rank; allocation may change the runs.
+        held: maximum bytes of moments (or streaming blocks) in memory at a time.
+        total: bytes of all modules' moments together.
+        kind: their name in messages.
     """
 
     blocks: tuple[tuple[str, ...], ...]
@@ -53,16 +53,16 @@ class Strategy:
 
     @property
     def streamed(self) -> frozenset[str]:
-        """Names of the modules that are streamed."""
+        """Names of the streamed modules."""
         return frozenset(chain(*self.streams))
 
     @property
     def passes(self) -> int:
-        """Passes over the samples: one, one for each further block, three for each run."""
+        """Passes over the samples: one, plus one per further block, plus three per run."""
         return max(1, len(self.blocks)) + PASSES * len(self.streams)
 
     def summary(self) -> str:
-        """Say in a line what is held, how, and in how many passes."""
+        """Describe in one line the memory, the way and the number of passes."""
         exact = sum(map(len, self.blocks))
         if not exact and not self.streamed:
             return "no second moments; 1 pass over the samples"
@@ -87,15 +87,15 @@ def choose(
     work: Work | None = None,
     first: int | None = None,
 ) -> Strategy:
-    """Settle how the second moments of ``modules`` are made.
+    """Choose how the second moments of ``modules`` are made.
 
     Args:
         modules: in model order.
-        sources: by name: equal for modules that read the same tensors; a module that is not there
-            has an input of its own.
+        sources: by name: equal for modules that read the same tensors; a module without an entry
+            has its own input.
         config: its `covariance`, `memory_budget`, and whether moments are needed at all.
-        work: what passes take, by which "auto" compares the ways; None: as much exact as can be.
-        first: bytes of the budget that the first pass may take; None: all of it.
+        work: cost of passes, by which "auto" compares the ways; None: exact wherever possible.
+        first: bytes of the budget for the first pass; None: all of it.
     """
     if not _holds_anything(config):
         return Strategy((), (), 0, 0)
@@ -116,7 +116,7 @@ def _way(
     streamed: frozenset[str],
     first: int | None = None,
 ) -> Strategy:
-    """Return the way that streams the modules ``streamed`` and makes the others exact in blocks."""
+    """Return the strategy that streams ``streamed`` and makes the other modules exact in blocks."""
     budget = config.memory_budget_bytes
     groups: dict[Hashable, list[Shaped]] = {}
     for module in modules:
@@ -133,7 +133,7 @@ def _way(
         [(m, m.d_in, min(config.r, m.d_in, m.d_out)) for m in modules if m.name in streamed], budget
     )
     return Strategy(
-        # Run by run back in model order, but for the first.
+        # The runs return to model order, except the first.
         blocks=tuple(
             tuple(module.name for group in reversed(block) for module in group)
             for block, _ in [*blocks[:1], *reversed(blocks[1:])]
@@ -146,13 +146,13 @@ def _way(
 
 
 def gradient_bytes(rows: int, columns: int, config: TLoraConfig) -> int:
-    """Return the bytes of what a module's gradients make for the basis: G, m x d, or N, d x d."""
+    """Return the bytes of a module's gradient statistic for the basis: G, m x d, or N, d x d."""
     mean = 4 * rows * columns if config.needs_gradient else 0
     return mean + (moment_bytes(columns) if config.needs_gradient_moment else 0)
 
 
 def _bytes(group: Sequence[Shaped], config: TLoraConfig) -> int:
-    """Return the bytes held for modules that read the same tensors."""
+    """Return the bytes kept for modules that read the same tensors."""
     shared = moment_bytes(group[0].d_in) if config.needs_moments else 0
     return shared + sum(gradient_bytes(m.d_out, m.d_in, config) for m in group)
 
@@ -177,7 +177,7 @@ def _kind(config: TLoraConfig) -> str:
 def stream_runs(
     modules: Iterable[tuple[T, int, int]], budget: int | None
 ) -> list[tuple[list[T], int]]:
-    """Cut modules, given with their columns and ranks, into runs whose blocks fit the budget."""
+    """Split modules, given with their columns and ranks, into runs whose blocks fit the budget."""
     return packed(
         ((module, stream_bytes(columns, rank)) for module, columns, rank in modules), budget
     )
@@ -186,12 +186,12 @@ def stream_runs(
 def packed(
     pieces: Iterable[tuple[T, int]], budget: int | None, first: int | None = None
 ) -> list[tuple[list[T], int]]:
-    """Join pieces of known bytes, in order, into runs within the budget (a piece at least).
+    """Join pieces of known size, in order, into runs within the budget (at least one piece each).
 
     Args:
         pieces: with their bytes.
         budget: of each run; None: no limit.
-        first: less than that, of the first run, which may then be empty; None: the same.
+        first: a smaller budget of the first run, which may then be empty; None: the same budget.
 
     Returns:
         The pieces of each run, and its bytes.
@@ -210,13 +210,13 @@ def packed(
 
 
 def _candidates(modules: Sequence[Shaped], config: TLoraConfig) -> list[frozenset[str]]:
-    """Return the names of the modules that each way streams, the fewest first."""
+    """Return the names of the modules that each strategy streams, fewest first."""
     budget = config.memory_budget_bytes
     if config.covariance == "streamed":
         return [frozenset(module.name for module in modules)]
     if config.covariance == "exact" or budget is None or config.whiten or not config.streams:
         return [frozenset()]
-    # One whose own moment exceeds the budget is streamed in any case.
+    # A module whose own moment exceeds the budget is always streamed.
     widths = sorted({m.d_in for m in modules}, reverse=True)
     least = [[d for d in widths if moment_bytes(d) > budget]]
     wanted = least + [widths[: count + 1] for count in range(len(least[0]), len(widths))]

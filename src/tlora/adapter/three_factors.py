@@ -1,8 +1,8 @@
-"""Adapters of another form inside PEFT's own LoRA layers, written out as plain LoRAs.
+"""Adapters of other forms inside PEFT's own LoRA layers, saved as plain LoRAs.
 
-PEFT's layer computes s B (A x). In the place of its `lora_A` or `lora_B` stands a module that
-computes the same map from other parameters, and whose `weight` is the matrix. So merging,
-disabling and checkpoints stay PEFT's.
+PEFT's layer computes s B (A x). A module that computes the same map from other parameters replaces
+`lora_A` or `lora_B`; its `weight` is the matrix. So PEFT still handles merging, disabling and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _FACTOR = re.compile(r"\.lora_[AB]\.default\.")
 
 
 class CoreB(nn.Module):
-    """Maps z (... x r) to a P Q z (... x m): P fixed, Q and a trained, or a = 1 without a scale.
+    """Maps z (... x r) to a P Q z (... x m): P is fixed, Q and a train, or a = 1 without a scale.
 
-    Names of the parameters must not contain "lora_", by which PEFT finds its own.
+    Parameter names must not contain "lora_", by which PEFT finds its own.
     """
 
     def __init__(self, left: Tensor, scale: float | None = None) -> None:
@@ -38,21 +38,21 @@ class CoreB(nn.Module):
         super().__init__()
         rank = left.shape[1]
         self.left: Tensor
-        # A buffer: saved with each checkpoint, and nothing that switches parameters trains it.
+        # A buffer: saved with each checkpoint, and never trained by code that switches parameters.
         self.register_buffer("left", left)
         self.core = nn.Parameter(torch.zeros(rank, rank, dtype=left.dtype, device=left.device))
         self.scale: nn.Parameter | float = 1.0
         if scale is not None:
-            # 1 x 1: PEFT takes a matrix of fewer dimensions for a shard that was not gathered.
+            # 1 x 1: PEFT mistakes a matrix of fewer dimensions for a shard that was not gathered.
             self.scale = nn.Parameter(torch.full_like(left[:1, :1], scale))
 
     @property
     def weight(self) -> Tensor:
-        """B = a P Q, m x r: what PEFT merges."""
+        """B = a P Q, m x r: the matrix that PEFT merges."""
         return self.scale * (self.left.to(self.core.dtype) @ self.core)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return a P Q z; its cost is that of a LoRA and of r x r numbers a token more."""
+        """Return a P Q z; costs r x r more numbers per token than LoRA."""
         mixed = self.scale * nn.functional.linear(z.to(self.core.dtype), self.core)
         return nn.functional.linear(mixed, self.left.to(self.core.dtype))
 
@@ -110,8 +110,8 @@ class GroupedA(nn.Module):
         Args:
             rank: r.
             groups: d / size.
-            size: inputs of a group.
-            like: a tensor of the dtype and on the device that A gets.
+            size: inputs per group.
+            like: a tensor with the dtype and device of A.
         """
         super().__init__()
         self.size = size
@@ -120,7 +120,7 @@ class GroupedA(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix of the whole map, r x d: what PEFT merges."""
+        """The matrix of the whole map, r x d: the matrix that PEFT merges."""
         return self.grouped.repeat_interleave(self.size, dim=1) / self.size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,10 +130,9 @@ class GroupedA(nn.Module):
 
 
 def make_trimatrix(model: PeftModel, scale: float) -> None:
-    """Turn a model wrapped by PEFT's LoRA into one of tri-matrix adapters.
+    """Turn LoRA layers wrapped by PEFT into tri-matrix adapters.
 
-    R is the random A that PEFT drew; P is drawn here from torch's global generator, as torch
-    draws a Linear's weight.
+    R is PEFT's random A; P is drawn here from torch's global generator, like a Linear's weight.
 
     Args:
         model: freshly wrapped; its LoRA scale must be 1 (lora_alpha = r).
@@ -155,7 +154,7 @@ def make_core(model: PeftModel, targets: Sequence[Target], sigma: float) -> None
 
     Args:
         model: freshly wrapped, so that DoRA's magnitudes are those of W.
-        targets: the modules, as they were before.
+        targets: the modules before wrapping.
         sigma: standard deviation of the entries of Q before training.
     """
     for target in targets:
@@ -172,7 +171,7 @@ def make_core(model: PeftModel, targets: Sequence[Target], sigma: float) -> None
 
 
 def make_grouped(model: PeftModel, size: int) -> None:
-    """Turn a model wrapped by PEFT's LoRA into one whose A reads means of ``size`` inputs."""
+    """Turn LoRA layers wrapped by PEFT into ones whose A reads means of ``size`` inputs."""
     for _, layer in lora_layers(model):
         plain = layer.lora_A["default"].weight
         rank, width = plain.shape
@@ -189,7 +188,7 @@ def make_transformed(model: PeftModel, structure: str) -> None:
 def written_out(
     model: PeftModel, matrix: Callable[[Any], Tensor] = attrgetter("weight")
 ) -> dict[str, Tensor]:
-    """Return the state of a plain LoRA: of what stands in the place of A and B its ``matrix``."""
+    """Return the state of a plain LoRA: the ``matrix`` of each replacement of A and B."""
     whole = model.state_dict()
     state = {key: value for key, value in whole.items() if not _FACTOR.search(key)}
     for name, layer in lora_layers(model):
@@ -200,5 +199,5 @@ def written_out(
 
 
 def save_written_out(model: PeftModel, folder: Path) -> None:
-    """Write a plain LoRA: whatever stands in the place of A and B, by its `weight`."""
+    """Write a plain LoRA: the `weight` of whatever replaces A and B."""
     model.save_pretrained(folder, state_dict=written_out(model))

@@ -1,1 +1,1 @@
-"""Model and batches -> statistics. The only place with hooks on the user's model."""
+"""Model and batches -> statistics. The only package with hooks on the user's model."""

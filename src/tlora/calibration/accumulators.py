@@ -1,8 +1,9 @@
-"""Sums over samples: second moments of inputs, shared where inputs are, and gradients.
+"""Sums over samples: second moments of inputs, shared between modules, and gradients.
 
-The mean gradient G = (1/n) sum_s dL_s/dW takes m x d numbers a module, the second moment that
-gradients weight, N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T, d x d; neither is shared by modules
-that read the same tensor. Both are held from the first batch to the last (docs/method.md, 9).
+The mean gradient G = (1/n) sum_s dL_s/dW takes m x d numbers per module; the gradient-weighted
+second moment N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T takes d x d. Modules that read the same
+tensor cannot share either. Both stay in memory from the first batch to the last (docs/method.md,
+9).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from tlora.linalg.packed import packed_numbers
 
 
 class Accumulator(Protocol):
-    """Takes in what the hooks have recorded of a batch."""
+    """Consumes the hooks' records of each batch."""
 
     def prepare(self, records: Mapping[str, ModuleRecord]) -> None:
-        """Tell the records of a batch, before it runs, what to keep."""
+        """Tell the records of a batch what to keep, before the batch runs."""
         ...
 
     def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
@@ -40,12 +41,12 @@ class Accumulator(Protocol):
         ...
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
-        """Add up what all processes have taken in, so that each holds the sum."""
+        """Sum the accumulators over all processes; each process gets the sum."""
         ...
 
 
 def moment_bytes(columns: int) -> int:
-    """Return the bytes of one float32 second moment of ``columns`` inputs, packed."""
+    """Return the bytes of one packed float32 second moment of ``columns`` inputs."""
     return 4 * packed_numbers(columns)
 
 
@@ -55,10 +56,9 @@ class MomentAccumulator:
     Modules that read the same tensors in every batch form a group with one second moment.
 
     Args:
-        excluded: names of modules whose moments are not kept (a later pass may).
-        by_outputs: names of modules of which W C is wanted and not C: it is taken from their
-            outputs (`CrossMoment`) if no other target reads what they read. Moments are then not
-            to be pooled.
+        excluded: names of modules whose moments are not kept (a later pass may keep them).
+        by_outputs: names of modules that need W C but not C: W C is computed from their outputs
+            (`CrossMoment`) if no other target reads their input. Such moments cannot be pooled.
     """
 
     def __init__(self, excluded: Collection[str] = (), by_outputs: Collection[str] = ()) -> None:
@@ -68,11 +68,11 @@ class MomentAccumulator:
         self.moments: dict[int, SecondMoment | CrossMoment | None] = {}
 
     def moment(self, name: str) -> SecondMoment | CrossMoment | None:
-        """Return the second moment of a module, None if it is not kept (or was never seen)."""
+        """Return the second moment of a module; None if it is not kept or was never seen."""
         return self.moments.get(self.moment_ids.get(name, -1))
 
     def prepare(self, records: Mapping[str, ModuleRecord]) -> None:
-        """Have the outputs kept of modules whose W C may come from them, or does."""
+        """Keep the outputs of modules whose W C may come from them."""
         for name in self.by_outputs & records.keys():
             first = name not in self.moment_ids
             records[name].keeps_outputs = first or isinstance(self.moment(name), CrossMoment)
@@ -95,10 +95,10 @@ class MomentAccumulator:
                     moment.update(rows.to(moment.device), mask, places)
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
-        """Add up the second moments of all processes' samples, so that each process holds the sum.
+        """Sum the second moments over all processes; each process gets the sum.
 
         Modules that read the same tensors on every process stay in one group: the common refinement
-        of what the processes saw. A process without samples agrees to any.
+        of the groups on each process. A process without samples accepts any grouping.
         """
         if group.size == 1:
             return
@@ -125,14 +125,14 @@ class MomentAccumulator:
     def _assign(self, records: Mapping[str, ModuleRecord]) -> None:
         """Put modules that read the same tensors into one group.
 
-        Modules of a group that read different tensors in this batch part here, before it is
-        added, each with a copy of what they have in common.
+        Modules of a group that read different tensors in this batch are split before the batch is
+        added; each gets a copy of the common moment.
         """
         seen: dict[tuple[object, ...], int] = {}
         readers = Counter(record.source for record in records.values())
         for name, record in records.items():
             old = self.moment_ids.get(name)
-            # What is kept and what is not never share a group, whatever they read.
+            # Kept and excluded modules never share a group.
             key = (old, record.source, name in self.excluded)
             if key not in seen:
                 taken = old is None or old in seen.values()
@@ -148,16 +148,17 @@ class MomentAccumulator:
         if old is None and alone and target.name in self.by_outputs and _in_float32(record):
             moment = CrossMoment(target.d_out, target.d_in)
         elif target.name not in self.excluded:
-            # Modules part that shared a moment; one alone never had a `CrossMoment` to share.
+            # Modules that shared a moment are being split; a `CrossMoment` is never shared.
             moment = new_moment(target, common)  # type: ignore[arg-type]
         self.moments[moment_id] = moment
         return moment_id
 
 
 def cheaper_by_outputs(targets: Iterable[Target], config: TLoraConfig) -> list[str]:
-    """Return the names of the targets of which W C is wanted alone, and cheaper from their outputs.
+    """Return the targets that need only W C and get it more cheaply from their outputs.
 
-    Only plain float32 layers on the CPU: outputs rounded to 16 bits are off by 2e-3, those of TF32
+    Applies only to plain float32 layers on the CPU: outputs rounded to 16 bits are off by 2e-3,
+    those of TF32
     products by 5e-4.
     """
     if config.basis != "weight-covariance" or config.whiten:
@@ -176,7 +177,7 @@ def cheaper_by_outputs(targets: Iterable[Target], config: TLoraConfig) -> list[s
 
 
 def _in_float32(record: ModuleRecord) -> bool:
-    """Return whether a module ran, and gave float32 (which under autocast it does not)."""
+    """Return whether a module ran and returned float32 (under autocast it does not)."""
     results = [call.result for call in record.calls]
     return bool(results) and all(r is not None and r[0].dtype == torch.float32 for r in results)
 
@@ -185,8 +186,8 @@ def new_moment(target: Target, start: SecondMoment | None = None) -> SecondMomen
     """Return a second moment for a target: empty, or a copy of ``start``."""
     device = device_of(target.module)
     if device.type == "cpu":
-        # One place for rows and then C: pages that are not written take no memory, and rows
-        # that go when C comes would leave holes between what a pass keeps.
+        # One buffer for the rows and then for C: unwritten pages take no memory, and separate rows
+        # would leave holes when C replaces them.
         moment = SecondMoment(target.d_in, space=torch.zeros(packed_numbers(target.d_in)))
     else:
         moment = SecondMoment(target.d_in, device=device)
@@ -216,8 +217,8 @@ class GradientAccumulator:
     """Accumulates mean gradients and gradient-weighted second moments of the targets.
 
     Args:
-        config: says which of both.
-        kept: names of the targets to accumulate them for; None: all.
+        config: selects mean gradients, second moments, or both.
+        kept: names of the targets to accumulate; None: all.
     """
 
     def __init__(self, config: TLoraConfig, kept: Collection[str] | None = None) -> None:
@@ -236,7 +237,7 @@ class GradientAccumulator:
 
         Args:
             target: the module.
-            samples: the pairs (delta, x) of each sample; one of them at least has one.
+            samples: the pairs (delta, x) of each sample; at least one sample must have a pair.
             factors: see `SensitivityPass`.
         """
         if not self.keeps(target):
@@ -248,29 +249,29 @@ class GradientAccumulator:
             moment.add_rows(gradient_weighted(samples, factors).to(moment.device))
 
     def give(self, target: Target, to: ModuleStatistics) -> None:
-        """Hand G and N, where they are wanted, over to a target's statistics.
+        """Move G and N, where requested, to a target's statistics.
 
-        G (m x d float32) takes the place of the sum. Both are zero where no loss depends on the
+        G (m x d float32) reuses the sum's memory. Both are zero if the loss does not depend on the
         module.
 
         Raises:
-            CalibrationError: one is not finite.
+            CalibrationError: G or N is not finite.
         """
         if not self.keeps(target):
             return
         if self.means:
             to.gradient = self._total(target).div_(to.samples)
             del self.totals[target.name]
-            _refuse_overflown(to.gradient, f"{target.name}: its mean gradient")
+            _refuse_overflow(to.gradient, f"{target.name}: its mean gradient")
         if self.weighted:
             moment = to.gradient_moment = self._moment(target)
             moment.samples = to.samples
             kept = moment.scatter.diagonal() if moment.rows is None else moment.rows
-            _refuse_overflown(kept, f"{target.name}: its gradient-weighted second moment")
+            _refuse_overflow(kept, f"{target.name}: its gradient-weighted second moment")
             del self.moments[target.name]
 
     def pool(self, targets: Iterable[Target], group: ProcessGroup) -> None:
-        """Add up what all processes have accumulated, so that each holds the sum."""
+        """Sum the accumulators over all processes; each process gets the sum."""
         if group.size == 1:
             return
         kept = [target for target in targets if self.keeps(target)]
@@ -293,7 +294,7 @@ class GradientAccumulator:
         return self.moments[target.name]
 
 
-def _refuse_overflown(values: Tensor, what: str) -> None:
+def _refuse_overflow(values: Tensor, what: str) -> None:
     if not values.isfinite().all():
         raise CalibrationError(
             f"{what} overflows, though the gradient of every sample is finite; calibrate in"

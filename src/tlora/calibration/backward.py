@@ -1,8 +1,8 @@
-"""Why a backward pass runs, and the statistics taken from each output gradient as it arrives.
+"""The purpose of a backward pass, and the statistics computed from each output gradient.
 
 Source: arXiv 2604.18124, section 3 (docs/method.md, 2): S = (1/n) sum_s mean_jk |W (dL_s/dW)|_jk,
-the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient. Other
-measures, and accumulated gradients: docs/method.md, 9.
+the absolute value taken per sample. dL_s/dW = delta_s^T X_s, so no weight needs a gradient.
+docs/method.md, 9 describes the other measures and accumulated gradients.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from tlora.linalg.products import factors as factors_of_product
 
 @dataclass(frozen=True)
 class Measure:
-    """One number for each sample, from its gradient of a module's weight.
+    """A number per sample, computed from its gradient of a module's weight.
 
     Attributes:
-        values: takes W (None, if it is not read) and the pairs of each sample, and gives the sum
-            over the m d entries of what is averaged.
-        power: of the factor that turns the gradient into that of the sample's own loss.
+        values: takes W (None if not read) and the pairs of each sample, and returns the sum over
+            the m d entries.
+        power: exponent of the factor that turns the batch's gradient into that of the sample's own
+            loss.
         reads_weight: whether W is needed.
-        statistic: the attribute of `ModuleStatistics` that holds the mean over samples; None: it
-            only tells whether a gradient is finite.
+        statistic: the attribute of `ModuleStatistics` that holds the mean over samples; None: only
+            checks that gradients are finite.
     """
 
     values: Callable[[Any, Sequence[Pairs]], Tensor]
@@ -45,7 +46,7 @@ class Measure:
     statistic: str | None
 
     def of(self, target: Target, samples: Sequence[Pairs], factors: Sequence[float]) -> Tensor:
-        """Return the number of each sample, on the device of the weight or of the pairs."""
+        """Return the value of each sample, on the device of the weight or of the pairs."""
         weight = stored_weight(target) if self.reads_weight else None
         values = self.values(weight, samples)
         own = tuple(factor**self.power for factor in factors)
@@ -54,7 +55,7 @@ class Measure:
 
 
 def _size(_: Any, samples: Sequence[Pairs]) -> Tensor:
-    """Return sum |delta| of each sample: finite where every entry is."""
+    """Return sum |delta| of each sample; it is finite exactly if every entry is."""
     like = next(delta for pairs in samples for delta, _ in pairs)
     zero = like.new_zeros((), dtype=torch.float32)
     return torch.stack(
@@ -71,11 +72,11 @@ FINITE = Measure(_size, 1, False, None)
 
 @dataclass(frozen=True)
 class Backward:
-    """What a backward pass is run for.
+    """The purpose of a backward pass.
 
     Attributes:
-        measure: of each sample and target.
-        accumulator: where gradients are accumulated; None: they are not wanted.
+        measure: computed for each sample and target.
+        accumulator: where gradients are accumulated; None: gradients are not needed.
     """
 
     measure: Measure
@@ -83,16 +84,16 @@ class Backward:
 
     @property
     def statistic(self) -> str | None:
-        """Which sensitivity is measured, as an attribute of `ModuleStatistics`."""
+        """The measured sensitivity, as an attribute of `ModuleStatistics`."""
         return self.measure.statistic
 
 
 def backward_for(config: TLoraConfig, kept: Collection[str] | None = None) -> Backward | None:
-    """Return what a configuration asks of the backward pass, None where it needs none.
+    """Return what a configuration needs from the backward pass; None if nothing.
 
     Args:
-        config: the adapter.
-        kept: names of the targets whose gradients are accumulated; None: of all.
+        config: the adapter's configuration.
+        kept: names of the targets whose gradients are accumulated; None: all.
     """
     if not config.needs_backward:
         return None
@@ -103,9 +104,9 @@ def backward_for(config: TLoraConfig, kept: Collection[str] | None = None) -> Ba
 
 
 def backward_again(config: TLoraConfig) -> Backward | None:
-    """Return what a further pass for the sake of the basis asks of a backward pass.
+    """Return what the basis needs from a further backward pass.
 
-    Nothing is measured again but whether gradients are finite. None where none is needed.
+    It only checks that gradients are finite and measures nothing else. None if no pass is needed.
     """
     if not (config.needs_gradient or config.needs_gradient_moment):
         return None
@@ -113,23 +114,24 @@ def backward_again(config: TLoraConfig) -> Backward | None:
 
 
 class SensitivityPass:
-    """While open, notes what is measured of each target on every sample.
+    """While open, measures each target on every sample.
 
-    A target is dealt with as soon as the gradients of all its calls are there, and its tensors
-    are dropped: no full set of gradients, nor of inputs, outlives its use.
+    A target is processed as soon as the gradients of all its calls have arrived, and then its
+    tensors
+    are dropped, so neither all gradients nor all inputs are in memory at once.
 
     Args:
         records: what the forward pass recorded.
-        weights: B; what turns the gradient of the batch's loss at the rows of sample s into that
-            of the sample's own loss: (labels in the batch) / (labels of s).
-        asked: what is measured, and where gradients are accumulated.
-        group: the processes that hold a part of each weight. One that is not whole when a gradient
-            arrives is gathered by all of them at the end of the pass.
-        late: accumulate gradients in `accumulate` alone, when all that was measured is known; the
-            rows and gradients of all calls are kept until then.
+        weights: B factors, (labels in the batch) / (labels of s), that turn the gradient of the
+            batch's loss at the rows of sample s into the gradient of that sample's own loss.
+        asked: what to measure, and where to accumulate gradients.
+        group: the processes that hold a part of each weight. If a weight is incomplete when a
+            gradient arrives, all processes gather it at the end of the pass.
+        late: accumulate gradients only in `accumulate`, once everything is measured; the rows and
+            gradients of all calls are kept until then.
 
     Attributes:
-        found: by target name: B numbers, on the target's device.
+        found: B numbers on the target's device, by target name.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class SensitivityPass:
             handle.remove()
         if kind is not None:
             return
-        # Calls that the loss does not depend on never get a gradient: add the others.
+        # Calls outside the loss's graph never get a gradient; process the others here.
         left = [any(call.delta is not None for call in record.calls) for record in self.records]
         for record, wanted in zip(self.records, self.group.all_reduce_max(left), strict=True):
             if wanted:
@@ -171,7 +173,7 @@ class SensitivityPass:
             record.calls = []
 
     def accumulate(self) -> None:
-        """Accumulate the gradients that were kept; nothing where it is not `late`."""
+        """Accumulate the kept gradients; does nothing unless `late`."""
         if (accumulator := self.asked.accumulator) is not None:
             for record, calls in self._kept:
                 for target, samples in _pairs(record, calls, len(self.weights), self._tokens):
@@ -193,7 +195,7 @@ class SensitivityPass:
         calls = [call for call in record.calls if call.delta is not None]
         record.calls = []
         if not calls:
-            # Another process alone has use for its weight, and needs this one's part of it.
+            # Only another process needs its weight whole, but it needs this process's part.
             if self._reads_weight and not isinstance(record, ExpertsRecord):
                 stored_weight(record.target)
             return
@@ -207,10 +209,10 @@ class SensitivityPass:
 
 
 def check_gradients(found: Mapping[str, Tensor]) -> None:
-    """Look at what a backward pass gave: B numbers for each target.
+    """Check the result of a backward pass: B numbers for each target.
 
     Raises:
-        BadSamples: some are not finite.
+        BadSamples: some values are not finite.
     """
     if not found:
         return
@@ -223,8 +225,8 @@ def check_gradients(found: Mapping[str, Tensor]) -> None:
     raise BadSamples(
         rows,
         f"the gradient at {name} is not finite",
-        f"{name}: the gradient of the loss is not finite on {{}}; calibrate in float32 or bfloat16,"
-        " or leave the sample out (skip_bad_samples).",
+        f"{name}: the gradient of the loss is not finite on {{}}; calibrate in float32 or "
+        "bfloat16, or skip the sample (skip_bad_samples).",
     )
 
 
@@ -233,7 +235,7 @@ def _pairs(
 ) -> Iterator[tuple[Target, list[Pairs]]]:
     """Yield each target of a record with the pairs (delta, x) of each of ``size`` samples.
 
-    Parts of an expert that no sample reaches are left out.
+    Experts that no sample reaches are skipped.
     """
     if isinstance(record, ExpertsRecord):
         yield from record.pairs(calls)
@@ -243,10 +245,10 @@ def _pairs(
 
 
 def _own_rows(call: Call, tokens: RealTokens) -> list[tuple[Tensor, Tensor]]:
-    """Return delta_s (T_s x m) and X_s (T_s x d) of each sample, padding left out.
+    """Return delta_s (T_s x m) and X_s (T_s x d) of each sample, without padding.
 
     Raises:
-        ValueError: the backward pass has not reached the call.
+        ValueError: the backward pass did not reach the call.
     """
     if call.delta is None:
         raise ValueError("the call has no gradient")

@@ -1,13 +1,13 @@
-"""Reading a user's batch: how many samples, which tokens are real, what each sample's loss weighs.
+"""Reads a user's batch: number of samples, mask of real tokens, weight of each sample's loss.
 
-A batch of B padded samples has to give what the samples give one at a time. Two facts make that
-possible without running them one at a time:
+A batch of B padded samples must give the same result as the samples one at a time. Two facts make
+that possible in one pass:
 
-- rows of a module's input belong to known samples and tokens (`TokenLayout`), and
-- the model's loss is a mean over labels, so the loss of sample s alone has the gradient that the
-  batch's loss has at the rows of s, times (labels in the batch) / (labels of s) (`loss_weights`).
+- each row of a module's input belongs to a known sample and token (`TokenLayout`), and
+- the model's loss is a mean over labels, so the gradient of sample s's own loss is the gradient of
+  the batch's loss at the rows of s, times (labels in the batch) / (labels of s) (`loss_weights`).
 
-Where either is unknown, `single_samples` cuts the batch up, which is always right and slower.
+If either is unknown, `single_samples` splits the batch, which is always correct but slower.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from tlora.errors import CalibrationError
 Batch = Mapping[str, Any]
 
 _IGNORED_LABEL = -100
-# Models whose loss is a mean over samples, and causal ones that transformers has no loss type for.
+# Models whose loss is a mean over samples, and causal models without a loss type in transformers.
 _PER_SAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 _CAUSAL = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel", "BertLMHeadModel")
 _SAMPLE_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 class UnknownLayout(Exception):
-    """A module's input cannot be split into samples; internal, answered by single samples."""
+    """A module's input cannot be split into samples; internal: single samples are tried next."""
 
 
 class BadSamples(Exception):
-    """Samples that cannot count; internal, answered by an error or by leaving them out.
+    """Samples that cannot be used; internal: raises or skips them.
 
     Attributes:
-        rows: which of the micro-batch's.
-        reason: a few words, "its loss is nan".
+        rows: their rows in the micro-batch.
+        reason: a few words, such as "its loss is nan".
         sentence: the whole error, with {} for the sample.
     """
 
@@ -66,32 +66,32 @@ def as_batch(batch: Any, device: torch.device) -> dict[str, Any]:
     """
     if not isinstance(batch, Mapping):
         raise CalibrationError(
-            f"a calibration batch is a {type(batch).__name__}; give dicts of what the model's"
-            " forward takes (input_ids, attention_mask, labels, ...)."
+            f"a calibration batch is a {type(batch).__name__}; give dicts of the model's "
+            "forward arguments (input_ids, attention_mask, labels, ...)."
         )
-    moved: dict[str, Any] = {key: _moved(value, device) for key, value in batch.items()}
+    moved: dict[str, Any] = {key: _to_device(value, device) for key, value in batch.items()}
     ids = moved.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() < 2:
         raise CalibrationError(
-            f"input_ids has the shape {tuple(ids.shape)}; give samples x tokens (for one sample"
-            " input_ids[None])."
+            f"input_ids has the shape {tuple(ids.shape)}; give samples x tokens (for one "
+            "sample input_ids[None])."
         )
     if not any(isinstance(value, Tensor) for value in moved.values()):
         raise CalibrationError(
-            f"a calibration batch with the keys {sorted(moved)} holds no tensor; let the tokenizer"
-            ' or collator return tensors (return_tensors="pt").'
+            f"a calibration batch with the keys {sorted(moved)} holds no tensor; let the "
+            'tokenizer or collator return tensors (return_tensors="pt").'
         )
     return moved
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     """Return ``value`` with the tensors in it, and in its lists and dicts, on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _to_device(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_to_device(item, device) for item in value)
     return value
 
 
@@ -105,7 +105,7 @@ def batch_size(batch: Batch) -> int:
 
 
 def real_tokens(batch: Any) -> int:
-    """Return how many tokens (of the encoder, or rows of a first layer) a batch has that count."""
+    """Return how many real tokens (of the encoder, or rows of a first layer) a batch has."""
     tensors = {}
     if isinstance(batch, Mapping):
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
@@ -118,16 +118,16 @@ def real_tokens(batch: Any) -> int:
 
 
 def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
-    """Return (labels in the batch) / (labels of s) of each sample, B float32.
+    """Return (labels in the batch) / (labels of s) for each sample, B float32.
 
-    Not finite where a sample has no label that counts. None where it is unknown how this model's
-    loss weighs its samples. Causal models score the label at position t + 1 from position t, so
-    the first label of a sample never counts (`scored_from_tokens`).
+    Not finite for a sample without counted labels. None if the way this model's loss weighs its
+    samples is unknown. Causal models score the label at position t + 1 from position t, so the
+    first label of a sample never counts (`scored_from_tokens`).
     """
     labels = batch.get("labels")
     size = batch_size(batch)
     if getattr(getattr(model, "config", None), "output_router_logits", False):
-        return None  # The loss that balances the experts is no mean over labels.
+        return None  # The load-balancing loss of experts is not a mean over labels.
     if not isinstance(labels, Tensor) or labels.shape[:1] != (size,):
         return None
     if any(kind in class_name(model) for kind in _PER_SAMPLE):
@@ -142,10 +142,10 @@ def loss_weights(batch: Batch, model: nn.Module) -> Tensor | None:
 
 
 def checked_weights(weights: Tensor | None) -> Tensor:
-    """Return the weights of the samples' losses (`loss_weights`); 1 where not known.
+    """Return the weights of the samples' losses (`loss_weights`); 1 where unknown.
 
     Raises:
-        BadSamples: some have no label that counts.
+        BadSamples: some samples have no counted label.
     """
     if weights is None:
         return torch.ones(1)
@@ -153,8 +153,8 @@ def checked_weights(weights: Tensor | None) -> Tensor:
         raise BadSamples(
             empty,
             "it has no label that counts",
-            "{} has no label that counts: every label is -100, so its loss is undefined; leave it"
-            " out (skip_bad_samples) or truncate less.",
+            "{} has no label that counts: every label is -100, so its loss is undefined; "
+            "skip it (skip_bad_samples) or truncate less.",
         )
     return weights
 
@@ -162,8 +162,8 @@ def checked_weights(weights: Tensor | None) -> Tensor:
 def scored_from_tokens(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the batch without labels that a causal model would score from a padding token.
 
-    After padding on the left that is the first label of each sample, which the sample alone does
-    not score. To pass over its gradient at the padding's rows would not do: under eager attention a
+    With left padding, that is the first label of each sample, which a single unpadded sample does
+    not score. Ignoring its gradient at the padding rows would be wrong: under eager attention a
     padding token attends to real ones.
     """
     labels, mask = batch.get("labels"), encoder_mask(batch)
@@ -177,7 +177,7 @@ def scored_from_tokens(batch: dict[str, Any], model: nn.Module) -> dict[str, Any
 
 
 def _first_scored(model: nn.Module) -> int | None:
-    """Return the place of the first label that counts in a loss over tokens; None: not known."""
+    """Return the position of the first label that counts in a loss over tokens; None: unknown."""
     loss_type = getattr(model, "loss_type", None)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return 0
@@ -194,7 +194,7 @@ def _regresses(model: nn.Module) -> bool:
 
 
 def encoder_mask(batch: Batch) -> Tensor | None:
-    """Return the B x T mask of the batch's (encoder) tokens, or None where all are real.
+    """Return the B x T mask of the batch's (encoder) tokens; None if all are real.
 
     Raises:
         CalibrationError: the attention mask is not two-dimensional.
@@ -204,8 +204,8 @@ def encoder_mask(batch: Batch) -> Tensor | None:
         return None
     if mask.dim() != 2:
         raise CalibrationError(
-            f"attention_mask has the shape {tuple(mask.shape)}; calibration needs one entry per"
-            " token (samples x tokens) to tell padding from text."
+            f"attention_mask has the shape {tuple(mask.shape)}; calibration needs one entry "
+            "per token (samples x tokens) to tell padding from text."
         )
     return mask != 0
 
@@ -213,7 +213,7 @@ def encoder_mask(batch: Batch) -> Tensor | None:
 def decoder_mask(batch: Batch) -> Tensor | None:
     """Return the B x T mask of the decoder's tokens of an encoder-decoder model.
 
-    Without ``decoder_attention_mask`` the decoder's inputs are the labels shifted right, so those
+    Without ``decoder_attention_mask`` the decoder's inputs are the labels shifted right, so tokens
     up to a sample's last label are real. A classifier's decoder reads the encoder's tokens.
     """
     mask = batch.get("decoder_attention_mask")
@@ -228,15 +228,15 @@ def decoder_mask(batch: Batch) -> Tensor | None:
 
 @dataclass
 class TokenLayout:
-    """Which rows of a module's input are which real tokens of which sample, for one batch.
+    """Maps rows of a module's input to the real tokens of each sample, for one batch.
 
     Attributes:
         size: B.
-        mask: of the encoder's (or only) tokens, B x T; None: all real.
-        decoder: mask of the decoder's tokens, where there is a decoder.
+        mask: mask of the encoder's (or only) tokens, B x T; None: all real.
+        decoder: mask of the decoder's tokens, if there is a decoder.
         decoder_modules: the modules inside the decoder, by identity.
-        routed: the modules inside experts, by identity: whose rows they get, only routing knows.
-        encoded: where the encoder's output lies in memory (what cross attention reads).
+        routed: the modules inside experts, by identity; routing decides which rows they get.
+        encoded: memory address of the encoder's output (read by cross attention).
     """
 
     size: int
@@ -249,7 +249,7 @@ class TokenLayout:
     _copies: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     def mask_on(self, mask: Tensor, device: torch.device) -> Tensor:
-        """Return a mask on a device, for all modules there the same tensor."""
+        """Return a mask on a device; all modules there share the same tensor."""
         key = id(mask), device
         if key not in self._copies:
             self._copies[key] = mask.to(device)
@@ -259,7 +259,7 @@ class TokenLayout:
         """Return a module's input as B x T x d with its token mask (B x T, or None: all real).
 
         Raises:
-            UnknownLayout: the rows cannot be told apart (an expert that routing feeds).
+            UnknownLayout: the rows cannot be assigned (an expert that routing feeds).
         """
         mask = self.mask
         in_decoder = id(module) in self.decoder_modules
@@ -280,7 +280,7 @@ class TokenLayout:
         raise UnknownLayout
 
     def _is_padded(self, mask: Tensor | None) -> bool:
-        # Looked at once per batch, not once per module: on an accelerator each look waits for it.
+        # Checked once per batch, not once per module: each check synchronizes with an accelerator.
         if mask is not None and id(mask) not in self._padded:
             self._padded[id(mask)] = not bool(mask.all())
         return mask is not None and self._padded[id(mask)]
@@ -290,7 +290,7 @@ class TokenLayout:
             tokens = rows.reshape(self.size, -1, rows.shape[-1])
             return tokens, mask if self._is_padded(mask) else None
         if len(rows) == self.size:
-            # A pooler or head: one row a sample, taken from a real token.
+            # A pooler or head: one row per sample, taken from a real token.
             return rows[:, None], None
         raise UnknownLayout
 
@@ -300,7 +300,7 @@ def token_layout(batch: Batch, model: nn.Module) -> TokenLayout:
     routed = frozenset(
         id(module)
         for name, module in model.named_modules()
-        # Fused experts are given all rows, and so are shared ones.
+        # Fused experts get all rows, and so do shared ones.
         if "expert" in name and "shared" not in name and not has_layout(module)
     )
     layout = TokenLayout(batch_size(batch), encoder_mask(batch), routed=routed)
@@ -312,7 +312,7 @@ def token_layout(batch: Batch, model: nn.Module) -> TokenLayout:
 
 
 def single_samples(batch: Batch, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the batch's samples one at a time, their padding cut off."""
+    """Yield the batch's samples one at a time, without padding."""
     size = batch_size(batch)
     layout = token_layout(batch, model)
     for index in range(size):

@@ -1,7 +1,7 @@
-"""The memory that second moments may take together: as given, or a share of the device's memory.
+"""The memory budget of second moments: as given, or a share of the device's memory.
 
-The share follows from shapes and the device's total memory alone, never from what is free now, so
-the same machine gives the same plan.
+The share depends only on shapes and the device's total memory, never on the free memory, so the
+same machine gives the same plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MemoryBudget:
 
     Attributes:
         bytes: None: no limit.
-        source: where the value comes from, in words; "" if the configuration gives it.
+        source: origin of the value, in words; "" if the configuration gives it.
     """
 
     bytes: int | None
@@ -37,35 +37,35 @@ class MemoryBudget:
 
     @property
     def first(self) -> int | None:
-        """What of it the pass that runs backward may take.
+        """The part that a backward pass may use.
 
-        An automatic one leaves most of it there to the activations that wait for gradients, which
-        later passes do not keep.
+        An automatic budget leaves most of itself to the activations that wait for gradients; later
+        passes do not keep these.
         """
         return self.bytes // _IN_FIRST if self.bytes and self.source else self.bytes
 
     def __str__(self) -> str:
         if self.bytes is None:
-            return "no limit"
+            return "unlimited"
         return bytes_text(self.bytes) + (", auto" if self.source else "")
 
     def explained(self) -> str:
-        """Say the value and where it comes from."""
+        """Describe the value and its origin."""
         return f"{self}: {self.source}" if self.source else str(self)
 
 
 def given(config: TLoraConfig) -> MemoryBudget:
-    """Return the budget of a configuration where "auto" sets no limit."""
+    """Return the budget of a configuration, with no limit for "auto"."""
     return MemoryBudget(config.memory_budget_bytes)
 
 
 def resolved(
     config: TLoraConfig, model: nn.Module, targets: Sequence[Target], group: ProcessGroup
 ) -> MemoryBudget:
-    """Return the budget of a configuration for a loaded model, the same on every process.
+    """Return the budget of a configuration for a loaded model, equal on every process.
 
-    "auto" is the smallest value of the devices that hold targets, of all processes. Weights that
-    are sharded count as far as the device holds them; offloaded ones do not stay there.
+    "auto" is the smallest value over the devices that hold targets, on all processes. Only the
+    local part of sharded weights counts; offloaded weights do not stay on the device.
     """
     if config.memory_budget != "auto":
         return given(config)
@@ -77,9 +77,9 @@ def resolved(
 
 
 def on_devices(held: Iterable[tuple[torch.device, int]], targets: Sequence[Target]) -> MemoryBudget:
-    """Return what "auto" means on devices, given with the bytes of the weights on each.
+    """Return the value of "auto" for devices, given the bytes of weights on each.
 
-    No limit on the CPU. On an accelerator 1/20 of the memory that the weights leave, at most 4 GiB,
+    No limit on the CPU. On an accelerator 1/20 of the memory that the weights leave, at most 4 GiB
     and at least the largest second moment.
     """
     least = max(moment_bytes(target.d_in) for target in targets)
@@ -90,7 +90,7 @@ def on_devices(held: Iterable[tuple[torch.device, int]], targets: Sequence[Targe
             room = f"the {bytes_text(left)} that the weights leave on {device}"
             share, source = left // _SHARE, f"1/{_SHARE} of {room}"
             if share > _MOST:
-                share, source = _MOST, f"the most it takes; {source} is more"
+                share, source = _MOST, f"the maximum; {source} is more"
             if share < least:
                 share, source = least, f"the largest second moment; {source} is less"
             found.append(MemoryBudget(share, source))
@@ -98,7 +98,7 @@ def on_devices(held: Iterable[tuple[torch.device, int]], targets: Sequence[Targe
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of an accelerator's memory, whatever is in use."""
+    """Return the total bytes of an accelerator's memory."""
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     return int(getattr(torch, device.type).get_device_properties(device).total_memory)
@@ -110,7 +110,7 @@ def _smallest(budgets: Iterable[MemoryBudget]) -> MemoryBudget:
 
 
 def _weight_bytes(model: nn.Module, device: torch.device) -> int:
-    """Return the bytes of the model's weights that lie on ``device``."""
+    """Return the bytes of the model's weights on ``device``."""
     parts = [local_part(parameter) for parameter in model.parameters()]
     return sum(
         part.numel() * part.element_size()

@@ -1,18 +1,18 @@
-"""One pass over calibration batches: forward, and where sensitivities are wanted backward.
+"""One pass over calibration batches: forward, and backward if sensitivities are needed.
 
-How a batch is read, in order:
+A batch is read in this order:
 
-1. forward; hooks keep each target's input X and make its output a place where the gradient can be
-   seen (a graph starts at the first targets, so nothing before them is differentiated);
+1. forward; hooks keep each target's input X and mark its output so that its gradient is visible (a
+   graph starts at the first targets, so nothing before them is differentiated);
 2. the inputs are split into samples, checked to be finite, and added to the second moments, once
    for modules that read the same tensor;
 3. backward; when the gradient delta of a target's output arrives, |W * (delta_s^T X_s)| of every
-   sample is averaged (or what else is asked of it) and both tensors are dropped, so no full set of
-   a batch's gradients is ever held.
+   sample (or another measure) is averaged and both tensors are dropped, so the gradients of a batch
+   are never all in memory.
 
-Bad samples (no label that counts; an input, a loss or a gradient that is not finite) are errors, or
-are left out: then the batch is read again without them, and 2 waits for 3, since a gradient is
-seen last.
+Bad samples (no counted label; an input, a loss or a gradient that is not finite) raise or are
+skipped. When skipped, the batch is read again without them, and step 2 waits for step 3, since
+gradients come last.
 
 The processes of a sharded model run every pass together (`Lockstep`).
 
@@ -46,12 +46,12 @@ from tlora.errors import CalibrationError
 
 @dataclass
 class MicroBatch:
-    """A batch that was read in one forward pass, for passes that come later.
+    """A batch that was read in one forward pass, kept for later passes.
 
     Attributes:
         batch: the tensors.
-        numbers: of its samples among all that were given, counted from 0.
-        calls: how often each target ran, so that a later pass knows when it has seen enough.
+        numbers: of its samples in the order given, counted from 0.
+        calls: how often each target ran, so that a later pass can stop early.
     """
 
     batch: dict[str, Any]
@@ -59,7 +59,7 @@ class MicroBatch:
     calls: dict[str, int] = field(default_factory=dict)
 
     def without(self, rows: Collection[int]) -> MicroBatch:
-        """Return the samples but those in ``rows``."""
+        """Return the samples except those in ``rows``."""
         size = len(self.numbers)
         kept = [row for row in range(size) if row not in rows]
         batch = {
@@ -73,21 +73,21 @@ class Collector:
     """Accumulates statistics of targets over batches.
 
     Args:
-        model: in eval mode, its parameters frozen (see `preserved`).
-        targets: the modules to look at.
-        accumulator: where the inputs go; None: they are not wanted.
-        backward: what a backward pass is run for; None: none is run.
-        skip_bad_samples: leave bad samples out, as if they had not been given; else they raise.
+        model: in eval mode, with frozen parameters (see `preserved`).
+        targets: the modules to measure.
+        accumulator: consumes the inputs; None: inputs are not needed.
+        backward: purpose of the backward pass; None: no backward pass runs.
+        skip_bad_samples: skip bad samples as if they had not been given; otherwise they raise.
         group: the processes that share the samples.
 
     Attributes:
-        samples: samples that count, so far.
-        given: samples seen so far, those left out included.
-        skipped: number (counted from 0) of each sample left out, and why.
-        keep_micro_batches: whether what is read is kept, for passes that come later.
-        micro-batches: what was read in one forward pass each, in order, if it is kept.
-        sensitivities: by target: sum over samples of what is measured, on the target's device.
-        stage: what is being done, for the message if memory runs out.
+        samples: number of good samples so far.
+        given: number of samples so far, skipped ones included.
+        skipped: number (counted from 0) of each skipped sample, and the reason.
+        keep_micro_batches: whether batches are kept for later passes.
+        micro-batches: the kept micro-batches, in order.
+        sensitivities: sum over samples of the measure, by target, on the target's device.
+        stage: the current step, for the message if memory runs out.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class Collector:
 
     @property
     def gradients(self) -> GradientAccumulator | None:
-        """Where gradients are accumulated; None: they are not wanted."""
+        """Where gradients are accumulated; None: gradients are not needed."""
         return None if self.backward is None else self.backward.accumulator
 
     def add(self, batch: dict[str, Any]) -> None:
         """Add a batch of tensors on the model's device.
 
-        It is cut into single samples where its rows or loss cannot be split.
+        It is split into single samples if its rows or loss cannot be split.
         """
         size = reading.batch_size(batch)
         batch = reading.scored_from_tokens(batch, self.model)
@@ -131,7 +131,7 @@ class Collector:
         self.given += size
 
     def add_again(self, micro_batch: MicroBatch) -> None:
-        """Add what an earlier pass has read.
+        """Add a micro-batch that an earlier pass has read.
 
         Without a backward pass the forward pass stops once every target has run.
         """
@@ -139,7 +139,7 @@ class Collector:
         self._add(micro_batch, weights)
 
     def run_spare_passes(self) -> None:
-        """Run passes that count nothing, while other processes have samples left."""
+        """Run passes without samples while other processes have samples left."""
         while self.lockstep.begin_pass(None):
             spare = self.lockstep.spare
             records = records_of(self.targets)
@@ -148,9 +148,9 @@ class Collector:
             self._finish_uncounted(records, outputs)
 
     def pool(self) -> None:
-        """Add up what all processes have measured, so that each holds what all samples give.
+        """Sum the measures over all processes; each process gets the result for all samples.
 
-        Samples are numbered one process's after the other's.
+        Samples are numbered process by process.
         """
         if self.group.size > 1:
             totals = {name: total.item() for name, total in self.sensitivities.items()}
@@ -170,14 +170,14 @@ class Collector:
         reshard(self.model)
 
     def doing(self, first: int, count: int) -> str:
-        """Return what is being done to which samples: "the backward pass of samples 4 to 7"."""
+        """Return the current step and its samples: "the backward pass of samples 4 to 7"."""
         return f"{self.stage} of {numbered(first, count)}"
 
     def measured(self, target: Target) -> ModuleStatistics:
-        """Return what was measured of a target, without what the accumulators accumulate.
+        """Return the measures of a target, without the accumulators' statistics.
 
         Raises:
-            CalibrationError: it is not finite.
+            CalibrationError: a measure is not finite.
         """
         found = ModuleStatistics(target.name, target.d_in, target.d_out, self.samples, None)
         if self.backward is not None and self.backward.statistic is not None:
@@ -185,9 +185,9 @@ class Collector:
         return found
 
     def unreached(self) -> list[str]:
-        """Return the targets that ran in no batch; experts, which routing may pass by, aside.
+        """Return the targets that ran in no batch, except experts, which routing may skip.
 
-        None where that is not known: nothing was read by this process, or others read too.
+        None if unknown: this process read nothing, or other processes read too.
         """
         if not self._reached or self.group.size > 1:
             return []
@@ -196,18 +196,18 @@ class Collector:
 
     def _mean(self, name: str) -> float:
         total = self.sensitivities.get(name)
-        # A module that no sample reached does not move the loss.
+        # A module that no sample reached does not change the loss.
         value = 0.0 if total is None else total.item() / self.samples
         if not math.isfinite(value):
             raise CalibrationError(
-                f"{name}: its sensitivity overflows, though that of every sample is finite;"
-                " calibrate on fewer samples."
+                f"{name}: its sensitivity overflows, though that of every sample is finite; "
+                "calibrate on fewer samples."
             )
         return value
 
     def _take(self, micro_batch: MicroBatch, alone: bool = False) -> None:
-        """Add a micro-batch, or what is good of it; ``alone``: it is one sample without padding."""
-        rest = self._tried(micro_batch, alone)
+        """Add the good samples of a micro-batch; ``alone``: it is one sample without padding."""
+        rest = self._try(micro_batch, alone)
         if rest is None:
             samples = reading.single_samples(micro_batch.batch, self.model)
             for number, sample in zip(micro_batch.numbers, samples, strict=True):
@@ -215,11 +215,11 @@ class Collector:
         elif rest.numbers:
             self._take(rest, alone)
 
-    def _tried(self, micro_batch: MicroBatch, alone: bool) -> MicroBatch | None:
-        """Add a micro-batch; return what of it is to be tried anew, None if sample by sample.
+    def _try(self, micro_batch: MicroBatch, alone: bool) -> MicroBatch | None:
+        """Add a micro-batch; return the part to retry, or None to retry sample by sample.
 
         Raises:
-            CalibrationError: a sample is bad, and bad samples are not to be left out.
+            CalibrationError: a sample is bad, and bad samples are not skipped.
         """
         weights = reading.loss_weights(micro_batch.batch, self.model)
         if self.backward and weights is None and len(micro_batch.numbers) > 1:
@@ -229,8 +229,8 @@ class Collector:
         except reading.UnknownLayout:
             if alone:
                 raise CalibrationError(
-                    f"sample {micro_batch.numbers[0]}: its rows of some module's input cannot be"
-                    " told from padding; give it without padding."
+                    f"sample {micro_batch.numbers[0]}: its rows of some module's input cannot be "
+                    "told from padding; give it without padding."
                 ) from None
             return None
         except BadSamples as bad:
@@ -275,7 +275,7 @@ class Collector:
             self.micro_batches.append(micro_batch)
 
     def _finish_uncounted(self, records: dict[str, ModuleRecord], outputs: Any) -> None:
-        """Run the second half of a pass for the sake of the other processes of a sharded model."""
+        """Run the second half of a pass only because other processes of a sharded model need it."""
         if not self.lockstep.active:
             return
         for record in records.values():
@@ -304,14 +304,14 @@ class Collector:
         self, records: dict[str, ModuleRecord], factors: Tensor, loss: Tensor
     ) -> SensitivityPass:
         if self.backward is None:
-            raise ValueError("nothing is asked of a backward pass")
+            raise ValueError("the backward pass has no purpose")
         group, late = self.lockstep.group, self.skip_bad_samples
-        # A mean over B samples has gradients 1/B the size, which 16 bits may not hold; a power of
-        # two rounds nothing.
+        # A mean over B samples has gradients 1/B the size, which may underflow in 16 bits; scaling
+        # by a power of two is exact.
         scale = float(2 ** (max(1, len(factors)).bit_length() - 1))
         done = SensitivityPass(records.values(), factors / scale, self.backward, group, late)
         with done:
-            # It does not where these samples reach no target (an expert).
+            # It does not if these samples reach no target (an expert).
             if loss.requires_grad:
                 with self.lockstep.group.inside_collectives():
                     (loss * scale).backward()
@@ -326,7 +326,8 @@ class Collector:
     ) -> Any:
         options = forward_options(self.model, micro_batch.batch)
         backward = self.backward is not None
-        # To stop halfway would leave a sharded model's weights gathered; a backward needs the loss.
+        # Stopping halfway would leave a sharded model's weights gathered; a backward pass needs the
+        # loss.
         expected = None if self.lockstep.sharded or backward else micro_batch.calls
         with (
             self.lockstep.group.inside_collectives(),
@@ -341,27 +342,27 @@ class Collector:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
-                f"{class_name(self.model)} returned no single loss for a batch with the keys"
-                f" {sorted(micro_batch.batch)}; add `labels`, or allocate neither ranks nor"
-                " scales and take a `basis` without gradients."
+                f"{class_name(self.model)} returned no single loss for a batch with the keys "
+                f"{sorted(micro_batch.batch)}; add `labels`, or set `allocate_rank` and "
+                "`allocate_scale` to false and choose a `basis` without gradients."
             )
         if not loss.isfinite():
             if self.lockstep.active and len(micro_batch.numbers) > 1:
-                # Each sample gets a pass of its own, which the other processes know of.
+                # Each sample gets its own pass, announced to the other processes.
                 raise reading.UnknownLayout
             losses = (
                 self._single_losses(micro_batch) if len(micro_batch.numbers) > 1 else [loss.item()]
             )
             rows = [row for row, value in enumerate(losses) if not math.isfinite(value)]
             if not rows:
-                # Together they overflow, alone they do not.
+                # The batch overflows, the single samples do not.
                 raise reading.UnknownLayout
             value = losses[rows[0]]
             raise BadSamples(
                 rows,
                 f"its loss is {value}",
-                f"the loss of {{}} is {value}; check its labels and text, or calibrate in float32"
-                " or bfloat16.",
+                f"the loss of {{}} is {value}; check its labels and text, or calibrate in float32 "
+                "or bfloat16.",
             )
         return loss
 
@@ -372,7 +373,7 @@ class Collector:
 
 
 def _inputs_of(records: Mapping[str, ModuleRecord]) -> dict[str, ModuleRecord]:
-    """Return records of the inputs alone, which outlast the backward pass."""
+    """Return records that hold only the inputs and outlast the backward pass."""
     return {
         name: replace(record, calls=[replace(c, output=None, delta=None) for c in record.calls])
         for name, record in records.items()
@@ -380,6 +381,6 @@ def _inputs_of(records: Mapping[str, ModuleRecord]) -> dict[str, ModuleRecord]:
 
 
 def forward_options(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """Switch the key-value cache off where the model has one: nothing is generated here."""
+    """Switch the key-value cache off if the model has one; nothing is generated here."""
     takes = inspect.signature(model.forward).parameters
     return {"use_cache": False} if "use_cache" in takes and "use_cache" not in batch else {}

@@ -1,12 +1,12 @@
 """Statistics of experts in fused parameters, expert by expert, from one call of their module.
 
-Hooks see what the module is given (the rows, which experts each row meets and with which weight)
-and the loss's gradient at what it returns. What lies between is computed here again for the rows
-of one expert at a time: its inner input h, and in the backward pass the gradient at u and at
-W_down h. So no parameter needs a gradient, and no gradient of more than one expert is ever held.
-Padding is routed like text; its rows are dropped here.
+Hooks see the module's input (the rows, each row's experts and their weights) and the loss's
+gradient at its output. The values in between are recomputed for the rows of one expert at a time:
+its inner input h, and in the backward pass the gradients at u and at W_down h. So no parameter
+needs a gradient, and only one expert's gradient is in memory. Padding is routed like text; its rows
+are dropped here.
 
-What expert e computes for a row x (`grouped_mm_experts_forward` of transformers)::
+Expert e computes for a row x (`grouped_mm_experts_forward` of transformers)::
 
     u = W_in[e] x + b_in[e];  h = gate(u), or act(u);  y = norm(W_down[e] h + b_down[e])
 
@@ -32,7 +32,7 @@ from tlora.linalg.products import factors
 
 
 def records_of(targets: Iterable[Target]) -> dict[str, ModuleRecord]:
-    """Return an empty record for each module that hooks have to watch, by its name.
+    """Return an empty record for each module that needs hooks, by its name.
 
     Targets that are experts of one module share its record.
     """
@@ -63,17 +63,17 @@ def by_target(records: Mapping[str, ModuleRecord]) -> dict[str, ModuleRecord]:
 
 @dataclass
 class ExpertsRecord(ModuleRecord):
-    """What the hooks saw of a module of fused experts.
+    """The hooks' record of a module of fused experts.
 
     Attributes:
-        parts: the targets in it, any number of matrices of any of its experts.
+        parts: the targets in it, any matrices of any of its experts.
     """
 
     parts: list[Target] = field(default_factory=list)
     _sorted: dict[int, Routing] = field(default_factory=dict, init=False)
 
     def routings(self, calls: Sequence[Call]) -> list[Routing]:
-        """Return the rows of each call sorted by expert; each is sorted once."""
+        """Return the rows of each call sorted by expert; each call is sorted once."""
         experts = _part(self.parts[0]).count
         for call in calls:
             if id(call) not in self._sorted:
@@ -83,11 +83,10 @@ class ExpertsRecord(ModuleRecord):
     def pairs(self, calls: Sequence[Call]) -> Iterator[tuple[Target, list[Pairs]]]:
         """Yield each part with its pairs (delta, x) of every sample, expert by expert.
 
-        Parts of an expert that these samples do not reach, and whose loss it so does not move, are
-        left out.
+        Experts that these samples do not reach are skipped, since they do not change the loss.
 
         Args:
-            calls: those that the loss depends on, their ``delta`` known.
+            calls: the calls that the loss depends on, with known ``delta``.
         """
         experts: dict[int, list[Target]] = {}
         for target in self.parts:
@@ -108,7 +107,7 @@ class ExpertsRecord(ModuleRecord):
 
 @dataclass
 class PartRecord(ModuleRecord):
-    """The rows that one expert's matrix read, as a record of a module of its own."""
+    """The rows that one expert's matrix read, as the record of a separate module."""
 
     of: ExpertsRecord = field(kw_only=True)
 
@@ -118,7 +117,7 @@ class PartRecord(ModuleRecord):
         return (self.target.name,)
 
     def joined(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """Return its rows as B x T x d, T the most of any sample, and the B x T mask."""
+        """Return its rows as B x T x d, with T the longest sample, and the B x T mask."""
         part, module = _part(self.target), self.target.module
         samples: list[list[Tensor]] = [[] for _ in range(size)]
         for routing in self.of.routings(self.of.calls):
@@ -140,15 +139,15 @@ class PartRecord(ModuleRecord):
 
 @dataclass(frozen=True)
 class Routing:
-    """The real rows of one call, sorted by the expert they meet and within it by sample.
+    """The real rows of one call, sorted by expert and then by sample.
 
     Attributes:
-        call: of the experts' module: N rows, each of which meets k experts.
-        weights: N k, with which an expert's output for a row is multiplied.
+        call: a call of the experts' module: N rows, each routed to k experts.
+        weights: N k factors of the experts' outputs.
         each: k.
-        order: places among the N k pairs of a real row and its expert, sorted.
-        counts: by expert and sample, how many rows.
-        starts: by expert, where its places begin in ``order``.
+        order: positions among the N k pairs of a real row and its expert, sorted.
+        counts: number of rows by expert and sample.
+        starts: start of each expert's positions in ``order``.
     """
 
     call: Call
@@ -163,7 +162,7 @@ class Routing:
         """Sort the rows of a call.
 
         Args:
-            call: split into samples; beside the rows it was given N x k experts and weights.
+            call: split into samples; beside the rows it got N x k experts and weights.
             experts: E.
         """
         chosen = _chosen(call)
@@ -180,22 +179,22 @@ class Routing:
         return cls(call, weights.flatten(), each, order, counts, starts)
 
     def total(self, expert: int) -> int:
-        """Return how many rows an expert got."""
+        """Return the number of rows of an expert."""
         return self.starts[expert + 1] - self.starts[expert]
 
     def rows(self, expert: int) -> Tensor:
-        """Return what an expert read, tokens x d."""
+        """Return the input of an expert, tokens x d."""
         return _flat(self.call.rows)[self._places(expert) // self.each]
 
     def split(self, expert: int, rows: Tensor) -> tuple[Tensor, ...]:
-        """Cut an expert's rows into those of each sample."""
+        """Split an expert's rows by sample."""
         return tuple(torch.split(rows, self.counts[expert]))
 
     def gradient(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return the loss's gradient at the module's output at an expert's rows, and weights.
+        """Return the loss's gradient at the module's output for an expert's rows, and weights.
 
         Raises:
-            ValueError: the backward pass has not reached the call.
+            ValueError: the backward pass did not reach the call.
         """
         if self.call.delta is None:
             raise ValueError("the call has no gradient")
@@ -212,7 +211,7 @@ class _Pass:
 
     Attributes:
         routing: the call.
-        expert: which one.
+        expert: its index.
         inputs: x of W_in and h of W_down.
         deltas: the loss's gradient at u and at W_down h.
     """
@@ -249,7 +248,7 @@ def _part(target: Target) -> ExpertPart:
 
 
 def _chosen(call: Call) -> Tensor:
-    """Return the N x k experts that the rows of a call meet."""
+    """Return the N x k experts of a call's rows."""
     return next(tensor for tensor in call.others if not tensor.is_floating_point())
 
 
@@ -269,12 +268,12 @@ def activated(module: Any, inner: Tensor) -> Tensor:
 
 
 def outward(module: Any, expert: int, hidden: Tensor) -> Tensor:
-    """Return W_down h + b_down of an expert, before the norm that some classes have."""
+    """Return W_down h + b_down of an expert, before the norm that some classes apply."""
     return _linear(module, DOWN, expert, hidden)
 
 
 def normed(module: Any, outer: Tensor) -> Tensor:
-    """Return y of it."""
+    """Return y of the expert."""
     normal: Tensor = module.post_expert_norm(outer) if module.has_post_expert_norm else outer
     return normal
 
@@ -283,7 +282,7 @@ def normed(module: Any, outer: Tensor) -> Tensor:
 def _linear(module: Any, attribute: str, expert: int, rows: Tensor) -> Tensor:
     weight = module.get_parameter(attribute)[expert]
     bias = module.get_parameter(f"{attribute}_bias")[expert] if module.has_bias else None
-    # In the weight's dtype, as transformers' `grouped_mm`, which autocast leaves alone.
+    # In the weight's dtype, like transformers' `grouped_mm`, which ignores autocast.
     return functional.linear(
         rows.to(weight.dtype), weight.T if module.is_transposed else weight, bias
     )

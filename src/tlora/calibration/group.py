@@ -1,8 +1,8 @@
 """The process group that calibrates and plans together.
 
-Calibration shares samples out over the processes, planning shares modules out. What they have to
-agree on goes through a `ProcessGroup`: with `SINGLE_PROCESS` every method gives back what it was
-given, so the code around reads the same in one process and in many.
+Calibration divides samples among processes; planning divides modules. They exchange results through
+a `ProcessGroup`. With `SINGLE_PROCESS` every method returns its argument, so the same code serves
+one process and many.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _IDLE, _BUSY, _FAILED = range(3)
 
 
 class ProcessGroup:
-    """All processes of the default process group. Every method is to be called on each of them.
+    """All processes of the default process group. Every process must call each method.
 
     Attributes:
-        size: how many.
-        process: which of them this process is.
+        size: number of processes.
+        process: index of this process.
     """
 
     def __init__(self, size: int = 1, process: int = 0) -> None:
@@ -38,11 +38,11 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """Whether this process logs and writes for all."""
         return self.process == 0
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Return the element-wise maximum of all processes' ``values``, which are equally many."""
+        """Return the element-wise maximum of all processes' ``values``, of equal length."""
         if self.size == 1 or not values:
             return list(values)
         row = torch.tensor(values, dtype=torch.int64, device=_device())
@@ -50,7 +50,7 @@ class ProcessGroup:
         return row.tolist()
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return every process's ``value``, in order; plain Python values."""
+        """Return every process's ``value``, in order; plain Python values only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -66,12 +66,12 @@ class ProcessGroup:
         return box[0]
 
     def broadcast_first(self, value: Any) -> Any:
-        """Return the value of the first process that has one, None if none has."""
+        """Return the value of the first process that has one; None if none has."""
         owners = [process for process, has in enumerate(self.all_gather(value is not None)) if has]
         return self.broadcast(value, owners[0]) if owners else None
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors, of one shape, on this one's device."""
+        """Return the sum of all processes' tensors, of one shape, on this process's device."""
         if self.size == 1:
             return tensor
         total = tensor.to(_device(), copy=True).contiguous()
@@ -79,11 +79,11 @@ class ProcessGroup:
         return total.to(tensor.device)
 
     def all_gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return all processes' rows, one process's after the other's.
+        """Return all processes' rows, process by process.
 
         Args:
-            rows: this process's; of as many columns on every process.
-            counts: how many rows each process has.
+            rows: this process's rows; every process has the same number of columns.
+            counts: number of rows of each process.
         """
         before = sum(counts[: self.process])
         whole = rows.new_zeros(sum(counts), *rows.shape[1:])
@@ -91,7 +91,7 @@ class ProcessGroup:
         return self.all_reduce_sum(whole)
 
     def broadcast_tensor(self, source: int, tensor: Tensor) -> Tensor:
-        """Return process ``source``'s tensor; the others give one of its shape and dtype."""
+        """Return process ``source``'s tensor; the others pass one of its shape and dtype."""
         if self.size == 1:
             return tensor
         copy = tensor.detach().to(_device(), copy=True).contiguous()
@@ -99,10 +99,10 @@ class ProcessGroup:
         return copy.to(tensor.device)
 
     def barrier(self, busy: bool = True) -> bool:
-        """Return whether any process is ``busy``, once all have come here, or failed on the way.
+        """Return whether any process is ``busy``, once all have arrived here or failed.
 
         Raises:
-            PeerFailed: one has failed, and waits in `raise_on_all`, which explains.
+            PeerFailed: a process failed and waits in `raise_on_all`, which reports its error.
         """
         [most] = self.all_reduce_max([_BUSY if busy else _IDLE])
         if most == _FAILED:
@@ -111,12 +111,12 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        """Run the body on every process; what it raises on one is raised on all, with its number.
+        """Run the body on every process; an error on one is raised on all, with its process number.
 
         Raises:
-            TLoraError: of the class that was raised, its message beginning with its number;
-                `CalibrationError` for what is none of ours. The process itself has the original as
-                the cause.
+            TLoraError: the class that was raised, its message prefixed with the process number;
+                `CalibrationError` for errors of other classes. The failing process itself has the
+                original as the cause.
         """
         if self.size == 1:
             yield
@@ -130,7 +130,7 @@ class ProcessGroup:
             failure = error
         if isinstance(failure, PeerFailed):
             raise self._explained(self.all_gather(None)) from None
-        # This is the `barrier` of a process that failed, and the last one of those that did not.
+        # This matches the `barrier` of a failed process, and the last one of the others.
         [most] = self.all_reduce_max([_IDLE if failure is None else _FAILED])
         if most == _FAILED:
             told = failure and (type(failure).__name__, str(failure))
@@ -138,10 +138,10 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def inside_collectives(self) -> Iterator[None]:
-        """Run what makes collectives of its own, which the others wait in if this process fails.
+        """Run code with collectives of its own; the other processes wait there if this one fails.
 
-        Nothing can be told to them from there: the error is raised here alone, and the launcher
-        (torchrun, accelerate launch) ends the others.
+        They cannot be notified there: the error is raised only here, and the launcher
+        (torchrun, accelerate launch) stops the others.
         """
         try:
             yield
@@ -160,21 +160,21 @@ class ProcessGroup:
 
 
 class PeerFailed(Exception):
-    """Another process has failed; internal, replaced by what it failed with."""
+    """Another process failed; internal, replaced by that process's error."""
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
 def process_group() -> ProcessGroup:
-    """Return the default process group, `SINGLE_PROCESS` where none is initialized."""
+    """Return the default process group, or `SINGLE_PROCESS` if none is initialized."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SINGLE_PROCESS
     return ProcessGroup(dist.get_world_size(), dist.get_rank())
 
 
 def _device() -> torch.device:
-    """Return where collectives take tensors: on the CPU, unless the backend has none there."""
+    """Return the device for collectives: the CPU, unless the backend does not support it."""
     if dist.get_backend() in ("gloo", "mpi", "undefined"):
         return torch.device("cpu")
     device = torch.accelerator.current_accelerator()
@@ -182,16 +182,16 @@ def _device() -> torch.device:
 
 
 class Lockstep:
-    """The processes that run each pass together; alone with whole weights, no method does anything.
+    """The processes that run each pass together; with whole weights, all methods do nothing.
 
     Args:
-        model: what runs.
-        group: the processes that share its samples.
+        model: the model that runs.
+        group: the processes that divide its samples.
 
     Attributes:
         sharded: whether the model's weights are in parts.
         group: the processes to wait for; `SINGLE_PROCESS` if the weights are whole.
-        spare: a sample to run where there is none to count.
+        spare: a sample to run when this process has none left.
     """
 
     def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
@@ -206,7 +206,7 @@ class Lockstep:
         return self.group.size > 1
 
     def begin_pass(self, batch: dict[str, Any] | None) -> bool:
-        """Begin a pass, if any process has a batch for it; return whether."""
+        """Begin a pass if any process has a batch for it; return whether it begins."""
         going = self.group.barrier(busy=batch is not None)
         if going and self.active and not self.spare:
             sample = None

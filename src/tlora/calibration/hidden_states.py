@@ -22,7 +22,7 @@ _BLOCK = re.compile(r".*?\.\d+(?=\.)")
 
 
 def block_of(name: str) -> str | None:
-    """Return the block that holds a module, the first numbered part of its name: "model.layers.3".
+    """Return the block that contains a module, its name up to the first number: "model.layers.3".
 
     None for a module outside all blocks (a pooler).
     """
@@ -34,19 +34,19 @@ def block_of(name: str) -> str | None:
 def block_dimensions(
     model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, tuple[float, float]]:
-    """Return the intrinsic dimensions of what each block with a target reads and gives.
+    """Return the intrinsic dimensions of each target block's input and output.
 
-    A sample is one point: the mean of the hidden states of its real tokens. The model comes back as
-    it was, also when a batch raises.
+    A sample is one point: the mean of the hidden states of its real tokens. The model is restored
+    afterwards, also if a batch raises.
 
     Args:
         model: the base model.
         targets: the modules to adapt.
-        batches: read once, forward passes alone.
+        batches: read once, with forward passes only.
 
     Raises:
         CalibrationError: there is no batch, a hidden state is not finite, samples and tokens cannot
-            be told apart, or too few samples differ.
+            be told apart, or too few samples are distinct.
     """
     blocks = {name: model.get_submodule(name) for t in targets if (name := block_of(t.name))}
     before: dict[str, list[Tensor]] = defaultdict(list)
@@ -90,7 +90,7 @@ def _means(layout: TokenLayout, name: str, block: nn.Module, hidden: Tensor) -> 
     """Return the mean over the real tokens of each sample, B x d float32.
 
     Raises:
-        CalibrationError: they cannot be told apart, or a hidden state is not finite.
+        CalibrationError: samples and tokens cannot be told apart, or a hidden state is not finite.
     """
     try:
         tokens, mask = layout.split(block, hidden)
@@ -116,6 +116,6 @@ def _dimension(points: list[Tensor], name: str) -> float:
         return two_nn(torch.cat(points))
     except ValueError as error:
         raise CalibrationError(
-            f"{name}: its hidden states have no intrinsic dimension to go by ({error}); give more"
-            " samples, which differ."
+            f"{name}: its hidden states have no intrinsic dimension ({error}); give more "
+            "distinct samples."
         ) from None

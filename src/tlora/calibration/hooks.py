@@ -1,4 +1,4 @@
-"""Hooks that show every target's input and output while a model runs, and then are gone."""
+"""Temporary hooks that record every target's input and output while a model runs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Call:
     """One call of one target within a batch of B samples.
 
     Attributes:
-        inputs: what the module was given, as it was given.
-        output: the place in the graph of what it returned, where a gradient reaches it. Not the
+        inputs: the module's input, unchanged.
+        output: the node of the module's output in the graph, where its gradient arrives. Not the
             tensor itself, which the model may overwrite in place and so move in the graph.
-        rows: ``inputs`` as B x T x d, once split.
+        rows: ``inputs`` as B x T x d, after splitting.
         mask: B x T, true at real tokens; None: all are real.
-        delta: the loss's gradient at ``output``, once the backward pass has reached it.
-        others: the further tensors that the module was given (of experts: who reads which row).
-        result: what it returned, where its record keeps that, and how often it had been written to:
-            the model may overwrite it later.
+        delta: the loss's gradient at ``output``, after the backward pass.
+        others: further tensors passed to the module (for experts: the routing).
+        result: the module's output, if its record keeps it, and its version counter: the model may
+            overwrite it later.
     """
 
     inputs: Tensor
@@ -46,7 +46,7 @@ class Call:
     result: tuple[Tensor, int] | None = None
 
     def outputs(self, target: Target) -> Tensor:
-        """Return what the target gave, B x T x m float32; computed anew if it was overwritten."""
+        """Return the target's output, B x T x m float32; recomputed if it was overwritten."""
         values, version = self.result or (self.inputs, None)
         if values._version != version or values.dtype != torch.float32:
             values = target.module.forward(self.inputs.float()).detach()
@@ -54,26 +54,26 @@ class Call:
 
 
 class RealTokens:
-    """Which rows are real tokens, looked up once for each mask of a batch.
+    """Positions of real tokens, looked up once for each mask of a batch.
 
-    On an accelerator each look waits for it.
+    Each lookup synchronizes with an accelerator.
     """
 
     def __init__(self) -> None:
-        # With the mask itself: its id is not given to another while it lives.
+        # Stored with the mask itself, so that its id is not reused while it lives.
         self._found: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
 
     def places(self, mask: Tensor | None) -> Tensor | None:
-        """Return the places of the real ones among B T rows; None: all are real."""
-        return None if mask is None else self._of(mask)[1]
+        """Return the positions of the real tokens among B T rows; None: all are real."""
+        return None if mask is None else self._lookup(mask)[1]
 
     def counts(self, call: Call) -> list[int]:
-        """Return how many each sample of a call has."""
+        """Return the number of real tokens of each sample of a call."""
         if call.mask is None:
             return [call.rows.shape[1]] * call.rows.shape[0]
-        return self._of(call.mask)[2]
+        return self._lookup(call.mask)[2]
 
-    def _of(self, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _lookup(self, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         if id(mask) not in self._found:
             places = mask.flatten().nonzero().flatten()
             self._found[id(mask)] = (mask, places, mask.sum(dim=1).tolist())
@@ -82,12 +82,12 @@ class RealTokens:
 
 @dataclass
 class ModuleRecord:
-    """What the hooks saw of one target in the current batch.
+    """The hooks' record of one target in the current batch.
 
     Attributes:
         target: the module.
-        calls: of it, in order.
-        keeps_outputs: whether the calls keep what the module returned.
+        calls: its calls, in order.
+        keeps_outputs: whether the calls keep the module's output.
     """
 
     target: Target
@@ -96,15 +96,15 @@ class ModuleRecord:
 
     @property
     def source(self) -> tuple[Any, ...]:
-        """Identifies the tensors read, so that modules that read the same ones are known."""
+        """Identifies the tensors read, so that modules with the same input are recognized."""
         seen = ((c.inputs.data_ptr(), c.inputs.shape, c.inputs.stride()) for c in self.calls)
         return (self.target.d_in, *seen)
 
     def split(self, layout: TokenLayout) -> None:
-        """Find the samples and tokens of every call's rows.
+        """Split the rows of every call into samples and tokens.
 
         Raises:
-            UnknownLayout: they cannot be told apart.
+            UnknownLayout: samples or tokens cannot be told apart.
         """
         for call in self.calls:
             call.rows, mask = layout.split(self.target.module, call.inputs)
@@ -133,10 +133,10 @@ class ModuleRecord:
 
 
 def check_inputs(records: Mapping[str, ModuleRecord]) -> None:
-    """Look at the inputs of all targets, once split.
+    """Check the split inputs of all targets.
 
     Raises:
-        BadSamples: some are not finite at real tokens.
+        BadSamples: some inputs are not finite at real tokens.
     """
     calls = [
         (r.target.name, call)
@@ -147,8 +147,8 @@ def check_inputs(records: Mapping[str, ModuleRecord]) -> None:
     if not calls:
         return
     device = calls[0][1].inputs.device
-    # A sum is finite only if every entry is: the cheapest check, one transfer for all. Should
-    # finite entries overflow it, the exact look below finds nothing wrong.
+    # A sum is finite only if every entry is: the cheapest check, with one transfer for all. If
+    # finite entries overflow it, the exact check below finds nothing wrong.
     sums = [c.inputs.sum(dtype=torch.float32).to(device) for _, c in calls]
     if torch.stack(sums).isfinite().all():
         return
@@ -166,7 +166,7 @@ def check_inputs(records: Mapping[str, ModuleRecord]) -> None:
 
 
 class AllSeen(Exception):
-    """Every target has run as often as it will: the rest of the forward pass is not needed."""
+    """Every target has run; the rest of the forward pass is not needed."""
 
 
 @contextlib.contextmanager
@@ -177,19 +177,19 @@ def recording(
     backward: bool,
     expected: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
-    """Record each target's inputs while the body runs, and with ``backward`` its outputs.
+    """Record each target's inputs, and with ``backward`` its outputs, while the body runs.
 
-    The graph starts at the first targets: their outputs, which no trained parameter precedes,
-    are made to require a gradient, so nothing before them is differentiated and no weight needs
+    The graph starts at the first targets: their outputs, which follow no trained parameter,
+    are set to require a gradient, so nothing before them is differentiated and no weight needs
     ``requires_grad``.
 
     Args:
-        model: what runs.
-        records: filled, one for each target.
-        layout: is told where the encoder's output lies.
-        backward: gradients at the outputs are wanted.
-        expected: how often each target will run, where that is known; then `AllSeen` is raised
-            in the body after the last of them. None or empty: not known.
+        model: the model that runs.
+        records: filled, one per target.
+        layout: learns where the encoder's output lies in memory.
+        backward: record gradients at the outputs.
+        expected: how often each target will run, if known; the last call then raises `AllSeen` in
+            the body. None or empty: unknown.
     """
     handles: list[Any] = []
     records = list(records)
@@ -200,8 +200,8 @@ def recording(
     try:
         for record in records:
             hook = partial(_on_target, record, backward, countdown)
-            # First of all: an engine that shards the weights sees the graph that is started here,
-            # and has brought the weight together when the gradient arrives.
+            # This hook comes first, so that an engine that shards weights sees the graph that
+            # starts here, and has gathered the weight when the gradient arrives.
             handles.append(
                 record.target.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
             )
@@ -230,10 +230,10 @@ def _on_target(
     result = (output.detach(), output._version) if record.keeps_outputs else None
     if backward and not (torch.is_grad_enabled() and output.requires_grad):
         _refuse_checkpointed(record.target)
-    # Where the model itself switches gradients off, the loss does not depend on the target.
+    # If the model itself disables gradients, the loss does not depend on the target.
     backward = backward and torch.is_grad_enabled()
     if backward and not output.requires_grad:
-        # A clone, because a model may write into the output in place, which a leaf forbids.
+        # A clone, because the model may write into the output in place, which a leaf forbids.
         output = started = output.detach().requires_grad_().clone()
     edge = _edge(output) if backward else None
     record.calls.append(Call(inputs, edge, inputs, others=tuple(others), result=result))
@@ -243,17 +243,17 @@ def _on_target(
 
 
 def _refuse_checkpointed(target: Target) -> None:
-    """Raise if activations are recomputed here: what a graph is made of would not be seen again.
+    """Raise if activations are recomputed here: the graph's tensors would not be seen again.
 
     Raises:
-        CalibrationError: the call is within torch.utils.checkpoint.
+        CalibrationError: the call is inside torch.utils.checkpoint.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             raise CalibrationError(
-                f"{target.name}: the model checkpoints its activations in eval mode too, which"
-                " hides the gradient here; switch gradient checkpointing off to calibrate."
+                f"{target.name}: the model checkpoints its activations in eval mode too, which "
+                "hides the gradient here; switch gradient checkpointing off to calibrate."
             )
         frame = frame.f_back
 
@@ -262,7 +262,7 @@ def _edge(output: Tensor) -> GradientEdge:
     base = output._base
     whole = base is not None and base.numel() == output.numel() and output.is_contiguous()
     if base is not None and whole and base.requires_grad:
-        # A write into a view moves the history of its base: the node of the base stays.
+        # A write into a view moves the history of its base; the node of the base stays.
         return get_gradient_edge(base)
     return get_gradient_edge(output)
 

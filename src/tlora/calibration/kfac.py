@@ -21,13 +21,13 @@ Layers = Mapping[str, nn.Linear]
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """S sequences of some items, and which numbers of the model's output are the items' logits.
+    """S sequences of several items, and the position of the items' logits in the model's output.
 
     Attributes:
-        inputs: what the model's forward takes.
+        inputs: the model's forward arguments.
         scores: the model's output -> S x K float32.
-        items: how many sequences each item has, in order. Its logits are the scores of them all,
-            one after another: K classes of one sequence, or one score of each of its choices.
+        items: number of sequences of each item, in order. An item's logits are the scores of all
+            its sequences: K classes of one sequence, or one score per choice.
     """
 
     inputs: Mapping[str, Tensor]
@@ -40,17 +40,17 @@ def curvatures(
 ) -> dict[str, LayerCurvature]:
     """Return the curvature of the items' negative log-likelihood by each layer's weight.
 
-    It is that of a softmax over an item's logits, so it needs no labels. Padding does not count.
-    The model comes back as it was.
+    This is the curvature of a softmax over an item's logits, so it needs no labels. Padding does
+    not count. The model is restored afterwards.
 
     Args:
-        model: runs the layers.
-        layers: in the model, by name; each runs once in a forward pass.
-        batches: read once; each takes one forward and K backward passes.
+        model: contains the layers.
+        layers: the layers by name; each runs once in a forward pass.
+        batches: read once; each takes one forward pass and K backward passes.
 
     Raises:
-        CalibrationError: there is no batch, or a layer does not run once over tokens that can be
-            told apart.
+        CalibrationError: there is no batch, or a layer does not run exactly once over tokens that
+            can be told apart.
     """
     factors: dict[str, KroneckerFactors] = {}
     for batch in batches:
@@ -82,7 +82,7 @@ def covariances(
     The model is linearized in the layers' weights: the covariance is J (H + delta I)^(-1) J^T.
 
     Args:
-        model: runs the layers.
+        model: contains the layers.
         layers: as for `curvatures`.
         batch: the items.
         posterior: H of each layer.
@@ -114,7 +114,7 @@ mask of real tokens."""
 def _forward(
     model: nn.Module, layers: Layers, batch: ScoredBatch
 ) -> Iterator[tuple[Tensor, Callable[[Tensor], Iterator[tuple[str, Seen]]]]]:
-    """Run a batch; yield its scores, and what each layer sees as a weighting of them goes back.
+    """Run a batch; yield its scores, and each layer's gradients for a weighting of the scores.
 
     Raises:
         CalibrationError: a layer does not run.
@@ -143,7 +143,7 @@ def _note(
         raise CalibrationError(
             f"{name} runs twice in a forward pass; its curvature has no factors."
         )
-    # All parameters are frozen: the first layer begins the graph.
+    # All parameters are frozen, so the first layer starts the graph.
     output = output if output.requires_grad else output.detach().requires_grad_()
     seen[name] = (args[0].detach(), output)
     return output
@@ -165,7 +165,7 @@ def _backward(
             inputs, mask = layout.split(layers[name], given)
         except UnknownLayout:
             raise CalibrationError(
-                f"{name}: which tokens are whose is unknown, so its curvature is."
+                f"{name}: its tokens cannot be assigned to samples, so its curvature is unknown."
             ) from None
         kept = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
         if mask is not None:

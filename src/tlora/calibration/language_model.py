@@ -1,7 +1,7 @@
-"""The language model inside a multimodal one: what "all-linear" adapts.
+"""The language model inside a multimodal one, which "all-linear" adapts.
 
-A vision or audio tower, and the projector behind it, see no text. Adapters there would learn
-nothing from rows of text, and calibration would find no input.
+A vision or audio tower, and the projector behind it, never process text. Adapters there would learn
+nothing from text rows, and calibration would see no input.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _OPEN = (None, "FEATURE_EXTRACTION")
 
 
 def language_model(model: Any) -> tuple[str, Any] | None:
-    """Return the name and the module of a multimodal model's language model; None of others.
+    """Return the name and module of a multimodal model's language model; None for other models.
 
-    It is the outermost module that has the text configuration for its own.
+    It is the outermost module whose config is the text config.
     """
     config = getattr(model, "config", None)
     text = getattr(config, "text_config", None)
@@ -37,7 +37,7 @@ def language_model(model: Any) -> tuple[str, Any] | None:
 
 
 def is_text_only(model: Any, config: Any) -> bool:
-    """Whether ``config`` (PEFT's or ours) asks for all linear maps that text may reach."""
+    """Whether ``config`` (PEFT's or ours) selects all linear maps that text reaches."""
     wanted = config.target_modules
     every = isinstance(wanted, str) and wanted.lower() == "all-linear"
     generates = getattr(model, "can_generate", lambda: False)
@@ -45,7 +45,7 @@ def is_text_only(model: Any, config: Any) -> bool:
 
 
 def text_names(model: nn.Module, config: Any, names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that a configuration adapts: of "all-linear", the language model's.
+    """Return the ``names`` that a configuration adapts; "all-linear" selects the language model's.
 
     Args:
         model: the base model.
@@ -57,7 +57,7 @@ def text_names(model: nn.Module, config: Any, names: Iterable[str]) -> list[str]
 
 
 def check_reached(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that rows of text reach some of the modules ``names``, by their full names.
+    """Check that text rows reach some of the modules ``names``, given by full name.
 
     Raises:
         ConfigError: all of them lie outside a multimodal model's language model.
@@ -65,14 +65,14 @@ def check_reached(model: nn.Module, names: Sequence[str]) -> None:
     inner = language_model(model)
     if inner and names and not any(name.startswith(f"{inner[0]}.") for name in names):
         raise ConfigError(
-            f"`target_modules` chooses {names[0]!r} and the like, but rows are text, which reaches"
-            f" {inner[0]} alone; choose modules of it, or leave the field out.",
+            f"`target_modules` chooses {names[0]!r} and the like, but text rows only reach "
+            f"{inner[0]}; choose modules of it, or remove `target_modules`.",
             where="adapter",
         )
 
 
-def say_what_is_left_alone(model: nn.Module, config: Any) -> None:
-    """Log a line that names the towers of a multimodal model, if they are not adapted."""
+def log_unadapted_towers(model: nn.Module, config: Any) -> None:
+    """Log a line that names the towers of a multimodal model that are not adapted."""
     inner = language_model(model) if is_text_only(model, config) else None
     if inner is None:
         return
@@ -85,8 +85,8 @@ def say_what_is_left_alone(model: nn.Module, config: Any) -> None:
     ]
     if places:
         logger.warning(
-            "%s is multimodal: the Linears of %s are adapted, %s not; name modules by"
-            " `target_modules` to adapt others.",
+            "%s is multimodal: the Linears of %s are adapted, %s not; name modules by "
+            "`target_modules` to adapt others.",
             type(model).__name__,
             inner[0],
             " and ".join(sorted(places)) + (" is" if len(places) == 1 else " are"),

@@ -1,4 +1,4 @@
-"""What a model has room for: positions that it looks up in a table, and tokens of its embedding."""
+"""Capacity limits of a model: positions in its table, and rows of its embedding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings"
 
 
 def table_of_positions(model: Any) -> int | None:
-    """Return the tokens that a model's table of positions has rows for; None if it has no table.
+    """Return the number of tokens that a model's table of positions holds; None without a table.
 
-    Some tables keep rows in front (OPT, BART: two; RoBERTa: those up to the padding's).
+    Some tables reserve rows in front (OPT, BART: two; RoBERTa: up to the padding id).
     """
     _, body = language_model(model) or ("", model)
     found = []
@@ -32,7 +32,7 @@ def within_positions(model: Any, longest: int) -> int:
 
 
 def fault_of_ids(model: Any, longest: int, largest: int) -> str | None:
-    """Return what rows of tokens do not fit in a model, as the end of a sentence; None if they fit.
+    """Return which tokens do not fit a model, as the end of a sentence; None if all fit.
 
     Args:
         model: a transformers model.

@@ -1,6 +1,7 @@
-"""Whether the names that a configuration gives exist in the model.
+"""Checks that the names in a configuration exist in the model.
 
-PEFT skips a name that matches nothing, so a typo would train, keep or leave out less than asked.
+PEFT ignores a name that matches nothing, so a typo would silently train, keep or exclude less than
+requested.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from tlora.errors import did_you_mean
 
 
 def ends_of(name: str) -> list[str]:
-    """Return what PEFT matches a module by: its full name, and each end of it after a dot."""
+    """Return the names that PEFT matches a module by: its full name and each dotted suffix."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def name_faults(model: nn.Module, config: TLoraConfig) -> list[str]:
-    """Return a sentence for each name or layer index that no module of ``model`` has."""
-    # PEFT finds what it trains in full under every name of a shared module.
+    """Return a sentence for each name or layer index that matches no module of ``model``."""
+    # PEFT finds a shared module that trains in full under each of its names.
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     kind = type(model).__name__
     faults: list[str] = []
@@ -39,14 +40,14 @@ def name_faults(model: nn.Module, config: TLoraConfig) -> list[str]:
         faults += _containers(model, excluded)
     elif excluded and not any(re.fullmatch(excluded, name) for name in names):
         faults.append(
-            f"`exclude_modules` is {excluded!r}, a regex that matches the full name of no module of"
-            f" {kind}; names go in a list: [{excluded}]."
+            f"`exclude_modules` is {excluded!r}, a regex that matches the full name of no "
+            f"module of {kind}; give names as a list: [{excluded}]."
         )
     return faults or list(_layer_faults(config, names))
 
 
 def unmatched(field: str, wanted: Iterable[str], names: list[str], rest: str) -> Iterator[str]:
-    """Yield a sentence for each name in ``wanted`` that none of ``names`` bears.
+    """Yield a sentence for each name in ``wanted`` that matches none of ``names``.
 
     Args:
         field: the option that gives the names.
@@ -62,7 +63,7 @@ def unmatched(field: str, wanted: Iterable[str], names: list[str], rest: str) ->
 
 
 def linear_names(model: nn.Module) -> str:
-    """Say what the modules that can be adapted are called."""
+    """List the names of the modules that can be adapted."""
     leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)}
     return f"its Linear and Conv1D modules are named {', '.join(sorted(leaves)) or '(none)'}"
 
@@ -73,7 +74,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _containers(model: nn.Module, excluded: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each name of modules that hold Linears, which PEFT would still adapt."""
+    """Yield a sentence for each excluded module whose inner Linears PEFT would still adapt."""
     found: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         for end in ends_of(name):
@@ -81,8 +82,8 @@ def _containers(model: nn.Module, excluded: Iterable[str]) -> Iterator[str]:
     for each in excluded:
         if each in found and all(map(_holds_linears, found[each])):
             yield (
-                f"`exclude_modules` names {each!r}, but PEFT still adapts the modules inside it;"
-                f" name these, or give the regex {rf'.*{re.escape(each)}.*'!r}."
+                f"`exclude_modules` names {each!r}, but PEFT still adapts the modules inside it; "
+                f"name these, or give the regex {rf'.*{re.escape(each)}.*'!r}."
             )
 
 
@@ -106,8 +107,8 @@ def _layer_faults(config: TLoraConfig, names: list[str]) -> Iterator[str]:
     if not have and patterns:
         hint = did_you_mean(patterns[0], lists)
         yield (
-            f"`layers_pattern` is {config.layers_pattern!r}, which is the name of no list of layers"
-            f" ({', '.join(lists) or 'there are none'}).{hint}"
+            f"`layers_pattern` is {config.layers_pattern!r}, which matches no list of layers; "
+            f"choose one of: {', '.join(lists) or '(none)'}.{hint}"
         )
         return
     asked = [wanted] if isinstance(wanted, int) else wanted
@@ -120,7 +121,7 @@ def _layer_faults(config: TLoraConfig, names: list[str]) -> Iterator[str]:
 
 
 def _layer_index(patterns: list[str]) -> Callable[[str], int | None]:
-    """Return what reads a module's layer index from its name, by PEFT's rules."""
+    """Return the function that reads a module's layer index from its name, by PEFT's rules."""
     rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
 
     def index_of(name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The second moments of what modules put out, over the calibration samples."""
+"""The second moments of module outputs over the calibration samples."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def output_moments(
 ) -> dict[str, SecondMoment]:
     """Return the second moment of each target's outputs (m x m), by the target's name.
 
-    The batches are read, and the model comes back, as by `calibrate`; all moments are held.
+    Reads the batches and restores the model as `calibrate` does; all moments stay in memory.
 
     Args:
         model: the base model.
-        batches: dicts of what its forward takes.
-        config: which modules.
-        skip_bad_samples: as of `calibrate`.
+        batches: dicts of the model's forward arguments.
+        config: selects the modules.
+        skip_bad_samples: as for `calibrate`.
 
     Raises:
         CalibrationError, ConfigError: as `calibrate`.
@@ -60,7 +60,7 @@ class _OutputAccumulator:
         }
 
     def prepare(self, records: Mapping[str, ModuleRecord]) -> None:
-        """Have all outputs kept."""
+        """Keep all outputs."""
         for record in records.values():
             record.keeps_outputs = True
 
@@ -75,13 +75,13 @@ class _OutputAccumulator:
             moment.update(outputs.to(moment.device), record.joined(size)[1])
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
-        """Add up what all processes have taken in."""
+        """Sum the moments over all processes."""
         if group.size > 1:
             self.moments = {t.name: sum_over(group, self.moments[t.name]) for t in targets}
 
 
 def _output(call: Call, target: Target) -> Tensor:
-    """Return what a call gave, B x T x m; computed anew if the model has overwritten it."""
+    """Return the output of a call, B x T x m; recomputed if the model has overwritten it."""
     values, version = call.result or (call.inputs, None)
     if values._version != version:
         values = target.module.forward(call.inputs).detach()

@@ -1,14 +1,14 @@
-"""Where a model's weights are: inside an engine, sharded over processes, offloaded.
+"""Placement of a model's weights: inside an engine, sharded over processes, offloaded.
 
-FSDP2 (`fully_shard`) and DeepSpeed's ZeRO-3 split every parameter over the processes and bring a
-layer's together while it runs. Each process has to run the same passes then. An engine's own names
-are enough to know it by, so none is imported here.
+FSDP2 (`fully_shard`) and DeepSpeed's ZeRO-3 split every parameter over the processes and gather a
+layer's parameters while it runs, so all processes must run the same passes. Engines are recognized
+by class names, so none is imported here.
 
 accelerate keeps an offloaded parameter on `meta` between calls. Its hook on the module
-(AlignDevicesHook) loads it before a call and drops it after. That bounds a forward pass, but not a
-backward pass: autograd keeps each Linear's weight for the gradient of its input, and so, after a
-forward pass, all of them. Here it keeps a reference in place of an offloaded weight, and the
-backward pass loads it again. Models without offloaded parameters are left alone, and cost nothing.
+(AlignDevicesHook) loads it before a call and drops it afterwards. That bounds a forward pass but
+not a backward pass: autograd keeps each Linear's weight for the gradient of its input, so after a
+forward pass it holds all of them. Here autograd stores a reference instead of an offloaded weight,
+and the backward pass loads the weight again. Models without offloaded parameters are unaffected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WRAPPERS = {
 
 
 def is_a(thing: Any, library: str, name: str) -> bool:
-    """Return whether a class ``name`` of ``library`` is among the classes of ``thing``."""
+    """Return whether ``thing`` has a class ``name`` of ``library`` among its bases."""
     return any(
         kind.__name__ == name and kind.__module__.partition(".")[0] == library
         for kind in type(thing).__mro__
@@ -40,10 +40,10 @@ def is_a(thing: Any, library: str, name: str) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the base model inside DDP, a DeepSpeed engine or torch.compile: its own names count.
+    """Return the base model inside DDP, a DeepSpeed engine or torch.compile, with its own names.
 
     Raises:
-        CalibrationError: it is wrapped by the first FSDP, which keeps no single weights.
+        CalibrationError: it is wrapped by FSDP1, which keeps no single weights.
     """
     if is_a(model, "torch", "FullyShardedDataParallel"):
         raise CalibrationError(
@@ -59,56 +59,56 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def refuse_wrapped(model: nn.Module) -> None:
     """Check that an adapter can still be attached.
 
-    PEFT could, but the engine would neither shard the new parameters nor share their gradients.
+    PEFT could attach it, but the engine would neither shard nor synchronize the new parameters.
 
     Raises:
-        AdapterError: the model is in an engine already.
+        AdapterError: the model is already in an engine.
     """
     fsdp = any(map(_is_fsdp, model.modules()))
     if fsdp or any(is_a(model, *wrapper) for wrapper in _WRAPPERS):
         how = "sharded by fully_shard" if fsdp else f"wrapped by {type(model).__name__}"
         raise AdapterError(
-            f"the model is {how}, which would not train what is attached now; attach before that"
-            " (a plan that was made from the sharded model fits the plain one)."
+            f"the model is {how}, which would not train an adapter attached now; attach it "
+            "before (a plan made from the sharded model fits the plain one)."
         )
 
 
 def class_name(model: nn.Module) -> str:
-    """Return the name of a model's own class, without what `fully_shard` puts before it."""
+    """Return the name of a model's own class, without the prefix of `fully_shard`."""
     kinds = type(model).__mro__
     own = [k for k in kinds if not any(base.__name__ == "FSDPModule" for base in k.__mro__)]
     return own[0].__name__
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the processes hold a model's weights in parts."""
+    """Return whether the model's weights are split over processes."""
     return any(map(_is_fsdp, model.modules())) or any(map(_is_split, model.parameters()))
 
 
 def by_deepspeed(arguments: Any) -> bool:
-    """Return whether DeepSpeed trains, by transformers' training arguments."""
+    """Return whether DeepSpeed trains, according to transformers' training arguments."""
     return any(getattr(arguments, name, None) for name in ("deepspeed", "deepspeed_plugin"))
 
 
 def is_whole(weight: Any) -> bool:
-    """Return whether a weight can be read here and now, without the other processes."""
+    """Return whether this process can read a weight without the others."""
     if is_zero3(weight):
         return bool(weight.ds_status.name == "AVAILABLE")
     return not is_dtensor(weight)
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Return whether a tensor is split over processes the way of FSDP2."""
+    """Return whether FSDP2 has split a tensor over processes."""
     return is_a(tensor, "torch", "DTensor")
 
 
 def is_zero3(tensor: Any) -> bool:
-    """Return whether a parameter is kept by DeepSpeed's ZeRO-3."""
+    """Return whether DeepSpeed's ZeRO-3 holds a parameter."""
     return hasattr(tensor, "ds_id")
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return what this process holds of a tensor, all of it where it is whole."""
+    """Return this process's part of a tensor, or all of a tensor that is whole."""
     part: Tensor = tensor
     if is_zero3(tensor) and not is_whole(tensor):
         part = tensor.ds_tensor
@@ -118,7 +118,7 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def refuse_unread(model: nn.Module) -> None:
-    """Check that the passes of a sharded model find its weights.
+    """Check that the passes of a sharded model can gather its weights.
 
     Raises:
         CalibrationError: weights are split, but not by FSDP2 or a running ZeRO-3 engine.
@@ -126,22 +126,22 @@ def refuse_unread(model: nn.Module) -> None:
     if any(map(_is_fsdp, model.modules())):
         return
     for name, parameter in model.named_parameters():
-        # DeepSpeed's mark of a model whose layers it brings together as they run.
+        # DeepSpeed's mark of a model whose layers it gathers as they run.
         if is_zero3(parameter) and not hasattr(model, "ds_inflight_param_registry"):
             raise CalibrationError(
-                f"{name} is partitioned by ZeRO-3, but no engine brings it together; give the"
-                " engine that deepspeed.initialize returns."
+                f"{name} is partitioned by ZeRO-3, but no engine gathers it; give the engine that "
+                "deepspeed.initialize returns."
             )
         if is_dtensor(parameter):
             raise CalibrationError(
-                f"{name} is a DTensor outside `fully_shard` (tensor parallelism?); calibrate the"
-                " model before it is split, or split it by fully_shard."
+                f"{name} is a DTensor outside `fully_shard` (tensor parallelism?); calibrate the "
+                "model before it is split, or split it by fully_shard."
             )
 
 
 @contextlib.contextmanager
 def resharded(model: nn.Module) -> Iterator[None]:
-    """Run the body, and leave the model's weights in parts, whatever happens."""
+    """Run the body, and reshard the model's weights afterwards, also after an error."""
     try:
         yield
     finally:
@@ -149,13 +149,13 @@ def resharded(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 forget a pass that was cut short, or had no backward; others are left alone."""
+    """Let FSDP2 forget an interrupted pass or one without backward; others are unaffected."""
     layers: Any = list(filter(_is_fsdp, model.modules()))
     for each in layers:
         each.reshard()
     root: Any = model
     if _is_fsdp(model):
-        # Older torch has no such method, and before the first forward there is nothing to forget.
+        # Older torch has no such method, and before the first forward there is no state to reset.
         with contextlib.suppress(AttributeError):
             root.reset_iter_state()
 
@@ -169,7 +169,7 @@ def _is_split(parameter: nn.Parameter) -> bool:
 
 
 def loaded_by(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that are loaded call by call."""
+    """Return the names of the parameters that are loaded on each call."""
     names = set()
     for prefix, module in model.named_modules():
         for loader in _loaders(module):
@@ -178,13 +178,13 @@ def loaded_by(model: nn.Module) -> set[str]:
 
 
 def can_be_loaded(module: nn.Module) -> bool:
-    """Return whether `resident` gives a module's parameters values (they may have them already)."""
+    """Return whether `resident` can load a module's parameters (or they are already loaded)."""
     own = any(True for _ in _loaders(module))
     return own or not any(parameter.is_meta for parameter in module.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module's first parameter is, or is while the module runs; CPU without any."""
+    """Return the device of a module's first parameter while it runs; CPU without parameters."""
     for each in module.modules():
         for parameter in each.parameters(recurse=False):
             if not parameter.is_meta:
@@ -198,9 +198,9 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Have a module's own parameters loaded while the body runs, as in a call of the module.
+    """Load a module's own parameters while the body runs, as a call of the module would.
 
-    A tensor that the body takes from it stays; the module itself is offloaded again.
+    Tensors that the body takes from it stay valid; the module itself is offloaded again.
     """
     loaders = list(_loaders(module))
     if not any(parameter.is_meta for parameter in module.parameters()):
@@ -215,7 +215,7 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 
 def offload_again(model: nn.Module) -> None:
-    """Drop what is still loaded: accelerate leaves it so where a call did not come to its end."""
+    """Drop weights that are still loaded: accelerate leaves them when a call fails."""
     for module in model.modules():
         for loader in _loaders(module):
             called = hasattr(loader, "tied_pointers_to_remove")
@@ -225,11 +225,11 @@ def offload_again(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def saved_by_reference(model: nn.Module) -> Iterator[None]:
-    """Let no offloaded weight outlive its call in the graph of the forward pass that the body runs.
+    """Keep offloaded weights out of the graph of the forward pass that the body runs.
 
-    What autograd saves of a weight that was loaded for a call (the weight, a view of it, or its
-    cast under autocast) becomes a reference. The backward pass, in or after the body, loads the
-    weight again and drops it after use, so both passes hold one or two at a time.
+    When autograd saves a weight that was loaded for a call (or a view of it, or its cast under
+    autocast), it stores a reference. The backward pass, in or after the body, loads the weight
+    again and drops it after use, so both passes hold one or two at a time.
     """
     modules = [module for module in model.modules() if any(True for _ in _loaders(module))]
     if not modules:
@@ -282,7 +282,7 @@ class _Reference:
 
 
 def _reference(running: list[nn.Module], tensor: Tensor) -> _Reference | None:
-    """Return what ``tensor`` is of a weight of the modules that are running, None if nothing."""
+    """Return how ``tensor`` derives from a weight of a running module; None if it does not."""
     place = tensor.untyped_storage().data_ptr()
     for module in reversed(running):
         for loader in _loaders(module):
@@ -323,5 +323,5 @@ def _loaders(module: nn.Module) -> Iterator[Any]:
 
 
 def _tensors(module: nn.Module, loader: Any) -> Iterator[tuple[str, Tensor]]:
-    # accelerate's `preload_module_classes` load what is below the module with it.
+    # accelerate's `preload_module_classes` also loads the module's submodules.
     yield from module.named_parameters(recurse=loader.place_submodules, remove_duplicate=False)

@@ -1,14 +1,14 @@
-"""Leaving the user's model as it was, and making bitsandbytes compute what it computes in training.
+"""Restores the user's model, and makes bitsandbytes compute as it does in training.
 
-4-bit: on CPUs with AVX512-BF16, a Linear4bit that is called in eval mode with an input that needs
-no gradient rewrites its weight for a faster kernel (bitsandbytes/nn/modules.py,
-Linear4bit.forward). The scales are rounded to bfloat16 on the way, which cannot be undone, and from
-then on no gradient passes the layer, in training neither; nothing is raised. Each layer has a
-switch of its own for it, which is set off here wherever gradients are wanted.
+4-bit: on CPUs with AVX512-BF16, a Linear4bit called in eval mode with an input that needs no
+gradient rewrites its weight for a faster kernel (bitsandbytes/nn/modules.py, Linear4bit.forward).
+This rounds the scales to bfloat16 irreversibly, and from then on no gradient passes the layer, not
+even in training; nothing is raised. Each layer has its own switch for this, which is turned off
+here wherever gradients are needed.
 
 8-bit: eval mode also quantizes the inputs; training mode multiplies by the dequantized weight
-(bitsandbytes/autograd/_functions.py, matmul), and what is calibrated is what will be trained.
-On a GPU both modes quantize the inputs, so there the mode makes no difference.
+(bitsandbytes/autograd/_functions.py, matmul). Calibration must see the computation of training. On
+a GPU both modes quantize the inputs, so the mode makes no difference there.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from tlora.calibration.placement import offload_again
 from tlora.calibration.weights import is_4bit_linear, is_8bit_linear, repacked
 from tlora.errors import AdapterError, CalibrationError, TLoraError
 
-# The attribute by which models of transformers, and those of timm, are told.
+# The attribute that identifies gradient checkpointing in transformers and timm models.
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the body with every parameter frozen and the model in eval mode; then undo both.
+    """Run the body with every parameter frozen and the model in eval mode; then restore both.
 
-    Frozen, so that a backward pass forms no weight gradient and touches no ``.grad``; eval, so
-    that dropout is off. Gradient checkpointing is off too, and quantized layers run by the kernels
-    that training uses (`gradients_kept`, `train_8bit`).
+    Freezing means that a backward pass forms no weight gradient and leaves ``.grad`` alone; eval
+    mode turns dropout off. Gradient checkpointing is off too, and quantized layers use the kernels
+    of training (`gradients_kept`, `train_8bit`).
 
-    Restored after the body, also when it raises: ``requires_grad`` of each parameter, mode and
-    switches of each module, and the random states of Python, NumPy (where loaded) and torch, so
-    that a run with calibration draws the numbers that a run without it draws. Offloaded parameters
-    are offloaded again.
+    Restored after the body, also if it raises: ``requires_grad`` of each parameter, mode and
+    switches of each module, and the random states of Python, NumPy (if loaded) and torch, so that
+    runs with and without calibration draw the same numbers. Offloaded parameters are offloaded
+    again.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # By place: an offloaded parameter is another object after each call of its module.
+    # By position: an offloaded parameter is another object after each call of its module.
     needs = [
         (module, name, parameter.requires_grad)
         for module in model.modules()
@@ -66,7 +66,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _activations_kept(model: nn.Module) -> Iterator[None]:
-    """Switch gradient checkpointing off while the body runs: some have it in eval mode too."""
+    """Switch gradient checkpointing off while the body runs: some use it in eval mode too."""
     on = [
         (module, switch)
         for module in model.modules()
@@ -84,7 +84,7 @@ def _activations_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Give the random states of Python, NumPy (where loaded) and torch back after the body."""
+    """Restore the random states of Python, NumPy (if loaded) and torch after the body."""
     python_state = random.getstate()
     numpy_random = _numpy_random()
     numpy_state = numpy_random.get_state() if numpy_random else None
@@ -109,10 +109,10 @@ def _devices() -> list[int]:
 
 @contextlib.contextmanager
 def undo_after(model: nn.Module) -> Iterator[None]:
-    """Run the body with the model frozen and in eval mode; then undo all it did but to weights.
+    """Run the body with the model frozen and in eval mode; then restore all but the weights.
 
-    As `preserved`; besides, the hooks, the attributes of each module and the gradients are as
-    before, also when the body raises halfway through.
+    Like `preserved`, and also restores the hooks, the attributes of each module and the gradients,
+    even if the body raises halfway through.
     """
     before = [(module, _snapshot(module)) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -147,10 +147,10 @@ _SWITCH = "support_avx512bf16_for_cpu"
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Switch the inference kernels of 4-bit layers off for good; other models are left alone.
+    """Switch the inference kernels of 4-bit layers off permanently; other models are unaffected.
 
     Raises:
-        AdapterError: a layer has been rewritten already.
+        AdapterError: a layer has already been rewritten.
     """
     refuse_repacked(model, AdapterError)
     for layer in _switched(model):
@@ -159,10 +159,10 @@ def keep_gradients(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Switch them off while the body runs; then set the switches as they were.
+    """Switch them off while the body runs, then restore the switches.
 
     Raises:
-        CalibrationError: a layer has been rewritten already.
+        CalibrationError: a layer has already been rewritten.
     """
     refuse_repacked(model, CalibrationError)
     before = [(layer, getattr(layer, _SWITCH)) for layer in _switched(model)]
@@ -187,12 +187,12 @@ def _switched(model: nn.Module) -> list[Any]:
 
 
 def refuse_repacked(model: nn.Module, error: type[TLoraError]) -> None:
-    """Raise ``error`` if a 4-bit layer has been rewritten for inference; none passes gradients."""
+    """Raise ``error`` if a 4-bit layer has been rewritten for inference and blocks gradients."""
     names = [name for name, module in model.named_modules() if repacked(module)]
     if names:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise error(
-            f"{names[0]}{more}: bitsandbytes has rewritten its 4-bit weight for inference on this"
-            " CPU (a call in eval mode without gradient), and no gradient passes it any more;"
-            " reload the model, and calibrate and attach before running it."
+            f"{names[0]}{more}: bitsandbytes has rewritten its 4-bit weight for inference on "
+            "this CPU (a call in eval mode without gradient), and gradients no longer pass "
+            "it; reload the model, and calibrate and attach before running it."
         )

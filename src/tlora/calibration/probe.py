@@ -1,4 +1,4 @@
-"""`calibrate`: a few samples of the task through the model, and what was seen of them."""
+"""`calibrate`: runs a few samples of the task through the model and collects statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tlora.calibration.backward import backward_for
 from tlora.calibration.budget import MemoryBudget, given
 from tlora.calibration.collector import Collector
 from tlora.calibration.group import ProcessGroup, process_group
-from tlora.calibration.language_model import say_what_is_left_alone
+from tlora.calibration.language_model import log_unadapted_towers
 from tlora.calibration.limits import fault_of_ids
 from tlora.calibration.placement import (
     can_be_loaded,
@@ -53,13 +53,13 @@ from tlora.errors import CalibrationError, OutOfMemoryError
 T = TypeVar("T")
 
 _KEEPS_ALL = (
-    'a calibration keeps every second moment: `memory_budget` and covariance="streamed" bound'
-    " only what `get_tlora_model` holds, where it is given no `cache`."
+    "a calibration keeps every second moment: `memory_budget` and "
+    'covariance="streamed" only bound `get_tlora_model` without `cache`.'
 )
 
 
 class CalibrateOptions(TypedDict, total=False):
-    """How calibration samples are read: the keywords of `calibrate`, which explains them."""
+    """Options for reading calibration samples: the keywords of `calibrate`, documented there."""
 
     progress: bool
     skip_bad_samples: bool
@@ -77,33 +77,33 @@ def calibrate(
 ) -> Calibration:
     """Measure the statistics that ``plan`` needs, on a few samples of the task.
 
-    The model comes back as it was (parameters, ``requires_grad``, ``.grad``, modes, hooks, random
-    states), also when a batch raises. Dropout is off while it runs. All second moments and
-    gradients are held; `get_tlora_model` bounds them by ``config.memory_budget``.
+    The model is restored afterwards (parameters, ``requires_grad``, ``.grad``, modes, hooks, random
+    states), also if a batch raises. Dropout is off while it runs. All second moments and gradients
+    stay in memory; `get_tlora_model` bounds them by ``config.memory_budget``.
 
-    In a process group every process gives its share of the batches (any number, or none) and gets
-    all samples' statistics, up to rounding; all batches on every process give the same. What one
-    process raises is raised on all, with its number.
+    In a process group every process passes its share of the batches (any number, or none) and gets
+    all samples' statistics, up to rounding; passing all batches on every process gives the same
+    result. An error on one process is raised on all, with its process number.
 
     Args:
         model: the base model, weights loaded, no adapters; DDP, FSDP2 and DeepSpeed's engine may
             hold it (docs/distributed.md).
-        batches: dicts of what its forward takes; a DataLoader works as it is. They are read once,
-            so a generator will do. A batch of B padded samples gives what B batches of one give.
-            Labels are needed where ranks or scales are allocated, or `basis` needs gradients; with
-            the prompt masked as in training.
-        config: which modules, and which statistics. A warning says that all second moments are
-            kept where it bounds them (`memory_budget` as a size, streamed).
-        progress: show a bar of samples (on a terminal only).
-        skip_bad_samples: leave out samples without a label that counts, or whose activations, loss
-            or gradient are not finite, as if they had not been given; one warning names them.
+        batches: dicts of the model's forward arguments; a DataLoader works as it is. They are read
+            once, so a generator works too. A batch of B padded samples gives the same result as B
+            batches of one. Labels are needed if ranks or scales are allocated or `basis` needs
+            gradients; mask the prompt as in training.
+        config: selects modules and statistics. Logs a warning if it bounds second moments
+            (`memory_budget` as a size, streamed), since all of them are kept.
+        progress: show a progress bar of samples (only on a terminal).
+        skip_bad_samples: skip samples without a counted label, or with activations, loss or
+            gradients that are not finite, as if they had not been given; one warning names them.
         cache: a file. If it holds the calibration of this model, these batches and modules, it is
-            loaded and nothing runs; else it is written at the end.
+            loaded and nothing runs; otherwise it is written at the end.
 
     Raises:
-        CalibrationError: no samples; a bad sample (it is named, and the module), or none that is
-            good; no loss; a model on ``meta``; memory ran out; ``cache`` is another calibration.
-        ArtifactError: ``cache`` is damaged, or something else.
+        CalibrationError: no samples; a bad sample (named, with the module), or no good one; no
+            loss; a model on ``meta``; out of memory; ``cache`` holds another calibration.
+        ArtifactError: ``cache`` is damaged or another kind of file.
         ConfigError: no module matches ``target_modules``.
     """
     check_config(config)
@@ -135,12 +135,12 @@ class _Run:
 
     @property
     def key(self) -> Key:
-        """Key of all processes' batches that were read, one process's after the other's."""
+        """Key of all processes' batches, process by process."""
         digests = self.group.all_gather(self.digests)
         return Key(self.model_key, list(itertools.chain(*digests)))
 
     def cached(self, file: Path) -> Calibration:
-        """Return the calibration that ``file`` holds; where there is none, measure and write it.
+        """Return the calibration in ``file``; if there is none, measure and write it.
 
         Raises:
             CalibrationError: it is of another model, other samples or another configuration, or
@@ -151,8 +151,8 @@ class _Run:
                 file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CalibrationError(
-                    f"a calibration cannot be kept in {file.parent}: {error.strerror}; give"
-                    " `cache` another folder."
+                    f"a calibration cannot be kept in {file.parent}: {error.strerror}; give "
+                    "`cache` another folder."
                 ) from error
         if self.group.broadcast(file.is_file(), 0):
             return self._loaded(file)
@@ -163,7 +163,7 @@ class _Run:
         return stats
 
     def _loaded(self, file: Path) -> Calibration:
-        # A DataLoader draws random numbers to be looked through.
+        # Iterating a DataLoader draws random numbers.
         with random_states_kept(), self.group.raise_on_all():
             stats = Calibration.load(file)
             for _ in digested(self.batches, self.digests):
@@ -177,7 +177,7 @@ class _Run:
                 differing.append("data (other samples, or in another order or other batches)")
             faults = stats.lacks([target.name for target in self.targets], self.config)
             if not self.skip_bad_samples and stats.info.get("skipped"):
-                faults.append("it leaves out bad samples: allow that by skip_bad_samples")
+                faults.append("it skips bad samples: allow that by skip_bad_samples")
             if faults:
                 differing.append(f"config ({'; '.join(faults)})")
             if differing:
@@ -189,7 +189,7 @@ class _Run:
         return stats
 
     def measured(self) -> Calibration:
-        """Read the batches, and return what was measured."""
+        """Read the batches and return the statistics."""
         config, group = self.config, self.group
         accumulator = MomentAccumulator() if config.needs_moments else None
         backward = backward_for(config)
@@ -227,7 +227,7 @@ def begin(model: nn.Module, config: TLoraConfig) -> tuple[ProcessGroup, nn.Modul
     """Return the process group, the model inside its wrappers, and its targets.
 
     Raises:
-        CalibrationError: as `checked_targets`, or the model is wrapped by the first FSDP.
+        CalibrationError: as `checked_targets`, or the model is wrapped by FSDP1.
         ConfigError: no module matches.
     """
     group, model = process_group(), unwrapped(model)
@@ -239,8 +239,8 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
     """Return the targets of a model that can be calibrated.
 
     Raises:
-        CalibrationError: a parameter is on ``meta`` and nothing loads it, or a target's with those
-            of another module alone.
+        CalibrationError: a parameter is on ``meta`` and nothing loads it, or a target's weight
+            loads only together with another module's.
         ConfigError: no module matches.
     """
     refuse_unread(model)
@@ -259,13 +259,13 @@ def checked_targets(model: nn.Module, config: TLoraConfig) -> list[Target]:
             )
     warn_of_second_names(model, targets, stacklevel=2)
     warn_of_unadapted_experts(model, config, stacklevel=2)
-    say_what_is_left_alone(model, config)
+    log_unadapted_towers(model, config)
     return targets
 
 
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Run passes inside: the model is frozen and in eval mode, and afterwards as it was."""
+    """Run passes in the body: the model is frozen and in eval mode, and restored afterwards."""
     reshard(model)
     with preserved(model), resharded(model), torch.inference_mode(False):
         yield
@@ -296,11 +296,11 @@ def first_pass(
     if collector.samples == 0:
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
     if unreached := collector.unreached():
-        # As those whose weight another module reads.
+        # Such as targets whose weight another module reads.
         warnings.warn(
-            f"{_first(unreached)} ran in no calibration batch, so nothing is known of their inputs"
-            " and an adapter may learn nothing there; leave them out (`exclude_modules`) or give"
-            " samples that reach them.",
+            f"{_first(unreached)} ran in no calibration batch, so their inputs are unknown "
+            "and an adapter may learn nothing there; exclude them (`exclude_modules`) or "
+            "give samples that reach them.",
             stacklevel=4,
         )
 
@@ -311,10 +311,10 @@ def _read(collector: Collector, batch: Any) -> None:
 
 
 def checked_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Return a batch on the model's device, checked: ids out of range would kill a GPU's process.
+    """Return a batch on the model's device, checked: ids out of range would crash a GPU process.
 
     Raises:
-        CalibrationError: it cannot be read, or has ids or positions that the model has not.
+        CalibrationError: it cannot be read, or has ids or positions outside the model's range.
     """
     read = reading.as_batch(batch, device_of(model))
     ids = read.get("input_ids")
@@ -326,12 +326,12 @@ def checked_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def progress_bar(batches: Any, show: bool) -> Any:
-    """Return a bar that counts samples, on a terminal only."""
+    """Return a progress bar that counts samples, on a terminal only."""
     from tqdm.auto import tqdm
 
     dataset = getattr(batches, "dataset", None)
     total = len(dataset) if isinstance(dataset, Sized) else None
-    # disable=None: silent where standard error is no terminal.
+    # disable=None: silent if standard error is not a terminal.
     disable = None if show else True
     return tqdm(total=total, desc="Calibrating", unit=" samples", disable=disable)
 
@@ -339,19 +339,19 @@ def progress_bar(batches: Any, show: bool) -> Any:
 def within_memory(
     action: Callable[[], T], where: Callable[[], str], samples: int, budget: MemoryBudget
 ) -> T:
-    """Return ``action()``; should memory run out, say where and what to lower.
+    """Return ``action()``; if memory runs out, report where and what to lower.
 
     A device raises torch.OutOfMemoryError, the CPU's allocator a bare RuntimeError.
 
     Args:
-        action: what is done.
-        where: says what of it is being done, once it has failed.
-        samples: in the batch; 0: none is in memory.
-        budget: of the second moments.
+        action: what to run.
+        where: describes the current step; called after a failure.
+        samples: number in the batch; 0: none is in memory.
+        budget: memory budget of the second moments.
 
     Raises:
         OutOfMemoryError: memory ran out.
-        RuntimeError: what else ``action`` raises.
+        RuntimeError: any other error of ``action``.
     """
     try:
         return action()
@@ -368,19 +368,19 @@ def within_memory(
         )
     elif samples:
         smaller = " shorten the samples (`data.max_length` on the command line), or"
-    # Not inside `except`: the first error holds on to every tensor of what has failed.
+    # Not inside `except`: the first error keeps all tensors of the failed step alive.
     raise OutOfMemoryError(
-        f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{smaller} lower"
-        f" `memory_budget`, what second moments may take (currently {budget})."
+        f"out of memory in {where()}: {text.splitlines()[0].rstrip('.')};{smaller} lower "
+        f"`memory_budget` (currently {budget})."
     )
 
 
 def warn_of_skipped(skipped: Mapping[Any, str], given: int, stacklevel: int) -> None:
-    """Warn once of the samples that were left out of ``given``, by their numbers."""
+    """Warn once about the samples of ``given`` that were skipped, by their numbers."""
     if skipped:
         warnings.warn(
-            f"{len(skipped)} of {given} calibration samples were left out as bad, counted from 0:"
-            f" {_listed(skipped)}.",
+            f"{len(skipped)} of {given} calibration samples are bad and were skipped, counted "
+            f"from 0: {_listed(skipped)}.",
             stacklevel=stacklevel + 1,
         )
 

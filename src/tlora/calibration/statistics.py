@@ -1,8 +1,8 @@
-"""What calibration leaves behind: the statistics of all modules, in a file, and their key.
+"""The result of calibration: the statistics of all modules, in a file, and their key.
 
-The key says what a calibration is of. It is cheap beside one forward pass, so every calibration
-carries one. It tells honest mistakes apart (another checkpoint, another file of samples), not
-forgeries.
+The key identifies the inputs of a calibration. It is cheap compared to one forward pass, so every
+calibration carries one. It detects honest mistakes (another checkpoint, another file of samples),
+not forgery.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _FORMAT = 6
 
 _FILE = "calibration.safetensors"
 
-# What a module's statistics may hold: the property of `TLoraConfig` that asks for it, and what to
-# say where it is missing.
+# Optional statistics of a module: the property of `TLoraConfig` that requests each, and the message
+# if it is missing.
 _STATISTICS = {
     "sensitivity": (
         "needs_sensitivity",
@@ -51,14 +51,14 @@ _STATISTICS = {
     ),
 }
 
-_SAMPLED = 512  # entries of a parameter that go into the key
+_SAMPLED = 512  # entries of a parameter that enter the key
 
 _NUMBERS = ("name", "d_in", "d_out", "samples", "sensitivity", "moment_id", "fisher")
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a calibration is of: `model_key`, and the `batch_digest` of each batch in order."""
+    """The inputs of a calibration: `model_key`, and the `batch_digest` of each batch in order."""
 
     model: str
     data: list[str]
@@ -75,12 +75,13 @@ class ModuleStatistics:
         samples: n, calibration samples.
         sensitivity: S = (1/n) sum_s mean_jk |W_jk (dL_s/dW)_jk|, or None if no backward was run.
         moment: second moment of the inputs, shared with the modules that read the same tensor; or
-            W C alone, while planning in one go; None if the configuration needs none.
+            only W C while calibration and planning run together; None if the configuration needs
+            none.
         moment_id: equal for modules that share ``moment``.
-        fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, where the configuration asks for it.
-        gradient: G = (1/n) sum_s dL_s/dW, m x d float32, where the configuration asks for it.
+        fisher: (1/n) sum_s mean_jk (dL_s/dW)_jk^2, if the configuration needs it.
+        gradient: G = (1/n) sum_s dL_s/dW, m x d float32, if the configuration needs it.
         gradient_moment: N = (1/n) sum_s sum_t ||delta_t||^2 x_t x_t^T with delta_t the gradient of
-            L_s at the module's output and x_t its input, where the configuration asks for it.
+            L_s at the module's output and x_t its input, if the configuration needs it.
     """
 
     name: str
@@ -96,11 +97,11 @@ class ModuleStatistics:
 
     @property
     def tokens(self) -> int:
-        """Real tokens that the module saw; 0 where no moment was kept."""
+        """Number of real tokens that the module saw; 0 if no moment was kept."""
         return 0 if self.moment is None else self.moment.tokens
 
     def measured(self, rule: SensitivityRule) -> float | None:
-        """Return what ranks and scales are allocated by; None if it was not measured."""
+        """Return the sensitivity that ranks and scales follow; None if it was not measured."""
         return self.sensitivity if rule == "magnitude" else self.fisher
 
     def require(self, statistic: str) -> Any:
@@ -113,8 +114,8 @@ class ModuleStatistics:
         if value is None:
             _, missing, fields = _STATISTICS[statistic]
             raise CalibrationError(
-                f"{self.name}: {missing}, because the configuration calibrated for needs none;"
-                f" calibrate again with {fields}."
+                f"{self.name}: {missing}, because the calibration's configuration does not need "
+                f"it; calibrate again with {fields}."
             )
         return value
 
@@ -135,7 +136,7 @@ class ModuleStatistics:
 
 
 def calibration_file(path: str | Path) -> Path:
-    """Return the file that ``path`` means: itself, or the usual one in an existing folder."""
+    """Return the file for ``path``: itself, or the default name in an existing folder."""
     return file_at(path, _FILE)
 
 
@@ -146,9 +147,9 @@ class Calibration:
     modules: dict[str, ModuleStatistics]
     samples: int
     info: dict[str, Any] = field(default_factory=dict)
-    """Where the statistics come from: model class, configuration. Plain JSON values."""
+    """Origin of the statistics: model class, configuration. Plain JSON values."""
     key: Key | None = None
-    """What they are of, to the bit; None: not known (put together by hand)."""
+    """Identifies the exact inputs; None: unknown (assembled by hand)."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
@@ -157,23 +158,23 @@ class Calibration:
         return len(self.modules)
 
     def lacks(self, names: Sequence[str], config: TLoraConfig) -> list[str]:
-        """Say what planning the modules ``names`` by ``config`` needs and this does not hold.
+        """Report what this calibration lacks to plan the modules ``names`` by ``config``.
 
-        What concerns planning alone (rank, budget, scales, seed) plays no part, and more than is
-        needed will do.
+        Fields that only concern planning (rank, budget, scales, seed) play no part; extra
+        statistics do no harm.
         """
         needed = [name for name, (asks, *_) in _STATISTICS.items() if getattr(config, asks)]
         each = self.modules.values()
         faults = [] if list(names) == list(self.modules) else ["other modules"]
         if any(getattr(module, name) is None for module in each for name in needed):
-            faults.append("it lacks statistics that are needed")
+            faults.append("it lacks required statistics")
         return faults
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file (tensors, and a JSON header), atomically; return its path.
 
-        safetensors stores float32 exactly and JSON's repr of a double round-trips, so what is
-        loaded is what was saved, to the bit.
+        safetensors stores float32 exactly and JSON's repr of a double round-trips, so loading
+        restores the exact bits.
 
         Args:
             path: the file, or an existing folder that gets ``calibration.safetensors``.
@@ -195,16 +196,16 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote. Second moments are mapped, and read when they are looked at.
+        """Read a file written by `save`. Second moments are memory-mapped and read on first use.
 
         Raises:
-            ArtifactError: the file is missing, damaged or something else.
+            ArtifactError: the file is missing, damaged or of another kind.
         """
         path = calibration_file(path)
         tensors, header = read_tensors(path, _KIND, _FORMAT)
         with damaged(path):
             moments = {
-                name: SecondMoment.from_parts(_below(tensors, f"{name}/"), **counts)
+                name: SecondMoment.from_parts(_with_prefix(tensors, f"{name}/"), **counts)
                 for name, counts in header["moments"].items()
             }
             modules = {
@@ -221,7 +222,7 @@ class Calibration:
             return cls(modules, header["samples"], dict(header["info"]), key and from_row(Key, key))
 
     def _moments(self) -> dict[str, SecondMoment]:
-        """Return every second moment once, by the name it has in a file."""
+        """Return every second moment once, by its name in a file."""
         each = self.modules.values()
         shared = {
             f"moment/{m.moment_id}": m.moment for m in each if isinstance(m.moment, SecondMoment)
@@ -234,50 +235,50 @@ class Calibration:
         return shared | own
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def model_key(model: nn.Module) -> str:
     """Return a hash of the name, shape and dtype of every parameter, and of some of its bits.
 
-    Up to 512 evenly spaced entries of each parameter are read, of quantized ones as they are
-    stored. Not seen: a change that misses all of these entries, buffers and what a quantizing
-    library keeps outside the parameters, and the model's code and settings. Of weights that are
-    sharded over processes, or offloaded, only name, shape and dtype are seen.
+    Reads up to 512 evenly spaced entries of each parameter, quantized ones as stored. It misses
+    changes outside these entries, in buffers, in data that a quantizing library keeps outside the
+    parameters, and in the model's code and settings. For weights that are sharded over processes or
+    offloaded, it only reads name, shape and dtype.
     """
     described = []
     samples: dict[torch.device, list[Tensor]] = {}
     offloaded = loaded_by(model)
     # Under each of its names, because an offloaded model unties its weights as it runs.
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        # DeepSpeed keeps the whole shape beside an emptied parameter.
+        # DeepSpeed keeps the full shape beside an emptied parameter.
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         described.append(f"{name} {shape} {parameter.dtype}")
-        # What DeepSpeed shards is whole at times.
+        # DeepSpeed sometimes holds a sharded parameter whole.
         unseen = name in offloaded or is_zero3(parameter)
         for stored in [] if unseen else _stored(parameter.detach()):
-            samples.setdefault(stored.device, []).append(_some_bytes(stored))
+            samples.setdefault(stored.device, []).append(_sampled_bytes(stored))
     digest = hashlib.sha256("\n".join(described).encode())
     for parts in samples.values():
-        # One transfer a device, not one a parameter.
+        # One transfer per device, not per parameter.
         digest.update(_bytes(torch.cat(parts)))
     return digest.hexdigest()
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that a parameter is stored in."""
-    # A process sees its own shard alone, and all have to come to the same key.
+    """Return the plain tensors that store a parameter."""
+    # A process only sees its own shard, but all must compute the same key.
     if tensor.is_meta or hasattr(tensor, "placements"):
         return []
-    # A subclass that stores something else than it says to be names its parts.
+    # A subclass that stores another form than its shape suggests lists its parts.
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None or type(tensor) in (Tensor, nn.Parameter):
         return [tensor] if tensor.numel() else []
     return [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
 
 
-def _some_bytes(tensor: Tensor) -> Tensor:
+def _sampled_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     return flat[:: max(1, -(-len(flat) // _SAMPLED))].contiguous().view(torch.uint8)
 
@@ -297,8 +298,8 @@ def digested(batches: Iterable[Batch], digests: list[str]) -> Iterator[Batch]:
 def batch_digest(batch: Batch) -> str:
     """Return the SHA-256 of what a batch holds, whatever the order of its keys.
 
-    Tensors, arrays and images count by content, also inside lists and dicts; of other objects the
-    type alone, since their repr may hold where they lie in memory.
+    Tensors, arrays and images count by content, also inside lists and dicts; other objects only by
+    type, since their repr may contain a memory address.
     """
     digest = hashlib.sha256()
     _feed(digest, batch)

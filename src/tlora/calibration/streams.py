@@ -1,4 +1,4 @@
-"""Subspaces of modules whose second moment is not to be held, from passes over the samples."""
+"""Subspaces of modules without stored second moments, from passes over the samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tlora.linalg.subspace import Subspace
 
 
 def stream_bytes(columns: int, rank: int) -> int:
-    """Return the bytes that one module's subspace iteration takes: two d x l blocks, float32."""
+    """Return the bytes of one module's subspace iteration: two d x l float32 blocks."""
     return 2 * 4 * columns * block_width(columns, rank)
 
 
@@ -28,8 +28,8 @@ class StreamAccumulator:
 
     Args:
         targets: the modules.
-        ranks: of each.
-        seed: of the starting blocks.
+        ranks: rank of each.
+        seed: seed of the starting blocks.
     """
 
     def __init__(self, targets: Sequence[Target], ranks: Mapping[str, int], seed: int) -> None:
@@ -41,11 +41,11 @@ class StreamAccumulator:
 
     @property
     def finished(self) -> bool:
-        """Whether all passes are made."""
+        """Whether all passes are done."""
         return all(space.finished for space in self.spaces.values())
 
     def prepare(self, records: Mapping[str, ModuleRecord]) -> None:
-        """Keep nothing more of a batch than its inputs."""
+        """Keep only the inputs of a batch."""
 
     def update(self, records: Mapping[str, ModuleRecord], size: int) -> None:
         """Add a batch of ``size`` samples; inputs that modules share are centered once."""
@@ -61,24 +61,24 @@ class StreamAccumulator:
                 space.add(centered.to(space.block.device), narrow)
 
     def pool(self, targets: Sequence[Target], group: ProcessGroup) -> None:
-        """Add up the products with C of all processes' samples, so that each holds the sum."""
+        """Sum the products with C over all processes; each process gets the sum."""
         for target in targets:
             space = self.spaces[target.name]
             space.product = group.all_reduce_sum(space.product)
 
     def advance(self, group: ProcessGroup) -> None:
-        """End a pass. Every process goes on with the first one's blocks, to the bit."""
+        """End a pass. Every process continues with the first one's blocks, bit for bit."""
         spaces = [self.spaces[target.name] for target in self.targets]
         advance(spaces, [partial(dense_weight, target) for target in self.targets])
         for space in spaces:
             space.block = group.broadcast_tensor(0, space.block)
 
     def results(self, targets: Sequence[Target], weight: Tensor | None = None) -> list[Subspace]:
-        """Return modules' subspaces after the last pass; ``weight``: W of a single one, if read."""
+        """Return modules' subspaces after the last pass; ``weight``: W of a single module."""
         weights = [partial(given_or_read, weight, target) for target in targets]
         return results([self.spaces[target.name] for target in targets], weights)
 
 
 def given_or_read(weight: Tensor | None, target: Target) -> Tensor:
-    """Return W of a target: as it was given, or else as it is read (`dense_weight`)."""
+    """Return W of a target: as given, otherwise read by `dense_weight`."""
     return dense_weight(target) if weight is None else weight

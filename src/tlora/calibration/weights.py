@@ -1,7 +1,7 @@
-"""A target, one linear map to adapt, and its weight as an m x d matrix, however it is stored.
+"""A target, one linear map to adapt, and its weight as an m x d matrix, in any storage format.
 
-One row of `_STORAGES` a storage: how to know it by the names of its classes, and how to read it.
-A quantizing library is imported where a module of its own is read, and nowhere else.
+`_STORAGES` has one row per storage format: its class names, and how to read it. A quantizing
+library is imported only when one of its modules is read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tlora.errors import AdapterError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What transformers' `use_experts_implementation` sets on a module of fused experts. Only these
-# flags are read, never the name of a model.
+# Flags that transformers' `use_experts_implementation` sets on a module of fused experts. Only
+# these flags are read, never the name of a model.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
 
 DOWN = "down_proj"
@@ -33,8 +33,8 @@ class ExpertPart:
     Attributes:
         parameter: the parameter's full name in the model.
         attribute: its name in the module.
-        index: of the expert.
-        count: E, experts in the parameter.
+        index: index of the expert.
+        count: E, number of experts in the parameter.
     """
 
     parameter: str
@@ -44,12 +44,12 @@ class ExpertPart:
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether its input is the activated h, not the rows that the module is given."""
+        """Whether its input is the activated h instead of the module's input rows."""
         return self.attribute == DOWN
 
 
 def has_layout(module: nn.Module) -> bool:
-    """Return whether a module says how its fused experts are laid out."""
+    """Return whether a module declares the layout of its fused experts."""
     return all(hasattr(module, flag) for flag in _FLAGS)
 
 
@@ -58,11 +58,11 @@ class Target:
     """One linear map to adapt: y = W x + b with W of d_out x d_in (m x d).
 
     Attributes:
-        name: the module's full name in the model; of an expert, "...experts.gate_up_proj[3]".
+        name: the module's full name in the model; for an expert, "...experts.gate_up_proj[3]".
         module: the module that holds W.
         d_in: d.
         d_out: m.
-        part: which matrix of a fused parameter W is; None: the module's own weight.
+        part: the matrix of a fused parameter; None: the module's own weight.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Target:
 
     @property
     def adapter(self) -> str:
-        """Name of what PEFT adapts as one: the module, or the parameter that holds the experts."""
+        """Name of the unit that PEFT adapts: the module, or the parameter of the experts."""
         return self.name if self.part is None else self.part.parameter
 
 
@@ -90,26 +90,26 @@ def read_part(module: Any, part: ExpertPart) -> Tensor:
 
 
 def inward_name(module: Any) -> str:
-    """Return what the parameter is called that a row meets first."""
+    """Return the name of the parameter that multiplies the input rows first."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def dense_weight(target: Target) -> Tensor:
-    """Return W of a target as d_out x d_in float32, without gradient; a view where it can be.
+    """Return W of a target as d_out x d_in float32, without gradient; a view where possible.
 
-    A quantized weight is dequantized and an offloaded one loaded anew by each call, so that no
-    more of them are alive than the caller holds; the stored one is only read. One that is sharded
-    over processes is gathered, so that every process has to call.
+    Each call dequantizes a quantized weight or loads an offloaded one again, so only the caller's
+    copies stay alive; the stored weight is only read. A weight sharded over processes is gathered,
+    so every process must call this.
 
     Raises:
-        AdapterError: the weight is on the meta device, is stored in a form not known here, or
-            cannot be read as it is; the supported forms are named.
+        AdapterError: the weight is on the meta device, has an unknown storage format, or cannot be
+            read as it is; the supported formats are named.
     """
     return stored_weight(target).to(torch.float32)
 
 
 def stored_weight(target: Target) -> Tensor:
-    """Return W as `dense_weight` does, in the float dtype that it is stored or dequantized in.
+    """Return W as `dense_weight` does, in the float dtype that stores it or that it dequantizes to.
 
     Raises:
         AdapterError: as `dense_weight`.
@@ -133,8 +133,8 @@ def _read(target: Target) -> Tensor:
     if storage is None:
         known = ", ".join(each.name for each in _STORAGES)
         raise AdapterError(
-            f"{target.name}: its weight is stored as {_described(module)}, which cannot be read as"
-            f" a matrix; supported are {known}: load the model in one of these."
+            f"{target.name}: its weight is stored as {_described(module)}, which cannot be "
+            f"read as a matrix; supported are {known}: load the model in one of these."
         )
     try:
         weight = storage.read(module)
@@ -149,7 +149,7 @@ def _read(target: Target) -> Tensor:
 
 
 def is_hqq_linear(module: nn.Module) -> bool:
-    """Return whether a module is HQQ's linear layer, which is no subclass of nn.Linear."""
+    """Return whether a module is HQQ's linear layer, which does not subclass nn.Linear."""
     return is_a(module, "hqq", "HQQLinear")
 
 
@@ -164,7 +164,7 @@ def is_8bit_linear(module: nn.Module) -> bool:
 
 
 def is_whole_weight(module: nn.Module) -> bool:
-    """Return whether a module's weight can be read without the other processes."""
+    """Return whether this process can read a module's weight without the others."""
     return all(map(is_whole, module.parameters(recurse=False)))
 
 
@@ -174,7 +174,7 @@ def repacked(module: nn.Module) -> bool:
 
 
 class _Unreadable(Exception):
-    """Why a weight of a known storage cannot be read; internal."""
+    """Why a weight of a known storage format cannot be read; internal."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,16 @@ def _described(module: nn.Module) -> str:
 
 
 def holds_floats(module: nn.Module) -> bool:
-    """Return whether a module's weight is a plain tensor of a float dtype of two bytes or more."""
+    """Return whether a module's weight is a plain tensor of a float dtype of at least two bytes."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and is_float(module, weight)
 
 
 def is_float(module: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a parameter of ``module`` is the numbers that it stands for, and can train.
+    """Return whether a parameter of ``module`` stores plain numbers and can train.
 
-    A subclass of Tensor may say that it is of floats and store something else, and so does
-    bitsandbytes with `bnb_4bit_quant_storage`.
+    A subclass of Tensor may report a float dtype and store something else, and so does bitsandbytes
+    with `bnb_4bit_quant_storage`.
     """
     packed = is_4bit_linear(module) and parameter is getattr(module, "weight", None)
     return type(parameter.data) is Tensor and parameter.dtype in _FLOATS and not packed
@@ -227,7 +227,7 @@ def _read_zero3(module: Any) -> Tensor:
 
 
 def _quant_state(module: nn.Module) -> Any:
-    # The module keeps it too, for when a wrapper (FSDP) has made the parameter anew.
+    # The module keeps it too, in case a wrapper (FSDP) has recreated the parameter.
     weight = getattr(module, "weight", None)
     return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
 
@@ -237,8 +237,8 @@ def _read_4bit(module: Any) -> Tensor:
 
     if repacked(module):
         raise _Unreadable(
-            "bitsandbytes has rewritten its 4-bit weight for inference on this CPU (a call in eval"
-            " mode without gradient); reload the model, and plan before running it"
+            "bitsandbytes has rewritten its 4-bit weight for inference on this CPU (a call "
+            "in eval mode without gradient); reload the model, and plan before running it"
         )
     dense: Tensor = dequantize_4bit(module.weight.data, _quant_state(module))
     return dense

@@ -1,1 +1,1 @@
-"""Pure tensor functions: statistics -> subspace, ranks, scales. Imports torch and nothing else."""
+"""Pure tensor functions: statistics -> subspace, ranks, scales. Imports torch only."""

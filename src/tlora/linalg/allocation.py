@@ -1,8 +1,9 @@
-"""Sharing a budget of ranks and scales out by sensitivity.
+"""Allocates ranks and scales to modules in proportion to sensitivity.
 
 Source: arXiv 2604.18124, section 3, and the released code's rounding (docs/method.md, 4 and 5).
-Departures, each named where it is made: ranks have bounds, and a budget in parameters can be kept.
-Plain Python numbers: there are a few hundred modules, and rounding should not depend on a device.
+Each departure is named in its function: ranks have bounds, and the budget can count parameters. The
+numbers are plain Python floats because there are only a few hundred modules and rounding should not
+depend on a device.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ class RankBounds:
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """Ranks, and whether the budget could be met.
+    """Ranks, and whether they meet the budget.
 
     Attributes:
         ranks: r_i, one per module.
         wanted: the budget (in ranks or parameters, as asked).
-        spent: what the ranks use of it. "rank": equals ``wanted`` unless the bounds forbid it.
-            "params": at most ``wanted``, unless the lower bounds alone cost more.
+        spent: how much of the budget the ranks use. "rank": equals ``wanted`` unless the bounds
+            forbid it. "params": at most ``wanted``, unless the lower bounds alone cost more.
         feasible: False where the bounds forbid the budget, with ``spent`` the nearest possible.
     """
 
@@ -40,11 +41,11 @@ class RankAllocation:
 
 
 def equal_ranks(base_rank: int, bounds: Sequence[RankBounds]) -> RankAllocation:
-    """Give every module rank r, or what its bounds allow; what one cannot take nobody gets.
+    """Give every module rank r, clamped to its bounds; clamped ranks are not redistributed.
 
     Args:
         base_rank: r.
-        bounds: of each module's rank.
+        bounds: bounds of each module's rank.
     """
     ranks = tuple(round(_clamp(base_rank, each)) for each in bounds)
     wanted = len(ranks) * base_rank
@@ -54,18 +55,18 @@ def equal_ranks(base_rank: int, bounds: Sequence[RankBounds]) -> RankAllocation:
 def allocate_ranks(
     sensitivities: Sequence[float], base_rank: int, bounds: Sequence[RankBounds]
 ) -> RankAllocation:
-    """Share N r ranks out in proportion to sensitivity, the sum kept exactly.
+    """Allocate N r ranks in proportion to sensitivity and keep the sum exact.
 
     Released rule: r_i = round(N r S_i / sum_j S_j); then the missing or surplus ranks go one by
-    one to the module with the largest rank. Where that meets every bound it is the answer. Else
+    one to the module with the largest rank. If that meets every bound, it is the result. Otherwise
     (a departure: the release can give 0 or more than min(m, d)) r_i = round(clamp(c S_i, low,
-    high)) with the c that spends the budget, and the same correction among the modules that
-    still can move. Equal (or all zero) sensitivities share equally.
+    high)) with the c that spends the budget, and the same correction among the modules that can
+    still move. Equal (or all zero) sensitivities get equal shares.
 
     Args:
         sensitivities: S_i >= 0, one per module.
         base_rank: r.
-        bounds: of each module's rank.
+        bounds: bounds of each module's rank.
 
     Raises:
         ValueError: no module, lengths that differ, or a sensitivity that is negative, infinite
@@ -93,18 +94,18 @@ def allocate_ranks_by_cost(
     bounds: Sequence[RankBounds],
     costs: Sequence[int],
 ) -> RankAllocation:
-    """Share ranks out in proportion to sensitivity within a budget of trainable parameters.
+    """Allocate ranks in proportion to sensitivity within a budget of trainable parameters.
 
-    sum_i k_i r_i <= r sum_i k_i, with k_i the trainable parameters per rank of module i (m_i if
-    A is frozen). r_i = clamp(c S_i, low, high), rounded down with the c that spends the budget;
-    what rounding left over goes, one rank at a time, to the module furthest below its share
-    whose cost still fits. Not in the release, which lets the parameters drift with the ranks;
-    the paper speaks of a fixed parameter budget.
+    sum_i k_i r_i <= r sum_i k_i, with k_i the trainable parameters per rank of module i (m_i if A
+    is frozen). r_i = clamp(c S_i, low, high), rounded down with the c that spends the budget; the
+    remainder goes, one rank at a time, to the module furthest below its share whose cost still
+    fits. The release does not do this and lets the parameter count drift with the ranks; the paper
+    describes a fixed parameter budget.
 
     Args:
         sensitivities: S_i >= 0, one per module.
         base_rank: r.
-        bounds: of each module's rank.
+        bounds: bounds of each module's rank.
         costs: k_i > 0.
 
     Raises:
@@ -168,16 +169,16 @@ def _shares(sensitivities: Sequence[float]) -> list[float]:
     """
     values = [float(value) for value in sensitivities]
     if not values:
-        raise ValueError("there is no module to allocate to")
+        raise ValueError("there are no modules to allocate ranks to")
     for index, value in enumerate(values):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"sensitivity {index} is {value}, not a number of 0 or more")
-    # Dividing by the largest first keeps the sum finite and tiny values (1e-40) exact enough.
+    # Dividing by the largest value first keeps the sum finite and tiny values (1e-40) accurate.
     largest = max(values)
     if largest == 0:
         return [1 / len(values)] * len(values)
     scaled = [value / largest for value in values]
-    # Below this a share counts as zero: rank / share, a breakpoint of `_level`, would overflow.
+    # Smaller shares count as zero: rank / share, a breakpoint of `_level`, would overflow.
     scaled = [value if value > 1e-290 else 0.0 for value in scaled]
     total = math.fsum(scaled)
     return [value / total for value in scaled]
@@ -197,8 +198,8 @@ def _level(
 ) -> float:
     """Return c with sum_i k_i clamp(c S_i, low_i, high_i) = budget (or the bound nearest to it).
 
-    The sum is piecewise linear in c and never falls: find the two neighboring breakpoints that
-    hold the budget between them, then interpolate.
+    The sum is piecewise linear and nondecreasing in c: find the two neighboring breakpoints that
+    bracket the budget, then interpolate.
     """
     modules = [m for m in zip(shares, bounds, costs, strict=True) if m[0] > 0]
     fixed = sum(k * b.low for s, b, k in zip(shares, bounds, costs, strict=True) if s == 0)
@@ -223,6 +224,6 @@ def _settle(ranks: list[int], target: int, bounds: Sequence[RankBounds]) -> list
         free = [
             i for i, b in enumerate(bounds) if (ranks[i] < b.high if step > 0 else ranks[i] > b.low)
         ]
-        # max keeps the first of equals, as the release's argmax does.
+        # Like the release's argmax, max keeps the first of equal values.
         ranks[max(free, key=lambda i: ranks[i])] += step
     return ranks

@@ -1,9 +1,9 @@
-"""The matrices whose leading right singular vectors make a frozen basis, beside the paper's W C.
+"""Matrices whose leading right singular vectors form a frozen basis, besides the paper's W C.
 
-Each is a `FactoredMatrix`, in factors where the second moment is still rows of inputs, so that
-nothing of d x d is formed for few tokens. Sources: docs/method.md, 9; C alone: EVA, arXiv
-2410.07170, section 3 (which takes the inputs uncentered, and trains A). W C^(1/2) weighs directions
-by the standard deviation of the inputs, where W C weighs them by the variance.
+Each is a `FactoredMatrix`, factored while the second moment is still stored as input rows, so that
+few tokens never require a d x d matrix. Sources: docs/method.md, 9; C alone: EVA, arXiv 2410.07170,
+section 3 (which takes the inputs uncentered, and trains A). W C^(1/2) weighs directions by the
+standard deviation of the inputs, where W C weighs them by the variance.
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ def half_weighted(weight: Tensor, moment: SecondMoment) -> FactoredMatrix:
 
 
 def _above_rounding(values: Tensor) -> Tensor:
-    """Return which of a positive semi-definite matrix' eigenvalues (ascending) are no rounding."""
+    """Mask the ascending eigenvalues of a semidefinite matrix that exceed rounding error."""
     if not len(values):
         return values > 0
     return values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
 
 
 def singular_part(weight: Tensor, rank: int, *, minor: bool = False) -> tuple[Tensor, Tensor]:
-    """Return B = U_r S_r^(1/2) and A = S_r^(1/2) V_r^T, so that B A is a part of W = U S V^T.
+    """Return B = U_r S_r^(1/2) and A = S_r^(1/2) V_r^T, so that B A is a rank-r part of W = U S
+    V^T.
 
     Args:
         weight: W, m x d float32.
         rank: r, how many singular components; at most min(m, d).
-        minor: take the smallest ones (the last r of the thin decomposition), not the largest.
+        minor: take the smallest components (the last r of the thin SVD) instead of the largest.
 
     Returns:
         B (m x r) and A (r x d), float32, in descending order of singular values.

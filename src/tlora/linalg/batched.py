@@ -1,11 +1,11 @@
-"""Leading right singular vectors of many matrices at once, by products and small factorizations.
+"""Leading right singular vectors of many matrices at once, from products and small factorizations.
 
-Of a small matrix from the eigenvectors of its smaller Gram matrix, of a large one from a sketch:
-subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with Cholesky QR, then
-Rayleigh-Ritz by the eigenvectors of (M V)^T (M V). Gram matrices are float64, so that a singular
-value is right down to 1e-8 of the largest, below the rounding error of a float32 matrix.
+A small matrix is solved through the eigenvectors of its smaller Gram matrix, a large one through a
+sketch: subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with Cholesky QR, then
+Rayleigh-Ritz by the eigenvectors of (M V)^T (M V). Gram matrices are float64, so singular values
+are accurate down to 1e-8 of the largest, below the rounding error of a float32 matrix.
 
-Nothing here waits for the device. Where a factorization failed, `Leading.passed` says so.
+Nothing here synchronizes with the device. If a factorization failed, `Leading.passed` is false.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Leading:
 
     Attributes:
         vectors: r x d float32, orthonormal rows; fewer where M is a product over fewer inner
-            columns. Of rows whose singular value is rounding error nothing is said.
+            columns. Rows whose singular value is rounding error are arbitrary.
         values: their singular values, float64, descending.
         passed: whether each factorization worked, a scalar on the device.
         energy: ||M||_F^2, a float64 scalar on the device.
@@ -52,12 +52,12 @@ class Leading:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What Rayleigh-Ritz needs once M is freed.
+    """Inputs of Rayleigh-Ritz, kept after M is freed.
 
     Attributes:
         rank: r.
         block: V, d x l float32, well-conditioned columns.
-        inner: V^T V, float64; None: Householder left V orthonormal.
+        inner: V^T V, float64; None if Householder QR left V orthonormal.
         image: (M V)^T (M V), float64.
         least: of the factors that made V (`one_pass`).
         energy: ||M||_F^2.
@@ -72,9 +72,9 @@ class Sketch:
 
 
 def solvable(product: FactoredMatrix, method: str) -> bool:
-    """Return whether this file solves a matrix as fast as `right_singular_vectors`, or faster.
+    """Return whether this file solves a matrix at least as fast as `right_singular_vectors`.
 
-    It needs float64. On a CPU the SVD of a square matrix takes less time than the eigenvectors.
+    It needs float64. On a CPU, the SVD of a square matrix is faster than the eigenvectors.
     """
     rows, columns = product.left.shape
     if batched(product.left):
@@ -130,15 +130,15 @@ def sketched(
     Args:
         products: M, m x d float32.
         ranks: r of each.
-        solver: width and seed of the sketches, and how often M^T M is applied.
+        solver: width and seed of the sketches, and the number of times M^T M is applied.
     """
     starts = [_start(*pair, solver) for pair in zip(products, ranks, strict=True)]
     blocks, least = one_pass(_each(FactoredMatrix.transposed_times, products, starts))
     for number in range(solver.iterations):
         left = _each(FactoredMatrix.times, products, blocks)
         if number:
-            # Columns of V come in the order of their singular values by now, so that scaling them
-            # is enough to keep the small ones above rounding error.
+            # The columns of V are ordered by singular value here, so scaling them is enough to keep
+            # the small ones above rounding error.
             left = [block / block.abs().amax(dim=0).clamp_min(_TINY) for block in left]
         else:
             left, smallest = one_pass(left)
@@ -152,10 +152,10 @@ def sketched(
 
 
 def _start(product: FactoredMatrix, rank: int, solver: Solver) -> Tensor:
-    """Return the Gaussian G that M^T is applied to."""
+    """Return the Gaussian G that M^T multiplies."""
     width = solver.width(rank)
     if batched(product.left):
-        # Modules of similar ranks have sketches of equal width, which make one batch.
+        # Modules of similar rank get sketches of equal width, which form one batch.
         width = min(16 * math.ceil(width / 16), product.shape[1], *product.left.shape)
     return gaussian(product.shape[0], width, solver.seed, product.left.device)
 

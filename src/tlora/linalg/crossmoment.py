@@ -1,8 +1,8 @@
-"""W C of a module that shares its input with no other one, from its own outputs.
+"""W C of a module whose input no other module shares, computed from the module's outputs.
 
-With Y_s = X_s W^T + b, centering takes b away: W C = (1/n) sum_s (Y_s - mean)^T (X_s - mean). That
-is m d products a token, where C takes d^2 / 2 of them, and W C then m d^2 more: less work, and less
-room, wherever m <= d / 2 (down projections). C itself is not known then.
+With Y_s = X_s W^T + b, centering removes b: W C = (1/n) sum_s (Y_s - mean)^T (X_s - mean). This
+costs m d products per token; C costs d^2 / 2, and W C then m d^2 more. So it saves work and memory
+wherever m <= d / 2 (down projections). C itself is not computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CrossMoment:
 
     @property
     def device(self) -> torch.device:
-        """Where it accumulates."""
+        """Device of the accumulator."""
         return self.total.device
 
     @full_precision
@@ -47,7 +47,7 @@ class CrossMoment:
             inputs: B x T x d float32, the module's input.
             outputs: B x T x m float32, its output.
             mask: B x T, true at real tokens; None: every token is real.
-            places: of the real tokens among the B T rows, if they are known.
+            places: positions of the real tokens among the B T rows, if known.
         """
         x = centered_rows(inputs, mask, torch.float32, places)
         y = centered_rows(outputs, mask, torch.float32, places)

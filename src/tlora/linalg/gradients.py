@@ -1,9 +1,9 @@
-"""What output gradients say of a weight, from pairs (delta, x); no sample's gradient is held whole.
+"""Statistics of weight gradients from pairs (delta, x); no sample's gradient is stored whole.
 
 With G_s = dL_s/dW = delta_s^T X_s: sum |W * G_s| (arXiv 2604.18124, section 3; docs/method.md, 2)
-or sum G_s^2 of each sample, and what a batch adds to the mean gradient (LoRA-GA, arXiv 2407.05000,
-section 3.2; here it gives directions of a frozen A alone) and to the moment that gradients weight
-(docs/method.md, 9).
+or sum G_s^2 of each sample, and a batch's contribution to the mean gradient (LoRA-GA, arXiv
+2407.05000, section 3.2; used here only for the directions of a frozen A) and to the
+gradient-weighted moment (docs/method.md, 9).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from tlora.linalg.products import NARROW, factors, multiplies_narrow, product
 
 logger = logging.getLogger(__name__)
 
-# Entries of G formed at once. On a CPU four megabytes stay in its cache; on an accelerator the G of
-# all samples of a batch stay in its second-level cache.
+# Entries of G formed at once. On a CPU, four megabytes stay in its cache; on an accelerator, the G
+# of all samples of a batch stay in the L2 cache.
 _CPU_ENTRIES = 2**20
 
 _DEVICE_ENTRIES = 2**23
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(delta, x) of each call of the module on one sample: T x m and T x d, as `products.factors`."""
+"""(delta, x) of each call of the module on one sample: T x m and T x d (`products.factors`)."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of all samples of a batch, one sample after the other.
+    """The rows of all samples of a batch, concatenated.
 
-    G_s is a sum over tokens, whichever call they came in, so the rows of all calls are joined.
+    G_s is a sum over tokens of all calls, so the rows of all calls are joined.
 
     Attributes:
         delta: tokens x m.
@@ -50,14 +50,14 @@ class Rows:
 
     @classmethod
     def of(cls, samples: Sequence[Pairs]) -> Rows:
-        """Join the pairs of each sample; one sample at least has one."""
+        """Join the pairs of each sample; at least one sample must have a pair."""
         deltas, inputs = zip(*(pair for pairs in samples for pair in pairs), strict=True)
         counts = tuple(sum(len(delta) for delta, _ in pairs) for pairs in samples)
         return cls(*factors(_joined(deltas), _joined(inputs)), counts)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all parts; a view where they lie one after the other in memory."""
+    """Return the rows of all parts; a view where they are contiguous in memory."""
     first = parts[0]
     storage, place = first.untyped_storage().data_ptr(), first.data_ptr()
     for part in parts:
@@ -70,7 +70,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor, not to be changed; copying one to an accelerator waits for it."""
+    """Return numbers as a read-only tensor; cached because copies to a GPU synchronize."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -78,7 +78,7 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 def weighted_magnitude(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
     """Return sum_jk |W_jk| |G_s,jk| of each sample, with G_s = sum over its pairs of delta^T x.
 
-    Neither |W| nor any G_s is ever whole.
+    Neither |W| nor any G_s is formed whole.
 
     Args:
         weight: W, m x d of any floating dtype.
@@ -101,14 +101,14 @@ def _is_cpu(device: torch.device) -> bool:
 
 
 def _in_cache(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
-    """Go through W block of rows by block of rows, all samples on each."""
+    """Process W in blocks of rows, all samples per block."""
     rows, columns = weight.shape
     step = max(1, _CPU_ENTRIES // columns)
     totals = torch.zeros(len(samples))
     buffer = torch.empty(min(step, rows), columns)
     each = [[factors(delta, x) for delta, x in pairs] for pairs in samples]
     for start in range(0, rows, step):
-        # `contiguous` for a transposed view; `abs` makes the block's own copy in either case.
+        # `contiguous` handles a transposed view; `abs` copies the block in either case.
         block = weight[start : start + step].abs().float().contiguous().flatten()
         gradient = buffer[: len(block) // columns]
         for total, pairs in zip(totals, each, strict=True):
@@ -116,13 +116,13 @@ def _in_cache(weight: Tensor, samples: Sequence[Pairs]) -> Tensor:
                 part = delta[:, start : start + step].T
                 torch.addmm(gradient, part, x, beta=float(index > 0), out=gradient)
             if pairs:
-                # |W| . |G| as an inner product: one pass over the block, where |W G| takes three.
+                # |W| . |G| as an inner product reads the block once; |W G| would take three passes.
                 total.add_(torch.dot(gradient.abs_().flatten(), block))
     return totals
 
 
 def batched_magnitude(weight: Tensor, rows: Rows) -> Tensor:
-    """Return `weighted_magnitude` by few large products: the G_s of all samples, block by block."""
+    """Return `weighted_magnitude` by a few large products, block by block."""
     size, columns = len(rows.counts), weight.shape[1]
     step = max(1, _DEVICE_ENTRIES // (size * columns))
     totals = torch.zeros(size, device=weight.device)
@@ -136,13 +136,14 @@ def batched_magnitude(weight: Tensor, rows: Rows) -> Tensor:
             gradients = torch.stack(
                 [product(delta.T, x) for delta, x in zip(deltas, inputs, strict=True)]
             )
-        # A product for each row of W: one for all would give each sample a single thread block.
+        # One product per row of W: a single product for all would give each sample one thread
+        # block.
         totals += torch.bmm(gradients.abs_().transpose(0, 1), block[:, :, None]).sum(dim=(0, 2))
     return totals
 
 
 def _by_sample(rows: Tensor, counts: tuple[int, ...]) -> Tensor | Sequence[Tensor]:
-    """Return B x T x columns if all samples have the same length, else the rows of each."""
+    """Return B x T x columns if all samples have equal length, else the rows of each."""
     if len(set(counts)) == 1:
         same: Tensor = rows.unflatten(0, (len(counts), counts[0]))
         return same
@@ -150,7 +151,7 @@ def _by_sample(rows: Tensor, counts: tuple[int, ...]) -> Tensor | Sequence[Tenso
 
 
 def fused_magnitude(weight: Tensor, rows: Rows) -> Tensor:
-    """Return `weighted_magnitude` by one kernel, bit for bit the same on one kind of device."""
+    """Return `weighted_magnitude` by one kernel, deterministic to the bit on one kind of device."""
     from tlora.linalg.kernels import weighted_magnitudes
 
     offsets = tuple(itertools.accumulate(rows.counts, initial=0))
@@ -160,9 +161,9 @@ def fused_magnitude(weight: Tensor, rows: Rows) -> Tensor:
 
 @functools.cache
 def _fuses(device: torch.device, rows: torch.dtype, weight: torch.dtype) -> bool:
-    """Return whether `fused_magnitude` runs and pays; asked once in a process.
+    """Return whether `fused_magnitude` works and pays off; checked once per process.
 
-    It has to give the numbers of `batched_magnitude` in a small example first.
+    It must first reproduce `batched_magnitude` on a small example.
 
     Raises:
         OutOfMemoryError: the device has no memory left for the example.
@@ -173,10 +174,10 @@ def _fuses(device: torch.device, rows: torch.dtype, weight: torch.dtype) -> bool
         _check(device, rows, weight)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever stops Triton or the compiler that it calls
+    except Exception as error:  # Triton or its compiler may raise anything.
         logger.warning(
-            "The fused kernel for sensitivities does not run on %s (%s: %s); sensitivities are"
-            " computed without it, which is slower.",
+            "The fused sensitivity kernel does not run on %s (%s: %s); using the slower "
+            "unfused computation.",
             *(device, type(error).__name__, error),
         )
         return False
@@ -184,32 +185,32 @@ def _fuses(device: torch.device, rows: torch.dtype, weight: torch.dtype) -> bool
 
 
 def _check(device: torch.device, rows: torch.dtype, weight: torch.dtype) -> None:
-    """Compare `fused_magnitude` with `batched_magnitude`.
+    """Check `fused_magnitude` against `batched_magnitude`.
 
     Raises:
         ArithmeticError: they differ.
     """
 
     def example(height: int, width: int) -> Tensor:
-        # No random numbers: they would move the user's generator.
+        # No random numbers here: they would advance the user's generator.
         return torch.arange(height * width, device=device).square().sin().view(height, width)
 
     given = Rows(example(96, 144).to(rows), example(96, 272).to(rows), (64, 0, 32))
     matrix = example(144, 272).to(weight)
     found, expected = fused_magnitude(matrix, given), batched_magnitude(matrix, given)
     if not torch.allclose(found, expected, rtol=1e-4, atol=0):
-        raise ArithmeticError(f"it gives {found.tolist()} instead of {expected.tolist()}")
+        raise ArithmeticError(f"the kernel gives {found.tolist()} instead of {expected.tolist()}")
 
 
 @full_precision
 def squared_norm(samples: Sequence[Pairs]) -> Tensor:
     """Return ||G_s||_F^2 of each sample, with G_s = sum over its pairs of delta^T x.
 
-    With few tokens by two Gram matrices, T x T, over the tokens of all pairs:
-    ||delta^T x||_F^2 = sum_tu (delta delta^T)_tu (x x^T)_tu; else block of rows by block of rows.
+    For few tokens, from two T x T Gram matrices over the tokens of all pairs: ||delta^T x||_F^2 =
+    sum_tu (delta delta^T)_tu (x x^T)_tu; otherwise in blocks of rows.
 
     Args:
-        samples: the pairs of each sample; one of them at least has one.
+        samples: the pairs of each sample; at least one sample must have a pair.
 
     Returns:
         A value per sample, float32 on the device of the pairs; 0 without pairs.
@@ -242,10 +243,10 @@ def add_gradient(total: Tensor, samples: Sequence[Pairs], weights: Sequence[floa
         weights: w; each turns the gradient of the batch's loss into that of the sample's own.
     """
     if not any(delta.dtype in NARROW for pairs in samples for delta, _ in pairs):
-        delta, x = _of_own_losses(samples, weights)
+        delta, x = _weighted_rows(samples, weights)
         total.addmm_(delta.T, x)
         return
-    # 16 bits do not hold w delta: the product of all samples of one weight is multiplied instead.
+    # 16 bits cannot hold w delta, so the product of all samples with one weight is scaled instead.
     for weight in dict.fromkeys(weights):
         own = [pairs for pairs, w in zip(samples, weights, strict=True) if w == weight and pairs]
         if own:
@@ -256,22 +257,22 @@ def add_gradient(total: Tensor, samples: Sequence[Pairs], weights: Sequence[floa
 def gradient_weighted(samples: Sequence[Pairs], weights: Sequence[float]) -> Tensor:
     """Return the rows ||w delta_t|| x_t, so that X'^T X' = sum_t ||w delta_t||^2 x_t x_t^T.
 
-    That is the sum of g^T g over the tokens' own gradients g = w delta_t x_t^T (m x d): what the
-    gradient of the weight would be from each token alone.
+    That is the sum of g^T g over the tokens' own gradients g = w delta_t x_t^T (m x d): the weight
+    gradient that each token alone would give.
 
     Args:
-        samples: the pairs of each sample; one of them at least has one.
+        samples: the pairs of each sample; at least one sample must have a pair.
         weights: w, see `add_gradient`.
 
     Returns:
         tokens x d, float32.
     """
-    delta, x = _of_own_losses(samples, weights)
+    delta, x = _weighted_rows(samples, weights)
     norms: Tensor = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
     return norms * x
 
 
-def _of_own_losses(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _weighted_rows(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return w delta and X of all samples in float32."""
     each = [
         (weight * delta.float(), x.float())
@@ -284,7 +285,7 @@ def _of_own_losses(samples: Sequence[Pairs], weights: Sequence[float]) -> tuple[
 
 @full_precision
 def compressed(gradient: Tensor, basis: Tensor) -> Tensor:
-    """Return G A^T (A A^T)^(-1), m x r: of all B the one whose B A comes closest to G.
+    """Return G A^T (A A^T)^(-1), m x r: the B whose B A is closest to G.
 
     Source: GoRA, arXiv 2502.12171, section 3.
 

@@ -1,7 +1,7 @@
-"""sum |W * G_s| of each sample in one kernel, which never writes G_s to memory.
+"""sum |W * G_s| of each sample in one kernel that never writes G_s to memory.
 
-Imported where the kernel is used and nowhere else: it needs Triton, which comes with torch's builds
-for CUDA. `gradients.batched_magnitude` computes the same and is its test.
+Imported only where the kernel is used, because it needs Triton, which ships with torch's CUDA
+builds. `gradients.batched_magnitude` computes the same values and is its reference in tests.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows and columns of a tile, tokens a step, tiles of rows that run side by side. There is no search
-# for the fastest: its outcome could change the order of sums from one run to the next.
+# Rows and columns of a tile, tokens per step, tiles of rows that run side by side. These are not
+# autotuned: the choice could change the order of sums between runs.
 _HOPPER = (128, 256, 64, 8)
-"""Takes 144 KiB of shared memory, and all registers of a thread but for a 16-bit W."""
+"""Uses 144 KiB of shared memory, and all registers of a thread except with a 16-bit W."""
 
 _OTHERS = (128, 128, 32, 8)
 
@@ -34,7 +34,7 @@ def _weighted_magnitudes(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0
     within = program % (GROUP * tiles_n)
     j = (first + within % height) * BM + tl.arange(0, BM)
     k = (within // height) * BN + tl.arange(0, BN)
-    # int64: neither m d nor tokens d need fit 31 bits.
+    # int64: m d and tokens d may exceed 31 bits.
     places = j[:, None].to(tl.int64) * weight_row + k[None, :].to(tl.int64) * weight_column
     inside = (j[:, None] < m) & (k[None, :] < d)
     for sample in range(samples):
@@ -50,7 +50,7 @@ def _weighted_magnitudes(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0
                 x + row * d + k[None, :], mask=(t[:, None] < end) & (k[None, :] < d), other=0.0
             )
             gradient = tl.dot(tl.trans(left), right, gradient, input_precision="ieee")
-        # Read again for each sample: to keep it would take the registers that the sums need.
+        # Reloaded for each sample: the sums need the registers that keeping it would take.
         tile = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
         total = tl.sum(tl.abs(tile) * tl.abs(gradient))
         tl.store(parts + sample * (tiles_m * tiles_n) + program, total)

@@ -1,4 +1,4 @@
-"""Products of matrices: in two factors where these are thin, and always in full precision."""
+"""Matrix products: factored where the factors are thin, and always in full precision."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Make ``function`` multiply in the dtype of what it is given, whatever autocast says.
+    """Make ``function`` multiply in the dtype of its arguments, regardless of autocast.
 
     Autocast would round the factors of each product to 16 bits, and TF32 (`tf32` of the trainer)
-    to 10 of mantissa: second moments, gradients and subspaces would be those of rounded numbers.
+    to 10 bits of mantissa, so second moments, gradients and subspaces would lose precision.
     """
 
     @functools.wraps(function)
@@ -38,7 +38,7 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold an infinity or a NaN; each device is read once.
+    """Return the names of the tensors that hold an infinity or a NaN; reads each device once.
 
     Args:
         tensors: of any shape, dtype and device; integers and 8-bit floats count as finite.
@@ -46,7 +46,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     flags: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-            # A NaN is both the least and the greatest value.
+            # NaN propagates into both the minimum and the maximum.
             least, greatest = tensor.detach().aminmax()
             finite = least.isfinite() & greatest.isfinite()
             flags.setdefault(tensor.device, {})[name] = ~finite
@@ -61,7 +61,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    # Torch before 2.9 has one switch; to set the newer one afterwards would be refused.
+    # Torch before 2.9 has one switch; setting the newer one afterwards would raise.
     name, full = (
         ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     )
@@ -75,13 +75,13 @@ def _without_tf32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FactoredMatrix:
-    """M = L R, m x d; or M = L itself.
+    """M = L R, m x d; or M = L alone.
 
-    With fewer tokens than columns W C = (W X^T / n) X has fewer inner than outer columns, and
-    neither C nor W C is worth forming.
+    With fewer tokens than columns, W C = (W X^T / n) X has fewer inner than outer columns, so
+    forming C or W C would waste work.
 
     Attributes:
-        left: L, m x k; M itself, m x d, without ``right``.
+        left: L, m x k; without ``right``, M itself, m x d.
         right: R, k x d, or None.
     """
 
@@ -107,7 +107,7 @@ class FactoredMatrix:
         return self.left if self.right is None else self.left @ self.right
 
     def energy(self) -> Tensor:
-        """Return ||M||_F^2, a float64 scalar; of factors without forming M.
+        """Return ||M||_F^2, a float64 scalar, without forming M from its factors.
 
         ||L R||_F^2 = sum_jk (L^T L)_jk (R R^T)_jk, two k x k matrices.
         """
@@ -118,9 +118,9 @@ class FactoredMatrix:
         return grams.sum(dtype=torch.float64).clamp_min(0)
 
     def reduced(self) -> tuple[Tensor, Tensor | None]:
-        """Return N and Q with M = N Q^T, Q orthonormal: N has no more columns than L or M.
+        """Return N and Q with M = N Q^T and Q orthonormal, where N has no more columns than L or M.
 
-        Q is None where N is M itself.
+        Q is None if N is M itself.
         """
         if self.right is None or self.right.shape[0] >= self.right.shape[1]:
             return self.dense(), None

@@ -1,7 +1,7 @@
 """Streaming second moment of a module's inputs, centered over each sample's own tokens.
 
-Source: arXiv 2604.18124, section 3 and the released code (docs/method.md, 2). The latter divides
-neither by T_s nor by the number of modules; nor do we.
+Source: arXiv 2604.18124, section 3 and the released code (docs/method.md, 2). Like the code, this
+divides neither by T_s nor by the number of modules.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class CenteredRows:
     """The inputs of a batch, each sample centered over its own tokens.
 
     Attributes:
-        centered: tokens x d; padding is left out.
+        centered: tokens x d, without padding.
         weighted_means: sqrt(T_s) mean_t X_s, B x d.
-        tokens: real tokens.
+        tokens: number of real tokens.
     """
 
     centered: Tensor
@@ -41,8 +41,8 @@ def centered_rows(
         inputs: B x T x d, any floating dtype.
         mask: B x T, true (nonzero) at real tokens; None: every token is real.
         dtype: of the result and of the means.
-        places: of the real tokens among the B T rows, if they are known: to look them up, the host
-            waits for an accelerator.
+        places: positions of the real tokens among the B T rows, if known; looking them up
+            synchronizes with an accelerator.
     """
     x = inputs.detach().to(dtype)
     if mask is None:
@@ -53,7 +53,7 @@ def centered_rows(
     else:
         keep = mask.to(device=x.device, dtype=torch.bool)[..., None]
         counts = keep.sum(dim=1).to(x.dtype)
-        # where, not multiplication: padding may hold inf or NaN, and 0 * inf is NaN.
+        # `where`, not a product: padding may hold inf or NaN, and 0 * inf is NaN.
         zero = x.new_zeros(())
         means = torch.where(keep, x, zero).sum(dim=1) / counts.clamp_min(1)
         places = keep.flatten().nonzero().flatten() if places is None else places
@@ -66,23 +66,24 @@ class SecondMoment:
     """C = (1/n) sum_s (X_s - mean_t X_s)^T (X_s - mean_t X_s), accumulated batch by batch.
 
     Symbols: X_s is T_s x d, the inputs of one module on sample s (T_s real tokens; padding never
-    counts); n counts every sample seen, also one that brought the module no token (an expert that
-    routing never reached). The centering mean is that of the sample itself, so a batch of padded
-    samples gives what the samples give one at a time, whatever their order.
+    counts); n counts every sample seen, including samples that brought the module no token (an
+    expert that routing never reached). Each sample is centered by its own mean, so a padded batch
+    gives the same result as its samples one at a time, in any order.
 
-    The means are kept beside the centered moment as the rows sqrt(T_s) mean_t X_s, because
-    C0 = C + (1/n) sum_s T_s mean_s mean_s^T then gives the uncentered moment for n x d numbers.
+    The means are stored beside the centered moment as the rows sqrt(T_s) mean_t X_s, because C0 = C
+    + (1/n) sum_s T_s mean_s mean_s^T then recovers the uncentered moment from n x d numbers.
 
-    While the centered rows take no more room than C (about d / 2 tokens), they are kept and C is
-    not formed: W C is cheaper from them (`weighted`). C is symmetric: its lower triangle is kept,
-    packed (`PackedTriangle`).
+    While the centered rows take no more memory than C (about d / 2 tokens), they are stored and C
+    is
+    not formed: W C is cheaper from them (`weighted`). C is symmetric, so only its lower triangle is
+    stored, packed (`PackedTriangle`).
 
     Args:
         dim: d, the module's input columns.
-        dtype: of the accumulator; float32 is enough for the subspace, float64 where asked.
-        device: where to accumulate; that of the inputs avoids a copy per batch.
-        space: `packed_numbers(d)` zeros to accumulate in, in place of new ones. The rows are kept
-            in it too.
+        dtype: of the accumulator; float32 is enough for the subspace, float64 gives an exact one.
+        device: where to accumulate; the device of the inputs avoids a copy per batch.
+        space: `packed_numbers(d)` zeros to accumulate in, instead of a new buffer. The rows are
+            stored in it too.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SecondMoment:
         self.tokens = 0
         self._space = space
         self._formed: PackedTriangle | None = None
-        self._narrow = True  # whether all rows so far are 16-bit numbers less a mean
+        self._narrow = True  # whether all rows so far are 16-bit numbers minus a mean
         self._rows = [like.new_zeros(0, dim)]
         self._means = [like.new_zeros(0, dim)]
 
@@ -108,7 +109,7 @@ class SecondMoment:
 
     @property
     def device(self) -> torch.device:
-        """Where it accumulates."""
+        """Device of the accumulator."""
         return self._means[0].device
 
     @property
@@ -127,12 +128,12 @@ class SecondMoment:
     @property
     @full_precision
     def scatter(self) -> PackedTriangle:
-        """n C; forms C for good where only rows were kept."""
+        """n C; forms C permanently if only rows were stored."""
         return self._form()
 
     @property
     def weighted_means(self) -> Tensor:
-        """The rows sqrt(T_s) mean_t X_s, n x d, in the order the samples came."""
+        """The rows sqrt(T_s) mean_t X_s, n x d, in the order of the samples."""
         return _joined(self._means)
 
     @full_precision
@@ -144,7 +145,7 @@ class SecondMoment:
         Args:
             inputs: B x T x d, any floating dtype: the module's inputs of B samples.
             mask: B x T, true (nonzero) at real tokens; None: every token is real.
-            places: of the real tokens among the B T rows, if they are known (`centered_rows`).
+            places: positions of the real tokens among the B T rows, if known (`centered_rows`).
         """
         rows = centered_rows(inputs, mask, self._means[0].dtype, places)
         self._add(rows.centered, inputs.dtype in NARROW)
@@ -154,16 +155,16 @@ class SecondMoment:
 
     @full_precision
     def add_rows(self, rows: Tensor) -> None:
-        """Add tokens x d rows as they are: no mean is taken off, and no sample counted.
+        """Add tokens x d rows unchanged: no mean is subtracted and no sample is counted.
 
-        A moment takes either these or samples (`update`). ``samples``, the divisor, is the
-        caller's to set.
+        A moment takes either these rows or samples (`update`). The caller sets ``samples``, the
+        divisor.
         """
         self._add(rows.to(self._means[0].dtype), rows.dtype in NARROW)
         self.tokens += len(rows)
 
     def _add(self, rows: Tensor, narrow: bool) -> None:
-        narrow = narrow and rows.dtype == torch.float32  # float64 was asked for to be exact
+        narrow = narrow and rows.dtype == torch.float32  # float64 was requested for exactness
         if self._formed is None and (self._held + len(rows)) * self.dim <= packed_numbers(self.dim):
             self._keep(rows)
             self._narrow &= narrow
@@ -176,17 +177,17 @@ class SecondMoment:
         self._rows.append(rows.to(self.device))
 
     def _space_rows(self, first: int, count: int) -> Tensor:
-        """Return the place of ``count`` rows in the space, from row ``first`` on."""
+        """Return a view of ``count`` rows of the space, starting at row ``first``."""
         return self._space[first * self.dim :][: count * self.dim].view(count, self.dim)  # type: ignore[index]
 
     def _form(self) -> PackedTriangle:
-        """Put n C in the place of the rows, if that is still to be done; return it."""
+        """Replace the rows by n C unless that is already done; return n C."""
         if self._formed is None:
             rows = _joined(self._rows)
             if self._space is None:
                 self._space = rows.new_zeros(packed_numbers(self.dim))
             elif len(rows):
-                # They lie where C is to be; joined, they are a copy.
+                # The rows occupy the memory of C; joining them makes a copy.
                 rows = rows.clone() if rows.data_ptr() == self._space.data_ptr() else rows
                 self._space.zero_()
             self._formed = PackedTriangle(self._space, self.dim)
@@ -222,11 +223,11 @@ class SecondMoment:
 
     @full_precision
     def weighted(self, weight: Tensor) -> FactoredMatrix:
-        """Return W C: in factors where there are only rows, and never by a copy of C.
+        """Return W C: factored while only rows are stored, and never from a copy of C.
 
         Args:
-            weight: W, m x d; its device is that of the product, its dtype too unless it is 16-bit,
-                whose product is float32.
+            weight: W, m x d; it sets the product's device, and its dtype too unless it is 16-bit,
+                where the product is float32.
         """
         count, rows = max(self.samples, 1), self.rows
         if rows is None:
@@ -242,13 +243,13 @@ class SecondMoment:
         return FactoredMatrix(left.div_(count), rows)
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the tensors that `take` takes: the mean rows, and the rows or n C, packed."""
+        """Return the tensors that `take` accepts: the mean rows, and the rows or packed n C."""
         rows = self.rows
         kept = {"scatter": self.scatter.numbers} if rows is None else {"rows": rows}
         return {"means": self.weighted_means} | kept
 
     def take(self, parts: Mapping[str, Tensor], samples: int, tokens: int) -> None:
-        """Copy the `parts` of another one into this one, which has seen nothing."""
+        """Copy the `parts` of another moment into this one, which must be empty."""
         if "rows" in parts:
             self._keep(parts["rows"].to(self.device, copy=True))
             self._narrow = False
@@ -259,7 +260,7 @@ class SecondMoment:
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], samples: int, tokens: int) -> SecondMoment:
-        """Rebuild one from its `parts`, which it goes on with as they are, and the counts."""
+        """Rebuild a moment from its `parts`, which it then owns, and the counts."""
         means, scatter = parts["means"], parts.get("scatter")
         moment = cls(means.shape[1], means.dtype, means.device, scatter)
         if scatter is None:
@@ -272,7 +273,7 @@ class SecondMoment:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Return a list's rows as one tensor, which takes their place in it."""
+    """Return a list's rows as one tensor, which replaces them in the list."""
     if len(parts) > 1:
         parts[:] = [torch.cat(parts)]
     return parts[0]

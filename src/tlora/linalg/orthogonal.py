@@ -1,10 +1,10 @@
-"""Orthonormal columns and eigenvectors of many matrices, without waiting for any one of them.
+"""Orthonormal columns and eigenvectors of many matrices, without synchronizing for each.
 
-Cholesky QR: R^T R = Y^T Y, Q = Y R^(-1), two products and a factorization of a small matrix, where
-Householder's QR goes column by column. The small matrices are in float64, so that float32 columns
-of condition up to 1e7 pass, and those of equal size are factored as one batch. Whether a matrix
-passed stays on its device, to be read with those of others. Source: Yamamoto, Nakatsukasa,
-Yanagisawa, Fukaya 2015, "Roundoff error analysis of the CholeskyQR2 algorithm".
+Cholesky QR: R^T R = Y^T Y, Q = Y R^(-1), two products and a factorization of a small matrix, while
+Householder QR works column by column. The small matrices are in float64, so that float32 columns of
+condition up to 1e7 pass, and those of equal size are factored as one batch. The flag whether a
+matrix passed stays on its device and is read together with the others. Source: Yamamoto,
+Nakatsukasa, Yanagisawa, Fukaya 2015, "Roundoff error analysis of the CholeskyQR2 algorithm".
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import torch
 from torch import Tensor
 
 LEAST = 1e-7
-"""Of R's diagonal, its columns scaled to length one: below it float64 leaves R no digit."""
+"""Limit for R's diagonal, with columns scaled to length one: below it, float64 leaves R no correct
+digit."""
 
 _NEARLY_ORTHONORMAL = 0.1
-"""The same of columns that one pass has orthonormalized, if that has worked."""
+"""The same limit for columns that one successful pass has orthonormalized."""
 
 
 BATCH_BYTES = 2**29
-"""What the matrices of modules that are solved together may take on an accelerator."""
+"""Bytes that the matrices of modules solved together may take on an accelerator."""
 
 
 BATCHED = {"cuda"}
-"""Devices where Cholesky QR and batches pay: they compute in float64, and launches need no answer.
-A CPU takes 1 to 3 times as long for a block by Cholesky QR as by Householder's."""
+"""Devices where Cholesky QR and batches pay off: they compute in float64 and launch asynchronously.
+On a CPU, Cholesky QR of a block takes 1 to 3 times as long as Householder QR."""
 
 
 def batched(tensor: Tensor) -> bool:
-    """Return whether Cholesky QR and batches serve a matrix: float32, on such a device."""
+    """Return whether Cholesky QR and batches apply to a matrix: float32, on such a device."""
     return tensor.dtype == torch.float32 and tensor.device.type in BATCHED
 
 
@@ -43,14 +44,14 @@ def gram(block: Tensor) -> Tensor:
 
 
 def inverse_factors(grams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return R^(-1), upper triangular, of each G = R^T R, and how well it is determined.
+    """Return R^(-1), upper triangular, of each G = R^T R, and how well R is determined.
 
     Args:
         grams: l x l float64; columns are scaled to length one before they are factored.
 
     Returns:
-        The l x l factors, and for each the least entry of R's diagonal, a scalar in [0, 1] on the
-        device; 0 or NaN where there is no factorization.
+        The l x l factors, and for each the smallest entry of R's diagonal, a scalar in [0, 1] on
+        the device; 0 or NaN if the factorization failed.
     """
 
     def factored(stacked: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,19 +68,19 @@ def inverse_factors(grams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]
 
 
 def one_pass(blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return Q = Y R^(-1) of each Y, d x l float32, and how well it is determined.
+    """Return Q = Y R^(-1) of each Y, d x l float32, and how well R is determined.
 
-    Where Cholesky QR does not serve (`batched`), Q is Householder's, and always well determined.
-    Else one pass keeps the span, to float32 rounding, and leaves columns that are well conditioned
-    where the second result is above `LEAST`: orthonormal to 1e-16 times the square of Y's
-    condition, enough between two products, not for a basis.
+    Without Cholesky QR (`batched`), Q comes from Householder QR and is always well determined. With
+    it, one pass keeps the span, to float32 rounding, and leaves well-conditioned columns
+    if the second result is above `LEAST`: orthonormal to 1e-16 times the square of Y's
+    condition number, which is enough between two products but not for a basis.
     """
     if not all(map(batched, blocks)):
         return [torch.linalg.qr(block).Q for block in blocks], [
             block.new_ones((), dtype=torch.float64) for block in blocks
         ]
     inverses, least = inverse_factors([gram(block) for block in blocks])
-    # To float64 and back one by one: the blocks may fill the memory.
+    # Converted to float64 and back one at a time, since the blocks may fill the memory.
     pairs = zip(blocks, inverses, strict=True)
     return [(block.double() @ inverse).to(block.dtype) for block, inverse in pairs], least
 
@@ -87,8 +88,8 @@ def one_pass(blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def orthonormal(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return d x l orthonormal columns with the span of each block, in the blocks' dtype.
 
-    By Cholesky QR twice; by Householder's where that fails (columns that depend on each other to
-    within 1e-7), or does not serve (`batched`). The host reads each device once.
+    Runs Cholesky QR twice. Falls back to Householder QR if that fails (columns dependent to within
+    1e-7) or does not apply (`batched`). Reads each device once.
     """
     if not all(map(batched, blocks)):
         return [torch.linalg.qr(block).Q for block in blocks]
@@ -100,14 +101,14 @@ def orthonormal(blocks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def well_determined(first: Tensor, second: Tensor) -> Tensor:
-    """Return whether two passes gave orthonormal columns, from what each said of its factor."""
+    """Return whether two passes gave orthonormal columns, from the diagonals of both factors."""
     return (first > LEAST) & (second > _NEARLY_ORTHONORMAL)
 
 
 def eigenpairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return eigenvalues, largest first, and eigenvectors as columns, of symmetric l x l matrices.
 
-    Negative values (rounding errors of a Gram matrix) count as zero.
+    Negative values (rounding errors of a Gram matrix) become zero.
     """
 
     def solved(stacked: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def eigenpairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def read(tensors: Sequence[Tensor]) -> list[Any]:
-    """Return `tolist` of tensors of equal shape and dtype; each device is read once."""
+    """Return `tolist` of tensors of equal shape and dtype; reads each device once."""
     found: dict[int, Any] = {}
     for places in _places(tensors, lambda tensor: tensor.device):
         values = torch.stack([tensors[place] for place in places]).tolist()
@@ -127,21 +128,21 @@ def read(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors, of one dtype, on the CPU; each other device is read once."""
+    """Return the tensors, of one dtype, on the CPU; reads each other device once."""
     found: dict[int, Tensor] = {}
     for places in _places(tensors, lambda tensor: tensor.device):
         some = [tensors[place] for place in places]
         if len(some) > 1 and some[0].device.type != "cpu":
             flat = torch.cat([tensor.flatten() for tensor in some]).cpu()
             parts = flat.split([tensor.numel() for tensor in some])
-            # Copies, so that none keeps the others alive.
+            # Copies, so that no tensor keeps the others alive.
             some = [p.clone().view_as(tensor) for p, tensor in zip(parts, some, strict=True)]
         found |= {place: tensor.cpu() for place, tensor in zip(places, some, strict=True)}
     return [found[place] for place in range(len(tensors))]
 
 
 def batches(sizes: Sequence[int], limit: int) -> Iterator[range]:
-    """Yield ranges of neighbors whose sizes add up to ``limit`` at most, or of a larger one."""
+    """Yield ranges of consecutive items with a total size of at most ``limit``, or one item."""
     start = total = 0
     for place, size in enumerate(sizes):
         if place > start and total + size > limit:
@@ -153,7 +154,7 @@ def batches(sizes: Sequence[int], limit: int) -> Iterator[range]:
 
 
 def batch_bytes(device: torch.device) -> int:
-    """Return what a batch may take on a device; 0 where more than one module gains nothing."""
+    """Return the bytes that a batch may take on a device; 0 if batching gains nothing."""
     return BATCH_BYTES if device.type in BATCHED else 0
 
 
@@ -161,7 +162,7 @@ def _by_size(
     matrices: Sequence[Tensor], solve: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
     def kind(matrix: Tensor) -> object:
-        # LAPACK's bits depend on where in memory a matrix lies.
+        # LAPACK's bits depend on the memory alignment of a matrix.
         together = matrix.device.type in BATCHED
         return (len(matrix), matrix.device) if together else id(matrix)
 
@@ -173,7 +174,7 @@ def _by_size(
 
 
 def _places(tensors: Sequence[Tensor], key: Callable[[Tensor], object]) -> list[list[int]]:
-    """Return the places of the tensors of each kind."""
+    """Return the positions of the tensors of each kind."""
     kinds: dict[object, list[int]] = {}
     for place, tensor in enumerate(tensors):
         kinds.setdefault(key(tensor), []).append(place)

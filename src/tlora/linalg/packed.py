@@ -1,8 +1,8 @@
-"""A symmetric matrix of which the lower triangle is kept, in about half of its room.
+"""A symmetric matrix stored as its lower triangle, in about half the memory.
 
 Block rows of `BLOCK` rows lie one after the other in a flat tensor, each with the columns up to the
-end of its diagonal block: d^2 / 2 + 128 d numbers, each block row a contiguous matrix that products
-are added to in place.
+end of its diagonal block: d^2 / 2 + 128 d numbers. Each block row is a contiguous matrix that
+products accumulate into in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tlora.linalg.products import multiplies_narrow, product_of_terms, terms
 
 BLOCK = 256
 
-# Rows (or columns) that a product makes at once on an accelerator, which wants few large ones.
+# Rows (or columns) that one product computes on an accelerator, which prefers few large products.
 _WIDE = 1024
 
 
@@ -30,7 +30,7 @@ class PackedTriangle:
     """A symmetric d x d matrix S in a flat tensor.
 
     Args:
-        numbers: `packed_numbers(d)` of them, any floating dtype and device; kept, not copied.
+        numbers: `packed_numbers(d)` numbers, any floating dtype and device; stored, not copied.
         dim: d.
     """
 
@@ -48,12 +48,12 @@ class PackedTriangle:
             place += size
 
     def add_gram(self, rows: Tensor, narrow: bool = False) -> None:
-        """Add X^T X, forming about half of its entries.
+        """Add X^T X, computing about half of its entries.
 
         Args:
             rows: X, tokens x d, in the dtype of the numbers.
-            narrow: X is 16-bit numbers less a mean: where 16-bit products are faster, two bfloat16
-                terms of X stand for it, up to 2^-16 of each entry (docs/cost.md).
+            narrow: X is 16-bit numbers minus a mean: where 16-bit products are faster, X is
+                replaced by two bfloat16 terms, accurate to 2^-16 of each entry (docs/cost.md).
         """
         if narrow and multiplies_narrow(rows.device):
             self._add_narrow(terms(rows, 2))
@@ -73,14 +73,14 @@ class PackedTriangle:
                 block.add_(wide[start - begin : stop - begin, :stop])
 
     def left_times(self, weight: Tensor) -> Tensor:
-        """Return W S, m x d, some columns of S at a time.
+        """Return W S, m x d, computed in blocks of columns of S.
 
         Args:
-            weight: W, m x d, on any device. A 16-bit one is multiplied by three bfloat16 terms of S
-                where 16-bit products are faster, else in float32.
+            weight: W, m x d, on any device. A 16-bit W is multiplied by three bfloat16 terms of S
+                where 16-bit products are faster, otherwise in float32.
 
         Returns:
-            On the weight's device, in its dtype; float32 for a 16-bit one.
+            On the weight's device and in its dtype; float32 for a 16-bit weight.
         """
         narrow = weight.itemsize == 2
         fast = narrow and multiplies_narrow(weight.device)
@@ -105,7 +105,7 @@ class PackedTriangle:
             if first >= stop:
                 columns[first:last] = block[:, start:stop]
                 continue
-            # A block row through the diagonal: its part left of `stop`, and that mirrored.
+            # A block row through the diagonal: the part left of `stop`, and its mirror image.
             own = slice(first - start, last - start)
             columns[:first, own] = block[:, :first].T
             corner = block[:, first:last].tril()

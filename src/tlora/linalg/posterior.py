@@ -1,12 +1,12 @@
-"""The Laplace approximation over linear layers: Kronecker factors, evidence, predictive.
+"""Laplace approximation over linear layers: Kronecker factors, evidence, predictive distribution.
 
-The weights are Gaussian around the trained ones, independent between layers. That of a layer
-y = W x has the precision H + delta I, where H = A (x) G approximates the generalized Gauss-Newton
-matrix of the negative log-likelihood (KFAC: Martens and Grosse 2015) and delta is the precision of
-the prior N(0, I / delta).
+The weights are Gaussian around the trained values, independent across layers. For a layer y = W x
+the precision is H + delta I, where H = A (x) G approximates the generalized Gauss-Newton matrix of
+the negative log-likelihood (KFAC: Martens and Grosse 2015) and delta is the precision of the prior
+N(0, I / delta).
 
 Source: Yang et al., arXiv 2308.13111, sections 3 and 4, and the authors' code. Departure: A and G
-are dense; the paper keeps the leading directions of the wide one.
+are dense; the paper keeps only leading directions of the wide factor.
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ class LayerCurvature:
 
     @full_precision
     def whitened(self, jacobian: Tensor, precision: float) -> Tensor:
-        """Return (H + delta I)^(-1/2) J: the products of two such are their posterior covariance.
+        """Return (H + delta I)^(-1/2) J; products of two such matrices are their posterior
+        covariance.
 
         Args:
-            jacobian: J, ... x m x d: derivatives by W.
-            precision: delta; infinite: nothing varies.
+            jacobian: J, ... x m x d: derivatives with respect to W.
+            precision: delta; if infinite, the weights do not vary.
         """
         turned: Tensor = self.gradients.T @ jacobian.to(self.inputs) @ self.inputs
         return turned * (self.eigenvalues + precision).rsqrt()
 
 
 class KroneckerFactors:
-    """A = (1/T) sum_t x_t x_t^T and G = sum_t g_t g_t^T of one layer, over all T tokens seen.
+    """A = (1/T) sum_t x_t x_t^T and G = sum_t g_t g_t^T of one layer, over all T tokens.
 
     This is KFAC-expand (Eschenhagen et al., arXiv 2311.00636): each token counts as a sample.
 
     Args:
         m: outputs of the layer.
         d: inputs of the layer.
-        like: its dtype and device are the accumulators'.
+        like: gives the accumulators' dtype and device.
     """
 
     def __init__(self, m: int, d: int, like: Tensor) -> None:
@@ -67,7 +68,7 @@ class KroneckerFactors:
 
     @full_precision
     def add_inputs(self, rows: Tensor) -> None:
-        """Add the inputs x of tokens, tokens x d."""
+        """Add the token inputs x, tokens x d."""
         rows = rows.to(self._inputs)
         self._inputs.addmm_(rows.T, rows)
         self.tokens += len(rows)
@@ -79,7 +80,7 @@ class KroneckerFactors:
         self._gradients.addmm_(rows.T, rows)
 
     def curvature(self) -> LayerCurvature:
-        """Return A (x) G by its eigenvalues."""
+        """Return A (x) G in its eigenbasis."""
         of_inputs, inputs = torch.linalg.eigh(self._inputs / max(self.tokens, 1))
         of_gradients, gradients = torch.linalg.eigh(self._gradients)
         eigenvalues = torch.outer(of_gradients.clamp_min(0), of_inputs.clamp_min(0))
@@ -102,17 +103,17 @@ def curvature_roots(probabilities: Tensor) -> Tensor:
 
 
 def evidence_precision(eigenvalues: Sequence[Tensor], squared_norm: float) -> float:
-    """Return the delta of the greatest marginal likelihood, from 1e-10 to 1e10.
+    """Return the delta that maximizes the marginal likelihood, between 1e-10 and 1e10.
 
     Its logarithm is, up to a constant, (P log delta - delta ||w||^2 - sum log(lambda + delta)) / 2,
-    which is greatest where sum lambda / (lambda + delta) = delta ||w||^2: the left side falls with
-    delta and the right one grows, so there is one such delta.
+    which has its maximum where sum lambda / (lambda + delta) = delta ||w||^2: the left side
+    decreases with delta and the right side increases, so the solution is unique.
 
     Args:
         eigenvalues: lambda, of H of each layer.
         squared_norm: ||w||^2, of the trained weights.
 
-    Source: MacKay 1992. Departure: the root is found by bisection; the paper takes 100 steps of
+    Source: MacKay 1992. Departure: the root is found by bisection; the paper runs 100 steps of
     Adam.
     """
     low, high = math.log(_LOW), math.log(_HIGH)
@@ -125,12 +126,12 @@ def evidence_precision(eigenvalues: Sequence[Tensor], squared_norm: float) -> fl
 
 
 def predictive(logits: Tensor, covariance: Tensor, normals: Tensor) -> Tensor:
-    """Return the mean of softmax(f) over f ~ N(logits, covariance), by samples; C probabilities.
+    """Return the mean of softmax(f) over f ~ N(logits, covariance), by sampling; C probabilities.
 
     Args:
         logits: C.
         covariance: C x C.
-        normals: standard normal numbers, samples x C.
+        normals: standard normal samples, samples x C.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     root = vectors * values.clamp_min(0).sqrt()

@@ -1,13 +1,13 @@
-"""Products with float32 sums and results, of 16-bit factors where a device is made for them.
+"""Matrix products with float32 sums and results, from 16-bit factors where the device supports it.
 
 Tensor cores multiply 16-bit numbers an order of magnitude faster than float32 ones. The product of
-two bfloat16 (or two float16) numbers is exact in float32, so summing such products in float32 loses
-nothing against converting the factors first. A float32 number is the sum of three bfloat16 terms of
-8 bits each, exactly unless its magnitude is below 2^-110: a product with float32 factors becomes a
-few products of their terms (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
+two bfloat16 (or two float16) numbers is exact in float32, so summing them in float32 is as accurate
+as converting the factors first. A float32 number is the sum of three bfloat16 terms of 8 bits each,
+exactly unless its magnitude is below 2^-110: a product with float32 factors becomes a few products
+of their terms (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
 
-Where a device has no such product, the factors are converted to float32: the same products, summed
-in another order. That is the path on a CPU, and the one the tests compare with.
+On a device without such products, the factors are converted to float32: the same products, summed
+in another order. This is the CPU path, and the reference in tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def multiplies_narrow(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 matrices into a float32 one."""
+    """Return whether a device multiplies bfloat16 matrices into a float32 result."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     if "dtype" not in torch.ops.aten.bmm.overloads():
@@ -30,7 +30,7 @@ def multiplies_narrow(device: torch.device) -> bool:
 
 
 def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two matrices as `product` multiplies them: as they are, or converted to float32."""
+    """Return two matrices as `product` needs them: unchanged, or converted to float32."""
     if left.dtype == right.dtype and left.dtype in NARROW and multiplies_narrow(left.device):
         return left, right
     return left.float(), right.float()
@@ -56,8 +56,8 @@ def terms(matrix: Tensor, count: int) -> list[Tensor]:
     """Return bfloat16 matrices whose sum is ``matrix``, up to 2^(-8 count) of each entry.
 
     Args:
-        matrix: any floating dtype; a bfloat16 one is its own single term.
-        count: terms at the most. Three hold a float32 number, two a float16 one.
+        matrix: any floating dtype; a bfloat16 matrix is its own single term.
+        count: maximum number of terms. Three represent a float32 number, two a float16 one.
     """
     if matrix.dtype == torch.bfloat16:
         return [matrix]
@@ -71,19 +71,19 @@ def terms(matrix: Tensor, count: int) -> list[Tensor]:
 def product_of_terms(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return (sum of ``left``) @ (sum of ``right``) in float32, from their `terms`.
 
-    Pairs below the last term of the longer list are left out: they are as small as what the terms
-    leave out themselves.
+    Pairs beyond the last term of the longer list are skipped: they are as small as the error of the
+    terms themselves.
 
     Raises:
-        ValueError: a factor has no term.
+        ValueError: a factor has no terms.
     """
     most = max(len(left), len(right))
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < most]
     total = None
-    # The smallest first, so that they are not lost beside the largest.
+    # Smallest first, so that small terms are not lost in the sum.
     for i, j in sorted(pairs, key=sum, reverse=True):
         part = product(left[i], right[j])
         total = part if total is None else total.add_(part)
     if total is None:
-        raise ValueError("a factor has no term")
+        raise ValueError("a factor has no terms")
     return total

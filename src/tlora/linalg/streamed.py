@@ -1,9 +1,9 @@
-"""The subspace of W C where C is too large to hold: subspace iteration over the samples.
+"""The subspace of W C when C is too large to store: subspace iteration over the samples.
 
-Each pass over the samples multiplies a d x l block by C exactly, C V = sum_s X_s^T (X_s V) with
-X_s centered, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step. A
-one-pass sketch of C is not good enough: spectra of real activations are not steep (docs/method.md,
-3).
+Each pass over the samples multiplies a d x l block by C exactly, C V = sum_s X_s^T (X_s V) with X_s
+centered, in d x l memory. Three passes make one power iteration and a Rayleigh-Ritz step. A
+one-pass sketch of C is not accurate enough, because spectra of real activations decay slowly
+(docs/method.md, 3).
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ def block_width(columns: int, rank: int) -> int:
 
 
 class StreamedSubspace:
-    """Finds the leading right singular vectors of W C from products with C alone.
+    """Finds the leading right singular vectors of W C using only products with C.
 
-    The caller repeats, `PASSES` times: `product` is zeroed, C V is added into it sample by sample
-    by `add`, and `advance` turns the products of all modules into the next blocks.
+    The caller repeats this `PASSES` times: `product` is zeroed, `add` accumulates C V sample by
+    sample,
+    and `advance` turns the products of all modules into the next blocks.
 
     Args:
         columns: d.
         rank: r, at most min(m, d).
-        seed: of the starting block.
-        device: of the blocks.
+        seed: seed of the starting block.
+        device: device of the blocks.
 
     Attributes:
         block: V, d x l float32 (`block_width`), with probe columns in the last pass.
@@ -61,7 +62,7 @@ class StreamedSubspace:
 
     @property
     def finished(self) -> bool:
-        """Whether all passes are made."""
+        """Whether all passes are done."""
         return self._done == PASSES
 
     @full_precision
@@ -70,7 +71,7 @@ class StreamedSubspace:
 
         Args:
             centered: X, tokens x d float32.
-            narrow: X is 16-bit numbers less a mean (`PackedTriangle.add_gram`).
+            narrow: X is 16-bit numbers minus a mean (`PackedTriangle.add_gram`).
         """
         if narrow and multiplies_narrow(centered.device):
             parts = terms(centered, 2)
@@ -80,7 +81,7 @@ class StreamedSubspace:
             self.product.addmm_(centered.T, centered @ self.block)
 
     def close(self, weight: Callable[[], Tensor]) -> None:
-        """End a pass: the product becomes the next block, which is not orthonormal yet."""
+        """End a pass: the product becomes the next block, not yet orthonormal."""
         self._done += 1
         if self.finished:
             return
@@ -107,11 +108,11 @@ class StreamedSubspace:
 
 @full_precision
 def advance(spaces: Sequence[StreamedSubspace], weights: Sequence[Callable[[], Tensor]]) -> None:
-    """End a pass: take each product for C V and make the next block.
+    """End a pass: treat each product as C V and make the next block.
 
     Args:
-        spaces: all after the same number of passes.
-        weights: each returns W, m x d; called one at a time, in the first pass alone.
+        spaces: spaces after the same number of passes.
+        weights: each returns W, m x d; called one at a time, only in the first pass.
     """
     for space, weight in zip(spaces, weights, strict=True):
         space.close(weight)
@@ -129,11 +130,11 @@ def results(
 ) -> list[Subspace]:
     """Return the subspaces after the last pass.
 
-    Their captured energy is an estimate: what the block keeps of ||W C||_F^2 is exact, what it
-    leaves is measured on random probes outside it (Hutch++: Meyer et al. 2021).
+    Their captured energy is an estimate: the part of ||W C||_F^2 inside the block is exact, the
+    part outside is measured on random probes (Hutch++: Meyer et al. 2021).
 
     Args:
-        spaces: finished.
+        spaces: finished spaces.
         weights: each returns W, m x d; called one at a time.
     """
     problems, lost = [], []
@@ -142,16 +143,16 @@ def results(
         kept = FactoredMatrix(image[:, :-_PROBES])
         lost.append(image[:, -_PROBES:].double().square().sum() / _PROBES)
         block = space.block[:, :-_PROBES]
-        problems.append(Problem(partial(_itself, kept), weight, kept.shape, space.rank, block))
+        problems.append(Problem(partial(_unchanged, kept), weight, kept.shape, space.rank, block))
     found = task_subspaces(problems, Solver())
-    return [_with_lost(each, outside) for each, outside in zip(found, read(lost), strict=True)]
+    return [_add_lost(each, outside) for each, outside in zip(found, read(lost), strict=True)]
 
 
-def _itself(product: FactoredMatrix) -> FactoredMatrix:
+def _unchanged(product: FactoredMatrix) -> FactoredMatrix:
     return product
 
 
-def _with_lost(found: Subspace, lost: float) -> Subspace:
+def _add_lost(found: Subspace, lost: float) -> Subspace:
     inside = found.total_energy or 0.0
     kept, whole = (found.captured_energy or 0.0) * inside, inside + lost
     return replace(found, captured_energy=share(kept, whole), total_energy=whole, method="streamed")

@@ -1,7 +1,7 @@
-"""The frozen subspace: leading right singular vectors of W C, and how well they do.
+"""The frozen subspace: leading right singular vectors of W C, and their captured energy.
 
-Source: arXiv 2604.18124, section 3 (A = V_r of W C; B = 0). The released code asks for full U and
-V; here no solver forms a full factor.
+Source: arXiv 2604.18124, section 3 (A = V_r of W C; B = 0). The released code computes full U and
+V; no solver here forms a full factor.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Subspace:
     """A basis of the task subspace of one module.
 
     Attributes:
-        basis: r x d float32, orthonormal rows, the strongest direction first.
-        captured_energy: ||W C basis^T||_F^2 / ||W C||_F^2, in [0, 1]; 1.0 where W C is zero, None
-            where it was not measured.
-        method: how it was found: "exact", "randomized", "streamed", "random" or "none".
-        determined: how many rows W C itself determines; the others (fewer tokens than rank, or a
-            rank-deficient weight) complete it with leading directions of W.
+        basis: r x d float32, orthonormal rows, strongest direction first.
+        captured_energy: ||W C basis^T||_F^2 / ||W C||_F^2, in [0, 1]; 1.0 if W C is zero, None if
+            not measured.
+        method: the solver: "exact", "randomized", "streamed", "random" or "none".
+        determined: number of rows that W C itself determines; the others (fewer tokens than rank,
+            or a rank-deficient weight) are leading directions of W.
         total_energy: ||W C||_F^2.
     """
 
@@ -43,7 +43,7 @@ class Subspace:
 def captured_energy(product: FactoredMatrix, basis: Tensor) -> float:
     """Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
 
-    Args:
+    Return ||M Q||_F^2 / ||M||_F^2 for the row space of ``basis``; 1.0 if M is zero.
         product: M = W C, m x d.
         basis: k x d; its rows need not be orthonormal.
     """
@@ -59,15 +59,15 @@ def energies(product: FactoredMatrix, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """A module whose task subspace is wanted.
+    """A module to compute the task subspace of.
 
     Attributes:
-        product: returns W C, formed or in factors (`SecondMoment.weighted`); or any matrix of d
-            columns and ``rank`` rows or more, which then stands for W C in the result (`bases`).
-        weight: returns W, m x d, float32 or float64; called where W C leaves the basis incomplete.
+        product: returns W C, formed or in factors (`SecondMoment.weighted`); or any matrix with d
+            columns and at least ``rank`` rows, which then replaces W C in the result (`bases`).
+        weight: returns W, m x d, float32 or float64; called if W C leaves the basis incomplete.
         shape: of the product.
-        rank: r, at most both.
-        columns: Q, where the product is M Q and M = (M Q) Q^T: orthonormal columns, d x l. None:
+        rank: r, at most min(m, d).
+        columns: Q, where the product is M Q and M = (M Q) Q^T: orthonormal columns, d x l. None if
             the product is M.
     """
 
@@ -81,16 +81,16 @@ class Problem:
 def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace]:
     """Return the leading right singular vectors of each module's W C, or of another matrix.
 
-    Where W C has fewer than ``rank`` nonzero singular values, the rest of the basis are the
-    leading right singular vectors of W outside the span found. (The released code takes whatever
-    its SVD returns there.)
+    If W C has fewer than ``rank`` nonzero singular values, the remaining rows are the leading right
+    singular vectors of W outside that span. (The released code keeps whatever its SVD returns
+    there.)
 
-    The host reads once for all modules. A module whose Cholesky factorizations fail (W C of too
-    low a rank) is then solved by itself. On a CPU a module gets the same bits, whatever the others.
+    Synchronizes once for all modules. A module whose Cholesky factorizations fail (W C of too low a
+    rank) is then solved separately. On a CPU, the bits of a module do not depend on the others.
 
     Args:
-        problems: the modules; what they take at a time is `BATCH_BYTES` at the most, or one.
-        solver: how the singular vectors are found.
+        problems: the modules, solved in batches of at most `BATCH_BYTES`, or one at a time.
+        solver: how to compute the singular vectors.
 
     Raises:
         ValueError: a rank is not between 1 and min(m, d).
@@ -98,7 +98,7 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
     found: dict[int, Leading | Sketch | Subspace] = {}
     sizes = [_solving_bytes(problem, solver) for problem in problems]
     for places in batches(sizes, BATCH_BYTES):
-        found |= _begun({place: problems[place] for place in places}, solver)
+        found |= _start({place: problems[place] for place in places}, solver)
     sketches = {place: each for place, each in found.items() if isinstance(each, Sketch)}
     found |= dict(zip(sketches, ritz(list(sketches.values())), strict=True))
     quick = {place: each for place, each in found.items() if isinstance(each, Leading)}
@@ -112,30 +112,30 @@ def task_subspaces(problems: Sequence[Problem], solver: Solver) -> list[Subspace
             energy = share(kept, whole)
             found[place] = Subspace(vectors, energy, method, int(determined), whole)
         else:
-            found[place] = _alone(problem.product(), problem, solver)
+            found[place] = _solve_one(problem.product(), problem, solver)
     return [found[place] for place in range(len(problems))]  # type: ignore[misc]
 
 
 def _solving_bytes(problem: Problem, solver: Solver) -> int:
-    """Return what a W C, formed, takes while it is solved: an exact one has five float64 Grams.
+    """Return the bytes to solve a formed W C; the exact solver uses five float64 Gram matrices.
 
-    They are the Gram matrix itself, a copy for the batch, one made symmetric, and its eigenvectors.
+    These are the Gram matrix, a batch copy, a symmetrized copy, and its eigenvectors.
     """
     formed = FactoredMatrix(torch.empty(problem.shape, device="meta"))
     grams = 5 if solver.method(formed, problem.rank) == "exact" else 0
     return 4 * math.prod(problem.shape) + 8 * grams * min(problem.shape) ** 2
 
 
-def _begun(
+def _start(
     problems: Mapping[int, Problem], solver: Solver
 ) -> dict[int, Leading | Sketch | Subspace]:
-    """Do what needs the matrices; the host reads nothing."""
+    """Do the work that needs the matrices, without synchronizing."""
     products = {place: problem.product() for place, problem in problems.items()}
     ways: dict[str, list[int]] = {"exact": [], "randomized": [], "alone": []}
     for place, product in products.items():
         method = solver.method(product, problems[place].rank)
         ways[method if solvable(product, method) else "alone"].append(place)
-    alone = {place: _alone(products[place], problems[place], solver) for place in ways["alone"]}
+    alone = {place: _solve_one(products[place], problems[place], solver) for place in ways["alone"]}
     few = ways["exact"]
     small = exact([products[place] for place in few], [problems[place].rank for place in few])
     many = ways["randomized"]
@@ -146,19 +146,19 @@ def _begun(
 
 
 def _measured(found: Leading, shape: Sequence[int]) -> Tensor:
-    """Return four float64 numbers: passed or not, directions determined, energy kept, and whole."""
+    """Return four float64 numbers: passed or not, directions determined, energy kept, total."""
     smallest = rounding(shape, torch.float32) * found.values[:1]
     determined = (found.values > smallest).sum()
     numbers = found.passed, determined, found.values.square().sum(), found.energy
     return torch.stack([number.double() for number in numbers])
 
 
-def _alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
-    """Solve a module by Householder's QR and SVD."""
+def _solve_one(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspace:
+    """Solve one module by Householder QR and SVD."""
     vectors, values = right_singular_vectors(product, problem.rank, solver)
     nonzero = (values > rounding(product.shape, values.dtype) * values[:1]).sum()
     kept, total = values.double().square().sum(), product.energy()
-    # One transfer for all three, since on an accelerator each waits for it.
+    # One transfer for all three, since each one synchronizes with an accelerator.
     determined, energy, whole = torch.stack([nonzero.double(), kept, total]).tolist()
     vectors = completed(vectors[: int(determined)], problem, solver)
     method = solver.method(product, problem.rank)
@@ -166,12 +166,12 @@ def _alone(product: FactoredMatrix, problem: Problem, solver: Solver) -> Subspac
 
 
 def share(kept: float, whole: float) -> float:
-    """Return the captured energy: kept / whole, 1.0 of nothing."""
+    """Return the captured energy kept / whole, or 1.0 if the whole is zero."""
     return 1.0 if whole == 0 else min(1.0, kept / whole)
 
 
 def completed(found: Tensor, problem: Problem, solver: Solver) -> Tensor:
-    """Extend orthonormal rows ``found`` to the rank by leading directions of the weight."""
+    """Extend the orthonormal rows ``found`` to the rank with leading directions of the weight."""
     if problem.columns is not None:
         found = fix_signs(found @ problem.columns.T)
     if len(found) == problem.rank:
@@ -179,15 +179,15 @@ def completed(found: Tensor, problem: Problem, solver: Solver) -> Tensor:
     weight = problem.weight()
     rest = weight - (weight @ found.T) @ found
     extra, _ = right_singular_vectors(rest, problem.rank - len(found), solver)
-    # A zero direction of `rest` may point back into `found`: QR keeps the leading rows as they
-    # are (up to sign) and makes the others orthogonal to them.
+    # A zero direction of `rest` may point back into `found`: QR keeps the leading rows (up to sign)
+    # and makes the others orthogonal to them.
     return fix_signs(torch.linalg.qr(torch.cat([found, extra]).T).Q.T)
 
 
 def random_basis(rank: int, columns: int, seed: int) -> Tensor:
     """Return LoRA's own initial A, r x d float32: uniform in +-1/sqrt(d) (Kaiming, a = sqrt 5).
 
-    The paper's ablation without initialization; the rows are not orthonormal.
+    This is the paper's ablation without initialization; the rows are not orthonormal.
     """
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(columns)
@@ -199,16 +199,18 @@ def whitened(basis: Tensor, uncentered: Tensor, power: float = -0.5) -> Tensor:
 
     K = A C0 A^T, r x r. Its eigenvalues are clamped at 1e-6 of the largest, and c makes the mean
     squared row norm of A' one, which is that of an orthonormal A. Source: docs/method.md, 7: the
-    paper's own C^(-1/2), taken inside the r leading directions, where it inverts nothing tiny.
+    paper's own C^(-1/2), restricted to the r leading directions, so it never inverts tiny
+    eigenvalues.
 
     Args:
         basis: A, r x d.
         uncentered: C0, d x d: the uncentered second moment of the inputs.
-        power: -1/2 whitens fully; with -1/4 the variances are the square roots of what they were.
+        power: -1/2 whitens fully; -1/4 leaves the square roots of the original variances.
     """
     kernel = basis.double() @ uncentered.double() @ basis.double().T
     values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
-    # Relative to the largest, so that K = 0 (a module that saw no token) gives A itself.
+    # Relative to the largest eigenvalue, so that K = 0 (a module that saw no token) returns A
+    # itself.
     relative = values / values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     root = vectors * relative.clamp_min(1e-6).pow(power) @ vectors.T
     rows: Tensor = root @ basis.double()

@@ -1,1 +1,1 @@
-"""One file a method; each is registered by a line in `tlora.registry`."""
+"""One file per method; each is registered by a line in `tlora.registry`."""

@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks are pruned while training, by the importance of their triplets."""
+"""AdaLoRA: ranks are pruned during training, by the importance of their triplets."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class AdaLoraOptions(Targeted):
     """PEFT's names; the schedule is counted in optimizer steps."""
 
     init_r: Annotated[int, at_least(1)] = 12
-    """Rank of every module at the start."""
+    """Initial rank of every module."""
     target_r: Annotated[int, at_least(1)] = 8
-    """Mean rank of a module at the end."""
+    """Final mean rank of a module."""
     lora_alpha: Annotated[float, POSITIVE] = 8
     """The adapter's output is multiplied by lora_alpha / init_r."""
     tinit: Annotated[int, at_least(0)] = 0
-    """Steps before the pruning starts."""
+    """Steps before pruning starts."""
     tfinal: Annotated[int, at_least(0)] = 0
-    """Steps after it has ended."""
+    """Steps after pruning ends."""
     deltaT: Annotated[int, at_least(1)] = 1
-    """Steps from one pruning to the next."""
+    """Steps between prunings."""
     beta1: Annotated[float, _SMOOTHING] = 0.85
-    """Smoothing of the importance."""
+    """Smoothing of the importance scores."""
     beta2: Annotated[float, _SMOOTHING] = 0.85
-    """Smoothing of its uncertainty."""
+    """Smoothing of their uncertainty."""
     orth_reg_weight: Annotated[float, at_least(0)] = 0.5
-    """Weight in the training loss of the distance of A and B from orthogonality."""
+    """Weight of the orthogonality term of A and B in the training loss."""
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""
@@ -53,10 +53,9 @@ class AdaLora:
     """y = W x + (lora_alpha / init_r) B E A x, E diagonal; least important entries of E are zeroed.
 
     Importance: |weight x gradient| of a triplet (a column of B, an entry of E, a row of A),
-    smoothed, times its smoothed uncertainty. The ranks kept fall by a cubic schedule from init_r
-    to target_r a module. PEFT's implementation, driven by `AdaLoraCallback`
-    (`tlora.adapter.rank_pruning`).
-    The saved folder is PEFT's AdaLoRA; pruned ranks are left out of it.
+    smoothed, times its smoothed uncertainty. The ranks kept fall by a cubic schedule from init_r to
+    target_r a module. `AdaLoraCallback` (`tlora.adapter.rank_pruning`) drives PEFT's
+    implementation. The saved folder is PEFT's AdaLoRA without the pruned ranks.
 
     Source: Zhang et al., arXiv 2303.10512, section 3.
     """
@@ -99,7 +98,7 @@ class AdaLora:
             int8="PEFT's AdaLoRA does not run on these layers under TRL",
             hqq="PEFT's AdaLoRA does not adapt these layers",
         )
-        # The trainer knows the number of steps; until then any that the schedule fits will do.
+        # The trainer knows the number of steps; until then any number that fits the schedule works.
         steps = options.tinit + options.tfinal + 1
         config = AdaLoraConfig(**peft_fields(options, AdaLoraConfig), total_step=steps)
         multimodal = language_model(model) is not None

@@ -16,7 +16,7 @@ _VALUES = ["v_proj", "value", "v_lin", "v"]
 
 @dataclass(kw_only=True)
 class AiloraOptions(Scaled):
-    """LoRA's options; which modules are adapted is a part of the method."""
+    """LoRA's options; the method fixes which modules are adapted."""
 
     query_modules: list[str] | None = None
     """Names or suffixes of the query projections; None: q_proj, query, q_lin and q."""
@@ -28,8 +28,8 @@ class Ailora(ResidualLora):
     """W = U S V^T: B_0 = U_r S_r^(1/2), A_0 = S_r^(1/2) V_r^T, of W^Q the first r, of W^V the last.
 
     Only the query and value projections are adapted. A and B train; the base keeps W - s B_0 A_0
-    with s = lora_alpha / r, so that W is reproduced at the start whatever s is; at s = 1 what is
-    taken out is just the r components.
+    with s = lora_alpha / r, so that W is reproduced at the start for any s; at s = 1 exactly the r
+    components are taken out.
 
     Source: arXiv 2510.08034, section 3.
     """
@@ -74,15 +74,16 @@ class Ailora(ResidualLora):
                 faults += unmatched(field, given or [], found, kind)
             else:
                 faults.append(
-                    f"no Linear of {type(model).__name__} is named {' or '.join(wanted)}; name its"
-                    f" projections by `{field}` (a matrix of q, k and v together will not do)."
+                    f"no Linear of {type(model).__name__} is named {' or '.join(wanted)}; "
+                    f"name its projections by `{field}` (a fused matrix of q, k and v does "
+                    "not work)."
                 )
         if faults:
             raise ConfigError(faults, where="adapter")
         return groups[0], groups[1]
 
     def start(self, model: Any, targets: Any, options: AiloraOptions, batches: Batches) -> Any:
-        """Start from the principal part of the queries' weights, the minor of the values'."""
+        """Start from the principal part of query weights and the minor part of value weights."""
         from tlora.calibration.weights import dense_weight
         from tlora.linalg.bases import singular_part
 

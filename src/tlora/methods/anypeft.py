@@ -1,7 +1,7 @@
-"""Any method of PEFT by its type: `peft:vera`, with the fields of PEFT's own configuration.
+"""Any PEFT method by its type: `peft:vera`, with the fields of PEFT's own configuration.
 
-The options record is made from PEFT's dataclass when such a method is named, and not before: it
-imports PEFT, and with it torch.
+The options record is built from PEFT's dataclass only when such a method is named, because that
+imports PEFT and torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SET_HERE = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-"""Fields of PEFT that are no options: the model, the task or the layer decides them."""
+"""PEFT fields that are not options: the model, the task or the layer decides them."""
 _NEEDED = ("num_virtual_tokens", "adapter_len", "adapter_layers", "token_indices")
-"""Fields that have no sensible default, whatever PEFT writes there."""
+"""Fields without a sensible default, whatever PEFT sets."""
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "mica")
-"""Values of LoRA's `init_lora_weights` that leave the base weights as they are."""
+"""Values of LoRA's `init_lora_weights` that leave the base weights unchanged."""
 
 
 @dataclass(kw_only=True)
@@ -43,15 +43,16 @@ class PeftOptions(MethodOptions):
     config_class: ClassVar[Any]
 
     def relations(self) -> Iterator[str]:
-        """Yield what is missing, and what PEFT says against the values."""
+        """Yield missing fields, and PEFT's objections to the values."""
         yield from super().relations()
         missing = [name for name in _NEEDED if getattr(self, name, 0) in (None, [])]
         yield from (f"`{name}` is missing; give it." for name in missing)
         start = getattr(self, "init_lora_weights", True)
         if start not in _KEEP_THE_BASE:
             yield (
-                f"`init_lora_weights` is {start!r}, which reads data or changes the base weights;"
-                " give --method the name of that initialization (`tlora list methods`)."
+                f"`init_lora_weights` is {start!r}, which reads data or changes the base "
+                "weights; give --method the name of that initialization (`tlora list "
+                "methods`)."
             )
         if not missing:
             try:
@@ -62,14 +63,14 @@ class PeftOptions(MethodOptions):
     def config(self) -> Any:
         """Return PEFT's configuration."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        given["task_type"] = self.task_type or "CAUSAL_LM"  # as long as the task is not known
+        given["task_type"] = self.task_type or "CAUSAL_LM"  # while the task is unknown
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.config_class(**given)
 
 
 class PeftMethod:
-    """What PEFT makes of a model by one of its types of adapters, as it is."""
+    """Wraps a model with one of PEFT's adapter types, unchanged."""
 
     options: ClassVar[type]
     traits: ClassVar[Traits]
@@ -77,33 +78,33 @@ class PeftMethod:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Wrap ``model`` by PEFT. What PEFT draws is from torch's global generator.
+        """Wrap ``model`` by PEFT, which draws from torch's global generator.
 
-        Where modules are named, just those are adapted that `tlora` would adapt; where
+        If modules are named, exactly the modules that `tlora` would adapt are adapted; if
         `target_modules` is None, PEFT chooses.
         """
         from tlora.adapter.stock import targets_of, wrap, wrap_exactly
 
         config = options.config()
-        if getattr(options, "target_modules", None) is None or not _of_layers(config):
+        if getattr(options, "target_modules", None) is None or not _adapts_layers(config):
             adapted = wrap(model, config)
         else:
             adapted = wrap_exactly(model, targets_of(model, options), config)
         tuner: Any = adapted.base_model
-        if "forward" in vars(tuner):  # bound, so that TRL's own forward pass would be passed by
+        if "forward" in vars(tuner):  # bound, so that it does not bypass TRL's own forward pass
             tuner.forward = lambda *args, **inputs: tuner.model.forward(*args, **inputs)  # noqa: PLW0108
         return Prepared(model=adapted)
 
 
-def _of_layers(config: Any) -> bool:
-    """Return whether a type adapts linear maps, as far as it is known."""
+def _adapts_layers(config: Any) -> bool:
+    """Return whether a type adapts linear maps, as far as known."""
     kind = config.peft_type.value.lower()
     return kind == "ia3" or kind not in KNOWN or KNOWN[kind].targets is not None
 
 
 @functools.cache
 def method_of(kind: str) -> type[PeftMethod]:
-    """Return the method that is PEFT's type ``kind``.
+    """Return the method for PEFT's type ``kind``.
 
     Raises:
         ConfigError: the installed PEFT has no such type (with a suggestion), or it cannot be
@@ -140,7 +141,7 @@ def method_of(kind: str) -> type[PeftMethod]:
 
 
 def _rates(rate: float | None) -> LearningRates:
-    """Return the learning rates of a type with this one for models of 3 billion parameters."""
+    """Return the learning rates of a type, given its rate for models of 3 billion parameters."""
     if rate is None:
         return dataclasses.replace(LORA_RATES, source=f"LoRA's, untried: {LORA_RATES.source}")
     return LearningRates(
@@ -148,13 +149,14 @@ def _rates(rate: float | None) -> LearningRates:
         small=max(rate, LORA_RATES.small),
         large=rate,
         huge=min(rate / 2, 1e-4),
-        source=f"PEFT's comparison of methods on Llama-3.2-3B (huggingface/peft): {rate:g}. Below a"
-        " billion LoRA's, if it is larger; from 20 billion on at most LoRA's.",
+        source="PEFT's comparison of methods on Llama-3.2-3B (huggingface/peft): "
+        f"{rate:g}. Below a billion LoRA's, if it is larger; from 20 billion on "
+        "at most LoRA's.",
     )
 
 
 def _options(config_class: Any, known: PeftType) -> type[PeftOptions]:
-    """Return an options record with the fields of a configuration, their types, defaults, help."""
+    """Return an options record with the fields, types, defaults and help of a configuration."""
     kinds = _hints(config_class)
     made = []
     for each in dataclasses.fields(config_class):
@@ -175,9 +177,9 @@ def _options(config_class: Any, known: PeftType) -> type[PeftOptions]:
 
 
 def _hints(config_class: Any) -> dict[str, Any]:
-    """Return the types of a configuration's fields; a field whose type is not found takes any.
+    """Return the types of a configuration's fields; a field without a known type takes any value.
 
-    Names of modules are checked as ours are.
+    Names of modules are checked like ours.
     """
     try:
         found = typing.get_type_hints(config_class)
@@ -196,7 +198,7 @@ def _with_default(default: Any, text: str) -> Any:
 
 
 def _described(config_class: Any, name: str) -> str:
-    """Return what a configuration's docstring says of a field."""
+    """Return the docstring of a configuration's field."""
     text = str(config_class.__doc__)
     found = re.search(rf"^ *{name} \([^\n]*\):\s*\n?(.*?)(?=^ *\w+ \(|\Z)", text, re.M | re.S)
     return found[1] if found else f"See `peft.{config_class.__name__}`."

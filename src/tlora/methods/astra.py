@@ -15,19 +15,18 @@ End = Literal["largest", "smallest"]
 
 @dataclass(kw_only=True)
 class AstraOptions(LoraOptions):
-    """LoRA's options, and which directions start."""
+    """LoRA's options, and the choice of starting directions."""
 
     eigenvalues: End = "largest"
-    """Take the directions of the r largest eigenvalues, as the authors do, or of the smallest."""
+    """Use the directions of the r largest eigenvalues, as the authors do, or of the smallest."""
 
 
 class Astra(ResidualLora):
     """Y^T Y = Q L Q^T of the module's outputs Y: B_0 = Q_r, A_0 = Q_r^T W.
 
-    Y holds a row for every real token of the calibration samples, the module's bias included. A and
-    B train; the base keeps W - s B_0 A_0. The "tail" of the name is the end of what
-    `torch.linalg.eigh` returns, in ascending order: Q_r are the eigenvectors of the r largest
-    eigenvalues.
+    Y has a row for every real token of the calibration samples and includes the module's bias. A
+    and B train; the base keeps W - s B_0 A_0. "Tail" in the name refers to the end of
+    `torch.linalg.eigh`'s ascending order: Q_r are the eigenvectors of the r largest eigenvalues.
 
     Source: Liu et al., arXiv 2602.19111; LyoAI/Astra, and the authors' text for PEFT.
     """
@@ -51,7 +50,7 @@ class Astra(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: AstraOptions, batches: Batches) -> Any:
-        """Measure Y^T Y by forward passes, and start from the parts of each weight."""
+        """Measure Y^T Y by forward passes, and start from the corresponding part of each weight."""
         import torch
 
         from tlora.adapter.stock import calibration_config
@@ -68,8 +67,8 @@ class Astra(ResidualLora):
             moment = moments.pop(target.name, None)
             if moment is None or moment.tokens == 0:
                 raise CalibrationError(
-                    f"{target.name}: no calibration sample reaches it, so Astra has no outputs to"
-                    " go by; leave it out by `exclude_modules`."
+                    f"{target.name}: no calibration sample reaches it, so Astra has no "
+                    "outputs for it; exclude it by `exclude_modules`."
                 )
             _, vectors = torch.linalg.eigh(moment.uncentered())
             end = slice(-options.r, None) if options.eigenvalues == "largest" else slice(options.r)

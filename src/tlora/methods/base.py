@@ -1,4 +1,4 @@
-"""What a method is: an options record, what it promises, and how to make a base model ready.
+"""The interface of a method: an options record, its properties, and how to prepare a base model.
 
 The call order, in `tlora.training`::
 
@@ -35,23 +35,23 @@ Batches = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration batches that say how they are to be read; iterates over the batches."""
+    """Calibration batches with reading options; iterates over the batches."""
 
     batches: Batches
-    """Dicts of tensors that the model's forward takes."""
+    """Dicts of the model's forward arguments (tensors)."""
     skip_bad_samples: bool = False
-    """Leave samples out that cannot count, where the method looks."""
+    """Skip bad samples, if the method checks them."""
     cache: str | None = None
-    """File of the statistics, for a method that keeps some."""
+    """File of the statistics, for a method that saves them."""
 
     @classmethod
     def of(cls, batches: Batches) -> Samples:
-        """Return ``batches`` as `Samples`: themselves, if they are."""
+        """Return ``batches`` as `Samples`; unchanged if they already are."""
         return batches if isinstance(batches, cls) else cls(batches)
 
     @property
     def reading(self) -> CalibrateOptions:
-        """How they are to be read, as keywords of `tlora.calibrate`."""
+        """Reading options, as keywords of `tlora.calibrate`."""
         return {"skip_bad_samples": self.skip_bad_samples, "cache": self.cache}
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -60,66 +60,67 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a method is and promises. Tables show it, and the contract tests hold it to it.
+    """Properties of a method. Tables show them, and the contract tests verify them.
 
-    Said of the method at its default options.
+    Described at the method's default options.
     """
 
     title: str
     """Title of its paper."""
     arxiv: str | None
-    """The paper's number on arXiv, if it is there."""
+    """The paper's number on arXiv, if it has one."""
     year: int
-    """Of the paper."""
+    """Year of the paper."""
     formula: str
     """The adapted layer, in one line of plain text."""
     trains: tuple[str, ...]
-    """A part of the name of each kind of parameter that trains; "" means all parameters. New
-    heads (`modules_to_save`) and biases train beside them."""
+    """A part of the name of each kind of trainable parameter; "" means all parameters. New heads
+    (`modules_to_save`) and biases train too."""
     parameters: str
-    """Trained numbers of an m x d module, as a formula in m, d and the options."""
+    """Trainable parameters of an m x d module, as a formula in m, d and the options."""
     start: Literal["identical", "rounding", "moved"]
-    """The output before the first step: the base's to the bit, or up to rounding, or already moved
-    by what the adapter starts from."""
+    """The output before the first step: bit-identical to the base's, equal up to rounding, or
+    already changed by the adapter's initialization."""
     changes_base: bool = False
-    """Whether the base weights differ from the loaded ones while training. The saved adapter fits
-    the loaded ones all the same."""
+    """Whether the base weights differ from the loaded ones during training. The saved adapter still
+    fits the loaded weights."""
     reads: Literal["nothing", "inputs", "gradients"] = "nothing"
-    """What of the calibration batches is used before training; gradients include inputs."""
+    """The calibration statistics that the method uses before training; gradients include inputs."""
     pools: bool = False
-    """Whether the ranks of a process group may each be given a share of the calibration batches,
-    because what they see is added up; else every rank gets all of them."""
+    """Whether each process may get its own share of the calibration batches, because the statistics
+    are summed; otherwise every process gets all of them."""
     source: Literal["PEFT", "tlora"] = "PEFT"
-    """Whose code the method's own step is."""
+    """Whose code implements the method's own step."""
     learning_rates: LearningRates
-    """What it starts from where the user gives no learning rate."""
+    """Default learning rates."""
     leaves: Literal["adapter", "model", "own"] = "adapter"
-    """What is saved: a plain PEFT folder, a whole transformers model, or an adapter folder of our
-    own form, which `tlora.load_adapter` reads and nothing exports or merges."""
+    """Saved form: a plain PEFT folder, a whole transformers model, or an adapter folder in our own
+    form, which `tlora.load_adapter` reads and which cannot be exported or merged."""
     saved: str = "LoRA of rank r"
-    """What that is: PEFT's type of adapter and its rank."""
+    """Description of the saved form: PEFT's type of adapter and its rank."""
     merges: bool = True
     """Whether PEFT merges the saved adapter into the base weights."""
 
 
 @dataclass(kw_only=True)
 class Prepared:
-    """A model ready to train, and what the trainer must know about it."""
+    """A model ready to train, with the settings for its trainer."""
 
     model: torch.nn.Module
     """The model to train, usually a `peft.PeftModel`."""
     plan: Plan | None = None
-    """What was decided before training, if anything is: saved with the run, and given back to
-    `Method.prepare` when the run is resumed."""
+    """Decisions made before training, if any: saved with the run, and passed to `Method.prepare`
+    when the run is resumed."""
     callbacks: list[TrainerCallback] = field(default_factory=list)
-    """Callbacks that guard the method's invariants while training."""
+    """Callbacks that guard the method's invariants during training."""
     trainer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's constructor."""
     optimizer: Callable[[torch.nn.Module, Any], torch.optim.Optimizer] | None = None
-    """Makes the optimizer from the model and the training arguments, for a method that groups its
-    parameters; by default the trainer makes its own. The schedule multiplies every group's rate."""
+    """Makes the optimizer from the model and the training arguments, for a method with its own
+    parameter groups; by default the trainer makes it. The schedule multiplies every group's
+    learning rate."""
     writer: Callable[[Path], None] | None = None
-    """Writes the result into a folder, for a method whose model does not save itself plainly."""
+    """Writes the result into a folder, for a method whose model is not saved as an adapter."""
 
     def save(self, folder: Path) -> None:
         """Write the trained result into ``folder``: a plain PEFT adapter (of `full`: the model)."""
@@ -127,19 +128,19 @@ class Prepared:
             self.writer(folder)
         else:
             config = getattr(self.model, "peft_config", {}).get("default")
-            # Rows that train are saved as such; PEFT would add all others of a longer embedding.
+            # Trained rows are saved as rows; PEFT would also save the rest of a resized embedding.
             rows = getattr(config, "trainable_token_indices", None) is not None
             more = {"save_embedding_layers": False} if rows else {}
             self.model.save_pretrained(folder, **more)  # type: ignore[operator]
 
 
 class Method(Protocol):
-    """A way to adapt a model. A class with these members, registered by name."""
+    """A way to adapt a model: a class with these members, registered by name."""
 
     options: type
-    """The options record: a dataclass with a `task_type` field that checks itself when made."""
+    """The options record: a dataclass with a `task_type` field that validates itself."""
     traits: Traits
-    """What the method is and promises."""
+    """The method's properties."""
 
     def prepare(
         self,
@@ -150,34 +151,33 @@ class Method(Protocol):
     ) -> Prepared:
         """Adapt a freshly loaded ``model``.
 
-        A resumed run calls this once more before its checkpoint is loaded. Whatever is decided or
-        drawn here must then come out the same: from ``plan``, from torch's seeded generator, or
+        A resumed run calls this again before its checkpoint is loaded. Every decision and random
+        draw here must then be repeated: from ``plan``, from torch's seeded generator, or
         from the checkpoint.
 
         Args:
             model: the base model; it may be changed in place.
             options: an instance of `self.options`.
-            batches: the calibration batches, exactly as training will see them: dicts of tensors
-                that the model's forward takes, often as `Samples`. Read only by methods that
-                calibrate.
-            plan: what an earlier call has returned and the run has saved; used as it is, and
-                nothing is calibrated.
+            batches: the calibration batches, exactly as in training: dicts of the model's forward
+                arguments (tensors), often as `Samples`. Only methods that calibrate read them.
+            plan: the plan of an earlier call, saved by the run; it is used unchanged, without
+                calibration.
 
         Raises:
-            ConfigError: no module matches, or the method cannot adapt one (its kind, its size, how
-                it is stored); nothing is changed.
-            CalibrationError: there are no batches, or they do not do.
+            ConfigError: no module matches, or the method cannot adapt one (its kind, its size, its
+                storage); nothing is changed.
+            CalibrationError: there are no batches, or they are unsuitable.
         """
         ...
 
 
 @runtime_checkable
 class Plans(Protocol):
-    """A method that decides all from the base model, so that it can adapt one in parts.
+    """A method that decides everything from the base model, so it can adapt a sharded one.
 
-    `Method.prepare` needs no weights when it is given the plan.
+    Given the plan, `Method.prepare` needs no weights.
     """
 
     def plan(self, model: torch.nn.Module, options: Any, batches: Batches) -> AdapterPlan:
-        """Return what `Method.prepare` attaches; ``model`` may be sharded over processes."""
+        """Return the plan that `Method.prepare` attaches; ``model`` may be sharded."""
         ...

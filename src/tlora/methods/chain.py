@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _RATES = dataclasses.replace(
-    LORA_RATES, source=f"LoRA's, for want of published ones that we could read. {LORA_RATES.source}"
+    LORA_RATES, source=f"LoRA's, because we found no published ones. {LORA_RATES.source}"
 )
 _PARTS = {"lora_A", "lora_B"}
 _ALLOCATION = ("allocate_rank", "allocate_scale")
@@ -26,17 +26,17 @@ _ALLOCATION = ("allocate_rank", "allocate_scale")
 
 @dataclass(kw_only=True)
 class ChainOptions(LoraOptions):
-    """LoRA's options, of one link, and those of the chain."""
+    """LoRA's options for one link, and those of the chain."""
 
     r: Annotated[int, at_least(1)] = 1
     """Rank of a link."""
     lora_alpha: Annotated[float, POSITIVE] = 1
     """A link's output is multiplied by lora_alpha / r."""
     length: Annotated[int, at_least(1)] = 8
-    """Links, each trained for an equal share of the optimizer steps."""
+    """Number of links, each trained for an equal share of the optimizer steps."""
     link: str = "lora"
     """Method of a link: lora, rslora, lora-fa, tlora (A is calibrated again for each), or another
-    whose adapter is a plain LoRA of one rank."""
+    method that makes a plain LoRA of one rank."""
     link_options: dict[str, Any] = field(default_factory=dict)
     """Further options of that method."""
 
@@ -51,9 +51,15 @@ class ChainOptions(LoraOptions):
             yield from (f"`link` {self.link!r}: {each}" for each in error.faults if each not in own)
             return
         if not set(traits.trains) <= _PARTS or traits.changes_base:
-            yield f"`link` is {self.link!r}, whose adapter is no plain LoRA beside W."
+            yield (
+                f"`link` is {self.link!r}, whose adapter is not a plain LoRA beside W; "
+                "choose lora, rslora, lora-fa or tlora."
+            )
         elif traits.reads != "nothing" and not isinstance(self.method(), Plans):
-            yield f"`link` is {self.link!r}, which cannot start again from a model while it trains."
+            yield (
+                f"`link` is {self.link!r}, which cannot start again from a model during "
+                "training; choose lora, rslora, lora-fa or tlora."
+            )
 
     @property
     def method(self) -> Any:
@@ -69,7 +75,7 @@ class ChainOptions(LoraOptions):
         return frozen and bool(getattr(self.of_link(), "freeze_a", True))
 
     def of_link(self, **fields: Any) -> Any:
-        """Return the options of a link. All have one rank and scale, so none are shared out."""
+        """Return the options of a link. All links have one rank and scale, so allocation is off."""
         record = self.method.options
         known = set(record.field_names())
         own = {name: value for name, value in vars(self).items() if name in known}
@@ -78,7 +84,7 @@ class ChainOptions(LoraOptions):
 
 
 class _Chain:
-    """What both share: how a chain is made, whatever its link."""
+    """Shared by both methods: how to make a chain from any link."""
 
     options: ClassVar[type] = ChainOptions
     traits: ClassVar[Traits]
@@ -86,7 +92,7 @@ class _Chain:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Prepare ``model`` for the first link, with a callback that starts each of the others."""
+        """Prepare ``model`` for the first link, with a callback that starts the others."""
         from tlora.adapter.chain import ChainCallback, make_chain, random_links, save_chain
         from tlora.adapter.freeze import FrozenACallback
 
@@ -108,7 +114,7 @@ class _Chain:
 
 
 class _Kept:
-    """Batches that are read once: no link disturbs the rows that the trainer reads by then."""
+    """Batches that are read once: later links must not disturb the trainer's rows."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -121,7 +127,7 @@ class _Kept:
 
 
 def _refuse_unmergeable(model: torch.nn.Module, options: ChainOptions, record: Any) -> None:
-    """Check that a link can calibrate on a model that holds the links before it.
+    """Check that a link can calibrate on a model that holds the earlier links.
 
     Raises:
         ConfigError: it cannot.
@@ -131,13 +137,13 @@ def _refuse_unmergeable(model: torch.nn.Module, options: ChainOptions, record: A
 
     why = None
     if any(not holds_floats(target.module) for target in targets_of(model, record)):
-        why = "the base is quantized, and that is another weight; load the model unquantized"
+        why = "the base is quantized, so its weights differ; load the model unquantized"
     elif options.trainable_token_indices is not None:
-        why = "rows of the embedding train beside it, which calibration does not read; add none"
+        why = "rows of the embedding train too, which calibration does not read; add none"
     if why:
         raise ConfigError(
-            f"`link` {options.link!r} calibrates each link on the weights with the last one merged,"
-            f" but {why}, or choose the link lora or lora-fa.",
+            f"`link` {options.link!r} calibrates each link on the weights with the "
+            f"last one merged, but {why}, or choose the link lora or lora-fa.",
             where="adapter",
         )
 
@@ -145,8 +151,8 @@ def _refuse_unmergeable(model: torch.nn.Module, options: ChainOptions, record: A
 def _planned_a(
     method: Plans, options: ChainOptions, batches: Batches, base: torch.nn.Module, names: list[str]
 ) -> dict[str, torch.Tensor]:
-    """Return A of every layer by the link's own plan for a base."""
-    # A cache holds the statistics of the base alone.
+    """Return A of every layer from the link's own plan for a base model."""
+    # A cache only holds the statistics of the base model.
     samples = dataclasses.replace(Samples.of(batches), cache=None)
     record = options.of_link(target_modules=names, exclude_modules=None)
     plan = method.plan(base, record, samples)
@@ -154,13 +160,14 @@ def _planned_a(
 
 
 class XgbLora(_Chain):
-    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: link k trains, those before it are part of W.
+    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: link k trains, earlier links are part of W.
 
-    Gradient boosting with LoRAs of rank 1: each is trained for its share of the steps, merged, and
-    followed by a new one, whose A is random and whose B is zero. The saved adapter is one plain
-    LoRA of their summed rank.
+    Gradient boosting with LoRAs of rank 1: each link trains for its share of the steps, is merged,
+    and
+    is followed by a new one with random A and zero B. The saved adapter is one plain LoRA of the
+    summed rank.
 
-    Source: Zhang et al., arXiv 2410.19694, as its abstract and later papers tell it; we could not
+    Source: Zhang et al., arXiv 2410.19694, according to its abstract and later papers; we could not
     read its algorithm (docs/methods.md).
     """
 
@@ -181,19 +188,19 @@ class XgbLora(_Chain):
 
 @dataclass(kw_only=True)
 class RacLoraOptions(ChainOptions):
-    """A chain's, with LoRA-FA for its link."""
+    """Options of a chain, with LoRA-FA as its link."""
 
     link: str = "lora-fa"
     """Method of a link: lora, rslora, lora-fa, tlora (A is calibrated again for each), or another
-    whose adapter is a plain LoRA of one rank."""
+    method that makes a plain LoRA of one rank."""
 
 
 class RacLora(_Chain):
-    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: A_k is drawn anew for each link, and B_k trains.
+    """y = W x + s (B_1 A_1 + ... + B_k A_k) x: A_k is drawn again for each link, and B_k trains.
 
-    Of the paper's two forms the one with A fixed and B trained; the other fixes B. With
-    `link: tlora` A_k comes from the task instead: it is calibrated on the model that the links
-    before it have left. The saved adapter is one plain LoRA of their summed rank.
+    This is the paper's form with A fixed and B trained; its other form fixes B. With
+    `link: tlora` A_k comes from the task instead: it is calibrated on the model that includes the
+    earlier links. The saved adapter is one plain LoRA of the summed rank.
 
     Source: Malinovsky et al., arXiv 2410.08305, algorithm 1.
     """

@@ -15,21 +15,21 @@ Mode = Literal["ipm", "kpm"]
 
 @dataclass(kw_only=True)
 class CordaOptions(LoraOptions):
-    """LoRA's options, and which components start."""
+    """LoRA's options, and the choice of starting components."""
 
     corda_method: Mode = "ipm"
-    """Take the components that matter most for the inputs ("ipm", instruction-previewed) or the
-    least ("kpm", knowledge-preserved: then calibrate on what is to be kept)."""
+    """Use the components that matter most for the inputs ("ipm", instruction-previewed) or least
+    ("kpm", knowledge-preserved: then calibrate on the knowledge to keep)."""
 
 
 class Corda(ResidualLora):
     """W C = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T C^(-1).
 
-    Of the first r components, or the last. C is the second moment of the inputs, uncentered, with
-    0.01 of its mean diagonal added (more where it does not invert well). A and B train; the base
-    keeps W - s B_0 A_0. The decomposition is PEFT's. C is ours, on the calibration batches: every
-    real token counts once, where PEFT's own takes batches of one without padding and divides each
-    by its largest entry.
+    Uses the first r components, or the last. C is the uncentered second moment of the inputs, with
+    0.01 of its mean diagonal added (more if it does not invert well). A and B train; the base keeps
+    W - s B_0 A_0. The decomposition is PEFT's. C is ours, on the calibration batches: every real
+    token counts once, while PEFT's own needs batches of one without padding and divides each by its
+    largest entry.
 
     Source: Yang et al., arXiv 2406.05223, section 3.
     """
@@ -52,7 +52,7 @@ class Corda(ResidualLora):
     )
 
     def start(self, model: Any, targets: Any, options: CordaOptions, batches: Batches) -> Any:
-        """Measure C by forward passes, and start from the parts of each weight."""
+        """Measure C by forward passes, and start from the corresponding part of each weight."""
         from tlora.adapter.initial import start_by_corda
         from tlora.adapter.stock import calibration_config
         from tlora.calibration.probe import calibrate
@@ -65,8 +65,8 @@ class Corda(ResidualLora):
             measured = stats.modules[target.name]
             if measured.tokens == 0:
                 raise CalibrationError(
-                    f"{target.name}: no calibration sample reaches it, so CorDA has no inputs to"
-                    " go by; leave it out by `exclude_modules`."
+                    f"{target.name}: no calibration sample reaches it, so CorDA has no inputs "
+                    "for it; exclude it by `exclude_modules`."
                 )
             return start_by_corda(target, options, measured.uncentered())
 

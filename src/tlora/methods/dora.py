@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of the weight are trained apart."""
+"""DoRA: trains the weight's magnitude and direction separately."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Dora(Lora):
     """y = g * (W + s B A) / ||W + s B A|| x, norms of the rows; A, B and the magnitudes g train.
 
-    g (m numbers) starts as the norms of W's rows. s = lora_alpha / r. Gradients do not pass the
-    norm in the denominator, as the paper proposes and PEFT does.
+    g (m numbers) starts at the row norms of W. s = lora_alpha / r. Gradients do not pass through
+    the norm in the denominator, as the paper proposes and PEFT does.
 
     Source: Liu et al., arXiv 2402.09353, sections 4.1 to 4.3.
     """
@@ -43,7 +43,7 @@ class Dora(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's."""
+        """Same as LoRA's."""
         from tlora.adapter.stock import refuse_stored, targets_of
 
         # Reading the weight's norms makes bitsandbytes lose its scales.

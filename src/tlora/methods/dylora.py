@@ -1,4 +1,4 @@
-"""DyLoRA: each step trains the first b ranks, so that the adapter serves at any rank up to r."""
+"""DyLoRA: each step trains the first b ranks, so that the adapter works at any rank up to r."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DyLoraOptions(LoraOptions):
-    """LoRA's options, and which ranks are trained."""
+    """LoRA's options, and the choice of trained ranks."""
 
     r_min: Annotated[int, at_least(1)] = 1
     """The smallest rank that is drawn; the largest is r."""
     frozen: bool = False
-    """Of the ranks of a step, train the last alone."""
+    """Train only the last rank of each step."""
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""
@@ -39,10 +39,9 @@ class DyLora(Lora):
     """y = W x + (lora_alpha / b) B[:, :b] A[:b] x, with b drawn uniformly from r_min..r each step.
 
     A and B start and train as in LoRA. Evaluation and the saved adapter have all r ranks, at
-    lora_alpha / r; the first K alone, at lora_alpha / K, are an adapter too, which
-    `tlora export --max_rank K` writes. A rank that a step leaves out has a gradient of zero, so
-    that AdamW's momentum moves it still. `frozen` gives a gradient to rank b alone, as the authors'
-    script for GLUE does.
+    lora_alpha / r; the first K ranks, at lora_alpha / K, are an adapter too, which `tlora export
+    --max_rank K` writes. A rank skipped in a step has a zero gradient, so AdamW's momentum still
+    moves it. With `frozen` only rank b gets a gradient, as in the authors' script for GLUE.
 
     Source: Valipour et al., arXiv 2210.07558, section 4; the authors' code (huawei-noah, DyLoRA).
     """
@@ -64,7 +63,7 @@ class DyLora(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, with a callback that draws b."""
+        """Same as LoRA's, with a callback that draws b."""
         from tlora.adapter.nested import DrawRank, LeadingRanks, make_nested
 
         prepared = super().prepare(model, options, batches, plan)

@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EDoraOptions(LoraOptions):
-    """LoRA's options, and where the small matrix starts."""
+    """LoRA's options, and the initialization of the small matrix."""
 
     sigma: Annotated[float, at_least(0)] = 1e-5
-    """Standard deviation of the entries of the trained r x r matrix before training."""
+    """Initial standard deviation of the entries of the trained r x r matrix."""
 
 
 class EDora(Dora):
     """y = g * (W + s B R A) / ||W + s B R A|| x, norms of the rows; R (r x r) and the g train.
 
-    B = U_r and A = S_r V_r^T of W = U S V^T, frozen; g starts as the norms of W's rows, and R at
-    random numbers so small that the output is the base's up to about sigma. As in DoRA, gradients
+    B = U_r and A = S_r V_r^T of W = U S V^T are frozen; g starts at the row norms of W, and R at
+    small random numbers, so the output equals the base's up to about sigma. As in DoRA, gradients
     do not pass the norm. The saved adapter is PEFT's DoRA with B R written out.
 
-    Source: Nasiri and Garraghan, arXiv 2501.12067; which factor holds S_r: the authors' code.
+    Source: Nasiri and Garraghan, arXiv 2501.12067; the authors' code decides which factor holds
+    S_r.
     """
 
     options: ClassVar[type] = EDoraOptions
@@ -60,7 +61,7 @@ class EDora(Dora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As DoRA's, with B R in the place of B. R is drawn from torch's global generator."""
+        """Same as DoRA's, with B R in place of B. R is drawn from torch's global generator."""
         from tlora.adapter.freeze import FrozenACallback
         from tlora.adapter.initial import refuse_ranks
         from tlora.adapter.stock import targets_of

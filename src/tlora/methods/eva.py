@@ -20,17 +20,17 @@ _COSINE = Rule("a number above 0, up to 1", lambda value: 0 < value <= 1)
 
 @dataclass(kw_only=True)
 class EvaOptions(LoraOptions):
-    """LoRA's options, and PEFT's of EVA."""
+    """LoRA's options, and PEFT's options of EVA."""
 
     rho: Annotated[float, at_least(1)] = 2.0
-    """Ranks are shared out by explained variance, up to rho r for a module; 1: every one gets r."""
+    """Allocate ranks by explained variance, up to rho r per module; 1: every module gets r."""
     tau: Annotated[float, _COSINE] = 0.99
-    """A direction has settled when it turns by less than this cosine from batch to batch."""
+    """A direction has settled when its cosine from batch to batch exceeds this value."""
     use_label_mask: bool = False
-    """Count only tokens that have a label, as PEFT does; off: every real token, as the other
-    methods' calibration does."""
+    """Count only tokens with a label, as PEFT does; false: every real token, as in other methods'
+    calibration."""
     whiten: bool = False
-    """Divide each direction by the root of its singular value."""
+    """Divide each direction by the square root of its singular value."""
     adjust_scaling_factors: bool = True
     """Keep lora_alpha / rank the same for every module, whatever its rank."""
 
@@ -38,10 +38,10 @@ class EvaOptions(LoraOptions):
 class Eva(Lora):
     """y = W x + s_i B A x: A = the r_i leading principal directions of the inputs; B is zero.
 
-    The ranks go to the directions of all modules that explain the most variance, N r in all. A and
-    B train. PEFT's incremental PCA, over the calibration batches again and again until every
-    direction has settled; what tokens are real and whose is told by `tlora.calibration`. Modules
-    that read one row a sample (a pooler) start as in LoRA. A resumed run takes A from its folder.
+    The N r ranks go to the directions of all modules that explain the most variance. A and B train.
+    PEFT's incremental PCA repeats the calibration batches until every direction has settled;
+    `tlora.calibration` identifies real tokens and samples. Modules that read one row per sample (a
+    pooler) start as in LoRA. A resumed run reads A from its folder.
 
     Source: Paischer et al., arXiv 2410.07170, section 3.
     """
@@ -63,7 +63,7 @@ class Eva(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Find A, unless ``plan`` holds it, and wrap ``model``."""
+        """Compute A, unless ``plan`` holds it, and wrap ``model``."""
         from peft import EvaConfig, LoraConfig
 
         from tlora.adapter.principal_inputs import attach_eva, principal_inputs

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class FullFineTuning:
     """y = (W + dW) x with dW unconstrained: the model itself trains.
 
-    The one method that leaves no PEFT folder: its `adapter` folder is the whole model, as
-    `save_pretrained` of transformers writes it, to be loaded by `from_pretrained`.
+    The only method without a PEFT folder: its `adapter` folder is the whole model, written by
+    `save_pretrained` of transformers and loaded by `from_pretrained`.
 
     Source: the baseline "Full" of arXiv 2604.18124, table 1.
     """
@@ -48,7 +48,7 @@ class FullFineTuning:
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Let every parameter train; nothing is drawn, no batch is read."""
+        """Make every parameter trainable; nothing is drawn, no batch is read."""
         from tlora.calibration.placement import is_dtensor
         from tlora.calibration.weights import is_float
         from tlora.errors import ConfigError
@@ -58,9 +58,9 @@ class FullFineTuning:
                 if not is_float(module, parameter) and not is_dtensor(parameter):
                     full_name = f"{place}.{name}".removeprefix(".")
                     raise ConfigError(
-                        f"{full_name} is stored as {type(parameter).__name__} of"
-                        f" {parameter.dtype}, which no gradient can change; load the model"
-                        " unquantized, or choose an adapter.",
+                        f"{full_name} is stored as {type(parameter).__name__} of "
+                        f"{parameter.dtype}, which gradients cannot change; load the model "
+                        "unquantized, or choose an adapter.",
                         where="method",
                     )
         return Prepared(model=model.requires_grad_(True))

@@ -1,4 +1,4 @@
-"""GeLoRA: ranks from how the dimension of the hidden states grows over a block."""
+"""GeLoRA: ranks from the growth of the hidden states' dimension over a block."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 class GeLora:
     """y = W x + s B A x with r_i = max(d_(i+1) - d_i, 0) + 1 for the modules of block i.
 
-    d_i and d_(i+1) are the intrinsic dimensions, by TwoNN, of the hidden states that the block
-    reads and gives. s = lora_alpha / r is the same for every rank. A and B start and train as in
-    LoRA. A module outside all blocks (a pooler) has rank r. A resumed run takes the ranks and A
-    from its folder.
+    d_i and d_(i+1) are the intrinsic dimensions, by TwoNN, of the block's input and output hidden
+    states. s = lora_alpha / r is the same for every rank. A and B start and train as in LoRA. A
+    module outside all blocks (a pooler) has rank r. A resumed run reads the ranks and A from its
+    folder.
 
-    Ours: a sample is one point, the mean of the hidden states of its real tokens, and the growth is
-    rounded up. From n samples the estimate has a deviation of about d / sqrt(n).
+    Our choices: a sample is one point, the mean of the hidden states of its real tokens, and the
+    growth is
+    rounded up. With n samples the estimate has a deviation of about d / sqrt(n).
 
     Source: Ed-dib et al., arXiv 2412.09250; Facco et al., Scientific Reports 7, 12140 (2017).
     """

@@ -1,4 +1,4 @@
-"""GoRA: ranks from the sensitivity of each weight, and a B that starts as its gradient."""
+"""GoRA: ranks from the sensitivity of each weight, and B initialized from its gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GoraOptions(LoraOptions):
-    """LoRA's options, the bounds of the ranks, and the size of the first step."""
+    """LoRA's options, the bounds of the ranks, and the size of the initial step."""
 
     lora_alpha: Annotated[float, POSITIVE] = 16
     """The adapter's output is multiplied by lora_alpha / sqrt(rank)."""
@@ -28,7 +28,7 @@ class GoraOptions(LoraOptions):
     r_max: Annotated[int, at_least(1)] | None = None
     """Largest rank of a module; None: four times r."""
     gamma: Annotated[float, at_least(0)] = 0.05
-    """How far the start moves W against its gradient."""
+    """Size of the initial step of W against its gradient."""
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -47,12 +47,11 @@ class GoraOptions(LoraOptions):
 class Gora:
     """y = W x + (lora_alpha / sqrt(r_i)) B A x; B_0 A_0 is a step against the gradient G of W.
 
-    r_i = b a_i / sqrt(m_i + d_i), rounded and held within r_min..r_max, with the budget
-    b = sum_i r sqrt(m_i + d_i) and a_i the module's share of avg |W * G|. A_0 is LoRA's, and
-    B_0 = -(gamma sqrt(d) / lora_alpha) G A_0^T (A_0 A_0^T)^(-1): of all B the one whose B A_0 comes
-    closest to -G, so scaled that the step is about as long as -gamma G. A and B train, and W is
-    left alone. G is the mean over the calibration samples. A resumed run takes A_0 and B_0 from its
-    folder.
+    r_i = b a_i / sqrt(m_i + d_i), rounded and clamped to r_min..r_max, with the budget b = sum_i r
+    sqrt(m_i + d_i) and a_i the module's share of avg |W * G|. A_0 is LoRA's, and B_0 = -(gamma
+    sqrt(d) / lora_alpha) G A_0^T (A_0 A_0^T)^(-1): the B whose B A_0 is closest to -G, scaled so
+    that the step is about as long as -gamma G. A and B train, and W does not change. G is the mean
+    over the calibration samples. A resumed run reads A_0 and B_0 from its folder.
 
     Source: He et al., arXiv 2502.12171, section 3.
     """
@@ -72,9 +71,9 @@ class Gora:
             small=2e-4,
             large=5e-5,
             huge=2e-5,
-            source="The authors' scripts (hhnqqq/MyTransformers): 5e-5 on Llama-3.1-8B, and 2e-5 to"
-            " 5e-5 on Llama-2-7B, of A; B learns 16 times as fast there, here as fast. Below a"
-            " billion extrapolated, as for rsLoRA.",
+            source="The authors' scripts (hhnqqq/MyTransformers): 5e-5 on Llama-3.1-8B, and "
+            "2e-5 to 5e-5 on Llama-2-7B, of A; B learns 16 times as fast there, here "
+            "as fast. Below a billion extrapolated, as for rsLoRA.",
         ),
         reads="gradients",
         pools=True,
@@ -130,9 +129,9 @@ def shared_ranks(
     """Return the rank of each module.
 
     Args:
-        importances: avg |W * G| of each.
-        sizes: m + d of each.
-        rank: r that the budget would give each, if all were alike.
+        importances: avg |W * G| of each module.
+        sizes: m + d of each module.
+        rank: r that the budget would give each module if all were equal.
         bounds: the smallest and the largest rank.
     """
     budget = sum(rank * size**0.5 for size in sizes)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network behind each attention and feed-forward layer."""
+"""Bottleneck adapters: a small network after each attention and feed-forward layer."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _ENDS = [
 
 @dataclass(kw_only=True)
 class HoulsbyOptions(AdapterOptions):
-    """Which modules have an adapter behind them, and how wide it is."""
+    """Which modules get an adapter, and its width."""
 
     r: Annotated[int, at_least(1)] = 64
-    """Numbers in the bottleneck of every adapter."""
+    """Width of every adapter's bottleneck."""
     after_modules: list[str] | None = None
-    """Names or suffixes of the modules to put adapters behind; None: the usual ones of the
-    projections that attention and feed-forward layers end in."""
+    """Names or suffixes of the modules to put adapters after; None: the usual output projections of
+    attention and feed-forward layers."""
     train_norms: bool = True
-    """Train the normalizations of the adapted blocks too, as the paper does."""
+    """Also train the normalizations of the adapted blocks, as the paper does."""
 
 
 class Houlsby:
-    """y + U gelu(D y + b) + c behind a module, y = W x its output; the base stays frozen.
+    """y + U gelu(D y + b) + c after a module, y = W x its output; the base stays frozen.
 
-    D and U start near zero, so the output starts near the base's. It is not linear, so it merges
-    into no weight, and nothing but tlora reads the folder.
+    D and U start near zero, so the output starts near the base's. The adapter is not linear, so it
+    cannot be merged, and only tlora reads the folder.
 
     Source: Houlsby et al., arXiv 1902.00751, section 2.1; google-research/adapter-bert. Departures:
-    the module's own dropout follows the adapter; a normalization outside the adapted blocks does
+    the module's own dropout comes after the adapter; normalizations outside the adapted blocks do
     not train.
     """
 
@@ -82,8 +82,9 @@ class Houlsby:
         targets = targets_named(model, names, options)
         if not targets:
             raise ConfigError(
-                f"no Linear of {type(model).__name__} is named {' or '.join(names)}; name those"
-                " that attention and feed-forward layers end in by `after_modules`.",
+                f"no Linear of {type(model).__name__} is named {' or '.join(names)}; name "
+                "the output projections of attention and feed-forward layers by "
+                "`after_modules`.",
                 where="adapter",
             )
         config = LoraConfig(**peft_fields(options, LoraConfig), lora_alpha=options.r)
@@ -97,7 +98,7 @@ class Houlsby:
 
 
 def _norms(model: torch.nn.Module) -> list[str]:
-    """Return the modules that normalize, by their classes' names, and have weights of their own."""
+    """Return the modules that normalize, recognized by class name, and have weights."""
     return [
         name
         for name, module in model.named_modules()

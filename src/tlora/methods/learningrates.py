@@ -1,9 +1,9 @@
-"""The learning rate that a method starts from where the user gives none.
+"""The default learning rate of each method.
 
-TRL's and transformers' own defaults (2e-5, 5e-5) are for full fine-tuning of large models; at them
-an adapter of a small model hardly moves. Each method declares rates by the size of the base model
-instead, from published practice and never above it where that exists, which is from a billion
-parameters on. They are a start, tuned for no task.
+TRL's and transformers' own defaults (2e-5, 5e-5) suit full fine-tuning of large models; with them
+an adapter on a small model hardly changes. Instead each method declares learning rates by the size
+of the base model. They come from published practice and never exceed it where it exists, which is
+from a billion parameters on. They are a starting point, tuned for no task.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
     import torch
 
 SMALL, LARGE, HUGE = 100_000_000, 1_000_000_000, 20_000_000_000
-"""Parameters of the base model from which the next rate holds."""
+"""Size of the base model, in parameters, where the next learning rate starts."""
 HIGH_RANK = 64
 _OF_ADAPTERS = ("lora_", "ranknum", ".modules_to_save.", "prompt_encoder")
-"""Parts of the names of modules that PEFT adds to a model, beside the prefixes of its types."""
+"""Parts of the names of modules that PEFT adds to a model, besides the prefixes of its types."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """A method's default learning rates, the same for every kind of task."""
+    """A method's default learning rates, equal for every kind of task."""
 
     tiny: float
     """Below 100 million parameters."""
     small: float
-    """From 100 million on."""
+    """From 100 million parameters on."""
     large: float
-    """From a billion on."""
+    """From a billion parameters on."""
     huge: float | None = None
-    """From 20 billion on, where it is another."""
+    """From 20 billion parameters on, if different."""
     high_rank: float | None = None
-    """From a billion on at ranks of 64 and more, where it is another."""
+    """From a billion parameters on with ranks of at least 64, if different."""
     source: str
-    """Where they were published, and what was extrapolated."""
+    """Where they were published, and which are extrapolated."""
 
     def of(self, parameters: int, rank: int | None = None) -> float:
-        """Return the learning rate for a base model of so many parameters.
+        """Return the learning rate for a base model with this number of parameters.
 
         Args:
-            parameters: of the base model.
-            rank: r of the adapter; None where there is none.
+            parameters: parameters of the base model.
+            rank: r of the adapter; None without one.
         """
         if parameters < SMALL:
             return self.tiny
@@ -68,7 +68,7 @@ LORA_RATES = LearningRates(
     huge=1e-4,
     source="QLoRA's code (artidoro/qlora): 2e-4, and 1e-4 for models larger than 13B." + _BELOW,
 )
-"""Of LoRA, and of relatives whose update starts at zero and has its scale.
+"""For LoRA, and relatives whose update starts at zero with its scale.
 
 EVA's code (ml-jku/EVA) has 5e-4 for models of 7B to 9B; LoRA's rates stay below it.
 """
@@ -81,13 +81,13 @@ RESIDUAL_RATES = LearningRates(
     " 2e-5, as PEFT's example of CorDA; LoRA-GA's for T5-base: 1e-4. Extrapolated below 100"
     " million.",
 )
-"""Of methods whose A and B start from a part of W, so that the first steps move it more."""
+"""For methods whose A and B start from a part of W, so that the first steps change it more."""
 
 
 def default_learning_rate(config: Any, model: torch.nn.Module, method: str = "tlora") -> float:
-    """Return the learning rate that `tlora train` takes for this adapter where none is given.
+    """Return the default learning rate of `tlora train` for this adapter.
 
-    It follows published practice for the size of the model; it is not tuned for any task.
+    It follows published practice for the size of the model and is not tuned for any task.
 
     Args:
         config: the method's options, a `TLoraConfig` for the default method.
@@ -104,9 +104,9 @@ def default_learning_rate(config: Any, model: torch.nn.Module, method: str = "tl
 
 
 def base_parameters(model: torch.nn.Module) -> int:
-    """Return the number of parameters of a base model; an adapter on it does not count.
+    """Return the number of parameters of a base model, without an adapter on it.
 
-    Weights stored in integers (4 and 8 bit) count as the matrices that they stand for.
+    Weights stored as integers (4 and 8 bit) count as the matrices that they represent.
     """
     mapping = sys.modules.get("peft.mapping")
     prefixes = mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values() if mapping else ()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Lora:
-    """y = W x + (lora_alpha / r) B A x, as PEFT does it: A random, B zero, both train.
+    """y = W x + (lora_alpha / r) B A x, as in PEFT: A random, B zero, both train.
 
     Source: Hu et al., arXiv 2106.09685, section 4.
     """
@@ -31,7 +31,7 @@ class Lora:
         learning_rates=LORA_RATES,
     )
     fields: ClassVar[dict[str, Any]] = {}
-    """What a relative of LoRA sets in PEFT's LoraConfig besides its options."""
+    """LoraConfig fields that a relative of LoRA sets besides its options."""
 
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
@@ -46,6 +46,6 @@ class Lora:
 
 
 def peft_fields(options: Any, config: Any) -> dict[str, Any]:
-    """Return those options that PEFT's class ``config`` knows by the same name."""
+    """Return the options that PEFT's class ``config`` has under the same name."""
     known = {field.name for field in dataclasses.fields(config)}
     return {name: value for name, value in dataclasses.asdict(options).items() if name in known}

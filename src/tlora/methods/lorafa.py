@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA with A frozen where it was drawn; the control of every other frozen A."""
+"""LoRA-FA: LoRA with a random frozen A; the control for every other frozen A."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class LoraFaOptions(LoraOptions):
-    """LoRA's options, and which optimizer moves B."""
+    """LoRA's options, and the choice of optimizer for B."""
 
     projected: bool = False
-    """Step with (1/s^2) G_B (A A^T)^(-1) in place of B's gradient G_B, by PEFT's own AdamW for
-    LoRA-FA; of the trainer's fields it takes `learning_rate`, the schedule and `weight_decay`."""
+    """Step with (1/s^2) G_B (A A^T)^(-1) instead of B's gradient G_B, by PEFT's own AdamW for
+    LoRA-FA; it uses the trainer's `learning_rate`, schedule and `weight_decay`."""
 
 
 class LoraFa(Lora):
     """y = W x + (lora_alpha / r) B A x with A random and frozen; only B trains.
 
-    The plain reading of the paper, with the trainer's optimizer as it is. PEFT's LoRA-FA is an
-    optimizer: it freezes A too (by `requires_grad`, which PEFT's own switches undo; here A is
-    frozen as in `tlora.adapter.freeze`), and steps B with the gradient that comes closest to full
-    fine-tuning's, computed in bfloat16 where the machine has it: `projected` turns that on.
+    The plain reading of the paper, with the trainer's own optimizer. PEFT's LoRA-FA is an
+    optimizer: it also freezes A (by `requires_grad`, which PEFT's own switches undo; here A is
+    frozen as in `tlora.adapter.freeze`), and steps B with the gradient closest to full
+    fine-tuning's, computed in bfloat16 if the machine supports it: `projected` turns that on.
 
     Source: Zhang et al., arXiv 2308.03303, section 3.
     """
@@ -51,7 +51,7 @@ class LoraFa(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, with A frozen and guarded."""
+        """Same as LoRA's, with A frozen and guarded."""
         from tlora.adapter.freeze import FrozenACallback, freeze_a
 
         prepared = super().prepare(model, options, batches, plan)

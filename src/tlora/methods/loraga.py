@@ -17,26 +17,26 @@ Scale = Literal["stable", "weight_svd", "gd_scale", "unit", "paper"]
 
 @dataclass(kw_only=True)
 class LoraGaOptions(LoraOptions):
-    """LoRA's options, and PEFT's of LoRA-GA."""
+    """LoRA's options, and PEFT's options of LoRA-GA."""
 
     direction: Direction = "ArB2r"
-    """Which of the 2 r leading singular vectors of the gradient go to A and which to B."""
+    """Which of the gradient's 2 r leading singular vectors go to A and which to B."""
     init_scale: Scale = "stable"
-    """How A_0 and B_0 are scaled: PEFT's `scale`, or "paper", as the paper has it."""
+    """How A_0 and B_0 are scaled: PEFT's `scale`, or "paper" for the paper's scale."""
     stable_gamma: Annotated[int, at_least(1)] = 16
-    """Of the scales "stable" and "paper", which multiply by m^(1/4) / stable_gamma^(1/2)."""
+    """For the scales "stable" and "paper", which multiply by m^(1/4) / stable_gamma^(1/2)."""
 
 
 class LoraGa(ResidualLora):
     """G = dL/dW = U S V^T: A_0 = V_(1..r)^T, B_0 = c U_(r+1..2r) S_(r+1..2r).
 
     c = m^(1/4) / gamma^(1/2), and G is the mean of the batches' gradients at the start. A and B
-    train; the base keeps W - s B_0 A_0. PEFT's estimate and initialization, by a randomized SVD of
-    G. PEFT estimates in training mode; here dropout is off, as in every calibration. The gradients
-    of all targets are held at once.
+    train; the base keeps W - s B_0 A_0. PEFT does the estimate and the initialization, by a
+    randomized SVD of G. PEFT estimates in training mode; here dropout is off, as in every
+    calibration. The gradients of all targets are in memory at once.
 
-    The paper, and its authors' code, have A_0 = c V_(1..r)^T and B_0 = c U_(r+1..2r), without S,
-    which makes PEFT's B_0 nearly zero where the gradient is small: `init_scale` "paper".
+    The paper and its authors' code have A_0 = c V_(1..r)^T and B_0 = c U_(r+1..2r), without S. With
+    S, PEFT's B_0 is nearly zero for small gradients; `init_scale` "paper" avoids this.
 
     Source: Wang et al., arXiv 2407.05000, sections 3.2 and 3.3; PEFT's `lora_ga_init`.
     """
@@ -58,7 +58,7 @@ class LoraGa(ResidualLora):
     taken: ClassVar[int] = 2
 
     def start(self, model: Any, targets: Any, options: LoraGaOptions, batches: Batches) -> Any:
-        """Measure G by a forward and backward pass a batch, and start from its parts."""
+        """Measure G by one forward and backward pass per batch, and start from its parts."""
         from peft import LoraConfig
         from peft.tuners.lora.config import LoraGAConfig
         from torch.nn.functional import normalize
@@ -78,7 +78,7 @@ class LoraGa(ResidualLora):
             ),
             **exact(model, targets),
         )
-        config.fan_in_fan_out = False  # what is initialized are plain copies
+        config.fan_in_fan_out = False  # plain copies are initialized
         gradients = gradients_by_peft(model, targets, config, batches)
 
         def part(target: Any) -> Any:

@@ -1,4 +1,4 @@
-"""LoRA-One: LoRA that starts with the best rank-r step of full fine-tuning already taken."""
+"""LoRA-One: LoRA that starts after the best rank-r step of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class LoraOneOptions(RsLoraOptions):
-    """rsLoRA's options, the size of the first step, and the preconditioner."""
+    """rsLoRA's options, the size of the initial step, and the preconditioner."""
 
     lora_alpha: Annotated[float, POSITIVE] = 16
     """The adapter's output is multiplied by lora_alpha / sqrt(r)."""
     gamma: Annotated[float, POSITIVE] = 128.0
-    """The first step of full fine-tuning has the rate lora_alpha / (sqrt(r) gamma)."""
+    """The initial step of full fine-tuning has the learning rate lora_alpha / (sqrt(r) gamma)."""
     normalize: bool = True
-    """Divide each module's gradient by its largest singular value first, as the authors' code."""
+    """First divide each module's gradient by its largest singular value, as the authors do."""
     precondition: bool = False
     """Step with (B^T B + reg I)^-1 dL/dA and dL/dB (A A^T + reg I)^-1, by PEFT's optimizer."""
     reg: Annotated[float, POSITIVE] = 1e-6
-    """Added to the diagonals of what `precondition` inverts."""
+    """Added to the diagonals of the matrices that `precondition` inverts."""
 
 
 class LoraOne(Lora):
-    """y = W x + s B A x, s = lora_alpha / sqrt(r), with s B_0 A_0 a first step of descent.
+    """y = W x + s B A x, s = lora_alpha / sqrt(r), where s B_0 A_0 is a first descent step.
 
     -G = U S V^T: B_0 = (S_r / gamma)^(1/2) on U_r, A_0 = (S_r / gamma)^(1/2) on V_r^T, the leading
-    r components of the mean gradient over the calibration samples. Nothing is taken out of the
-    base: the model starts where full fine-tuning's best step of rank r would lead, and not at W x.
-    A and B train. A resumed run takes A_0 and B_0 from its folder.
+    r components of the mean gradient over the calibration samples. The base weights do not
+    change: the model starts after full fine-tuning's best step of rank r, not at W x.
+    A and B train. A resumed run reads A_0 and B_0 from its folder.
 
     Source: Zhang et al., arXiv 2502.01235, its algorithm; YuanheZ/LoRA-One.
     """
@@ -69,7 +69,7 @@ class LoraOne(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Find A_0 and B_0, unless ``plan`` holds them, and wrap ``model``."""
+        """Compute A_0 and B_0, unless ``plan`` holds them, and wrap ``model``."""
         from peft import LoraConfig
 
         from tlora.adapter.initial import attach_initial, refuse_ranks
@@ -87,7 +87,7 @@ class LoraOne(Lora):
 
 
 def _first_step(model: Any, targets: Any, options: LoraOneOptions, batches: Batches) -> Any:
-    """Return A_0 and B_0 of each target, by a forward and a backward pass a sample."""
+    """Return A_0 and B_0 of each target, by one forward and backward pass per sample."""
     import torch
 
     from tlora.adapter.initial import InitialAdapter
@@ -105,8 +105,8 @@ def _first_step(model: Any, targets: Any, options: LoraOneOptions, batches: Batc
         u, s, vh = torch.linalg.svd(-gradient, full_matrices=False)
         if not s[0] > 0:
             raise CalibrationError(
-                f"{target.name}: the loss of no calibration sample depends on it, so LoRA-One has"
-                " no gradient to go by; leave it out by `exclude_modules`."
+                f"{target.name}: no calibration sample's loss depends on it, so LoRA-One "
+                "has no gradient for it; exclude it by `exclude_modules`."
             )
         largest = float(s[0]) if options.normalize else 1.0
         root = (s[: options.r] / (largest * options.gamma)).sqrt()
@@ -115,7 +115,7 @@ def _first_step(model: Any, targets: Any, options: LoraOneOptions, batches: Batc
 
 
 def _preconditioned(model: torch.nn.Module, arguments: Any, reg: float) -> torch.optim.Optimizer:
-    """Make the optimizer that ``arguments`` names, with PEFT's preconditioner before it."""
+    """Make the optimizer that ``arguments`` names, preceded by PEFT's preconditioner."""
     from peft.optimizers import create_riemannian_optimizer
     from transformers import Trainer
 

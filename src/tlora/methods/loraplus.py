@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class LoraPlusOptions(LoraOptions):
-    """LoRA's options, and how much faster B learns."""
+    """LoRA's options, and B's learning rate relative to A's."""
 
     lr_ratio: Annotated[float, POSITIVE] = 16.0
     """B's learning rate over A's; A's is the trainer's `learning_rate`."""
 
 
 class LoraPlus(Lora):
-    """LoRA with the learning rate of B at lr_ratio times that of A, by PEFT's optimizer groups.
+    """LoRA whose B has lr_ratio times the learning rate of A, by PEFT's optimizer groups.
 
-    The optimizer is the one that the trainer's arguments name, and its schedule scales both rates.
-    PEFT lets one-dimensional parameters (a new head's bias) learn at B's rate, and no weight decay
-    touches them.
+    The trainer's arguments name the optimizer, and its schedule scales both learning rates. In
+    PEFT, one-dimensional parameters (a new head's bias) have B's learning rate and no weight decay.
 
     Source: Hayou et al., arXiv 2402.12354; 16 is the ratio that its experiments recommend.
     """
@@ -47,16 +46,17 @@ class LoraPlus(Lora):
             tiny=3e-4,
             small=1e-4,
             large=2e-5,
-            source="The rate of A; that of B is lr_ratio times as high. The authors' code"
-            " (nikhil-ghosh-berkeley/loraplus): 1e-4 at a ratio of 20 on RoBERTa base, 5e-5 at 20"
-            " in its example; lower from a billion on, extrapolated below 100 million.",
+            source="The rate of A; that of B is lr_ratio times as high. The authors' code "
+            "(nikhil-ghosh-berkeley/loraplus): 1e-4 at a ratio of 20 on RoBERTa "
+            "base, 5e-5 at 20 in its example; lower from a billion on, extrapolated "
+            "below 100 million.",
         ),
     )
 
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, with an optimizer of two rates."""
+        """Same as LoRA's, with an optimizer of two learning rates."""
         prepared = super().prepare(model, options, batches, plan)
         prepared.optimizer = partial(_optimizer, ratio=options.lr_ratio)
         return prepared

@@ -1,4 +1,4 @@
-"""LoRA-RITE: LoRA by an optimizer that does not see how B A is factored."""
+"""LoRA-RITE: LoRA with an optimizer that is invariant to the factorization of B A."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIM = "lora_rite"
-"""The trainer's `optim` by which any method that trains B takes this optimizer."""
+"""The trainer's `optim` value that selects this optimizer for any method that trains B."""
 
 
 @dataclass(kw_only=True)
@@ -24,14 +24,14 @@ class LoraRiteOptions(LoraOptions):
     """LoRA's options, and the optimizer's."""
 
     eps: Annotated[float, POSITIVE] = 1e-6
-    """Added to the roots of the second moments before they are inverted."""
+    """Added to the roots of the second moments before inversion."""
 
 
 class LoraRite(Lora):
     """LoRA whose optimizer is `tlora.adapter.rite.LoraRite`.
 
-    Of the trainer's fields that takes `learning_rate`, the schedule, `adam_beta1`, `adam_beta2` and
-    `weight_decay`; `adam_epsilon` goes for what trains beside A and B, by AdamW.
+    It uses the trainer's `learning_rate`, schedule, `adam_beta1`, `adam_beta2` and `weight_decay`;
+    `adam_epsilon` applies to parameters other than A and B, which AdamW trains.
 
     Source: Yen et al., arXiv 2410.20625, section 3.
     """
@@ -50,8 +50,8 @@ class LoraRite(Lora):
             small=5e-4,
             large=2e-4,
             huge=1e-4,
-            source="The lowest that the authors' script (gkevinyen5418/LoRA-RITE) tries on"
-            " Gemma-2B: 2e-4, beside 5e-4 and 1e-3; else LoRA's.",
+            source="The lowest that the authors' script (gkevinyen5418/LoRA-RITE) tries on "
+            "Gemma-2B: 2e-4, beside 5e-4 and 1e-3; else LoRA's.",
         ),
         source="tlora",
     )
@@ -59,7 +59,7 @@ class LoraRite(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, with the optimizer."""
+        """Same as LoRA's, with the optimizer."""
         from tlora.adapter.rite import make_rite
 
         prepared = super().prepare(model, options, batches, plan)

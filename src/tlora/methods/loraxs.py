@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class LoraXsOptions(Targeted):
-    """LoRA's options, with a higher rank: r^2 numbers of it train."""
+    """LoRA's options, with a higher rank; r^2 parameters train."""
 
     r: Annotated[int, at_least(1)] = 32
-    """Rank of every module; r^2 numbers of it train."""
+    """Rank of every module; r^2 parameters of it train."""
     lora_alpha: Annotated[float, POSITIVE] = 32
     """The adapter's output is multiplied by lora_alpha / r."""
     sigma: Annotated[float, at_least(0)] = 1e-5
-    """Standard deviation of R before training; 0 starts at W x."""
+    """Initial standard deviation of R; 0 starts at W x."""
 
 
 class LoraXs:
-    """y = W x + (lora_alpha / r) U_r R S_r V_r^T x, of W = U S V^T; R (r x r) alone trains.
+    """y = W x + (lora_alpha / r) U_r R S_r V_r^T x, of W = U S V^T; only R (r x r) trains.
 
-    U_r S_r V_r^T are the first r singular components. R starts at normal numbers of deviation
-    `sigma`, so the output is off from the base's by that much. The saved adapter is a plain LoRA,
+    U_r S_r V_r^T are the first r singular components. R starts at normal numbers with deviation
+    `sigma`, so the output deviates from the base's accordingly. The saved adapter is a plain LoRA,
     A = S_r V_r^T and B = U_r R.
 
     Source: Balazy et al., arXiv 2405.17604, section 3, and the authors' code.

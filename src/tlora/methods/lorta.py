@@ -1,4 +1,4 @@
-"""LoRTA: one CP tensor for the updates of all layers, heads and projections of the attention."""
+"""LoRTA: one CP tensor for the updates of all layers, heads and attention projections."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _OUTPUTS = ["o_proj", "out_proj", "attention.output.dense", "out_lin"]
 
 @dataclass(kw_only=True)
 class LortaOptions(Scaled):
-    """LoRA's options; which modules are adapted is a part of the method."""
+    """LoRA's options; the method fixes which modules are adapted."""
 
     lora_alpha: Annotated[float, POSITIVE] = 16
     """The adapter's output is multiplied by lora_alpha / r."""
     head_modules: list[str] | None = None
-    """Names or suffixes of the projections that put heads out; None: the usual ones of queries,
+    """Names or suffixes of the projections that output heads; None: the usual names of queries,
     keys and values."""
     output_modules: list[str] | None = None
     """Names or suffixes of the projections that read heads; None: o_proj, out_proj,
@@ -78,9 +78,9 @@ class Lorta:
         readers = targets_named(model, options.output_modules or _OUTPUTS, options)
         if not heads:
             raise ConfigError(
-                f"no Linear of {type(model).__name__} is named"
-                f" {' or '.join(options.head_modules or _HEADS)}; name its projections by"
-                " `head_modules` (a matrix of q, k and v together will not do).",
+                f"no Linear of {type(model).__name__} is named "
+                f"{' or '.join(options.head_modules or _HEADS)}; name its projections by "
+                "`head_modules` (a fused matrix of q, k and v does not work).",
                 where="adapter",
             )
         config, head_dim = LoraConfig(**peft_fields(options, LoraConfig)), _head_dim(model)

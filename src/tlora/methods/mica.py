@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Mica(Lora):
     """y = W x + (lora_alpha / r) B A x: B the last r columns of U of W = U S V^T, frozen; A trains.
 
-    A starts at zero. PEFT's own initialization and its own freezing of B.
+    A starts at zero. PEFT does the initialization and freezes B.
 
     Source: Ruediger and Raschka, arXiv 2604.01694, section 3.
     """
@@ -35,7 +35,7 @@ class Mica(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, on weights that hold floats. What is saved is a plain LoRA."""
+        """Same as LoRA's, on floating-point weights. The result is saved as a plain LoRA."""
         from tlora.adapter.initial import refuse_ranks
         from tlora.adapter.stock import refuse_quantized, targets_of
 

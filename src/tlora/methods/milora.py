@@ -13,8 +13,8 @@ from tlora.methods.residual import ResidualLora
 class Milora(ResidualLora):
     """W = U S V^T: B_0 = U_r (S_r / s)^(1/2), A_0 = (S_r / s)^(1/2) V_r^T, the last r.
 
-    A and B train; the base keeps the principal components, W - s B_0 A_0. As in PiSSA, S is
-    divided by s, so that what is taken out is the minor part at any lora_alpha.
+    A and B train; the base keeps the principal components, W - s B_0 A_0. As in PiSSA, S is divided
+    by s, so that exactly the minor part is taken out at any lora_alpha.
 
     Source: Wang et al., arXiv 2406.09044, section 3.
     """

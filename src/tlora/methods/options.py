@@ -1,6 +1,6 @@
-"""The options that methods share: records to build a method's own record from.
+"""Options shared by methods: base records for a method's own record.
 
-Field names and meanings are PEFT's where PEFT has one. Nothing here imports torch.
+Field names and meanings follow PEFT where PEFT has them. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from tlora.config import Bias, TaskType, target_faults
 
 @dataclass(kw_only=True)
 class MethodOptions(Record):
-    """What every method has.
+    """Options of every method.
 
     Raises:
-        ConfigError: an option is unknown (with a suggestion) or out of range; all faults at once.
+        ConfigError: an option is unknown (with a suggestion) or out of range; all faults are
+            reported.
     """
 
     where: ClassVar[str] = "adapter"
     noun: ClassVar[str] = "option"
 
     task_type: TaskType | None = None
-    """PEFT's task type; by default that of the task."""
+    """PEFT's task type; by default the task's."""
 
 
 @dataclass(kw_only=True)
 class AdapterOptions(MethodOptions):
-    """What every adapter has."""
+    """Options of every adapter."""
 
     lora_dropout: Annotated[float, PROBABILITY] = 0.0
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input during training."""
     bias: Bias = "none"
     """Which biases train: "none", "all" or "lora_only"."""
     modules_to_save: list[Pattern] | None = None
@@ -47,13 +48,13 @@ class AdapterOptions(MethodOptions):
 
 @dataclass(kw_only=True)
 class Targeted(AdapterOptions):
-    """An adapter on modules that the user chooses; the choice starts as in `TLoraConfig`."""
+    """Options of an adapter on modules that the user chooses; defaults as in `TLoraConfig`."""
 
     target_modules: Pattern | list[str] | None = "all-linear"
     """Modules to adapt: a list of names or suffixes, a regex, "all-linear", or None for PEFT's
     default of the architecture."""
     exclude_modules: Pattern | list[str] | None = None
-    """Modules to leave out."""
+    """Modules to exclude."""
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""
@@ -63,7 +64,7 @@ class Targeted(AdapterOptions):
 
 @dataclass(kw_only=True)
 class Scaled(AdapterOptions):
-    """An adapter of one rank and one scale."""
+    """Options of an adapter with one rank and one scale."""
 
     r: Annotated[int, at_least(1)] = 8
     """Rank of every module."""
@@ -72,10 +73,10 @@ class Scaled(AdapterOptions):
 
     @property
     def scale(self) -> float:
-        """s, what the adapter's output is multiplied by."""
+        """s, the factor of the adapter's output."""
         return self.lora_alpha / self.r
 
 
 @dataclass(kw_only=True)
 class LoraOptions(Targeted, Scaled):
-    """LoRA's options, which most of its relatives take as they are."""
+    """LoRA's options, which most of its relatives use unchanged."""

@@ -15,7 +15,7 @@ from tlora.methods.residual import ResidualLora
 
 @dataclass(kw_only=True)
 class PissaOptions(LoraOptions):
-    """LoRA's options, and how the components are found."""
+    """LoRA's options, and the SVD that computes the components."""
 
     niter: Annotated[int, at_least(0)] | None = None
     """Subspace iterations of a fast randomized SVD (PEFT: pissa_niter_N); None: the full SVD."""

@@ -1,4 +1,4 @@
-"""QA-LoRA: LoRA on the means of groups of inputs, which a quantizer's zero points can take in."""
+"""QA-LoRA: LoRA on the means of input groups, which merges into a quantizer's zero points."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class QaLoraOptions(LoraOptions):
     """LoRA's options, and the size of a group."""
 
     group_size: Annotated[int, at_least(1)] = 32
-    """Neighboring inputs that share a column of A: the group of the quantizer; it divides d."""
+    """Neighboring inputs that share a column of A: the quantizer's group size; must divide d."""
 
 
 class QaLora(Lora):
     """y = W x + (lora_alpha / r) B A pool(x): pool averages each `group_size` neighboring inputs.
 
-    A (r x d / group_size) and B train. The update has one value a row and group, as the zero points
-    of a quantizer with groups along the inputs have, so that it can be added to them. The saved
-    adapter is a plain LoRA whose A repeats each column over its group, divided by the size.
+    A (r x d / group_size) and B train. The update has one value per row and group, like the zero
+    points of a quantizer with groups along the inputs, so it can be added to them. The saved
+    adapter is a plain LoRA whose A repeats each column over its group, divided by the group size.
 
     Source: Xu et al., arXiv 2309.14717, section 3, and the authors' code.
     """
@@ -57,7 +57,7 @@ class QaLora(Lora):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """As LoRA's, with A on groups. A is drawn from torch's global generator."""
+        """Same as LoRA's, with A on groups. A is drawn from torch's global generator."""
         from tlora.adapter.stock import targets_of
         from tlora.adapter.three_factors import make_grouped, save_written_out
         from tlora.errors import ConfigError

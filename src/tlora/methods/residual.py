@@ -1,4 +1,4 @@
-"""What the methods share that start from a part of W and leave the rest of it in the base."""
+"""Shared by methods that start from a part of W and leave the rest of it in the base."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ResidualLora(ABC):
     """y = (W - s B_0 A_0) x + s B A x, with A and B starting at A_0 and B_0; s = lora_alpha / r.
 
-    A subclass says what A_0 and B_0 are. At the start this is W x up to rounding. A resumed run
-    takes A_0 and B_0 from the run's folder. The saved adapter, of rank 2 r, fits the original W.
+    A subclass defines A_0 and B_0. At the start the output is W x up to rounding. A resumed run
+    reads A_0 and B_0 from the run's folder. The saved adapter, of rank 2 r, fits the original W.
     """
 
     options: ClassVar[type] = LoraOptions
@@ -34,7 +34,7 @@ class ResidualLora(ABC):
     def prepare(
         self, model: torch.nn.Module, options: Any, batches: Batches, plan: Any = None
     ) -> Prepared:
-        """Find A_0 and B_0, unless ``plan`` holds them; wrap ``model``, take s B_0 A_0 out of W."""
+        """Compute A_0 and B_0, unless ``plan`` holds them; wrap ``model``; store W - s B_0 A_0."""
         from peft import LoraConfig
         from tqdm.auto import tqdm
 
@@ -66,4 +66,4 @@ class ResidualLora(ABC):
     def start(
         self, model: torch.nn.Module, targets: list[Target], options: Any, batches: Batches
     ) -> Start:
-        """Return what gives A_0 (r x d) and B_0 (m x r) of a target; the model is only read."""
+        """Return a function that computes A_0 (r x d) and B_0 (m x r) of a target."""

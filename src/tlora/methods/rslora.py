@@ -15,19 +15,19 @@ from tlora.methods.options import LoraOptions
 
 @dataclass(kw_only=True)
 class RsLoraOptions(LoraOptions):
-    """LoRA's options; the scale is another."""
+    """LoRA's options with another scale."""
 
     lora_alpha: Annotated[float, POSITIVE] = 8
     """The adapter's output is multiplied by lora_alpha / sqrt(r)."""
 
     @property
     def scale(self) -> float:
-        """s, what the adapter's output is multiplied by."""
+        """s, the factor of the adapter's output."""
         return self.lora_alpha / math.sqrt(self.r)
 
 
 class RankStabilizedLora(Lora):
-    """y = W x + (lora_alpha / sqrt(r)) B A x: LoRA, but for the scale.
+    """y = W x + (lora_alpha / sqrt(r)) B A x: LoRA with another scale.
 
     Source: Kalajdzievski, arXiv 2312.03732, section 3.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TaskAwareLora:
-    """y = W x + s B A x, with A, the rank and the scale s of each module taken from the task.
+    """y = W x + s B A x, where A, the rank and the scale s of each module come from the task.
 
     A: the leading right singular vectors of W C, frozen. Source: arXiv 2604.18124, section 3.
     """

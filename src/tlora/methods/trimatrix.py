@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TriMatrixOptions(Targeted):
-    """A rank and a scale; the scale is learned."""
+    """A rank and a scale; the scale trains."""
 
     r: Annotated[int, at_least(1)] = 32
-    """Rank of every module; r^2 + 1 numbers of it train."""
+    """Rank of every module; r^2 + 1 parameters of it train."""
     scale: Annotated[float, POSITIVE] = 1.0
-    """What each module's learned scale a starts at."""
+    """Initial value of each module's trained scale a."""
 
 
 class TriMatrix:
     """y = W x + a P Q R x: P (m x r) and R (r x d) random and fixed, Q (r x r) and a trained.
 
-    Q starts at zero, a at `scale`; there is an a for each module. The saved adapter is a plain
-    LoRA, A = R and B = a P Q. Not the task-aware method of the same name, and nothing of it.
+    Q starts at zero, a at `scale`; each module has its own a. The saved adapter is a plain LoRA, A
+    = R and B = a P Q. This is not the task-aware method of the same name.
 
     Source: Islam, arXiv 2504.18735, section 3.
     """

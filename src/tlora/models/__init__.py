@@ -1,1 +1,1 @@
-"""Hugging Face models and tokenizers, loaded for training and evaluation alike."""
+"""Loads Hugging Face models and tokenizers, for training and evaluation alike."""

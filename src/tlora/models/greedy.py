@@ -1,4 +1,4 @@
-"""Greedy replies: the likeliest token each time, whatever a checkpoint asks of generation."""
+"""Greedy replies: always the most likely token, regardless of a checkpoint's generation config."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _BEGINNING = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 @contextmanager
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Let `model.generate` write greedily and nothing else: no penalties, beams or least lengths.
+    """Make `model.generate` decode greedily: no penalties, beams or minimum lengths.
 
-    Of the checkpoint's generation config the tokens that begin and end a reply alone are kept; it
-    is back, untouched, afterwards. What is given to `generate` by name wins over this.
+    Only the checkpoint's start and end tokens are kept; its generation config is restored
+    afterwards. Keyword arguments of `generate` take precedence.
 
     Args:
         model: a transformers model or a PeftModel.
-        tokenizer: its tokenizer, whose closing token ends a reply too.
+        tokenizer: its tokenizer, whose closing token also ends a reply.
     """
     from transformers import GenerationConfig
 
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = bare.generation_config
-    # `generate` fills in from here what it is not given.
+    # `generate` reads missing arguments from here.
     bare.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=end_tokens(bare, tokenizer) or None,
@@ -42,7 +42,7 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a reply: those of the model's generation config, and the
-    tokenizer's, with which responses are closed."""
+    tokenizer's, which closes responses."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if isinstance(own, list) else [own]
     return [*dict.fromkeys(e for e in [*ends, tokenizer.eos_token_id] if e is not None)]

@@ -1,4 +1,4 @@
-"""Which weights of a loaded model its files did not give: none, but for a new head's."""
+"""Weights of a loaded model that are not in its files: only a new head's may be missing."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 def drawn_weights(
     name: str, model: Any, found: Mapping[str, Any], *, new_head: bool = False
 ) -> list[str]:
-    """Return the parameters of a new head, which were drawn at random.
+    """Return the parameters of a new head, which are initialized at random.
 
-    Tied weights, and those that the model's class allows to be missing, are not among
-    transformers' missing ones. Buffers are computed. Layers that the files have and the model does
-    not are named in a warning.
+    Tied weights, and those that the model's class allows to be missing, are not in transformers'
+    list of missing ones. Buffers are computed. A warning names layers in the files that the model
+    does not have.
 
     Args:
         name: the model's folder, or its name on the Hub.
-        model: as `from_pretrained` made it, with `ignore_mismatched_sizes`.
-        found: the loading info that it returned.
-        new_head: whether a head and poolers may be missing, or be of other sizes.
+        model: loaded by `from_pretrained` with `ignore_mismatched_sizes`.
+        found: the loading info of `from_pretrained`.
+        new_head: whether a head and poolers may be missing, or have other sizes.
 
     Raises:
         ConfigError: other parameters are missing, or have other sizes.
@@ -60,7 +60,7 @@ def _by(sizes: Iterable[int]) -> str:
 
 
 def _is_of_head(model: Any, name: str) -> bool:
-    """Whether a parameter belongs to a classifier's head: outside of the body, or its pooler."""
+    """Whether a parameter belongs to a classifier's head: outside the body, or its pooler."""
     parts = name.split(".")
     body = model.base_model_prefix
     if not hasattr(model, body):
@@ -69,22 +69,21 @@ def _is_of_head(model: Any, name: str) -> bool:
 
 
 def _warn_of_further_layers(name: str, model: Any, unused: Iterable[str]) -> None:
-    """Name those of the files' unused weights that differ from used ones by their layer alone.
+    """Name the files' unused weights that differ from used ones only by their layer.
 
-    Others are of no concern: the head of another task, another modality's tower.
+    Others do not matter: the head of another task, another modality's tower.
     """
-    used = {_in_any_layer(key) for key, _ in model.named_parameters()}
+    used = {_layer_pattern(key) for key, _ in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
-    extra = [k for k in unused if {_in_any_layer(k), _in_any_layer(prefix + k)} & used]
+    extra = [k for k in unused if {_layer_pattern(k), _layer_pattern(prefix + k)} & used]
     if extra:
         logger.warning(
-            "%s has %d weights of layers that its config.json leaves out, and they are not used:"
-            " %s.",
+            "%s has %d weights of layers that its config.json lacks, and they are not used: %s.",
             name,
             len(extra),
             listed(sorted(extra)),
         )
 
 
-def _in_any_layer(name: str) -> str:
+def _layer_pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)

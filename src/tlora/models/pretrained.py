@@ -1,10 +1,10 @@
 """A checkpoint on disk or on the Hub: its configuration, its tokenizer, its model.
 
-`quantization` quantizes the model while it loads, by bitsandbytes: nf4 with quantized scales (4
-bits; Dettmers et al., arXiv 2305.14314) or int8 (arXiv 2208.07339). Training needs nothing else of
-QLoRA's preparation: PEFT freezes the base, and TRL makes the inputs require a gradient where it
-recomputes activations and casts the adapter to bfloat16. `peft.prepare_model_for_kbit_training`
-would also copy norms, embeddings and head to float32; load with `dtype` "float32" to get that.
+`quantization` quantizes the model while loading, by bitsandbytes: nf4 with quantized scales (4
+bits; Dettmers et al., arXiv 2305.14314) or int8 (arXiv 2208.07339). Training needs no other QLoRA
+preparation: PEFT freezes the base, and TRL makes the inputs require a gradient if it recomputes
+activations, and casts the adapter to bfloat16. `peft.prepare_model_for_kbit_training` would also
+copy norms, embeddings and head to float32; load with `dtype` "float32" to get that.
 """
 
 from __future__ import annotations
@@ -83,25 +83,26 @@ class Pretrained:
         shards: Sequence[str] = (),
         head: Mapping[str, Any] | None = None,
     ) -> tuple[Any, list[str]]:
-        """Load the model, whole but for a new head.
+        """Load the model with all its weights, except those of a new head.
 
-        Layers that the files have and the model does not are named in a warning.
+        A warning names layers in the files that the model does not have.
 
         Args:
-            auto_class: the class that gives it the right head, as "module:name".
-            device: where to put it; quantized weights are made there.
+            auto_class: the class with the right head, as "module:name".
+            device: where to put it; quantized weights are created there.
             parallelize: split it over all devices (accelerate's `device_map="auto"`) instead.
-            shards: names of layers: FSDP2 shards the model over the processes, and gathers these
+            shards: names of layers: FSDP2 shards the model over the processes and gathers these
                 layers one at a time.
             head: fields of the model's configuration that describe a new head. The files may then
-                lack the head and poolers, or have a head of other sizes; these are drawn at random.
+                lack the head and poolers, or have a head of other sizes; these are initialized at
+                random.
 
         Returns:
-            The model, and the names of the parameters of the head that were drawn.
+            The model, and the names of the randomly initialized head parameters.
 
         Raises:
-            ConfigError: there is no such model, its files are damaged or lack others than the
-                weights of a new head, it has no such head, or it cannot be quantized as asked.
+            ConfigError: there is no such model, its files are damaged or lack weights other than a
+                new head's, it has no such head, or it cannot be quantized as requested.
         """
         check_weights(self.name)
         options = self._quantized(device) | dict(head or {})
@@ -120,15 +121,15 @@ class Pretrained:
             )
         _name_parts(model)
         drawn = drawn_weights(self.name, model, found, new_head=bool(head))
-        # Quantized weights, and models split over devices or processes, are where they belong.
+        # Quantized weights, and models split over devices or processes, are already placed.
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed or shards else model.to(device), drawn
 
     def class_for(self, auto_class: str, config: Any = None) -> Any:
-        """Return the class that loads this checkpoint, whose ``config`` is read if not given.
+        """Return the class that loads this checkpoint; reads ``config`` if it is not given.
 
-        Where transformers has no causal model of a multimodal architecture it is the class for
-        images and text, which takes text alone too.
+        If transformers has no causal model of a multimodal architecture, this is the class for
+        images and text, which also accepts text alone.
         """
         import transformers
 
@@ -148,7 +149,7 @@ class Pretrained:
         found = self.config()
         if getattr(found, "quantization_config", None):
             raise ConfigError(
-                f"{self.name!r} is already quantized; leave `quantization` out.",
+                f"{self.name!r} is already quantized; remove `quantization`.",
                 where="quantization",
             )
         dtype = self.dtype if self.dtype != "auto" else dtype_of(found)
@@ -166,20 +167,20 @@ class Pretrained:
 
 
 def _sharding(layers: Sequence[str]) -> Any:
-    """Return what lets transformers shard a model by FSDP2 as it loads."""
+    """Return the arguments that make transformers shard a model by FSDP2 while loading."""
     import torch
     from transformers.distributed import DistributedConfig
 
-    # Its rules have a star for the number of the layer.
+    # Its rules use a star for the layer number.
     rules = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in layers}
     return DistributedConfig(fsdp_size=torch.distributed.get_world_size(), fsdp_plan=rules)
 
 
 def _name_parts(model: Any) -> None:
-    """Name a model's body and number of experts as TRL reads them.
+    """Name a model's body and number of experts in the way that TRL reads them.
 
-    transformers 5.23 misnames the body of Llama4ForCausalLM, and Llama 4 and gpt-oss count experts
-    by another name.
+    transformers 5.23 misnames the body of Llama4ForCausalLM, and Llama 4 and gpt-oss use another
+    name for the number of experts.
     """
     if not hasattr(model, model.base_model_prefix) and hasattr(model, "model"):
         model.base_model_prefix = "model"
@@ -189,20 +190,20 @@ def _name_parts(model: Any) -> None:
 
 
 def dtype_of(config: Any) -> Any:
-    """Return the precision that a model's configuration names; of a multimodal one its text's."""
+    """Return the precision in a model's configuration; in a multimodal one, the text config's."""
     own = getattr(config, "dtype", None)
     return own or getattr(config.get_text_config(), "dtype", None) or "float32"
 
 
 def positions_of(config: Any) -> int | None:
-    """Return how many tokens a model's configuration says that it holds; None: it does not say."""
+    """Return the maximum number of tokens in a model's configuration; None if it has none."""
     text = config.get_text_config()
     said = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
     return min((n for n in said if isinstance(n, int) and n > 0), default=None)
 
 
 def set_token_ids(config: Any, names: Iterable[str], token: int | None) -> None:
-    """Set those of the token ids ``names`` that a model's configuration, or its text's, lacks."""
+    """Set the token ids ``names`` that a model's configuration, or its text config, lacks."""
     for part in (config, config.get_text_config()):
         for name in names:
             if getattr(part, name, None) is None:
@@ -217,14 +218,14 @@ def load_class(target: str) -> Any:
 
 @contextlib.contextmanager
 def readable(name: str, part: str) -> Iterator[None]:
-    """Turn what transformers raises over files that it cannot read into one sentence.
+    """Raise one clear sentence for any error of transformers over files that it cannot read.
 
-    They are whatever a folder or the Hub holds, and can fail it in any way. Where memory runs out
-    they are not at fault.
+    The files may be anything in a folder or on the Hub, and can fail in any way. Running out of
+    memory is not their fault.
 
     Args:
         name: a folder, or a name on the Hub.
-        part: what is read: "config", "tokenizer", "model".
+        part: the part being read: "config", "tokenizer", "model".
 
     Raises:
         ConfigError: there is no such model, it cannot be reached, or its files cannot be read.
@@ -249,14 +250,14 @@ def readable(name: str, part: str) -> Iterator[None]:
             ) from error
         what = repr(name) if part == "model" else f"the {part} of {name!r}"
         raise ConfigError(
-            f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another folder or"
-            " name, or get it again.",
+            f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another "
+            "folder or name, or download it again.",
             where="model",
         ) from error
 
 
 def check_model_folder(model: str | None) -> None:
-    """Refuse a name that looks like a folder but is not a model's; a name on the Hub passes.
+    """Refuse a name that looks like a folder but is not a model's; names on the Hub pass.
 
     Raises:
         ConfigError: the folder does not exist, has no config.json, or is a file.
@@ -271,10 +272,10 @@ def check_model_folder(model: str | None) -> None:
 
 
 def check_weights(model: str) -> None:
-    """Check the weights in a model's folder against the digests that those of a run carry.
+    """Check the weights in a model's folder against the digests that a run has added.
 
     Raises:
-        ConfigError: a file does not match, or the index names one outside of the folder.
+        ConfigError: a file does not match, or the index names a file outside the folder.
     """
     for index in Path(model).glob("*.index.json"):
         fields = read_json(index)
@@ -297,18 +298,18 @@ def check_weights(model: str) -> None:
 
 @functools.cache
 def check_hub(name: str, *files: str, kind: str = "model") -> None:
-    """Ask the Hub once for a file of ``name``: its own client asks six times, for 40 s.
+    """Ask the Hub once for a file of ``name``: its own client retries six times, for 40 s.
 
-    Where one of ``files`` is cached, or known to be missing, and offline, nothing is asked. Whether
-    the first of them exists is for whoever reads it.
+    Nothing is asked offline, or if one of ``files`` is cached or known to be missing. The reader
+    checks whether the first of them exists.
 
     Args:
-        name: of the repository.
-        files: of it, the one to ask for first.
-        kind: of the repository, "model" or "dataset".
+        name: name of the repository.
+        files: its files, with the one to ask for first.
+        kind: kind of repository, "model" or "dataset".
 
     Raises:
-        ConfigError: the Hub cannot be reached, has no such name, or does not give it to this user.
+        ConfigError: the Hub cannot be reached, has no such name, or denies this user access.
     """
     import huggingface_hub as hub
 
@@ -317,19 +318,19 @@ def check_hub(name: str, *files: str, kind: str = "model") -> None:
             return
         hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], repo_type=kind))
     except hub.errors.GatedRepoError:
-        fault = f"the Hub gives {name!r} to those alone who may read it; accept its terms, log in."
+        fault = f"access to {name!r} on the Hub is restricted; accept its terms and log in."
     except hub.errors.RepositoryNotFoundError:
         fault = f"there is no folder {name!r}, and no {kind} of this name on the Hub."
     except hub.errors.OfflineModeIsEnabled:
         cached = hub.file_download.repo_folder_name(repo_id=name, repo_type=kind)
         if Path(hub.constants.HF_HUB_CACHE, cached).is_dir() or kind == "dataset":
-            return  # `datasets` has a cache of its own
+            return  # `datasets` has its own cache
         fault = f"there is no folder {name!r}, and no model of this name in the Hub's cache; check"
         fault += " the path, or unset HF_HUB_OFFLINE to download it."
     except (hub.errors.EntryNotFoundError, ValueError):
         return
     except Exception as error:  # the client's HTTP library depends on its version
-        fault = f"there is no folder {name!r}, and the Hub cannot be asked ({first_line(error)})."
+        fault = f"there is no folder {name!r}, and the Hub cannot be reached ({first_line(error)})."
     else:
         return
     raise ConfigError(fault, where="model")

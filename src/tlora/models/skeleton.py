@@ -1,4 +1,4 @@
-"""The layers of a checkpoint by name and size, from its configuration alone: no weight is read."""
+"""Names and sizes of a checkpoint's layers, from its configuration alone: no weights are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CLASSES = {
     "QUESTION_ANS": "transformers:AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "transformers:AutoModel",
 }
-"""By PEFT's name of the kind of task; any other is a causal language model."""
+"""By PEFT's name of the task kind; any other kind is a causal language model."""
 
 
 def skeleton(checkpoint: Pretrained, task_type: str | None = None) -> Any:
@@ -22,7 +22,7 @@ def skeleton(checkpoint: Pretrained, task_type: str | None = None) -> Any:
 
     Args:
         checkpoint: the base model.
-        task_type: PEFT's name of the kind of task, which decides the model's head.
+        task_type: PEFT's name of the task kind, which decides the model's head.
 
     Raises:
         ConfigError: there is no such model, or transformers cannot build it.
@@ -41,7 +41,7 @@ def skeleton(checkpoint: Pretrained, task_type: str | None = None) -> Any:
 def auto_class(config: Any, task_type: str | None) -> str:
     """Return the class that loads a model for a kind of task, as "module:name".
 
-    Without a kind of task it is the class that saved the model, where transformers has it.
+    Without a kind of task, this is the class that saved the model, if transformers has it.
     """
     import transformers
 
@@ -55,7 +55,7 @@ def auto_class(config: Any, task_type: str | None) -> str:
 def layer_sizes(checkpoint: Pretrained, task_type: str | None = None) -> dict[str, tuple[int, int]]:
     """Return d_out and d_in of each linear layer, by its full name in the model.
 
-    Arguments and errors as of `skeleton`.
+    Arguments and errors as for `skeleton`.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -70,15 +70,15 @@ def layer_sizes(checkpoint: Pretrained, task_type: str | None = None) -> dict[st
 
 
 def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Return what transformers makes of the names in a checkpoint's files.
+    """Return the model's names for the tensors in a checkpoint's files.
 
     Args:
         model: as `skeleton` returns it.
         keys: names of tensors in the files.
 
     Returns:
-        By name in the files: the name in the model, and whether transformers computes that tensor
-        from the file's (fuses, splits or permutes it) and not only renames it.
+        By name in the files: the name in the model, and whether transformers transforms the tensor
+        (fuses, splits or permutes it) besides renaming it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

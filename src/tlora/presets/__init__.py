@@ -1,7 +1,7 @@
-"""Settings and whole runs by name: YAML files beside this one, the lowest layer of `--preset NAME`.
+"""Settings and whole runs by name: the YAML files in this folder, applied by `--preset NAME`.
 
-A file may build on another one by `preset: NAME`. `DEFAULT` is the setting of its method where a
-command names no preset, and `TLoraConfig.recommended()` in Python.
+A file may extend another one by `preset: NAME`. `DEFAULT` is its method's setting if a command
+names no preset, and the setting of `TLoraConfig.recommended()` in Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOLDER = Path(str(files("tlora.presets")))
 
 
 def entries() -> list[Entry]:
-    """Return every preset: its name, its file, and the first line of that as what it is."""
+    """Return every preset: its name, its file, and the file's first line as its description."""
     return [
         Entry(file.stem, str(file), file.read_text(encoding="utf-8").split("\n", 1)[0].strip("# "))
         for file in sorted(_FOLDER.glob("*.yaml"), key=lambda file: file.stem)
@@ -40,7 +40,7 @@ def path(name: str) -> str:
 
 
 def layers(name: str) -> list[dict[str, Any]]:
-    """Return the values of a preset, after those of the preset that it builds on.
+    """Return the values of a preset, including those of the preset that it extends.
 
     Raises:
         ConfigError: there is no such preset.
@@ -51,6 +51,6 @@ def layers(name: str) -> list[dict[str, Any]]:
 
 
 def default_options(method: str) -> dict[str, Any]:
-    """Return the options that ``method`` takes where a command names no preset."""
+    """Return the default options of ``method`` for a command without a preset."""
     (values,) = layers(DEFAULT)
     return values["adapter"] if method == values["method"] else {}

@@ -1,1 +1,1 @@
-"""`tlora train` and `tlora init`: a run's record, its folder on disk, and what happens in it."""
+"""`tlora train` and `tlora init`: a run's record, its folder on disk, and its stages."""

@@ -1,22 +1,22 @@
 """Bytes of the activations that training keeps for the backward pass, by one formula.
 
-Per token and layer, of hidden size h, attention width a (heads x head size), MLP width i, e bytes a
-value, with the base model frozen:
+Per token and layer, with hidden size h, attention width a (heads x head size), MLP width i and e
+bytes per value, with the base model frozen:
 
 - norms: their inputs, in float32 for an RMS norm and in e bytes for a layer norm;
-- attention by a fused kernel: queries, keys, values and the result, 4 a e, and as much again for
-  cross-attention; where the model has no fused kernel, heads x T (2 e + 5) more;
-- MLP: 3 i e if it is gated (gate, its activation, the other half), else i e, or 5 i e where GELU is
-  written out (`gelu_new`); of k experts a token, i is their sum, and their inputs and outputs are
-  2 k h e more;
+- attention by a fused kernel: queries, keys, values and the result, 4 a e, and the same again for
+  cross-attention; without a fused kernel, heads x T (2 e + 5) more;
+- MLP: 3 i e if it is gated (gate, its activation, the other half), else i e, or 5 i e if GELU is
+  composed of elementary operations (`gelu_new`); with k experts per token, i is their sum, and
+  their inputs and outputs add 2 k h e;
 - dropout: a byte of mask for each of two outputs of width h.
 
-Training every weight also keeps the inputs of the linear layers: (3 h + a + i) e. The loss keeps
-and makes, for each of V logits, e bytes and three values in float32. With gradient checkpointing
-h e a layer stays, and one layer at a time is whole.
+Training every weight also keeps the inputs of the linear layers: (3 h + a + i) e. The loss takes,
+for each of V logits, e bytes and three values in float32. With gradient checkpointing h e per layer
+stays, and one layer at a time is complete.
 
-Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4, who count every weight as trained;
-fused attention and frozen weights as PyTorch 2 has them.
+Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4, which counts every weight as trained;
+fused attention and frozen weights follow PyTorch 2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DROPOUTS = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop")
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a token of all layers together, in samples of one length."""
+    """Bytes per token of all layers together, in samples of one length."""
 
     layers: int
     """Number of layers, of encoder and decoder together."""
@@ -47,10 +47,10 @@ class Activations:
     full: int
     """With every weight trained."""
     loss: int
-    """Of the logits and of the loss's backward pass."""
+    """Bytes of the logits and of the loss's backward pass."""
 
     def checkpointed(self, kept: int, tokens: int) -> int:
-        """Return what is left with gradient checkpointing of ``kept`` bytes of ``tokens``."""
+        """Return the bytes that gradient checkpointing leaves of ``kept`` bytes of ``tokens``."""
         return tokens * self.layers * self.boundary + kept // max(1, self.layers)
 
 
@@ -99,7 +99,7 @@ def activations_of(model: Any, length: int) -> Activations:
 
 
 def _norm_bytes(module: Any, hidden: int, width: int) -> int:
-    """Return the bytes a token that a norm keeps; one of heads is applied to each of them."""
+    """Return the bytes per token that a norm keeps; a norm on heads applies to each of them."""
     if "Norm" not in (kind := type(module).__name__):
         return 0
     own = next(module.parameters(), None)

@@ -1,8 +1,8 @@
-"""The fields of a class of training arguments and their types, without importing the class.
+"""The fields and types of a training-arguments class, without importing the class.
 
 Importing transformers or TRL takes seconds, and a misspelled field should be refused at once. So
 the fields are read from the source of the installed package: the annotated names of the class and
-of the classes it inherits from, each found by following the imports of its module.
+its base classes, found by following the imports of its module.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tlora.models.pretrained import load_class
 
 
 def declared_fields(target: str) -> dict[str, Any]:
-    """Return the type of each field that the dataclass ``target`` takes, by name.
+    """Return the type of each field of the dataclass ``target``, by name.
 
-    Types of other libraries, which are not imported, stand as empty classes.
+    Types of other libraries, which are not imported, become empty classes.
 
     Args:
         target: the class as "module:name".
@@ -34,7 +34,7 @@ def declared_fields(target: str) -> dict[str, Any]:
         try:
             return dict(_parsed(package, name))
         except (OSError, SyntaxError, LookupError):
-            pass  # no source that can be read, only compiled files
+            pass  # no readable source, only compiled files
     fields = dataclasses.fields(load_class(target))
     return {field.name: field.type for field in fields if field.init}
 
@@ -44,7 +44,7 @@ def _parsed(package: str, name: str) -> dict[str, Any]:
     """Return the fields of a class that can be imported from ``package``.
 
     Raises:
-        OSError, SyntaxError, LookupError: the source is not there, or does not show the class.
+        OSError, SyntaxError, LookupError: the source is missing, or does not show the class.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
@@ -74,7 +74,7 @@ def _imported(module: Path, node: ast.ImportFrom) -> Path:
     if node.level:
         place = module.parents[node.level - 1].joinpath(*(node.module or "").split("."))
         return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    # Only of a package itself: finding a module inside one would import the package.
+    # Only for a package itself: finding a module inside one would import the package.
     spec = importlib.util.find_spec(str(node.module)) if "." not in str(node.module) else None
     if spec is None or not spec.origin:
         raise LookupError(node.module)
@@ -92,7 +92,7 @@ def _own(node: ast.ClassDef) -> dict[str, Any]:
 
 
 def _is_set_later(value: ast.expr | None) -> bool:
-    """Whether a field is none that the class takes, `field(init=False)`."""
+    """Whether a field is excluded from the constructor, `field(init=False)`."""
     keywords = value.keywords if isinstance(value, ast.Call) else []
     return any(
         word.arg == "init" and isinstance(word.value, ast.Constant) and not word.value.value
@@ -109,7 +109,7 @@ def _type_of(annotation: ast.expr) -> Any:
 
 
 class _Names(Mapping[str, Any]):
-    """What an annotation may name: builtins, `typing`, and an empty class for anything else."""
+    """Names that an annotation may use: builtins, `typing`, and an empty class for others."""
 
     def __getitem__(self, name: str) -> Any:
         known = getattr(typing, name, getattr(builtins, name, None))

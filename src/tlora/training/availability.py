@@ -1,7 +1,7 @@
-"""Whether what the user asks of the trainer is installed and can start, before any row is read.
+"""Checks that the requested trainer features are installed and work, before any row is read.
 
-The trainer looks at these only when it is made or starts, after calibration. Here the libraries'
-own functions are asked.
+The trainer checks these only when it is constructed or starts, after calibration. Here the
+libraries' own functions are called early.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _AVAILABLE = {
 
 
 def check_asked(kind: KindSpec, config: RunConfig) -> None:
-    """Check what a run asks of the trainer, before any row is read.
+    """Check the trainer fields of a run, before any row is read.
 
     Raises:
-        ConfigError: transformers or TRL refuse a value (their sentence says why), or what it asks
-            for is not installed.
+        ConfigError: transformers or TRL refuse a value (their message says why), or a requested
+            package is not installed.
     """
     trains = METHODS.load(config.method).traits.trains
     if config.trainer.get("optim") == OPTIM and "lora_B" not in trains:
         raise ConfigError(
-            f"`optim` {OPTIM!r} steps the factors A and B of a LoRA, and {config.method!r} trains"
-            " none; choose another optimizer.",
+            f"`optim` {OPTIM!r} steps the factors A and B of a LoRA, and "
+            f"{config.method!r} trains none; choose another optimizer.",
             where="trainer",
         )
     _check(made(kind, asked(kind, config) | {"output_dir": "unused"}))
@@ -63,7 +63,7 @@ def made(kind: KindSpec, fields: dict[str, Any]) -> Any:
     """Make the training arguments.
 
     Raises:
-        ConfigError: transformers or TRL refuse a value; their sentence says why.
+        ConfigError: transformers or TRL refuse a value; their message says why.
     """
     try:
         return load_class(kind.arguments)(**fields)
@@ -76,22 +76,22 @@ def chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         known: fields of the training arguments by name.
-        given: what the user gives.
+        given: the user's fields.
     """
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
 
     chosen: dict[str, Any] = {"report_to": "none", "label_names": ["labels"]}
-    # The filter waits for the device at every batch, and hides that a training diverges.
+    # The filter synchronizes at every batch, and hides a diverging training.
     chosen["logging_nan_inf_filter"] = False
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         chosen["bf16"] = False
     if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Left to themselves the ranks of a launch on a CPU would each train on their own.
+        # By default the processes of a CPU launch would each train alone.
         chosen |= {"use_cpu": True, "ddp_backend": "gloo"}
     if not torch.cuda.is_available():
         chosen["dataloader_pin_memory"] = False
-        # transformers 5.2x gave the field its new name; the old one still speaks, with a warning.
+        # transformers 5.2x renamed the field; the old name still works, with a warning.
         names = ("activation_checkpointing", "gradient_checkpointing")
         if not any(name in given for name in names):
             chosen[next(name for name in names if name in known)] = False
@@ -99,7 +99,7 @@ def chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stopping_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the trainer's fields that keep the best checkpoint: evaluated whenever it is saved."""
+    """Return the trainer's fields that keep the best checkpoint, evaluated at each save."""
     steps = given.get("eval_steps", given.get("save_steps"))
     asked = given.get("eval_strategy", given.get("save_strategy", "steps" if steps else "epoch"))
     every = {"eval_steps": steps, "save_steps": steps} if steps else {}
@@ -140,7 +140,10 @@ def _reporting_faults(arguments: Any) -> Iterator[str]:
         function = _AVAILABLE.get(name, f"is_{name}_available")
         available = getattr(integration_utils, function, lambda: True)
         if not available():
-            yield f"`report_to` names {name!r}, which is not installed; install it or leave it out."
+            yield (
+                f"`report_to` names {name!r}, which is not installed; install it, or "
+                "remove it from `report_to`."
+            )
 
 
 def _hub_faults(arguments: Any) -> Iterator[str]:
@@ -150,9 +153,12 @@ def _hub_faults(arguments: Any) -> Iterator[str]:
     if not arguments.push_to_hub:
         return
     if constants.HF_HUB_OFFLINE:
-        yield "`push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set; unset it, or leave it out."
+        yield (
+            "`push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set; unset it, or "
+            "remove `push_to_hub`."
+        )
     elif not (arguments.hub_token or huggingface_hub.get_token()):
-        yield "`push_to_hub` needs a token of the Hub; run `hf auth login`, or set HF_TOKEN."
+        yield "`push_to_hub` needs a Hub token; run `hf auth login`, or set HF_TOKEN."
 
 
 def _compile_faults(arguments: Any) -> Iterator[str]:
@@ -187,7 +193,10 @@ def _level_faults(arguments: Any) -> Iterator[str]:
             levels = ", ".join(map(repr, trainer_log_levels))
             yield f"`{name}` is {level!r}; choose one of {levels}."
     if arguments.use_liger_kernel and not is_liger_kernel_available():
-        yield "`use_liger_kernel` needs the package liger-kernel; install it, or leave it out."
+        yield (
+            "`use_liger_kernel` needs the package liger-kernel; install it, or "
+            "remove `use_liger_kernel`."
+        )
 
 
 def _memory_faults(arguments: Any) -> Iterator[str]:
@@ -195,19 +204,19 @@ def _memory_faults(arguments: Any) -> Iterator[str]:
     from torch.utils.checkpoint import checkpoint
 
     if getattr(arguments, "activation_offloading", False) and not torch.accelerator.is_available():
-        yield "`activation_offloading` needs an accelerator, and there is none; leave it out."
+        yield "`activation_offloading` needs an accelerator, and there is none; remove it."
     kwargs = dict(arguments.gradient_checkpointing_kwargs or {})
     kwargs.pop("selective", None)  # TRL's own
     try:
         checkpoint(torch.neg, torch.zeros(1), **{"use_reentrant": False, **kwargs})
-    except Exception as error:  # a keyword that it lacks, a value that it refuses
+    except Exception as error:  # an unknown keyword, a refused value
         yield f"`gradient_checkpointing_kwargs` cannot be used: {first_line(error)}"
 
 
 def _precision_faults(arguments: Any) -> Iterator[str]:
-    # accelerate would train in float32 without a word.
+    # accelerate would silently train in float32.
     if arguments.fp16 and arguments.device.type == "cpu":
-        yield "`fp16` needs a GPU, and this run trains on the CPU; leave it out, or give `bf16`."
+        yield "`fp16` needs a GPU, and this run trains on the CPU; remove it, or give `bf16`."
 
 
 def _optimizer_faults(arguments: Any) -> Iterator[str]:
@@ -221,8 +230,8 @@ def _optimizer_faults(arguments: Any) -> Iterator[str]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, None)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             optimizer = kind(parameters, **options)
-    except Exception as error:  # whatever an optimizer's library raises
-        # Some choose their parameters from the model, which comes later.
+    except Exception as error:  # an optimizer's library may raise anything
+        # Some choose their parameters from the model, which is loaded later.
         if "model" not in first_line(error):
             args = f" with `optim_args` {arguments.optim_args!r}" if arguments.optim_args else ""
             yield (
@@ -237,6 +246,6 @@ def _optimizer_faults(arguments: Any) -> Iterator[str]:
             num_training_steps=2,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
-    except Exception as error:  # a keyword that it lacks, a value that it refuses
+    except Exception as error:  # an unknown keyword, a refused value
         name = arguments.lr_scheduler_type.value
         yield f"`lr_scheduler_type` {name!r} cannot be used with these fields: {first_line(error)}"

@@ -1,8 +1,8 @@
-"""The trainer's checkpoints, each with a manifest that tells a whole one from the rest.
+"""The trainer's checkpoints, each with a manifest that marks a complete one.
 
-The trainer writes a checkpoint-N folder file by file. When all of them are there, and in a process
-group those of every rank, ``manifest.json`` follows with the size and the digest of each file that
-holds state; files that people edit (adapter_config.json, cards, the tokenizer's) are not in it.
+The trainer writes a checkpoint-N folder file by file. When all files exist, in a process group
+those of every process, ``manifest.json`` follows with the size and digest of each file that holds
+state; it omits files that people edit (adapter_config.json, cards, the tokenizer's).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
-# Weights, optimizer, scheduler, scaler, random states; sharded engines keep theirs in folders.
+# Weights, optimizer, scheduler, scaler, random states; sharded engines use subfolders.
 _STATE = (
     "*.safetensors",
     "*.index.json",
@@ -36,14 +36,15 @@ _STATE = (
 
 
 def guard_checkpoints(trainer: Any, run_id: Callable[[], str | None]) -> None:
-    """Let a trainer seal its checkpoints, and leave its pickled arguments out of them.
+    """Make a trainer seal its checkpoints, and write no pickled arguments into them.
 
-    The manifest is written before old checkpoints are deleted, so that a whole one is there at any
-    moment; a callback would come after that, hence the trainer's own methods.
+    The manifest is written before old checkpoints are deleted, so that a complete one always
+    exists; a callback would run too late, so the trainer's own methods are wrapped.
 
     Args:
         trainer: of transformers or TRL.
-        run_id: returns what tells the run's checkpoints from another run's, once training started.
+        run_id: returns the id that distinguishes the run's checkpoints from another run's, once
+            training has started.
     """
     save_checkpoint, load_best = trainer._save_checkpoint, trainer._load_best_model
     arguments = trainer.args
@@ -62,13 +63,13 @@ def guard_checkpoints(trainer: Any, run_id: Callable[[], str | None]) -> None:
             delete_old(folder, limit, Path(best) if best else None)
 
     def load_whole() -> None:
-        # A resumed run may lie in another place than the one that its state names.
+        # A resumed run may have moved since its state was written.
         best = Path(arguments.output_dir) / Path(trainer.state.best_model_checkpoint).name
         trainer.state.best_model_checkpoint = str(best)
         if found := damage(best, run_id()):
             raise ArtifactError(
-                f"{found}; delete this checkpoint, which is the best, and all later ones, and"
-                " resume the run."
+                f"{found}; delete this checkpoint, which is the best, and all later ones, "
+                "and resume the run."
             )
         load_best()
 
@@ -82,33 +83,33 @@ def check_engine(checkpoint: Path, deepspeed: bool, processes: int) -> None:
 
     Args:
         checkpoint: the folder.
-        deepspeed: whether DeepSpeed trains now. All others' checkpoints are alike.
-        processes: how many train now.
+        deepspeed: whether DeepSpeed trains now. All other engines write the same checkpoints.
+        processes: number of processes that train now.
 
     Raises:
-        ConfigError: DeepSpeed has written it, and does not train now or with as many processes; or
-            it trains now, and has not.
+        ConfigError: DeepSpeed wrote it and does not train now, or not with the same number of
+            processes; or DeepSpeed trains now and did not write it.
     """
     written = (checkpoint / "latest").is_file()
     writers = len(list(checkpoint.glob("rng_state*.pth")))
     if written == deepspeed and not (written and writers != processes):
         return
-    how, advice = "without", "leave DeepSpeed out"
+    how, advice = "without", "launch without DeepSpeed"
     if written:
         how, advice = "by", f"launch it with DeepSpeed and {writers} processes"
     raise ConfigError(
-        f"{checkpoint} was written {how} DeepSpeed, whose checkpoints fit its own engine and one"
-        f" number of processes; {advice}.",
+        f"{checkpoint} was written {how} DeepSpeed, whose checkpoints only fit "
+        f"its own engine and one number of processes; {advice}.",
         where="run",
     )
 
 
 def train_from(trainer: Any, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint on if there is one, to what an uninterrupted training gives.
+    """Train, from a checkpoint if there is one, to the result of an uninterrupted training.
 
-    From the checkpoint of its last step a trainer would take a step more, and it counts an early
-    stopping's patience anew. So that count is restored, and of a training that had come to its end
-    the weights are loaded, no more.
+    Resumed from the checkpoint of its last step, a trainer would take one more step, and it resets
+    the patience of early stopping. So the patience is restored, and a finished training only loads
+    its weights.
     """
     from transformers import EarlyStoppingCallback, TrainerState
 
@@ -116,7 +117,7 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train()
         return
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    # The run may have been given more steps or epochs than its state knows of.
+    # The run may have more steps or epochs than its state records.
     if trainer.args.max_steps > 0:
         ended = state.global_step >= trainer.args.max_steps
     else:
@@ -139,10 +140,10 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
-    """Let a trainer's method write no ``training_args.bin``.
+    """Make a trainer's method write no ``training_args.bin``.
 
-    The trainer pickles its arguments beside the weights, a token of the Hub among them, and nothing
-    reads the file.
+    The trainer pickles its arguments, including a Hub token, beside the weights, and nothing reads
+    the file.
     """
     import torch
     from transformers import TrainingArguments
@@ -164,7 +165,7 @@ def _leaves_arguments_out(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def seal(checkpoint: Path, run_id: str | None = None) -> None:
-    """Write the manifest of a checkpoint that is whole."""
+    """Write the manifest of a complete checkpoint."""
     files = sorted({file for kind in _STATE for file in checkpoint.glob(kind) if file.is_file()})
     entries = {
         file.relative_to(checkpoint).as_posix(): {
@@ -178,11 +179,11 @@ def seal(checkpoint: Path, run_id: str | None = None) -> None:
 
 
 def damage(checkpoint: Path, run_id: str | None = None) -> str | None:
-    """Return what is wrong with a checkpoint, naming the first file; None if all are as written.
+    """Return the fault of a checkpoint, naming the first file; None if all files are unchanged.
 
     Args:
         checkpoint: the folder.
-        run_id: of the run whose checkpoint it should be; None: any run's.
+        run_id: id of the expected run; None: any run.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -194,12 +195,12 @@ def damage(checkpoint: Path, run_id: str | None = None) -> str | None:
     if run_id is not None and found["run"] != run_id:
         return f"{manifest} belongs to another run"
     if found["step"] != step_of(checkpoint):
-        return f"{manifest} is of step {found['step']}"
+        return f"{manifest} belongs to step {found['step']}"
     return next(_changed(checkpoint, found["files"]), None)
 
 
 def _changed(checkpoint: Path, entries: dict[str, Any]) -> Iterator[str]:
-    """Say of each file that is missing or changed that it is."""
+    """Name a file that is missing or changed."""
     for name, entry in entries.items():
         file = checkpoint / name
         if not file.is_file():
@@ -217,7 +218,7 @@ def last_whole(folder: Path, run_id: str | None = None) -> Path | None:
 def rewind(folder: Path, run_id: str | None = None) -> Path | None:
     """Return the newest checkpoint to resume from, and remove the later ones, saying why.
 
-    The trainer would write into their folders, and count them as good when it deletes old ones.
+    The trainer would write into their folders, and treat them as valid when it deletes old ones.
     """
     whole, later = None, []
     for path in reversed(checkpoints_in(folder)):
@@ -233,7 +234,7 @@ def rewind(folder: Path, run_id: str | None = None) -> Path | None:
 
 
 def delete_old(folder: Path, limit: int | None, best: Path | None) -> None:
-    """Delete the oldest checkpoints beyond ``limit``; the newest and the ``best`` one stay."""
+    """Delete the oldest checkpoints beyond ``limit``, except the newest and the ``best`` one."""
     if not limit or limit < 0:
         return
     found = checkpoints_in(folder)
@@ -244,11 +245,11 @@ def delete_old(folder: Path, limit: int | None, best: Path | None) -> None:
 
 
 def _unusable(checkpoint: Path, run_id: str | None) -> str | None:
-    """Return why a run cannot be resumed from a checkpoint."""
+    """Return the reason why a run cannot be resumed from a checkpoint."""
     has_optimizer = (checkpoint / "optimizer.pt").is_file() or any(
         path.is_dir() for path in checkpoint.iterdir()
     )
-    lack = None if has_optimizer else f"{checkpoint} holds no state of the optimizer"
+    lack = None if has_optimizer else f"{checkpoint} holds no optimizer state"
     return damage(checkpoint, run_id) or lack
 
 

@@ -1,7 +1,7 @@
-"""`--continue_from ADAPTER`: train an adapter that exists further, instead of making a new one.
+"""`--continue_from ADAPTER`: trains an existing adapter further instead of making a new one.
 
-A plain PEFT folder does not say whether its A is frozen; the run that made it does. So of a run
-whose method freezes A, the method and its options go on; any other adapter trains A and B, as LoRA
+A plain PEFT folder does not record whether its A is frozen; the run that made it does. So if the
+run's method freezes A, its method and options apply; any other adapter trains A and B, as LoRA
 does.
 """
 
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 _WHERE = "continue_from"
 _METHOD = "lora"
-"""How an adapter trains of which no frozen A is known."""
+"""How an adapter trains if nothing says that its A is frozen."""
 
 
 def with_adapter(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the method, the options and the classes of the adapter it continues.
+    """Return ``config`` with the method, options and classes of the adapter that it continues.
 
-    Without `continue_from` it is returned as it is.
+    Without `continue_from` it is returned unchanged.
 
     Raises:
-        ConfigError: there is no LoRA adapter in the folder, or ``config`` asks for another method,
-            other options, calibration or other classes; all faults at once.
+        ConfigError: there is no LoRA adapter in the folder, or ``config`` requests another method,
+            other options, calibration or other classes; all faults are reported.
     """
     if config.continue_from is None:
         return config
@@ -67,7 +67,7 @@ def _faults(
     options: dict[str, Any],
     run: RunConfig | None,
 ) -> list[str]:
-    """Return a sentence for each thing that ``config`` asks for and the adapter has settled."""
+    """Return a sentence for each field of ``config`` that contradicts the adapter."""
     names = run.data.label_names if run else None
     kind = KINDS[task_of(config).kind].task_type
     faults = []
@@ -78,32 +78,31 @@ def _faults(
         )
     if config.method not in (RunConfig.method, method):
         faults.append(
-            f"the adapter trains by the method {method!r}, not {config.method!r}; leave --method"
-            " out."
+            f"the adapter trains by the method {method!r}, not {config.method!r}; remove --method."
         )
     if other := [name for name, value in config.adapter.items() if options.get(name) != value]:
         faults.append(
-            f"the adapter has its own options, so {', '.join(f'`adapter.{n}`' for n in other)}"
-            " cannot be set; leave them out."
+            "the adapter has its own options, so "
+            f"{', '.join(f'`adapter.{n}`' for n in other)} cannot be set; remove them."
         )
     if config.calibration != CalibrationConfig():
-        faults.append("nothing is calibrated, so `calibration` has no effect; leave it out.")
+        faults.append("nothing is calibrated, so `calibration` has no effect; remove it.")
     if names and config.data.label_names not in (None, names):
-        faults.append(f"the adapter's classes are {names}; leave `data.label_names` out.")
+        faults.append(f"the adapter's classes are {names}; remove `data.label_names`.")
     tokens = run.tokens if run else TokensConfig()
     if config.tokens.add and config.tokens != tokens:
         faults.append(
-            f"the adapter has trained rows for the added tokens {tokens.add}, and no others can be"
-            " added; leave `tokens.add` out."
+            f"the adapter has trained rows for the added tokens {tokens.add}, and no "
+            "others can be added; remove `tokens.add`."
         )
     return faults
 
 
 def _found(path: Path) -> tuple[Path, RunConfig | None]:
-    """Return the adapter's folder, and the configuration of the run that made it, if it is there.
+    """Return the adapter's folder, and the configuration of its run, if available.
 
     Args:
-        path: folder of a run, of an adapter or of a checkpoint.
+        path: folder of a run, an adapter or a checkpoint.
     """
     if not path.is_dir():
         raise ConfigError(
@@ -115,20 +114,19 @@ def _found(path: Path) -> tuple[Path, RunConfig | None]:
         path = folder.adapter
     if not (path / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{path} holds no adapter_config.json; give the folder of an adapter, or of a run that"
-            " is finished and whose method leaves an adapter.",
+            f"{path} holds no adapter_config.json; give the folder of an adapter, or "
+            "of a finished run whose method saves an adapter.",
             _WHERE,
         )
     return path, RunConfig.from_dict(folder.config()) if folder else None
 
 
 def _settings(path: Path, own: dict[str, Any], run: RunConfig | None) -> tuple[str, dict[str, Any]]:
-    """Return the name of the method that an adapter with the config ``own`` trains by, and its
-    options."""
+    """Return the method and options for further training of an adapter with the config ``own``."""
     if own.get("peft_type") != "LORA":
         raise ConfigError(
-            f"{path} holds an adapter of the type {own.get('peft_type')!r}; only those of the type"
-            " 'LORA' can be trained further.",
+            f"{path} holds an adapter of the type {own.get('peft_type')!r}; only "
+            "those of the type 'LORA' can be trained further.",
             _WHERE,
         )
     if run is not None and freezes_a(METHODS.load(run.method), run.options()):
@@ -138,7 +136,7 @@ def _settings(path: Path, own: dict[str, Any], run: RunConfig | None) -> tuple[s
 
 
 def freezes_a(method: Any, options: Any) -> bool:
-    """Return whether B alone trains of what a method with these options makes."""
+    """Return whether only B trains with this method and these options."""
     return method.traits.trains == ("lora_B",) and getattr(options, "freeze_a", True)
 
 
@@ -146,7 +144,7 @@ def load(setup: Setup, model: Any) -> Prepared:
     """Load the adapter that a run continues onto its base model, ready to train.
 
     Raises:
-        AdapterError: it is damaged, or not of the model's sizes.
+        AdapterError: it is damaged, or does not match the model's sizes.
     """
     from tlora.adapter.freeze import FrozenACallback
     from tlora.adapter.load import load_adapter
@@ -156,5 +154,5 @@ def load(setup: Setup, model: Any) -> Prepared:
     frozen = freezes_a(setup.method, setup.options)
     adapted = load_adapter(model, path, is_trainable=True, freeze=frozen)
     what = "B trains, A stays frozen" if frozen else "A and B train"
-    logger.info("continues the adapter in %s: %s; nothing is calibrated.", path, what)
+    logger.info("continues the adapter in %s: %s; no calibration.", path, what)
     return Prepared(model=adapted, callbacks=[FrozenACallback()] if frozen else [])

@@ -1,4 +1,4 @@
-"""What tells whether rows and weights are still the same: digests of files and of model folders."""
+"""Digests of files and model folders, which detect changed rows and weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FILE_FIELDS = (
     *("train_file", "eval_file", "data.chat_template"),
     *("trainer.deepspeed", "trainer.fsdp_config", "trainer.accelerator_config"),
 )
-"""Fields of a run that may name files whose content decides the weights."""
+"""Fields of a run that may name files whose content affects the weights."""
 _FIELDS = (*FILE_FIELDS, "model", "continue_from")
 _SETUP = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
-    """Return the digests of what a run reads from this machine, by the dotted name of the field.
+    """Return the digests of a run's local inputs, by the dotted name of the field.
 
-    What is not a local file or folder (a name on the Hub, a file that is gone) is left out.
+    Values that are not a local file or folder (a name on the Hub, a deleted file) are skipped.
     """
     values = config.to_dict()
     found = {name: input_digest(field_at(values, name)) for name in _FIELDS}
@@ -40,7 +40,7 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
 
 def field_at(values: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a dotted field in a configuration's values; None if it is not there."""
+    """Return the value of a dotted field in a configuration's values; None if it is missing."""
     section, _, field = name.rpartition(".")
     return (values[section] if section else values).get(field)
 
@@ -52,7 +52,7 @@ def _digest_of(files: Iterable[Path]) -> str:
 def input_digest(path: Any) -> str | None:
     """Return the digest of a model's folder, or of rows: one file, or several read as one.
 
-    None where one of them is not there, or no path is given.
+    None if a file is missing, or no path is given.
     """
     if not isinstance(path, str):
         return None
@@ -71,8 +71,8 @@ def input_digest(path: Any) -> str | None:
 def model_identity(model: str | None) -> str:
     """Return the name of a model on the Hub, or a digest of the folder that holds one.
 
-    What sets model, tokenizer and chat template up is read whole; of weight files, which may be
-    huge, the size and the two ends are; of an adapter all.
+    Files that configure the model, tokenizer and chat template are read whole; of weight files,
+    which may be huge, only the size and both ends; of an adapter everything.
     """
     folder = Path(str(model))
     if not folder.is_dir():

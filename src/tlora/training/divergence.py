@@ -1,15 +1,15 @@
-"""Stops a training that has diverged, names the step, and lets nothing of it be saved.
+"""Stops a training that has diverged, names the step, and prevents saving.
 
-A step is bad if its loss or its gradient norm is not finite. Under `fp16` the loss scaler skips
-bad steps and lowers its scale, so a bad step alone does not stop a run. One of these does:
+A step is bad if its loss or its gradient norm is not finite. Under `fp16` the loss scaler skips bad
+steps and lowers its scale, so a bad step alone does not stop a run. It stops if
 
 - the weights are not finite: no later step repairs them;
 - `RECOVERY_STEPS` steps in a row are bad;
-- the training ends on a loss that is not finite, or without a good step.
+- the training ends with a loss that is not finite, or without a good step.
 
-Losses and norms stay on their device. They are read together every `READ_STEPS` steps, and where
-the trainer logs, evaluates or saves, so that no step waits for the device; the step that is named
-is exact all the same.
+Losses and norms stay on their device. They are read together every `READ_STEPS` steps, and when the
+trainer logs, evaluates or saves, so that steps do not synchronize; the reported step is still
+exact.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from tlora.errors import DivergenceError
 from tlora.linalg.matrices import not_finite
 
 RECOVERY_STEPS = 20
-"""Bad steps in a row that end a training whose weights are still finite. The loss scale of `fp16`
-starts at 2^16 and is halved at each bad step: 16 steps bring it down to 1."""
+"""Consecutive bad steps that end a training with finite weights. The loss scale of `fp16` starts at
+2^16 and is halved at each bad step: 16 steps bring it down to 1."""
 
 READ_STEPS = 10
-"""Steps after which losses and norms are read at the latest."""
+"""Maximum number of steps between reads of losses and norms."""
 
 
 def diverged(what: str, args: Any, step: int) -> DivergenceError:
-    """Return the error of a training that diverged, with the advice.
+    """Return the error of a diverged training, with advice.
 
     Args:
-        what: where, and how it shows.
+        what: where the divergence shows, and how.
         args: the training arguments.
         step: the first bad step.
     """
     return DivergenceError(
-        f"training diverged {what}. Start a new run with a lower learning rate (now"
-        f" {args.learning_rate:g}), or in float32 or bfloat16 if this was float16.",
+        f"training diverged {what}. Start a new run with a lower learning rate "
+        f"(now {args.learning_rate:g}), or in float32 or bfloat16 if this was "
+        "float16.",
         step=step,
     )
 
@@ -63,10 +64,10 @@ class DivergenceCallback(TrainerCallback):
         self._bad_loss = False
 
     def watch(self, trainer: Any) -> None:
-        """Take the loss and the gradient norm of every step of ``trainer``.
+        """Record the loss and the gradient norm of every step of ``trainer``.
 
-        The trainer gives its callbacks neither, and leaves losses that are not finite out of the
-        mean that it logs.
+        The trainer passes neither to its callbacks, and excludes losses that are not finite from
+        its logged mean.
         """
         trainer.add_callback(self)
         step, clip = trainer.training_step, trainer.accelerator.clip_grad_norm_
@@ -87,11 +88,11 @@ class DivergenceCallback(TrainerCallback):
         trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what an earlier start has left."""
+        """Clear the state of an earlier start."""
         self._reset()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Keep the step's values; read all that are kept if it is time."""
+        """Keep the step's values; read all kept values at intervals."""
         self._unread.append((state.global_step, self._loss, self._norm))
         self._loss, self._norm = 0.0, None
         due = control.should_log or control.should_evaluate or control.should_save
@@ -113,7 +114,7 @@ class DivergenceCallback(TrainerCallback):
         """Raise on every process of a group if the training has diverged.
 
         Raises:
-            DivergenceError: it has.
+            DivergenceError: the training has diverged.
         """
         self._read()
         group = process_group()
@@ -131,7 +132,7 @@ class DivergenceCallback(TrainerCallback):
         raise diverged(f"at step {step}: {' and '.join(faults)}", args, step)
 
     def _read(self) -> None:
-        """Read the steps that are not read yet; note how many bad ones there are in a row."""
+        """Read the unread steps and count consecutive bad ones."""
         if not self._unread:
             return
         _, last, _ = self._unread[-1]
@@ -139,7 +140,7 @@ class DivergenceCallback(TrainerCallback):
             [
                 torch.as_tensor(value, dtype=torch.float32, device=last.device).reshape(())
                 for _, loss, norm in self._unread
-                # DeepSpeed may give no norm.
+                # DeepSpeed may report no norm.
                 for value in (loss, loss if norm is None else norm)
             ]
         )

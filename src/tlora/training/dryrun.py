@@ -1,6 +1,6 @@
-"""`tlora init --dry_run`: what a run would adapt and the memory it would take, by arithmetic.
+"""`tlora init --dry_run`: the modules that a run would adapt and its memory, by arithmetic.
 
-The model is built from its config on `meta`: no weight is read, nothing is written or calibrated.
+The model is built from its config on `meta`: no weights are read, nothing is written or calibrated.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _TRAINING_BATCH = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that calibrating or one way of training takes."""
+    """Bytes of calibration, or of one way of training."""
 
     name: str
     trainable: int
-    """Parameters that train."""
+    """Trainable parameters."""
     weights: int
     moments: int
-    """Second moments (and gradients, where the basis needs them), and mean inputs."""
+    """Second moments (and gradients, if the basis needs them), and mean inputs."""
     activations: int
-    """Activations and loss of a batch; of calibrating: or what planning takes, if it is more."""
+    """Activations and loss of a batch; for calibration, planning's memory if that is larger."""
     checkpointed: int
     """Activations with gradient checkpointing."""
     element: int = FLOAT
-    """Bytes of a parameter that trains."""
+    """Bytes of the trainable parameters."""
 
     @property
     def gradients(self) -> int:
@@ -68,36 +68,36 @@ class Memory:
 
 @dataclass
 class DryRun:
-    """What a run would adapt, and the memory it would take."""
+    """The modules that a run would adapt, and the memory it would take."""
 
     model: str
     dtype: str
     parameters: int
-    """Of the base model."""
+    """Bytes of the base model."""
     targets: list[Target]
-    """Modules that are adapted, without weights; experts one by one."""
+    """The adapted modules, without weights; experts one by one."""
     ranks: dict[str, int]
     """The rank of each at equal sensitivities, by name."""
     sources: dict[str, int]
     """Numbers by name, equal for targets that read the same tensors."""
     strategy: Strategy
-    """Which second moments and gradients calibration holds when, and their bytes."""
+    """Second moments and gradients in memory during each calibration pass, and their bytes."""
     budget: MemoryBudget
-    """What they may take on this machine."""
+    """Their memory limit on this machine."""
     calibration: Memory
     training: list[Memory]
     """TLoRA, LoRA of the same rank, and full fine-tuning."""
     batch: int
-    """Samples of a training batch."""
+    """Samples per training batch."""
     length: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     frozen_a: bool
     notes: list[str]
-    """What is not counted or could not be seen, a sentence each."""
+    """Sentences about everything that is not counted or unknown."""
 
 
 def run(config: RunConfig) -> DryRun:
-    """Predict a run. Neither rows nor a tokenizer have to exist.
+    """Predict a run. Neither rows nor a tokenizer need exist.
 
     Raises:
         ConfigError: a field is wrong, or there is no such model.
@@ -113,7 +113,7 @@ def run(config: RunConfig) -> DryRun:
     targets = find_targets(model, options)
     sources = _input_sources(model, targets)
     ranks = _ranks(targets, options)
-    notes += _not_shown(config, model, options)
+    notes += _omissions(config, model, options)
     batch = config.trainer.get("per_device_train_batch_size", _TRAINING_BATCH)
     length = min(config.data.max_length or LONGEST, positions_of(model.config) or LONGEST)
     weights = weight_bytes(model, config.quantization)
@@ -151,7 +151,7 @@ def run(config: RunConfig) -> DryRun:
 def _budget(
     config: RunConfig, options: TLoraConfig, targets: Sequence[Target], weights: int
 ) -> MemoryBudget:
-    """Return the memory budget on this machine, all weights on one device."""
+    """Return the memory budget on this machine, with all weights on one device."""
     import torch
 
     from tlora.calibration.budget import given, on_devices
@@ -164,27 +164,27 @@ def _budget(
     return on_devices([(device or torch.device("cpu"), weights)], targets)
 
 
-def _not_shown(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:
-    """Return a sentence for each thing that the tables leave out."""
+def _omissions(config: RunConfig, model: Any, options: TLoraConfig) -> list[str]:
+    """Return a sentence for each omission of the tables."""
     from tlora.calibration.targets import left_out, unadapted_experts
 
     notes = [unadapted_experts(model, options)] if left_out(model, options) else []
     if METHODS.load(config.method).options is not TLoraConfig:
         notes.append(
-            f"The run's method is {config.method!r}; targets, ranks and calibration are shown as"
-            " those of task-aware LoRA."
+            f"The run's method is {config.method!r}; targets, ranks and calibration "
+            "are shown as those of task-aware LoRA."
         )
     return notes
 
 
 def adapter_parameters(targets: Sequence[Target], ranks: dict[str, int], frozen_a: bool) -> int:
-    """Return the trainable parameters: sum_i r_i m_i, plus r_i d_i where A trains too."""
+    """Return the trainable parameters: sum_i r_i m_i, plus r_i d_i if A trains too."""
     return sum(ranks[t.name] * (t.d_out + (0 if frozen_a else t.d_in)) for t in targets)
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """The arithmetic."""
+    """Computes the prediction."""
 
     targets: list[Target]
     ranks: dict[str, int]
@@ -192,11 +192,11 @@ class _Counted:
     options: TLoraConfig
     activations: Activations
     tokens: int
-    """Of a training batch."""
+    """Tokens of a training batch."""
     trained: int = FLOAT
-    """Bytes of a value of an adapter, and of what trains beside it."""
+    """Bytes per value of an adapter and of other trainable parameters."""
     autocast: bool = False
-    """Whether training computes in 16 bits whatever the precision of the adapter."""
+    """Whether training computes in 16 bits, whatever the adapter's precision."""
 
     def calibration(self, config: RunConfig, weights: int, held: int, length: int) -> Memory:
         rows, options, width = config.calibration, self.options, self._widths(self.targets)
@@ -204,7 +204,7 @@ class _Counted:
         kept = self.activations.element * tokens * width
         if options.needs_backward:
             kept += tokens * (self.activations.frozen + self.activations.loss)
-        # W, W C and its factors of the largest module, and all A.
+        # W, W C and its factors for the largest module, and all A.
         largest = max(t.d_in * t.d_out for t in self.targets)
         planning = FLOAT * (3 * largest + sum(self.ranks[t.name] * t.d_in for t in self.targets))
         moments = held + (FLOAT * rows.samples * width if options.needs_moments else 0)
@@ -214,7 +214,7 @@ class _Counted:
     def adapters(self, name: str, weights: int, beside: int) -> Memory:
         trained = adapter_parameters(self.targets, self.ranks, self.options.freeze_a)
         stored = adapter_parameters(self.targets, self.ranks, frozen_a=False)
-        kept = self.tokens * self.activations.frozen + self._beside()
+        kept = self.tokens * self.activations.frozen + self._adapter_activations()
         if self._cast:
             kept += self.activations.element * stored
         weights += self.trained * (stored + beside)
@@ -227,7 +227,7 @@ class _Counted:
         return alike.adapters("lora", weights, beside)
 
     def full(self, parameters: int) -> Memory:
-        # Under autocast the backward pass reads a copy of the weights in 16 bits.
+        # Under autocast the backward pass reads a 16-bit copy of the weights.
         element = self.activations.element
         copied = element * parameters if element < FLOAT else 0
         kept = self.tokens * self.activations.full
@@ -241,16 +241,16 @@ class _Counted:
 
     @property
     def _cast(self) -> bool:
-        """Whether autocast makes copies of the adapter's weights, which autograd keeps."""
+        """Whether autocast copies the adapter's weights, which autograd keeps."""
         return self.autocast and self.trained > self.activations.element
 
-    def _beside(self) -> int:
-        """Return the bytes of activations that adapters keep beside those of the base model.
+    def _adapter_activations(self) -> int:
+        """Return the bytes of activations that adapters keep besides those of the base model.
 
-        B's gradient needs z = A x, r_i values a token. A's needs x: the tensors that the targets
-        read where the adapter has their precision, else a copy a module. Dropout keeps a byte a
-        value, and its output where A trains. An expert of a fused parameter is adapted by forming
-        W + s B A, which is kept.
+        B's gradient needs z = A x, r_i values per token. A's gradient needs x: the tensors that the
+        targets read if the adapter has their precision, else one copy per module. Dropout keeps one
+        byte per value, and its output if A trains. An expert of a fused parameter is adapted by
+        forming W + s B A, which is kept.
         """
         own = [t for t in self.targets if t.part is None]
         element, dropout = self.activations.element, self.options.lora_dropout > 0
@@ -266,27 +266,27 @@ class _Counted:
         return kept
 
     def _widths(self, targets: Sequence[Target]) -> int:
-        """Return the values a token of the tensors that ``targets`` read, each counted once."""
+        """Return the values per token of the tensors that ``targets`` read, each counted once."""
         return sum({self.sources.get(t.name, t.name): t.d_in for t in targets}.values())
 
 
 def _precision(config: RunConfig, kind: KindSpec) -> tuple[int, bool]:
-    """Return the bytes of a value that trains, and whether the trainer computes under autocast.
+    """Return the bytes of a trainable value, and whether the trainer computes under autocast.
 
-    What trains is float32, but on a quantized base TRL casts it to bfloat16.
+    Trainable parameters are float32, but on a quantized base TRL casts them to bfloat16.
     """
     from tlora.training.arguments import defaults
     from tlora.training.availability import asked
 
     narrow = config.quantization != "none" and kind.trainer.startswith("trl:")
     fields = defaults(kind) | asked(kind, config)
-    # None: TRL turns it on where the GPU has it; where there is no GPU, our default is False.
+    # None: TRL turns it on if the GPU supports it; without a GPU, our default is False.
     autocast = fields["bf16"] is None or bool(fields["bf16"]) or bool(fields["fp16"])
     return (2 if narrow else FLOAT), autocast
 
 
 def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> tuple[Any, list]:
-    """Return the model of a run without weights, and notes of what is not counted."""
+    """Return the model of a run without weights, and notes about omissions."""
     import torch
 
     code, notes = config.trust_remote_code, []
@@ -297,7 +297,7 @@ def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> 
     if getattr(found, "quantization_config", None):
         found.__dict__.pop("quantization_config", None)
         notes.append("The checkpoint is quantized already; its savings are not counted.")
-    # Classifying decoders and encoder-decoders refuse a batch without.
+    # Classifying decoders and encoder-decoders refuse a batch without a padding token.
     set_token_ids(found, ("pad_token_id", "decoder_start_token_id"), 0)
     dtype = config.dtype if config.dtype != "auto" else dtype_of(found)
     if isinstance(dtype, str):
@@ -308,10 +308,10 @@ def on_meta(config: RunConfig, kind: KindSpec, labels: Sequence[str] | None) -> 
 
 
 def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
-    """Return a number for each target that runs on `meta`, equal for those of one input.
+    """Return a number for each target that runs on `meta`, equal for targets with one input.
 
-    A pass that asks for values (to route tokens, say) ends there; targets that it does not reach
-    count with inputs of their own. So do experts in fused parameters, which share no rows.
+    A pass that needs values (for routing, say) ends there; targets that it does not reach count
+    with inputs of their own. So do experts in fused parameters, which share no rows.
     """
     import torch
 
@@ -329,7 +329,7 @@ def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
             ids = torch.empty(1, 8, dtype=torch.long)
             decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
             model(input_ids=ids, **decoder)
-    except Exception:  # whatever a model's own code raises where there are no values
+    except Exception:  # a model's own code may raise anything without values
         logger.debug("the forward pass on `meta` of %s ended early", type(model), exc_info=True)
     numbers: dict[Any, int] = {}
     sources = {}
@@ -344,7 +344,7 @@ def _input_sources(model: Any, targets: Sequence[Target]) -> dict[str, int]:
 
 
 def _shared_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
-    """Return the method's options, of another method those it shares with `TLoraConfig`."""
+    """Return the method's options, or for other methods those shared with `TLoraConfig`."""
     options = with_task_type(kind, config.options())
     if not isinstance(options, TLoraConfig):
         shared = {
@@ -357,7 +357,7 @@ def _shared_options(config: RunConfig, kind: KindSpec) -> TLoraConfig:
 
 
 def _ranks(targets: Sequence[Target], options: TLoraConfig) -> dict[str, int]:
-    """Return the ranks that equal sensitivities would give; one for all experts of a parameter."""
+    """Return the ranks for equal sensitivities; one rank for all experts of a parameter."""
     from tlora.linalg.allocation import RankBounds, allocate_ranks
 
     adapters = {target.adapter: target for target in targets}

@@ -1,6 +1,6 @@
-"""What the trainer's fields take beyond their types.
+"""Rules for the trainer's fields beyond their types.
 
-transformers, TRL and torch look at most of these only when training starts, after calibration.
+transformers, TRL and torch check most of these only when training starts, after calibration.
 Nothing here imports torch.
 """
 
@@ -73,7 +73,7 @@ RULES: dict[str, Any] = {
         _COUNT | None,
     ),
 }
-"""The type of a field by its name, with its bounds, in place of what the library declares."""
+"""Types with bounds by field name, which replace the library's declared types."""
 
 _NEED_WORKERS = (
     "dataloader_prefetch_factor",
@@ -83,7 +83,7 @@ _NEED_WORKERS = (
 
 
 def relations(fields: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong between the trainer's fields."""
+    """Yield a sentence for each fault between the trainer's fields."""
     if not fields.get("dataloader_num_workers"):
         for name in _NEED_WORKERS:
             if fields.get(name):

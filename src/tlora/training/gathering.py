@@ -1,7 +1,7 @@
-"""What trains of a sharded model, gathered for the disk and dealt out from it again.
+"""Gathers trainable parameters of a sharded model for saving, and scatters them after loading.
 
-Checkpoints and the adapter get the form that one process gives them, so any number of processes
-resumes them, sharded or not. The base is never gathered.
+Checkpoints and the adapter have the same form as from one process, so any number of processes can
+resume them, sharded or not. The base is never gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ADAPTER = "default"
 
 
 def like(old: Any, whole: Tensor) -> Tensor:
-    """Return ``whole``, which every process has, in parts if ``old`` is, in its dtype."""
+    """Return ``whole``, which every process has, sharded like ``old`` and in its dtype."""
     from torch.distributed.tensor import distribute_tensor
 
     if not is_dtensor(old):
@@ -32,7 +32,7 @@ def like(old: Any, whole: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> Any:
-    """Return a tensor whole, on the CPU, or what is none as it is; every process has to call it."""
+    """Return a tensor whole, on the CPU, or another value unchanged; every process must call it."""
     if is_zero3(value):
         import deepspeed
 
@@ -44,9 +44,9 @@ def gathered(value: Any) -> Any:
 
 
 def fit_trainer(trainer: Any) -> None:
-    """Let a trainer take a sharded model as it is, with checkpoints as of one process.
+    """Make a trainer use an already sharded model, with checkpoints like those of one process.
 
-    Its own way would wrap the model by DDP, and write what its process holds. DeepSpeed's engine
+    By default it would wrap the model by DDP and write only the local part. DeepSpeed's engine
     keeps its own checkpoints beside the adapter.
     """
     arguments, optimizer_file, scheduler_file = trainer.args, "optimizer.pt", "scheduler.pt"
@@ -79,7 +79,7 @@ def fit_trainer(trainer: Any) -> None:
     trainer.save_model = save_model
     if trainer.is_deepspeed_enabled:
         return
-    # Which leaves autocast, and neither moves nor wraps the model.
+    # This keeps autocast, and neither moves nor wraps the model.
     accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
     trainer._save_optimizer_and_scheduler = save_optimizer
     trainer._load_from_checkpoint = load
@@ -88,29 +88,29 @@ def fit_trainer(trainer: Any) -> None:
 
 
 def gather(prepared: Prepared) -> None:
-    """Gather the adapter, which every process has to do, for the one that saves it."""
+    """Gather the adapter on every process, for the process that saves it."""
     state = adapter_state(prepared.model)
     model: Any = prepared.model
     prepared.writer = lambda folder: model.save_pretrained(folder, state_dict=state)
 
 
 def _saved_names(model: Any) -> dict[str, str]:
-    """Return the full names of what PEFT saves of a model, by their names in the file."""
+    """Return the full names of the tensors that PEFT saves, by their names in the file."""
     from peft import get_peft_model_state_dict
 
-    # PEFT only chooses among the names, so that it takes anything for the tensors.
+    # PEFT only selects by name, so any value can stand for the tensors.
     names = {name: name for name in model.state_dict()}
     return get_peft_model_state_dict(model, names, _ADAPTER, save_embedding_layers=False)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
-    """Gather what PEFT saves of a sharded model; every process has to call it."""
+    """Gather the tensors that PEFT saves for a sharded model; every process must call it."""
     state = dict(model.named_parameters(remove_duplicate=False))
     return {name: gathered(state[name]) for name in _saved_names(model).values()}
 
 
 def load_adapter_state(model: Any, folder: Path) -> None:
-    """Give a sharded model the adapter in a ``folder``, in place."""
+    """Load the adapter in ``folder`` into a sharded model, in place."""
     from safetensors.torch import load_file
 
     saved, state = load_file(folder / "adapter_model.safetensors"), model.state_dict()
@@ -119,7 +119,7 @@ def load_adapter_state(model: Any, folder: Path) -> None:
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Gather an optimizer's state; every process has to call it."""
+    """Gather an optimizer's state; every process must call it."""
     state = optimizer.state_dict()
     whole = {
         index: {name: gathered(value) for name, value in entry.items()}
@@ -129,11 +129,11 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Give an optimizer of sharded parameters a whole state, in parts."""
+    """Load a whole state into an optimizer of sharded parameters, sharding it."""
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
 
     def part(old: Tensor, value: Tensor) -> Tensor:
-        # Moments have the parameter's shape; what counts steps is a number.
+        # Moments have the parameter's shape; step counters are scalars.
         return like(old, value) if value.shape == old.shape else value
 
     state = {

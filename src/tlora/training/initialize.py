@@ -29,12 +29,11 @@ def run(config: RunConfig) -> RunFolder:
     """Initialize an adapter for any other trainer; return the folder it is in.
 
     The adapter is a plain PEFT one that does not change the model's output yet. An unfinished
-    initialization in the folder starts over; a finished one is left as it is.
+    initialization in the folder starts over; a finished one does not change.
 
     Raises:
-        ConfigError: a field is wrong, the folder is taken, be it by a live process, or the
-            initialization in it was started with another configuration, other rows or another
-            base model.
+        ConfigError: a field is wrong, another process or other files occupy the folder, or its
+            initialization was started with another configuration, other rows or another base model.
         DataError: rows are missing or not what the task expects.
     """
     folder = RunFolder(config.output_dir)
@@ -61,16 +60,16 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
 
 
 def keep_budget(setup: Setup, folder: RunFolder) -> None:
-    """Let a run that is resumed calibrate within the budget it found before, on any machine."""
+    """Make a resumed run calibrate within its earlier memory budget, on any machine."""
     recorded = folder.calibration()
     if recorded and getattr(setup.options, "memory_budget", None) == "auto":
         setup.options = dataclasses.replace(setup.options, memory_budget=recorded["memory_budget"])
 
 
 def adapt(setup: Setup, device: Any, plan: Plan | None = None) -> Prepared:
-    """Load the model onto ``device`` and prepare it to train here; nothing is written.
+    """Load the model onto ``device`` and prepare it for training; nothing is written.
 
-    With the ``plan`` of a run that is resumed the model is rebuilt from it, without calibration.
+    With the ``plan`` of a resumed run the model is rebuilt from it, without calibration.
 
     Raises:
         ConfigError: as `check_targets`.
@@ -84,8 +83,8 @@ def check_targets(kind: KindSpec, options: Any, model: Any) -> None:
     """Check the modules that ``options`` choose in ``model``, which may be on `meta`.
 
     Raises:
-        ConfigError: a name matches nothing, or the output layer is chosen and the trainer of this
-            kind bypasses it, or no module of a multimodal model's language model is chosen.
+        ConfigError: a name matches nothing, the output layer is chosen but this trainer bypasses
+            it, or no module of a multimodal model's language model is chosen.
     """
     from tlora.adapter.stock import targets_of
     from tlora.calibration.language_model import check_reached
@@ -97,23 +96,23 @@ def check_targets(kind: KindSpec, options: Any, model: Any) -> None:
     for target in targets if head is not None else ():
         if target.module is head:
             raise ConfigError(
-                f"`target_modules` chooses {target.name!r}, the output layer, but the trainer"
-                " bypasses the module, so an adapter on it would never train; leave it out, or"
-                " train it in full by `modules_to_save`.",
+                f"`target_modules` chooses {target.name!r}, the output layer, but the "
+                "trainer bypasses the module, so an adapter on it would never train; "
+                "exclude it, or train it in full by `modules_to_save`.",
                 where="adapter",
             )
     check_reached(model, [target.name for target in targets])
 
 
 def prepare(setup: Setup, model: Any, plan: Plan | None = None) -> Prepared:
-    """Prepare a freshly loaded ``model`` by the run's method; it may be changed in place.
+    """Prepare a freshly loaded ``model`` by the run's method; it may change in place.
 
-    What trains is float32 afterwards.
+    Trainable parameters are float32 afterwards.
     """
     import transformers
 
-    # Seeded on both sides: what a new head draws must not shift the method's draws, and what a
-    # calibration draws must not shift the training's.
+    # Seeded twice: a new head's draws must not shift the method's, and calibration's draws must not
+    # shift the training's.
     transformers.set_seed(setup.config.seed)
     if setup.config.continue_from:
         prepared = continuing.load(setup, model)
@@ -142,5 +141,5 @@ def save_adapter(prepared: Prepared, setup: Setup, path: Path, verb: str = "trai
             write_json(part / HEAD_FILE, fields)
         model_card.write(part, setup, verb=verb)
         for file in part.iterdir():
-            # safetensors makes files private; a server under another user reads adapters too.
+            # safetensors makes files private; a server under another user must read adapters too.
             file.chmod(0o644)

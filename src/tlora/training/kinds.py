@@ -1,4 +1,4 @@
-"""What each kind of task means for the model, the tokens and the trainer: one table."""
+"""The model, tokens and trainer of each kind of task: one table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tlora.training.argumentfields import declared_fields
 
 @dataclass(frozen=True)
 class KindSpec:
-    """What serves one kind. Classes are named as "module:name", for `load_class`."""
+    """The classes for one kind of task, named as "module:name" for `load_class`."""
 
     task_type: TaskType
     """PEFT's name of the kind."""
@@ -35,7 +35,7 @@ class KindSpec:
     """Fields of the training arguments that `tlora train` sets itself."""
 
 
-# Rows are tokenized before the trainer sees them, so its own wishes about rows have no effect.
+# Rows are tokenized before the trainer sees them, so its own fields about rows have no effect.
 _ROWS_OWNED = (
     "assistant_only_loss",
     "chat_template_path",
@@ -102,19 +102,19 @@ def with_task_type(kind: KindSpec, options: Any) -> Any:
     """
     if options.task_type not in (None, kind.task_type):
         raise ConfigError(
-            f"`task_type` is {options.task_type!r}, but this task is {kind.task_type!r}; leave it"
-            " out.",
+            f"`task_type` is {options.task_type!r}, but this task is "
+            f"{kind.task_type!r}; remove it.",
             where="adapter",
         )
     return dataclasses.replace(options, task_type=kind.task_type)
 
 
 def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
-    """Check what is under `trainer.*` against the training arguments of this kind.
+    """Check the fields under `trainer.*` against the training arguments of this kind.
 
     Raises:
         ConfigError: a name is unknown (with a suggestion) or set elsewhere (with the place), or a
-            value is not of the field's type or out of range; all faults at once.
+            value is not of the field's type or out of range; all faults are reported.
     """
     declared = declared_fields(kind.arguments)
     owned = {"output_dir", "seed", "resume_from_checkpoint", *kind.owned}
@@ -123,10 +123,10 @@ def check_trainer_fields(kind: KindSpec, fields: dict[str, Any]) -> None:
         if name not in declared:
             faults.append(f"there is no field `{name}`.{did_you_mean(name, declared)}")
         elif name in owned:
-            advice = _ELSEWHERE.get(name, "leave it out: rows are tokenized before the trainer")
+            advice = _ELSEWHERE.get(name, "remove it: rows are tokenized before the trainer")
             faults.append(f"`{name}` has no effect here; {advice}.")
         else:
-            # transformers does not look: a word for a rate would fail only when training starts.
+            # transformers does not check: a word for a rate would fail only when training starts.
             field_type = fieldrules.RULES.get(name, declared[name])
             faults += fault(name, field_type, fitted(declared[name], value))
     faults += fieldrules.relations(fields)

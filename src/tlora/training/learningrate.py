@@ -1,4 +1,4 @@
-"""The learning rate of a run that is given none: the method's default for the size of the model."""
+"""The default learning rate of a run: the method's value for the size of the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LEARNING_RATE = "trainer.learning_rate"
 
 
 def with_learning_rate(setup: Setup) -> Setup:
-    """Return ``setup`` with a learning rate, which a line names where it is the method's default.
+    """Return ``setup`` with a learning rate; a log line names it if it is the method's default.
 
-    The model's parameters are counted on its configuration; no weight is read.
+    The model's parameters are counted from its configuration; no weight is read.
     """
     if "learning_rate" in setup.config.trainer:
         return setup

@@ -1,4 +1,4 @@
-"""The lines of Python that load a run's adapter with PEFT and transformers alone."""
+"""Python code that loads a run's adapter with PEFT and transformers alone."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _CLASSES = {
     "SEQ_2_SEQ_LM": "Seq2SeqLM",
     "SEQ_CLS": "SequenceClassification",
 }
-"""What PEFT's and transformers' classes of a kind of task end in."""
+"""Suffixes of PEFT's and transformers' class names for a kind of task."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """Pieces of Python; each but the first goes on where the first one ended."""
+    """Pieces of Python; each later piece continues after the first one."""
 
     load: str
-    """Loads the model and asks it something."""
+    """Loads the model and sends it a prompt."""
     pipeline: str | None
     """The same by a pipeline; transformers 5 has none for text to text."""
     merge: str | None
-    """Writes a whole model; None where it is one."""
+    """Writes a whole model; None if it already is one."""
 
 
 def of(setup: Setup, adapter: bool, base: str) -> Code:
-    """Return the code for what a run leaves in the folder `adapter`.
+    """Return the code for a run's folder `adapter`.
 
     Args:
         setup: the run.
-        adapter: whether it left an adapter, and not a whole model.
-        base: what to call its base model.
+        adapter: whether the run saved an adapter, not a whole model.
+        base: name to use for the base model.
     """
     kind = setup.kind.task_type
     library, auto = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")
@@ -104,7 +104,7 @@ def _labels(setup: Setup) -> tuple[list[str], list[str]]:
 
 
 def _prompt(setup: Setup) -> str | None:
-    """Return a prompt as the run's rows had it, as a literal; None where it is a chat."""
+    """Return a prompt in the format of the run's rows, as a literal; None for a chat."""
     data = setup.task.data
     if data.format == "chat":
         return None

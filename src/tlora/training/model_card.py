@@ -1,7 +1,7 @@
-"""The model card in an adapter's folder: what it is, how it was trained, how it is loaded.
+"""The model card in an adapter's folder: its description, its training, how to load it.
 
-It is made to be published with the adapter: of local paths only the last part is shown, and no
-credential. A license is for the publisher to add.
+It is made for publishing with the adapter: local paths are shortened to their last part, and no
+credential is shown. The publisher must add a license.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _FILES = ("train_file", "eval_file")
 _TEXTS = ("data.system", "data.prompt_template")
-"""Fields that are no names, even if they begin as paths do: Qwen's "/no_think"."""
+"""Fields that are not names, even if they start like paths: Qwen's "/no_think"."""
 _OF_THE_MACHINE = ("output_dir", "resume")
 _LOCAL = ("/", "./", "../", "~")
 _NO_SCORES = ("epoch", "num_tokens")
@@ -40,13 +40,13 @@ _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
 def write(
     folder: Path, setup: Setup, scores: Mapping[str, Any] | None = None, verb: str = "train"
 ) -> None:
-    """Write the card of a saved adapter, in place of the one that PEFT leaves.
+    """Write the card of a saved adapter, replacing PEFT's.
 
     Args:
-        folder: the adapter, or of the method `full` the model.
+        folder: the adapter, or with the method `full` the model.
         setup: its run.
-        scores: what the evaluation after training found.
-        verb: what made it, "train" or "init", which does not train.
+        scores: results of the evaluation after training.
+        verb: "train" or "init", which does not train.
     """
     text = card(folder, setup, scores or {}, verb)
     with replacing_file(folder / CARD) as part:
@@ -55,7 +55,7 @@ def write(
 
 
 def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> str:
-    """Return the text of the card; arguments as of `write`."""
+    """Return the text of the card; arguments as for `write`."""
     import jinja2
 
     file = folder / "adapter_config.json"
@@ -69,7 +69,7 @@ def card(folder: Path, setup: Setup, scores: Mapping[str, Any], verb: str) -> st
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front=_front_matter(setup, base, fields),
-        title=_cell(f"{_name(base)}, {_learned(setup)}"),
+        title=_cell(f"{_name(base)}, {_task_text(setup)}"),
         summary=_summary(setup, base, fields, verb),
         facts=[(name, _cell(value)) for name, value in _facts(setup, base, fields, ranks)],
         scored=_cell(_rows(setup.config.eval_file, setup.held_out, "the rows held out")),
@@ -92,23 +92,23 @@ _LIBRARIES = {"adapter": "peft", "model": "transformers", "own": "tlora"}
 
 
 def public(path: str) -> str:
-    """Return a name on the Hub as it is, and of a local path the last part."""
+    """Return a name on the Hub unchanged, and the last part of a local path."""
     local = path.startswith(_LOCAL) or os.path.exists(path)  # noqa: PTH110 - a long text raises
     return Path(path).name or Path(path).resolve().name if local else path
 
 
 def command(config: RunConfig, verb: str = "train") -> str:
-    """Return a command line that starts the same run, on files and folders of these names."""
+    """Return a command line that starts the same run, with shortened file and folder names."""
     import shlex
 
     words = ["tlora", verb]
-    for name, value in _given(config):
+    for name, value in _changed_flags(config):
         words += [f"--{name}", value]
     return shlex.join(words)
 
 
 def ranks_of(folder: Path) -> dict[str, int]:
-    """Return the rank of each adapted module that a folder of PEFT holds, by the module's name."""
+    """Return the rank of each adapted module in a PEFT folder, by the module's name."""
     from tlora.adapter.saved import PREFIX, Tensors
     from tlora.adapter.savedconfig import WEIGHTS
 
@@ -126,8 +126,8 @@ def span(numbers: Collection[float]) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
-def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the flags that differ from the defaults, those of the default preset included."""
+def _changed_flags(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the flags that differ from the defaults, including those of the default preset."""
     fixed = {} if config.continue_from else presets.default_options(config.method)
     default = RunConfig(adapter=fixed).to_dict()
     own = config.resolved().adapter if fixed else {}
@@ -216,13 +216,13 @@ def _scores(setup: Setup, scores: Mapping[str, Any]) -> Iterator[tuple[str, str]
         yield "perplexity", f"{math.exp(loss):.4g}"
 
 
-def _learned(setup: Setup) -> str:
+def _task_text(setup: Setup) -> str:
     files = setup.config.train_file or setup.config.data.dataset
     return f"adapted to {_word(files, files=True) if files else setup.config.task}"
 
 
 def _vllm(fields: Mapping[str, Any] | None, ranks: Mapping[str, int], base: str) -> str | None:
-    """Return the command that serves an adapter as one; None where vLLM cannot read it."""
+    """Return the command that serves the adapter; None if vLLM cannot read it."""
     lacking = ("modules_to_save", "use_dora", "target_parameters", "trainable_token_indices")
     plain = fields is not None and fields["peft_type"] == "LORA" and fields["bias"] == "none"
     if not plain or not ranks or any((fields or {}).get(name) for name in lacking):
@@ -243,6 +243,6 @@ def _name(base: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that is one cell of a table, and holds no markup of a page."""
+    """Return a text as one table cell, without page markup."""
     plain = " ".join(text.split())
     return plain.replace("|", "\\|").replace("<", "&lt;")

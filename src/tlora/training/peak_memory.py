@@ -1,9 +1,9 @@
 """The peak memory of one run, which has a process to itself.
 
-On a CUDA device: the most that torch had allocated there. On a CPU: the most resident memory of
-the process above what it had before the model was loaded. The high-water mark is Linux' own
-(VmHWM), reset at the start of each stage; elsewhere it is that of the whole process so far, which
-reading the rows may have set, so it is an upper bound.
+On a CUDA device: the maximum that torch allocated there. On a CPU: the maximum resident memory of
+the process minus its value before the model was loaded. Linux provides the high-water mark (VmHWM),
+which is reset at the start of each stage; on other systems the mark covers the whole process so
+far, including reading the rows, so it is an upper bound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Measures from where it is made; `stage` closes one stage and begins the next."""
+    """Measures from construction on; `stage` closes one stage and begins the next."""
 
     def __init__(self, device: Any) -> None:
         import psutil  # accelerate brings it
@@ -27,7 +27,7 @@ class PeakMemory:
         self._base = 0 if self._cuda is not None else psutil.Process().memory_info().rss
 
     def stage(self, name: str) -> None:
-        """Note the peak since the last call, in bytes."""
+        """Record the peak since the last call, in bytes."""
         self.stages[name] = self.so_far()
         self._reset()
 
@@ -36,11 +36,11 @@ class PeakMemory:
         return max(0, self._peak() - self._base)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the peaks of the stages, the largest of them, and what was measured."""
+        """Return the peaks of the stages, the largest of them, and a description."""
         return {"bytes": max(self.stages.values()), "stages": self.stages, "what": self._what}
 
     def _reset(self) -> str:
-        """Set the mark back where that is possible; say what it is the mark of."""
+        """Reset the mark if possible; describe what it covers."""
         if self._cuda is not None:
             import torch
 

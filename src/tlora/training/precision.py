@@ -1,12 +1,12 @@
-"""What trains is float32, in whatever precision the base model's weights are stored.
+"""Keeps trainable parameters in float32, whatever the precision of the base model's weights.
 
-PEFT stores the matrices of its adapters in float32 and casts their inputs. A new head, a bias, and
-with `full` every weight, come in the base's own dtype, and 16 bits do not hold what a small rate
-adds: bfloat16 has eight bits of precision, so a step of 2e-5 changes no weight above 0.01, and
-AdamW's epsilon rounds to zero in float16, so that it divides zero by zero.
+PEFT stores its adapter matrices in float32 and casts their inputs. A new head, a bias, and with
+`full` every weight, have the base's own dtype, and 16 bits are too few for small updates: bfloat16
+has eight bits of precision, so a step of 2e-5 changes no weight above 0.01, and AdamW's epsilon
+rounds to zero in float16, so that it divides zero by zero.
 
-Where such parameters are widened the model computes under autocast in the base's dtype, so that
-they fit the weights beside them. Where there are none nothing is changed.
+If such parameters are converted, the model computes under autocast in the base's dtype, so that
+they match the weights beside them. Otherwise nothing changes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def widen(model: nn.Module) -> None:
-    """Store what trains in 16 bits in float32, in place; the model then computes under autocast.
+    """Convert 16-bit trainable parameters to float32 in place; the model then uses autocast.
 
-    Ties stay, since the parameters are the same objects. An autocast that is on already, such as
-    the trainer's own (`bf16`, `fp16`), is left as it is.
+    Ties stay, since the parameters are the same objects. An active autocast, such as the trainer's
+    own (`bf16`, `fp16`), does not change.
 
     Args:
-        model: ready to train; of a `peft.PeftModel` the base model's forward is changed, which
-            generating calls too.
+        model: ready to train; for a `peft.PeftModel` the base model's forward changes, which
+            generation calls too.
     """
     import torch
 
@@ -42,7 +42,7 @@ def widen(model: nn.Module) -> None:
 
 
 def _compute_in(model: Any, dtype: Any) -> None:
-    """Let every forward pass of ``model`` run under autocast to ``dtype``."""
+    """Make every forward pass of ``model`` run under autocast to ``dtype``."""
     import torch
 
     forward = model.forward

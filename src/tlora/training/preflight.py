@@ -1,6 +1,7 @@
-"""What flags and files tell of a run, checked before anything that is slow to import.
+"""Checks a run's flags and files before any slow import.
 
-All faults come in one error. What needs the tokenizer, the rows or the model is checked later.
+All faults are raised in one error. Checks that need the tokenizer, the rows or the model come
+later.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def check(config: RunConfig, validation: str | None = None) -> None:
         task = task_of(config)
         with faults:
             if task.reads_replies or KINDS[task.kind].task_type == "SEQ_CLS":
-                extras.require("compare", where="task")  # its metrics are of scipy and scikit-learn
+                extras.require("compare", where="task")  # its metrics need scipy and scikit-learn
         with faults:
             task.check_sources(config.train_file, config.eval_file)
         with faults:
@@ -53,7 +54,7 @@ def check(config: RunConfig, validation: str | None = None) -> None:
 
 
 def check_without_rows(config: RunConfig) -> None:
-    """Check what `check` does but for rows, which a dry run does not need.
+    """Do the checks of `check` except those of rows, which a dry run does not need.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range, or several things are wrong.
@@ -84,7 +85,7 @@ def check_without_rows(config: RunConfig) -> None:
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Check that a run which evaluates while it trains has rows for it.
+    """Check that a run with evaluations during training has rows for them.
 
     Raises:
         ConfigError: it has none.

@@ -11,11 +11,11 @@ from tlora.training.activations import FLOAT
 
 
 def weight_bytes(model: Any, quantization: str) -> int:
-    """Return the bytes of a model's parameters, quantized by bitsandbytes as the run says.
+    """Return the bytes of a model's parameters, quantized by bitsandbytes as the run requests.
 
-    It leaves the output layer, and the last layer, as they are. NF4 takes half a byte a weight, a
-    byte a block of 64 and a float for 256 blocks, with two tables of 16 and 256 floats; int8 a byte
-    a weight and a float a row.
+    The output layer and the last layer are not quantized. NF4 takes half a byte per weight, a byte
+    per block of 64 and a float per 256 blocks, plus two tables of 16 and 256 floats; int8 takes a
+    byte per weight and a float per row.
     """
     from torch import nn
 

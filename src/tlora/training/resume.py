@@ -1,4 +1,4 @@
-"""The same command again: it continues the run in its folder, or there is nothing left to do."""
+"""Rerunning a command: resumes the run in its folder, or finds nothing left to do."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ from tlora.training.runfolder import RunFolder, process_count
 
 logger = logging.getLogger(__name__)
 
-# Trainer fields that cannot change the weights; a resumed run may set them anew.
+# Trainer fields that cannot change the weights; a resumed run may change them.
 _HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
-_ADVICE = "give it as it was, or choose another --output_dir."
+_ADVICE = "restore it, or choose another --output_dir."
 _LENGTH = ("max_steps", "num_train_epochs")
 _EPOCHS = 3.0
 """The trainer's own number of epochs."""
 _ROWS = {"trainer.per_device_train_batch_size": 8, "trainer.gradient_accumulation_steps": 1}
-"""What a process's rows of a step are the product of, and the trainer's own values. They may
+"""Fields whose product gives a process's rows per step, with the trainer's defaults. They may
 change with the number of processes."""
 _MADE_BY = {"train": "run", "init": "initialization"}
-"""What each verb leaves in its folder."""
+"""The result of each verb."""
 
 
 @dataclass(frozen=True)
 class Todo:
-    """What a command has to do."""
+    """The decision about a command."""
 
     config: RunConfig
-    """What to run with."""
+    """Configuration to run with."""
     inputs: dict[str, str]
-    """Digests of what it reads."""
+    """Digests of its inputs."""
     resumes: bool
-    """Whether it goes on from what is in the folder."""
+    """Whether it resumes the run in the folder."""
 
 
 def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
-    """Return what is to be done; None: all is done.
+    """Return the work to do; None if everything is done.
 
     Every process of a launch decides this from the files alone, before any of them writes. A run
     without a checkpoint has nothing to lose: it may start over with another configuration.
 
     Args:
-        config: what was asked for. With `resume`, a field at its default counts as not given and
-            is taken from the run in the folder.
-        folder: where the run is, or will be.
+        config: the requested configuration. With `resume`, a field at its default counts as not
+            given and is taken from the run in the folder.
+        folder: the run's folder, existing or not.
         verb: "train" or "init".
 
     Raises:
-        ConfigError: there is nothing to resume, the folder holds something else, or the run in it
-            was started with other values, rows or weights and has a checkpoint; each is named. A
-            finished run may be given more steps or epochs, if it has a checkpoint.
+        ConfigError: there is nothing to resume, the folder holds something else, or its run was
+            started with other values, rows or weights and has a checkpoint; each difference is
+            named. A finished run may get more steps or epochs if it has a checkpoint.
     """
     noun = _MADE_BY[verb]
     if not folder.exists:
         if config.resume:
             raise ConfigError(
-                f"there is no {noun} in {folder.path} to resume; leave --resume out to start one,"
-                " or name its folder by --output_dir.",
+                f"there is no {noun} in {folder.path} to resume; remove --resume to start "
+                "one, or name its folder by --output_dir.",
                 where="run",
             )
         folder.refuse_unless_free()
         return Todo(config, inputs_of(config), resumes=False)
     _refuse_other(config, folder, verb)
     saved = RunConfig.from_dict(folder.config())
-    moved = _moved(config, saved, folder.inputs())
+    moved = _moved_inputs(config, saved, folder.inputs())
     finished = folder.finished
     trained = finished and verb == "train"
     try:
@@ -96,7 +96,7 @@ def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
 
 
 def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:
-    """Check that a folder holds what ``verb`` makes, and that the command names the model."""
+    """Check that a folder holds the result of ``verb``, and that the command names the model."""
     if folder.verb != verb:
         raise ConfigError(
             f"{folder.path} holds the {_MADE_BY.get(folder.verb, 'result')} of `tlora"
@@ -106,14 +106,14 @@ def _refuse_other(config: RunConfig, folder: RunFolder, verb: str) -> None:
         )
     if not (config.model or config.resume):
         raise ConfigError(
-            "`model` is missing; give the whole command again, or add --resume to take it from the"
-            f" {_MADE_BY[verb]} in {folder.path}.",
+            "`model` is missing; give the whole command again, or add --resume to "
+            f"take it from the {_MADE_BY[verb]} in {folder.path}.",
             where="run",
         )
 
 
-def _moved(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
-    """Return the given paths, by field, of what lies elsewhere now and is still the same."""
+def _moved_inputs(config: RunConfig, saved: RunConfig, digests: dict[str, str]) -> dict[str, str]:
+    """Return the given paths, by field, of inputs that have moved but not changed."""
     given, before = config.to_dict(), saved.to_dict()
     paths = {name: field_at(given, name) for name in digests}
     paths = {n: path for n, path in paths.items() if path not in (None, field_at(before, n))}
@@ -128,35 +128,35 @@ def merge_saved(
     settled: Sequence[str] = (),
     may_grow: bool = False,
 ) -> RunConfig:
-    """Return the configuration to continue with: the saved one, and what cannot change the weights.
+    """Return the saved configuration with the given fields that cannot change the weights.
 
     Args:
-        config: what is asked for. With `resume`, a field at its default counts as not given.
-        saved: what the run was started with, with every default written out.
-        moved: new paths, by field, of files and folders that are the same elsewhere.
-        settled: dotted names of fields that the run was not given either.
-        may_grow: whether more steps or epochs may be asked for.
+        config: the requested one. With `resume`, a field at its default counts as not given.
+        saved: the run's original configuration, with every default written out.
+        moved: new paths, by field, of unchanged files and folders.
+        settled: dotted names of fields that were not given to the run either.
+        may_grow: whether more steps or epochs may be requested.
 
     Raises:
-        ConfigError: a field differs from the saved run's; all such fields at once.
+        ConfigError: a field differs from the saved run's; all such fields are reported.
     """
-    before = _flat(saved.resolved())  # with the options that a later version has, too
+    before = _flat(saved.resolved())  # including options of later versions
     if config.resume:
         default = _flat(RunConfig())
         own = {name: value for name, value in _flat(config).items() if value != default.get(name)}
         given = before | own
     else:
         given = {name: before[name] for name in settled} | _flat(config.resolved())
-        # The saved ones are those that the run has settled on.
+        # The saved values were chosen by the run itself.
         for name in ("data.label_names", "data.max_length"):
             given[name] = given[name] or before[name]
         if given["data.format"] == "auto":
             given["data.format"] = before["data.format"]
     same = {"output_dir", "resume", *_ROWS, *(moved or {})}
-    if given["method"] != before["method"]:  # whose options are others
+    if given["method"] != before["method"]:  # whose options differ
         same |= {name for name in before if name.startswith("adapter.")} - given.keys()
     if may_grow:
-        same |= _grown(given, before)
+        same |= _extended_fields(given, before)
     faults = [
         f"`{name}` {_words(given, name, 'is')}, but {config.output_dir} was started"
         f" {_words(before, name, 'with')}; {_ADVICE}"
@@ -174,32 +174,32 @@ def merge_saved(
 
 
 def _refuse_other_steps(config: RunConfig, saved: RunConfig, folder: RunFolder) -> None:
-    """Check that the processes of this launch take as many rows a step as those of the last one.
+    """Check that this launch trains on as many rows per step as the last one.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: it does not.
     """
-    before, now = _rows_a_process(saved), _rows_a_process(config)
+    before, now = _rows_per_process(saved), _rows_per_process(config)
     old, new = folder.processes(), process_count()
     if now * new == before * old:
         return
     processes = f"{old} process{'es' * (old > 1)}"
     raise ConfigError(
-        f"the run in {folder.path} trains on {before * old} rows a step ({processes}), and this"
-        f" command on {now * new} ({new}); choose --batch_size,"
-        " --trainer.gradient_accumulation_steps and the number of processes so that their product"
-        f" is {before * old}.",
+        f"the run in {folder.path} trains on {before * old} rows per step "
+        f"({processes}), and this command on {now * new} ({new}); choose "
+        "--batch_size, --trainer.gradient_accumulation_steps and the number of "
+        f"processes so that their product is {before * old}.",
         where="run",
     )
 
 
-def _rows_a_process(config: RunConfig) -> int:
+def _rows_per_process(config: RunConfig) -> int:
     fields = _flat(config)
     return math.prod(int(fields.get(name) or own) for name, own in _ROWS.items())
 
 
-def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
-    """Return the name of the field by which a run is to train longer than it did, if one is."""
+def _extended_fields(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
+    """Return the name of the field that makes a run train longer than before, if any."""
     steps, epochs = (f"trainer.{name}" for name in _LENGTH)
     by_steps = (before.get(steps) or -1) > 0
     if not by_steps and given.get(steps) != before.get(steps):
@@ -210,10 +210,10 @@ def _grown(given: dict[str, Any], before: dict[str, Any]) -> set[str]:
 
 
 def _announce_longer(config: RunConfig, folder: RunFolder, field: str) -> None:
-    """Say that a finished run trains longer, and what that does to its schedule.
+    """Log that a finished run trains longer, and the effect on its schedule.
 
     Raises:
-        ConfigError: it has no checkpoint to go on from, or stopped early.
+        ConfigError: it has no checkpoint to resume from, or stopped early.
     """
     checkpoint = folder.last_checkpoint()
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
@@ -221,19 +221,20 @@ def _announce_longer(config: RunConfig, folder: RunFolder, field: str) -> None:
     if checkpoint is None or early:
         why = "stopped early" if early else "is finished and has no checkpoint to resume from"
         raise ConfigError(
-            f"{folder.path} {why}; train its adapter further by --continue_from {folder.path}, in"
-            " another --output_dir.",
+            f"{folder.path} {why}; train its adapter further by --continue_from "
+            f"{folder.path}, in another --output_dir.",
             where="run",
         )
     schedule = str(config.trainer.get("lr_scheduler_type", "linear"))
     effect = (
-        "its learning rate stays as it was"
+        "its learning rate stays the same"
         if schedule.startswith("constant")
-        else f"the {schedule} schedule is stretched over all steps, so that the learning rate jumps"
-        " up there and the weights are not those of a single run of this length"
+        else f"the {schedule} schedule is stretched over all steps, so the learning "
+        "rate jumps up at that point and the weights differ from those of a "
+        "single run of this length"
     )
     logger.info(
-        "%s is finished; with `%s` at %s it trains on from %s: %s.",
+        "%s is finished; with `%s` at %s it continues training from %s: %s.",
         folder.path,
         field,
         config.trainer[field],
@@ -254,7 +255,7 @@ def _words(values: dict[str, Any], name: str, verb: str) -> str:
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """Return the fields as JSON holds them, those of sections and open fields by dotted names."""
+    """Return the fields in JSON form, with dotted names for sections and open fields."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         inner = value if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""Records that describe a run: what the verbs that train read from flags and YAML.
+"""Records that describe a run: the fields that training verbs read from flags and YAML.
 
 The text below a field is its help on the command line. Nothing here imports torch.
 """
@@ -21,7 +21,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 @dataclass(kw_only=True)
 class CalibrationConfig(Section):
-    """Which training rows the method looks at before training."""
+    """Training rows that the method reads before training."""
 
     where: ClassVar[str] = "calibration"
     prefix: ClassVar[str] = "calibration."
@@ -29,19 +29,19 @@ class CalibrationConfig(Section):
     samples: Annotated[int, at_least(1)] = 32
     """Training rows to calibrate on: the first ones after a seeded shuffle."""
     batch_size: Annotated[int, at_least(1)] = 4
-    """Rows per calibration batch; it changes memory and speed, not the statistics (but for
-    `lora-ga`, which takes the mean over batches, and `eva`, which goes on by batches)."""
+    """Rows per calibration batch; it changes memory and speed, not the statistics (except for
+    `lora-ga`, which averages over batches, and `eva`, which proceeds by batches)."""
     skip_bad_samples: bool = False
-    """Leave out, and name, rows without a label that counts, or whose activations, loss or gradient
-    are not finite; else they are an error (`tlora`, `corda`)."""
+    """Skip, and name, rows without a counted label, or whose activations, loss or gradient are not
+    finite; otherwise they raise an error (`tlora`, `corda`)."""
     cache: str | None = None
-    """File that keeps the statistics (.safetensors): written after calibration, and used by
-    every run with the same model, rows and modules (`tlora`, `corda`)."""
+    """File that keeps the statistics (.safetensors): written after calibration, and used by every
+    run with the same model, rows and modules (`tlora`, `corda`)."""
 
 
 @dataclass(kw_only=True)
 class TokensConfig(Section):
-    """What is added to the tokenizer."""
+    """Additions to the tokenizer."""
 
     where: ClassVar[str] = "tokens"
     prefix: ClassVar[str] = "tokens."
@@ -51,14 +51,14 @@ class TokensConfig(Section):
     mean of the others and train."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong with the tokens."""
+        """Yield faults of the tokens."""
         if not all(token.strip() for token in self.add) or len(set(self.add)) < len(self.add):
             yield "`tokens.add` names a token twice, or an empty one; give each once."
 
 
 @dataclass(kw_only=True)
 class SharedConfig(Record):
-    """What does not depend on the method or the seed: a model, a task, its rows, the training.
+    """The fields that do not depend on the method or the seed: model, task, rows, training.
 
     Raises:
         ConfigError: values are missing or out of range; all faults are collected into one error.
@@ -77,15 +77,15 @@ class SharedConfig(Record):
     """Precision to load the model in; "auto" takes the checkpoint's own."""
     quantization: Quantization = "none"
     """Quantize the model while loading, by bitsandbytes: "nf4" (4-bit, computing in `dtype`) or
-    "int8"; "none" leaves a checkpoint as it is, quantized or not."""
+    "int8"; "none" loads a checkpoint unchanged, quantized or not."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of the method (--adapter.r 64)."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Training arguments by their own names. Those of every task are at
-    https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
-    and those of causal tasks at https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig ."""
+    https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments and
+    those of causal tasks at https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig ."""
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -94,7 +94,7 @@ class SharedConfig(Record):
         super().__post_init__()
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield faults between fields."""
         if self.train_file and self.data.dataset:
             yield "`train_file` and `data.dataset` are both given; give one of them."
         if not (self.train_file and ":" in str(self.train_file)):
@@ -103,7 +103,7 @@ class SharedConfig(Record):
 
 @dataclass(kw_only=True)
 class RunConfig(SharedConfig):
-    """One run: a model, a task, a method and where the result goes.
+    """One run: a model, a task, a method and an output folder.
 
     Raises:
         ConfigError: values are missing or out of range; all faults are collected into one error.
@@ -114,26 +114,26 @@ class RunConfig(SharedConfig):
     output_dir: str = "tlora-run"
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
-    """How to adapt; see `tlora list methods`."""
+    """Method of adaptation; see `tlora list methods`."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
     continue_from: str | None = None
-    """An adapter to train further, in place of a new one: the folder of a run, of an adapter or of
-    a checkpoint. Its A stays frozen if its run froze it; nothing is calibrated."""
+    """An adapter to train further, instead of a new one: the folder of a run, an adapter or a
+    checkpoint. Its A stays frozen if its run froze it; nothing is calibrated."""
     seed: Annotated[int, SEED] = 0
-    """Seed of the weights that start random, the order of the rows and dropout."""
+    """Seed of random initial weights, the order of the rows and dropout."""
     early_stopping: Annotated[int, at_least(1)] | None = None
     """Stop when the evaluation loss has not fallen for this number of evaluations, and keep the
     best checkpoint."""
     resume: bool = False
-    """Continue the run in `output_dir` with its own configuration, so that the other flags can be
-    left out. The same command again continues it too."""
+    """Resume the run in `output_dir` with its own configuration, so that the other flags can be
+    omitted. Rerunning the same command resumes it too."""
 
     def __post_init__(self) -> None:
         self.eval_file = written(self.eval_file, "eval_file")
         super().__post_init__()
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield faults between fields."""
         yield from super().relations()
         if self.eval_file and self.data.val_size is not None:
             yield "`eval_file` and `data.val_size` are both given; give one of them."
@@ -141,7 +141,7 @@ class RunConfig(SharedConfig):
     def options(self) -> Any:
         """Return the method's options record, made from `adapter`.
 
-        A method with a seed of its own takes the run's, unless it is given one.
+        A method with its own seed takes the run's, unless it is given one.
 
         Raises:
             ConfigError: the method is unknown, or an option of it is unknown or out of range.

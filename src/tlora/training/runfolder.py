@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how a later process finds its way in it.
+"""The folder of a run on disk, and how a later process reads it.
 
 ::
 
@@ -16,8 +16,9 @@
     metrics.json       the scores, where there are rows to evaluate on
     .lock              while a process is at the run
 
-Small files and the adapter are written aside and renamed; the next command removes what a killed
-one had aside. Tensors carry a digest in their header. Checkpoints: `tlora.training.checkpoints`.
+Small files and the adapter are written to a temporary name and renamed; the next command removes a
+killed run's temporary files. Tensors carry a digest in their header. Checkpoints:
+`tlora.training.checkpoints`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl", "accelerate", "dat
 
 
 class RunFolder:
-    """The folder of one run; making this object touches nothing."""
+    """The folder of one run; constructing this object touches nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -83,42 +84,40 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run here came to its end."""
+        """Whether the run here is finished."""
         return self.exists and self._read().get("status") == "finished"
 
     @property
     def verb(self) -> str:
-        """What started the run here: "train" or "init"."""
+        """The verb that started the run here: "train" or "init"."""
         return str(self._read().get("verb"))
 
     def inputs(self) -> dict[str, str]:
-        """Return the digests of what the run was started with, by field."""
+        """Return the digests of the run's inputs at its start, by field."""
         return self._read().get("inputs", {})
 
     def run_id(self) -> str | None:
-        """Return what tells the checkpoints of this run from another run's; None without a run."""
+        """Return the id that marks this run's checkpoints; None without a run."""
         return self._read().get("id") if self.exists else None
 
     def settled(self) -> list[str]:
-        """Return the dotted names of fields that nobody gave the run and that got a value then."""
+        """Return the dotted names of fields that were not given and got a value for this run."""
         return self._read().get("settled", []) if self.exists else []
 
     def calibration(self) -> dict[str, Any]:
-        """Return the memory budget and the way of the run's calibration; {} without one."""
+        """Return the memory budget and the method of the run's calibration; {} without one."""
         return self._read().get("calibration", {}) if self.exists else {}
 
     def processes(self) -> int:
-        """Return how many processes the run was last started with."""
+        """Return the number of processes of the run's last start."""
         return self._read().get("processes", 1)
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved configuration that the run was started with."""
+        """Return the resolved configuration of the run's start."""
         return self._read()["config"]
 
     def _read(self) -> dict[str, Any]:
-        run = read_state(
-            self._run, "put it back as it was, or start a new run in another --output_dir"
-        )
+        run = read_state(self._run, "restore it, or start a new run in another --output_dir")
         if not isinstance(run, dict) or run.get("kind") != _KIND or "config" not in run:
             raise ArtifactError(f"{self._run}: not written by `tlora`; choose another folder.")
         return run
@@ -127,7 +126,7 @@ class RunFolder:
         """Check that a new run may start here, without writing anything.
 
         Raises:
-            ConfigError: the folder holds anything at all.
+            ConfigError: the folder is not empty.
         """
         refuse_unusable(self.path)
         if any(path.is_file() and not self._passing(path) for path in self.path.rglob("*")):
@@ -135,18 +134,19 @@ class RunFolder:
             raise ConfigError(fault, where="output_dir")
 
     def _passing(self, path: Path) -> bool:
-        """Whether a file is of no run: the lock, or what a killed process was writing."""
+        """Whether a file belongs to no run: the lock, or a killed process's temporary file."""
         return path == self._lock or any(map(is_leftover, path.relative_to(self.path).parts))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process from running here, for as long as this one lives.
 
-        Of the ranks of a launch the first holds the lock for all. What is made for the lock goes
-        with it: a folder that nothing was written to is not left behind.
+        In a launch the first process holds the lock for all. Everything made for the lock is
+        removed
+        with it: an otherwise empty folder does not stay behind.
 
         Raises:
-            ConfigError: a process is at it, or the folder cannot be written to.
+            ConfigError: another process is using it, or the folder cannot be written to.
         """
         if os.environ.get("RANK", "0") != "0":
             yield
@@ -167,17 +167,17 @@ class RunFolder:
                 yield
             finally:
                 self._lock.unlink(missing_ok=True)
-                # The trainer makes a folder for checkpoints before it has looked at anything.
+                # The trainer creates a folder for checkpoints before any check.
                 for folder in (self.checkpoints, *new):
-                    with contextlib.suppress(OSError):  # not empty, or not there
+                    with contextlib.suppress(OSError):  # not empty, or missing
                         folder.rmdir()
 
     @contextlib.contextmanager
     def undone_unless(self, underway: Callable[[], bool]) -> Iterator[None]:
-        """Remove what a new run wrote here, if the body raises before the run is ``underway``.
+        """Remove a new run's files if the body raises before the run is ``underway``.
 
-        So a start that fails leaves a folder that takes the corrected command. What a kill or an
-        interrupt leaves stays, and can be resumed.
+        So a failed start leaves a folder that accepts the corrected command. After a kill or an
+        interrupt the files stay, and the run can be resumed.
         """
         new = os.environ.get("RANK", "0") == "0" and not self.exists
         try:
@@ -189,21 +189,21 @@ class RunFolder:
             raise
 
     def refuse_changed(self, inputs: dict[str, str]) -> None:
-        """Check that a run to be resumed reads what it was started with.
+        """Check that the inputs of a resumed run are unchanged.
 
         Args:
-            inputs: digests as `digests.inputs_of` gives them now.
+            inputs: current digests, from `digests.inputs_of`.
 
         Raises:
-            ConfigError: rows or model have changed, or are gone; each is named.
+            ConfigError: rows or model have changed or are missing; each is named.
         """
         config = self.config()
         faults = [
-            f"`{name}`, {field_at(config, name)}, has changed since the run was started; put it"
-            " back as it was, or start a new run in another --output_dir."
+            f"`{name}`, {field_at(config, name)}, has changed since the run was "
+            "started; restore it, or start a new run in another --output_dir."
             if name in inputs
-            else f"`{name}`, {field_at(config, name)}, is gone; put it back, or give its new path"
-            f" by --{name}."
+            else f"`{name}`, {field_at(config, name)}, is missing; restore it, or give its "
+            f"new path by --{name}."
             for name, before in self.inputs().items()
             if inputs.get(name) != before
         ]
@@ -218,17 +218,17 @@ class RunFolder:
         inputs: dict[str, str] | None = None,
         settled: Sequence[str] = (),
     ) -> None:
-        """Write down what is about to run; a resumed run adds its provenance.
+        """Record the start of a run; a resumed run adds its provenance.
 
-        From the first file on the folder is one that can be resumed.
+        From the first file on, the folder can be resumed.
 
         Args:
             config: the resolved configuration.
-            verb: what runs, "train" or "init".
-            plan: what was decided before training.
-            inputs: digests of what is read, which a resumed run is held to.
+            verb: "train" or "init".
+            plan: the decisions before training.
+            inputs: digests of the inputs, which a resumed run must match.
             settled: dotted names of fields of ``config`` that were not given; a resumed run keeps
-                those it was started with.
+                their original values.
         """
         run = {"kind": _KIND, "version": 1, "verb": verb, "status": "started", "config": config}
         run |= {"inputs": inputs or {}, "id": self.run_id() or uuid.uuid4().hex}
@@ -243,28 +243,28 @@ class RunFolder:
             write_state(self._run, run | {"plan": file_digest(saved)})
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Return the provenance of earlier starts, as far as it can be read."""
+        """Return the provenance of earlier starts, as far as it is readable."""
         if not self._provenance.is_file():
             return []
         try:
             return list(read_json(self._provenance)["starts"])
         except (ArtifactError, KeyError, TypeError):
-            logger.warning("%s is damaged; it starts over with this start.", self._provenance)
+            logger.warning("%s is damaged; it is started over with this start.", self._provenance)
             return []
 
     def holds_weights(self) -> bool:
-        """Whether anything trained is here: a whole checkpoint, or an adapter."""
+        """Whether anything trained is here: a complete checkpoint, or an adapter."""
         return self.adapter.is_dir() or self.last_checkpoint() is not None
 
     def clear(self) -> None:
-        """Remove what an unfinished run left, but for `run.json`, which `start` replaces."""
+        """Remove an unfinished run's files, except `run.json`, which `start` replaces."""
         for file in (self.plan, self.initial, self.log, self.metrics, self._provenance):
             file.unlink(missing_ok=True)
         for path in (self.checkpoints, self.adapter):
             shutil.rmtree(path, ignore_errors=True)
 
     def saved_plan(self) -> Plan | None:
-        """Return what was decided when the run was started; None if nothing is saved of it.
+        """Return the decisions made at the run's start; None if none are saved.
 
         Raises:
             ArtifactError: the file is damaged, or another run's.
@@ -276,11 +276,11 @@ class RunFolder:
         if file is None:
             return None
         plan = InitialAdapter.load(file) if file == self.initial else AdapterPlan.load(file)
-        # A process that was killed just after it wrote the plan noted no digest of it.
+        # A process that was killed just after it wrote the plan recorded no digest of it.
         if self._read().get("plan", digest := file_digest(file)) != digest:
             raise ArtifactError(
-                f"{file}: it is not the plan that this run was started with; put that back, or"
-                " remove the file, and the run plans again."
+                f"{file}: it is not the plan that this run was started with; restore "
+                "that, or remove the file, and the run plans again."
             )
         return plan
 
@@ -288,15 +288,15 @@ class RunFolder:
         return next((file for file in (self.initial, self.plan) if file.is_file()), None)
 
     def finish(self, measured: dict[str, Any] | None = None) -> None:
-        """Mark the run as finished, with what was ``measured`` of it (plain JSON values)."""
+        """Mark the run as finished, with its measurements ``measured`` (plain JSON values)."""
         write_state(self._run, self._read() | {"status": "finished", "measured": measured or {}})
 
     def measured(self) -> dict[str, Any]:
-        """Return what a finished run measured: trainable parameters, seconds of each stage."""
+        """Return a finished run's measurements: trainable parameters, seconds of each stage."""
         return self._read().get("measured", {})
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint; a half-written or damaged one is passed over."""
+        """Return the newest complete checkpoint; skips partial and damaged ones."""
         return last_whole(self.checkpoints, self.run_id())
 
     def append_log(self, line: dict[str, Any]) -> None:
@@ -305,7 +305,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def rewind_log(self, step: int) -> None:
-        """Drop the lines after ``step``, which a run resumed from there will write again."""
+        """Drop the lines after ``step``, which a run resumed from there writes again."""
         if not self.log.is_file():
             return
         kept, damaged = [], []
@@ -316,13 +316,13 @@ class RunFolder:
             except (ValueError, TypeError, AttributeError, RecursionError):
                 damaged.append(number)
         if damaged:
-            logger.warning("%s: lines %s are damaged and left out.", self.log, damaged)
+            logger.warning("%s: lines %s are damaged and were skipped.", self.log, damaged)
         with replacing_file(self.log) as part:
             part.write_bytes(b"".join(kept))
 
 
 def process_count() -> int:
-    """Return how many processes this launch has."""
+    """Return the number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,6 +1,6 @@
-"""What the screen shows of a training: losses, speed, peak memory, time left.
+"""Terminal output of a training: losses, speed, peak memory, time left.
 
-On a terminal it is a progress bar; elsewhere, as in a batch job, one line an interval.
+On a terminal it is a progress bar; elsewhere, as in a batch job, one line per interval.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INTERVAL = 10.0
-"""Seconds between two lines, at least."""
+"""Minimum seconds between two lines."""
 
 
 class ScreenCallback(ProgressCallback):
-    """Shows a training as it goes; the run's log has every line.
+    """Shows the progress of a training; the run's log has every line.
 
     Args:
-        memory: of the run's process.
-        lines: whether to log lines, in place of a bar.
+        memory: peak memory of the run's process.
+        lines: whether to log lines instead of a bar.
         clock: returns seconds.
     """
 
@@ -48,14 +48,14 @@ class ScreenCallback(ProgressCallback):
         self._over = False
 
     def watch(self, trainer: Any) -> None:
-        """Take the place of a trainer's own bar, if it has one, and count the tokens it sees."""
+        """Replace a trainer's own bar, if it has one, and count its tokens."""
         if trainer.pop_callback(ProgressCallback) is None:
             return
         trainer.add_callback(self)
         step, processes = trainer.training_step, trainer.args.world_size
 
         def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            # A tensor on its device: adding to it does not wait for it, reading it does.
+            # A tensor on its device: adding to it does not synchronize; reading it does.
             self._tokens = self._tokens + processes * _tokens(inputs)
             return step(model, inputs, *args, **kwargs)
 
@@ -80,7 +80,7 @@ class ScreenCallback(ProgressCallback):
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the time of an evaluation out of the speed of the training."""
+        """Exclude the time of an evaluation from the training speed."""
         now = self._clock()
         self._start += now - self._step_end
         self._step_end = now
@@ -110,7 +110,7 @@ class ScreenCallback(ProgressCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar, and sum up."""
+        """Close the bar and log a summary."""
         if not state.is_world_process_zero:
             return
         if self.training_bar is not None:
@@ -139,21 +139,21 @@ class ScreenCallback(ProgressCallback):
 
 
 def show(trainer: Any, memory: PeakMemory) -> None:
-    """Let a trainer show what it does; one that shows nothing goes on so."""
+    """Make a trainer show its progress, unless its progress bar is disabled."""
     ScreenCallback(memory, lines=not sys.stderr.isatty()).watch(trainer)
 
 
 def trained_parameters(model: nn.Module) -> str:
-    """Say how many parameters of a model train, of what, and their share of all.
+    """Log the number of trainable parameters by part, and their share of all.
 
-    Copies that PEFT keeps beside modules that train in full do not count.
+    PEFT's copies beside modules that train in full do not count.
     """
     parts: Counter[str] = Counter()
     total = 0
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        # bitsandbytes packs two 4-bit weights into a byte, of whatever type it is stored in.
+        # bitsandbytes packs two 4-bit weights into a byte, whatever the storage type.
         packed = type(parameter).__name__ == "Params4bit"
         count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
         count = getattr(parameter, "ds_numel", count)  # ZeRO-3 empties its parameters
@@ -167,7 +167,7 @@ def trained_parameters(model: nn.Module) -> str:
 
 
 def _part(name: str, adapted: bool) -> str:
-    """Return what a parameter belongs to: the adapter, a module that trains in full, biases."""
+    """Return the part that a parameter belongs to: the adapter, a fully trained module, biases."""
     before, full, _ = name.partition(".modules_to_save.")
     if full:
         return before.rpartition(".")[2]
@@ -177,7 +177,7 @@ def _part(name: str, adapted: bool) -> str:
 
 
 def _tokens(inputs: dict[str, Any]) -> Any:
-    """Return how many tokens a batch has, padding aside: a number, or a tensor on its device."""
+    """Return the number of tokens in a batch without padding, as a number or a tensor."""
     if (mask := inputs.get("attention_mask")) is not None:
         return mask.sum()
     ids = inputs.get("input_ids")

@@ -1,4 +1,4 @@
-"""Everything about a run that can be settled and checked before its folder is touched."""
+"""Settles and checks everything about a run before its folder is touched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Setup:
     config: RunConfig
     method: Method
     options: Any
-    """The method's options, with the task type filled in."""
+    """The method's options, including the task type."""
     task: Task
     kind: KindSpec
     tokenizer: PreTrainedTokenizerBase
@@ -48,19 +48,19 @@ class Setup:
     train: Dataset
     """Token ids and labels of the training rows."""
     held_out: Dataset | None
-    """The same of the evaluation rows."""
+    """Token ids and labels of the evaluation rows."""
     validation: Dataset | None
-    """The same of a file of validation rows."""
+    """Token ids and labels of a file of validation rows."""
     left_out: Sequence[int]
-    """Indices of the raw training rows that were left out because they repeat prompts."""
+    """Indices of the raw training rows that were skipped because they repeat prompts."""
     settled: tuple[str, ...] = ()
     """Fields of `config` that were not given and got a value for this model."""
 
     def record(self) -> dict[str, Any]:
         """Return the resolved configuration for the run's folder, with `data` as settled.
 
-        The format of prompts and the order of the head's outputs are known by it, whatever becomes
-        of the training rows.
+        Resuming does not change the prompt format or the order of the head's outputs, even if the
+        training rows change.
         """
         settled = {name: getattr(self.task.data, name) for name in ("format", "max_length")}
         if self.task.kind == "classification" and type(self.task).label_names is None:
@@ -72,8 +72,8 @@ class Setup:
     def calibration_batches(self) -> Samples:
         """Return the calibration rows in batches: the first ones after a seeded shuffle.
 
-        In a process group they are dealt out to the processes like cards, if the method adds up
-        what they see.
+        In a process group they are divided among the processes, if the method sums their
+        statistics.
         """
         from torch.utils.data import DataLoader
 
@@ -89,10 +89,11 @@ class Setup:
         return Samples(loader, options.skip_bad_samples, options.cache)
 
     def load_model(self, device: Any, shards: Sequence[str] = ()) -> PreTrainedModel:
-        """Load the base model with the head of the task; a new head is drawn from the run's seed.
+        """Load the base model with the head of the task; the run's seed initializes a new head.
 
-        What else of a classifier the files lack (DeBERTa's pooler, say) is drawn too. Adapted or
-        frozen it could not be saved, so it is added to the options' `modules_to_save`.
+        Other missing parameters of a classifier (DeBERTa's pooler, say) are initialized too. An
+        adapter does not save them, adapted or frozen, so they are added to the options'
+        `modules_to_save`.
 
         Args:
             device: where to calibrate and train.
@@ -100,7 +101,7 @@ class Setup:
 
         Raises:
             ConfigError: there is no such model, it has no head of that kind, or it cannot be
-                quantized as the run says.
+                quantized as requested.
         """
         import transformers
 
@@ -110,7 +111,7 @@ class Setup:
         head = self.head_fields()
         base = pretrained(self.config)
         model, missing = base.model(self.kind.auto_model, device, head=head, shards=shards)
-        # Decoders that classify find the last real token by it.
+        # Classifying decoders use it to find the last real token.
         set_token_ids(model.config, ["pad_token_id"], self.tokenizer.pad_token_id)
         if head:
             self._train_in_full(missing)
@@ -120,7 +121,7 @@ class Setup:
         return model
 
     def _train_tokens(self, model: Any) -> None:
-        """Give the added tokens rows of the embedding and the head, and let these train."""
+        """Give the added tokens rows of the embedding and the head, and make these trainable."""
         import transformers
 
         from tlora.models.tokens import make_rows, rows_of, with_rows
@@ -134,7 +135,7 @@ class Setup:
             self.options = with_rows(self.options, rows_of(model, added))
 
     def _check_room(self, model: Any) -> None:
-        """Check that the model has positions and rows of its embedding for every token.
+        """Check that the model has positions and embedding rows for every token.
 
         Raises:
             DataError: it does not.
@@ -157,7 +158,7 @@ class Setup:
                 raise DataError(f"a row of {name or kind} has {fault}.")
 
     def head_fields(self) -> dict[str, Any]:
-        """Return the fields of the model's configuration that give a classifier its head, or {}."""
+        """Return the fields of the model's configuration for a classifier's head, or {}."""
         if self.kind.task_type != "SEQ_CLS":
             return {}
         names = self.task.label_names or ["value"]
@@ -167,19 +168,19 @@ class Setup:
         }
 
     def _train_in_full(self, drawn: Iterable[str]) -> None:
-        """Let the modules of parameters that the files lack train in full, besides the head."""
+        """Make modules with parameters missing from the files train in full, besides the head."""
         from tlora.calibration.targets import heads_of
 
         if not hasattr(self.options, "modules_to_save"):
-            return  # all of the model trains
+            return  # the whole model trains
         known = set(heads_of(self.options))
         modules = {name.rpartition(".")[0] for name in drawn}
         new = sorted(m for m in modules if m and not known.intersection(m.split(".")))
         if new:
             asked = self.options.modules_to_save or []
             logger.warning(
-                "%s has no %s, which starts at random; it trains in full and is saved with the"
-                " adapter.",
+                "%s has no %s, which starts at random; it trains in full and is "
+                "saved with the adapter.",
                 self.config.model,
                 ", ".join(new),
             )
@@ -187,7 +188,7 @@ class Setup:
 
 
 def settle(config: RunConfig, validation: str | None = None) -> Setup:
-    """Do what `settle_checked` does, after `preflight.check`."""
+    """Do the work of `settle_checked`, after `preflight.check`."""
     preflight.check(config, validation)
     return settle_checked(config, validation)
 
@@ -200,13 +201,13 @@ def settle_checked(
     Args:
         config: the run.
         validation: a further file of evaluation rows.
-        left_out: indices of the training rows to leave out, where overlap with evaluation rows has
-            been looked for before; None: it is looked for here.
+        left_out: indices of the training rows to skip, if overlap with evaluation rows is already
+            known; None: overlap is searched here.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range.
-        DataError: rows are missing or not what the task expects, or training rows repeat prompts of
-            evaluation rows, or validation rows those of rows that are reported on.
+        DataError: rows are missing or not in the task's format, or training rows repeat prompts of
+            evaluation rows, or validation rows repeat those of reported rows.
     """
     task = preflight.task_of(config)
     kind = KINDS[task.kind]
@@ -245,7 +246,7 @@ def settle_checked(
 
 @dataclass(frozen=True)
 class _Part:
-    """Raw rows, what the task makes of them, and what messages call them."""
+    """Raw rows, their tokenized form, and their name in messages."""
 
     name: str
     raw: Dataset
@@ -276,14 +277,14 @@ def _read(
 
 
 def _split(part: _Part, task: Task) -> tuple[_Part, _Part]:
-    """Return the training rows and those that `data.val_size` holds out of them."""
+    """Return the training rows and the rows that `data.val_size` holds out of them."""
     held = set(held_out(part.rows, task.data, part.name))
     kept = [index for index in range(len(part.rows)) if index not in held]
     validation = part.without(kept)
     logger.info("%s: %d rows are held out to evaluate on.", part.name, len(held))
     known = {"the rows held out": PromptIndex(map(prompt_of, validation.rows))}
     train = part.without(sorted(held))
-    # A question may also stand inside another row; that is no mistake of the user's to refuse.
+    # A question may also occur inside another row; that is not the user's mistake.
     if task.data.overlap == "refuse":
         task = copy.copy(task)
         task.data = dataclasses.replace(task.data, overlap="drop")
@@ -296,15 +297,15 @@ def _refuse_one_class(train: _Part, task: Task) -> None:
     if len(found) == 1:
         name = (task.label_names or [])[found.pop()]
         raise DataError(
-            f"{train.name}: all {len(train.rows)} training rows have the label {name!r}; give rows"
-            " of two classes or more."
+            f"{train.name}: all {len(train.rows)} training rows have the label "
+            f"{name!r}; give rows of two classes or more."
         )
 
 
 def _overlap(
     task: Task, train: _Part, held_out: _Part | None, choosing: _Part | None
 ) -> Sequence[int]:
-    """Return the indices of the training rows to leave out."""
+    """Return the indices of the training rows to skip."""
     prompts = {
         part.name: PromptIndex(map(prompt_of, part.rows))
         for part in (held_out, choosing)
@@ -318,11 +319,11 @@ def _overlap(
 
 
 def guarded(data: DataConfig) -> dict[str, PromptIndex]:
-    """Return the prompts of the evaluations of `data.guard`, by name.
+    """Return the prompts of the evaluations in `data.guard`, by name.
 
     Raises:
-        ConfigError: one of them is not known, or asks for programs.
-        DataError: their rows cannot be had.
+        ConfigError: an evaluation is unknown, or runs programs.
+        DataError: its rows are not available.
     """
     if not data.guard:
         return {}
@@ -336,7 +337,7 @@ def guarded(data: DataConfig) -> dict[str, PromptIndex]:
 
 
 def pretrained(config: RunConfig) -> Pretrained:
-    """Return the base model that a run adapts, and the precision to load it in."""
+    """Return the base model of a run, and the precision to load it in."""
     return Pretrained(
         name=str(config.model),
         dtype=config.dtype,
@@ -346,10 +347,10 @@ def pretrained(config: RunConfig) -> Pretrained:
 
 
 def _check_reads(config: RunConfig, task: Task) -> None:
-    """Check that a causal task has a model that goes on with a text, before it is loaded.
+    """Check that a causal task has a causal model, before it is loaded.
 
     Raises:
-        ConfigError: it reads one text and writes another, as T5 does.
+        ConfigError: the model is an encoder-decoder, such as T5.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
@@ -362,20 +363,19 @@ def _check_reads(config: RunConfig, task: Task) -> None:
     if task.kind == "causal" and family in SEQ2SEQ and family not in CAUSAL:
         advice = "" if config.task == "jsonl" else "--task jsonl "
         raise ConfigError(
-            f"{config.model!r} ({family}) reads one text and writes another; give"
-            f" {advice}--data.kind seq2seq.",
+            f"{config.model!r} ({family}) is an encoder-decoder; give {advice}--data.kind seq2seq.",
             where="model",
         )
 
 
 def positions(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens the model holds, by its configuration and its tokenizer."""
+    """Return the maximum number of tokens of the model, by its configuration and its tokenizer."""
     held = positions_of(pretrained(config).config())
     return min(tokenizer.model_max_length, held or tokenizer.model_max_length)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; without a padding token the closing one pads.
+    """Load the model's tokenizer; without a padding token, the closing token pads.
 
     Raises:
         ConfigError: there is no such model or no tokenizer with it.

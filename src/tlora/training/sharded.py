@@ -1,12 +1,12 @@
-"""`tlora train` under FSDP2 and ZeRO-3: a model in parts from its files on.
+"""`tlora train` under FSDP2 and ZeRO-3: the model is sharded while loading.
 
 transformers reads each process's part of the base from the files, and the plan is made on it. The
 plan is attached to the same model on `meta`, which is then sharded in the same way, so that it
-takes the parts over as they are. No process ever holds more than its parts, the layer that runs,
-and what lies outside the layers (embeddings, head). The optimizer keeps parts as well.
+takes over the parts unchanged. No process ever holds more than its parts, the running layer, and
+the modules outside the layers (embeddings, head). The optimizer state is sharded as well.
 
-ZeRO-3 partitions a model while it loads; the plan is made on one that FSDP2 shards, before that.
-What trains is gathered by `tlora.training.gathering`.
+ZeRO-3 partitions a model while loading; before that, the plan is made on a model sharded by FSDP2.
+`tlora.training.gathering` gathers trainable parameters.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 _ADAPTER = "default"
 _INSIDE = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
-"""What PEFT puts into the names of the base's parameters."""
+"""PEFT's infix in the names of the base's parameters."""
 
 
 def engine_of(arguments: Any) -> Callable[[Setup, Any, Any], Prepared] | None:
-    """Return what loads and prepares a model in parts, as the engine asked for takes it.
+    """Return the function that loads and prepares a sharded model for the requested engine.
 
-    It takes the run, the device and the plan of a run that is resumed, as `initialize.adapt`.
-    Without an engine that keeps weights in parts there is None.
+    It takes the run, the device and the plan of a resumed run, as `initialize.adapt` does. None if
+    no engine shards the weights.
 
     Raises:
         ConfigError: as `fsdp_of`.
@@ -61,13 +61,13 @@ def engine_of(arguments: Any) -> Callable[[Setup, Any, Any], Prepared] | None:
 
 
 def fsdp_of(arguments: Any) -> Any | None:
-    """Return accelerate's FSDP plugin, as a field or `accelerate launch` asks for it; or None.
+    """Return accelerate's FSDP plugin, if a field or `accelerate launch` requests it; else None.
 
-    From here on accelerate and the trainer do not know of it: the model that they get is sharded
-    already. A launch of one process has nothing to shard.
+    From here on it is hidden from accelerate and the trainer: their model is already
+    sharded. A launch of one process has nothing to shard.
 
     Raises:
-        ConfigError: it asks for what a run cannot do.
+        ConfigError: it requests something that a run does not support.
     """
     if not (arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         return None
@@ -77,9 +77,7 @@ def fsdp_of(arguments: Any) -> Any | None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     fields = (arguments.fsdp_plugin_args or {}) | {"cpu_ram_efficient_loading": False}
     if str(fields.get("fsdp_version") or os.environ.get("FSDP_VERSION")) != "2":
-        raise ConfigError(
-            "FSDP is asked for in its first version; set `fsdp_version: 2`.", "trainer"
-        )
+        raise ConfigError("FSDP1 is requested; set `fsdp_version: 2`.", "trainer")
     with _refused():
         plugin = FullyShardedDataParallelPlugin(**fields)
     several = process_group().size > 1
@@ -92,7 +90,7 @@ def fsdp_of(arguments: Any) -> Any | None:
 
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
-    """Let accelerate's sentence about a setting of FSDP be a ConfigError."""
+    """Turn accelerate's error about an FSDP setting into a ConfigError."""
     try:
         yield
     except (ValueError, LookupError) as error:
@@ -112,15 +110,15 @@ def _faults(plugin: Any) -> Iterator[str]:
         yield "FSDP2 needs a transformers that shards a model as it loads; install 5.23 or later."
     if plugin.activation_checkpointing:
         yield (
-            "`fsdp_activation_checkpointing` is not supported; leave it out and give"
-            " --trainer.gradient_checkpointing true."
+            "`fsdp_activation_checkpointing` is not supported; remove it and give "
+            "--trainer.gradient_checkpointing true."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        yield "`fsdp_offload_params` is not supported; leave it out and use more processes."
+        yield "`fsdp_offload_params` is not supported; remove it and use more processes."
 
 
 def _optimizer_faults(arguments: Any) -> Iterator[str]:
-    """Let the optimizer take a step on a parameter in parts; those of some packages cannot."""
+    """Step the optimizer on a sharded parameter; some packages' optimizers cannot."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
     from transformers import Trainer
@@ -132,24 +130,26 @@ def _optimizer_faults(arguments: Any) -> Iterator[str]:
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, None)
         kind([parameter], **options).step()
-    except Exception as error:  # whatever an optimizer's library raises
+    except Exception as error:  # an optimizer's library may raise anything
         yield (
-            f"`optim` {str(arguments.optim.value)!r} does not train parameters that FSDP2 shards"
-            f" ({first_line(error).rstrip('.!')}); leave it out, or launch the run with DDP."
+            f"`optim` {str(arguments.optim.value)!r} does not train parameters that "
+            f"FSDP2 shards ({first_line(error).rstrip('.!')}); choose another "
+            "optimizer, or launch the run with DDP."
         )
 
 
 def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
-    """Load the base in parts, plan on it if there is no ``plan``, and attach and shard.
+    """Load the sharded base, plan on it if there is no ``plan``, and attach and shard.
 
     Args:
         setup: the run.
         device: of this process.
-        plan: the `AdapterPlan` of a run that is resumed, or None.
+        plan: the `AdapterPlan` of a resumed run, or None.
         plugin: from `fsdp_of`.
 
     Raises:
-        ConfigError: the run asks for what is not done in parts, or as `check_targets`.
+        ConfigError: the run requests something that sharding does not support, or as
+            `check_targets`.
     """
     model, layers = _outline(setup, plugin)
     base = setup.load_model(device, layers)
@@ -166,9 +166,9 @@ def adapt(setup: Setup, device: Any, plan: Any, *, plugin: Any) -> Prepared:
 
 
 def adapt_zero3(setup: Setup, device: Any, plan: Any) -> Prepared:
-    """Plan on a base that FSDP2 shards, then attach to one that ZeRO-3 partitions as it loads.
+    """Plan on a base that FSDP2 shards, then attach to one that ZeRO-3 partitions while loading.
 
-    Arguments and errors as of `adapt`.
+    Arguments and errors as for `adapt`.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from transformers.integrations import deepspeed
@@ -192,7 +192,8 @@ def _outline(setup: Setup, plugin: Any) -> tuple[Any, list[str]]:
     """Return the base on `meta`, and the names of the layers to gather one at a time.
 
     Raises:
-        ConfigError: the run asks for what is not done in parts, or there are no such layers.
+        ConfigError: the run requests something that sharding does not support, or there are no such
+            layers.
     """
     if faults := list(_unsharded(setup)):
         raise ConfigError(faults, where="trainer")
@@ -206,15 +207,16 @@ def _planned_on(base: Any, setup: Setup) -> AdapterPlan:
     plan: AdapterPlan = method.plan(base, setup.options, setup.calibration_batches())
     if fused := parameter_keys(base, plan.modules):
         raise ConfigError(
-            f"{next(iter(fused))!r} is adapted as a parameter, which is not done in parts; launch"
-            " the run with DDP, or leave it out.",
+            f"{next(iter(fused))!r} is adapted as a parameter, which sharding does "
+            "not support; launch the run with DDP, or remove it from "
+            "`target_parameters`.",
             where="adapter",
         )
     return plan
 
 
 def _unsharded(setup: Setup) -> Iterator[str]:
-    """Yield a sentence for each thing that a run in parts cannot do."""
+    """Yield a sentence for each unsupported feature of a sharded run."""
     config = setup.config
     what = []
     if not isinstance(setup.method, Plans):
@@ -241,9 +243,9 @@ def _layers(model: nn.Module, plugin: Any) -> list[str]:
     names = [name for name, module in model.named_modules() if name and chosen and chosen(module)]
     if not names:
         raise ConfigError(
-            f"FSDP2 finds no layers of {type(model).__name__} to gather one at a time; set"
-            " `fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`, and"
-            " `fsdp_transformer_layer_cls_to_wrap` to the class of its layers.",
+            f"FSDP2 finds no layers of {type(model).__name__} to gather one at a "
+            "time; set `fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`, and "
+            "`fsdp_transformer_layer_cls_to_wrap` to the class of its layers.",
             where="trainer",
         )
     return names
@@ -259,7 +261,7 @@ def shard(model: Any, layers: list[str], base: Any, plugin: Any) -> None:
         layer = bare.get_submodule(name)
         fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model, mesh=mesh)
-    # Every process has to write a reply as long as the longest.
+    # Every process must generate replies as long as the longest.
     register_fsdp_forward_method(model, "generate")
     bare._is_fsdp_managed_module = True
 
@@ -275,7 +277,7 @@ def adopt(model: Any, base: nn.Module, plan: AdapterPlan) -> None:
             if whole is None:
                 name = _INSIDE.sub("", key.removeprefix("base_model.model."))
                 part = parts[name].to(old.dtype)
-                # A copy that trains must not share the frozen original's memory.
+                # A trainable copy must not share the frozen original's memory.
                 state[key] = part.clone() if ".modules_to_save." in key else part
             else:
                 state[key] = like(old, whole)

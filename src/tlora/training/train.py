@@ -38,14 +38,13 @@ _TIMINGS = ("runtime", "_per_second", "_preparation_time")
 def run(config: RunConfig) -> RunFolder:
     """Train an adapter; return the folder of the run.
 
-    Where the folder holds this run, unfinished, training resumes from the last whole checkpoint
-    (from the start, if there is none) to the same weights as without the interruption. A finished
-    run is left as it is. With `config.resume` there has to be a run, and fields at their defaults
-    are taken from it.
+    If the folder holds this run, unfinished, training resumes from the last complete checkpoint (or
+    the start) and reaches the same weights as an uninterrupted run. A finished run does not change.
+    With `config.resume` a run must exist, and fields at their defaults are taken from it.
 
     Raises:
-        ConfigError: a field is wrong, the folder is taken, be it by a live process, or the run in
-            it was started with another configuration, other rows or another base model.
+        ConfigError: a field is wrong, another process or other files occupy the folder, or its run
+            was started with another configuration, other rows or another base model.
         DataError: rows are missing or not what the task expects.
         DivergenceError: the training diverged; the run is not finished and has no adapter.
     """
@@ -88,8 +87,8 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     if adapt_parts:
         gathering.gather(prepared)
     if trainer.is_world_process_zero():
-        # The trainer may have wrapped or moved the model, but it is this very object. It is saved
-        # first: an evaluation that fails must not cost what was trained.
+        # The trainer may have wrapped or moved the model, but it is the same object. It is saved
+        # first: a failed evaluation must not lose the training.
         save_adapter(prepared, setup, folder.adapter)
     with timed(seconds, "evaluate"):
         metrics = scores(trainer, setup.held_out)
@@ -102,7 +101,7 @@ def _train(todo: Todo, folder: RunFolder) -> None:
 
 
 def _name_best(trainer: Any) -> None:
-    """Say which checkpoint was loaded at the end, if the best one was."""
+    """Log which checkpoint was loaded at the end, if the best one was."""
     best = trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best:
         name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
@@ -114,24 +113,25 @@ def _name_best(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long the body took; of a resumed run that is its last start alone."""
+    """Record the duration of the body; for a resumed run, of its last start only."""
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 def optimizer_of(setup: Setup, prepared: Prepared) -> Any | None:
-    """Return what makes the run's optimizer where it is none of transformers'; else None.
+    """Return a function that makes the run's optimizer if transformers has none for it; else None.
 
     Raises:
-        ConfigError: the method brings one, and `optim` names another.
+        ConfigError: the method has its own optimizer, and `optim` names another.
     """
     if setup.config.trainer.get("optim") != OPTIM:
         return prepared.optimizer
     if prepared.optimizer is not None:
         raise ConfigError(
-            f"`optim` {OPTIM!r} would replace the optimizer of the method {setup.config.method!r};"
-            " leave it out, or choose a method without one of its own.",
+            f"`optim` {OPTIM!r} would replace the optimizer of the method "
+            f"{setup.config.method!r}; remove it, or choose a method without its own "
+            "optimizer.",
             where="trainer",
         )
     from tlora.adapter.rite import make_rite
@@ -140,10 +140,10 @@ def optimizer_of(setup: Setup, prepared: Prepared) -> Any | None:
 
 
 def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFolder) -> Any:
-    """Make the trainer of the task's kind around the prepared model.
+    """Make the trainer for the task's kind around the prepared model.
 
     Raises:
-        ConfigError: the trainer refuses its arguments for this model; its sentence says why.
+        ConfigError: the trainer refuses its arguments for this model; its message says why.
     """
     from tlora.calibration.placement import is_sharded
     from tlora.training.divergence import DivergenceCallback
@@ -157,13 +157,13 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
         extra["compute_metrics"] = lambda prediction: setup.task.metrics(
             prediction.predictions, prediction.label_ids
         )
-        extra["preprocess_logits_for_metrics"] = _logits_alone
+        extra["preprocess_logits_for_metrics"] = _only_logits
     elif setup.task.reads_replies and arguments.predict_with_generate:
         extra["compute_metrics"] = lambda prediction: setup.task.reply_metrics(
             texts(setup.tokenizer, prediction.predictions),
             texts(setup.tokenizer, prediction.label_ids),
         )
-    # Packed rows need TRL's own collator, which lays them end to end.
+    # Packed rows need TRL's own collator, which concatenates them.
     if not (getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)):
         extra["data_collator"] = setup.collator
     if setup.task.kind == "causal":
@@ -190,8 +190,8 @@ def make_trainer(setup: Setup, prepared: Prepared, arguments: Any, folder: RunFo
     return trainer
 
 
-def _logits_alone(outputs: Any, labels: Any) -> Any:
-    """Return the logits of what a classifier puts out; encoder-decoders add encoder states."""
+def _only_logits(outputs: Any, labels: Any) -> Any:
+    """Return only the logits from a classifier's output; encoder-decoders add encoder states."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
@@ -201,14 +201,14 @@ def _refuse_disagreement(started: bool, folder: RunFolder) -> None:
 
     if len(set(process_group().all_gather(started))) > 1:
         raise ConfigError(
-            f"{folder.path} holds a run on some machines of the launch and not on others; put"
-            " --output_dir on a file system that they share.",
+            f"{folder.path} holds a run on some machines of the launch and not on "
+            "others; put --output_dir on a shared file system.",
             where="output_dir",
         )
 
 
 def _resume_point(folder: RunFolder, trainer: Any, started: bool) -> Path | None:
-    """Return the checkpoint to resume from; the first process clears away what lies beyond it."""
+    """Return the checkpoint to resume from; the first process removes later ones."""
     from tlora.calibration.group import process_group
 
     point = _rewound(folder, started) if trainer.is_world_process_zero() else None
@@ -230,9 +230,9 @@ def _rewound(folder: RunFolder, started: bool) -> Path | None:
 
 
 def _refuse_diverged(metrics: dict[str, Any], trainer: Any, folder: RunFolder) -> None:
-    """Check the loss of the evaluation, and take the adapter back if it is not finite.
+    """Check the loss of the evaluation, and remove the adapter if the loss is not finite.
 
-    The last step's weights meet no loss while training: finite ones can be far off.
+    No training loss covers the last step's weights: finite weights can still give a bad loss.
 
     Raises:
         DivergenceError: it is not finite.
@@ -252,9 +252,9 @@ def _refuse_diverged(metrics: dict[str, Any], trainer: Any, folder: RunFolder) -
 
 
 def scores(trainer: Any, rows: Any) -> dict[str, Any]:
-    """Return the trainer's scores of ``rows``, {} where there are none.
+    """Return the trainer's scores of ``rows``, {} if there are none.
 
-    The trainer's timings are left out: the same weights and rows give the same scores.
+    The trainer's timings are dropped: the same weights and rows give the same scores.
     """
     if rows is None:
         return {}

@@ -1,4 +1,4 @@
-"""What `tlora train` adds to the trainers of transformers and TRL."""
+"""Extensions of the trainers of transformers and TRL for `tlora train`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tlora.training.runfolder import RunFolder
 
 
 class GreedyTrainer(Seq2SeqTrainer):
-    """transformers' trainer, whose evaluations reply greedily.
+    """transformers' trainer with greedy replies in evaluations.
 
-    A checkpoint's penalties or beams do not count; `generation_num_beams` and `generation_config`
-    of the training arguments do.
+    A checkpoint's penalties or beams are ignored; `generation_num_beams` and `generation_config` of
+    the training arguments apply.
     """
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -37,23 +37,23 @@ class LogCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Write one line; the numbers stay as the trainer made them."""
+        """Write one line; the numbers are the trainer's, unchanged."""
         if state.is_world_process_zero and logs:
             self.folder.append_log({"step": state.global_step, **logs})
 
 
 def stopping(config: RunConfig) -> list[TrainerCallback]:
-    """Return transformers' callback that stops a run early, if the run asks for it."""
+    """Return transformers' early-stopping callback, if the run requests it."""
     patience = config.early_stopping
     return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
 
 
 def keep_dtypes(trainer: Any) -> None:
-    """Let a trainer that resumes load its checkpoint into the adapter's dtypes, as they are.
+    """Make a trainer that resumes load its checkpoint with the adapter's current dtypes.
 
-    On a quantized base TRL trains B in bfloat16, but PEFT widens what it loads to float32, and
-    the run would go on in another precision than it began. No callback comes between that and the
-    optimizer, hence the trainer's own method.
+    On a quantized base TRL trains B in bfloat16, but PEFT converts loaded weights to float32, so
+    the run would continue in another precision. No callback runs between loading and the optimizer,
+    so the trainer's own method is wrapped.
     """
     load = trainer._load_from_checkpoint
 
@@ -68,12 +68,12 @@ def keep_dtypes(trainer: Any) -> None:
 
 
 def score_labels_alone() -> None:
-    """Let TRL on a CPU multiply by the LM head only the positions whose next token counts.
+    """On a CPU, make TRL apply the LM head only at positions whose next token counts.
 
     TRL does so on GPUs. Elsewhere it scores every position and drops the prompt's afterwards, to
-    keep shapes the same for compilers; on a CPU that is a third of a step's time. The losses are
-    the same. The name is private to `trl.trainer.utils`, where it decides nothing else; without it
-    training is only slower.
+    keep shapes constant for compilers; on a CPU that is a third of a step's time. The losses are
+    equal. The name is private to `trl.trainer.utils` and affects nothing else; without it training
+    is only slower.
     """
     utils: Any = importlib.import_module("trl.trainer.utils")
     gathers = getattr(utils, "_use_triton", None)
