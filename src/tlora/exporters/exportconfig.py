@@ -66,7 +66,7 @@ class ExportConfig(MergeConfig):
         """Yield what is wrong between fields."""
         yield from super().relations()
         if self.format is None and self.server is None:
-            yield "`format` is missing; give --format, or --for with the server that reads it."
+            yield "`format` and `server` are missing; give --format, or --for with the reader."
         if self.format and self.server and self.format not in SERVERS[self.server].formats:
             right = SERVERS[self.server]
             yield (

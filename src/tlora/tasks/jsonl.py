@@ -8,6 +8,7 @@ the prompt is named, the response is the first of `response`, `completion`, `out
 from __future__ import annotations
 
 import logging
+import math
 import string
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_args
@@ -262,7 +263,9 @@ class Jsonl(Task):
         if self.kind == "regression":
             text = text_of(raw, column, where)
             try:
-                return float(text)
+                if math.isfinite(number := float(text)):
+                    return number
+                raise ValueError(text)
             except ValueError:
                 raise DataError(
                     f"{where}: column {column!r} is {shortened(text)!r}, not a number."
