@@ -244,7 +244,9 @@ class Section:
                 vars(sound)[field.name] = default_of(field)
         # Relations see the default in place of each wrong value, so that they never meet a wrong
         # type; what they say about such a default is left out.
-        return found + [each for each in sound.relations() if not any(name in each for name in named)]
+        return found + [
+            each for each in sound.relations() if not any(name in each for name in named)
+        ]
 
     def _wrong(self, name: str, kind: Any, value: Any) -> list[str]:
         """Say what is wrong with one value; a credential is refused before anything quotes it."""

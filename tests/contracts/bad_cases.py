@@ -1,6 +1,12 @@
 """Wrong inputs as data: reading the cases, writing their files, running them, recording sentences.
 
-`bad_inputs/README.md` says what a case holds.
+A file of `bad_inputs/` holds the cases of one area; `Case` describes the fields of a case. `before`
+of a file holds for the cases that give none, and `<word>` in a command stands for an entry of its
+`commands`. `{dir}` is the folder of the case, which is the working folder too, and `{shared}` the
+one with the tiny models, adapters and rows that no case may change.
+
+What a case writes is text, a list of rows (JSONL), or one of the actions of `Bench`: `copy` a
+shared file or folder, change `fields` of a JSON file, `cut` it to a number of bytes, and so on.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ class Case:
         area: name of the file that holds it.
         name: what is wrong, as an identifier of the test.
         argv: the command, with placeholders.
-        says: the whole of standard error, with placeholders.
+        says: the whole of standard error, with placeholders, and "{...}" for the words of another
+            library.
         before: the stage that is not reached.
         files: what is written into the folder of the case, in this order.
         env: environment variables.
@@ -66,8 +73,15 @@ def _cases_of(file: Path) -> Iterator[Case]:
         yield Case(area=file.stem, argv=argv, **given)
 
 
+def matches(case: Case, error: str) -> bool:
+    """Return whether a case says an error, but for what stands there as "{...}"."""
+    return re.fullmatch(re.escape(case.says).replace(re.escape("{...}"), ".*?"), error) is not None
+
+
 def record(case: Case, says: str, code: int) -> None:
-    """Put what a command said into the file of its case."""
+    """Put what a command said into the file of its case, unless it matches."""
+    if matches(case, says):
+        return
     file = HERE / f"{case.area}.yaml"
     head, name, rest = file.read_text("utf-8").partition(f"- name: {case.name}\n")
     body, dash, others = rest.partition("\n- name:")
@@ -193,16 +207,19 @@ def _changed(name: str, tensor: Any, change: str) -> dict[str, Any]:
         return {change.removeprefix("as "): tensor}
     if change.startswith("also "):
         return {name: tensor, change.removeprefix("also "): tensor.clone()}
+    import torch
+
     makers = {
         "nan": lambda: tensor.fill_(float("nan")),
         "inf": lambda: tensor.fill_(float("inf")),
         "int": tensor.int,
         "bool": tensor.bool,
+        "float8": lambda: tensor.to(torch.float8_e4m3fn),
         "flat": tensor.flatten,
         "wider": lambda: tensor.repeat(1, 2),
         "taller": lambda: tensor.repeat(2, 1),
-        "empty": lambda: tensor[:0].clone(),
-        "scalar": lambda: tensor.flatten()[0].clone(),
+        "empty": tensor[:0].clone,
+        "scalar": tensor.flatten()[0].clone,
     }
     return {name: makers[change]()}
 

@@ -75,7 +75,11 @@ class Labels:
             task.label_names = task.label_names or next(filter(None, found.values()), None)
             self._outputs = {name: names or fixed or [] for name, names in found.items()}
             if not all(self._outputs.values()):
-                raise ConfigError("name the classes in the order of training.", "data.label_names")
+                raise ConfigError(
+                    "no run and no checkpoint names the classes of the models; give"
+                    " --data.label_names in the order of training.",
+                    where="data.label_names",
+                )
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)
         summary = next(entry.summary for entry in TASKS.entries() if entry.name == name)

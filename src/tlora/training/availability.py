@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from tlora.models.pretrained import load_class
 from tlora.registry import METHODS
 from tlora.training.kinds import KindSpec
 from tlora.training.runconfig import RunConfig
+from tlora.training.runfolder import process_count
 
 # Names of transformers' functions that differ from is_NAME_available.
 _AVAILABLE = {
@@ -99,7 +99,7 @@ def chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     chosen["logging_nan_inf_filter"] = False
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         chosen["bf16"] = False
-    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not torch.accelerator.is_available() and process_count() > 1:
         # Left to themselves the ranks of a launch on a CPU would each train on their own.
         chosen |= {"use_cpu": True, "ddp_backend": "gloo"}
     if not torch.cuda.is_available():

@@ -104,7 +104,8 @@ def relations(fields: dict[str, Any]) -> Iterator[str]:
     for name in SETTING_FILES:
         if isinstance(file := fields.get(name), str):
             try:
-                read_json(file)
+                if not isinstance(read_json(file), dict):
+                    yield f"`{name}`: {file} holds no `name: value` pairs; give a file of settings."
             except ArtifactError as error:
                 yield f"`{name}`: {error}"
     if fields.get("parallelism_config") is not None:

@@ -322,8 +322,19 @@ class RunFolder:
 
 
 def process_count() -> int:
-    """Return how many processes this launch has."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes this launch has.
+
+    Raises:
+        ConfigError: the environment does not give a number.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise ConfigError(
+            f"the environment variable WORLD_SIZE is {given!r}; give the number of processes, or"
+            " unset it.",
+            where="launch",
+        )
+    return int(given)
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:

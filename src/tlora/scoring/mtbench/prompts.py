@@ -88,7 +88,8 @@ def read_prompts(path: str | Path) -> JudgePrompts:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path}: these are not FastChat's prompts for single-answer grading ({first_line(error)})."
+            f"{path}: these are not FastChat's prompts for single-answer grading"
+            f" ({first_line(error)})."
         ) from error
     mark = digest(prompts)
     label = PUBLISHED_LABEL if mark == _PUBLISHED else f"{read.label} ({mark[:12]})"
