@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import extras
-from tlora.errors import ConfigError, TLoraError, first_line
+from tlora.errors import ArtifactError, ConfigError, TLoraError, first_line
 from tlora.files import read_json
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
@@ -262,16 +262,23 @@ def check_model_folder(model: str | None) -> None:
     """Refuse a name that looks like a folder but is not a model's; a name on the Hub passes.
 
     Raises:
-        ConfigError: the folder does not exist, has no config.json, or is a file.
-        ArtifactError: the config.json is not JSON.
+        ConfigError: the folder does not exist, has no config.json that holds fields, or is a file.
     """
     path = Path(str(model))
     if path.is_file():
         raise ConfigError(f"{path} is a file; give the folder of a model.", "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
-    if path.is_dir() and not isinstance(read_json(path / "config.json"), dict):
-        raise ConfigError(f"{path}/config.json is not a model's; get the model again.", "model")
+    if path.is_dir():
+        try:
+            fields = read_json(path / "config.json")
+        except ArtifactError as error:
+            raise ConfigError(f"{model!r} cannot be loaded: {error}", "model") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"{model!r} cannot be loaded: its config.json holds no fields; get it again.",
+                "model",
+            )
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
         raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
 

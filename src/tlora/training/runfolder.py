@@ -322,18 +322,10 @@ class RunFolder:
 
 
 def process_count() -> int:
-    """Return how many processes this launch has.
-
-    Raises:
-        ConfigError: the environment does not give a number.
-    """
+    """Return how many processes this launch has; a ConfigError, where that is no number."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal():
-        raise ConfigError(
-            f"the environment variable WORLD_SIZE is {given!r}; give the number of processes, or"
-            " unset it.",
-            where="launch",
-        )
+        raise ConfigError(f"WORLD_SIZE is {given!r}; give a number, or unset it.", where="launch")
     return int(given)
 
 
