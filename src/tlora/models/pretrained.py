@@ -276,7 +276,7 @@ def check_model_folder(model: str | None) -> None:
             raise ConfigError(f"{model!r} cannot be loaded: {error}", "model") from error
         if not isinstance(fields, dict):
             raise ConfigError(
-                f"{model!r} cannot be loaded: its config.json holds no fields; get it again.",
+                f"{model!r} cannot be loaded: config.json holds no fields; get it again.",
                 "model",
             )
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
@@ -293,7 +293,10 @@ def check_weights(model: str) -> None:
         fields = read_json(index)
         found = fields.get("weight_map") if isinstance(fields, dict) else None
         if not isinstance(found, dict):
-            raise ConfigError(f"{index} names no files of weights; download it again.", "model")
+            raise ConfigError(
+                f"{model!r} cannot be loaded: {index.name} names no files; download it again.",
+                "model",
+            )
         names = {str(name) for name in found.values()}
         if outside := sorted(name for name in names if Path(name).name != name):
             raise ConfigError(
