@@ -47,17 +47,6 @@ def test_the_code_of_a_base_model_runs_only_if_trusted(hostile):
     assert mark.exists()  # else the refusal above shows nothing
 
 
-def test_names_of_columns_do_not_reach_the_terminal(llama_folder, tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"\x1b]0;title\x07\x1b[31mred": "a", "other\r": "b"}) + "\n")
-    words = {"--model": llama_folder, "--task": "jsonl", "--train_file": str(rows)}
-    words |= {"--output_dir": str(tmp_path / "run")}
-    assert cli.main(["train", *(word for pair in words.items() for word in pair)]) == 2
-    said = capsys.readouterr().err
-    assert "]0;title[31mred, other;" in said
-    assert [each for each in said if not each.isprintable()] == ["\n"]
-
-
 def test_no_verb_trusts_code_by_default():
     records = [verb.record for verb in cli.VERBS.values()]
     trusting = [record for record in records if hasattr(record, "trust_remote_code")]

@@ -244,7 +244,9 @@ class Section:
                 vars(sound)[field.name] = default_of(field)
         # Relations see the default instead of each invalid value, so they never meet a wrong type;
         # their complaints about such a default are dropped.
-        return found + [each for each in sound.relations() if not each.startswith(named)]
+        return found + [
+            each for each in sound.relations() if not any(name in each for name in named)
+        ]
 
     def _value_faults(self, name: str, kind: Any, value: Any) -> list[str]:
         """Describe the fault of one value; a credential is refused before anything quotes it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import ClassVar
@@ -216,7 +217,12 @@ def first_line(error: BaseException) -> str:
     if not lines or isinstance(error, LookupError):
         return ": ".join([kind, *lines[:1]])
     # A line that ends in a colon announces the next one.
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    said = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    return _CLASS.sub(r"\1", said)
+
+
+_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+"""How Python shows a class; its name says the same."""
 
 
 @contextlib.contextmanager

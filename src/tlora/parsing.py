@@ -121,6 +121,7 @@ def _read_words(
     places = [name for name, field in fields.items() if field.positional]
     many = any(fields[name].item for name in places)
     found: list[str] = []
+    advice = "give flags as --name value" + ", and files as a.yaml" * (not places)
     left = words[::-1]
     while left:
         word = left.pop()
@@ -128,7 +129,7 @@ def _read_words(
             if many or len(found) < len(places):
                 found.append(word)
             else:
-                yield f"unexpected word {word!r}; give flags as --name value."
+                yield f"unexpected word {word!r}; {advice}."
             continue
         flag, equals, text = word.partition("=")
         name = flag[2:] if _takes(flag[2:], fields) else flag[2:].replace("-", "_")

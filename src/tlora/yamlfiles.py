@@ -26,6 +26,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         values = _loaded(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}).", "command line") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not text in UTF-8; save it as such.", "command line") from error
     except ValueError as error:
         raise ConfigError(f"{file}: not YAML ({error}).", where="command line") from error
     if not isinstance(values, dict | None):
@@ -84,7 +86,9 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads `1e-4` as a number and a date as text; an alias may not occur in its own value.
+        """Reads `1e-4` as a number and a date as text.
+
+        An alias may not occur in its own value, nor a key twice in a mapping.
 
         Sets, pairs and bytes are refused: no field holds them, and JSON cannot.
         """
@@ -92,6 +96,15 @@ def _loader() -> Any:
         def construct_document(self, node: Any) -> Any:
             self.deep_construct = True
             return super().construct_document(node)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [(key.tag, key.value) for key, _ in node.value]
+            for (key, _), said in zip(node.value, keys, strict=True):
+                if keys.count(said) > 1 and isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"`{key.value}` is given twice", problem_mark=key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(_FLOAT, _SCIENTIFIC, None)
     as_text: Any = Loader.construct_yaml_str

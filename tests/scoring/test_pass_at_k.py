@@ -51,7 +51,9 @@ def test_pass_at_k_of_many_samples_stays_finite():
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
 def test_pass_at_k_is_refused_where_it_is_not_defined(samples, right, k):
-    with pytest.raises(ConfigError, match=f"pass@{k} is undefined for {samples} samples with {right} correct"):
+    with pytest.raises(
+        ConfigError, match=f"pass@{k} is undefined for {samples} samples with {right} correct"
+    ):
         pass_at_k(samples, right, k)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tlora.errors import DataError
 from tlora.registry import TASKS
 from tlora.tasks.base import INSTRUCTION_PROMPT
 from tlora.tasks.dataconfig import DataConfig
@@ -50,21 +49,3 @@ def test_a_published_row_becomes_the_papers_prompt_and_the_response_as_it_is(nam
 def test_an_input_follows_the_instruction(name):
     made = row(name, {"instruction": "Add.", "input": "1 2", "output": "3"})
     assert made["prompt"] == INSTRUCTION_PROMPT.format(instruction="Add.\n\n1 2")
-
-
-def test_other_columns_are_named_with_what_to_do():
-    with pytest.raises(DataError, match=r"^rows, row 3: .*'a'.* --task jsonl"):
-        row("math", {"a": "b"})
-
-
-def test_a_commonsense_answer_that_scoring_cannot_read_is_refused():
-    with pytest.raises(DataError, match="'yes', which does not end in"):
-        row("commonsense", {"instruction": "Is ice cold?", "output": "yes"})
-
-
-@pytest.mark.parametrize(
-    "turns", [None, [], ["Hello"], [{"from": "gpt", "value": "Hi."}], [{"from": "human"}]]
-)
-def test_a_conversation_without_an_answered_turn_is_refused(turns):
-    with pytest.raises(DataError, match="no human turn followed by a gpt turn"):
-        row("chat", {"conversations": turns})

@@ -5,10 +5,7 @@ import pytest
 
 from tlora.errors import ConfigError, DataError
 from tlora.tasks.dataconfig import DataConfig
-from tlora.tasks.glue import Sst2
-from tlora.tasks.gsm8k import Gsm8k
 from tlora.tasks.jsonl import Jsonl
-from tlora.training.runconfig import RunConfig
 
 
 @pytest.fixture
@@ -54,21 +51,6 @@ def test_named_columns_and_a_template_over_any_columns(first_row):
     assert row == {"prompt": "2+{2}? In apples: {", "response": "4"}
 
 
-def test_a_misspelt_column_gets_a_suggestion(first_row):
-    with pytest.raises(
-        ConfigError, match=r"`data\.prompt_column` is 'promt'.*Did you mean 'prompt'"
-    ):
-        first_row({"prompt": "a", "response": "b"}, prompt_column="promt")
-
-
-@pytest.mark.parametrize("template", ["{}", "{question} {!r}"])
-def test_a_placeholder_without_a_name_is_refused(first_row, template):
-    with pytest.raises(ConfigError, match=r"has empty braces \{\}; put a column name"):
-        first_row(
-            {"question": "a", "answer": "b"}, prompt_template=template, response_column="answer"
-        )
-
-
 def test_evaluation_rows_may_lack_the_input_that_training_rows_have(tmp_path):
     files = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     row = {"instruction": "a", "output": "b"}
@@ -78,50 +60,6 @@ def test_evaluation_rows_may_lack_the_input_that_training_rows_have(tmp_path):
     train, held_out = task.load(*map(str, files))
     assert task.row(train[0], "row 1")["prompt"] == "a\n\nc"
     assert task.row(held_out[0], "row 1")["prompt"] == "a"
-
-
-def test_a_misspelt_placeholder_gets_a_suggestion(first_row):
-    with pytest.raises(ConfigError, match=r"has \{qestion\}.*Did you mean 'question'"):
-        first_row({"question": "a", "answer": "b"}, prompt_template="{qestion}")
-
-
-def test_columns_like_nothing_known_are_listed(first_row):
-    with pytest.raises(ConfigError, match="the rows have the columns source, target; name"):
-        first_row({"source": "a", "target": "b"})
-
-
-def test_an_empty_value_names_file_row_and_column(first_row):
-    with pytest.raises(DataError, match=r"^train\.jsonl, row 1: column 'response' is None"):
-        first_row({"prompt": "a", "response": None})
-
-
-def test_a_chat_without_an_assistant_is_refused(first_row):
-    with pytest.raises(DataError, match="no assistant turn to train on"):
-        first_row({"messages": [{"role": "user", "content": "hi"}]})
-
-
-def test_a_broken_line_is_named_by_its_number(tmp_path):
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
-    with pytest.raises(DataError, match=r"train\.jsonl: cannot be read as rows \(line 2:"):
-        Jsonl(DataConfig()).load(str(file), None)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("none.jsonl", None, r"none\.jsonl: there is no such file"),
-        ("rows.xlsx", "x", r"files of type '\.xlsx' are not supported; use \.json, "),
-        ("rows.csv", "prompt,response\n", "there are no rows"),
-        ("rows.jsonl", "", "there are no rows"),
-        ("rows.json", "", "there are no rows"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path, name, text, message):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=message):
-        Jsonl(DataConfig()).load(str(tmp_path / name), None)
 
 
 @pytest.mark.parametrize(
@@ -189,17 +127,6 @@ def test_metrics_equal_the_hand_computed_ones(classification):
     assert scores["spearmanr"] == pytest.approx(1.0)
 
 
-def test_a_kind_that_the_task_is_not_is_refused():
-    from tlora.tasks.gsm8k import Gsm8k
-
-    with pytest.raises(
-        ConfigError, match=r"`data\.kind` is 'regression', but this task supports 'causal'"
-    ):
-        Gsm8k(DataConfig(kind="regression"))
-    with pytest.raises(ConfigError, match=r"`data\.kind` is 'poetry'; choose one of 'causal'"):
-        Jsonl(DataConfig(kind="poetry"))
-
-
 @pytest.mark.parametrize("response", ["response", "completion", "output", "answer"])
 def test_where_only_the_prompt_is_named_the_usual_response_is_taken(first_row, response):
     row = {"asked": "a", "id": 3, response: "b"}
@@ -212,31 +139,12 @@ def test_where_only_the_prompt_is_named_the_usual_response_is_taken(first_row, r
         first_row({"asked": "a", "told": "b"}, prompt_column="asked")
 
 
-@pytest.mark.parametrize("template", ["{prompt!z}", "{prompt:d}", "{prompt:>99999999999}"])
-def test_a_template_formats_nothing(first_row, template):
-    with pytest.raises(ConfigError, match="only use plain column names in braces"):
-        first_row({"prompt": "a", "response": "b"}, prompt_template=template)
-
-
 def test_whole_numbers_written_as_floats_are_the_same_classes(classification):
     task, train = classification(["0", "1.0", "0.0", "1", "1.5"])
     assert task.label_names == ["0", "1", "1.5"]
     assert [task.row(raw, "row")["label"] for raw in train] == [0, 1, 0, 1, 2]
     task, _ = classification([0.0, 1.0], label_names=["0.0", "1.0"])
     assert task.row({"review": "x", "stars": 1}, "row")["label"] == 1
-
-
-def test_lists_of_labels_are_one_sentence(classification):
-    found = r"rows\.jsonl, row 1: column 'stars' is \[1, 2\], but a row must have one class"
-    with pytest.raises(DataError, match=found):
-        classification([[1, 2], [3, 4]])
-
-
-def test_a_message_shows_the_first_200_characters_of_a_value(classification):
-    with pytest.raises(
-        DataError, match=r"row 1: column 'stars' is \[7, .{196}\.\.\., but a row must have"
-    ):
-        classification([[7] * 1000])
 
 
 def test_an_option_without_effect_on_the_rows_is_said(first_row, caplog):
@@ -247,42 +155,6 @@ def test_an_option_without_effect_on_the_rows_is_said(first_row, caplog):
     first_row({"prompt": "a", "response": "b"}, system="Be brief.")
     first_row({"prompt": "a", "response": "b"}, chat_template="chatml", format="chat")
     assert "no effect" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("task", "data", "names"),
-    [
-        (Jsonl, {"label_column": "a", "label_names": ["b"]}, ["label_column", "label_names"]),
-        (Jsonl, {"kind": "classification", "system": "a"}, ["system"]),
-        (Jsonl, {"kind": "regression", "loss_on": "all"}, ["loss_on"]),
-        (Jsonl, {"kind": "seq2seq", "chat_template": "chatml"}, ["chat_template"]),
-        (Gsm8k, {"prompt_column": "a", "system": "b"}, ["prompt_column", "system"]),
-        (Sst2, {"text_column": "a"}, ["text_column"]),
-    ],
-)
-def test_an_option_that_a_task_does_not_read_is_refused(task, data, names):
-    with pytest.raises(ConfigError) as caught:
-        task(DataConfig(**data)).check_fields()
-    assert caught.value.faults == tuple(
-        f"`data.{name}` has no effect on this task; remove it." for name in names
-    )
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"messages_column": "a", "text_column": "b"},
-        {"text_column": "a", "prompt_column": "b"},
-        {"prompt_column": "a", "prompt_template": "{b}"},
-        {"messages_column": "a", "response_column": "b"},
-    ],
-)
-def test_rows_are_read_in_one_way(data):
-    one, other = (f"`data.{name}`" for name in data)
-    with pytest.raises(ConfigError) as caught:
-        RunConfig(data=DataConfig(**data))
-    (fault,) = caught.value.faults
-    assert one in fault and other in fault and fault.endswith("are both set; keep one of them.")
 
 
 def test_a_format_without_effect_is_refused():

@@ -65,7 +65,6 @@ REFUSED_LATER: list[tuple[dict[str, Any], str]] = [
     ({"optim_args": "foo"}, "`optim` 'adamw_torch_fused' with `optim_args` 'foo' cannot be used"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "`lr_scheduler_type` 'cosine_with_min_lr'"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "unexpected keyword argument 'foo'"),
-    ({"accelerator_config": "nosuch.json"}, "No such file or directory: 'nosuch.json'"),
     (
         {"gradient_checkpointing_kwargs": {"foo": 1}},
         "`gradient_checkpointing_kwargs` cannot be used",

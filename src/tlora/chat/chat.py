@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from tlora import extras
 from tlora.chat.chatconfig import ChatConfig
-from tlora.errors import DataError, Faults
+from tlora.errors import ConfigError, DataError, Faults
 from tlora.evaluate.evaluated_models import sketch
 from tlora.tasks.rendering import named_template
 
@@ -99,6 +99,11 @@ def make_partner(config: ChatConfig) -> Partner:
     from tlora.evaluate import evaluated_models
 
     evaluated: EvaluatedModel = evaluated_models.resolve(config.loading())[0]
+    if config.label_names and evaluated.head != "labeled":
+        raise ConfigError(
+            f"{config.path} writes text and labels nothing; leave --label_names out.",
+            where="label_names",
+        )
     return (Classifier if evaluated.head == "labeled" else Writer)(evaluated, config)
 
 

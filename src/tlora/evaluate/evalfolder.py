@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,23 @@ class EvalFolder:
             for folder in (self.judgments, *self.samples.glob("*/")):
                 clear_leftovers(folder)
             yield
+
+    @contextmanager
+    def undone_unless_finished(self) -> Iterator[None]:
+        """Remove what a new evaluation wrote, if the body raises before a pair is finished.
+
+        So a start that fails leaves a folder that takes the corrected command.
+        """
+        new = not self.exists
+        try:
+            yield
+        except Exception:
+            if new and not self.samples.is_dir():
+                self._file.unlink(missing_ok=True)
+                self._lock.unlink(missing_ok=True)
+                with suppress(OSError):  # what else is in it is the user's
+                    self.path.rmdir()
+            raise
 
     def write(self, evaluation: dict[str, Any]) -> None:
         """Write eval.json, atomically."""

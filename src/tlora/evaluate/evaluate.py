@@ -83,7 +83,7 @@ def run(config: EvalConfig, tell: Tell = lambda text: None) -> EvalFolder:
     EvaluationRecord(folder, config, models)
     tasks = make_tasks(config, models)
     check(tasks, config, models)
-    with folder.locked():
+    with folder.locked(), folder.undone_unless_finished():
         record = EvaluationRecord(folder, config, models)
         record.start(tasks)
         try:

@@ -77,8 +77,8 @@ class Labels:
             if not all(self._outputs.values()):
                 raise ConfigError(
                     "the model's class order is unknown; list the classes in the order of"
-                    " training.",
-                    "data.label_names",
+                    " training with --data.label_names.",
+                    where="data.label_names",
                 )
         self._rows = scored_rows(self.task, config, limited=True)
         self.items = len(self._rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import extras
-from tlora.errors import ConfigError, TLoraError, first_line
+from tlora.errors import ArtifactError, ConfigError, TLoraError, first_line
 from tlora.files import read_json
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
@@ -249,9 +250,11 @@ def readable(name: str, part: str) -> Iterator[None]:
                 where="model",
             ) from error
         what = repr(name) if part == "model" else f"the {part} of {name!r}"
+        cause = first_line(error).rstrip(".")
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run its code
+            cause = "its weights are damaged, or a pickle of more than tensors"
         raise ConfigError(
-            f"{what} cannot be loaded: {first_line(error).rstrip('.')}; give another "
-            "folder or name, or download it again.",
+            f"{what} cannot be loaded: {cause}; give another folder or name, or download it again.",
             where="model",
         ) from error
 
@@ -260,13 +263,23 @@ def check_model_folder(model: str | None) -> None:
     """Refuse a name that looks like a folder but is not a model's; names on the Hub pass.
 
     Raises:
-        ConfigError: the folder does not exist, has no config.json, or is a file.
+        ConfigError: the folder does not exist, has no config.json that holds fields, or is a file.
     """
     path = Path(str(model))
     if path.is_file():
         raise ConfigError(f"{path} is a file; give the folder of a model.", "model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; give the folder of a model.", "model")
+    if path.is_dir():
+        try:
+            fields = read_json(path / "config.json")
+        except ArtifactError as error:
+            raise ConfigError(f"{model!r} cannot be loaded: {error}", "model") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"{model!r} cannot be loaded: config.json holds no fields; get it again.",
+                "model",
+            )
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
         raise ConfigError(f"there is no folder {str(model)!r}; give a model's.", "model")
 
@@ -280,7 +293,12 @@ def check_weights(model: str) -> None:
     for index in Path(model).glob("*.index.json"):
         fields = read_json(index)
         found = fields.get("weight_map") if isinstance(fields, dict) else None
-        names = {str(name) for name in found.values()} if isinstance(found, dict) else set()
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"{model!r} cannot be loaded: {index.name} names no files; download it again.",
+                "model",
+            )
+        names = {str(name) for name in found.values()}
         if outside := sorted(name for name in names if Path(name).name != name):
             raise ConfigError(
                 f"{model!r} cannot be loaded: {index.name} names {outside[0]!r}, which is not a"
@@ -327,6 +345,8 @@ def check_hub(name: str, *files: str, kind: str = "model") -> None:
             return  # `datasets` has its own cache
         fault = f"there is no folder {name!r}, and no model of this name in the Hub's cache; check"
         fault += " the path, or unset HF_HUB_OFFLINE to download it."
+    except hub.errors.HFValidationError:
+        fault = f"{name!r} is no folder and no name on the Hub; give a folder or OWNER/NAME."
     except (hub.errors.EntryNotFoundError, ValueError):
         return
     except Exception as error:  # the client's HTTP library depends on its version

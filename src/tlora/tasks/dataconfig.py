@@ -123,6 +123,8 @@ class DataConfig(Section):
         """Yield errors in combinations of fields."""
         if self.val_size is not None and self.eval_split:
             yield "`data.val_size` and `data.eval_split` are both set; keep one of them."
+        if len(set(names := self.label_names or [])) < len(names):
+            yield "`data.label_names` names a class twice; give each once."
         pairs = (*combinations(_SOURCES, 2), *(("response_column", name) for name in _SOURCES[:2]))
         for one, other in pairs:
             if getattr(self, one) and getattr(self, other):

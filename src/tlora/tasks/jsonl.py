@@ -8,6 +8,7 @@ prompt is named, the response is the first of `response`, `completion`, `output`
 from __future__ import annotations
 
 import logging
+import math
 import string
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_args
@@ -263,7 +264,9 @@ class Jsonl(Task):
         if self.kind == "regression":
             text = text_of(raw, column, where)
             try:
-                return float(text)
+                if math.isfinite(number := float(text)):
+                    return number
+                raise ValueError(text)
             except ValueError:
                 raise DataError(
                     f"{where}: column {column!r} is {shortened(text)!r}, not a number."

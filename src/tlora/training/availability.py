@@ -7,17 +7,18 @@ libraries' own functions are called early.
 from __future__ import annotations
 
 import dataclasses
-import os
+import enum
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
-from tlora.checks import fitted
+from tlora.checks import fault, fitted
 from tlora.errors import ConfigError, did_you_mean, first_line
 from tlora.methods.lorarite import OPTIM
 from tlora.models.pretrained import load_class
 from tlora.registry import METHODS
 from tlora.training.kinds import KindSpec
 from tlora.training.runconfig import RunConfig
+from tlora.training.runfolder import process_count
 
 # Names of transformers' functions that differ from is_NAME_available.
 _AVAILABLE = {
@@ -55,8 +56,20 @@ def asked(kind: KindSpec, config: RunConfig) -> dict[str, Any]:
     given |= {name: fitted(known[name].type, value) for name, value in given.items()}
     if given.get("optim") == OPTIM:
         given["optim"] = "adamw_torch"  # transformers does not know ours: `make_trainer` makes it
+    if faults := [each for name in given for each in _choice_faults(known[name], given[name])]:
+        raise ConfigError(faults, where="trainer")
     stopping = _stopping_fields(given) if config.early_stopping else {}
     return chosen(known, given) | stopping | given
+
+
+def _choice_faults(field: Any, value: Any) -> list[str]:
+    """Return a sentence if a field whose default is of an enumeration is none of its values."""
+    kinds = (*get_args(field.type), field.type)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
+            names = [each.value for each in kind] + [OPTIM] * (field.name == "optim")
+            return fault(field.name, Literal[tuple(names)], value)
+    return []
 
 
 def made(kind: KindSpec, fields: dict[str, Any]) -> Any:
@@ -86,7 +99,7 @@ def chosen(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     chosen["logging_nan_inf_filter"] = False
     if known["bf16"].default is None and not is_torch_bf16_gpu_available():
         chosen["bf16"] = False
-    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not torch.accelerator.is_available() and process_count() > 1:
         # By default the processes of a CPU launch would each train alone.
         chosen |= {"use_cpu": True, "ddp_backend": "gloo"}
     if not torch.cuda.is_available():

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from tlora.checks import POSITIVE, PROBABILITY, SEED, Rule, at_least
+from tlora.errors import ArtifactError
+from tlora.files import read_json
 
 _COUNT = Annotated[int, at_least(1)]
 _NOT_NEGATIVE = Annotated[float, at_least(0)]
@@ -75,6 +77,8 @@ RULES: dict[str, Any] = {
 }
 """Types with bounds by field name, which replace the library's declared types."""
 
+SETTING_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Fields that take a JSON file."""
 _NEED_WORKERS = (
     "dataloader_prefetch_factor",
     "dataloader_persistent_workers",
@@ -97,6 +101,13 @@ def relations(fields: dict[str, Any]) -> Iterator[str]:
             f"`dataloader_multiprocessing_context` is {method!r}, which this system lacks; choose"
             f" one of {', '.join(map(repr, here))}."
         )
+    for name in SETTING_FILES:
+        if isinstance(file := fields.get(name), str):
+            try:
+                if not isinstance(read_json(file), dict):
+                    yield f"`{name}`: {file} holds no `name: value` pairs; give a file of settings."
+            except ArtifactError as error:
+                yield f"`{name}`: {error}"
     if fields.get("parallelism_config") is not None:
         yield "`parallelism_config` cannot be given as text; set it by `accelerate launch`."
     if fields.get("push_to_hub") and not fields.get("hub_model_id"):

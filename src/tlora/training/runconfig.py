@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from tlora.checks import SEED, Record, Section, at_least
+from tlora.checks import FOLDER, SEED, Record, Section, at_least
 from tlora.registry import METHODS
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.mixture import written
@@ -111,7 +111,7 @@ class RunConfig(SharedConfig):
 
     eval_file: str | None = None
     """Rows to evaluate on after training; see `train_file`."""
-    output_dir: str = "tlora-run"
+    output_dir: Annotated[str, FOLDER] = "tlora-run"
     """Folder of the run: adapter, plan, checkpoints, log, provenance."""
     method: str = "tlora"
     """Method of adaptation; see `tlora list methods`."""

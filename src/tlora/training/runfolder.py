@@ -322,8 +322,11 @@ class RunFolder:
 
 
 def process_count() -> int:
-    """Return the number of processes of this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes of this launch; a ConfigError if it is not a number."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {given!r}; give a number, or unset it.", where="launch")
+    return int(given)
 
 
 def provenance(seed: int | None, output: str | Path | None = None) -> dict[str, Any]:

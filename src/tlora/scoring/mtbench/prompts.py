@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlora.errors import DataError
+from tlora.errors import DataError, first_line
 
 Messages = list[dict[str, str]]
 Line = Mapping[str, Any]
@@ -84,9 +84,12 @@ def read_prompts(path: str | Path) -> JudgePrompts:
         for turn in (1, 2):
             for target in ("", None):
                 read.messages(line | {"target": target}, line, turn)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path}: not FastChat's prompts for single-answer grading ({error!r}); use that file."
+            f"{path}: not FastChat's prompts for single-answer grading ({first_line(error)});"
+            " use that file."
         ) from error
     mark = digest(prompts)
     label = PUBLISHED_LABEL if mark == _PUBLISHED else f"{read.label} ({mark[:12]})"
