@@ -88,9 +88,14 @@ def parse(prog: str, record: type[AnyRecord], argv: list[str]) -> Parsed[AnyReco
     values = _over(_fitting(preset, given.get("method")), given)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
-            what = f"{field.help[0].lower()}{field.help[1:]}"
-            raise ConfigError(f"`{name}` is missing; `{prog}` needs {what}", where="command line")
+            said = f"`{name}` is missing; `{prog}` needs {_with_article(field.help)}"
+            raise ConfigError(said, where="command line")
     return Parsed(record.from_dict(values), print_config, _note(defaults))
+
+
+def _with_article(text: str) -> str:
+    text = f"{text[0].lower()}{text[1:]}"
+    return text if text.startswith(("a ", "an ", "the ")) else f"the {text}"
 
 
 def _as_fields(shorts: dict[str, str], fields: dict[str, Field]) -> dict[str, Field]:
