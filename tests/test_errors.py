@@ -132,4 +132,6 @@ def test_only_what_the_system_refuses_is_a_system_fault():
         assert fault.exit_code == 2
         assert str(fault).startswith("folder/file: why; ")
     assert system_fault(OSError("no number")) is None
+    foreign = RuntimeError('Error: Read-only file system (os error 30) at path "/a/.tmpX"')
+    assert str(system_fault(foreign)).startswith("/a/.tmpX: Read-only file system; ")
     assert system_fault(RuntimeError("a bug")) is None
