@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_OWN_MOUNTS = "TLORA_FAULTS_OWN_MOUNTS"
 OUTCOMES = ("recovered", "refused", "lost", "stuck")
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
@@ -35,6 +36,12 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 def main(argv: list[str] | None = None) -> int:
     """Run the cases; return the exit code."""
     options = _options(argv)
+    from faultlib.mounts import can_mount
+
+    if argv is None and can_mount() and _OWN_MOUNTS not in os.environ:
+        # What is mounted goes with the process, however that ends.
+        os.environ[_OWN_MOUNTS] = "1"
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])
     from faultlib.kinds import KINDS
 
     planned = plan(KINDS, options.count, options.seed, options.only)

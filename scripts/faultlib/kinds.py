@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import random
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from faultlib import events
 from faultlib.children import Ended, finish, run, start
 from faultlib.commands import Command, World, beside
+from faultlib.mounts import can_mount, mounted
 from tlora.files import is_leftover
 
 RECOVERED, REFUSED, LOST, STUCK = "recovered", "refused", "lost", "stuck"
@@ -138,7 +138,7 @@ def full_disk(case: Case) -> Verdict:
     aside = folder.with_suffix(".aside")
     folder.rename(aside)
     folder.mkdir()
-    with _mounted("-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", folder):
+    with mounted("-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", folder):
         shutil.copytree(aside, folder, dirs_exist_ok=True)
         first = case.run()
         subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
@@ -158,34 +158,10 @@ def read_only(case: Case) -> Verdict:
     def remount() -> None:
         mount(["mount", "-o", "remount,bind,ro", folder])
 
-    with _mounted("--bind", folder, folder):
+    with mounted("--bind", folder, folder):
         first = case.run_with(events.call_at(case.event(), remount))
         mount(["mount", "-o", "remount,bind,rw", folder])
         return again(case, first)
-
-
-class _mounted:
-    def __init__(self, *words: object) -> None:
-        self._words = [str(word) for word in words]
-
-    def __enter__(self) -> None:
-        subprocess.run(["mount", *self._words], check=True)
-
-    def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", "--lazy", self._words[-1]], check=True)
-
-
-@functools.cache
-def can_mount() -> bool:
-    """Return whether file systems may be mounted here; else the system's answers are injected."""
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    try:
-        return (
-            os.geteuid() == 0
-            and subprocess.run(probe, check=False, capture_output=True).returncode == 0
-        )
-    except FileNotFoundError:
-        return False
 
 
 def two_processes(case: Case) -> Verdict:

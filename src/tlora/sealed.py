@@ -21,7 +21,9 @@ _MAY_CHANGE = ("base_model_name_or_path", "revision")
 
 
 def seal_beside(folder: Path) -> None:
-    """Write the digests of the files beside the weights, as the last file of a folder."""
+    """Write the digests of the files beside safetensors, if there are any, as the last file."""
+    if not any(folder.glob("*.safetensors")):
+        return
     files = sorted(file for file in folder.iterdir() if file.suffix in BESIDE)
     digests = {file.name: _digest(file) for file in files if file.name != DIGESTS}
     write_state(folder / DIGESTS, {"files": digests})
