@@ -2,6 +2,7 @@
 #   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
 #   make check   ruff, mypy and the layering rules
+#   make faults  kills, full disks, damaged files: 400 cases, about half an hour (FAULTS_ARGS)
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
 #   make audit   look the locked packages up in a public database of vulnerabilities
 #   make lock    resolve the locked versions again;  make licenses: the licenses of the packages
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 BIN := $(VENV)/bin
 TOOLS := $(VENV)-tools
 LOCK_ARGS ?=
@@ -21,7 +23,7 @@ PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test test-deepspeed check lock audit licenses clean
+.PHONY: demo test test-deepspeed check faults lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -40,6 +42,9 @@ check: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+faults: $(VENV)/ready-dev
+	$(BIN)/python scripts/faults.py --output faults.jsonl $(FAULTS_ARGS)
 
 lock: $(TOOLS)/ready
 	$(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import random
 import shutil
 import subprocess
@@ -153,15 +152,15 @@ def read_only(case: Case) -> Verdict:
     folder = case.out.parent
     if not can_mount():
         return again(case, case.run_with(events.refuse_from(case.event(), errno.EROFS)))
-    mount = functools.partial(subprocess.run, check=True, capture_output=True)
 
-    def remount() -> None:
-        mount(["mount", "-o", "remount,bind,ro", folder])
+    def freeze() -> None:
+        # A mount of its own: the one below cannot be read-only while a file of it is being written.
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
-    with mounted("--bind", folder, folder):
-        first = case.run_with(events.call_at(case.event(), remount))
-        mount(["mount", "-o", "remount,bind,rw", folder])
-        return again(case, first)
+    first = case.run_with(events.call_at(case.event(), freeze))
+    subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True)
+    return again(case, first)
 
 
 def two_processes(case: Case) -> Verdict:
