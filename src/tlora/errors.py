@@ -139,6 +139,8 @@ _FULL = (
 """How a full disk reads in the messages of safetensors and torch, which have no error number."""
 _FOREIGN = re.compile(r"\(os error (\d+)\)(?: at path \"([^\"]*)\")?")
 """How the system's answer reads in the messages of safetensors."""
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+"""How torch says that another process of the group has died."""
 
 
 def system_fault(error: BaseException) -> TLoraError | None:
@@ -154,6 +156,11 @@ def system_fault(error: BaseException) -> TLoraError | None:
         return DiskFullError(
             f"no space left on the disk{f' for {file}' if file else ''}; free some space and"
             " rerun the same command to resume: finished work is kept."
+        )
+    if "gloo" in str(error) and any(each in str(error) for each in _PEER_GONE):
+        return ProcessError(
+            "another process of the launch has ended; see its lines, and rerun the same command to"
+            " resume."
         )
     if number is not None and file is not None:
         short = str(file) if len(str(file)) < 200 else f"{str(file)[:80]}..."
