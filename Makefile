@@ -3,6 +3,7 @@
 #   make test    the test suite
 #   make check   ruff, mypy, the layering rules, the wheel's files and the site
 #   make docs    the site: build/site/index.html
+#   make faults  kills, full disks, damaged files: 400 cases, about half an hour (FAULTS_ARGS)
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
 #   make test-oldest  what trains, with the oldest transformers, PEFT and TRL of pyproject.toml
 #   make audit   look the locked packages up in a public database of vulnerabilities
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 BIN := $(VENV)/bin
 TOOLS := $(VENV)-tools
 OLDEST := $(VENV)-oldest
@@ -26,7 +28,7 @@ PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test test-deepspeed test-oldest check docs lock audit licenses clean
+.PHONY: demo test test-deepspeed test-oldest check docs faults lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -53,6 +55,9 @@ check: $(VENV)/ready-dev
 # A warning (a link, an anchor or a page that is not there) is an error.
 docs: $(VENV)/ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+faults: $(VENV)/ready-dev
+	$(BIN)/python scripts/faults.py --output faults.jsonl $(FAULTS_ARGS)
 
 lock: $(TOOLS)/ready
 	$(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)

@@ -16,7 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
 import signal
-import string
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +23,11 @@ import pytest
 import torch
 import transformers
 
+import support
+
 pytest_plugins = ["browsers", "run_fixtures"]
 
 VOCABULARY = 160
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-SENTENCES = (
-    "Natalia sold clips to 48 of her friends in April.",
-    "Below is an instruction that describes a task.",
-    "The answer is: 72",
-    "a charming and often affecting journey",
-    "unflinchingly bleak and desperate",
-)
 
 ModelFactory = Callable[..., Any]
 
@@ -57,18 +50,7 @@ def seeded(build: Callable[[], Any]) -> Any:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE of 160 tokens that knows every printable character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    core = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL.values()), show_progress=False
-    )
-    core.train_from_iterator([*SENTENCES, string.printable], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=256, **SPECIAL
-    )
+    return support.byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

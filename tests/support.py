@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 VOCABULARY = 160
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SENTENCES = (
+    "Natalia sold clips to 48 of her friends in April.",
+    "Below is an instruction that describes a task.",
+    "The answer is: 72",
+    "a charming and often affecting journey",
+    "unflinchingly bleak and desperate",
+)
 Sample = dict[str, Any]
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -210,6 +219,22 @@ def seeded(build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build().float().eval()
+
+
+def byte_tokenizer() -> Any:
+    """Return a byte-level BPE of 160 tokens that knows every printable character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL.values()), show_progress=False
+    )
+    core.train_from_iterator([*SENTENCES, string.printable], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=256, **SPECIAL
+    )
 
 
 def tiny_vit(**overrides: Any) -> Any:

@@ -239,7 +239,8 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
         (tmp_path / name).touch()
     killed(half_file)
     killed(half_folder)
-    assert len(names(tmp_path)) == len(mine) + 2
+    assert len(names(tmp_path)) == len(mine) + 3
+    (tmp_path / ".adapter.lock").unlink()
     clear_leftovers(tmp_path, {"run.json", "adapter"})
     assert names(tmp_path) == sorted(mine)
     clear_leftovers(tmp_path)
@@ -272,9 +273,29 @@ def test_a_folder_that_was_being_replaced_when_a_kill_came_is_the_new_one(
         patch.setattr(Path, "replace", replace)
         killed(write)
     assert path.exists() is (moves == 2)
+    (tmp_path / ".adapter.lock").unlink()
     clear_leftovers(tmp_path)
     assert names(tmp_path) == ["adapter"]
     assert names(path) == ["new"]
+
+
+def test_who_writes_a_folder_removes_what_a_killed_process_left_of_it(tmp_path: Path) -> None:
+    def half() -> None:
+        with replacing_folder(tmp_path / "merged") as part:
+            (part / "half").touch()
+            raise StopHere
+
+    killed(half)
+    assert len(names(tmp_path)) == 2
+    with replacing_folder(tmp_path / "merged") as part:
+        (part / "whole").touch()
+        with (
+            pytest.raises(ArtifactError, match="another process is writing it"),
+            replacing_folder(tmp_path / "merged"),
+        ):
+            pass
+    assert names(tmp_path) == ["merged"]
+    assert names(tmp_path / "merged") == ["whole"]
 
 
 def test_a_folder_that_alone_was_set_aside_is_put_back(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
 
 LAYERS = (
     ("credentials",),
-    ("errors", "extras", "files", "integrity", "registry"),
+    ("errors", "extras", "files", "integrity", "registry", "sealed"),
     ("checks", "presets", "yamlfiles"),
     ("config",),
     ("linalg",),

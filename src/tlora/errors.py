@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -136,6 +137,10 @@ _FULL = (
     "unexpected pos",
 )
 """A full disk in the messages of safetensors and torch, which have no error number."""
+_FOREIGN = re.compile(r"\(os error (\d+)\)(?: at path \"([^\"]*)\")?")
+"""A system error in the messages of safetensors."""
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+"""The death of another process of the group in torch's messages."""
 
 
 def system_fault(error: BaseException) -> TLoraError | None:
@@ -145,14 +150,22 @@ def system_fault(error: BaseException) -> TLoraError | None:
         error: raised by a library or Python while reading or writing a file.
     """
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number is None and (told := _FOREIGN.search(str(error))):
+        number, file = int(told[1]), told[2] or "a file"
     if number in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in _FULL):
         return DiskFullError(
             f"no space left on the disk{f' for {file}' if file else ''}; free some space and"
             " rerun the same command to resume: finished work is kept."
         )
-    if isinstance(error, OSError) and number is not None and file is not None:
+    if "gloo" in str(error) and any(each in str(error) for each in _PEER_GONE):
+        return ProcessError(
+            "another process of the launch has ended; see its lines, and rerun the same command to"
+            " resume."
+        )
+    if number is not None and file is not None:
         short = str(file) if len(str(file)) < 200 else f"{str(file)[:80]}..."
-        return FileError(f"{short}: {error.strerror}; check the path and its permissions.")
+        said = getattr(error, "strerror", None) or os.strerror(number)
+        return FileError(f"{short}: {said}; check the path and its permissions.")
     return None
 
 

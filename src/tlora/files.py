@@ -51,10 +51,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on a clean exit it replaces ``path``.
 
-    If ``path`` is a link, its target is replaced.
+    If ``path`` is a link, its target is replaced. Leftovers of a killed process are removed first.
 
     Raises:
-        ArtifactError: ``path`` is a file.
+        ArtifactError: ``path`` is a file, or another process is writing it.
     """
     path = Path(path)
     if path.is_symlink():
@@ -62,21 +62,26 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path}: this is a file; name a folder, or move the file away.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        yield part
-        part.chmod(0o755)
-        if path.exists():
-            # A folder cannot be replaced in one step: the old one is set aside until the new one is
-            # in place.
-            old = part.with_suffix(".old")
-            path.replace(old)
-            part.replace(path)
-            shutil.rmtree(old)
-        else:
-            part.replace(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    lock = path.with_name(f".{path.name}.lock")
+    refusal = ArtifactError(f"{path}: another process is writing it; wait for it.")
+    with locked(lock, refusal):
+        clear_leftovers(path.parent, {path.name})
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            yield part
+            part.chmod(0o755)
+            if path.exists():
+                # A folder cannot be replaced in one step: the old one is set aside meanwhile.
+                old = part.with_suffix(".old")
+                path.replace(old)
+                part.replace(path)
+                shutil.rmtree(old)
+            else:
+                part.replace(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def is_leftover(name: str) -> bool:
@@ -227,18 +232,6 @@ def read_json(path: str | Path) -> Any:
         raise ArtifactError(f"{path}: not JSON ({error}); the file is damaged.") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def adapter_fields(path: str | Path) -> dict[str, Any]:
-    """Return the fields of an adapter_config.json, which may come from anyone.
-
-    Raises:
-        ArtifactError: the file is missing, or not the configuration of an adapter.
-    """
-    fields = read_json(path)
-    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type", ""), str):
-        raise ArtifactError(f"{path}: not the configuration of an adapter of PEFT.")
-    return fields
 
 
 def write_state(path: str | Path, value: dict[str, Any]) -> None:

@@ -45,6 +45,15 @@ def has_digest(path: str | Path) -> bool:
     return expected is not None
 
 
+def carries_digest(path: str | Path) -> bool:
+    """Return whether a safetensors file carries a digest, or is too damaged to tell."""
+    with Path(path).open("rb") as file:
+        try:
+            return DIGEST_KEY in read_header(file).get(METADATA, {})
+        except ValueError:
+            return True
+
+
 def read_header(file: BinaryIO) -> dict[str, Any]:
     """Read the header of an opened safetensors file, up to where the tensors begin.
 

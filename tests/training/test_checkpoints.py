@@ -230,8 +230,7 @@ def stopped_at(config, monkeypatch):
 def ends(folder):
     """Return a run's final weights, scores and last logged step, and its checkpoints."""
     [file] = folder.adapter.glob("*model.safetensors")
-    # TRL counts the tokens of the last start alone.
-    scores = json.loads(folder.metrics.read_text()) | {"num_tokens": None}
+    scores = json.loads(folder.metrics.read_text())
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     left = {path.name for path in folder.checkpoints.glob("checkpoint-*")}
     return file.read_bytes(), scores, max(line["step"] for line in log), left

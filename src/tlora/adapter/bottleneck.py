@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.savedconfig import CONFIG, WEIGHTS
 from tlora.errors import AdapterError, damaged, listed
-from tlora.files import adapter_fields, write_json
+from tlora.files import write_json
+from tlora.sealed import adapter_fields
 
 if TYPE_CHECKING:
     from peft import PeftModel

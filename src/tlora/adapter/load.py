@@ -21,9 +21,9 @@ from tlora.calibration.placement import loaded_by
 from tlora.calibration.preserve import keep_gradients
 from tlora.calibration.targets import taken_for_experts
 from tlora.errors import AdapterError, MisfitError, TLoraError, damaged, listed
-from tlora.files import adapter_fields
 from tlora.integrity import has_digest
 from tlora.linalg.matrices import not_finite
+from tlora.sealed import adapter_fields
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,7 +22,7 @@ from tlora.adapter import load
 from tlora.adapter.load import FLOATS, sound_shapes, targeted_names
 from tlora.adapter.savedconfig import CONFIG, WEIGHTS, check_fields
 from tlora.errors import AdapterError, listed
-from tlora.files import adapter_fields
+from tlora.sealed import adapter_fields
 
 PREFIX = load.PREFIX
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
-from tlora.files import adapter_fields, read_json
+from tlora.files import read_json
 from tlora.models.pretrained import Pretrained, check_hub, check_model_folder
+from tlora.sealed import adapter_fields
 from tlora.training.runfolder import RunFolder
 
 Kind = Literal["base", "adapter", "merged", "laplace"]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tlora.errors import AdapterError, ConfigError, MisfitError, first_line
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evaluated_models import EvaluatedModel, Head
-from tlora.files import adapter_fields
 from tlora.models.pretrained import Pretrained
 from tlora.models.tokens import make_rows
+from tlora.sealed import adapter_fields
 
 if TYPE_CHECKING:
     import torch

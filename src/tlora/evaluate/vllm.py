@@ -25,9 +25,9 @@ from tlora.evaluate.loading import (
 )
 from tlora.exporters.export import run
 from tlora.exporters.exportconfig import ExportConfig
-from tlora.files import adapter_fields
 from tlora.integrations.vllm import vllm_rank
 from tlora.models.pretrained import check_weights
+from tlora.sealed import adapter_fields
 
 
 def _version(distribution_name: str) -> str:

@@ -18,9 +18,8 @@ from tlora.adapter.savedconfig import CONFIG, WEIGHTS
 from tlora.errors import AdapterError
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.files import seal_tensors
+from tlora.sealed import BESIDE
 
-BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-"""Suffixes of files that belong to the weights next to them: tokenizer, template, code."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

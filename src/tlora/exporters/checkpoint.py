@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlora.errors import ArtifactError, ConfigError, DiskFullError, listed
-from tlora.exporters.base import BESIDE
 from tlora.files import read_json, seal_tensors, write_json
 from tlora.integrity import DIGEST_KEY, METADATA, read_header
 from tlora.models.pretrained import check_weights, readable
+from tlora.sealed import BESIDE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

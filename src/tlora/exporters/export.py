@@ -22,10 +22,11 @@ from tlora.files import refuse_unusable, replacing_folder
 from tlora.models.pretrained import Pretrained
 from tlora.models.skeleton import layer_sizes
 from tlora.registry import FORMATS
+from tlora.sealed import DIGESTS, seal_beside
 from tlora.training.checkpoints import MANIFEST
 from tlora.training.runfolder import RunFolder
 
-_NOT_COPIED = (CONFIG, INDEX, "trainer_state.json", MANIFEST)
+_NOT_COPIED = (CONFIG, DIGESTS, INDEX, "trainer_state.json", MANIFEST)
 
 
 @dataclass
@@ -74,6 +75,7 @@ def run(config: ExportConfig) -> Exported:
         command = serving_line(name, config.server, artifact, exact)
         shown = command.replace(artifact.folder, folder.name)
         card.write(part, source, name, [*notes, *_each_lost(cut)], exact, shown)
+        seal_beside(part)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Exported(folder, name, size, notes, exact, command)
 

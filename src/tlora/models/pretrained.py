@@ -24,6 +24,7 @@ from tlora.errors import ArtifactError, ConfigError, TLoraError, first_line
 from tlora.files import read_json
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
+from tlora.sealed import check_beside
 
 if TYPE_CHECKING:
     import torch
@@ -230,6 +231,7 @@ def readable(name: str, part: str) -> Iterator[None]:
 
     Raises:
         ConfigError: there is no such model, it cannot be reached, or its files cannot be read.
+        ArtifactError: a file of a folder that tlora wrote was edited or is damaged.
     """
     import torch
 
@@ -237,6 +239,7 @@ def readable(name: str, part: str) -> Iterator[None]:
         check_model_folder(name)
     if not Path(name).exists():
         check_hub(name, "config.json")
+    check_beside(Path(name))
     try:
         yield
     except (TLoraError, MemoryError, torch.OutOfMemoryError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tlora.adapter.head import ADAPTER_CONFIG, HEAD_FILE
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder, seal_tensors, write_json
+from tlora.sealed import seal_beside
 from tlora.training import continuing, model_card
 from tlora.training.arguments import training_arguments
 from tlora.training.kinds import KindSpec
@@ -140,6 +141,7 @@ def save_adapter(prepared: Prepared, setup: Setup, path: Path, verb: str = "trai
         if (fields := setup.head_fields()) and (part / ADAPTER_CONFIG).is_file():
             write_json(part / HEAD_FILE, fields)
         model_card.write(part, setup, verb=verb)
+        seal_beside(part)
         for file in part.iterdir():
             # safetensors makes files private; a server under another user must read adapters too.
             file.chmod(0o644)

@@ -33,7 +33,6 @@ _TEXTS = ("data.system", "data.prompt_template")
 """Fields that are not names, even if they start like paths: Qwen's "/no_think"."""
 _OF_THE_MACHINE = ("output_dir", "resume")
 _LOCAL = ("/", "./", "../", "~")
-_NO_SCORES = ("epoch", "num_tokens")
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
 
 
@@ -209,7 +208,7 @@ def _rows(files: str | None, rows: Any, otherwise: str) -> str:
 
 def _scores(setup: Setup, scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in scores.items():
-        if isinstance(value, (int, float)) and name not in _NO_SCORES:
+        if isinstance(value, (int, float)) and name != "epoch":
             yield name, f"{value:.4g}"
     loss = scores.get("loss")
     if setup.task.kind == "causal" and isinstance(loss, float) and loss < math.log(1e6):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMINGS = ("runtime", "_per_second", "_preparation_time")
+_NO_SCORES = ("runtime", "_per_second", "_preparation_time", "num_tokens")
 
 
 def run(config: RunConfig) -> RunFolder:
@@ -254,9 +254,10 @@ def _refuse_diverged(metrics: dict[str, Any], trainer: Any, folder: RunFolder) -
 def scores(trainer: Any, rows: Any) -> dict[str, Any]:
     """Return the trainer's scores of ``rows``, {} if there are none.
 
-    The trainer's timings are dropped: the same weights and rows give the same scores.
+    The trainer's timings are dropped, and so is TRL's token count, which restarts on resuming: the
+    same weights and rows give the same scores.
     """
     if rows is None:
         return {}
     found = {k.removeprefix("eval_"): v for k, v in trainer.evaluate(rows).items()}
-    return {name: value for name, value in found.items() if not name.endswith(_TIMINGS)}
+    return {name: value for name, value in found.items() if not name.endswith(_NO_SCORES)}

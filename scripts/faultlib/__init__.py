@@ -1,0 +1,1 @@
+"""What scripts/faults.py injects, into which commands, and how it judges what comes of it."""
