@@ -4,6 +4,7 @@
 #   make check   ruff, mypy, the layering rules, the wheel's files and the site
 #   make docs    the site: build/site/index.html
 #   make faults  kills, full disks, damaged files: 400 cases, about half an hour (FAULTS_ARGS)
+#   make fuzz    100,000 damaged files, configurations and budgets, new ones each time
 #   make test-deepspeed  training by ZeRO-2 and ZeRO-3, DeepSpeed installed beside the environment
 #   make test-oldest  what trains, with the oldest transformers, PEFT and TRL of pyproject.toml
 #   make audit   look the locked packages up in a public database of vulnerabilities
@@ -24,11 +25,12 @@ OLDEST := $(VENV)-oldest
 OLDEST_TESTS := tests/examples/test_scripts.py tests/adapter/test_attach.py
 SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 LOCK_ARGS ?=
+CASES ?= 100000
 PIP_INSTALL = -m pip install --quiet $(PIP_ARGS)
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 LOCKED = --require-hashes --no-deps --requirement
 
-.PHONY: demo test test-deepspeed test-oldest check docs faults lock audit licenses clean
+.PHONY: demo test fuzz test-deepspeed test-oldest check docs faults lock audit licenses clean
 
 demo: $(VENV)/ready
 	rm -rf demo-run
@@ -36,6 +38,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(VENV)/ready-dev
+	TLORA_FUZZ_CASES=$(CASES) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) tests/fuzz
 
 # Installed in the environment itself, accelerate would import it in every process.
 test-deepspeed: $(VENV)/deepspeed/ready

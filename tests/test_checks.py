@@ -23,7 +23,7 @@ GOOD: list[tuple[Any, Any]] = [
     (int, 0),
     (float, 0),
     (float, -1.5),
-    (float, 10**400),
+    (float, 2**63 - 1),
     (bool, False),
     (str, ""),
     (int | None, None),
@@ -43,6 +43,7 @@ GOOD: list[tuple[Any, Any]] = [
 BAD: list[tuple[Any, Any, str]] = [
     *[(int, bad, "give a whole number.") for bad in (True, 1.0, "1", None, [1])],
     *[(float, bad, "give a number.") for bad in (True, "1e-4", None, float("nan"), float("inf"))],
+    *[(kind, bad, "give 64 bits at most.") for kind in (int, float) for bad in (2**63, -(10**400))],
     *[(bool, bad, "give true or false.") for bad in (1, "true", None)],
     *[(str, bad, "give text.") for bad in (1, None, ["a"])],
     *[(Annotated[int, at_least(1)], bad, "give a whole number, 1 or more.") for bad in (0, 2.0)],
@@ -118,6 +119,19 @@ def test_a_relation_never_meets_a_value_of_the_wrong_type():
     assert faults_of(Outer, low="x", high=-1) == ["`low` is 'x'; give a whole number."]
     assert faults_of(Outer, low=3, high=2) == ["`low` (3) is above `high` (2)."]
     assert faults_of(Outer, inner=3) == ["`inner` is 3; give `name: value` pairs."]
+
+
+def test_a_wrong_value_of_a_field_without_a_default_is_told_alone():
+    @dataclass(kw_only=True)
+    class Needing(Record):
+        paths: list[str]
+
+        def relations(self):
+            yield f"{len(self.paths)} paths"
+
+    with pytest.raises(ConfigError, match="`paths` is 5; give a list of names") as caught:
+        Needing(paths=5)
+    assert len(caught.value.faults) == 1
 
 
 def test_a_section_alone_tells_and_does_not_raise():

@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import enum
 import functools
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +74,8 @@ def fault(name: str, kind: Any, value: Any) -> list[str]:
     if known := choices(kind):
         hint = did_you_mean(value, known) if isinstance(value, str) else ""
         return [f"`{name}` is {value!r}; choose one of {', '.join(map(repr, known))}.{hint}"]
-    return [f"`{name}` is {value!r}; give {words(kind)}."]
+    too_large = isinstance(value, int) and abs(value) > _MOST
+    return [f"`{name}` is {value!r}; give {'64 bits at most' if too_large else words(kind)}."]
 
 
 def takes(kind: Any, value: Any) -> bool:
@@ -88,8 +89,8 @@ def takes(kind: Any, value: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in inside)
     if kind in (int, float):
         number = int if kind is int else (int, float)
-        finite = isinstance(value, number) and -math.inf < value < math.inf
-        return finite and not isinstance(value, bool)
+        most = _MOST if isinstance(value, int) else sys.float_info.max
+        return isinstance(value, number) and not isinstance(value, bool) and -most <= value <= most
     bare = origin or kind
     known = bare in _PLAIN or is_section(bare)
     if (known and not isinstance(value, bare)) or (bare is str and _UNWRITABLE.search(value)):
@@ -98,6 +99,8 @@ def takes(kind: Any, value: Any) -> bool:
     return all(all(map(takes, inside, row)) for row in rows)
 
 
+_MOST = 2**63 - 1
+"""What the integers of torch, and of most readers of JSON, hold."""
 _PLAIN = (bool, str, dict, list, type(None))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """The null character, which no file name can contain, and surrogates, which represent bytes that
@@ -243,7 +246,9 @@ class Section:
                 named += (f"`{self.prefix}{field.name}` ",)
                 vars(sound)[field.name] = default_of(field)
         # Relations see the default instead of each invalid value, so they never meet a wrong type;
-        # their complaints about such a default are dropped.
+        # their complaints about such a default are dropped. A required field has no default.
+        if dataclasses.MISSING in vars(sound).values():
+            return found
         return found + [
             each for each in sound.relations() if not any(name in each for name in named)
         ]

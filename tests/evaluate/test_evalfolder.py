@@ -42,3 +42,9 @@ def test_changed_samples_are_refused(folder):
     file.write_text(file.read_text().replace("0.0", "1.0"))
     with pytest.raises(ArtifactError, match=r"sums\.jsonl: its content does not match its digest"):
         folder.read_samples("base", "sums", digest)
+
+
+def test_a_sample_that_is_nested_too_deeply_is_damaged(folder):
+    folder.samples_file("base", "sums").write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match=r"sums\.jsonl: missing or damaged"):
+        folder.read_samples("base", "sums")

@@ -6,13 +6,13 @@ import pathlib
 
 import pytest
 
-from tlora.errors import ConfigError
+from tlora.errors import ArtifactError, ConfigError
 from tlora.evaluate import evaluate
 from tlora.evaluate.conversations import MtBench
 from tlora.evaluate.evalconfig import EvalConfig
 from tlora.evaluate.evalfolder import EvalFolder
-from tlora.evaluate.evaluated_models import resolve
-from tlora.evaluate.run_format import as_prompt, settled
+from tlora.evaluate.evaluated_models import EvaluatedModel, resolve
+from tlora.evaluate.run_format import _saved_template, as_prompt, settled
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.rendering import set_template
 from tlora.training import train
@@ -210,3 +210,10 @@ def test_runs_of_two_templates_or_system_messages_are_evaluated_apart(asked, run
         settled_on(asked("chat", "longer"))
     told = asked("chat", "other", data=DataConfig(chat_template="zephyr"))
     assert settled_on(told).data.chat_template == "zephyr"
+
+
+def test_a_saved_template_that_is_no_text_is_damaged(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    evaluated = EvaluatedModel("tuned", "adapter", "base", str(tmp_path), "causal")
+    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: damaged"):
+        _saved_template(evaluated)

@@ -132,3 +132,10 @@ def test_other_tags_and_no_yaml_are_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(DataError, match="not the YAML of an evaluation"):
         code_in(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: !!bool x", "a: !!timestamp x", 'include: "\\0"', "[" * 5000])
+def test_a_yaml_that_cannot_be_read_is_a_sentence(text, folder):
+    (folder / "a.yaml").write_text(text)
+    with pytest.raises(DataError, match="not the YAML of an evaluation"):
+        code_in(folder / "a.yaml")

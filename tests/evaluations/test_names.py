@@ -63,3 +63,9 @@ def test_the_path_of_a_yaml_is_taken_and_its_programs_are_not(tmp_path):
     names.check_tasks([str(path)], allow_code_execution=True)
     with pytest.raises(ConfigError, match="runs programs without a sandbox"):
         names.check_tasks([str(path)], allow_code_execution=False)
+
+
+@pytest.mark.parametrize("text", ["include: a.yaml", "include: 5", "a: !!bool x", "[" * 5000])
+def test_a_yaml_that_the_harness_cannot_read_runs_no_programs(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    assert not names._HarnessFiles({}).runs_programs(str(tmp_path / "a.yaml"))

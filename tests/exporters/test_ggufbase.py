@@ -253,3 +253,24 @@ def test_an_ignored_scale_would_make_llama_cpp_wrong(tmp_path, monkeypatch):
     with torch.no_grad(), (model := saved.load()).disable_adapter():
         right = next_token_of(model)
     assert distance(LlamaCpp(tmp_path / "base.gguf").next_token(), right) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+        ("tokenizer.json", {"added_tokens": [{"id": "0"}]}),
+        ("config.json", {"rope_parameters": {"rope_type": "default"}}),
+    ],
+)
+def test_a_base_whose_files_are_damaged_is_a_sentence(name, change, tmp_path):
+    saved(tmp_path, byte_tokenizer())
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    if name == "config.json":
+        config.rope_parameters = change["rope_parameters"]
+    else:
+        fields = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(fields | change))
+    with pytest.raises(ConfigError, match="cannot be loaded: "):
+        write_base(tmp_path / "base.gguf", tmp_path, config)
+    assert not (tmp_path / "base.gguf").exists()

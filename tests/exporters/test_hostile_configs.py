@@ -32,8 +32,9 @@ def exported(folder, form, out, **fields):
     return out
 
 
-def test_loading_refuses_a_scale_that_is_not_a_number(copied, varied):
-    change_config(copied, lora_alpha=float("nan"), alpha_pattern={})
+@pytest.mark.parametrize("alpha", [float("nan"), 10**400], ids=["nan", "huge"])
+def test_loading_refuses_a_scale_that_is_not_a_number(copied, varied, alpha):
+    change_config(copied, lora_alpha=alpha, alpha_pattern={})
     with pytest.raises(AdapterError, match="which is not a finite number"):
         load_adapter(varied.load().get_base_model(), copied)
 

@@ -316,3 +316,10 @@ def test_equal_ranks_are_equal_and_nobody_gets_what_others_cannot_take():
     assert (found.wanted, found.spent, found.feasible) == (80, 52, False)
     assert equal_ranks(2, bounds).feasible
     assert equal_ranks(2, [RankBounds(3, 9)]).ranks == (3,)
+
+
+def test_a_budget_beyond_all_bounds_is_spent_up_to_them():
+    bounds = [RankBounds(1, 64), RankBounds(0, 48), RankBounds(2, 4096)]
+    found = allocate_ranks([3.0, 0.1, 1e-9], 10**30, bounds)
+    assert found.ranks == (64, 48, 4096)
+    assert (found.wanted, found.spent, found.feasible) == (3 * 10**30, 4208, False)

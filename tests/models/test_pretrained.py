@@ -55,6 +55,7 @@ FIELDS = [
     {"num_attention_heads": 0},
     {"num_attention_heads": 3},
     {"num_hidden_layers": None},
+    {"num_hidden_layers": 2**31},
     {"hidden_act": "nosuch"},
     {"model_type": "nosuch"},
     {"model_type": ["llama"]},

@@ -38,6 +38,7 @@ def test_questions_are_read_with_the_references_that_their_category_needs():
     [
         ([{"question_id": 1, "category": "math"}], []),
         ([QUESTIONS[0] | {"turns": ["one"]}], []),
+        ([QUESTIONS[0] | {"category": ["math"]}], []),
         (QUESTIONS, [{"question_id": 111}]),
         (QUESTIONS, [{"question_id": 111, "choices": []}]),
     ],

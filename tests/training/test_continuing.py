@@ -12,9 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tlora import cli
-from tlora.errors import ConfigError, MisfitError
+from tlora.errors import ConfigError, MisfitError, TLoraError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.training import train
+from tlora.training.continuing import with_adapter
 from tlora.training.runconfig import CalibrationConfig, RunConfig, TokensConfig
 from tlora.verbconfig import InitConfig
 
@@ -238,3 +239,13 @@ def test_added_tokens_stay_those_of_the_run(config, further):
     assert moved(weights(before.adapter), weights(run.adapter)) == {"lora_B"}
     with pytest.raises(ConfigError, match=r"for the added tokens \['<a>'\], and no others"):
         train.run(further(before.path, "other", tokens=TokensConfig(add=["<b>"])))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "not the configuration of an adapter"), ('{"peft_type": "LORA", "r": "8"}', "has `r")],
+)
+def test_an_adapter_whose_configuration_is_damaged_is_refused(text, said, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(TLoraError, match=said):
+        with_adapter(RunConfig(continue_from=str(tmp_path)))

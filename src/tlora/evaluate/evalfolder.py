@@ -150,7 +150,7 @@ class EvalFolder:
                 return [json.loads(line) for line in lines]
         except ArtifactError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{file}: missing or damaged ({error}); restore it.") from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlora.errors import ConfigError, shortened
+from tlora.errors import ConfigError, damaged, shortened
 from tlora.evaluate import loading, preflight
 from tlora.evaluate.class_order import run_of
 from tlora.evaluate.evalconfig import ChatPrompt, EvalConfig
@@ -132,7 +132,10 @@ def template_tokenizer(
 
 def _saved_template(evaluated: EvaluatedModel) -> str | None:
     file = Path(evaluated.adapter or "") / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if evaluated.adapter and file.is_file() else None
+    if evaluated.adapter is None or not file.is_file():
+        return None
+    with damaged(file, "copy the adapter again"):
+        return file.read_text(encoding="utf-8")
 
 
 def as_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:

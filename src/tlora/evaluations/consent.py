@@ -13,6 +13,9 @@ from typing import Any
 
 from tlora.errors import DataError
 
+BAD_VALUES = (ValueError, LookupError, AttributeError)
+"""What PyYAML raises over a value that its tag does not fit: `!!bool x`, `!!timestamp x`."""
+
 
 class _Code(str):
     """The value of a `!function` tag."""
@@ -29,14 +32,23 @@ def code_in(path: str | Path) -> list[str]:
     Raises:
         DataError: a file cannot be read, is not YAML, or has tags unknown to the harness.
     """
+    import yaml
+
     found: list[str] = []
     waiting, seen = [Path(path)], set()
     while waiting:
-        file = waiting.pop().expanduser().resolve()
-        if file in seen:
-            continue
-        seen.add(file)
-        values, functions = _read(file)
+        file = waiting.pop()
+        try:
+            file = file.expanduser().resolve()
+            if file in seen:
+                continue
+            seen.add(file)
+            values, functions = _read(file)
+        except (OSError, RuntimeError, *BAD_VALUES, yaml.YAMLError) as error:
+            cause = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"{file}: not the YAML of an evaluation ({cause}); fix the file."
+            ) from error
         found += [f"`!function {name}` in {file}" for name in functions]
         found += [f"{what} in {file}" for what in _foreign(values)]
         included = values.get("include", []) if isinstance(values, dict) else []
@@ -75,13 +87,7 @@ def _read(file: Path) -> tuple[Any, list[str]]:
         return _Code(functions[-1])
 
     Loader.add_constructor("!function", note)
-    try:
-        return yaml.load(file.read_bytes(), Loader), functions
-    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{file}: not the YAML of an evaluation ({cause}); fix the file."
-        ) from error
+    return yaml.load(file.read_bytes(), Loader), functions
 
 
 def _foreign(values: Any) -> Iterator[str]:

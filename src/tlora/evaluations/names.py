@@ -169,20 +169,21 @@ def _of_code(own: dict[str, dict[str, Any]], wanted: list[str]) -> list[str]:
     return [name for name in wanted if own.get(name, {}).get("unsafe_code")]
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, includers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read an evaluation's YAML and its includes, keeping functions as names."""
     import yaml
 
     try:
+        path = path.resolve()
         found = yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, RecursionError, *consent.BAD_VALUES, yaml.YAMLError):
         return {}  # lm-evaluation-harness reports the error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or path in includers:
         return {}
     included = found.get("include", [])
     below: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
-        below |= _settings(path.parent / name)
+    for name in included if isinstance(included, list) else [included]:
+        below |= _settings(path.parent / str(name), (*includers, path))
     return below | found
 
 

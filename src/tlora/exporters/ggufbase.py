@@ -23,6 +23,7 @@ from tlora.exporters.gguffamilies import (
     untested,
 )
 from tlora.exporters.gguftokens import add_tokens
+from tlora.models.pretrained import readable
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -60,14 +61,16 @@ def write_base(
     family = family_of(fields)
     if fields.get("quantization_config"):
         raise untested("a quantized base")
-    _refuse_other_constants(family, fields)
-    entries = [*_rope_factors(config), *_weights(folder, family, fields, dtype)]
+    with readable(str(folder), "model"):
+        _refuse_other_constants(family, fields)
+        entries = [*_rope_factors(config), *_weights(folder, family, fields, dtype)]
     with files.replacing_file(path) as part:
         writer = gguf.GGUFWriter(part, family.architecture)
         try:
             writer.add_type(gguf.GGUFType.MODEL)
-            _add_sizes(writer, family, fields)
-            add_tokens(writer, folder, fields["vocab_size"])
+            with readable(str(folder), "model"):
+                _add_sizes(writer, family, fields)
+                add_tokens(writer, folder, fields["vocab_size"])
             for entry in entries:
                 kind = numpy.dtype(str(entry.dtype).removeprefix("torch."))
                 size = numpy.prod(entry.shape, dtype=int) * kind.itemsize

@@ -218,12 +218,30 @@ def _level(
 
 def _settle(ranks: list[int], target: int, bounds: Sequence[RankBounds]) -> list[int]:
     """Move the sum to ``target``, one rank at a time at the largest rank that may still move."""
-    ranks = list(ranks)
-    step = 1 if sum(ranks) < target else -1
-    while sum(ranks) != target:
+    ranks = _lowered(ranks, sum(ranks) - target, bounds)
+    while (gap := target - sum(ranks)) != 0:
+        step = 1 if gap > 0 else -1
         free = [
             i for i, b in enumerate(bounds) if (ranks[i] < b.high if step > 0 else ranks[i] > b.low)
         ]
-        # Like the release's argmax, max keeps the first of equal values.
-        ranks[max(free, key=lambda i: ranks[i])] += step
+        # Like the release's argmax, max keeps the first of equal values. A missing rank makes its
+        # module the largest, which then gets the next one too.
+        first = max(free, key=lambda i: ranks[i])
+        ranks[first] += min(gap, bounds[first].high - ranks[first]) if step > 0 else step
     return ranks
+
+
+def _lowered(ranks: list[int], surplus: int, bounds: Sequence[RankBounds]) -> list[int]:
+    """Take from the largest ranks as long as all that are equally large can give one."""
+
+    def cut(most: int) -> list[int]:
+        return [max(min(r, most), min(r, b.low)) for r, b in zip(ranks, bounds, strict=True)]
+
+    whole, low, high = sum(ranks), 0, max(ranks)
+    while low < high:
+        middle = (low + high) // 2
+        if whole - sum(cut(middle)) <= surplus:
+            high = middle
+        else:
+            low = middle + 1
+    return cut(high)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER = re.compile(r"^(tokenizer|vocab|spiece|sentencepiece)\.|\.(model|tiktoken)$")
 """Names of files that hold a vocabulary."""
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,11 @@ class Pretrained:
         import transformers
 
         with readable(self.name, "config"):
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 self.name, trust_remote_code=self.trust_remote_code
             )
+            check_layers(config)
+            return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
@@ -195,6 +198,17 @@ def dtype_of(config: Any) -> Any:
     """Return the precision in a model's configuration; in a multimodal one, the text config's."""
     own = getattr(config, "dtype", None)
     return own or getattr(config.get_text_config(), "dtype", None) or "float32"
+
+
+def check_layers(config: Any) -> None:
+    """Check that a model's configuration has a number of layers that can be built.
+
+    Raises:
+        ValueError: it has more than any model.
+    """
+    for name, value in config.get_text_config().to_dict().items():
+        if "layer" in name and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"`{name}` is {value}, more than the {_MOST_LAYERS} that are built")
 
 
 def positions_of(config: Any) -> int | None:

@@ -12,8 +12,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.adapter.savedconfig import CONFIG, check_fields
 from tlora.errors import ConfigError
-from tlora.files import read_json
+from tlora.files import adapter_fields
 from tlora.registry import METHODS
 from tlora.training.kinds import KINDS
 from tlora.training.preflight import task_of
@@ -43,7 +44,7 @@ def with_adapter(config: RunConfig) -> RunConfig:
     if config.continue_from is None:
         return config
     path, run = _found(Path(config.continue_from))
-    own = read_json(path / "adapter_config.json")
+    own = adapter_fields(path / CONFIG)
     method, options = _settings(path, own, run)
     if faults := _faults(config, own, method, options, run):
         raise ConfigError(faults, where=_WHERE)
@@ -112,7 +113,7 @@ def _found(path: Path) -> tuple[Path, RunConfig | None]:
     folder = next((each for each in folders if each.exists), None)
     if folder is not None and folder.path == path:
         path = folder.adapter
-    if not (path / "adapter_config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise ConfigError(
             f"{path} holds no adapter_config.json; give the folder of an adapter, or "
             "of a finished run whose method saves an adapter.",
@@ -129,6 +130,7 @@ def _settings(path: Path, own: dict[str, Any], run: RunConfig | None) -> tuple[s
             "those of the type 'LORA' can be trained further.",
             _WHERE,
         )
+    check_fields(path, own)
     if run is not None and freezes_a(METHODS.load(run.method), run.options()):
         return run.method, run.adapter
     known = METHODS.load(_METHOD).options.field_names()

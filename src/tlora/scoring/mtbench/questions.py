@@ -59,12 +59,14 @@ def read_questions(
     try:
         answers = {str(row["question_id"]): _pair(row["choices"][0]["turns"]) for row in references}
         asked = [(str(row["question_id"]), row["category"], _pair(row["turns"])) for row in rows]
+        lacking = [
+            name for name, group, _ in asked if group in NEEDS_REFERENCE and name not in answers
+        ]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             f"a row of MT-Bench's files lacks a question with two turns or answers to both"
             f" ({error!r}); use FastChat's original files."
         ) from error
-    lacking = [name for name, group, _ in asked if group in NEEDS_REFERENCE and name not in answers]
     if lacking:
         raise DataError(
             f"the questions {', '.join(lacking)} need reference answers but have none; use the"
