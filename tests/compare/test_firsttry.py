@@ -120,7 +120,7 @@ def test_all_folders_that_cannot_be_used_are_refused_at_once(elsewhere, rows, tm
         " tasks: leave the folder out.",
         "tuning runs of lora are missing; finish that comparison, or leave the folder out of"
         " `first_try`.",
-        "there is no compare.json; no comparison is here.",
+        "there is no compare.json; give the folder of a comparison.",
     ]
 
 
