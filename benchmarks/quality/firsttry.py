@@ -16,15 +16,20 @@ gives that range as a factor, with > where it reaches an end of the rates that w
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import dataclasses
 import math
 import statistics
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from tlora.compare.comparefolder import CompareFolder
+from tlora.compare.firsttry import method_of
+from tlora.compare.ratecurve import Curve, best_rate, geometric_median, score_at, width
+from tlora.compare.trials import saved
+from tlora.report.comparison import Results, gather
+from tlora.report.numbers import times
 
 QUALITY = Path(__file__).parent
 
@@ -60,16 +65,6 @@ METHODS = {
 }
 """What a method is called here: its name and its options."""
 
-_SIZES = {"r", "lora_alpha", "exclude_modules", "modules_to_save"}
-"""Options that a table shares, and which make no other method."""
-
-_LEAST = 3
-"""Learning rates with a score without which a method is left out of a table, as one that has not
-run to the end."""
-
-Curve = Mapping[float, float | None]
-"""Mean score over the tuning seeds by learning rate; None where a seed diverged or failed."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -77,131 +72,35 @@ class Task:
 
     base: str
     name: str
-    higher: bool
+    better: str
     curves: Mapping[str, Curve]
 
 
 def read(quality: Path = QUALITY) -> dict[str, Task]:
     """Return the tables by folder, with the methods that have been tuned there."""
     found = {}
-    for folder, (base, name, score) in TABLES.items():
-        runs = [json.loads(file.read_text()) for file in (quality / folder).glob("runs/*.json")]
-        if runs:
-            shared = json.loads((quality / folder / "compare.json").read_text())
-            rank = shared["config"]["adapter"].get("r", 8)
-            known = curves(runs, rank, score)
-            whole = {label: curve for label, curve in known.items() if scored(curve) >= _LEAST}
-            if whole:
-                found[folder] = Task(base, name, score != "loss", whole)
+    for name, (base, task, score) in TABLES.items():
+        folder = CompareFolder(quality / name)
+        if folder.exists:
+            better = "lower" if score == "loss" else "higher"
+            made = dataclasses.replace(saved(folder), metric=score, better=better)
+            if known := curves(gather(made, folder)):
+                found[name] = Task(base, task, better, known)
     return found
 
 
-def scored(curve: Curve) -> int:
-    """Return at how many learning rates there is a score."""
-    return len(curve) - [*curve.values()].count(None)
-
-
-def curves(runs: Iterable[Mapping], rank: int, score: str) -> dict[str, Curve]:
-    """Return the curve of each method of `METHODS` that ``runs`` has, at ``rank``.
-
-    Args:
-        runs: records of a comparison's runs; final ones are passed over.
-        rank: that of the table; methods at other ranks are passed over.
-        score: name of the validation score.
-    """
-    scores: dict[str, dict[float, list]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        options = {name: value for name, value in run["adapter"].items() if name not in _SIZES}
-        known = [label for label, method in METHODS.items() if method == (run["method"], options)]
-        if run["phase"] != "tuning" or run["calibration"] or run["adapter"].get("r", 8) != rank:
+def curves(results: Results) -> dict[str, Curve]:
+    """Return the curve of each method of `METHODS` that is tuned, with the table's own options."""
+    common = results.config.adapter.items()
+    found = {}
+    for result in results.methods:
+        own = all(result.entry.adapter.get(name, value) == value for name, value in common)
+        if not own or result.entry.calibration or result.learning_rate is None:
             continue
-        for label in known:
-            value = run.get("scores", {}).get("validation", {}).get(score)
-            scores[label][run["learning_rate"]].append(value)
-    return {
-        label: {
-            rate: None if None in values else statistics.fmean(values)
-            for rate, values in sorted(by_rate.items())
-        }
-        for label, by_rate in scores.items()
-    }
-
-
-def best(curve: Curve, higher: bool) -> tuple[float, float]:
-    """Return the best score and its learning rate; of equal scores the lowest rate.
-
-    Raises:
-        ValueError: no learning rate has a score.
-    """
-    sign = -1.0 if higher else 1.0
-    score, rate = min((sign * score, rate) for rate, score in curve.items() if score is not None)
-    return sign * score, rate
-
-
-def default_rate(others: Iterable[tuple[Curve, bool]]) -> float | None:
-    """Return the geometric median of the best learning rates; None of none.
-
-    Args:
-        others: a curve of each other task, and whether its higher scores are better.
-    """
-    logs = [math.log(best(curve, higher)[1]) for curve, higher in others]
-    return math.exp(statistics.median(logs)) if logs else None
-
-
-def score_at(curve: Curve, rate: float) -> tuple[float | None, bool]:
-    """Return the score at a learning rate, and whether the rate is within those tried.
-
-    Returns:
-        The score interpolated over the logarithm of the rate, or that of the outermost rate; None
-        next to a rate without one.
-    """
-    rates = sorted(curve)
-    if rate in curve:
-        return curve[rate], True
-    place = bisect_right(rates, rate)
-    if place in (0, len(rates)):
-        near = rates[min(place, len(rates) - 1)]
-        # What a rate was computed to by exp and log is still that rate.
-        return curve[near], math.isclose(rate, near, rel_tol=1e-9)
-    low, high = rates[place - 1], rates[place]
-    below, above = curve[low], curve[high]
-    if below is None or above is None:
-        return None, True
-    share = math.log(rate / low) / math.log(high / low)
-    return below + share * (above - below), True
-
-
-def width(curve: Curve, higher: bool, within: float = 0.05) -> tuple[float, bool]:
-    """Return the range of rates around the best whose scores are close to it.
-
-    Args:
-        curve: the scores.
-        higher: whether higher scores are better.
-        within: share of the best score by which a score may be worse.
-
-    Returns:
-        The highest rate of the range over its lowest, and whether an end of it is an end of the
-        rates that were tried, so that the range may be wider.
-    """
-    top, rate = best(curve, higher)
-    limit = top * (1 - within if higher else 1 + within)
-    rates = sorted(curve)
-    place = rates.index(rate)
-    low, low_open = _edge(curve, rates[place::-1], limit)
-    high, high_open = _edge(curve, rates[place:], limit)
-    return high / low, low_open or high_open
-
-
-def _edge(curve: Curve, outward: list[float], limit: float) -> tuple[float, bool]:
-    """Return where the score crosses ``limit``, and whether the tried rates end before that."""
-    for inner, outer in itertools.pairwise(outward):
-        near, far = curve[inner], curve[outer]
-        if far is None:
-            return inner, False
-        if (near - limit) * (far - limit) < 0:
-            share = (limit - near) / (far - near)
-            return inner * (outer / inner) ** share, False
-    return outward[-1], True
+        method = method_of(result.entry, results.comparison.changed)[:2]
+        for label in (label for label, known in METHODS.items() if known == method):
+            found[label] = {rate: result.tuning_means.get(rate) for rate in result.tuning}
+    return found
 
 
 @dataclass(frozen=True)
@@ -215,8 +114,7 @@ class FirstTry:
     tuned: float
     excess: float | None
     """How much worse than the task's best score of all methods, as a share of it."""
-    width: float
-    wider: bool
+    width: tuple[float, bool] | None
 
 
 def first_tries(tasks: Mapping[str, Task], same_base: bool) -> dict[str, dict[str, FirstTry]]:
@@ -229,9 +127,10 @@ def first_tries(tasks: Mapping[str, Task], same_base: bool) -> dict[str, dict[st
     """
     found: dict[str, dict[str, FirstTry]] = {}
     for folder, task in tasks.items():
-        top = (max if task.higher else min)(
-            best(curve, task.higher)[0] for curve in task.curves.values()
-        )
+        tuned = {
+            label: curve[best_rate(curve, task.better)] for label, curve in task.curves.items()
+        }
+        top = (max if task.better == "higher" else min)(tuned.values())
         others = [
             each
             for each in tasks.values()
@@ -239,14 +138,14 @@ def first_tries(tasks: Mapping[str, Task], same_base: bool) -> dict[str, dict[st
         ]
         row = {}
         for label, curve in task.curves.items():
-            rate = default_rate((o.curves[label], o.higher) for o in others if label in o.curves)
-            if rate is None:
+            rates = [best_rate(o.curves[label], o.better) for o in others if label in o.curves]
+            if not rates:
                 continue
+            rate = geometric_median(rates)
             score, tried = score_at(curve, rate)
-            excess = None if score is None else (top - score if task.higher else score - top) / top
-            spread, wider = width(curve, task.higher)
-            tuned = best(curve, task.higher)[0]
-            row[label] = FirstTry(rate, score, tried, tuned, excess, spread, wider)
+            excess = None if score is None else abs(score - top) / top
+            wide = width(curve, task.better)
+            row[label] = FirstTry(rate, score, tried, tuned[label], excess, wide)
         found[folder] = row
     return found
 
@@ -271,7 +170,7 @@ def mean_ranks(
     common = set.intersection(*({*row} for row in tries.values()))
     found = defaultdict(list)
     for folder, row in tries.items():
-        sign = -1.0 if tasks[folder].higher else 1.0
+        sign = -1.0 if tasks[folder].better == "higher" else 1.0
         values = {}
         for label in common:
             score = row[label].tuned if tuned else row[label].score
@@ -292,7 +191,7 @@ def main() -> None:
     print("Score at the default (how much worse than the task's best), tuned, default rate\n")
     _table(tries, labels, _cell)
     print("\nRange of learning rates within 5 % of the method's best score, as a factor\n")
-    _table(tries, labels, lambda t: f"{'>' * t.wider}{t.width:.1f}")
+    _table(tries, labels, lambda t: times(t.width))
     print("\nOver the tables\n")
     _summary(tasks, tries, labels)
 
@@ -323,7 +222,7 @@ def _summary(tasks, tries, labels) -> None:
         print(
             f"| {label} | {len(rows)} | {rank[0]} | {rank[1]} |"
             f" {100 * statistics.median(excess):.0f} % | {100 * max(excess):.0f} % |"
-            f" {statistics.median(each.width for each in rows):.1f} |"
+            f" {statistics.median(each.width[0] for each in rows if each.width):.1f} |"
         )
 
 

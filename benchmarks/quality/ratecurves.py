@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from tlora.compare.ratecurve import best_rate
+
 PANELS = {
     "base-ledger": ("embedded base (1.0M), ledger", 3e-3),
     "text30m-ledger": ("base of 30M, ledger", 3e-4),
@@ -42,9 +44,9 @@ def orders(task: firsttry.Task, rate: float, methods: list[str]) -> tuple[list, 
     """
     known = {label: task.curves[label] for label in methods if label in task.curves}
     fixed = {label: curve[rate] for label, curve in known.items() if curve.get(rate) is not None}
-    tuned = {label: firsttry.best(curve, task.higher)[0] for label, curve in known.items()}
+    tuned = {label: curve[best_rate(curve, task.better)] for label, curve in known.items()}
     first, second = (
-        sorted(each.items(), key=lambda item: item[1], reverse=task.higher)
+        sorted(each.items(), key=lambda item: item[1], reverse=task.better == "higher")
         for each in (fixed, tuned)
     )
     return first, second
@@ -78,8 +80,8 @@ def _draw(axes, task: firsttry.Task, rate: float) -> None:
     for label, color in COLORS.items():
         curve = {r: score for r, score in task.curves[label].items() if score is not None}
         axes.plot([*curve], [*curve.values()], "o-", color=color, label=label, markersize=4)
-        score, tuned = firsttry.best(curve, task.higher)
-        axes.plot(tuned, score, "o", color=color, markersize=9, fillstyle="none")
+        tuned = best_rate(curve, task.better)
+        axes.plot(tuned, curve[tuned], "o", color=color, markersize=9, fillstyle="none")
     axes.axvline(rate, color="#94a3b8", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     tried = {r for label in COLORS for r in task.curves[label]}

@@ -65,6 +65,11 @@ def comparison_of(monkeypatch):
     return made
 
 
+def first_try_rates(folder, entry):
+    rate = comparetrials.saved(CompareFolder(folder)).default(entry)
+    return [] if rate is None else [rate]
+
+
 @each_folder
 def test_the_file_beside_committed_runs_still_names_them(folder, comparison_of):
     made = comparison_of(committed(folder), folder)
@@ -73,7 +78,7 @@ def test_the_file_beside_committed_runs_still_names_them(folder, comparison_of):
     known |= {
         trial.name
         for entry in made.config.entries()
-        for learning_rate in entry.learning_rates
+        for learning_rate in {*entry.learning_rates, *first_try_rates(folder, entry)}
         for trial in made.final(entry, learning_rate)
     }
     runs = {file.stem for file in (folder / "runs").glob("*.json")}

@@ -54,6 +54,7 @@ def write(
             "experiment": made.experiment,
             "metric": made.metric,
             "better": made.better,
+            "first_try": made.first_try,
         }
     )
     draw = random.Random(seed)
@@ -66,9 +67,10 @@ def write(
             folder.write_record(trial.name, record(trial, "validation", value, place, made))
         chosen = made.chosen(entry, folder)
         assert chosen is not None
-        for trial in made.final(entry, chosen):
-            value = base + luck[trial.seed] + draw.gauss(0, noise)
-            folder.write_record(trial.name, record(trial, "test", value, place, made))
+        for rate in made.final_rates(entry, folder):
+            for trial in made.final(entry, rate):
+                value = base - 0.02 * (rate != chosen) + luck[trial.seed] + draw.gauss(0, noise)
+                folder.write_record(trial.name, record(trial, "test", value, place, made))
     return folder
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tlora.compare.trials import best_learning_rate, mean_scores
+from tlora.compare.ratecurve import best_rate
+from tlora.compare.trials import mean_scores
 from tlora.report.intervals import difference, holm, interval
 
 
@@ -77,19 +78,19 @@ def test_equal_methods_win_in_five_percent_of_the_cases_or_fewer():
 
 def test_the_rate_with_the_best_mean_is_chosen():
     scores = {1e-3: [0.7, 0.9], 1e-2: [0.85, 0.85], 1e-1: [0.2, 0.99]}
-    assert best_learning_rate(scores, 2, "higher") == 1e-2
-    assert best_learning_rate(scores, 2, "lower") == 1e-1
+    assert best_rate(mean_scores(scores, 2), "higher") == 1e-2
+    assert best_rate(mean_scores(scores, 2), "lower") == 1e-1
     assert mean_scores(scores, 2)[1e-3] == pytest.approx(0.8)
 
 
 def test_of_equal_means_the_lower_rate_is_chosen():
     scores = {1e-2: [0.8, 0.9], 1e-3: [0.9, 0.8], 1e-4: [0.1, 0.2]}
-    assert best_learning_rate(scores, 2, "higher") == 1e-3
-    assert best_learning_rate({1e-2: [0.5], 1e-3: [0.5]}, 1, "lower") == 1e-3
+    assert best_rate(mean_scores(scores, 2), "higher") == 1e-3
+    assert best_rate(mean_scores({1e-2: [0.5], 1e-3: [0.5]}, 1), "lower") == 1e-3
 
 
 def test_a_rate_with_a_failed_seed_is_not_chosen():
     scores = {1e-3: [0.7, 0.7], 1e-2: [0.9, None], 1e-1: [0.9]}
-    assert best_learning_rate(scores, 2, "higher") == 1e-3
-    assert best_learning_rate({1e-2: [None, None]}, 2, "higher") is None
-    assert best_learning_rate({}, 2, "higher") is None
+    assert best_rate(mean_scores(scores, 2), "higher") == 1e-3
+    assert best_rate(mean_scores({1e-2: [None, None]}, 2), "higher") is None
+    assert best_rate(mean_scores({}, 2), "higher") is None

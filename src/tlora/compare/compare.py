@@ -19,6 +19,7 @@ from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig
 from tlora.compare.comparefolder import RUN_HEADER, CompareFolder
 from tlora.compare.exactmatch import check_rows
 from tlora.compare.experiment import experiment
+from tlora.compare.firsttry import best_elsewhere
 from tlora.compare.onerun import portable
 from tlora.compare.queue import Job, Outcome, Workers, cores, termination_interrupts
 from tlora.compare.trials import SCORED, Comparison, Schedule, Trial, digest
@@ -87,6 +88,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
                 "experiment": comparison.experiment,
                 "metric": comparison.metric,
                 "better": comparison.better,
+                "first_try": comparison.first_try,
                 "provenance": provenance(seed=None, output=config.output_dir),
             }
         )
@@ -107,6 +109,8 @@ def preflight(config: CompareConfig) -> None:
         if config.engine == "ray":
             extras.require("ray", where="engine")
     run_config = _first_run(config)
+    with faults:
+        best_elsewhere(config)
     with faults:
         training_preflight.check(run_config, _validation_file(config))
     with faults:
@@ -189,7 +193,8 @@ def identify(config: CompareConfig, setup: Setup) -> Comparison:
     """
     metric = _metric(config, score_names(setup))
     better = config.better or ("lower" if metric in _LOWER else "higher")
-    return Comparison(config, metric, better, digest(experiment(config)))
+    rates = best_elsewhere(config)
+    return Comparison(config, metric, better, digest(experiment(config)), first_try=rates)
 
 
 def _metric(config: CompareConfig, known: Sequence[str]) -> str:

@@ -159,6 +159,11 @@ class CompareConfig(SharedConfig):
     """Seeds for choosing each method's learning rate on the validation rows."""
     final_seeds: Seeds = field(default_factory=lambda: [2, 3, 4, 5, 6])
     """Seeds for the reported runs at the chosen learning rate, scored on the test rows."""
+    first_try: Annotated[list[str], Rule("folders, each once", _distinct)] = field(
+        default_factory=list
+    )
+    """Folders of finished comparisons on other tasks. Each method also runs, with the final seeds,
+    at a default learning rate: the geometric median of its best ones there."""
     validation: Validation = 0.1
     """Validation rows for choosing the learning rate: a file, or rows held out of the training
     rows: a fraction (0.1) or a number (500)."""

@@ -25,6 +25,11 @@ _FILES = ("compare.json", "report.html", "report.md", "report.csv")
 RUN_HEADER = {"kind": "tlora comparison run", "version": 1}
 
 
+def tail(path: str) -> str:
+    """Return the last two parts of a path, which name no folder of the machine."""
+    return "/".join(Path(path).parts[-2:])
+
+
 class CompareFolder:
     """The files of one comparison; creating this object touches no file."""
 

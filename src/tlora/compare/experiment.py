@@ -14,21 +14,19 @@ from tlora.training.kinds import KINDS
 from tlora.training.runconfig import SharedConfig
 
 
+def row_files(config: CompareConfig) -> dict[str, str | None]:
+    """Return the digests of the files of rows; None of one that is missing."""
+    held = config.validation if isinstance(config.validation, str) else None
+    files = {"train_file": config.train_file, "test_file": config.test_file, "validation": held}
+    return {name: input_digest(path) for name, path in files.items() if path}
+
+
 def experiment(config: CompareConfig) -> dict[str, Any]:
     """Return the shared settings of all runs as plain JSON values.
 
     Files are identified by their content; settings are included if they differ from the tables in
     `tlora.compare.defaults`.
     """
-    files = {
-        name: input_digest(path)
-        for name, path in (
-            ("train_file", config.train_file),
-            ("test_file", config.test_file),
-            ("validation", config.validation if isinstance(config.validation, str) else None),
-        )
-        if path
-    }
     values = config.to_dict()
     shared = {field.name: values[field.name] for field in dataclasses.fields(SharedConfig)}
     for name in ("model", "train_file", "adapter", "trainer"):
@@ -46,7 +44,12 @@ def experiment(config: CompareConfig) -> dict[str, Any]:
     split = held_out if not isinstance(config.validation, str) else {}
     # Every run has the other scores; answers are only generated if they are the metric.
     written = {"metric": EXACT_MATCH} if config.writes_answers else {}
-    return shared | {"model": model_identity(config.model), "files": files} | split | written
+    return (
+        shared
+        | {"model": model_identity(config.model), "files": row_files(config)}
+        | split
+        | written
+    )
 
 
 def _trainer(config: CompareConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.compare.compareconfig import EXACT_MATCH
+from tlora.compare.comparefolder import tail
 from tlora.errors import DataError, DivergenceError
 from tlora.files import write_state
 from tlora.training.runconfig import RunConfig, SharedConfig
@@ -60,7 +61,9 @@ def portable(config: SharedConfig) -> dict[str, Any]:
     for name in ("model", "train_file", "eval_file", "test_file", "validation"):
         value = values.get(name)
         if isinstance(value, str) and Path(value).exists():
-            values[name] = "/".join(Path(value).parts[-2:])
+            values[name] = tail(value)
+    if "first_try" in values:
+        values["first_try"] = [tail(path) for path in values["first_try"]]
     # Keep the guarded evaluations, but not the location of their files.
     values["data"]["guard_dir"] = None
     own = ("output_dir", "resume", "continue_from")

@@ -1,7 +1,8 @@
 """The runs of a comparison, and which of them are ready or finished.
 
 Tuning runs cover every method x learning rate x tuning seed. Final runs, a method x final seed,
-wait for their method's tuning runs, which choose the learning rate.
+wait for their method's tuning runs, which choose the learning rate. The final
+seeds also run at the default learning rate of the first try, if there is one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tlora.compare import defaults
 from tlora.compare.compareconfig import CompareConfig, MethodEntry
 from tlora.compare.comparefolder import CompareFolder
+from tlora.compare.ratecurve import best_rate, geometric_median
 
 Phase = Literal["tuning", "final"]
 SCORED: dict[Phase, str] = {"tuning": "validation", "final": "test"}
@@ -64,6 +67,8 @@ class Comparison:
     """Digest of the settings shared by all runs: model, rows, steps, schedule, batch."""
     changed: Mapping[str, dict[str, Any]] | None = None
     """`changed_defaults` by method at the start of the comparison; None: current ones."""
+    first_try: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
+    """By label, other comparisons that have the method, and its best learning rate there."""
 
     def tuning(self) -> list[Trial]:
         """Return the tuning runs, seeds outermost, so that partial results are balanced."""
@@ -102,7 +107,17 @@ class Comparison:
             if record is None:
                 return None
             scores.setdefault(trial.learning_rate, []).append(self.score(record))
-        return best_learning_rate(scores, len(self.config.tuning_seeds), self.better)
+        return best_rate(mean_scores(scores, len(self.config.tuning_seeds)), self.better)
+
+    def default(self, entry: MethodEntry) -> float | None:
+        """Return the learning rate of the first try; None if no other comparison has the method."""
+        rates = [rate for _, rate in self.first_try.get(entry.label, ())]
+        return geometric_median(rates) if rates else None
+
+    def final_rates(self, entry: MethodEntry, folder: CompareFolder) -> list[float]:
+        """Return the learning rates of the final runs: the chosen one and the first try's."""
+        rates = (self.chosen(entry, folder), self.default(entry))
+        return [*dict.fromkeys(rate for rate in rates if rate is not None)]
 
     def _trial(self, entry: MethodEntry, learning_rate: float, seed: int, phase: Phase) -> Trial:
         given = entry.given(None if self.changed is None else self.changed.get(entry.name, {}))
@@ -153,12 +168,12 @@ class Schedule:
         return sum(map(self._is_finished, known)), len(known) + waiting * len(config.final_seeds)
 
     def _finals(self) -> list[Trial]:
-        """Return the final runs of methods with a chosen learning rate, by seed."""
-        runs = []
-        for entry in filter(self._settled, self.comparison.config.entries()):
-            rate = self.comparison.chosen(entry, self.folder)
-            if rate is not None:
-                runs.append(self.comparison.final(entry, rate))
+        """Return the final runs of the methods whose learning rate is chosen, by seed."""
+        runs = [
+            self.comparison.final(entry, rate)
+            for entry in filter(self._settled, self.comparison.config.entries())
+            for rate in self.comparison.final_rates(entry, self.folder)
+        ]
         return [trial for round_ in zip(*runs, strict=True) for trial in round_]
 
     def _settled(self, entry: MethodEntry) -> bool:
@@ -179,7 +194,10 @@ class Schedule:
 
 
 def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
-    """Return the mean score of every learning rate with scores from all ``seeds`` runs."""
+    """Return the mean score of every learning rate with scores from all ``seeds`` runs.
+
+    Another mean would be over fewer seeds.
+    """
     return {
         learning_rate: statistics.fmean(value for value in values if value is not None)
         for learning_rate, values in scores.items()
@@ -187,19 +205,21 @@ def mean_scores(scores: Scores, seeds: int) -> dict[float, float]:
     }
 
 
-def best_learning_rate(scores: Scores, seeds: int, better: str) -> float | None:
-    """Return the learning rate with the best mean; the lowest one among equal means.
+def saved(folder: CompareFolder) -> Comparison:
+    """Return the comparison of a folder: it needs neither model nor rows.
 
-    Excludes learning rates with a failed seed, whose mean would be over fewer seeds.
-
-    Args:
-        scores: validation scores by learning rate.
-        seeds: number of tuning seeds.
-        better: "higher" or "lower".
+    Raises:
+        ArtifactError: there is none, or its file is damaged.
     """
-    means = mean_scores(scores, seeds)
-    sign = -1.0 if better == "higher" else 1.0
-    return min(means, key=lambda each: (sign * means[each], each), default=None)
+    start = folder.read()
+    # Fields that did not exist yet have the value that means "as before".
+    data = defaults.SHARED["data"] | start["config"].get("data", {})
+    config = CompareConfig.from_dict(start["config"] | {"data": data})
+    return Comparison(
+        config,
+        *(start[name] for name in ("metric", "better", "experiment")),
+        *(start.get(name, {}) for name in ("defaults", "first_try")),
+    )
 
 
 def digest(value: Any) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tlora.compare import defaults
 from tlora.compare.compareconfig import CompareConfig, MethodEntry
 from tlora.compare.comparefolder import CompareFolder
-from tlora.compare.trials import Comparison, Trial, mean_scores
+from tlora.compare.ratecurve import width
+from tlora.compare.trials import Comparison, Trial, mean_scores, saved
 from tlora.errors import ArtifactError
 from tlora.report.intervals import Difference, Interval, difference, holm, interval
 
@@ -47,6 +47,10 @@ class MethodResult:
     scores: dict[int, float]
     """Test scores by seed."""
     problems: list[MissingRun] = field(default_factory=list)
+    width: tuple[float, bool] | None = None
+    """Range of learning rates close to the best, as `tlora.compare.ratecurve.width` gives it."""
+    first_try: dict[int, float] = field(default_factory=dict)
+    """Test scores by seed at the default learning rate."""
 
     @property
     def label(self) -> str:
@@ -191,14 +195,7 @@ def read(folder: CompareFolder) -> Results:
     Raises:
         ArtifactError: there is none, a file is damaged, or two runs were trained differently.
     """
-    start = folder.read()
-    # Fields added later have the value that means "as before".
-    data = defaults.SHARED["data"] | start["config"].get("data", {})
-    config = CompareConfig.from_dict(start["config"] | {"data": data})
-    comparison = Comparison(
-        config, start["metric"], start["better"], start["experiment"], start.get("defaults", {})
-    )
-    return gather(comparison, folder)
+    return gather(saved(folder), folder)
 
 
 def check_alike(records: Iterable[Record]) -> None:
@@ -234,8 +231,6 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
         score = comparison.score(folder.record(trial.name))
         tuning.setdefault(trial.learning_rate, []).append(score)
     learning_rate = comparison.chosen(entry, folder)
-    finals: dict[int, Record] = {}
-    scores: dict[int, float] = {}
     if learning_rate is None:
         reason = (
             "no learning rate has a score at every tuning seed"
@@ -243,17 +238,31 @@ def _method(comparison: Comparison, entry: MethodEntry, folder: CompareFolder) -
             else "not all tuning runs are here to choose the learning rate"
         )
         problems.append(MissingRun(f"{entry.label}, all final runs", reason))
-    else:
-        final = comparison.final(entry, learning_rate)
+    for rate in comparison.final_rates(entry, folder):
+        final = comparison.final(entry, rate)
         problems += _problems(comparison, entry, final, folder)
-        for trial in final:
-            record = folder.record(trial.name)
-            score = comparison.score(record)
-            if record is not None and score is not None:
-                finals[trial.seed], scores[trial.seed] = record, score
         trials = [*trials, *final]
     means = mean_scores(tuning, len(comparison.config.tuning_seeds))
-    return MethodResult(entry, trials, learning_rate, tuning, means, finals, scores, problems)
+    finals, scores = _scored(comparison, entry, learning_rate, folder)
+    _, first_try = _scored(comparison, entry, comparison.default(entry), folder)
+    wide = width({rate: means.get(rate) for rate in tuning}, comparison.better)
+    return MethodResult(
+        entry, trials, learning_rate, tuning, means, finals, scores, problems, wide, first_try
+    )
+
+
+def _scored(
+    comparison: Comparison, entry: MethodEntry, rate: float | None, folder: CompareFolder
+) -> tuple[dict[int, Record], dict[int, float]]:
+    """Return the final runs at a learning rate that have a score, and their scores, by seed."""
+    finals: dict[int, Record] = {}
+    scores: dict[int, float] = {}
+    for trial in comparison.final(entry, rate) if rate is not None else ():
+        record = folder.record(trial.name)
+        score = comparison.score(record)
+        if record is not None and score is not None:
+            finals[trial.seed], scores[trial.seed] = record, score
+    return finals, scores
 
 
 def _problems(

@@ -39,6 +39,11 @@ def seconds(value: float | None) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
+def times(width: tuple[float, bool] | None) -> str:
+    """Return a range as the factor between its ends, with > where it may be wider."""
+    return NONE if width is None else f"{'>' * width[1]}{width[0]:.1f}\N{MULTIPLICATION SIGN}"
+
+
 def margin(score: Interval) -> str:
     """Return "± half" of an interval, or "one seed" without one."""
     return "one seed" if score.half is None else f"± {number(score.half)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from tlora.report import charts, html, wording
+from tlora.report import charts, firsttrytable, html, wording
 from tlora.report.comparison import Results
 from tlora.report.heatmap import heat_map
 from tlora.report.intervals import Difference
@@ -37,6 +37,7 @@ def context(results: Results) -> dict[str, Any]:
         "figures": wording.FIGURES,
         "strips": charts.strips(results),
         "learning_rates": charts.learning_rates(results),
+        "first_try": firsttrytable.table(results) if config.first_try else None,
         "curves": charts.curves(results),
         "scatter": [charts.parameters(results, width) for width in (720, 336)],
         "edges": wording.edges(results),
@@ -60,7 +61,8 @@ def context(results: Results) -> dict[str, Any]:
 
 def _unused(config: CompareConfig) -> tuple[str, ...]:
     """Return the fields omitted from the page because their defaults have no effect."""
-    return (*(() if config.engine == "ray" else _OF_RAY), *(() if config.answers else ("answers",)))
+    unset = (name for name in ("answers", "first_try") if not getattr(config, name))
+    return (*(() if config.engine == "ray" else _OF_RAY), *unset)
 
 
 def pairs(results: Results) -> str:

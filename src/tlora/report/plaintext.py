@@ -10,8 +10,8 @@ from typing import Any
 
 from tlora.errors import ConfigError, did_you_mean
 from tlora.files import replacing_file
+from tlora.report import firsttrytable, numbers, page, wording
 from tlora.report import markdown as tables
-from tlora.report import numbers, page, wording
 from tlora.report.comparison import Record, Results
 
 _COLUMNS: dict[str, Callable[[Results, Record], Any]] = {
@@ -52,6 +52,8 @@ def markdown(results: Results) -> str:
         rows.append(cells + [""] * (len(head) - len(cells)))
     lines = [*_table(results, head, rows), wording.summary(results), wording.caveat(results), ""]
     lines += [f"- {sentence}" for sentence in wording.edges(results)]
+    if results.config.first_try:
+        lines += firsttrytable.markdown(results)
     lines += [f"- {sentence}" for sentence in wording.protocol(results)]
     lines += [f"- Missing: {p.run}: {p.cause}." for p in results.problems]
     return tables.document(lines)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from tlora.report.comparison import MethodResult, Results
 from tlora.report.intervals import FEWEST, Difference
-from tlora.report.numbers import count, number, seconds, signed
+from tlora.report.numbers import count, number, seconds, signed, times
 
 FIGURES: dict[str, Callable[[MethodResult], str]] = {
     "learning rate": lambda method: f"{method.learning_rate:g}",
+    "rates within 5 %": lambda method: times(method.width),
     "adapter parameters": lambda method: count(method.mean("parameters", "adapter")),
     "other parameters": lambda method: count(method.mean("parameters", "others")),
     "peak MiB": lambda method: count(method.memory and method.memory / 2**20),
@@ -152,6 +153,9 @@ def protocol(results: Results) -> list[str]:
         "Each method's learning rate has the best mean over the tuning seeds"
         f" ({', '.join(map(str, config.tuning_seeds))}) on the validation rows; ties go to the"
         " lowest learning rate. Intervals do not include the uncertainty of that choice.",
+        "Rates within 5 %: the factor between the ends of the range around the best learning rate"
+        " in which the mean validation score, interpolated over the logarithm of the rate, is at"
+        " most 5 % worse; > if the range reaches an end of the rates tried.",
         f"The table reports other seeds ({', '.join(map(str, config.final_seeds))}) at that"
         f" learning rate, on the test rows, {seen}.",
         "Intervals are Student's over seeds, 95 %. They describe other seeds on these test rows,"
