@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tlora.adapter.savedconfig import CONFIG, check_fields
 from tlora.errors import ConfigError
-from tlora.files import adapter_fields
 from tlora.registry import METHODS
+from tlora.sealed import adapter_fields
 from tlora.training.kinds import KINDS
 from tlora.training.preflight import task_of
 from tlora.training.runconfig import CalibrationConfig, RunConfig, TokensConfig
