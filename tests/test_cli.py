@@ -228,7 +228,10 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
             "trainer: there is no field `learning_rat`. Did you mean 'learning_rate'?",
         ),
         (["train"], "`model` is missing; give --model"),
-        (["train", "stray"], "unexpected word 'stray'; give flags as --name value."),
+        (
+            ["train", "stray"],
+            "unexpected word 'stray'; give flags as --name value, and files as a.yaml.",
+        ),
         (["inspect"], "`path` is missing; `tlora inspect` needs a run's folder"),
         (["compare", "--learning_rates", "fast"], "`learning_rates` is ['fast']; give positive"),
         (["inspect", "nowhere"], "nowhere: there is no such file."),

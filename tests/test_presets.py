@@ -252,5 +252,5 @@ def test_the_command_on_a_card_is_the_same_run_whatever_the_default(words):
 def test_the_whole_help_has_the_defaults_of_a_run_without_a_preset(capsys):
     assert cli.main(["train", "--help", "all"]) == 0
     text = capsys.readouterr().out
-    assert "Share the ranks out by sensitivity; off: every module gets r.\n" in text
+    assert "Allocate ranks by sensitivity; false: every module gets r.\n" in text
     assert "the method of `recommended` uses that" in " ".join(text.split())

@@ -222,7 +222,7 @@ def misfits(base: Any, calibrated: Any) -> dict[str, tuple[AdapterPlan, str]]:
         "rows": (changed(d_out=64), r"up_proj is 32 x 16 but planned as 64 x 16"),
         "a": (changed(lora_A=torch.zeros(1, 7)), r"up_proj has a lora_A of shape \(1, 7\)"),
         "rank": (changed(rank=9), r"up_proj has a lora_A of shape"),
-        "unknown": (unknown, r"model\.layers\.9\.mlp\.up_proj is planned but is no target"),
+        "unknown": (unknown, r"model\.layers\.9\.mlp\.up_proj is planned but is not a target"),
         "nothing": (nothing, "no module has a rank above 0"),
     }
 

@@ -178,7 +178,7 @@ class Meddling(TrainerCallback):
 def test_the_callback_stops_a_trainer_whose_a_was_moved(base, tmp_path, step):
     run = trainer(attach(base.model, base.plan()), base.family.samples, tmp_path, steps=3)
     run.add_callback(Meddling(step))
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj: A changed while training"):
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj: A changed during training"):
         run.train()
     # Found at the first checkpoint, which comes every two steps, or at the end.
     assert run.state.global_step == max(step, 2)

@@ -291,8 +291,8 @@ TEST_ROWS = object()
         ({"metric": "los"}, ConfigError, "but the scores are 'loss', 'exact_match'. Did you"),
         ({"validation": 24}, DataError, "holds out 24 of 24 training rows"),
         ({"model": None}, ConfigError, "`model` is missing"),
-        ({"test_file": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
-        ({"validation": SAME_ROWS}, DataError, "of 24 training rows 24 repeat a prompt of"),
+        ({"test_file": SAME_ROWS}, DataError, "of 24 training rows, 24 repeat a prompt of"),
+        ({"validation": SAME_ROWS}, DataError, "of 24 training rows, 24 repeat a prompt of"),
         (
             {"validation": TEST_ROWS},
             DataError,

@@ -212,7 +212,9 @@ def test_another_seed_or_anothers_folder_is_refused_and_left_alone(result, tmp_p
     (tmp_path / "theirs" / "demo.json").write_text("{}")
     before = [path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))]
     for call in (demo.run, demo.write_rows):
-        with pytest.raises(ConfigError, match=r"`seed` is 1, but .* was started with 0; give it"):
+        with pytest.raises(
+            ConfigError, match=r"`seed` is 1, but .* was started with 0; use the same value"
+        ):
             call(str(folder), seed=1)
         with pytest.raises(ConfigError, match="is not empty and holds no run"):
             call(str(tmp_path))

@@ -338,7 +338,7 @@ BAD = {
     "prompts of the judge": (
         {"judge": {"url": "http://localhost:9/v1", "model": "m", "prompts": "none.jsonl"}},
         DataError,
-        "none.jsonl: not FastChat's prompts",
+        "none.jsonl: cannot be read",
     ),
     "a key without cover": (
         {"judge": {"url": "http://judge.example/v1", "model": "m"}},

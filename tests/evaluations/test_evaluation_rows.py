@@ -70,7 +70,7 @@ def test_every_documented_place_is_looked_at_packed_or_not(tmp_path):
         ("piqa-paper", {"output": "solution1"}, "does not end in 'the correct answer is"),
         ("svamp-llm-adapters", {"answer": "many"}, "which llm-adapters-number cannot read"),
         ("aqua-llm-adapters", {"answer": "4.5"}, "which llm-adapters-letter cannot read"),
-        ("mbpp-paper", {"test_list": ["assert ("]}, "its tests are not Python"),
+        ("mbpp-paper", {"test_list": ["assert ("]}, "its tests are not valid Python"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_found_before_anything_is_generated(

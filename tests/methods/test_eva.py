@@ -65,7 +65,7 @@ def test_what_reads_one_row_a_sample_starts_as_in_lora(prepared_by, tiny_bert_cl
     options = EvaOptions(r=2, rho=1, task_type="SEQ_CLS")
     with caplog.at_level(logging.WARNING):
         prepared = method.prepare(tiny_bert_classifier(), options, data)
-    assert "bert.pooler.dense: no tokens for EVA to go by" in caplog.text
+    assert "bert.pooler.dense: reads no tokens, so EVA does not apply" in caplog.text
     found = directions(prepared.model)
     [pooler] = [a for name, a in found.items() if "pooler" in name]
     assert pooler.shape == (2, 16)
@@ -89,7 +89,7 @@ def test_more_directions_than_inputs_are_refused(prepared_by, tiny_llama):
 
 def test_directions_that_never_settle_end_it(prepared_by, tiny_llama, monkeypatch):
     monkeypatch.setattr("tlora.adapter.principal_inputs._MOST_BATCHES", 3)
-    with pytest.raises(CalibrationError, match="not settled after 3 batches"):
+    with pytest.raises(CalibrationError, match="did not settle after 3 batches"):
         prepared_by("eva", tiny_llama(), r=4, tau=1.0)
 
 

@@ -233,7 +233,7 @@ def test_a_shared_weight_is_not_taken_apart(prepared_by, tiny_llama):
 def test_an_initial_adapter_of_another_model_is_refused(prepared_by, tiny_llama):
     plan = prepared_by("pissa", tiny_llama(), r=2).plan
     model = tiny_llama(num_hidden_layers=1)
-    with pytest.raises(AdapterError, match=r"not of this model: model\.layers\.1"):
+    with pytest.raises(AdapterError, match=r"does not match this model: model\.layers\.1"):
         prepared_by("pissa", model, r=2, plan=plan)
     assert unchanged(model, tiny_llama(num_hidden_layers=1))
 

@@ -142,5 +142,5 @@ def test_layers_that_the_configuration_leaves_out_are_named(saved, tiny_llama, c
     with caplog.at_level(logging.WARNING, "tlora"):
         Pretrained(name=folder).model(LABELED, CPU, head=HEAD)
     [said] = [r.getMessage() for r in caplog.records if r.name.startswith("tlora")]
-    assert "has 9 weights of layers that its config.json leaves out, and they are not used" in said
+    assert "has 9 weights of layers that its config.json lacks, and they are not used" in said
     assert f"{prefix}layers.1.input_layernorm.weight" in said

@@ -119,7 +119,7 @@ def test_what_is_wrong_with_tokens_is_said(config, marked):
     with pytest.raises(ConfigError, match="names a token twice, or an empty one"):
         RunConfig(tokens=TokensConfig(add=["<a>", "<a>"]))
     both = config(train_file=marked, tokens=TOKENS, adapter={"trainable_token_indices": [3]})
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one"):
         train.run(both)
 
 

@@ -106,7 +106,7 @@ def test_a_run_is_trained_further_as_it_was(first, further, method, adapter, tra
     run = train.run(further(before.path))
     assert moved(weights(before.adapter), weights(run.adapter)) == trained
     said = "B trains, A stays frozen" if trained == {"lora_B"} else "A and B train"
-    assert f"continues the adapter in {before.adapter}: {said}; nothing is" in caplog.text
+    assert f"continues the adapter in {before.adapter}: {said}; no calibration" in caplog.text
     config = run.config()
     frozen = trained == {"lora_B"}
     assert config["method"] == (method if frozen else "lora")
@@ -168,7 +168,7 @@ def test_an_adapter_that_changed_is_refused(stock, further, interrupted, tmp_pat
     ("fields", "said"),
     [
         ({"adapter": {"r": 8}}, "has its own options, so `adapter.r` cannot be set"),
-        ({"method": "pissa"}, "trains by the method 'lora', not 'pissa'; leave --method out"),
+        ({"method": "pissa"}, "trains by the method 'lora', not 'pissa'; remove --method"),
         ({"calibration": CalibrationConfig(samples=3)}, "nothing is calibrated, so `calibration`"),
         (
             {"data": DataConfig(kind="classification", text_column="a", label_column="b")},
@@ -227,7 +227,7 @@ def test_the_classes_stay_those_of_the_run(config, saved, tiny_bert_classifier, 
     assert run.config()["data"]["label_names"] == ["n", "y"]
     assert moved(weights(before.adapter), weights(run.adapter)) == {"lora_B"}
     other = dataclasses.replace(data, label_names=["y", "n"])
-    with pytest.raises(ConfigError, match=r"classes are \['n', 'y'\]; leave"):
+    with pytest.raises(ConfigError, match=r"classes are \['n', 'y'\]; remove"):
         train.run(further(before.path, "other", **fields | {"data": other}))
 
 

@@ -53,7 +53,9 @@ def test_more_steps_extend_it_and_a_line_tells_of_the_schedule(
     (line,) = [
         each for each in caplog.messages if "it continues training from checkpoint-4" in each
     ]
-    assert line.startswith(f"{folder.path} is finished; with `max_steps` at 8 it trains on")
+    assert line.startswith(
+        f"{folder.path} is finished; with `max_steps` at 8 it continues training"
+    )
     if schedule == "linear":
         assert "the linear schedule is stretched over all steps" in line
         assert rates[6] > rates[4]

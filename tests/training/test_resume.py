@@ -225,7 +225,9 @@ def test_of_a_finished_run_nothing_is_left_to_do(finished, config, verb, caplog,
     monkeypatch.setenv("RANK", "1")  # as every process of a launch does
     assert STAGES[verb].run(same).finished
     monkeypatch.delenv("RANK")
-    with pytest.raises(ConfigError, match=r"`seed` is 4, but .* was started with 0; give it as"):
+    with pytest.raises(
+        ConfigError, match=r"`seed` is 4, but .* was started with 0; use the same value"
+    ):
         STAGES[verb].run(dataclasses.replace(same, seed=4))
     with pytest.raises(ConfigError, match="`model` is missing; give the whole command again, or"):
         STAGES[verb].run(RunConfig(output_dir=same.output_dir))

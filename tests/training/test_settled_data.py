@@ -63,5 +63,7 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best_checkpoint(config, c
 
 
 def test_a_model_that_reads_one_text_and_writes_another_is_told_its_kind(config, tiny_t5, saved):
-    with pytest.raises(ConfigError, match=r"\(t5\) reads one text.*; give --data\.kind seq2seq"):
+    with pytest.raises(
+        ConfigError, match=r"\(t5\) is an encoder-decoder; give --data\.kind seq2seq"
+    ):
         settle(config(model=saved(tiny_t5())))

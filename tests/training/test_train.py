@@ -255,7 +255,7 @@ def some_of_the_same(config, other_sums, tmp_path):
 def test_training_rows_that_repeat_evaluation_rows_are_refused(config, some_of_the_same, stage):
     bad = config(eval_file=some_of_the_same)
     with pytest.raises(
-        DataError, match=r"of 24 training rows 2 repeat a prompt of .* \(rows 3, 21\)"
+        DataError, match=r"of 24 training rows, 2 repeat a prompt of .* \(rows 3, 21\)"
     ):
         stage.run(bad)
     assert not Path(bad.output_dir).exists()

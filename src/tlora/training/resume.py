@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Trainer fields that cannot change the weights; a resumed run may change them.
 _HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
-_ADVICE = "restore it, or choose another --output_dir."
+_ADVICE = "use the same value, or another --output_dir."
 _LENGTH = ("max_steps", "num_train_epochs")
 _EPOCHS = 3.0
 """The trainer's own number of epochs."""
