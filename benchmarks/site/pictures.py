@@ -73,7 +73,7 @@ def draw_captured(model: Any, stats: Calibration, file: Path) -> None:
     axes.set_xticks(ranks, [str(r) for r in ranks])
     axes.set_xlabel("rank r")
     axes.set_ylabel(r"share of $\|W C\|_F^2$ kept")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False)
     save(figure, file)
 
 
