@@ -135,6 +135,8 @@ def test_only_what_the_system_refuses_is_a_system_fault():
     foreign = RuntimeError('Error: Read-only file system (os error 30) at path "/a/.tmpX"')
     assert str(system_fault(foreign)).startswith("/a/.tmpX: Read-only file system; ")
     assert system_fault(RuntimeError("a bug")) is None
+    for said in ("unexpected pos 64 vs 0", "basic_ios::clear: iostream error"):  # torch.save's
+        assert str(system_fault(RuntimeError(said))).startswith("no space left on the disk; ")
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:28")
     assert system_fault(gone).exit_code == 1
     assert str(system_fault(gone)).startswith("another process of the launch has ended; ")

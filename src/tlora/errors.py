@@ -135,6 +135,7 @@ _FULL = (
     "Disk quota exceeded",
     "PytorchStreamWriter failed",
     "unexpected pos",
+    "iostream error",
 )
 """A full disk in the messages of safetensors and torch, which have no error number."""
 _FOREIGN = re.compile(r"\(os error (\d+)\)(?: at path \"([^\"]*)\")?")
