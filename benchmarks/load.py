@@ -129,10 +129,10 @@ def long(args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
             adapted = subject.attached()
             subject.use(adapted)
             subject.model = adapted.unload()
-            _train(subject.path, subject.train_file, f"{folder}/run-{rounds}", steps=8)
+            _train(subject.path, subject.train_file, f"{folder}/run-{rounds}", 8, max_train_rows=64)
             rounds += 1
             watch.sample()
-            if rounds % 5 == 0:
+            if rounds % 20 == 0:
                 print(json.dumps([rounds, *watch.samples[-1]]), file=sys.stderr, flush=True)
     return _bounded(watch, args.bound, minutes=round(lasted / 60, 1), rounds=rounds)
 
@@ -255,8 +255,10 @@ def remains(model: Any) -> dict[str, int]:
     import torch
 
     gc.collect()
-    tensors: list[Any] = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    modules = [each for each in gc.get_objects() if isinstance(each, torch.nn.Module)]
+    # `isinstance` would ask every object for its `__class__`, which deprecated ones warn of.
+    alive: list[Any] = gc.get_objects()
+    tensors = [each for each in alive if issubclass(type(each), torch.Tensor)]
+    modules = [each for each in alive if issubclass(type(each), torch.nn.Module)]
     return {
         "tensors": len(tensors),
         "tensor_bytes": sum(each.nbytes for each in tensors),
@@ -359,7 +361,7 @@ def main() -> int:
     from tlora.files import write_json
 
     known = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
-    write_json(args.output, known | {args.load: found | {"provenance": provenance()}})
+    write_json(args.output, known | {args.load: found | {"provenance": provenance(0)}})
     print(json.dumps({name: value for name, value in found.items() if name != "rss_mib"}))
     return 0 if found["holds"] else 1
 
