@@ -64,14 +64,6 @@ class Watch:
         self.samples.append((round(time.monotonic() - self.start, 1), used))
         return used
 
-    def growth(self) -> int:
-        """Return how much the last tenth of the samples lies above those after `SETTLED`, by the
-        medians of as many; in bytes."""
-        used = [each for _, each in self.samples]
-        some = max(1, len(used) // 10)
-        first = int(len(used) * SETTLED)
-        return int(statistics.median(used[-some:]) - statistics.median(used[first : first + some]))
-
     def record(self, **figures: Any) -> dict[str, Any]:
         """Return the figures with time, limit, peak and samples."""
         every = max(1, len(self.samples) // KEPT)
@@ -86,6 +78,16 @@ class Watch:
     def peak() -> int:
         """Return the largest resident memory of the process so far, by the system, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def growth(used: list[int]) -> int:
+    """Return how far the last tenth of the samples lies above as many after `SETTLED`, in bytes.
+
+    Each tenth counts by its median.
+    """
+    some = max(1, len(used) // 10)
+    first = int(len(used) * SETTLED)
+    return int(statistics.median(used[-some:]) - statistics.median(used[first : first + some]))
 
 
 class Subject:
@@ -167,8 +169,8 @@ def _train(model: str, train_file: str, output_dir: str, steps: int, **data: Any
 
 
 def _bounded(watch: Watch, bound: float, **figures: Any) -> dict[str, Any]:
-    growth = watch.growth() / MIB
-    found = {"growth_mib": round(growth, 1), "bound_mib": bound, "holds": growth <= bound}
+    grown = growth([used for _, used in watch.samples]) / MIB
+    found = {"growth_mib": round(grown, 1), "bound_mib": bound, "holds": grown <= bound}
     return watch.record(**figures, **found)
 
 

@@ -127,12 +127,15 @@ def columns_of(path: str) -> list[str] | None:
 
 
 def _json(path: str) -> Dataset:
-    from datasets import Dataset, Features, Value
+    import pyarrow
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
 
     held: dict[str, list[Any]] = {}
     for count, row in enumerate(_json_rows(path)):
         for column in row:
-            held.setdefault(column, [None] * count)
+            if column not in held:
+                held[column] = [None] * count
         for column, values in held.items():
             values.append(row.get(column))
     coded = []
@@ -140,7 +143,9 @@ def _json(path: str) -> Dataset:
         if not all(value is None or isinstance(value, str) for value in values):
             held[column] = [None if value is None else json.dumps(value) for value in values]
             coded.append(column)
-    texts = Dataset.from_dict(held, features=Features(dict.fromkeys(held, Value("large_string"))))
+    columns = {name: pyarrow.array(held.pop(name), pyarrow.large_string()) for name in [*held]}
+    # Without a fingerprint, `datasets` would pickle all rows to make one.
+    texts = Dataset(pyarrow.table(columns), fingerprint=generate_random_fingerprint())
     return texts.with_transform(functools.partial(_uncoded, coded=coded)) if coded else texts
 
 
