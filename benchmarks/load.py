@@ -253,7 +253,7 @@ def _load_and_delete(subject: Subject, path: str) -> Iterator[None]:
 
 
 def remains(model: Any) -> dict[str, int]:
-    """Return what is alive after a turn: tensors and their bytes, modules, and the model's hooks."""
+    """Return what is alive after a turn: tensors, their bytes, modules, the model's hooks."""
     import torch
 
     gc.collect()
