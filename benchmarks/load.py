@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def attach(args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     return record | {"holds": record["holds"] and kept}
 
 
-def _attach_and_unload(subject: Subject, path: str) -> Iterator[None]:
+def _attach_and_unload(subject: Subject, path: str) -> Generator[None, None, None]:
     """`tlora.attach` to the base, then PEFT's `unload`."""
     from tlora import attach, calibrate, plan
 
@@ -219,7 +219,7 @@ def _attach_and_unload(subject: Subject, path: str) -> Iterator[None]:
         del adapted
 
 
-def _load_and_unload(subject: Subject, path: str) -> Iterator[None]:
+def _load_and_unload(subject: Subject, path: str) -> Generator[None, None, None]:
     """`tlora.load_adapter` onto the base, then PEFT's `unload`."""
     from tlora import load_adapter
 
@@ -231,7 +231,7 @@ def _load_and_unload(subject: Subject, path: str) -> Iterator[None]:
         del adapted
 
 
-def _load_and_delete(subject: Subject, path: str) -> Iterator[None]:
+def _load_and_delete(subject: Subject, path: str) -> Generator[None, None, None]:
     """PEFT's `load_adapter` under another name each time, then `delete_adapter`."""
     from tlora import freeze_a, load_adapter
 
