@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,3 +305,24 @@ def test_a_folder_that_alone_was_set_aside_is_put_back(tmp_path: Path) -> None:
     (tmp_path / ".adapter.abcdefgh.old" / "old").touch()
     clear_leftovers(tmp_path)
     assert names(tmp_path / "adapter") == ["old"]
+
+
+def test_the_scratch_folder_goes_with_its_process_and_with_its_children() -> None:
+    code = """
+import multiprocessing
+from tlora.files import scratch_folder
+
+def child():
+    (scratch_folder() / "rows").touch()
+    print(scratch_folder(), flush=True)
+
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+child()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    [first, second] = map(Path, done.stdout.split())
+    assert first != second
+    assert not first.exists()
+    assert not second.exists()

@@ -7,6 +7,7 @@ a digest that is checked on reading. Pickles are neither read nor written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -204,6 +205,19 @@ def _is_file_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """Return the temporary folder of this process, which is removed when it exits.
+
+    Unlike `atexit`, multiprocessing's finalizers also run in its child processes.
+    """
+    from multiprocessing.util import Finalize
+
+    folder = tempfile.mkdtemp(prefix="tlora-")
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=0)
+    return Path(folder)
 
 
 def file_at(path: str | Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 import support
 from support import logits_of, train
-from tlora import AdapterPlan, ModulePlan, TLoraConfig, attach, load_adapter
+from tlora import AdapterPlan, ModulePlan, TLoraConfig, attach, freeze_a, load_adapter
 from tlora.adapter.attach import lora_config
 from tlora.errors import AdapterError
 
@@ -357,3 +358,39 @@ def test_the_keys_of_both_patterns_fit_pythons_cache_of_regexes():
 def test_a_folder_without_an_adapter(calibrated, tmp_path):
     with pytest.raises(AdapterError, match=r"holds no adapter_config\.json.*save_pretrained"):
         load_adapter(calibrated("llama-right").model, tmp_path)
+
+
+def remains(model: nn.Module) -> tuple[int, int]:
+    """The number of tensors alive, and of hooks on the model."""
+    gc.collect()
+    tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+    held = [item for module in model.modules() for item in vars(module).items()]
+    return tensors, sum(len(hooks) for name, hooks in held if name.endswith("_hooks"))
+
+
+def test_adapters_that_come_and_go_leave_nothing_behind(calibrated, tmp_path):
+    base = calibrated("llama-right")
+    planned = base.plan()
+    adapted = attach(base.model, planned)
+    adapted.save_pretrained(tmp_path)
+    base.model = adapted.unload()
+
+    def turn() -> None:
+        for way in (
+            lambda model: attach(model, planned),
+            lambda model: load_adapter(model, tmp_path, is_trainable=True),
+        ):
+            adapted = way(base.model)
+            adapted(**base.batch).loss.backward()
+            adapted.load_adapter(str(tmp_path), "other", is_trainable=True)
+            adapted.set_adapter("other")
+            freeze_a(adapted, "other")
+            adapted(**base.batch).loss.backward()
+            adapted.delete_adapter("other")
+            base.model = adapted.unload()
+
+    turn()
+    first = remains(base.model)
+    for _ in range(3):
+        turn()
+    assert remains(base.model) == first

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import math
+import tracemalloc
 
 import huggingface_hub
 import pyarrow
@@ -267,3 +268,41 @@ def test_bytes_and_infinite_numbers_are_no_text(tmp_path, values, said):
     raw, _ = task.load(str(tmp_path / "rows.parquet"), None)
     with pytest.raises(DataError, match=f"column 'text' is {said}.*, not text"):
         task.rows(raw, "rows")
+
+
+def test_a_jsonl_is_read_without_holding_its_text_beside_its_values(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} " * 400, "completion": str(n)} for n in range(6_000)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_file(str(file))  # imports
+    tracemalloc.start()
+    read = read_file(str(file))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read[-1] == rows[-1]
+    # The values once, and a few pieces of 1 MiB.
+    assert peak < 1.2 * file.stat().st_size + 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('\n{"a":\n"b"}\n', ["b"]),
+        ('[{"a": "b"},\n\n {"a": "c"}]', ["b", "c"]),
+        ('[{"a": "b"}]\n\n', ["b"]),
+        ('{"a": "b"}\n\n{"a": "c"}', ["b", "c"]),
+        ('\n\n{"a":\n"b"\n', "line 5: Expecting ',' delimiter"),
+        ('{"a": "b"} 1\n{"a": "c"}', "line 1: Extra data at character 12"),
+        ('\n{"a": "b"}\n\n{"a": c}', "line 4: Expecting value at character 7"),
+        ('[{"a": "b"}]\n[{"a": "b"}]', "row 1 is "),
+    ],
+)
+def test_rows_are_lines_or_one_value_over_several_lines(content, found, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    if isinstance(found, list):
+        assert read_file(str(file))["a"] == found
+        return
+    with pytest.raises(DataError) as error:
+        read_file(str(file))
+    assert found in str(error.value)

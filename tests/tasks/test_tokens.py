@@ -1,5 +1,6 @@
 import logging
 
+import pyarrow
 import pytest
 from datasets import Dataset
 
@@ -171,3 +172,16 @@ def test_a_cut_that_costs_nothing_to_learn_is_not_counted(chat_tokenizer):
     row = {"messages": [*CHAT, {"role": "user", "content": "and then?"}]}
     length = len(tokens.causal(chat_tokenizer, row, DataConfig())["input_ids"])
     assert not tokens.causal(chat_tokenizer, row, DataConfig(max_length=length - 1))["cut"]
+
+
+def test_many_rows_are_kept_in_a_file_and_few_bytes_a_token(tokenize, monkeypatch):
+    prompts = ["a" * 40 + str(number) for number in range(300)]
+    few = tokenize(prompts, max_length=100)
+    monkeypatch.setattr(tokens, "_IN_MEMORY", 100)
+    before = pyarrow.total_allocated_bytes()
+    many = tokenize(prompts, max_length=100)
+    count = sum(map(len, many["input_ids"]))
+    # In memory, the token ids alone take four bytes each.
+    assert pyarrow.total_allocated_bytes() - before < count
+    assert many[:] == few[:]
+    assert many.data.nbytes < 10 * count

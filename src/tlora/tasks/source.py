@@ -11,11 +11,12 @@ import codecs
 import functools
 import gzip
 import io
+import itertools
 import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,18 +127,25 @@ def columns_of(path: str) -> list[str] | None:
 
 
 def _json(path: str) -> Dataset:
-    from datasets import Dataset, Features, Value
+    import pyarrow
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
 
-    rows = _json_rows(path)
-    held: dict[str, list[str | None]] = {}
+    held: dict[str, list[Any]] = {}
+    for count, row in enumerate(_json_rows(path)):
+        for column in row:
+            if column not in held:
+                held[column] = [None] * count
+        for column, values in held.items():
+            values.append(row.get(column))
     coded = []
-    for column in _columns(rows):
-        values = [row.get(column) for row in rows]
+    for column, values in held.items():
         if not all(value is None or isinstance(value, str) for value in values):
-            values = [None if value is None else json.dumps(value) for value in values]
+            held[column] = [None if value is None else json.dumps(value) for value in values]
             coded.append(column)
-        held[column] = values
-    texts = Dataset.from_dict(held, features=Features(dict.fromkeys(held, Value("large_string"))))
+    columns = {name: pyarrow.array(held.pop(name), pyarrow.large_string()) for name in [*held]}
+    # Without a fingerprint, `datasets` would pickle all rows to make one.
+    texts = Dataset(pyarrow.table(columns), fingerprint=generate_random_fingerprint())
     return texts.with_transform(functools.partial(_uncoded, coded=coded)) if coded else texts
 
 
@@ -149,65 +157,107 @@ def _uncoded(batch: dict[str, list[Any]], coded: Sequence[str]) -> dict[str, lis
     }
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[str]:
+def _columns(rows: Iterable[dict[str, Any]]) -> list[str]:
     return [*dict.fromkeys(column for row in rows for column in row)]
 
 
-def _json_rows(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON file: the items of a list, or one per line.
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON file: the items of a list, or one per line.
 
     Raises:
         DataError: the file is not JSON, or a row is not an object.
     """
-    text = "".join(decoded(Path(path)))
-    rows = []
-    for number, value in enumerate(_json_values(path, text), start=1):
+    for number, (value, text) in enumerate(_json_values(path), start=1):
         row = {"text": value} if isinstance(value, str) else value
         if not isinstance(row, dict):
             said = shortened(json.dumps(row))
             raise DataError(
                 f"{path}: row {number} is {said}; make it an object with named columns, or drop it."
             )
-        rows.append(row)
-    if _HALF.search(text):
-        _check_whole(rows, path)
-    return rows
+        if _HALF.search(text):
+            _check_whole(row, f"{path}: row {number}")
+        yield row
 
 
-def _check_whole(rows: list[dict[str, Any]], path: str) -> None:
-    for number, row in enumerate(rows, start=1):
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise DataError(
-                f"{path}: row {number} has {half}, half of a surrogate pair; fix or drop the row."
-            ) from None
-
-
-def _json_values(path: str, text: str) -> list[Any]:
-    line = 0
+def _check_whole(row: dict[str, Any], where: str) -> None:
     try:
-        try:
-            found = _loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                line = error.lineno
-                raise
-            found = []
-            for line, each in enumerate(text.split("\n"), start=1):  # noqa: B007
-                if each.strip():
-                    found.append(_loads(each))
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(
+            f"{where} has {half}, half of a surrogate pair; fix or drop the row."
+        ) from None
+
+
+def _json_values(path: str) -> Iterator[tuple[Any, str]]:
+    """Yield the values of a file, one per line, or those of its list, with text that holds each.
+
+    One line at a time is in memory if the first one is JSON by itself.
+    """
+    lines = enumerate(_lines(decoded(Path(path))), start=1)
+    number, line = next((each for each in lines if each[1].strip()), (0, ""))
+    if not line:
+        return
+    try:
+        first = _loads(line)
+    except (ValueError, RecursionError):
+        text = "\n" * (number - 1) + "\n".join([line, *(more for _, more in lines)])
+        yield from _items(_whole(path, text, line, number), text)
+        return
+    others = ((place, text) for place, text in lines if text.strip())
+    second = next(others, None)
+    if second is None:
+        yield from _items(first, line)
+        return
+    yield first, line
+    for place, text in itertools.chain([second], others):
+        yield _parsed(path, text, place), text
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a text that comes in pieces."""
+    begun: list[str] = []
+    for piece in pieces:
+        end, *others = piece.split("\n")
+        begun.append(end)
+        for other in others:
+            yield "".join(begun)
+            begun = [other]
+    yield "".join(begun)
+
+
+def _items(value: Any, text: str) -> Iterator[tuple[Any, str]]:
+    half = _HALF.search(text)  # found once for all items
+    for item in value if isinstance(value, list) else [value]:
+        yield item, half[0] if half else ""
+
+
+def _whole(path: str, text: str, line: str, number: int) -> Any:
+    """Parse a file as one value; if several values follow each other, report the first line."""
+    try:
+        return _loads(text)
     except json.JSONDecodeError as error:
-        if not text.strip():
-            return []
-        said = f"line {line}: {error.msg} at character {error.colno}"
-        raise DataError(f"{path}: cannot be read as rows ({said}).") from None
+        several = error.msg == "Extra data"
+        return _parsed(path, line if several else text, number if several else 1)
+    except (ValueError, RecursionError):
+        return _parsed(path, text, None)
+
+
+def _parsed(path: str, text: str, line: int | None) -> Any:
+    """Parse a text that begins at a line of the file.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return _loads(text)
+    except json.JSONDecodeError as error:
+        said = f"{error.msg} at character {error.colno}"
+        line = (line or 1) + error.lineno - 1
     except (ValueError, RecursionError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-        at = f"line {line}: " if line else ""
-        raise DataError(f"{path}: cannot be read as rows ({at}{said}).") from None
-    return found if isinstance(found, list) else [found]
+    at = f"line {line}: " if line else ""
+    raise DataError(f"{path}: cannot be read as rows ({at}{said}).")
 
 
 def _loads(text: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora.errors import DataError
+from tlora.files import scratch_folder
 from tlora.tasks import mixture, rendering
 from tlora.tasks.base import LONGEST, Row, Task
 from tlora.tasks.dataconfig import DataConfig
@@ -33,6 +34,9 @@ CUT = "cut"
 
 _SHOWN = 800
 """Maximum number of characters of the row shown."""
+
+_IN_MEMORY = 2**15
+"""Number of rows above which token ids are kept in a temporary file."""
 
 # No cache: its key would be a pickle of the tokenizer, and a stale hit would go unnoticed.
 _QUIET: dict[str, Any] = {"load_from_cache_file": False, "desc": "Tokenizing"}
@@ -142,7 +146,12 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
 ) -> Dataset:
+    import numpy as np
     from datasets.fingerprint import Hasher
+
+    def column(values: list[Any]) -> list[Any]:
+        lists = isinstance(values[0], list)  # `datasets` would store 8 bytes a label
+        return [np.array(value, dtype=np.int32) for value in values] if lists else values
 
     def some(_: dict[str, Any], indices: list[int]) -> dict[str, list[Any]]:
         found = []
@@ -152,7 +161,7 @@ def _encoded(
             except DataError as error:
                 where = mixture.place(raw, name, index)
                 raise DataError(f"{where}: {error}") from error
-        return {field: [row[field] for row in found] for field in found[0]}
+        return {field: column([row[field] for row in found]) for field in found[0]}
 
     # `datasets` names its file by this, and would otherwise hash all rows.
     mark = Hasher.hash((raw._fingerprint, task, encode, tokenizer))
@@ -162,6 +171,7 @@ def _encoded(
         with_indices=True,
         remove_columns=raw.column_names,
         new_fingerprint=mark,
+        cache_file_name=f"{scratch_folder()}/{mark}.arrow" if len(rows) > _IN_MEMORY else None,
         **_QUIET,
     )
 
