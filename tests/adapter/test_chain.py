@@ -213,9 +213,10 @@ def test_dropout_meets_the_newest_link_alone(tiny_llama, batches):
     ("fields", "fault"),
     [
         ({"link": "lroa"}, "`link` 'lroa': there is no method 'lroa'. Did you mean"),
-        ({"link": "pissa"}, "`link` is 'pissa', whose adapter is not a plain LoRA beside W"),
-        ({"link": "dora"}, "`link` is 'dora', whose adapter is not a plain LoRA beside W"),
-        ({"link": "eva"}, "`link` is 'eva', which cannot start again from a model during training"),
+        ({"link": "pissa"}, "`link` is 'pissa', which is not a plain LoRA beside W"),
+        ({"link": "mica"}, "`link` is 'mica', which is not a plain LoRA beside W that trains B"),
+        ({"link": "dora"}, "`link` is 'dora', which is not a plain LoRA beside W"),
+        ({"link": "eva"}, "`link` is 'eva', which cannot start again from a model during"),
         ({"link_options": {"rr": 1}}, "`link` 'lora': there is no option `rr`"),
         ({"link": "dylora"}, "'dylora', which with these options makes no plain LoRA"),
         ({"link": "loraplus"}, "'loraplus', which with these options makes no plain LoRA"),

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 
+from tlora.adapter.chain import make_chain
 from tlora.adapter.freeze import freeze_a
 from tlora.adapter.rite import LoraRite, make_rite
 from tlora.errors import ConfigError
@@ -195,3 +196,38 @@ def test_a_model_without_factors_is_refused(tiny_llama):
         make_rite(tiny_llama(), ARGUMENTS)
     with pytest.raises(ConfigError, match="launch the run with DDP"):
         make_rite(adapted(tiny_llama()), SimpleNamespace(deepspeed="zero2.json"))
+
+
+def test_a_loaded_state_of_16_bit_factors_stays_in_float32():
+    ends = []
+    for reload in (False, True):
+        torch.manual_seed(4)
+        a, b = (torch.nn.Parameter(torch.randn(*size).bfloat16()) for size in ((R, D), (M, R)))
+        optimizer = rite(a, b)
+        for step in range(3):
+            a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+            optimizer.step()
+            if reload and step == 1:
+                state = optimizer.state_dict()
+                optimizer = rite(a, b)
+                optimizer.load_state_dict(state)
+        assert optimizer.state[a]["second"].dtype == torch.float32
+        ends.append((a.detach(), b.detach()))
+    assert all(map(torch.equal, *ends))
+
+
+def test_of_a_chain_the_newest_link_steps_as_alone(tiny_llama):
+    ids = torch.arange(3, 9).reshape(1, -1)
+    found = []
+    for length in (1, 3):
+        torch.manual_seed(0)
+        model = adapted(tiny_llama())
+        if length > 1:
+            make_chain(model, length, "lora")
+        optimizer = make_rite(model, ARGUMENTS)
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        found.append([p for p in model.parameters() if p.requires_grad])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

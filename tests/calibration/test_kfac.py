@@ -12,8 +12,9 @@ DELTA = 0.02
 
 
 @pytest.fixture
-def model(tiny_bert_classifier):
-    config = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+def model(request, tiny_bert_classifier):
+    names, dora = ["query", "value"], getattr(request, "param", False)
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False, use_dora=dora)
     torch.manual_seed(0)
     adapted = get_peft_model(tiny_bert_classifier(), config).double()
     with torch.no_grad():  # so that a token says something about the weights
@@ -48,6 +49,7 @@ def dense_jacobians(model, layers, batch):
     return scores.detach(), dict(zip(layers, found, strict=True))
 
 
+@pytest.mark.parametrize("model", [False, True], indirect=True, ids=["lora", "dora"])
 @pytest.mark.parametrize("parts", [("lora_A", "lora_B"), ("lora_B",)])
 def test_the_posterior_is_the_dense_one_of_a_single_token(model, parts):
     """One sample of one token: the Gauss-Newton matrix of a layer is a Kronecker product."""

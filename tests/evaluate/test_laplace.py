@@ -32,7 +32,7 @@ def runs(tmp_path_factory, saved, tiny_bert_classifier):
     folder = tmp_path_factory.mktemp("runs")
     base = saved(tiny_bert_classifier().bert)
     made = {}
-    for method in ("tlora", "lora"):
+    for method in ("tlora", "lora", "mica", "lora-xs"):
         config = RunConfig(
             model=base,
             task="sst2",
@@ -85,14 +85,17 @@ def test_with_an_infinite_prior_precision_the_predictions_are_the_plain_ones(
     assert scores["lora-laplace"] == pytest.approx(scores["lora"], abs=1e-6)
 
 
-def test_of_a_frozen_a_the_factors_are_half(runs):
+def test_a_factor_that_its_run_froze_does_not_vary(runs):
     found = {}
     for method, path in runs.items():
         (evaluated,) = evaluate.evaluated_models.resolve(EvalConfig(models=[path], tasks=["sst2"]))
         model = loading.load(evaluated, EvalConfig(models=[path], tasks=["sst2"]), num_labels=2)
         found[method] = laplace.Laplace(evaluated, model, seed=0)._layers
     assert len(found["lora"]) == 2 * len(found["tlora"]) > 0
-    assert all(name.endswith("lora_B") for name in found["tlora"])
+    assert found["lora-xs"].keys() == found["tlora"].keys()
+    for method, part in (("tlora", "lora_B"), ("mica", "lora_A")):
+        assert len(found[method]) == len(found["tlora"])
+        assert all(name.endswith(part) for name in found[method])
 
 
 def choice(here, with_training=True):

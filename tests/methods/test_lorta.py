@@ -86,3 +86,11 @@ def test_it_says_what_it_does_not_find(prepared_by, tiny_gpt2, tiny_llama, tiny_
     with pytest.raises(ConfigError, match="up_proj has no heads of 4, and LoRTA"):
         prepared_by("lorta", model, r=2, head_modules=["up_proj"])
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_the_heads_of_t5_have_their_own_width(prepared_by, tiny_t5):
+    model = tiny_t5(d_kv=4)  # 2 heads of 4, not of 16 / 2
+    names = {"head_modules": ["q", "k", "v"], "output_modules": ["o"]}
+    prepared = prepared_by("lorta", model, r=R, task_type="SEQ_2_SEQ_LM", **names)
+    [(heads, factors)] = randomized(prepared).items()
+    assert (heads, len(factors["head"])) == (2, 4)

@@ -7,9 +7,10 @@ import peft
 import pytest
 import torch
 
-from support import train
+from support import Toy, causal_samples, padded, toy_batch, toy_samples, train
 from tlora.adapter.freeze import lora_layers
 from tlora.adapter.nested import DrawRank, LeadingRanks
+from tlora.adapter.stock import targets_of
 from tlora.calibration import hidden_states
 from tlora.calibration.batches import single_samples
 from tlora.errors import CalibrationError, ConfigError
@@ -17,6 +18,7 @@ from tlora.exporters import export
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.linalg.intrinsic import two_nn
 from tlora.methods.gora import shared_ranks
+from tlora.registry import METHODS
 
 
 def factors(layer):
@@ -182,6 +184,36 @@ def test_geloras_rank_is_the_growth_of_the_dimension_and_one(
     assert {rank for name, rank in ranks.items() if ".layer.0." in name} == {6}
     assert {rank for name, rank in ranks.items() if ".layer.1." in name} == {1}
     assert ranks["bert.pooler.dense"] == 4
+
+
+def test_equal_samples_are_one_point_whatever_their_padding(tiny_llama):
+    model = tiny_llama(initializer_range=0.4)
+    samples = causal_samples((9, 8, 10, 7, 12, 6))
+    targets = targets_of(model, METHODS.load("lora").options(task_type="CAUSAL_LM"))
+    again = [padded(samples[:3], length=30), padded(samples[2:5], length=25)]
+    once, more = (
+        hidden_states.block_dimensions(model, targets, [padded(samples), *others])
+        for others in ([], again)
+    )
+    assert once.keys() == more.keys()
+    for name, dimensions in once.items():
+        assert more[name] == pytest.approx(dimensions, rel=1e-3)
+
+
+class Unused(Toy):
+    """Its second layer does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 8)}) for _ in range(1)
+        )
+
+
+def test_gelora_names_a_block_that_does_not_run(prepared_by):
+    samples = [toy_batch(toy_samples((4, 2, 6, 3)))]
+    with pytest.raises(CalibrationError, match=r"layers\.0: no calibration sample reaches it"):
+        prepared_by("gelora", Unused(), data=samples, task_type=None, target_modules=["linear"])
 
 
 def test_gelora_says_what_it_has_nothing_to_go_by(prepared_by, tiny_llama, batches):

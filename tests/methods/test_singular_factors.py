@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from support import train
+from support import VOCABULARY, train
 from tlora.adapter.freeze import lora_layers
 from tlora.errors import ConfigError
 
@@ -108,3 +109,19 @@ def test_what_does_not_fit_is_refused(prepared_by, tiny_llama):
             prepared_by(name, tiny_llama(), r=9)
     with pytest.raises(ConfigError, match="`group_size` is 5, which does not divide the 16 inputs"):
         prepared_by("qa-lora", tiny_llama(), group_size=5)
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "edora", "mtlora", "xgblora", "pissa"])
+def test_of_a_resized_embedding_only_the_trained_rows_are_saved(
+    prepared_by, saved, tiny_llama, tmp_path, name
+):
+    path = saved(tiny_llama())
+    model = tiny_llama()
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model.name_or_path = model.config._name_or_path = path
+    prepared = prepared_by(name, model, r=2, trainable_token_indices=[VOCABULARY, VOCABULARY + 1])
+    prepared.save(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rows = {key: len(value) for key, value in tensors.items() if "lora_" not in key}
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert rows == {key: 2}

@@ -92,7 +92,7 @@ class _LinksB(_Links):
 def make_chain(model: PeftModel, length: int, method: str, plain: bool = True) -> None:
     """Make the LoRA of a freshly wrapped ``model`` the first of ``length`` links.
 
-    Make the LoRA of a freshly wrapped ``model`` the first of ``length`` links.
+    Args:
         model: wrapped by the method of a link.
         length: number of links.
         method: the name of that method.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tlora.adapter.stock import patterns, refuse_taken, wrap_exactly
+from tlora.adapter.stock import patterns, refuse_taken, save_adapter, wrap_exactly
 from tlora.calibration.weights import Target, dense_weight, holds_floats
 from tlora.errors import AdapterError, ConfigError, damaged
 from tlora.files import file_at, read_tensors, write_tensors
@@ -217,7 +217,7 @@ def save_larger(model: PeftModel, times: int, state: dict[str, Tensor], folder: 
     larger.lora_alpha = before.lora_alpha * (times**0.5 if before.use_rslora else times)
     model.peft_config["default"] = larger
     try:
-        model.save_pretrained(folder, state_dict=state)
+        save_adapter(model, folder, state)
     finally:
         model.peft_config["default"] = before
 

@@ -50,6 +50,16 @@ class LoraRite(torch.optim.AdamW):
             group.setdefault("pairs", False)
             group["rite_eps"] = rite_eps
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; that of the pairs keeps its own dtype, which may be wider than theirs."""
+        super().load_state_dict(state_dict)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, factor in zip(saved["params"], group["params"], strict=True):
+                if group["pairs"] and index in state_dict["state"]:
+                    own = self.state[factor]
+                    for name, value in state_dict["state"][index].items():
+                        own[name] = value.to(own[name].device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; it overwrites the gradients of the pairs."""
@@ -189,13 +199,19 @@ def _factors(model: nn.Module) -> list[Tensor]:
                 "optimizer.",
                 where="trainer",
             )
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        if type(a) is type(b) is nn.Linear and b.weight.requires_grad:
-            factors += [a.weight, b.weight]
+        a, b = _trained(layer.lora_A["default"]), _trained(layer.lora_B["default"])
+        if a is not None and b is not None and b.requires_grad:
+            factors += [a, b]
     if not factors:
         raise ConfigError(
-            "LoRA-RITE steps the factors A and B of a LoRA, and this method trains none; choose"
-            " another optimizer.",
+            "LoRA-RITE steps the factors A and B of a plain LoRA, and this method trains none;"
+            " choose another optimizer.",
             where="trainer",
         )
     return factors
+
+
+def _trained(held: nn.Module) -> Tensor | None:
+    """Return the matrix of a plain A or B, or of the newest link of a chain."""
+    found: Any = held.weight if type(held) is nn.Linear else getattr(held, "newest", None)
+    return found

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -37,6 +38,17 @@ _LAYERS = ("layers_to_transform", "layers_pattern")
 # PEFT matches every module against every key of both patterns, and Python caches 512 compiled
 # regexes: beyond this number of keys, modules of equal value share one.
 _KEYS_BEFORE_GROUPING = 450
+
+
+def save_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Write an adapter as PEFT does, or the tensors in ``state`` instead of the model's.
+
+    Trained rows are saved as rows; PEFT would also save the rest of a resized embedding.
+    """
+    config = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    rows = getattr(config, "trainable_token_indices", None) is not None
+    more = {"save_embedding_layers": False} if rows else {}
+    model.save_pretrained(folder, state_dict=state, **more)
 
 
 def targets_of(model: nn.Module, options: Any) -> list[Target]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlora.adapter.freeze import freeze_a, lora_layers
+from tlora.adapter.stock import save_adapter
 from tlora.calibration.weights import Target, dense_weight
 from tlora.linalg.matrices import full_precision
 
@@ -200,4 +201,4 @@ def written_out(
 
 def save_written_out(model: PeftModel, folder: Path) -> None:
     """Write a plain LoRA: the `weight` of whatever replaces A and B."""
-    model.save_pretrained(folder, state_dict=written_out(model))
+    save_adapter(model, folder, written_out(model))

@@ -119,11 +119,11 @@ def _forward(
     Raises:
         CalibrationError: a layer does not run.
     """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     layout = token_layout(batch.inputs, model)
     with preserved(model), torch.enable_grad():
         handles = [
-            layer.register_forward_hook(partial(_note, seen, name))
+            layer.register_forward_hook(partial(_note, calls[name]))
             for name, layer in layers.items()
         ]
         try:
@@ -131,22 +131,38 @@ def _forward(
         finally:
             for handle in handles:
                 handle.remove()
-        if lacking := [name for name in layers if name not in seen]:
-            raise CalibrationError(f"{lacking[0]} did not run, so its curvature is unknown.")
+        seen = {name: _only(name, scores, made) for name, made in calls.items()}
         yield scores, partial(_backward, layers, layout, seen, scores)
 
 
 def _note(
-    seen: dict[str, tuple[Tensor, Tensor]], name: str, layer: nn.Module, args: Any, output: Tensor
+    calls: list[tuple[Tensor, Tensor]], layer: nn.Module, args: Any, output: Tensor
 ) -> Tensor:
-    if name in seen:
+    # All parameters are frozen, so the first layer starts the graph.
+    output = output if output.requires_grad else output.detach().requires_grad_()
+    calls.append((args[0].detach(), output))
+    return output
+
+
+def _only(name: str, scores: Tensor, calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the only call of a layer that reaches the scores.
+
+    DoRA also calls A and B for its norms, through which no gradient passes.
+
+    Raises:
+        CalibrationError: there is none, or there are several.
+    """
+    if not calls:
+        raise CalibrationError(f"{name} did not run, so its curvature is unknown.")
+    if len(calls) > 1:
+        outputs = [output for _, output in calls]
+        found = torch.autograd.grad(scores.sum(), outputs, retain_graph=True, allow_unused=True)
+        calls = [call for call, each in zip(calls, found, strict=True) if each is not None]
+    if len(calls) != 1:
         raise CalibrationError(
             f"{name} runs twice in a forward pass; its curvature has no factors."
         )
-    # All parameters are frozen, so the first layer starts the graph.
-    output = output if output.requires_grad else output.detach().requires_grad_()
-    seen[name] = (args[0].detach(), output)
-    return output
+    return calls[0]
 
 
 def _backward(

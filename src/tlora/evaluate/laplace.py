@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 100_000
+_FACTORS = ("lora_A", "lora_B")
 
 
 class Laplace:
     """A Gaussian over the trained LoRA factors of a loaded adapter.
 
     Args:
-        evaluated: the adapter; if its run froze A, only B varies, otherwise both do.
+        evaluated: the adapter; a factor that its run froze does not vary.
         model: the adapter on its base.
         seed: seed of the samples that predictions average, the same for all items.
 
@@ -45,7 +46,7 @@ class Laplace:
     """
 
     def __init__(self, evaluated: EvaluatedModel, model: Any, seed: int) -> None:
-        parts = ("lora_B",) if _only_b(evaluated) else ("lora_A", "lora_B")
+        parts = _varying(evaluated)
         self._layers = {
             f"{name}.{part}": factor
             for name, layer in lora_layers(model)
@@ -113,9 +114,14 @@ def training_rows(evaluated: EvaluatedModel, task: Task, file: str | None) -> li
     return task.rows(raw, file or "the training rows")
 
 
-def _only_b(evaluated: EvaluatedModel) -> bool:
+def _varying(evaluated: EvaluatedModel) -> tuple[str, ...]:
     run = run_of(evaluated)
     if run is None:
-        return False
+        return _FACTORS
     config = RunConfig.from_dict(run.config())
-    return freezes_a(METHODS.load(config.method), config.options())
+    method = METHODS.load(config.method)
+    trains = method.traits.trains
+    if trains == ("lora_A",):
+        return trains
+    core = not any(each.startswith("lora_A") for each in trains) and trains != ("lora_B",)
+    return ("lora_B",) if core or freezes_a(method, config.options()) else _FACTORS

@@ -127,11 +127,9 @@ class Prepared:
         if self.writer is not None:
             self.writer(folder)
         else:
-            config = getattr(self.model, "peft_config", {}).get("default")
-            # Trained rows are saved as rows; PEFT would also save the rest of a resized embedding.
-            rows = getattr(config, "trainable_token_indices", None) is not None
-            more = {"save_embedding_layers": False} if rows else {}
-            self.model.save_pretrained(folder, **more)  # type: ignore[operator]
+            from tlora.adapter.stock import save_adapter
+
+            save_adapter(self.model, folder)
 
 
 class Method(Protocol):

@@ -50,9 +50,9 @@ class ChainOptions(LoraOptions):
         except ConfigError as error:
             yield from (f"`link` {self.link!r}: {each}" for each in error.faults if each not in own)
             return
-        if not set(traits.trains) <= _PARTS or traits.changes_base:
+        if "lora_B" not in traits.trains or not set(traits.trains) <= _PARTS or traits.changes_base:
             yield (
-                f"`link` is {self.link!r}, whose adapter is not a plain LoRA beside W; "
+                f"`link` is {self.link!r}, which is not a plain LoRA beside W that trains B; "
                 "choose lora, rslora, lora-fa or tlora."
             )
         elif traits.reads != "nothing" and not isinstance(self.method(), Plans):

@@ -92,4 +92,7 @@ class Lorta:
 
 def _head_dim(model: Any) -> int:
     config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in ("head_dim", "d_kv"):  # T5's name
+        if width := getattr(config, name, None):
+            return int(width)
+    return int(config.hidden_size // config.num_attention_heads)
