@@ -147,3 +147,13 @@ def test_tokens_are_not_added_for_a_method_that_does_not_train_them(config):
     run = config("vera", adapter={"r": 4}, tokens=TokensConfig(add=["<a>"]))
     with pytest.raises(ConfigError, match=r"`tokens\.add` needs a method that trains rows"):
         initialize.run(run)
+
+
+def test_a_type_that_skips_every_module_is_refused(prepared_by, tiny_gpt2):
+    with pytest.raises(ConfigError, match="OSFConfig adapts no module of GPT2LMHeadModel"):
+        prepared_by("peft:osf", tiny_gpt2())
+
+
+def test_a_type_that_does_not_know_the_architecture_is_refused(prepared_by, tiny_bert_classifier):
+    with pytest.raises(ConfigError, match="Please set `target_modules` explicitly"):
+        prepared_by("peft:shadow", tiny_bert_classifier(), task_type="SEQ_CLS")

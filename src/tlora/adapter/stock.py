@@ -86,7 +86,7 @@ def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
             # PEFT sets fan_in_fan_out per module and warns if the config differs.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             adapted = peft.get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         # PEFT's message names the modules it did not find, or a limit of the adapter type.
         raise ConfigError(str(error), where="adapter") from error
     complete_heads(adapted)

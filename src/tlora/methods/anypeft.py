@@ -82,6 +82,9 @@ class PeftMethod:
 
         If modules are named, exactly the modules that `tlora` would adapt are adapted; if
         `target_modules` is None, PEFT chooses.
+
+        Raises:
+            ConfigError: PEFT adapts none of the modules.
         """
         from tlora.adapter.stock import targets_of, wrap, wrap_exactly
 
@@ -90,6 +93,13 @@ class PeftMethod:
             adapted = wrap(model, config)
         else:
             adapted = wrap_exactly(model, targets_of(model, options), config)
+        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+            raise ConfigError(
+                f"PEFT's {type(config).__name__} adapts no module of {type(model).__name__}, so "
+                "nothing would train; name Linear modules by `target_modules`, or choose another "
+                "method.",
+                where="adapter",
+            )
         tuner: Any = adapted.base_model
         if "forward" in vars(tuner):  # bound, so that it does not bypass TRL's own forward pass
             tuner.forward = lambda *args, **inputs: tuner.model.forward(*args, **inputs)  # noqa: PLW0108
