@@ -78,7 +78,7 @@ def block_dimensions(
         raise CalibrationError("`batches` gave no sample; give at least one batch.")
     if missed := [name for name in blocks if not after[name]]:
         raise CalibrationError(
-            f"{missed[0]}: no calibration sample reaches it, so it has no hidden states; exclude its"
+            f"{missed[0]}: no calibration sample reaches it, so it has no states; exclude its"
             " modules by `exclude_modules`."
         )
     return {n: (_dimension(before[n], n), _dimension(after[n], n)) for n in blocks}
