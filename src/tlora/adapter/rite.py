@@ -213,5 +213,5 @@ def _factors(model: nn.Module) -> list[Tensor]:
 
 def _trained(held: nn.Module) -> Tensor | None:
     """Return the matrix of a plain A or B, or of the newest link of a chain."""
-    found: Any = held.weight if type(held) is nn.Linear else getattr(held, "newest", None)
+    found: Tensor | None = held.weight if type(held) is nn.Linear else getattr(held, "newest", None)
     return found
