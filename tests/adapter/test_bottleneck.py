@@ -90,9 +90,9 @@ def test_nobody_else_reads_merges_or_exports_it(tiny_llama, saved, tmp_path, cap
     for verb in (["export", "--format", "native"], ["merge", "--model", base]):
         words = [*verb, str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out")]
         assert cli.main(words) == 2
-        assert (
-            "BOTTLENECK, not a LoRA; give the folder of a LoRA adapter" in capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert "BOTTLENECK, not a LoRA; it is not linear" in said
+        assert "`tlora chat` and `tlora eval` load it" in said
 
 
 def test_another_base_or_a_cut_off_file_is_named(tiny_llama, tmp_path):

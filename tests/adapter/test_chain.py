@@ -231,9 +231,17 @@ def test_what_is_no_link_is_refused(tiny_llama, batches, fields, fault):
         prepared_by("xgblora", tiny_llama(), batches, **fields)
 
 
-def test_a_run_of_fewer_steps_than_links_has_a_link_a_step(tiny_llama, batches, tmp_path):
+def test_a_run_of_fewer_steps_than_links_is_refused_before_it_trains(tiny_llama, batches, tmp_path):
+    prepared = prepared_by("xgblora", tiny_llama(), batches, length=4)
+    with pytest.raises(ConfigError, match="more than the run's optimizer steps"):
+        train(prepared, batches[0], tmp_path, steps=3)
+    matrices = (p for n, p in prepared.model.named_parameters() if ".lora_B." in n)
+    assert not any(matrix.any() for matrix in matrices)
+
+
+def test_as_many_steps_as_links_train_a_link_a_step(tiny_llama, batches, tmp_path):
     starts = Starts()
-    prepared = prepared_by("xgblora", tiny_llama(), batches, length=9)
+    prepared = prepared_by("xgblora", tiny_llama(), batches, length=3)
     train(prepared, batches[0], tmp_path, steps=3, callbacks=[starts])
     assert len(starts.seen) == 3
     prepared.save(tmp_path / "saved")

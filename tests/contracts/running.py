@@ -57,7 +57,7 @@ class Ran:
 def small_options(method: Any, task_type: str, **fields: Any) -> Any:
     """Options for models of width 16."""
     known = {field.name for field in dataclasses.fields(method.options)}
-    small = {"r": 2, "init_r": 4, "target_r": 2, "rho": 1.5, "group_size": 4, "length": 3}
+    small = {"r": 2, "init_r": 4, "target_r": 2, "rho": 1.5, "group_size": 4, "length": 2}
     return method.options(
         task_type=task_type, **{k: v for k, v in small.items() if k in known} | fields
     )

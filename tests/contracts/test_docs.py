@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tlora.methods.peft_types import KNOWN
+from tlora.adapter.peft_types import KNOWN
 from tlora.registry import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"

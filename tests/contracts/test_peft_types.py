@@ -11,9 +11,9 @@ from running import logits, prepare
 from trl.trainer import sft_trainer
 
 from support import train
+from tlora.adapter.peft_types import KNOWN
 from tlora.errors import ConfigError
 from tlora.flags import field_docs
-from tlora.methods.peft_types import KNOWN
 from tlora.registry import METHODS
 
 TYPES = sorted(each.value.lower() for each in PEFT_TYPE_TO_CONFIG_MAPPING)

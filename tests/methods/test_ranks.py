@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support import Toy, causal_samples, padded, toy_batch, toy_samples, train
 from tlora.adapter.freeze import lora_layers
@@ -102,6 +103,22 @@ def test_an_export_of_dylora_is_what_was_trained_at_that_rank(
         torch.testing.assert_close(cut(**batches[0]).logits, model(**batches[0]).logits)
         prepared.callbacks[0].ranks.count = None
         assert not torch.allclose(cut(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_an_export_of_dylora_at_its_own_rank_says_that_nothing_was_truncated(
+    prepared_by, tiny_llama, saved, tmp_path
+):
+    prepared_by("dylora", tiny_llama(), r=4).save(tmp_path / "whole")
+    config = ExportConfig(
+        path=str(tmp_path / "whole"),
+        output_dir=str(tmp_path / "cut"),
+        format="native",
+        max_rank=64,
+        model=saved(tiny_llama()),
+    )
+    assert "No module has a rank above 64; nothing was truncated." in export.run(config).notes
+    cut, whole = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("cut", "whole"))
+    assert all(torch.equal(cut[name], matrix) for name, matrix in whole.items())
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])

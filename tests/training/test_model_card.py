@@ -86,9 +86,10 @@ def test_the_command_of_a_card_is_the_run_on_files_of_these_names(config, other_
     words = shlex.split(model_card.command(asked))
     assert words[:2] == ["tlora", "train"]
     parsed = parse("tlora train", RunConfig, words[2:]).record.resolved().to_dict()
-    expected = asked.resolved().to_dict() | {"output_dir": RunConfig.output_dir}
+    expected = asked.resolved().to_dict() | {"output_dir": "run"}
     for name in ("model", "train_file", "eval_file"):
         expected[name] = Path(expected[name]).name
+    expected["model"] = f"path/to/{expected['model']}"
     assert parsed == expected
 
 

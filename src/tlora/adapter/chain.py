@@ -171,7 +171,7 @@ def _merged(layer: Any) -> nn.Module:
 class ChainCallback(TrainerCallback):
     """Finishes a link after its share of the optimizer steps, and starts the next one.
 
-    Links get equal shares; a run with fewer steps has one link per step. The next link begins with
+    Links get equal shares. The next link begins with
     a new A, B = 0 and no optimizer state; the learning rate follows the run's single schedule.
     Random draws depend only on the run's seed and the link's number, so a resumed run, and every
     process of a group, draws the same values. A checkpoint holds the chain after its step.
@@ -184,7 +184,8 @@ class ChainCallback(TrainerCallback):
         frozen: the guard of a frozen A.
 
     Raises:
-        ConfigError: the number of steps was changed between links, or DeepSpeed trains.
+        ConfigError: there are fewer steps than links, their number was changed between links, or
+            DeepSpeed trains.
     """
 
     def __init__(
@@ -205,6 +206,13 @@ class ChainCallback(TrainerCallback):
                 "adapter between steps; launch the run with DDP, or without DeepSpeed.",
                 where="adapter",
             )
+        if state.max_steps < self.length:
+            raise ConfigError(
+                f"`length` is {self.length}, more than the run's optimizer steps "
+                f"({state.max_steps}), and each link needs at least one; train for more steps, or "
+                "give a lower --adapter.length.",
+                where="adapter",
+            )
         self.count = finished_links(kwargs["model"])
         if self.count != (due := self._due(state)):
             raise ConfigError(
@@ -216,8 +224,7 @@ class ChainCallback(TrainerCallback):
 
     def _due(self, state: Any) -> int:
         step, steps = int(state.global_step), int(state.max_steps)
-        length = min(self.length, steps)
-        return min(step * length // steps, length - 1)
+        return min(step * self.length // steps, self.length - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go to the next link if this one has finished its share."""

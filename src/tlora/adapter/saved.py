@@ -18,8 +18,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from tlora.adapter import load
+from tlora.adapter import bottleneck, load
 from tlora.adapter.load import FLOATS, sound_shapes, targeted_names
+from tlora.adapter.peft_types import KNOWN
 from tlora.adapter.savedconfig import CONFIG, WEIGHTS, check_fields
 from tlora.errors import AdapterError, listed
 from tlora.sealed import adapter_fields
@@ -225,10 +226,8 @@ def read_lora(path: str | Path) -> SavedLora:
     path = Path(path)
     fields = adapter_fields(path / CONFIG)
     if fields.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{path} holds an adapter of type {fields.get('peft_type')}, not a LoRA; "
-            "give the folder of a LoRA adapter."
-        )
+        kind = fields.get("peft_type")
+        raise AdapterError(f"{path} holds an adapter of type {kind}, not a LoRA; {_way_out(kind)}.")
     check_fields(path, fields)
     file = path / WEIGHTS
     if not file.is_file():
@@ -253,6 +252,21 @@ def read_lora(path: str | Path) -> SavedLora:
     _check_ranks(lora)
     _check_complete(lora)
     return lora
+
+
+def _way_out(kind: Any) -> str:
+    """Return what can be done with an adapter of another type than LoRA."""
+    if kind == bottleneck.PEFT_TYPE:
+        return (
+            "it is not linear, so it can be neither exported nor merged; `tlora chat` and"
+            " `tlora eval` load it"
+        )
+    known = KNOWN.get(str(kind).lower())
+    if known is None:
+        return "give the folder of a LoRA adapter"
+    if known.unmerged:
+        return f"{known.unmerged}, so it cannot be merged; load it with PEFT"
+    return "merge it with PEFT's `merge_and_unload()`"
 
 
 def _check_numbers(path: Path, tensors: Tensors) -> None:

@@ -24,7 +24,8 @@ class Cut:
     Attributes:
         lost: lost fraction of the squared Frobenius norm of each module's update, by name.
         in_all: lost fraction of the sum over all modules.
-        nested: whether the ranks were trained for truncation, so that nothing trained is lost.
+        nested: whether ranks that were trained for truncation were cut, so that nothing trained is
+            lost.
     """
 
     lost: dict[str, float]
@@ -51,6 +52,7 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
     """
     tensors = {key: lora.tensors[key] for key in lora.others}
     ranks, alphas, lost, energies = {}, {}, {}, {}
+    nested = False
     for name, (a, b) in lora.keys.items():
         factors = lora.factors(name)
         tensors[a], tensors[b] = factors.a, factors.b
@@ -60,7 +62,7 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         lost[name] = 0.0
         if factors.rank > rank and lora.nested:
             tensors[a], tensors[b] = factors.a[:rank], factors.b[:, :rank]
-            ranks[name] = rank
+            ranks[name], nested = rank, True
         elif factors.rank > rank:
             lost[name] = float(energy[rank:].sum()) / energies[name] if energies[name] else 0.0
             tensors[a], tensors[b] = _cut(factors, rank)
@@ -76,7 +78,7 @@ def truncated(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
         "alpha_pattern": {f"^{re.escape(name)}": each for name, each in alphas.items()},
     }
     made = dataclasses.replace(lora, fields=fields, tensors=tensors)
-    return made, Cut(lost, in_all, lora.nested)
+    return made, Cut(lost, in_all, nested)
 
 
 def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:

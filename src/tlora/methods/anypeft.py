@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tlora.adapter.peft_types import KNOWN, PeftType
 from tlora.checks import Pattern, default_of, plain
 from tlora.errors import ConfigError, did_you_mean, first_line
 from tlora.methods.base import Batches, Prepared, Traits
 from tlora.methods.learningrates import LORA_RATES, LearningRates
 from tlora.methods.options import MethodOptions
-from tlora.methods.peft_types import KNOWN, PeftType
 
 if TYPE_CHECKING:
     import torch

@@ -38,7 +38,7 @@ class ChainOptions(LoraOptions):
     """Method of a link: lora, rslora, lora-fa, tlora (A is calibrated again for each), or another
     method that makes a plain LoRA of one rank."""
     link_options: dict[str, Any] = field(default_factory=dict)
-    """Further options of that method."""
+    """Further options of that method, such as "basis: gradient"."""
 
     def relations(self) -> Iterator[str]:
         """Yield what is wrong between fields."""

@@ -92,18 +92,21 @@ _LIBRARIES = {"adapter": "peft", "model": "transformers", "own": "tlora"}
 
 def public(path: str) -> str:
     """Return a name on the Hub unchanged, and the last part of a local path."""
-    local = path.startswith(_LOCAL) or os.path.exists(path)  # noqa: PTH110 - a long text raises
-    return Path(path).name or Path(path).resolve().name if local else path
+    return Path(path).name or Path(path).resolve().name if _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(_LOCAL) or os.path.exists(path)  # noqa: PTH110 - a long text raises
 
 
 def command(config: RunConfig, verb: str = "train") -> str:
-    """Return a command line that starts the same run, with shortened file and folder names."""
+    """Return a command line that starts such a run in a folder `run`, with shortened names."""
     import shlex
 
     words = ["tlora", verb]
     for name, value in _changed_flags(config):
         words += [f"--{name}", value]
-    return shlex.join(words)
+    return shlex.join([*words, "--output_dir", "run"])
 
 
 def ranks_of(folder: Path) -> dict[str, int]:
@@ -135,7 +138,8 @@ def _changed_flags(config: RunConfig) -> Iterator[tuple[str, str]]:
         if name in _OF_THE_MACHINE or value == default[name]:
             continue
         if not isinstance(value, dict):
-            yield name, _word(value, files=name in _FILES)
+            local = name == "model" and _is_local(value)
+            yield name, f"{'path/to/' * local}{_word(value, files=name in _FILES)}"
             continue
         for inner, each in value.items():
             if inner not in default[name] or default[name][inner] != each:

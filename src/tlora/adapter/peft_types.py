@@ -67,7 +67,8 @@ KNOWN: dict[str, PeftType] = {
         "2506.06266", start="moved", unmerged=_PROMPT),
     "cpt": _peft_type(
         "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods",
-        "2410.17222", refused="its loss reads logits, which TRL's trainer does not form"),
+        "2410.17222", unmerged=_PROMPT,
+        refused="its loss reads logits, which TRL's trainer does not form"),
     "deft": _peft_type(
         "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", None, 2025),
     "delora": _peft_type(
@@ -109,7 +110,7 @@ KNOWN: dict[str, PeftType] = {
         "2409.15371"),
     "multitask_prompt_tuning": _peft_type(
         "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", "2303.02861",
-        refused=_NEEDS_TASKS),
+        unmerged=_PROMPT, refused=_NEEDS_TASKS),
     "oft": _peft_type("Controlling Text-to-Image Diffusion by Orthogonal Finetuning", "2306.07280"),
     "osf": _peft_type(
         "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
@@ -118,7 +119,7 @@ KNOWN: dict[str, PeftType] = {
     "peanut": _peft_type(
         "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", "2410.01870"),
     "poly": _peft_type("Combining Modular Skills in Multitask Learning", "2202.13914",
-                refused=_NEEDS_TASKS),
+                unmerged="a router mixes its parts by the task", refused=_NEEDS_TASKS),
     "prefix_tuning": _peft_type(
         "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "2101.00190", rate=1e-3,
         start="moved", unmerged=_PROMPT),
@@ -153,6 +154,7 @@ KNOWN: dict[str, PeftType] = {
     "xlora": _peft_type(
         "X-LoRA: Mixture of Low-Rank Adapter Experts, a Flexible Framework for Large Language"
         " Models with Applications in Protein Mechanics and Molecular Design", "2402.07148",
+        unmerged="a router weighs its adapters by the input",
         refused="it mixes adapters that are trained already"),
 }
 # fmt: on
