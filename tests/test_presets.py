@@ -243,14 +243,17 @@ def test_the_command_on_a_card_is_the_same_run_whatever_the_default(words):
     python = RunConfig(model="m", adapter={"r": 4})
     for config in (run, python):
         command = shlex.split(model_card.command(config))[2:]
-        assert parse("tlora train", RunConfig, command).record.options() == config.options()
+        again = parse("tlora train", RunConfig, command).record.options()
+        assert again == config.options()
     assert "--adapter.allocate_rank true" in model_card.command(python)
     bare = parse("tlora train", RunConfig, [*RUN]).record
-    assert model_card.command(bare) == "tlora train --model m --train_file rows.jsonl"
+    assert (
+        model_card.command(bare) == "tlora train --model m --train_file rows.jsonl --output_dir run"
+    )
 
 
 def test_the_whole_help_has_the_defaults_of_a_run_without_a_preset(capsys):
     assert cli.main(["train", "--help", "all"]) == 0
     text = capsys.readouterr().out
     assert "Allocate ranks by sensitivity; false: every module gets r.\n" in text
-    assert "the method of `recommended` uses that" in " ".join(text.split())
+    assert "By default the method's preset `recommended`, if it has one" in " ".join(text.split())

@@ -46,7 +46,7 @@ def launched(*commands: list[str]) -> list[str]:
         )
         for command in commands
     ]
-    said = [process.communicate(timeout=300)[0] for process in running]
+    said = [process.communicate(timeout=1200)[0] for process in running]
     for process, text in zip(running, said, strict=True):
         assert process.returncode == 0, text[-4000:]
     return said

@@ -247,6 +247,7 @@ def test_each_run_keeps_the_order_of_classes_that_it_learned(runs, here):
 def test_an_adapter_without_a_record_of_its_classes_needs_them_named(runs, here):
     shutil.copytree(f"{runs[0]}/adapter", "alone")
     Path("alone/classifier.json").unlink()
+    Path("alone/digests.json").unlink()
     test = reviews("test.jsonl", 20)
     with pytest.raises(ConfigError, match="list the classes in the order of training") as error:
         accuracy("out", models=["alone"], test_file=test)

@@ -130,7 +130,7 @@ def test_another_configuration_is_refused_and_all_fields_are_named(cut, config, 
     # The method's own seed follows the run's; where it is not written out, the run's is kept.
     assert set(named) == {"trainer.learning_rate", "seed"} | (set() if resume else {"adapter.seed"})
     assert (
-        f"`seed` is 4, but {folder.path} was started with 0; restore it, or choose another"
+        f"`seed` is 4, but {folder.path} was started with 0; use the same value, or another"
         " --output_dir."
     ) in caught.value.faults
     assert contents(folder) == before

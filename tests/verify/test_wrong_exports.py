@@ -184,6 +184,7 @@ def turn_faster(folder):
     fields = json.loads((folder / "config.json").read_text())
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 5.0}
     (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "digests.json").unlink()
 
 
 @pytest.mark.parametrize(
