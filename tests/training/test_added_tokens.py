@@ -85,6 +85,7 @@ def test_every_method_saves_the_rows(method, config, saved, tiny_llama, marked):
     folder = saved(tiny_llama(tie_word_embeddings=True))
     own = {"adalora": {"init_r": 4, "target_r": 2}, "full": {}}
     own["qa-lora"] = {"r": 2, "group_size": 4}
+    own["xgblora"] = own["rac-lora"] = {"r": 2, "length": 2}
     fields = {"method": method, "adapter": own.get(method, {"r": 2})}
     run = train.run(config(model=folder, train_file=marked, tokens=TOKENS, **fields))
     if method == "full":
