@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import math
 import statistics
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.firsttry import method_of
-from tlora.compare.ratecurve import Curve, best_rate, geometric_median, score_at, width
+from tlora.compare.ratecurve import Curve, best_rate, geometric_median, width
 from tlora.compare.trials import saved
 from tlora.report.comparison import Results, gather
 from tlora.report.numbers import times
@@ -115,6 +116,26 @@ class FirstTry:
     excess: float | None
     """How much worse than the task's best score of all methods, as a share of it."""
     width: tuple[float, bool] | None
+
+
+def score_at(curve: Curve, rate: float) -> tuple[float | None, bool]:
+    """Return the score at a learning rate, and whether the rate is within those that were tried.
+
+    Returns:
+        The score interpolated linearly over the logarithm of the rate; outside the rates that were
+        tried, the score of the nearest; None next to a rate without a score.
+    """
+    rates = sorted(curve)
+    if rate in curve:
+        return curve[rate], True
+    place = bisect(rates, rate)
+    if place in (0, len(rates)):
+        return curve[rates[min(place, len(rates) - 1)]], False
+    low, high = rates[place - 1], rates[place]
+    below, above = curve[low], curve[high]
+    if below is None or above is None:
+        return None, True
+    return below + math.log(rate / low) / math.log(high / low) * (above - below), True
 
 
 def first_tries(tasks: Mapping[str, Task], same_base: bool) -> dict[str, dict[str, FirstTry]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
 
 from tlora.report import comparison
+
+CURVE = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 4.0}
+DIVERGED = {1e-3: 2.0, 1e-2: 1.0, 1e-1: None}
 
 
 @pytest.fixture
@@ -86,3 +90,23 @@ def test_methods_are_told_apart_by_options_rank_scale_and_calibration(
     tuned = {m.label: m.tuning_means for m in results.methods}
     # PiSSA is not tuned to the end.
     assert firsttry.curves(results) == {"LoRA": tuned["lora"], "TLoRA, equal": tuned["equal"]}
+
+
+@pytest.mark.parametrize(
+    ("rate", "score", "tried"),
+    [
+        (1e-2, 1.0, True),
+        (10**-2.5, 1.5, True),  # halfway in the logarithm
+        (10**-1.25, 3.25, True),
+        (1e-4, 2.0, False),
+        (1.0, 4.0, False),
+    ],
+)
+def test_a_score_is_interpolated_over_the_logarithm_of_the_rate(firsttry, rate, score, tried):
+    assert firsttry.score_at(CURVE, rate) == (pytest.approx(score), tried)
+
+
+def test_next_to_a_rate_that_diverged_there_is_no_score(firsttry):
+    assert firsttry.score_at(DIVERGED, 3e-2) == (None, True)
+    assert firsttry.score_at(DIVERGED, 1e-1) == (None, True)
+    assert firsttry.score_at(DIVERGED, 3e-3)[0] == pytest.approx(1.0 + math.log(1e-2 / 3e-3, 10))

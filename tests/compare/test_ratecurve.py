@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from tlora.compare.ratecurve import best_rate, geometric_median, score_at, width
+from tlora.compare.ratecurve import best_rate, geometric_median, width
 
 CURVE = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 4.0}
 DIVERGED = {1e-3: 2.0, 1e-2: 1.0, 1e-1: None}
@@ -32,26 +30,6 @@ def test_the_best_rate_has_the_lowest_loss_or_the_highest_score_and_is_the_lowes
 )
 def test_the_geometric_median_is_a_rate_that_was_tried_or_has_three_digits(rates, expected):
     assert geometric_median(rates) == geometric_median(rates[::-1]) == expected
-
-
-@pytest.mark.parametrize(
-    ("rate", "score", "tried"),
-    [
-        (1e-2, 1.0, True),
-        (10**-2.5, 1.5, True),  # halfway in the logarithm
-        (10**-1.25, 3.25, True),
-        (1e-4, 2.0, False),
-        (1.0, 4.0, False),
-    ],
-)
-def test_a_score_is_interpolated_over_the_logarithm_of_the_rate(rate, score, tried):
-    assert score_at(CURVE, rate) == (pytest.approx(score), tried)
-
-
-def test_next_to_a_rate_that_diverged_there_is_no_score():
-    assert score_at(DIVERGED, 3e-2) == (None, True)
-    assert score_at(DIVERGED, 1e-1) == (None, True)
-    assert score_at(DIVERGED, 3e-3)[0] == pytest.approx(1.0 + math.log(1e-2 / 3e-3, 10))
 
 
 def test_the_width_ends_where_the_score_is_five_percent_worse_than_the_best():

@@ -13,8 +13,10 @@ from tlora.compare.ratecurve import geometric_median
 from tlora.compare.trials import Comparison, saved
 from tlora.errors import ArtifactError, ConfigError, Faults
 
-_SIZES = {"r", "lora_alpha", "init_r", "target_r", "exclude_modules", "modules_to_save"}
-_SIZES |= {"memory_budget"}
+_SIZES = {
+    *("r", "lora_alpha", "init_r", "target_r"),
+    *("exclude_modules", "modules_to_save", "memory_budget"),
+}
 """Options that fit a method to a model and a machine; a method is the same whatever they are."""
 
 

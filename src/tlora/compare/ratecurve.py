@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 
 Curve = Mapping[float, float | None]
@@ -33,26 +32,6 @@ def geometric_median(rates: Sequence[float]) -> float:
     """
     low, high = statistics.median_low(rates), statistics.median_high(rates)
     return low if low == high else float(f"{math.sqrt(low * high):.3g}")
-
-
-def score_at(curve: Curve, rate: float) -> tuple[float | None, bool]:
-    """Return the score at a learning rate, and whether the rate is within those that were tried.
-
-    Returns:
-        The score interpolated linearly over the logarithm of the rate; outside the rates that were
-        tried, the score of the nearest; None next to a rate without a score.
-    """
-    rates = sorted(curve)
-    if rate in curve:
-        return curve[rate], True
-    place = bisect(rates, rate)
-    if place in (0, len(rates)):
-        return curve[rates[min(place, len(rates) - 1)]], False
-    low, high = rates[place - 1], rates[place]
-    below, above = curve[low], curve[high]
-    if below is None or above is None:
-        return None, True
-    return below + math.log(rate / low) / math.log(high / low) * (above - below), True
 
 
 def width(curve: Curve, better: str, within: float = 0.05) -> tuple[float, bool] | None:
