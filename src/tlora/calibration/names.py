@@ -56,7 +56,7 @@ def unmatched(field: str, wanted: Iterable[str], names: list[str], rest: str) ->
         rest: the sentence after "no module of ".
     """
     known = {end for name in names for end in ends_of(name)}
-    for each in wanted:
+    for each in sorted(wanted):  # PEFT saves them in the order of a set
         if each not in known:
             hint = did_you_mean(each, sorted(end for end in known if end.count(".") < 2))
             yield f"`{field}` names {each!r}, but no module of {rest}.{hint}"
