@@ -83,9 +83,7 @@ def plan(kinds: Any, count: int, seed: int, only: str = "") -> list[dict[str, An
                 name = f"{kind.name} | {command} | seed {seed} | {index + 1} of {number}"
                 share = (index + random.Random(name).random()) / number
                 cases.append({"id": name, "kind": kind.name, "command": command, "share": share})
-    random.Random(seed).shuffle(
-        cases
-    )  # those that were done when a call is stopped are of all kinds
+    random.Random(seed).shuffle(cases)  # so a stopped call has run cases of every kind
     return [case for case in cases if not words or any(word in case["id"] for word in words)]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/site/pictures.py docs     # writes how-*.png there; about a minute
 
-The first two are of the base model that comes with the package, on rows of its `ledger` task; the
+The first two show the base model that comes with the package, on rows of its `ledger` task; the
 third is arithmetic on the sizes of Llama-3.1-8B.
 """
 

@@ -1,4 +1,4 @@
-"""The commands that faults come into, on a tiny model, and what each is to leave behind.
+"""The commands that faults hit, on a tiny model, and the result that each should leave.
 
 A result is a digest of every file that decides what a later command does: bit for bit the same, or
 not the result. Times, versions and pages are no part of it.

@@ -160,7 +160,7 @@ def call_at(number: int, function: Callable[[], None]) -> Act:
 
 
 def set_back(seconds: float) -> None:
-    """Let this process, and what it forks, live that much earlier; files stay as they are."""
+    """Set the clock of this process and its children back; files do not change."""
     import time
 
     real, real_ns = time.time, time.time_ns

@@ -171,8 +171,8 @@ def _merged(layer: Any) -> nn.Module:
 class ChainCallback(TrainerCallback):
     """Finishes a link after its share of the optimizer steps, and starts the next one.
 
-    Links get equal shares. The next link begins with
-    a new A, B = 0 and no optimizer state; the learning rate follows the run's single schedule.
+    Links get equal shares. The next link begins with a new A, B = 0 and no optimizer state; the
+    learning rate follows the run's single schedule.
     Random draws depend only on the run's seed and the link's number, so a resumed run, and every
     process of a group, draws the same values. A checkpoint holds the chain after its step.
 

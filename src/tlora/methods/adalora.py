@@ -43,7 +43,7 @@ class AdaLoraOptions(Targeted):
     """Weight of the orthogonality term of A and B in the training loss."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         yield from super().relations()
         if self.target_r >= self.init_r:
             yield f"`target_r` is {self.target_r!r}; give less than `init_r` ({self.init_r})."

@@ -41,7 +41,7 @@ class ChainOptions(LoraOptions):
     """Further options of that method, such as "basis: gradient"."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         own = [*super().relations()]
         yield from own
         try:

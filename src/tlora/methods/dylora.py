@@ -29,7 +29,7 @@ class DyLoraOptions(LoraOptions):
     """Train only the last rank of each step."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         yield from super().relations()
         if self.r_min > self.r:
             yield f"`r_min` is {self.r_min!r}; give at most `r` ({self.r})."

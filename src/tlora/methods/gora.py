@@ -37,7 +37,7 @@ class GoraOptions(LoraOptions):
         return least, 4 * self.r if self.r_max is None else self.r_max
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         yield from super().relations()
         least, most = self.bounds
         if least > most:

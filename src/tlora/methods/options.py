@@ -57,7 +57,7 @@ class Targeted(AdapterOptions):
     """Modules to exclude."""
 
     def relations(self) -> Iterator[str]:
-        """Yield what is wrong between fields."""
+        """Yield errors in combinations of fields."""
         yield from super().relations()
         yield from target_faults(self)
 

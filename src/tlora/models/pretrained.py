@@ -363,7 +363,7 @@ def check_hub(name: str, *files: str, kind: str = "model") -> None:
         fault = f"there is no folder {name!r}, and no model of this name in the Hub's cache; check"
         fault += " the path, or unset HF_HUB_OFFLINE to download it."
     except hub.errors.HFValidationError:
-        fault = f"{name!r} is no folder and no name on the Hub; give a folder or OWNER/NAME."
+        fault = f"{name!r} is neither a folder nor a name on the Hub; give a folder or OWNER/NAME."
     except (hub.errors.EntryNotFoundError, ValueError):
         return
     except Exception as error:  # the client's HTTP library depends on its version
