@@ -148,7 +148,7 @@ def test_the_report_compares_models_by_a_correlation(folder):
     assert results.tested == 1
     text = evaluation.write(folder).text
     assert "not a mean of item scores" not in text
-    assert "adapter against base: better on stsb." in text
+    assert "adapter compared with base: better on stsb." in text
 
 
 def test_a_score_that_its_predictions_do_not_make_is_not_compared(folder):

@@ -107,7 +107,7 @@ def test_an_item_opens_with_prompt_target_both_replies_and_answers(opened, resul
     assert line.locator(".body").count() == 0  # made when it is opened
     line.locator("summary").click()
     text = line.locator(".body").inner_text()
-    for expected in (old.reply, new.reply, old.target, f"answer read: {new.answer}"):
+    for expected in (old.reply, new.reply, old.target, f"parsed answer: {new.answer}"):
         assert expected in text
     # The examples, which all prompts begin with, are folded away and said once.
     assert line.locator("pre").first.inner_text() == old.prompt.removeprefix(EXAMPLES)
@@ -130,7 +130,7 @@ def test_filters_agree_with_what_was_counted(opened, results):
     assert tab.locator("#kind").input_value() == "other"
     assert shown(tab) == len(row.cells[2].changes["other"])
     tab.select_option("#task", graded.task.name)
-    assert "same score, another reply" in tab.locator("#kind").inner_text()
+    assert "same score, different reply" in tab.locator("#kind").inner_text()
     tab.select_option("#kind", "gained")
     assert shown(tab) == 20
     assert lines(tab).first.locator(".step").inner_text() == "6 → 7"
@@ -143,7 +143,7 @@ def test_a_search_is_for_all_its_words_in_any_case(opened):
     assert lines(tab).first.locator(".id").inner_text() == "sum-4321"
     tab.fill("#search", "there is no such word")
     expect(lines(tab)).to_have_count(0)
-    assert tab.locator("#shown").inner_text() == "No item is like that."
+    assert tab.locator("#shown").inner_text() == "No items match."
     tab.fill("#search", "")
     expect(lines(tab)).to_have_count(25)
 

@@ -102,8 +102,8 @@ def test_what_the_noise_could_have_done_is_never_called_a_win(folder):
     results = results_of(folder)
     assert [cell.difference.better for cell in results.rows[0].cells[1:]] == [1, 0]
     assert evalwording.summary(results) == (
-        "good against base: better on sums, chat."
-        " same against base: not told apart from it on sums, chat."
+        "good compared with base: better on sums, chat."
+        " same compared with base: tied on sums, chat."
     )
     line = evaluation.write(folder).text.splitlines()[2]
     _, good, same = line.strip("| ").split(" | ")[3:]
@@ -212,7 +212,7 @@ def test_models_that_are_not_done_are_named(folder):
 def test_one_model_alone_has_a_report(tasks, tmp_path):
     alone = evaluations.write(tmp_path / "alone", {SUMS: {"base": tasks[SUMS]["base"]}})
     report = evaluation.write(alone)
-    assert "so there is no comparison" in report.text
+    assert "base is the only model. Its replies are in samples/." in report.text
     assert 'id="items"' not in report.page.read_text(encoding="utf-8")
 
 

@@ -17,9 +17,9 @@ _PREFIX = 60  # minimum length of a common prefix to fold
 _EXACT = {
     LOST: "right before, wrong after",
     GAINED: "wrong before, right after",
-    OTHER: "both wrong, answered differently",
+    OTHER: "both wrong, different answers",
 }
-_GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, another reply"}
+_GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, different reply"}
 
 
 def render(results: EvaluationResults) -> str:

@@ -42,8 +42,7 @@ def legend(results: EvaluationResults) -> str:
 def summary(results: EvaluationResults) -> str:
     """Summarize what the table shows and what it does not."""
     if not results.others:
-        return f"Only one model, {results.first}, so there is no comparison. Its replies are in"
-        " samples/."
+        return f"{results.first} is the only model. Its replies are in samples/."
     return " ".join(_summary(results, model) for model in results.others)
 
 
@@ -56,17 +55,17 @@ def _summary(results: EvaluationResults, model: str) -> str:
             named[found.better].append(row.task.name)
     parts = [
         f"{word} on {', '.join(named[way])}"
-        for way, word in ((1, "better"), (-1, "worse"), (0, "not told apart from it"))
+        for way, word in ((1, "better"), (-1, "worse"), (0, "tied"))
         if named[way]
     ]
     if not parts:
         return f"{model} is not compared with {results.first}."
-    return f"{model} against {results.first}: {'; '.join(parts)}."
+    return f"{model} compared with {results.first}: {'; '.join(parts)}."
 
 
 def task(found: TaskSamples) -> str:
     """Return one line about a task."""
-    shots = "" if not found.shots else f", {found.shots} examples before each"
+    shots = "" if not found.shots else f", {found.shots} examples in each prompt"
     protocol = f": {found.protocol.rstrip('.')}" if found.protocol else ""
     return f"{found.name}{protocol}; {count(found.items)} items{shots}."
 

@@ -39,7 +39,7 @@
     const before = kind.value;
     const changes = compared();
     const total = Object.values(changes).reduce((sum, list) => sum + list.length, 0);
-    kind.replaceChildren(new Option(`all that changed (${total})`, ""));
+    kind.replaceChildren(new Option(`all changed items (${total})`, ""));
     for (const [name, text] of Object.entries(current().names)) {
       kind.add(new Option(`${text} (${changes[name].length})`, name));
     }
@@ -70,8 +70,8 @@
     const begin = page * PAGE;
     const end = Math.min(begin + PAGE, found.length);
     at("shown").textContent = found.length
-      ? `Items ${begin + 1} to ${end} of ${found.length}. A line opens with prompt and replies.`
-      : "No item is like that.";
+      ? `Items ${begin + 1} to ${end} of ${found.length}. Open an item to see its prompt and replies.`
+      : "No items match.";
     at("items").replaceChildren(...found.slice(begin, end).map(([name, item]) => line(name, item)));
     document.querySelector(".pager").hidden = found.length <= PAGE;
     at("before").disabled = page === 0;
@@ -115,7 +115,7 @@
     for (const [place, [reply, answer, scores]] of pair) {
       const side = add(both, "div");
       const marks = current().metrics.map((metric, m) => `${metric} ${written(scores[m])}`);
-      const read = answer === null ? "no answer read" : `answer read: ${short(answer, 80)}`;
+      const read = answer === null ? "no parsed answer" : `parsed answer: ${short(answer, 80)}`;
       titled(side, data.models[place], `: ${marks.join(", ")}; ${read}`, reply);
     }
   }
