@@ -1,8 +1,10 @@
 """What the docs say of methods, imports and links is true."""
 
+import csv
 import importlib
 import importlib.util
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import pytest
 from tlora.adapter.peft_types import KNOWN
 from tlora.registry import METHODS
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "methods.md"
 
 
-def rows(heading="# Methods"):
+def rows(heading="## Every method"):
     """The rows of the table below a heading, by their first cell."""
     text = PAGE.read_text(encoding="utf-8")
     below = re.search(rf"^{re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
@@ -31,9 +34,11 @@ def test_the_table_says_what_the_methods_declare():
     starts = {"identical": "W x", "rounding": "rounding", "moved": "moved"}
     sources = {"PEFT": "PEFT", "tlora": "ours"}
     for name, row in rows().items():
-        paper, layer, _, parameters, base, start, saved, read, source, _ = row
+        paper, layer, _, parameters, rank, base, start, saved, read, source, _ = row
         traits = METHODS.load(name).traits
         assert parameters == traits.parameters.partition(",")[0], name
+        options = METHODS.load(name).options
+        assert rank == str(getattr(options, "r", getattr(options, "init_r", ""))), name
         assert base == ("changed" if traits.changes_base else "kept"), name
         assert saved == traits.saved, name
         assert read == reads[traits.reads], name
@@ -44,6 +49,35 @@ def test_the_table_says_what_the_methods_declare():
         )
         if traits.leaves == "adapter":
             assert f"arxiv.org/abs/{traits.arxiv}" in paper, name
+
+
+def means(table):
+    """The mean final score of each method of a committed comparison."""
+    scores = {}
+    file = ROOT / "benchmarks" / "quality" / table / "report.csv"
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["phase"] == "final":
+                scores.setdefault(row["method"], []).append(float(row["score"]))
+    return [statistics.mean(made) for made in scores.values()]
+
+
+def test_the_guide_to_methods_quotes_the_tables_that_it_names():
+    guide = re.search(
+        r"^## Which method.*?(?=^## )", PAGE.read_text(encoding="utf-8"), re.M | re.S
+    )[0]
+    said = [line for line in guide.splitlines() if line.startswith("| ")]
+    said.append(guide.rpartition("|\n\n")[2])
+    tables = {path.parent.name for path in ROOT.glob("benchmarks/quality/*/report.csv")}
+    quoted = 0
+    for text in said:
+        named = tables & {*re.findall(r"`([\w-]+)`", text)}
+        found = re.findall(r"\b\d\.\d{3}\b", text)
+        known = [mean for table in named for mean in means(table)]
+        for score in found:  # rounded from the four digits of the page
+            assert any(abs(float(score) - mean) < 6e-4 for mean in known), (score, text)
+        quoted += len(found)
+    assert quoted > 20
 
 
 def test_the_table_of_pefts_types_says_what_is_known_of_them():
@@ -79,7 +113,6 @@ def test_the_table_of_learning_rates_says_what_the_methods_declare():
         ]
 
 
-ROOT = PAGE.parents[1]
 PAGES = [*sorted(PAGE.parent.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
