@@ -1,6 +1,7 @@
 """Names of evaluations are judged from files alone, as lm-evaluation-harness itself would."""
 
 import json
+import re
 
 import pytest
 from lm_eval.tasks import TaskManager
@@ -17,7 +18,10 @@ def harness():
 
 def test_no_name_of_the_harness_is_refused(harness):
     files = names._HarnessFiles.read()
-    assert [name for name in harness if name.encode() not in files._all] == []
+    # Searching 7 MB for each of 14,000 names would take minutes.
+    words = {*re.split(rb"[^\w-]+", files._all)}
+    others = [name for name in harness if name.encode() not in words]
+    assert [name for name in others if name.encode() not in files._all] == []
     some = sorted(harness)[::200]
     assert [name for name in some if name not in files] == []
     assert {*files} & {*harness} > {"gsm8k", "hellaswag", "humaneval"}
