@@ -22,7 +22,7 @@ def test_no_name_of_the_harness_is_refused(harness):
     words = {*re.split(rb"[^\w-]+", files._all)}
     others = [name for name in harness if name.encode() not in words]
     assert [name for name in others if name.encode() not in files._all] == []
-    some = sorted(harness)[::200]
+    some = sorted(harness)[::1000]
     assert [name for name in some if name not in files] == []
     assert {*files} & {*harness} > {"gsm8k", "hellaswag", "humaneval"}
     for name in ("nosuch", "gsm8", "hellaswagg", "umaneval"):
