@@ -56,6 +56,7 @@ class DyLora(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        plain=False,
         learning_rates=LORA_RATES,
         source="tlora",
     )
