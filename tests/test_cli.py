@@ -15,6 +15,7 @@ from tlora.errors import (
     OutOfMemoryError,
     SandboxError,
 )
+from tlora.registry import METHODS
 
 
 @pytest.fixture
@@ -104,6 +105,23 @@ def test_the_help_lists_the_options_of_the_method_that_is_named(tlora):
     lora = tlora("train", "--method", "lora-ga", "--help", "all")[1]
     assert "--adapter.whiten" not in lora
     assert "--adapter.stable_gamma" in lora
+
+
+@pytest.mark.parametrize("more", [[], ["all"]])
+@pytest.mark.parametrize(
+    ("method", "r", "alpha"),
+    [(None, "8", "8"), ("xgblora", "1", "1"), ("lora-one", "8", "16"), ("full", None, None)],
+)
+def test_the_help_shows_the_method_s_own_defaults_beside_short_flags(tlora, method, r, alpha, more):
+    named = ["--method", method] if method else []
+    shown = " ".join(tlora("train", *named, "--help", *more)[1].split())
+    assert ("--r " in shown) == ("--alpha " in shown) == (r is not None)
+    if r:
+        assert f"Rank of the adapter (default: {r})." in shown
+        assert f"scaled by alpha / r (default: {alpha})." in shown
+    rates = METHODS.load(method or "tlora").traits.learning_rates
+    if more:
+        assert f"Learning rate (default: {rates.tiny:g} for models below 100 million" in shown
 
 
 def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):

@@ -217,7 +217,7 @@ def test_dropout_meets_the_newest_link_alone(tiny_llama, batches):
         ({"link": "mica"}, "`link` is 'mica', which is not a plain LoRA beside W that trains B"),
         ({"link": "dora"}, "`link` is 'dora', which is not a plain LoRA beside W"),
         ({"link": "eva"}, "`link` is 'eva', which cannot start again from a model during"),
-        ({"link_options": {"rr": 1}}, "`link` 'lora': there is no option `rr`"),
+        ({"link": "lora", "link_options": {"rr": 1}}, "`link` 'lora': there is no option `rr`"),
         ({"link": "dylora"}, "`link` is 'dylora', which is not a plain LoRA beside W"),
         ({"link": "loraplus"}, "`link` is 'loraplus', which brings an optimizer"),
         ({"link": "lora-rite"}, "`link` is 'lora-rite', which brings an optimizer"),

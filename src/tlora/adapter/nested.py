@@ -91,7 +91,7 @@ class DrawRank(TrainerCallback):
 
 
 def mark_nested(folder: Path, least: int) -> None:
-    """Record in an adapter's weights that its leading ranks are adapters from ``least`` ranks on."""
+    """Record in an adapter's weights that its leading ranks, ``least`` or more, are adapters."""
     from safetensors.torch import load_file, save_file
 
     file = folder / WEIGHTS

@@ -19,7 +19,7 @@ _EXACT = {
     GAINED: "wrong before, right after",
     OTHER: "both wrong, answered differently",
 }
-_GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, another reply"}
+_GRADED = {LOST: "worse", GAINED: "better", OTHER: "same score, another reply"}
 
 
 def render(results: EvaluationResults) -> str:
