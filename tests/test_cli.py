@@ -7,7 +7,7 @@ import warnings
 import pytest
 import yaml
 
-from tlora import cli
+from tlora import cli, presets
 from tlora.errors import (
     AdapterError,
     CalibrationError,
@@ -120,6 +120,7 @@ def test_the_help_shows_the_method_s_own_defaults_beside_short_flags(tlora, meth
         assert f"Rank of the adapter (default: {r})." in shown
         assert f"scaled by alpha / r (default: {alpha})." in shown
     rates = METHODS.load(method or "tlora").traits.learning_rates
+    assert not {"r", "lora_alpha"} & presets.default_options("tlora").keys()
     if more:
         assert f"Learning rate (default: {rates.tiny:g} for models below 100 million" in shown
 

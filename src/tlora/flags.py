@@ -174,8 +174,9 @@ def _short_texts(record: type[Section], method: str | None) -> dict[str, str]:
     texts = {name: SHORT[name][1] for name in short_names(record)}
     if method is None:
         return texts
-    options = dict(_options_of(method))
-    known = {"learning_rate": METHODS.load(method).traits.learning_rates.words()}
+    found = METHODS.load(method)
+    options = dict(fields_of(found.options, "adapter."))  # no preset sets one with a short name
+    known = {"learning_rate": found.traits.learning_rates.words()}
     for name in (name for name in texts if SHORT[name][0].startswith("adapter.")):
         option = options.get(SHORT[name][0])
         known[name] = "" if option is None else str(option.default)
