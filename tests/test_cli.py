@@ -11,6 +11,7 @@ from tlora import cli, presets
 from tlora.errors import (
     AdapterError,
     CalibrationError,
+    ConfigError,
     DataError,
     OutOfMemoryError,
     SandboxError,
@@ -123,6 +124,22 @@ def test_the_help_shows_the_method_s_own_defaults_beside_short_flags(tlora, meth
     assert not {"r", "lora_alpha"} & presets.default_options("tlora").keys()
     if more:
         assert f"Learning rate (default: {rates.tiny:g} for models below 100 million" in shown
+
+
+def test_a_comparison_reports_its_runs_on_standard_error(tlora, monkeypatch, caplog):
+    from tlora.compare import compare
+
+    def run(config, tell):
+        tell("run 1 of 2 starts")
+        raise ConfigError("no more.", where="compare")
+
+    monkeypatch.setattr(compare, "run", run)
+    code, out, _ = tlora(
+        *("compare", "--methods", "lora", "--learning_rates", "1e-3", "--model", "m"),
+        *("--train_file", "a.jsonl", "--test_file", "b.jsonl", "--validation", "4"),
+    )
+    assert (code, out) == (2, "")
+    assert caplog.messages == ["run 1 of 2 starts"]
 
 
 def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):
