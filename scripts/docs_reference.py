@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import tlora
 from tlora.checks import choices, words
 from tlora.cli import VERBS, Verb
-from tlora.flags import Field, fields_of, help_text, screen
+from tlora.flags import Field, fields_of, help_of
 from tlora.presets import default_options
 from tlora.registry import METHODS
 from tlora.shortnames import SHORT, short_names
@@ -52,9 +52,7 @@ def _verb(verb: Verb) -> str:
     needs = f'Needs `pip install "tlora[{verb.extra}]"`. ' if verb.extra else ""
     lines = [f"# tlora {verb.name}", "", " ".join(summary.split()), ""]
     lines += [f"{needs}Every field is a flag, and a key of the YAML that `--config` names.", ""]
-    shown = screen(f"tlora {verb.name}", verb.record) or help_text(
-        f"tlora {verb.name}", verb.record
-    )
+    shown = help_of(f"tlora {verb.name}", verb.record, [])
     lines += ["```text", f"$ tlora {verb.name} --help", shown, "```", ""]
     if shorts := short_names(verb.record):
         lines += ["## Short names", ""]

@@ -7,14 +7,16 @@ import warnings
 import pytest
 import yaml
 
-from tlora import cli
+from tlora import cli, presets
 from tlora.errors import (
     AdapterError,
     CalibrationError,
+    ConfigError,
     DataError,
     OutOfMemoryError,
     SandboxError,
 )
+from tlora.registry import METHODS
 
 
 @pytest.fixture
@@ -104,6 +106,40 @@ def test_the_help_lists_the_options_of_the_method_that_is_named(tlora):
     lora = tlora("train", "--method", "lora-ga", "--help", "all")[1]
     assert "--adapter.whiten" not in lora
     assert "--adapter.stable_gamma" in lora
+
+
+@pytest.mark.parametrize("more", [[], ["all"]])
+@pytest.mark.parametrize(
+    ("method", "r", "alpha"),
+    [(None, "8", "8"), ("xgblora", "1", "1"), ("lora-one", "8", "16"), ("full", None, None)],
+)
+def test_the_help_shows_the_method_s_own_defaults_beside_short_flags(tlora, method, r, alpha, more):
+    named = ["--method", method] if method else []
+    shown = " ".join(tlora("train", *named, "--help", *more)[1].split())
+    assert ("--r " in shown) == ("--alpha " in shown) == (r is not None)
+    if r:
+        assert f"Rank of the adapter (default: {r})." in shown
+        assert f"scaled by alpha / r (default: {alpha})." in shown
+    rates = METHODS.load(method or "tlora").traits.learning_rates
+    assert not {"r", "lora_alpha"} & presets.default_options("tlora").keys()
+    if more:
+        assert f"Learning rate (default: {rates.tiny:g} for models below 100 million" in shown
+
+
+def test_a_comparison_reports_its_runs_on_standard_error(tlora, monkeypatch, caplog):
+    from tlora.compare import compare
+
+    def run(config, tell):
+        tell("run 1 of 2 starts")
+        raise ConfigError("no more.", where="compare")
+
+    monkeypatch.setattr(compare, "run", run)
+    code, out, _ = tlora(
+        *("compare", "--methods", "lora", "--learning_rates", "1e-3", "--model", "m"),
+        *("--train_file", "a.jsonl", "--test_file", "b.jsonl", "--validation", "4"),
+    )
+    assert (code, out) == (2, "")
+    assert caplog.messages == ["run 1 of 2 starts"]
 
 
 def test_flags_win_over_files_and_files_over_defaults(resolved, run_yaml):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tlora import sealed
 from tlora.errors import ArtifactError
 from tlora.files import seal_tensors
 from tlora.sealed import DIGESTS, adapter_fields, check_beside, seal_beside
@@ -41,6 +42,26 @@ def test_every_flipped_bit_of_a_tokenizer_is_named(adapter: Path) -> None:
         check_beside(adapter)
     (adapter / DIGESTS).unlink()  # as the sentence says
     assert adapter_fields(adapter / "adapter_config.json") == FIELDS
+
+
+def test_an_unchanged_file_is_read_once_and_a_changed_one_again(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = sealed.file_digest
+    monkeypatch.setattr(
+        sealed, "file_digest", lambda file: (read.append(file.name), digest(file))[1]
+    )
+    for _ in range(2):
+        check_beside(adapter)  # written just now
+    assert read == ["tokenizer.json"] * 2
+    monkeypatch.setattr(sealed, "_SETTLED", -(10**12))
+    for _ in range(3):
+        check_beside(adapter)
+    assert read == ["tokenizer.json"] * 3
+    (adapter / "tokenizer.json").write_text('{"model": "WordPiece"}')
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: its content does not match"):
+        check_beside(adapter)
 
 
 def test_the_card_and_the_path_of_the_base_may_be_edited(adapter: Path) -> None:

@@ -113,7 +113,7 @@ def compare(config: CompareConfig) -> None:
     from tlora.report.inspecting import show_comparison
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    progress = run(config, tell=_say)
+    progress = run(config, tell=_note)
     _say(f"{progress.finished} of {progress.total} runs are finished")
     show_comparison(CompareFolder(config.output_dir), _say)
     if progress.failed:
@@ -342,6 +342,11 @@ def _say(text: str) -> None:
 def _show(text: str) -> None:
     sys.stdout.write(printable(text))
     sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    """Report progress on standard error, beside the output."""
+    logger.info("%s", text)
 
 
 def _complain(text: str) -> None:

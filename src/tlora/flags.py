@@ -116,15 +116,13 @@ def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
 
     It shows the options of the method named in ``argv``, or of the default method.
     """
-    short = None if "all" in argv else screen(prog, record)
-    if short is not None:
-        return short
     name = getattr(record, "method", None)
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
-    runs = issubclass(record, RunConfig)
-    return help_text(prog, record, str(name) if runs else None)
+    method = str(name) if issubclass(record, RunConfig) else None
+    short = None if "all" in argv else screen(prog, record, method)
+    return help_text(prog, record, method) if short is None else short
 
 
 def help_text(prog: str, record: type[Section], method: str | None = None) -> str:
@@ -145,8 +143,8 @@ def help_text(prog: str, record: type[Section], method: str | None = None) -> st
         lines += _lines("--preset NAME", _PRESET_HELP)
     lines += _lines("--print_config", "Show the resolved configuration instead of running.")
     lines += _lines("-h, --help", "Show the most common flags; `--help all` shows every flag.")
-    for short, full in short_names(record).items():
-        lines += _lines(f"--{short}", f"{SHORT[short][1]} Short for --{full}.")
+    for short, text in _short_texts(record, method).items():
+        lines += _lines(f"--{short}", f"{text} Short for --{SHORT[short][0]}.")
     groups: dict[str, list[tuple[str, Field]]] = {"": []}
     for name, field in fields.items():
         group = name.rpartition(".")[0] or ("trainer" if name == "trainer" else "")
@@ -171,15 +169,33 @@ def _options_of(method: str) -> Iterator[tuple[str, Field]]:
         yield f"adapter.{name}", dataclasses.replace(field, default=default)
 
 
+def _short_texts(record: type[Section], method: str | None) -> dict[str, str]:
+    """Return the help of each short name, with the method's defaults and without what it lacks."""
+    texts = {name: SHORT[name][1] for name in short_names(record)}
+    if method is None:
+        return texts
+    found = METHODS.load(method)
+    options = dict(fields_of(found.options, "adapter."))  # no preset sets one with a short name
+    known = {"learning_rate": found.traits.learning_rates.words()}
+    for name in (name for name in texts if SHORT[name][0].startswith("adapter.")):
+        option = options.get(SHORT[name][0])
+        known[name] = "" if option is None else str(option.default)
+    for name, default in known.items():
+        texts[name] = f"{texts[name].partition(';')[0]} (default: {default})."
+    return {name: text for name, text in texts.items() if known.get(name) != ""}
+
+
 def _place(group: str) -> int:
     known = ["", *_GROUPS]
     return known.index(group) if group in known else len(known)
 
 
-def screen(prog: str, record: type[Section]) -> str | None:
+def screen(prog: str, record: type[Section], method: str | None = None) -> str | None:
     """Return the one-screen help with the most common flags; None if everything fits."""
     fields = dict(fields_of(record))
-    shorts = {name: SHORT[name][1] for name in short_names(record)}
+    shorts = _short_texts(record, method)
+    if "learning_rate" in shorts:
+        shorts["learning_rate"] = SHORT["learning_rate"][1]  # a line
     if not any("." in full for full in short_names(record).values()):
         return None
     texts = {name: _first_sentence(field) for name, field in fields.items()} | shorts | _OWN_FLAGS

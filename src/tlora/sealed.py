@@ -5,6 +5,7 @@ Weights carry a digest of their own; a bit of another file can change every answ
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ DIGESTS = "digests.json"
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 """Endings of the files that lie beside weights and belong to them: tokenizer, template, code."""
 _CONFIG = "adapter_config.json"
+_SETTLED = 3 * 10**9
+"""Nanoseconds; two changes further apart have different times on every file system."""
+_known: dict[tuple[Any, ...], str] = {}
 _MAY_CHANGE = ("base_model_name_or_path", "revision")
 """Fields of adapter_config.json that people edit, as the base lies elsewhere."""
 
@@ -43,7 +47,7 @@ def check_beside(folder: Path) -> None:
         found = folder / name
         if not found.is_file():
             raise ArtifactError(f"{found} is missing; {advice}.")
-        if _digest(found) != digest:
+        if _digest_once(found) != digest:
             raise ArtifactError(f"{found}: {MISMATCH}, so it was edited or is damaged; {advice}.")
 
 
@@ -59,6 +63,23 @@ def adapter_fields(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not the configuration of an adapter of PEFT.")
     check_beside(Path(path).parent)
     return fields
+
+
+def _digest_once(file: Path) -> str:
+    """Return the digest of a file, which is not read again until its inode, size or times change.
+
+    A file that changed just now is always read: the next change might get the same times.
+    """
+    state = file.stat()
+    times = (state.st_mtime_ns, state.st_ctime_ns)
+    key = (file.absolute(), state.st_ino, state.st_size, *times)
+    if key in _known:
+        return _known[key]
+    settled = time.time_ns() - max(times) > _SETTLED
+    digest = _digest(file)
+    if settled:
+        _known[key] = digest
+    return digest
 
 
 def _digest(file: Path) -> str:

@@ -22,8 +22,11 @@ SHORT: dict[str, tuple[str, str]] = {
         "Training rows per step and device (default: 8).",
     ),
     "max_steps": ("trainer.max_steps", "Optimizer steps, in place of epochs."),
-    "r": ("adapter.r", "Rank of the adapter (default: 8)."),
-    "alpha": ("adapter.lora_alpha", "The adapter's output is scaled by alpha / r (default: 8)."),
+    "r": ("adapter.r", "Rank of the adapter; by default the method's own."),
+    "alpha": (
+        "adapter.lora_alpha",
+        "The adapter's output is scaled by alpha / r; by default the method's own.",
+    ),
     "for": ("server", "Reader of the result: vllm, sglang, llama.cpp, ollama, ..."),
 }
 """The full name and the help of each."""

@@ -217,18 +217,25 @@ def test_dropout_meets_the_newest_link_alone(tiny_llama, batches):
         ({"link": "mica"}, "`link` is 'mica', which is not a plain LoRA beside W that trains B"),
         ({"link": "dora"}, "`link` is 'dora', which is not a plain LoRA beside W"),
         ({"link": "eva"}, "`link` is 'eva', which cannot start again from a model during"),
-        ({"link_options": {"rr": 1}}, "`link` 'lora': there is no option `rr`"),
-        ({"link": "dylora"}, "'dylora', which with these options makes no plain LoRA"),
-        ({"link": "loraplus"}, "'loraplus', which with these options makes no plain LoRA"),
+        ({"link": "lora", "link_options": {"rr": 1}}, "`link` 'lora': there is no option `rr`"),
+        ({"link": "dylora"}, "`link` is 'dylora', which is not a plain LoRA beside W"),
+        ({"link": "loraplus"}, "`link` is 'loraplus', which brings an optimizer"),
+        ({"link": "lora-rite"}, "`link` is 'lora-rite', which brings an optimizer"),
+        ({"link": "lora-fa", "link_options": {"projected": True}}, "which brings an optimizer"),
         (
             {"link": "tlora", "link_options": {"scale_rule": "released", "allocate_scale": True}},
-            "'tlora', which with these options makes no plain LoRA",
+            "`link` is 'tlora', which has `allocate_scale`",
+        ),
+        (
+            {"link": "tlora", "link_options": {"target_parameters": ["experts.down_proj"]}},
+            "`link` is 'tlora', which has `target_parameters`",
         ),
     ],
 )
-def test_what_is_no_link_is_refused(tiny_llama, batches, fields, fault):
+@pytest.mark.parametrize("name", ["xgblora", "rac-lora"])
+def test_what_is_no_link_is_refused_with_the_other_options(name, fields, fault):
     with pytest.raises(ConfigError, match=fault):
-        prepared_by("xgblora", tiny_llama(), batches, **fields)
+        METHODS.load(name).options(**fields)
 
 
 def test_a_run_of_fewer_steps_than_links_is_refused_before_it_trains(tiny_llama, batches, tmp_path):

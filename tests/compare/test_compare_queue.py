@@ -31,9 +31,9 @@ def schedule_in(path, **fields):
     return Schedule(Comparison(config, "accuracy", "higher", "experiment"), CompareFolder(path))
 
 
-def run_in(path, jobs=2, **fields):
+def run_in(path, jobs=2, tell=lambda text: None, **fields):
     schedule = schedule_in(path, **fields)
-    return work(schedule, Workers("fake_runs:run", jobs=jobs), lambda text: None)
+    return work(schedule, Workers("fake_runs:run", jobs=jobs), tell)
 
 
 def names_in(path):
@@ -58,6 +58,22 @@ def test_final_runs_are_at_the_rate_that_validation_chose_and_nothing_runs_twice
     assert len(starts_in(tmp_path)) == RUNS
     with folder.locked(), pytest.raises(ConfigError, match="another process"), folder.locked():
         pass
+
+
+def test_each_run_is_reported_when_it_starts_and_when_it_ends_by_the_same_number(tmp_path):
+    fields = {"learning_rates": [1e-2], "tuning_seeds": [0], "final_seeds": [1]}
+    (tmp_path / "crash").write_text("tlora-lr0.01-seed0")
+    lines = []
+    run_in(tmp_path, jobs=1, tell=lines.append, **fields)
+    assert [line.rpartition(", after")[0] or line for line in lines] == [
+        "run 1 of 4 (tuning), lora, learning rate 0.01, seed 0: starts",
+        "run 1 of 4 (tuning), lora, learning rate 0.01, seed 0: finished, validation accuracy"
+        " 0.9000",
+        "run 2 of 4 (tuning), tlora, learning rate 0.01, seed 0: starts",
+        "run 2 of 3 (tuning), tlora, learning rate 0.01, seed 0: failed, exit code 1",
+        "run 3 of 3 (final), lora, learning rate 0.01, seed 1: starts",
+        "run 3 of 3 (final), lora, learning rate 0.01, seed 1: finished, test accuracy 0.9001",
+    ]
 
 
 def test_more_seeds_and_methods_add_runs_to_what_is_there(tmp_path):

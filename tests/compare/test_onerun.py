@@ -34,9 +34,11 @@ def test_a_comparison_runs_to_its_end(compared):
     progress, folder, lines = compared
     assert (progress.finished, progress.total) == (4, 4)
     assert progress.failed == []
-    assert len(lines) == 4
-    assert lines[0].startswith("1/4 lora 0.01 seed 0: validation loss ")
-    assert lines[-1].endswith(" s)")
+    assert lines[0] == "run 1 of 4 (tuning), lora, learning rate 0.01, seed 0: starts"
+    ended = "run 1 of 4 (tuning), lora, learning rate 0.01, seed 0: finished, validation loss "
+    assert lines[1].startswith(ended)
+    assert lines[-1].endswith(" s")
+    assert len(lines) == 8
     assert sorted(p.name for p in folder.path.iterdir() if p.name[0] != ".") == [
         "adapters",
         "compare.json",
@@ -106,7 +108,7 @@ def test_a_run_that_diverges_is_an_outcome_without_a_score(shared, tmp_path):
     config = CompareConfig(**shared | wild, output_dir=str(tmp_path / "out"))
     progress = compare.run(config, tell=lines.append)
     assert (progress.finished, progress.total, progress.failed) == (3, 3, [])
-    assert any(": diverged at step 2 (" in line for line in lines)
+    assert any(": diverged at step 2, after " in line for line in lines)
     folder = CompareFolder(tmp_path / "out")
     found = {(r["phase"], r["learning_rate"]): r for r in map(folder.record, folder.names())}
     assert found.keys() == {("tuning", 1e-2), ("tuning", 1e30), ("final", 1e-2)}

@@ -1,5 +1,6 @@
 """What every registered method promises, held against what it does."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -9,6 +10,7 @@ import torch
 from running import PUBLIC_RUNS, RUNS, logits, prepare, small_options
 from safetensors.torch import load_file
 
+from tlora.adapter import rite
 from tlora.errors import ConfigError
 from tlora.flags import field_docs
 from tlora.registry import METHODS
@@ -74,6 +76,18 @@ def test_what_it_says_trains_and_nothing_else(ran, name, kind):
         assert any(part in key for key in own)
     assert all(any(part in key for part in run.traits.trains) for key in own)
     assert run.with_gradient <= run.trains.keys()
+
+
+@every_run
+def test_other_optimizers_take_over_what_it_says(ran, name, kind):
+    run = ran(name, kind)
+    own = getattr(run.options, "own_optimizer", False)
+    assert own == (run.prepared.optimizer is not None)
+    if "lora_B" not in run.traits.trains:
+        return
+    refusal = contextlib.nullcontext() if run.traits.plain else pytest.raises(ConfigError)
+    with refusal:
+        rite._factors(run.prepared.model)
 
 
 @every_run

@@ -73,7 +73,7 @@ def test_of_a_classifier_odds_stand_beside_the_plain_ones(runs, here):
         nll = sum(line["scores"]["-nll"] for line in lines) / len(lines)
         assert scores["-nll"] == pytest.approx(nll)
         assert -1 <= scores["-ece"] <= 0
-    assert "| sst2 | -nll |" in report.write("tlora-eval").text
+    assert "| sst2 | nll, lower is better |" in report.write("tlora-eval").text
 
 
 def test_with_an_infinite_prior_precision_the_predictions_are_the_plain_ones(

@@ -39,10 +39,10 @@ def messages(chat) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in chat]}
 
 
-def scores(**fields):
+def scores(tell=lambda text: None, **fields):
     """Return the scores by model, and the samples of the base."""
     config = EvalConfig(**{"tasks": ["jsonl"], "output_dir": "out"} | fields)
-    (task,) = evaluate.run(config).read()["tasks"]
+    (task,) = evaluate.run(config, tell).read()["tasks"]
     return task["scores"], EvalFolder(config.output_dir).read_samples(
         next(iter(task["scores"])), "jsonl"
     )
@@ -85,7 +85,9 @@ def run(config_in, tmp_path_factory):
 def test_texts_are_scored_by_the_loss_of_base_and_run(run, llama_folder, here, batch_size):
     file = written("texts.jsonl", [{"text": text} for text in TEXTS])
     fields = {"data": DataConfig(format="raw"), "batch_size": batch_size}
-    found, samples = scores(models=[str(run.path)], with_base=True, test_file=file, **fields)
+    said = []
+    models = {"models": [str(run.path)], "with_base": True}
+    found, samples = scores(said.append, test_file=file, **models, **fields)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
     rows = []
     for text in TEXTS:
@@ -98,6 +100,9 @@ def test_texts_are_scored_by_the_loss_of_base_and_run(run, llama_folder, here, b
         assert found[name]["-loss"] == pytest.approx(-expected, abs=1e-5)
         assert found[name]["-perplexity"] == pytest.approx(-math.exp(expected), rel=1e-5)
         assert found[name].keys() == {"-loss", "-perplexity"}
+        assert any(
+            line.startswith(f"{name}: jsonl: loss {-found[name]['-loss']:.4f}") for line in said
+        )
     assert found["base"] != found["run"]
     assert [(line["prompt"], line["target"]) for line in samples] == [("", text) for text in TEXTS]
 

@@ -89,6 +89,31 @@ def test_graded_scores_keep_their_scale(folder):
     assert not results_of(folder).rows[1].cells[1].changes["other"]
 
 
+def test_a_loss_is_shown_as_it_is_and_a_lower_one_is_better(tmp_path):
+    """The files hold it negated."""
+    draw = random.Random(1)
+    losses = [draw.uniform(1.0, 3.0) for _ in range(40)]
+    falls = [loss - 0.5 for loss in losses]
+    worse = [loss + (0.4 if place else -0.1) for place, loss in enumerate(losses)]
+    by_model = {
+        name: evaluations.lines([-loss for loss in made], "-nll")
+        for name, made in (("base", losses), ("good", falls), ("bad", worse))
+    }
+    folder = evaluations.write(tmp_path / "out", {"arc": by_model})
+    (row,) = results_of(folder).rows
+    base, good, bad = row.cells
+    assert base.score.mean == pytest.approx(sum(losses) / 40)
+    assert base.score.low < base.score.mean < base.score.high
+    assert good.difference.interval.mean == pytest.approx(-0.5)
+    assert (good.difference.better, bad.difference.better) == (1, -1)
+    assert good.changes[outcomes.GAINED] == list(range(40))
+    assert (bad.changes[outcomes.GAINED], len(bad.changes[outcomes.LOST])) == ([0], 39)
+    text = evaluation.write(folder).text
+    assert f"| arc | nll, lower is better | 40 | {base.score.mean:.4f} |" in text
+    assert "(\N{MINUS SIGN}0.5000, " in text
+    assert "good against base: better on arc." in text
+
+
 def test_the_turns_of_a_conversation_are_drawn_together(folder):
     before = results_of(folder).rows[1].cells[1].difference.interval
     for model in ("base", "good", "same"):

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from support import tiny_bart_classifier
-from tlora import AdapterPlan
+from tlora import AdapterPlan, TLoraConfig
+from tlora.adapter.plan import ModulePlan
 from tlora.errors import ConfigError, DataError, TLoraError
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
@@ -104,11 +105,36 @@ def test_init_saves_an_adapter_that_changes_nothing_yet(config, llama_folder):
         assert torch.equal(saved, module.lora_A)
 
 
-def test_init_and_train_plan_the_same(config):
+def test_init_and_train_plan_the_same_and_warn_of_low_energy_once_each(config, monkeypatch, caplog):
+    monkeypatch.setattr(initialize, "LOW_ENERGY", 1.01)
     first = AdapterPlan.load(initialize.run(config("one")).plan)
     second = AdapterPlan.load(train.run(config("two", trainer=SHORT)).plan)
+    assert caplog.text.count("in the mean is below 1.01") == 2
     for name, module in first.modules.items():
         assert torch.equal(module.lora_A, second.modules[name].lora_A)
+
+
+@pytest.mark.parametrize(
+    ("energies", "fields", "warned"),
+    [
+        ((0.6, 0.88), {}, True),
+        ((0.6, None), {}, True),
+        ((0.6, 0.92), {}, False),
+        ((None, None), {}, False),
+        ((0.2, 0.2), {"freeze_a": False}, False),
+        ((0.2, 0.2), {"basis": "random"}, False),
+    ],
+)
+def test_a_frozen_a_that_captures_little_in_the_mean_is_warned_about(
+    energies, fields, warned, caplog
+):
+    config = TLoraConfig(**fields)
+    modules = {
+        name: ModulePlan(name, 4, 3, 2, 1.0, torch.eye(2, 4), energy, None, "exact")
+        for name, energy in zip("ab", energies, strict=True)
+    }
+    initialize.warn_of_low_energy(config, AdapterPlan(modules, config))
+    assert ("double --r and --alpha" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

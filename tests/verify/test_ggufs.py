@@ -47,10 +47,12 @@ def test_an_export_is_exact_but_for_rounding(saved, folder, tmp_path):
     assert llama["title"] == "llama.cpp (GGUF)"
 
 
-def test_another_reader_of_the_file_is_refused(saved, folder, capsys):
+def test_only_readers_of_the_format_are_listed_and_any_other_is_refused(saved, folder, capsys):
     words = ["verify", str(saved.adapter), str(folder / "adapter.gguf"), "--for", "vllm"]
     assert cli.main(words) == 1
-    assert "it does not read GGUF adapters" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert [line.partition(" (")[0] for line in shown.out.splitlines()] == ["llama.cpp"]
+    assert "vllm does not read this format" in shown.err
 
 
 def test_rows_in_the_base_s_order_are_found(saved, tmp_path, monkeypatch):

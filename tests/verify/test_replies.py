@@ -12,6 +12,7 @@ import transformers
 
 from served import SERVED, Saved, change_config, save
 from tlora import cli
+from tlora.adapter.nested import mark_nested
 from tlora.adapter.savedconfig import CONFIG
 from tlora.exporters import export
 from tlora.exporters.exportconfig import ExportConfig
@@ -50,6 +51,16 @@ def test_an_exact_export_replies_as_the_adapter(talking, prompts, tmp_path):
     assert base["of_effect"] == 1
     assert replies["of_effect"] < 1e-4
     assert replies["alike"] == replies["prompts"] == 3
+
+
+def test_leading_ranks_of_dylora_reply_as_the_same_ranks_of_the_run(talking, prompts, tmp_path):
+    whole, folder = shutil.copytree(talking.adapter, tmp_path / "whole"), tmp_path / "cut"
+    mark_nested(whole, 1)
+    fields = {"path": str(whole), "output_dir": str(folder), "max_rank": 1}
+    export.run(ExportConfig(**fields, format="native"))
+    code, found = run(tmp_path, whole, folder, "--prompts", prompts)
+    assert code == 0
+    assert found[f"replies of {folder}"]["of_effect"] < 1e-3
 
 
 def test_an_export_of_another_scale_replies_otherwise(talking, prompts, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch
 
 from served import SERVED, change_config, change_weights, dense, save
 from tlora import cli
+from tlora.adapter.nested import mark_nested
 from tlora.adapter.saved import WEIGHTS, read_lora
 from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import ConfigError
@@ -174,6 +175,39 @@ def test_a_truncated_export_is_off_by_the_root_of_what_it_lost(varied, tmp_path)
     _, cut = truncated(read_lora(varied.adapter), 2)
     found = json.loads(numbers.read_text())["readers"][0]["error"]
     assert found == pytest.approx(cut.in_all**0.5, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory):
+    """An adapter of which any number of leading ranks from 2 on is an adapter."""
+    saved = save(SERVED["llama"], tmp_path_factory.mktemp("nested"))
+    mark_nested(saved.adapter, 2)
+    return saved
+
+
+@pytest.mark.parametrize("fields", [{}, {"form": "native"}, {"server": "tgi", "dtype": "bfloat16"}])
+def test_leading_ranks_of_dylora_are_compared_with_the_same_ranks(nested, fields, tmp_path, capsys):
+    folder = exported(nested, tmp_path / "out", max_rank=2, **fields)
+    assert run(nested.adapter, folder) == 0
+    assert f"{folder} is compared with {nested.adapter} cut to rank 2." in capsys.readouterr().out
+    change_weights(folder, lambda w: w.update({k: t * 1.1 for k, t in w.items()}))
+    assert run(nested.adapter, folder) == 1
+    assert run(nested.adapter, exported(nested, tmp_path / "whole")) == 0
+
+
+def test_a_cut_merged_model_is_compared_with_the_rank_that_is_given(nested, tmp_path):
+    folder = exported(nested, tmp_path / "out", "merged", max_rank=2)
+    assert run(nested.adapter, folder) == 1
+    assert run(nested.adapter, folder, "--max_rank", 2) == 0
+    assert run(nested.adapter, folder, "--max_rank", 1) == 1
+    assert run(nested.adapter, "--max_rank", 2) == 2
+
+
+@pytest.mark.parametrize(("rank", "warned"), [(1, True), (2, False)])
+def test_fewer_ranks_than_dylora_trained_are_warned_about(nested, rank, warned, tmp_path):
+    fields = {"path": str(nested.adapter), "output_dir": str(tmp_path / "out"), "format": "native"}
+    notes = export.run(ExportConfig(**fields, max_rank=rank)).notes
+    assert any("never trained fewer than 2 ranks" in note for note in notes) == warned
 
 
 def test_a_damaged_adapter_ends_with_one_because_peft_does_not_read_it(varied, tmp_path, capsys):

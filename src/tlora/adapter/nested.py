@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tlora.adapter.freeze import lora_layers
-from tlora.adapter.saved import NESTED
+from tlora.adapter.saved import LEAST, NESTED
 from tlora.adapter.savedconfig import WEIGHTS
 
 if TYPE_CHECKING:
@@ -90,10 +90,11 @@ class DrawRank(TrainerCallback):
         self.ranks.count = None
 
 
-def mark_nested(folder: Path) -> None:
-    """Record in an adapter's weights that its leading ranks are adapters themselves."""
+def mark_nested(folder: Path, least: int) -> None:
+    """Record in an adapter's weights that its leading ranks, ``least`` or more, are adapters."""
     from safetensors.torch import load_file, save_file
 
     file = folder / WEIGHTS
     if file.is_file():  # a process of a group may have written nothing
-        save_file(load_file(file), file, metadata={"format": "pt", NESTED: "true"})
+        header = {"format": "pt", NESTED: "true", LEAST: str(least)}
+        save_file(load_file(file), file, metadata=header)

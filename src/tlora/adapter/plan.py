@@ -82,6 +82,12 @@ class AdapterPlan:
         """Trainable parameters of the adapter: sum_i m_i r_i, plus sum_i d_i r_i if A trains."""
         return sum(m.parameters(self.config.freeze_a) for m in self.modules.values())
 
+    @property
+    def mean_energy(self) -> float | None:
+        """Mean of the modules' captured energy; None if it is not known."""
+        known = [m.captured_energy for m in self.modules.values() if m.captured_energy is not None]
+        return sum(known) / len(known) if known else None
+
     def summary(self) -> str:
         """Return a few lines of text: modules, ranks, scales, parameters, captured energy."""
         modules = list(self.modules.values())
@@ -96,8 +102,7 @@ class AdapterPlan:
             f"{self.trainable_parameters:,} trainable parameters"
             f" ({self.trainable_parameters / uniform:.0%} of LoRA's {uniform:,})",
         ]
-        if energies:
-            mean = sum(energies) / len(energies)
+        if (mean := self.mean_energy) is not None:
             lines.append(
                 f"captured energy {min(energies):.3f} to {max(energies):.3f}, {mean:.3f} mean"
             )

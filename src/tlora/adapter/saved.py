@@ -46,6 +46,8 @@ MAGNITUDE = ".lora_magnitude_vector"
 BIAS = ".lora_B.bias"
 NESTED = "nested_ranks"
 """Header key of weights whose first K ranks are an adapter too, for any K."""
+LEAST = "nested_ranks_from"
+"""Header key of the smallest K that was trained."""
 ROWS = ".token_adapter.trainable_tokens_delta"
 _BESIDE = {"use_dora": MAGNITUDE, "lora_bias": BIAS, "trainable_token_indices": ROWS}
 """PEFT fields that add tensors to an adapter's file, and the suffixes of these tensors."""
@@ -84,7 +86,9 @@ class Tensors(Mapping[str, Tensor]):
         self.file, self.shapes = file, sound_shapes(file)
         with safe_open(file, framework="pt") as opened:
             self.codes = {key: opened.get_slice(key).get_dtype() for key in self.shapes}
-            self.nested = NESTED in (opened.metadata() or {})
+            header = opened.metadata() or {}
+        least = header.get(LEAST, "")
+        self.nested, self.least = NESTED in header, int(least) if least.isdecimal() else 1
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor.
@@ -132,6 +136,11 @@ class SavedLora:
     def nested(self) -> bool:
         """Whether its leading ranks were trained to work alone, at lora_alpha / their number."""
         return getattr(self.tensors, "nested", False)
+
+    @property
+    def least(self) -> int:
+        """The smallest number of leading ranks that was trained, if they are nested."""
+        return getattr(self.tensors, "least", 1)
 
     @property
     def others(self) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlora import extras
-from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig
+from tlora.compare.compareconfig import EXACT_MATCH, CompareConfig, MethodEntry
 from tlora.compare.comparefolder import RUN_HEADER, CompareFolder
 from tlora.compare.exactmatch import check_rows
 from tlora.compare.experiment import experiment
@@ -68,7 +68,7 @@ def run(config: CompareConfig, tell: Tell = lambda text: None) -> Progress:
 
     Args:
         config: the comparison.
-        tell: called with a line of text for each finished run.
+        tell: called with a line of text when a run starts and when it ends.
 
     Raises:
         ConfigError: a field is invalid, or the folder is in use.
@@ -113,6 +113,9 @@ def preflight(config: CompareConfig) -> None:
         best_elsewhere(config)
     with faults:
         training_preflight.check(run_config, _validation_file(config))
+    for entry in config.entries()[1:]:
+        with faults:
+            training_preflight.check_optimizer(_run_config(config, entry))
     with faults:
         task = training_preflight.task_of(run_config)
         with faults:
@@ -155,7 +158,10 @@ def check(config: CompareConfig) -> Setup:
 
 
 def _first_run(config: CompareConfig) -> RunConfig:
-    entry = config.entries()[0]
+    return _run_config(config, config.entries()[0])
+
+
+def _run_config(config: CompareConfig, entry: MethodEntry) -> RunConfig:
     return config.run_config(entry, entry.learning_rates[0], config.final_seeds[0])
 
 
@@ -271,13 +277,22 @@ def work(
     """
     folder = schedule.folder
     trials: dict[str, Trial] = {}
+    places: dict[str, int] = {}
     failed: list[str] = []
+    before, _ = schedule.counts()
+
+    def report(trial: Trial, event: str) -> None:
+        _, total = schedule.counts()
+        run = f"{trial.entry.label}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
+        tell(f"run {places[trial.name]} of {total} ({trial.phase}), {run}: {event}")
 
     def ready() -> Job | None:
         trial = schedule.next()
         if trial is None:
             return None
         trials[trial.name] = trial
+        places[trial.name] = before + len(trials)
+        report(trial, workers.begins)
         return _job(trial, schedule.comparison, folder, workers.threads, left_out)
 
     def settled(job: Job, outcome: Outcome) -> None:
@@ -287,7 +302,7 @@ def work(
             failed.append(f"{job.name}: {_note_failure(trial, schedule, outcome)}")
         else:
             job.log.unlink(missing_ok=True)
-        tell(_line(trial, schedule, outcome))
+        report(trial, f"{_result(trial, schedule, outcome)}, after {outcome.seconds:.0f} s")
 
     try:
         with termination_interrupts():
@@ -344,20 +359,18 @@ def _note_failure(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
     return f"{outcome.cause}: {lines[-1]}" if lines else outcome.cause
 
 
-def _line(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
-    """Return a line about a finished run."""
+def _result(trial: Trial, schedule: Schedule, outcome: Outcome) -> str:
+    """Return the result of a run that ended: its score, and its loss if the score is another."""
     comparison = schedule.comparison
     record = schedule.folder.record(trial.name)
     score = comparison.score(record)
-    said = "no score"
-    if record is not None and record.get("diverged") is not None:
-        said = f"diverged at step {record['diverged']}"
-    elif score is not None:
-        said = f"{SCORED[trial.phase]} {comparison.metric} {score:.4f}"
     if record is None or record["status"] != "finished":
-        said = f"failed, {outcome.cause}"
-    finished, total = schedule.counts()
-    return (
-        f"{finished}/{total} {trial.entry.label} {trial.learning_rate:g} seed {trial.seed}: {said}"
-        f" ({outcome.seconds:.0f} s)"
-    )
+        return f"failed, {outcome.cause}"
+    if record.get("diverged") is not None:
+        return f"diverged at step {record['diverged']}"
+    if score is None:
+        return "finished without a score"
+    rows = SCORED[trial.phase]
+    scores = {comparison.metric: score} | {"loss": record["scores"][rows].get("loss")}
+    said = (f"{rows} {name} {value:.4f}" for name, value in scores.items() if value is not None)
+    return f"finished, {', '.join(said)}"

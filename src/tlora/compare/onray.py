@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tlora import __version__
 from tlora.compare.compareconfig import CompareConfig
@@ -40,6 +40,8 @@ Files = dict[str, bytes]
 class RayWorkers:
     """Runs jobs on the connected cluster; compare `Workers`."""
 
+    begins: ClassVar[str] = "waits for the cluster"
+    """As in `Workers`: a job may start later."""
     local: Workers
     """Runs one job on a node."""
     cpus: int = 1

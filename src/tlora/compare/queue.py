@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tlora.credentials import redacted
 
@@ -72,6 +72,8 @@ class Outcome:
 class Workers:
     """Runs jobs in processes on this machine."""
 
+    begins: ClassVar[str] = "starts"
+    """What happens to a job that `work` gets."""
     function: str
     """Function that every job calls with its payload: "module:name"."""
     jobs: int = 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,18 @@ from tlora.integrity import MISMATCH, file_digest
 
 _MADE_BY = ("tlora evaluation", 1)
 _FILES = ("eval.json", "report.html", "report.md", "report.csv")
+
+
+def unnegated(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return scores as people read them.
+
+    The files hold a metric where lower is better negated and under its name with a minus, as
+    `-loss`, so that higher is always better.
+    """
+    return {
+        name.removeprefix("-"): -value if name.startswith("-") and value else value
+        for name, value in scores.items()
+    }
 
 
 class EvalFolder:

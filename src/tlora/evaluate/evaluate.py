@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tlora.errors import ConfigError
 from tlora.evaluate import evaluated_models, loading, preflight, run_format
 from tlora.evaluate.evalconfig import EvalConfig
-from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.evalfolder import EvalFolder, unnegated
 from tlora.evaluate.evaluated_models import EvaluatedModel
 from tlora.evaluate.grade import grade
 from tlora.models.pretrained import Pretrained
@@ -190,7 +190,8 @@ def _evaluate(
                 found.truncated,
                 name,
             )
-        main = next((f"{key} {value:.4f}" for key, value in found.scores.items()), "answered")
+        scores = unnegated(found.scores).items()
+        main = next((f"{key} {value:.4f}" for key, value in scores), "answered")
         tell(f"{evaluated.name}: {name}: {main} ({seconds:.0f} s)")
     del lm
     loading.release()

@@ -58,8 +58,9 @@ def run(config: ExportConfig) -> Exported:
     source = read_source(config)
     notes, cut = [], None
     if config.max_rank:
-        source.lora, cut = _cut(source.lora, config.max_rank)
-        notes += _lost(cut, config.max_rank)
+        least = source.lora.least
+        source.lora, cut = cut_to(source.lora, config.max_rank)
+        notes += _lost(cut, config.max_rank, least)
     with replacing_folder(folder) as part:
         done = exporter.write(source, part)
         notes += done.notes
@@ -165,7 +166,12 @@ def _check_fit(lora: SavedLora, sizes: dict[str, tuple[int, int]], base: str) ->
             )
 
 
-def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
+def cut_to(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
+    """Truncate a plain LoRA to at most ``rank``, as `truncated`.
+
+    Raises:
+        AdapterError: it has other parts.
+    """
     lacking = [*lora.lacks()]
     if lacking:
         raise AdapterError(
@@ -175,11 +181,17 @@ def _cut(lora: SavedLora, rank: int) -> tuple[SavedLora, Cut]:
     return truncated(lora, rank)
 
 
-def _lost(cut: Cut, rank: int) -> list[str]:
+def _lost(cut: Cut, rank: int, least: int) -> list[str]:
     if cut.nested:
-        return [
+        said = [
             f"Truncated to the first {rank} ranks at scale alpha / {rank}, as trained by DyLoRA."
         ]
+        if rank < least:
+            said.append(
+                f"Warning: DyLoRA never trained fewer than {least} ranks (`r_min`), so the first"
+                f" {rank} alone may be bad; use --max_rank {least} or more."
+            )
+        return said
     worst = sorted(((lost, name) for name, lost in cut.lost.items() if lost), reverse=True)
     if not worst:
         return [f"No module has a rank above {rank}; nothing was truncated."]

@@ -69,6 +69,7 @@ class AdaLora:
         trains=("lora_A", "lora_B", "lora_E"),
         parameters="init_r (m + d + 1), pruned to a mean of target_r",
         start="identical",
+        plain=False,
         saved="AdaLoRA",
         learning_rates=LearningRates(
             tiny=2e-3,

@@ -81,6 +81,9 @@ class Traits:
     start: Literal["identical", "rounding", "moved"]
     """The output before the first step: bit-identical to the base's, equal up to rounding, or
     already changed by the adapter's initialization."""
+    plain: bool = True
+    """Whether lora_A and lora_B, if it trains them, are PEFT's own matrices, which a chain or the
+    optimizer LoRA-RITE can take over."""
     changes_base: bool = False
     """Whether the base weights differ from the loaded ones during training. The saved adapter still
     fits the loaded weights."""

@@ -22,6 +22,8 @@ _RATES = dataclasses.replace(
 )
 _PARTS = {"lora_A", "lora_B"}
 _ALLOCATION = ("allocate_rank", "allocate_scale")
+_UNEQUAL = (*_ALLOCATION, "target_parameters", "own_optimizer")
+"""Options of a link that makes no plain LoRA of one rank and scale which any optimizer trains."""
 
 
 @dataclass(kw_only=True)
@@ -50,7 +52,9 @@ class ChainOptions(LoraOptions):
         except ConfigError as error:
             yield from (f"`link` {self.link!r}: {each}" for each in error.faults if each not in own)
             return
-        if "lora_B" not in traits.trains or not set(traits.trains) <= _PARTS or traits.changes_base:
+        parts, link = set(traits.trains), self.of_link()
+        plain = traits.plain and not traits.changes_base
+        if not plain or "lora_B" not in parts or not parts <= _PARTS:
             yield (
                 f"`link` is {self.link!r}, which is not a plain LoRA beside W that trains B; "
                 "choose lora, rslora, lora-fa or tlora."
@@ -59,6 +63,13 @@ class ChainOptions(LoraOptions):
             yield (
                 f"`link` is {self.link!r}, which cannot start again from a model during "
                 "training; choose lora, rslora, lora-fa or tlora."
+            )
+        elif more := [name for name in _UNEQUAL if getattr(link, name, None)]:
+            why = "brings an optimizer" if more == ["own_optimizer"] else f"has `{more[0]}`"
+            yield (
+                f"`link` is {self.link!r}, which {why}, but each link is a plain LoRA of one rank"
+                " and scale that the trainer's optimizer steps; choose lora, rslora, lora-fa or"
+                " tlora, without such options."
             )
 
     @property

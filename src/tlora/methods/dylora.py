@@ -56,6 +56,7 @@ class DyLora(Lora):
         trains=("lora_A", "lora_B"),
         parameters="r (m + d)",
         start="identical",
+        plain=False,
         learning_rates=LORA_RATES,
         source="tlora",
     )
@@ -72,12 +73,12 @@ class DyLora(Lora):
         return dataclasses.replace(
             prepared,
             callbacks=[DrawRank(ranks, options.r_min, options.r)],
-            writer=partial(_save, prepared),
+            writer=partial(_save, prepared, options.r_min),
         )
 
 
-def _save(prepared: Prepared, folder: Path) -> None:
+def _save(prepared: Prepared, least: int, folder: Path) -> None:
     from tlora.adapter.nested import mark_nested
 
     prepared.save(folder)
-    mark_nested(folder)
+    mark_nested(folder, least)

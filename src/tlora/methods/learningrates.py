@@ -54,6 +54,15 @@ class LearningRates:
         high = self.high_rank if rank is not None and rank >= HIGH_RANK else None
         return large if high is None else min(large, high)
 
+    def words(self) -> str:
+        """Return the learning rates and their sizes of model, for the help."""
+        huge = "" if self.huge is None else f", {self.huge:g} from 20 billion"
+        high = "" if self.high_rank is None else f", {self.high_rank:g} at ranks from {HIGH_RANK}"
+        return (
+            f"{self.tiny:g} for models below 100 million parameters, {self.small:g} from there,"
+            f" {self.large:g} from 1 billion{huge}{high}"
+        )
+
 
 _BELOW = (
     " Below a billion: LoRA's scripts for RoBERTa base (microsoft/LoRA), 4e-4 and 5e-4. Below 100"

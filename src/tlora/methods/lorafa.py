@@ -23,6 +23,11 @@ class LoraFaOptions(LoraOptions):
     """Step with (1/s^2) G_B (A A^T)^(-1) instead of B's gradient G_B, by PEFT's own AdamW for
     LoRA-FA; it uses the trainer's `learning_rate`, schedule and `weight_decay`."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """See `MethodOptions`."""
+        return self.projected
+
 
 class LoraFa(Lora):
     """y = W x + (lora_alpha / r) B A x with A random and frozen; only B trains.

@@ -31,6 +31,11 @@ class LoraOneOptions(RsLoraOptions):
     reg: Annotated[float, POSITIVE] = 1e-6
     """Added to the diagonals of the matrices that `precondition` inverts."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """See `MethodOptions`."""
+        return self.precondition
+
 
 class LoraOne(Lora):
     """y = W x + s B A x, s = lora_alpha / sqrt(r), where s B_0 A_0 is a first descent step.

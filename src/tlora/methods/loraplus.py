@@ -23,6 +23,11 @@ class LoraPlusOptions(LoraOptions):
     lr_ratio: Annotated[float, POSITIVE] = 16.0
     """B's learning rate over A's; A's is the trainer's `learning_rate`."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """See `MethodOptions`."""
+        return True
+
 
 class LoraPlus(Lora):
     """LoRA whose B has lr_ratio times the learning rate of A, by PEFT's optimizer groups.

@@ -26,6 +26,11 @@ class LoraRiteOptions(LoraOptions):
     eps: Annotated[float, POSITIVE] = 1e-6
     """Added to the roots of the second moments before inversion."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """See `MethodOptions`."""
+        return True
+
 
 class LoraRite(Lora):
     """LoRA whose optimizer is `tlora.adapter.rite.LoraRite`.

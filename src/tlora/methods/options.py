@@ -28,6 +28,11 @@ class MethodOptions(Record):
     task_type: TaskType | None = None
     """PEFT's task type; by default the task's."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether the method makes its own optimizer with these options."""
+        return False
+
 
 @dataclass(kw_only=True)
 class AdapterOptions(MethodOptions):

@@ -43,6 +43,7 @@ class QaLora(Lora):
         trains=("lora_A.default.grouped", "lora_B"),
         parameters="r (m + d / group)",
         start="identical",
+        plain=False,
         source="tlora",
         learning_rates=LearningRates(
             tiny=2e-3,

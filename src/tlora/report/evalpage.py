@@ -19,7 +19,7 @@ _EXACT = {
     GAINED: "wrong before, right after",
     OTHER: "both wrong, different answers",
 }
-_GRADED = {LOST: "lower", GAINED: "higher", OTHER: "same score, different reply"}
+_GRADED = {LOST: "worse", GAINED: "better", OTHER: "same score, different reply"}
 
 
 def render(results: EvaluationResults) -> str:

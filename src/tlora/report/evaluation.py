@@ -46,7 +46,7 @@ def markdown(results: EvaluationResults) -> str:
     made = []
     for row in results.rows:
         cells = [_cell(results, row, cell) for cell in row.cells]
-        made.append([row.task.name, row.metric, numbers.count(row.items), *cells])
+        made.append([row.task.name, row.title, numbers.count(row.items), *cells])
     lines = tables.table(["task", "metric", "items", *models], made)
     lines += ["", " ".join(filter(None, (wording.summary(results), wording.legend(results)))), ""]
     lines += [f"- {sentence}" for sentence in wording.remarks(results)]

@@ -9,7 +9,7 @@ from tlora.report.read_evaluation import TaskSamples
 
 def name(row: Row) -> str:
     """Return the name of a row: the task, and the metric if the task has several."""
-    return row.task.name if len(row.task.metrics) == 1 else f"{row.task.name} ({row.metric})"
+    return row.task.name if len(row.task.metrics) == 1 else f"{row.task.name} ({row.title})"
 
 
 def marks(results: EvaluationResults, row: Row, cell: Cell) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tlora.report import corpus_metrics, paired
@@ -18,7 +18,7 @@ _NEAR = 1e-4  # rounding tolerance between a score and its items' scores
 
 LOST, GAINED, OTHER = "lost", "gained", "other"
 KINDS = (LOST, GAINED, OTHER)
-"""Kinds of change to the first model: lower score; higher score; same, not fully right score with
+"""Kinds of change to the first model: worse score; better score; same, not fully right score with
 a different answer."""
 
 
@@ -51,6 +51,16 @@ class Row:
     """Whether it is computed over all predictions together, like F1 and correlations."""
     right_or_wrong: bool = False
     """Whether every item scored 0 or 1."""
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower is better."""
+        return self.metric in self.task.lower
+
+    @property
+    def title(self) -> str:
+        """The metric's name, and its direction if lower is better."""
+        return f"{self.metric}, lower is better" if self.lower else self.metric
 
     @property
     def main(self) -> bool:
@@ -127,7 +137,8 @@ def _by_item(
     models: Sequence[str],
     known: Mapping[str, Mapping[int, float]],
 ) -> Row:
-    exact = all(value in (0, 1) for found in known.values() for value in found.values())
+    lower = metric in task.lower
+    exact = not lower and all(v in (0, 1) for found in known.values() for v in found.values())
     first, cells = models[0], []
     for model in models:
         if model not in known:
@@ -139,6 +150,9 @@ def _by_item(
             pair = (_scores(samples, known[name], both) for name in (model, first))
             difference = paired.difference(*pair)
             changes = _changes(task.samples[first], samples, metric, both, exact)
+            if lower and difference is not None:
+                difference = replace(difference, better=-difference.better)
+                changes |= {GAINED: changes[LOST], LOST: changes[GAINED]}
         own = _scores(samples, known[model], list(known[model]))
         cells.append(Cell(model, paired.score(own), difference, changes))
     return Row(task, metric, cells, max(map(len, known.values())), True, right_or_wrong=exact)

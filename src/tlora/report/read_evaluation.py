@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora.errors import ArtifactError
-from tlora.evaluate.evalfolder import EvalFolder
+from tlora.evaluate.evalfolder import EvalFolder, unnegated
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TaskSamples:
 
     name: str
     metrics: list[str]
-    """Metrics, main one first; higher is always better. Empty if no model is finished."""
+    """Metrics, main one first. Empty if no model is finished."""
     protocol: str
     shots: int | None
     scores: dict[str, dict[str, float]]
@@ -54,6 +54,8 @@ class TaskSamples:
     """Number of truncated prompts by model."""
     samples: dict[str, list[Sample]]
     """Samples by finished model, with items in the same order."""
+    lower: frozenset[str] = frozenset()
+    """The metrics where lower is better."""
 
     @property
     def items(self) -> int:
@@ -114,12 +116,13 @@ def _task(files: EvalFolder, task: dict[str, Any], models: list[ModelEntry]) -> 
             )
     return TaskSamples(
         name=name,
-        metrics=task["metrics"],
+        metrics=[metric.removeprefix("-") for metric in task["metrics"]],
         protocol=task["protocol"],
         shots=task["shots"],
-        scores=scores,
+        scores={model: unnegated(found) for model, found in scores.items()},
         truncated=task.get("truncated", {}),
         samples={model: [found[i] for i in samples[done[0]]] for model, found in samples.items()},
+        lower=frozenset(m.removeprefix("-") for m in task["metrics"] if m.startswith("-")),
     )
 
 
@@ -128,4 +131,5 @@ def _target(samples: dict[str, Sample], item: str) -> tuple[str | None] | None:
 
 
 def _sample(line: dict[str, Any]) -> Sample:
-    return Sample(**{each.name: line[each.name] for each in fields(Sample) if each.name in line})
+    known = {each.name: line[each.name] for each in fields(Sample) if each.name in line}
+    return Sample(**known | {"scores": unnegated(line["scores"])})

@@ -15,7 +15,6 @@ from tlora.checks import fault, fitted
 from tlora.errors import ConfigError, did_you_mean, first_line
 from tlora.methods.lorarite import OPTIM
 from tlora.models.pretrained import load_class
-from tlora.registry import METHODS
 from tlora.training.kinds import KindSpec
 from tlora.training.runconfig import RunConfig
 from tlora.training.runfolder import process_count
@@ -35,13 +34,6 @@ def check_asked(kind: KindSpec, config: RunConfig) -> None:
         ConfigError: transformers or TRL refuse a value (their message says why), or a requested
             package is not installed.
     """
-    trains = METHODS.load(config.method).traits.trains
-    if config.trainer.get("optim") == OPTIM and "lora_B" not in trains:
-        raise ConfigError(
-            f"`optim` {OPTIM!r} steps the factors A and B of a LoRA, and "
-            f"{config.method!r} trains none; choose another optimizer.",
-            where="trainer",
-        )
     _check(made(kind, asked(kind, config) | {"output_dir": "unused"}))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora.adapter.head import ADAPTER_CONFIG, HEAD_FILE
+from tlora.config import TLoraConfig
 from tlora.errors import ConfigError
 from tlora.files import replacing_folder, seal_tensors, write_json
 from tlora.sealed import seal_beside
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from tlora.methods.base import Plan, Prepared
 
 logger = logging.getLogger(__name__)
+
+LOW_ENERGY = 0.75
+"""Mean captured energy below which a larger rank is advised (docs/choosing.md)."""
 
 
 def run(config: RunConfig) -> RunFolder:
@@ -54,10 +58,27 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
     arguments = training_arguments(setup, folder.checkpoints)
     prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
+        warn_of_low_energy(setup.options, prepared.plan)
         folder.clear()
         folder.start(setup.record(), "init", prepared.plan, todo.inputs)
         save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
+
+
+def warn_of_low_energy(options: Any, plan: Plan | None) -> None:
+    """Warn if the frozen A of a calibrated plan captures little of the task."""
+    energy = getattr(plan, "mean_energy", None)
+    # A random A always captures little, an A that trains can leave its start, and a chain adds
+    # links.
+    calibrated = isinstance(options, TLoraConfig) and options.basis != "random"
+    if not calibrated or not options.freeze_a or energy is None or energy >= LOW_ENERGY:
+        return
+    logger.warning(
+        "captured energy %.3f in the mean is below %g: the frozen A misses much of what the layers"
+        " compute on this task; double --r and --alpha, or use --method lora, which trains A.",
+        energy,
+        LOW_ENERGY,
+    )
 
 
 def keep_budget(setup: Setup, folder: RunFolder) -> None:

@@ -12,8 +12,9 @@ from tlora import extras
 from tlora.errors import ConfigError, Faults
 from tlora.evaluations import names
 from tlora.files import refuse_unusable
+from tlora.methods.lorarite import OPTIM
 from tlora.models.pretrained import check_hub, check_model_folder
-from tlora.registry import TASKS
+from tlora.registry import METHODS, TASKS
 from tlora.tasks.base import Task
 from tlora.tasks.rendering import named_template
 from tlora.training.kinds import KINDS, check_trainer_fields, with_task_type
@@ -81,7 +82,28 @@ def check_without_rows(config: RunConfig) -> None:
             check_trainer_fields(kind, config.trainer)
         with faults:
             with_task_type(kind, config.options())
+    with faults:
+        check_optimizer(config)
     faults.raise_found()
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Check that the optimizer LoRA-RITE, if the trainer's `optim` names it, suits the method.
+
+    Raises:
+        ConfigError: the method trains no plain A and B, or has its own optimizer.
+    """
+    if config.trainer.get("optim") != OPTIM:
+        return
+    traits, why = METHODS.load(config.method).traits, None
+    if "lora_B" not in traits.trains:
+        why = f"steps the factors A and B of a LoRA, and {config.method!r} trains none; choose"
+    elif not traits.plain:
+        why = f"steps A and B as PEFT makes them, and {config.method!r} replaces them; choose"
+    elif getattr(config.options(), "own_optimizer", False):
+        why = f"would replace the optimizer of the method {config.method!r}; choose"
+    if why:
+        raise ConfigError(f"`optim` {OPTIM!r} {why} another optimizer.", where="trainer")
 
 
 def check_evaluation(config: RunConfig) -> None:

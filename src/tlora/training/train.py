@@ -19,7 +19,7 @@ from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import check_engine, guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
-from tlora.training.initialize import adapt, keep_budget, save_adapter
+from tlora.training.initialize import adapt, keep_budget, save_adapter, warn_of_low_energy
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
@@ -72,6 +72,8 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     with timed(seconds, "initialise"):
         plan = folder.saved_plan() if todo.resumes else None
         prepared = (adapt_parts or adapt)(setup, arguments.device, plan)
+    if plan is None and arguments.process_index == 0:
+        warn_of_low_energy(setup.options, prepared.plan)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
@@ -130,8 +132,7 @@ def optimizer_of(setup: Setup, prepared: Prepared) -> Any | None:
     if prepared.optimizer is not None:
         raise ConfigError(
             f"`optim` {OPTIM!r} would replace the optimizer of the method "
-            f"{setup.config.method!r}; remove it, or choose a method without its own "
-            "optimizer.",
+            f"{setup.config.method!r}; choose another optimizer.",
             where="trainer",
         )
     from tlora.adapter.rite import make_rite

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tlora.adapter.saved import VARIANTS, SavedLora
 from tlora.errors import AdapterError, listed
-from tlora.exporters.readers import READERS, Reader, RefusedError, reading
+from tlora.exporters.readers import READERS, Reader, reading
 from tlora.exporters.updates import Pairs
 from tlora.verify.verdicts import Verdict
 
@@ -31,7 +31,7 @@ def by_every_reader(lora: SavedLora, meant: SavedLora | None = None) -> list[Ver
 
 
 def by_llama_cpp(lora: SavedLora, meant: SavedLora) -> list[Verdict]:
-    """Return the verdicts on a GGUF file: llama.cpp's, and rejections by all other readers.
+    """Return the verdict on a GGUF file, which llama.cpp alone reads.
 
     Args:
         lora: the file's LoRA, with llama.cpp's scales.
@@ -43,16 +43,7 @@ def by_llama_cpp(lora: SavedLora, meant: SavedLora) -> list[Verdict]:
     own = READERS[0]
     llama = Reader("llama.cpp", "llama.cpp (GGUF)", own.scales, ("llama.cpp", "ollama"))
     pairs = paired(lora, meant)
-    verdicts = [Verdict.of(reading(llama, lora, pairs), [*_faults(lora, meant)])]
-    return verdicts + [
-        Verdict.of(reading(Reader(each.name, each.title, _not_gguf, each.servers), lora))
-        for each in READERS
-        if not set(each.servers) & set(llama.servers)
-    ]
-
-
-def _not_gguf(_: SavedLora) -> dict[str, float]:
-    raise RefusedError("it does not read GGUF adapters")
+    return [Verdict.of(reading(llama, lora, pairs), [*_faults(lora, meant)])]
 
 
 def paired(lora: SavedLora, meant: SavedLora) -> Pairs:

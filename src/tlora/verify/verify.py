@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tlora.adapter.saved import SavedLora, read_lora
 from tlora.adapter.savedconfig import CONFIG
 from tlora.errors import AdapterError, ArtifactError, ConfigError, VerificationError
-from tlora.exporters.export import adapter_folder
+from tlora.exporters import export
+from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.gguf import ADAPTER
 from tlora.exporters.servers import SERVERS
 from tlora.files import write_json
@@ -53,20 +55,26 @@ def run(config: VerifyConfig, tell: Tell) -> None:
             f" verify ADAPTER {found[0].path}",
             "paths",
         )
-    subject = found[-1]
+    subject = found[1] if found[1:] else None
     try:
         lora = read_lora(found[0].path)
-        verdicts = _by_files(config, lora, subject if found[1:] else None)
+        exported = _read(config, lora, subject)
+        rank = config.max_rank or _leading_ranks(exported, lora)
+        meant = export.cut_to(lora, rank)[0] if rank else lora
+        verdicts = _by_files(config, meant, subject, exported)
     except (AdapterError, ArtifactError) as error:
         raise VerificationError(str(error)) from error
+    if rank:
+        tell(f"{found[-1].path} is compared with {found[0].path} cut to rank {rank}.")
     tell(table(verdicts))
-    measured = _by_replies(config, lora, subject if found[1:] else None, verdicts)
+    measured = _by_replies(config, lora, subject, verdicts, rank)
     for line in measured.lines if measured else ():
         tell(line)
     if config.output:
         record: dict[str, Any] = {
             "adapter": str(found[0].path),
-            "compared": str(subject.path) if found[1:] else None,
+            "compared": str(subject.path) if subject else None,
+            "max_rank": rank,
             "readers": [verdict.record() for verdict in verdicts],
             "replies": measured.record if measured else None,
         }
@@ -92,25 +100,46 @@ def artifact_at(path: str) -> Artifact:
             return Artifact(folder / ADAPTER, "gguf")
         if (folder / "config.json").is_file():
             return Artifact(folder, "merged")
-    return Artifact(adapter_folder(path), "adapter")
+    return Artifact(export.adapter_folder(path), "adapter")
 
 
-def _by_files(config: VerifyConfig, lora: SavedLora, subject: Artifact | None) -> list[Verdict]:
-    if subject is None:
-        return adapters.by_every_reader(lora)
+def _read(config: VerifyConfig, lora: SavedLora, subject: Artifact | None) -> SavedLora | None:
+    """Return the export as a LoRA; None if there is none, or it is a merged model."""
+    if subject is None or subject.kind == "merged":
+        return None
     if subject.kind == "adapter":
-        return adapters.by_every_reader(read_lora(subject.path), lora)
-    base = Pretrained(name=base_of(config, lora), trust_remote_code=config.trust_remote_code)
-    if subject.kind == "merged":
-        from tlora.verify import mergedweights
-
-        return [mergedweights.check(subject.path, base, lora)]
+        return read_lora(subject.path)
     from tlora import extras
     from tlora.verify import ggufs
 
     extras.require("gguf", where="verify")
-    read = ggufs.read(subject.path, lora, base.config().to_dict())
-    return adapters.by_llama_cpp(read, lora)
+    return ggufs.read(subject.path, lora, _base(config, lora).config().to_dict())
+
+
+def _leading_ranks(exported: SavedLora | None, lora: SavedLora) -> int | None:
+    """Return how many leading ranks of DyLoRA an export has; None if it has all of them."""
+    if exported is None or not lora.nested or any(lora.lacks()):
+        return None
+    matrices = (exported.tensors[a].flatten(1) for a, _ in exported.keys.values())
+    kept = max(int(a.any(dim=1).sum()) for a in matrices)  # a padded rank is a row of zeros
+    return kept if 0 < kept < max(map(lora.rank, lora.keys)) else None
+
+
+def _by_files(
+    config: VerifyConfig, lora: SavedLora, subject: Artifact | None, exported: SavedLora | None
+) -> list[Verdict]:
+    if subject is None:
+        return adapters.by_every_reader(lora)
+    if exported is None:
+        from tlora.verify import mergedweights
+
+        return [mergedweights.check(subject.path, _base(config, lora), lora)]
+    compare = adapters.by_every_reader if subject.kind == "adapter" else adapters.by_llama_cpp
+    return compare(exported, lora)
+
+
+def _base(config: VerifyConfig, lora: SavedLora) -> Pretrained:
+    return Pretrained(name=base_of(config, lora), trust_remote_code=config.trust_remote_code)
 
 
 def base_of(config: VerifyConfig, lora: SavedLora) -> str:
@@ -126,13 +155,30 @@ def base_of(config: VerifyConfig, lora: SavedLora) -> str:
 
 
 def _by_replies(
-    config: VerifyConfig, lora: SavedLora, subject: Artifact | None, verdicts: list[Verdict]
+    config: VerifyConfig,
+    lora: SavedLora,
+    subject: Artifact | None,
+    verdicts: list[Verdict],
+    rank: int | None,
 ) -> Measured | None:
-    """Compare replies if a base or prompts are given."""
+    """Compare replies if a base or prompts are given, with those of the adapter cut to ``rank``."""
     if not (config.model or config.prompts):
         return None
     from tlora.verify import measure
 
+    if rank:
+        base, trust = base_of(config, lora), config.trust_remote_code
+        with tempfile.TemporaryDirectory() as folder:
+            cut = ExportConfig(
+                path=str(lora.path),
+                output_dir=f"{folder}/adapter",
+                format="native",
+                max_rank=rank,
+                model=base,
+                trust_remote_code=trust,
+            )
+            lora = read_lora(export.run(cut).folder)
+            return _by_replies(config, lora, subject, verdicts, None)
     if subject is None:
         return measure.readers(config, lora, base_of(config, lora), verdicts)
     if subject.kind == "gguf":

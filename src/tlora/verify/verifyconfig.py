@@ -37,6 +37,9 @@ class VerifyConfig(Record):
     or `messages`; by default, a few built-in ones."""
     max_new_tokens: Annotated[int, at_least(1)] = 16
     """Number of greedy tokens to compare per reply."""
+    max_rank: Annotated[int, at_least(1)] | None = None
+    """Compare with the adapter cut to this rank, as `tlora export --max_rank` does it; an adapter
+    or GGUF file with fewer ranks of a DyLoRA run is recognized without it."""
     output: str | None = None
     """JSON file for all numbers."""
     trust_remote_code: bool = False
@@ -46,5 +49,7 @@ class VerifyConfig(Record):
         """Yield errors in combinations of fields."""
         if not 1 <= len(self.paths) <= 2:
             yield "`paths` must be an adapter and at most one export of it to compare."
+        if self.max_rank is not None and len(self.paths) == 1:
+            yield "`max_rank` requires an export to compare; give its folder as the second path."
         if self.output is not None and not self.output.endswith(".json"):
             yield f"`output` is {self.output!r}; give the name of a .json file."
