@@ -111,7 +111,7 @@ def test_a_loss_is_shown_as_it_is_and_a_lower_one_is_better(tmp_path):
     text = evaluation.write(folder).text
     assert f"| arc | nll, lower is better | 40 | {base.score.mean:.4f} |" in text
     assert "(\N{MINUS SIGN}0.5000, " in text
-    assert "good against base: better on arc." in text
+    assert "good compared with base: better on arc." in text
 
 
 def test_the_turns_of_a_conversation_are_drawn_together(folder):
