@@ -31,6 +31,7 @@ def opened(browser, file):
 
     def open_page(viewport=WIDE, scheme="light", **options):
         context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        context.set_default_timeout(300_000)  # milliseconds; a loaded machine is slow to draw
         contexts.append(context)
         tab = context.new_page()
         tab.on("console", lambda message: complaints.append(message.text))
