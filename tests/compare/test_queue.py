@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tlora.compare import queue
 from tlora.compare.queue import Job, Workers
 
 
@@ -47,6 +48,16 @@ def test_the_log_of_a_crash_shows_no_credential(do, tmp_path):
     outcome = do("refuse", {"one": {"message": f"hub_token='{planted}'"}})["one"]
     assert outcome.last_lines[-1] == "ValueError: hub_token='[hidden]'"
     assert planted not in (tmp_path / "logs" / "one.log").read_text()
+
+
+def test_a_log_that_cannot_be_opened_is_one_sentence(do, tmp_path, monkeypatch):
+    log = tmp_path / "logs" / "one.log"
+    log.mkdir(parents=True)
+    assert do("end", {"one": {"how": "fine"}})["one"].exit_code == 1
+    monkeypatch.setattr(queue.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as refused:
+        queue._run("fake_runs:end", {"how": "fine"}, str(log), {})
+    assert refused.value.code == f"{log}: Is a directory; check the path and its permissions."
 
 
 def test_every_job_is_a_process_of_its_own_with_its_threads_and_gpu(do, tmp_path):

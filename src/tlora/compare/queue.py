@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tlora.credentials import redacted
+from tlora.errors import system_fault
 
 _LOOK = 1.0  # polling interval in seconds for interrupts without a signal, such as Ray's
 _GRACE = 5.0  # seconds for a job to end before it is killed
@@ -193,9 +194,12 @@ def _run(function: str, payload: dict[str, Any], log: str, environment: dict[str
     """Run the job in its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the queue ends its jobs itself
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    with Path(log).open("wb", buffering=0) as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    try:
+        with Path(log).open("wb", buffering=0) as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+    except OSError as error:
+        sys.exit(str(system_fault(error)))
     faulthandler.enable(file=2)
     os.environ.update(environment)
     module, _, name = function.partition(":")
