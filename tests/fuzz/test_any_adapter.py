@@ -116,7 +116,8 @@ def test_a_sealed_adapter_reads_as_it_was_or_is_refused(served, data, tmp_path):
         shutil.copytree(served.adapter, folder)
         seal_tensors(folder / WEIGHTS)
     right: SavedLora = read_lora(folder)
-    before = {key: right.tensors[key] for key in right.tensors}
+    # A copy: what is read is mapped from the file.
+    before = {key: right.tensors[key].clone() for key in right.tensors}
     with changed(folder, WEIGHTS, drawn(data, folder, WEIGHTS)):
         found = accepted(lambda: read_lora(folder))
         if found is not None and b"tlora_digest" in (folder / WEIGHTS).read_bytes():

@@ -256,6 +256,15 @@ def test_what_rounding_left_goes_to_the_module_furthest_below_its_share() -> Non
     assert allocate_ranks_by_cost([26, 29, 25], 1, [WIDE] * 3, [10, 10, 10]).ranks == (1, 1, 1)
 
 
+def test_what_zero_sensitivities_are_left_goes_round_them_at_once() -> None:
+    # Bounds that leave most of the budget to modules without a share: one rank each, in turn.
+    bounds = [RankBounds(2, 3), RankBounds(1, 10**9), RankBounds(4, 10**9), RankBounds(0, 10**6)]
+    found = allocate_ranks_by_cost([1.0, 0.0, 0.0, 0.0], 10**8, bounds, [7, 2, 3, 1])
+    rounds = (13 * 10**8 - 3 * 7 - 2 - 12 - 10**6 * 6) // 5
+    assert found.ranks == (3, 1 + 10**6 + rounds, 4 + 10**6 + rounds, 10**6)
+    assert 0 <= found.wanted - found.spent < 2
+
+
 def test_the_level_weighs_a_rank_by_its_cost() -> None:
     # c (2 * 3 + 1 * 6) = 4 * (3 + 6): c = 3, so ranks 6 and 3, not 4 N shared two to one.
     found = allocate_ranks_by_cost([2, 1], 4, [WIDE] * 2, [3, 6])

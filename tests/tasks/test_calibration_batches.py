@@ -99,6 +99,7 @@ def test_a_model_is_initialized_from_rows(tiny_llama, tiny_tokenizer):
         (PAIRS, {"max_length": 1}, DataError, "raise max_length"),
         ([{"left": "a", "right": "b"}], {}, ConfigError, "the rows have the columns left, right"),
         ([{"prompt": "a", "response": None}], {}, DataError, "calibration row 1"),
+        ([{"prompt": "\ud800", "response": "a"}], {}, DataError, "row 1 has .*, half of a"),
     ],
 )
 def test_bad_input_is_refused(tiny_tokenizer, rows, options, error, words):

@@ -163,6 +163,7 @@ def test_a_letter_on_the_border_of_two_pieces_is_read(tmp_path):
         ("rows.jsonl", "[1, 2]\n", "row 1 is 1; make it an object with named columns"),
         ("rows.json", '{"a": "b", "a": "c"}', "'a' appears twice in one object"),
         ("rows.jsonl", '{"a": [1]}\n{"a": ["\\ud800"]}\n', r"row 2 has '\\ud800', half of a"),
+        ("rows.jsonl", '{"a": "1"}\n{"\\u0000": "1"}\n', r"row 2 has the column '\\x00'; remove"),
         ("rows.csv", "a,b\n1,2,3\n4,5,6\n", r"more fields than the header \(a, b\)"),
         ("rows.csv", "a,b\n1,2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
         ("rows.csv", "a\0,b\0\n", "looks like UTF-16"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from llamacpp import kind_of, save_with_tokenizer
@@ -92,6 +93,23 @@ def test_a_damaged_file_is_named(saved, folder, tmp_path, capsys):
     file.write_bytes((folder / "adapter.gguf").read_bytes()[:200])
     assert cli.main(["verify", str(saved.adapter), str(file)]) == 1
     assert "truncated or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "A of blk.0"), (3, "and B is")])
+def test_an_a_that_does_not_fit_its_b_is_refused(saved, folder, tmp_path, capsys, rank, said):
+    import gguf as library
+
+    writer = library.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    for side, shape in (("a", (rank, 16)), ("b", (16, 2))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert cli.main(["verify", str(saved.adapter), str(tmp_path / "adapter.gguf")]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_llama_cpp_replies_as_the_adapter_within_the_noise_of_its_base(saved, folder, tmp_path):

@@ -124,9 +124,12 @@ def allocate_ranks_by_cost(
         fits = [i for i, b in enumerate(bounds) if ranks[i] < b.high and costs[i] <= left]
         if not fits:
             break
-        best = max(fits, key=lambda i: ideal[i] - ranks[i])
-        ranks[best] += 1
-        left -= costs[best]
+        # All are less than one rank apart, so each gets one in turn: whole rounds go at once.
+        rounds = min(left // sum(costs[i] for i in fits), *(bounds[i].high - ranks[i] for i in fits))
+        served = fits if rounds else [max(fits, key=lambda i: ideal[i] - ranks[i])]
+        for i in served:
+            ranks[i] += max(rounds, 1)
+            left -= max(rounds, 1) * costs[i]
     return RankAllocation(tuple(ranks), wanted, wanted - left, least <= wanted)
 
 

@@ -14,6 +14,7 @@ from tlora.errors import ConfigError, DataError, unknown_names
 from tlora.tasks import tokens
 from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
+from tlora.tasks.source import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ def _encoded(
     for index, raw in enumerate(rows):
         where = f"calibration row {index + 1}"
         row = task.row(raw, where)
+        check_whole(row, where)
         try:
             encoded += tokens.encodings(encode, tokenizer, row, task.data)
         except DataError as error:

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,11 @@ def _json(path: str) -> Dataset:
     for count, row in enumerate(_json_rows(path)):
         for column in row:
             if column not in held:
+                if "\0" in column:
+                    raise DataError(
+                        f"{path}: row {count + 1} has the column {column!r}; remove the NUL"
+                        " character from its name."
+                    )
                 held[column] = [None] * count
         for column, values in held.items():
             values.append(row.get(column))
@@ -175,13 +180,18 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
                 f"{path}: row {number} is {said}; make it an object with named columns, or drop it."
             )
         if _HALF.search(text):
-            _check_whole(row, f"{path}: row {number}")
+            check_whole(row, f"{path}: row {number}")
         yield row
 
 
-def _check_whole(row: dict[str, Any], where: str) -> None:
+def check_whole(row: Mapping[str, Any], where: str) -> None:
+    """Check that a row's text is valid Unicode, which tokenizers require.
+
+    Raises:
+        DataError: it has half of a surrogate pair.
+    """
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise DataError(

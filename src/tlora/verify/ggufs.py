@@ -39,6 +39,7 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
         raise AdapterError(
             f"{file}: A or B is missing for {listed(lone) or 'all modules'}; export it again."
         )
+    _check_shapes(file, found)
     table = name_map(family, config)
     names = {table.get_name(f"{name}.weight", (".weight",)): name for name in meant.keys}
     tensors: dict[str, Tensor] = {}
@@ -55,6 +56,21 @@ def read(file: Path, meant: SavedLora, config: Mapping[str, Any]) -> SavedLora:
         tensors[keys[module][1]] = b[order.argsort()]
     fields = {"rank_pattern": ranks, "alpha_pattern": scales}
     return SavedLora(file, fields, tensors, keys)
+
+
+def _check_shapes(file: Path, found: Mapping[str, Tensor]) -> None:
+    """Check that each A (r x d) fits its B (m x r).
+
+    Raises:
+        AdapterError: one does not.
+    """
+    for name in (name for name in found if name.endswith(_SIDES[0])):
+        stored = name.removesuffix(_SIDES[0])
+        a, b = found[name].shape, found[f"{stored}{_SIDES[1]}"].shape
+        if not (len(a) == len(b) == 2 and a[0] == b[1] > 0):
+            raise AdapterError(
+                f"{file}: A of {stored} is {tuple(a)} and B is {tuple(b)}; export it again."
+            )
 
 
 def _opened(file: Path, architecture: str) -> tuple[dict[str, Tensor], float]:
