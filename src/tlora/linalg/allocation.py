@@ -125,7 +125,8 @@ def allocate_ranks_by_cost(
         if not fits:
             break
         # All are less than one rank apart, so each gets one in turn: whole rounds go at once.
-        rounds = min(left // sum(costs[i] for i in fits), *(bounds[i].high - ranks[i] for i in fits))
+        room = min(bounds[i].high - ranks[i] for i in fits)
+        rounds = min(room, left // sum(costs[i] for i in fits))
         served = fits if rounds else [max(fits, key=lambda i: ideal[i] - ranks[i])]
         for i in served:
             ranks[i] += max(rounds, 1)
