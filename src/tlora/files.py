@@ -239,7 +239,11 @@ def read_json(path: str | Path) -> Any:
         ArtifactError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair could be neither printed nor written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file.") from None
     except (ValueError, RecursionError) as error:
