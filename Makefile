@@ -1,7 +1,7 @@
 # Everything from nothing but make and Python 3.10 or later:
 #   make demo    adapt the shipped base model to a task it cannot do (about 3 minutes, 2 cores)
 #   make test    the test suite
-#   make check   ruff, mypy, the layering rules, the wheel's files and the site
+#   make check   ruff, mypy, the layering rules, the wheel's files, the site and test-oldest
 #   make docs    the site: build/site/index.html
 #   make faults  kills, full disks, damaged files: 400 cases, about half an hour (FAULTS_ARGS)
 #   make fuzz    100,000 damaged files, configurations and budgets, new ones each time
@@ -56,7 +56,7 @@ check: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/packaging/test_wheel.py
-	$(MAKE) docs
+	$(MAKE) docs test-oldest
 
 # A warning (a link, an anchor or a page that is not there) is an error.
 docs: $(VENV)/ready-dev
