@@ -274,3 +274,12 @@ def test_a_base_whose_files_are_damaged_is_a_sentence(name, change, tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded: "):
         write_base(tmp_path / "base.gguf", tmp_path, config)
     assert not (tmp_path / "base.gguf").exists()
+
+
+def test_a_size_that_gguf_cannot_hold_is_a_sentence(tmp_path):
+    saved(tmp_path, byte_tokenizer())
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.head_dim = -4
+    with pytest.raises(ConfigError, match="has a size below 0 or beyond 32 bits"):
+        write_base(tmp_path / "base.gguf", tmp_path, config)
+    assert not (tmp_path / "base.gguf").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tlora import files
+from tlora.errors import ConfigError
 from tlora.exporters.checkpoint import Stored, stored_tensors
 from tlora.exporters.gguffamilies import (
     Family,
@@ -76,7 +78,7 @@ def write_base(
                 size = numpy.prod(entry.shape, dtype=int) * kind.itemsize
                 writer.add_tensor_info(entry.name, entry.shape, kind, int(size))
             writer.write_header_to_file()
-            writer.write_kv_data_to_file()
+            _write_fields(writer, folder)
             writer.write_ti_data_to_file()
             for entry in entries:
                 tensor = entry.read().to(entry.dtype)
@@ -85,6 +87,17 @@ def write_base(
                 writer.write_tensor_data(tensor.contiguous().numpy())
         finally:
             writer.close()
+
+
+def _write_fields(writer: GGUFWriter, folder: Path) -> None:
+    try:
+        writer.write_kv_data_to_file()
+    except struct.error as error:
+        raise ConfigError(
+            f"{folder / 'config.json'} has a size below 0 or beyond 32 bits, which GGUF cannot hold;"
+            " correct it, or copy the file again.",
+            where="model",
+        ) from error
 
 
 def _add_sizes(writer: GGUFWriter, family: Family, config: Mapping[str, Any]) -> None:
