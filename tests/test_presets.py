@@ -214,11 +214,10 @@ def test_the_default_is_said_in_one_line_and_only_where_it_is_used(verb, monkeyp
         return [record.getMessage() for record in caplog.records]
 
     both = ["--adapter.allocate_rank", "true", "--adapter.allocate_scale", "true"]
-    start = "No --preset is given, so this run uses `recommended`: "
-    end = ". For the paper's ranks and scales give --preset paper-rule."
-    rank, scale = "adapter.allocate_rank false", "adapter.allocate_scale false"
-    assert said() == [f"{start}{rank}, {scale}{end}"]
-    assert said(*both[:2]) == [f"{start}{scale}{end}"]
+    start = "Preset: recommended (every layer gets the same "
+    end = "). For the paper's setting, give --preset paper-rule."
+    assert said() == [f"{start}rank and scale{end}"]
+    assert said(*both[:2]) == [f"{start}scale{end}"]
     for words in (
         ["--preset", "recommended"],
         ["--preset", "paper-rule"],

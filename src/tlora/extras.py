@@ -9,8 +9,8 @@ import importlib.util
 
 from tlora.errors import ConfigError
 
-_TRAIN = ("trl", "datasets", "rich", "yaml")
-_COMPARE = (*_TRAIN, "scipy", "sklearn", "jinja2")
+_TRAIN = ("trl", "datasets", "rich", "yaml", "jinja2")
+_COMPARE = (*_TRAIN, "scipy", "sklearn")
 _EVAL = (*_COMPARE, "lm_eval", "math_verify", "antlr4", "pebble")
 MODULES = {
     "train": _TRAIN,
@@ -32,9 +32,12 @@ def require(extra: str, where: str) -> None:
     """
     if lacking := missing(extra):
         are = "is" if len(lacking) == 1 else "are"
-        raise ConfigError(
-            f'{", ".join(lacking)} {are} not installed; run `pip install "tlora[{extra}]"`.', where
-        )
+        raise ConfigError(f"{', '.join(lacking)} {are} not installed; run {install(extra)}.", where)
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f'`pip install ".[{extra}]"` in the checkout of tlora'
 
 
 def missing(extra: str) -> list[str]:

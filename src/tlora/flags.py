@@ -45,8 +45,12 @@ _COMMON = (
     *("seed", "resume", "dry_run", "print_config"),
 )
 """The most common fields, in the order of the help."""
+_CONFIG = (
+    "A YAML file with any of these fields; it can also be the first word after the verb. Flags"
+    " override it."
+)
 _OWN_FLAGS = {
-    "config": "YAML of any of these fields, or the first word; flags win.",
+    "config": _CONFIG,
     "adapter.target_modules": "Modules to adapt: names, a regex, or all-linear, the default.",
     "print_config": "Show the resolved configuration instead of running.",
 }
@@ -138,7 +142,7 @@ def help_text(prog: str, record: type[Section], method: str | None = None) -> st
     positional = {name: field for name, field in fields.items() if field.positional}
     lines += [line for name, field in positional.items() for line in _entry(name, field)]
     lines.append("flags:")
-    lines += _lines("--config FILE", "YAML of the fields below, or the first word; flags win.")
+    lines += _lines("--config FILE", _CONFIG)
     if issubclass(record, RunConfig):
         lines += _lines("--preset NAME", _PRESET_HELP)
     lines += _lines("--print_config", "Show the resolved configuration instead of running.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -257,18 +256,18 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _note(defaults: dict[str, Any]) -> str:
-    """List the options that the default preset changes from the method's own defaults."""
+    """Name the default preset and the options that it changes from the method's own defaults."""
     own = METHODS.load(RunConfig.method).options.__dataclass_fields__ if defaults else {}
     changed = [
-        f"adapter.{name} {json.dumps(value)}"
+        name.removeprefix("allocate_")
         for name, value in defaults.items()
         if value != default_of(own[name])
     ]
     if not changed:
         return ""
     return (
-        f"No --preset is given, so this run uses `{presets.DEFAULT}`: {', '.join(changed)}."
-        " For the paper's ranks and scales give --preset paper-rule."
+        f"Preset: {presets.DEFAULT} (every layer gets the same {' and '.join(changed)})."
+        " For the paper's setting, give --preset paper-rule."
     )
 
 

@@ -174,7 +174,7 @@ def test_the_strategy_is_told_before_anything_is_measured(request, caplog, monke
     monkeypatch.setattr(blocks, "first_pass", lambda *_, **__: pytest.fail("too early"))
     with caplog.at_level("INFO", "tlora"), pytest.raises(pytest.fail.Exception):
         plan_in_blocks(family.model, family.batches(2), config)
-    assert "14 modules exact, in 8 blocks; 8 passes over the samples" in caplog.text
+    assert "14 modules exactly, in 8 blocks; it reads the samples 8 times" in caplog.text
 
 
 def test_without_a_cache_one_pass_reads_batch_by_batch_to_the_plan_of_a_calibration(request):
@@ -199,7 +199,7 @@ def test_without_a_cache_one_pass_reads_batch_by_batch_to_the_plan_of_a_calibrat
     assert found.config == expected.config
     record = found.info["calibration"]
     assert (record["memory_budget"], record["blocks"], record["passes"]) == (None, 1, 1)
-    assert "exact, at once" in record["strategy"]
+    assert "exactly, all at once" in record["strategy"]
 
 
 def test_an_automatic_budget_is_resolved_once_told_and_noted(request, monkeypatch, caplog):

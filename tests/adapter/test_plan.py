@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -179,12 +180,16 @@ def test_ranks_may_be_zero(calibrated):
 
 def test_bounds_that_forbid_the_budget_are_said_aloud(calibrated):
     base = calibrated("llama-right")
-    with pytest.warns(UserWarning, match=r"14 modules at r = 6 would have 84 ranks.*is 42"):
+    with pytest.warns(UserWarning, match=r"rank_max = 3 is too small for r = 6.*42 ranks .*not 84"):
         planned = base.plan(r=6, rank_max=3)
     assert {module.rank for module in planned.modules.values()} == {3}
     assert (planned.info["budget_wanted"], planned.info["budget_spent"]) == (84, 42)
-    with pytest.warns(UserWarning, match=r"parameters;.*rank_min = 2"):
+    with pytest.warns(UserWarning, match=r"rank_min = 2 is too large .*parameters in total, not"):
         base.plan(r=1, rank_min=2, budget="params")
+    with pytest.warns(
+        UserWarning, match=r"^r = 200 is larger than some weights allow; .*not 2,800"
+    ):
+        base.plan(r=200)
 
 
 def test_statistics_of_another_model_are_refused(calibrated):
@@ -241,9 +246,13 @@ def test_the_summary_gives_the_figures(calibrated):
         128 + 128
     )
     lines = planned.summary().splitlines()
-    assert lines[:3] == [
-        "14 modules, 28 ranks (2 to 2, base 2)",
-        "scales 1 to 1",
+    assert lines[:2] == [
+        "14 modules, each with rank 2 and scale 1",
         "512 trainable parameters (50% of LoRA's 1,024)",
     ]
-    assert lines[3].startswith("captured energy 0.")
+    assert re.fullmatch(r"captured energy: mean 0\.\d+, lowest 0\.\d+, highest \d\.\d+", lines[2])
+    modules = list(planned.modules.values())
+    modules[0].scale = 2.5
+    assert "14 modules, rank 2, scales 1 to 2.5" in planned.summary()
+    modules[0].rank = 9
+    assert "14 modules, ranks 2 to 9 (mean 2.5), scales 1 to 2.5" in planned.summary()

@@ -66,7 +66,7 @@ def test_the_first_block_is_of_the_last_modules_and_the_others_follow_the_model(
 def test_without_a_budget_everything_is_held_in_one_pass():
     found, _, _ = strategy()
     assert (len(found.blocks), found.passes, found.held) == (1, 1, found.total)
-    assert "at once; 1 pass over the samples" in found.summary()
+    assert "all at once; it reads the samples once and" in found.summary()
 
 
 def test_auto_streams_what_exceeds_the_budget_alone():
@@ -75,7 +75,7 @@ def test_auto_streams_what_exceeds_the_budget_alone():
     assert found.streamed == {shape.name for shape in shapes if shape.d_in == 160}
     assert not found.streamed & set(itertools.chain(*found.blocks))
     assert found.held <= max(budget, stream_bytes(160, 4))
-    assert f"{len(found.streamed)} modules streamed" in found.summary()
+    assert f"streams those of {len(found.streamed)} modules" in found.summary()
 
 
 @pytest.mark.parametrize("budget", [None, 10**5])
@@ -90,7 +90,7 @@ def test_streaming_all_takes_three_passes_a_run(budget):
 def test_a_random_basis_needs_one_pass_and_nothing_held():
     found, _, _ = strategy(basis="random", memory_budget=1)
     assert (found.passes, found.held) == (1, 0)
-    assert found.summary().startswith("no second moments")
+    assert found.summary().startswith("calibration needs no second moments")
 
 
 def test_packing_keeps_the_order_and_a_piece_beyond_the_budget_alone():

@@ -98,7 +98,7 @@ def test_train_under_torchrun_is_one_run_with_the_plan_of_one_process(rows, tmp_
     weights = load_file(folder.adapter / "adapter_model.safetensors")
     stop_at(folder, 1, processes=2)
     said = launched(*(accelerate("two_nodes", "--machine_rank", n) + command for n in "01"))
-    assert "".join(said).count(f"resuming the run in {folder.path} from step 1.") == 1
+    assert "".join(said).count(f"Resuming {folder.path} at step 1.") == 1
     again = load_file(folder.adapter / "adapter_model.safetensors")
     assert again.keys() == weights.keys()
     for name, weight in weights.items():

@@ -101,7 +101,7 @@ def test_the_command_line_says_what_there_is(bare, words, tmp_path):
         ("train", ["demo"]),
         ("train", ["train", "--model", "m", "--train_file", "rows.jsonl"]),
         ("train", ["init", "--model", "m", "--train_file", "rows.jsonl"]),
-        ("compare", ["inspect", "run"]),
+        ("train", ["inspect", "run"]),
         ("compare", ["compare", "--model", "m", "--train_file", "rows.jsonl"]),
         ("eval", ["eval", "m", "--tasks", "gsm8k-paper"]),
     ],
@@ -110,5 +110,5 @@ def test_a_verb_without_its_extra_says_so_in_one_sentence(bare, extra, words, tm
     done = bare.run("-m", "tlora.cli", *words, folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert f'pip install "tlora[{extra}]"' in done.stderr
+    assert f'pip install ".[{extra}]"' in done.stderr
     assert list(tmp_path.iterdir()) == []

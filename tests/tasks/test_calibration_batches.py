@@ -97,7 +97,7 @@ def test_a_model_is_initialized_from_rows(tiny_llama, tiny_tokenizer):
         (PAIRS, {"max_lenght": 3}, ConfigError, "Did you mean 'max_length'"),
         (PAIRS, {"max_length": 0}, ConfigError, "`data.max_length` is 0"),
         (PAIRS, {"max_length": 1}, DataError, "raise max_length"),
-        ([{"left": "a", "right": "b"}], {}, ConfigError, "the rows have the columns left, right"),
+        ([{"left": "a", "right": "b"}], {}, ConfigError, "the columns left, right are not rec"),
         ([{"prompt": "a", "response": None}], {}, DataError, "calibration row 1"),
         ([{"prompt": "\ud800", "response": "a"}], {}, DataError, "row 1 has .*, half of a"),
     ],

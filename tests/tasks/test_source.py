@@ -82,8 +82,11 @@ def test_checking_columns_settles_nothing(tmp_path):
     task = Jsonl(DataConfig())
     task.check_columns(["question", "answer"])
     assert task.data == DataConfig()
-    with pytest.raises(ConfigError, match="the rows have the columns a; name the ones"):
+    with pytest.raises(ConfigError, match="the column a is not recognized; say which"):
         task.check_columns(["a"])
+    flags = r"\(--data.prompt_column promt --data.response_column response\), a chat "
+    with pytest.raises(ConfigError, match=rf"{flags}.*Did you mean 'prompt'\?"):
+        task.check_columns(["promt", "response"])
 
 
 def test_sources_are_checked_together(tmp_path):
@@ -184,7 +187,7 @@ def test_every_file_of_several_is_looked_for(tmp_path):
     (tmp_path / "more.txt").write_text("a line\n")
     task = Jsonl(DataConfig())
     files = f"{tmp_path}/more.txt,{tmp_path}/rows.jsonl:0.5"
-    with pytest.raises(ConfigError, match="the rows have the columns a; name the ones"):
+    with pytest.raises(ConfigError, match="the column a is not recognized; say which"):
         task.check_sources(files, None)
     with pytest.raises(DataError, match=r"no\.csv: there is no such file"):
         task.check_sources(f"{tmp_path}/more.txt", f"{tmp_path}/more.txt,{tmp_path}/no.csv")

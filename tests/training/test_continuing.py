@@ -105,8 +105,8 @@ def test_a_run_is_trained_further_as_it_was(first, further, method, adapter, tra
     before = first(method, **adapter)
     run = train.run(further(before.path))
     assert moved(weights(before.adapter), weights(run.adapter)) == trained
-    said = "B trains, A stays frozen" if trained == {"lora_B"} else "A and B train"
-    assert f"continues the adapter in {before.adapter}: {said}; no calibration" in caplog.text
+    said = "B trains; A stays frozen" if trained == {"lora_B"} else "A and B train"
+    assert f"Continuing {before.adapter}. {said}. No calibration is needed." in caplog.text
     config = run.config()
     frozen = trained == {"lora_B"}
     assert config["method"] == (method if frozen else "lora")

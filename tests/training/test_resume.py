@@ -89,7 +89,7 @@ def test_the_same_command_again_resumes_and_says_from_where(cut, config, whole, 
     folder = cut(method)
     run = train.run(config(method=method, trainer={"logging_steps": 3, "save_steps": 4}))
     assert weights(run) == whole(method)
-    assert f"resuming the run in {folder.path} from step 2." in caplog.text
+    assert f"Resuming {folder.path} at step 2." in caplog.text
 
 
 def test_without_a_whole_checkpoint_it_starts_over_and_says_so(cut, config, whole, caplog):
@@ -219,8 +219,10 @@ def test_of_a_finished_run_nothing_is_left_to_do(finished, config, verb, caplog,
         caplog.clear()
         assert STAGES[verb].run(command).finished
         assert [record.getMessage() for record in caplog.records] == [
-            f"{folder.path} holds this {'run' if verb == 'train' else 'initialization'}, finished;"
-            " there is nothing to do."
+            f"The run in {folder.path} is already finished. To train it longer, raise --epochs or"
+            " --max_steps."
+            if verb == "train"
+            else f"The initialization in {folder.path} is already finished."
         ]
     monkeypatch.setenv("RANK", "1")  # as every process of a launch does
     assert STAGES[verb].run(same).finished

@@ -14,6 +14,7 @@ from tlora.tasks.dataconfig import DataConfig
 from tlora.tasks.jsonl import Jsonl
 from tlora.training import initialize, train
 from tlora.training.arguments import training_arguments
+from tlora.training.runconfig import RunConfig
 from tlora.training.setup import settle
 
 SHORT = {"max_steps": 1, "save_strategy": "no"}
@@ -109,9 +110,27 @@ def test_init_and_train_plan_the_same_and_warn_of_low_energy_once_each(config, m
     monkeypatch.setattr(initialize, "LOW_ENERGY", 1.01)
     first = AdapterPlan.load(initialize.run(config("one")).plan)
     second = AdapterPlan.load(train.run(config("two", trainer=SHORT)).plan)
-    assert caplog.text.count("in the mean is below 1.01") == 2
+    assert caplog.text.count("is below 1.01") == 2
     for name, module in first.modules.items():
         assert torch.equal(module.lora_A, second.modules[name].lora_A)
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "said"),
+    [
+        ("tlora", {"r": 200}, "scaled by 8/200 = 0.04. To keep the scale at 1, give --alpha 200."),
+        ("lora", {"r": 4}, "scaled by 8/4 = 2. To keep the scale at 1, give --alpha 4."),
+        ("lorta", {"r": 16}, "scaled by 16/16 = 1. To keep the scale at 2, give --alpha 32."),
+        ("tlora", {"r": 200, "lora_alpha": 8}, ""),
+        ("tlora", {"r": 8}, ""),
+        ("rslora", {"r": 200}, ""),
+        ("gora", {"r": 200}, ""),
+        ("full", {}, ""),
+    ],
+)
+def test_r_without_alpha_is_warned_about(method, adapter, said, caplog):
+    initialize.warn_of_scale(RunConfig(model="m", method=method, adapter=adapter))
+    assert caplog.text.rstrip().endswith(said) and bool(caplog.text) == bool(said)
 
 
 @pytest.mark.parametrize(

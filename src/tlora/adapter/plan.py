@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,17 @@ class ModulePlan:
         return self.experts * self.rank * (self.d_out + (0 if freeze_a else self.d_in))
 
 
+def _sizes(modules: Sequence[ModulePlan]) -> str:
+    ranks, scales = [m.rank for m in modules], [m.scale for m in modules]
+    scale = f"scales {min(scales):.3g} to {max(scales):.3g}"
+    if same := min(scales) == max(scales):
+        scale = f"scale {scales[0]:.3g}"
+    if min(ranks) < max(ranks):
+        mean = sum(ranks) / len(ranks)
+        return f"ranks {min(ranks)} to {max(ranks)} (mean {round(mean, 1):g}), {scale}"
+    return f"each with rank {ranks[0]} and {scale}" if same else f"rank {ranks[0]}, {scale}"
+
+
 @dataclass
 class AdapterPlan:
     """Input of `attach`: one `ModulePlan` per targeted module, in model order, and the config."""
@@ -91,20 +102,17 @@ class AdapterPlan:
     def summary(self) -> str:
         """Return a few lines of text: modules, ranks, scales, parameters, captured energy."""
         modules = list(self.modules.values())
-        ranks = [m.rank for m in modules]
-        scales = [m.scale for m in modules]
         energies = [m.captured_energy for m in modules if m.captured_energy is not None]
         uniform = self.config.r * sum(m.experts * (m.d_out + m.d_in) for m in modules)
         lines = [
-            f"{len(modules)} modules, {sum(ranks)} ranks ({min(ranks)} to {max(ranks)},"
-            f" base {self.config.r})",
-            f"scales {min(scales):.3g} to {max(scales):.3g}",
+            f"{len(modules)} modules, {_sizes(modules)}",
             f"{self.trainable_parameters:,} trainable parameters"
             f" ({self.trainable_parameters / uniform:.0%} of LoRA's {uniform:,})",
         ]
         if (mean := self.mean_energy) is not None:
             lines.append(
-                f"captured energy {min(energies):.3f} to {max(energies):.3f}, {mean:.3f} mean"
+                f"captured energy: mean {mean:.3f}, lowest {min(energies):.3f},"
+                f" highest {max(energies):.3f}"
             )
         return "\n".join(lines)
 

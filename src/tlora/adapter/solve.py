@@ -120,14 +120,21 @@ def _ranks(
     else:
         allocation = allocate_ranks(sensitivities, config.r, bounds)
     if not allocation.feasible:
-        warnings.warn(
-            f"{len(experts)} modules at r = {config.r} would have {allocation.wanted} "
-            f"{unit}; within rank_min = {config.rank_min}, rank_max = "
-            f"{config.rank_max} and the sizes of the weights the nearest is "
-            f"{allocation.spent}, which the plan takes.",
-            stacklevel=4,
-        )
+        warnings.warn(_unlike_r(allocation, config, unit), stacklevel=4)
     return allocation
+
+
+def _unlike_r(allocation: RankAllocation, config: TLoraConfig, unit: str) -> str:
+    """Say why the plan has more or fewer ranks or parameters than r asks for."""
+    total = f"{allocation.spent:,} {unit} in total, not {allocation.wanted:,}."
+    if allocation.spent > allocation.wanted:
+        return f"rank_min = {config.rank_min} is too large for r = {config.r}: the plan has {total}"
+    if config.rank_max is not None and config.rank_max < config.r:
+        return f"rank_max = {config.rank_max} is too small for r = {config.r}: the plan has {total}"
+    return (
+        f"r = {config.r} is larger than some weights allow; those layers get a smaller rank:"
+        f" {total}"
+    )
 
 
 Matrix = Callable[[Tensor, ModuleStatistics], FactoredMatrix]

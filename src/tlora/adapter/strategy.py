@@ -65,18 +65,18 @@ class Strategy:
         """Describe in one line the memory, the way and the number of passes."""
         exact = sum(map(len, self.blocks))
         if not exact and not self.streamed:
-            return "no second moments; 1 pass over the samples"
+            return "calibration needs no second moments and reads the samples once"
         parts = []
         if exact:
             filled = sum(map(bool, self.blocks))
-            how = "at once" if filled == 1 else f"in {filled} blocks"
-            parts.append(f"{exact} modules exact, {how}")
+            how = "all at once" if filled == 1 else f"in {filled} blocks"
+            parts.append(f"computes the {self.kind} of {exact} modules exactly, {how}")
         if self.streamed:
-            parts.append(f"{len(self.streamed)} modules streamed")
-        passes = f"{self.passes} pass{'es' if self.passes > 1 else ''} over the samples"
+            parts.append(f"streams those of {len(self.streamed)} modules")
+        reads = "once" if self.passes == 1 else f"{self.passes} times"
         return (
-            f"{self.kind}: {'; '.join(parts)}; {passes}; at most {bytes_text(self.held)} held"
-            f" (all of them: {bytes_text(self.total)})"
+            f"calibration {' and '.join(parts)}; it reads the samples {reads} and holds at most"
+            f" {bytes_text(self.held)} at a time ({bytes_text(self.total)} in all)"
         )
 
 

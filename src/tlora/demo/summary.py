@@ -30,7 +30,7 @@ def _seeds(line: Score) -> str:
 def page(result: DemoResult) -> str:
     """Write the page of scores and losses into the demo's folder, and return its path."""
     if extras.missing("compare"):
-        return 'no page; run `pip install "tlora[compare]"`'
+        return f"no page; run {extras.install('compare')}"
     from tlora.report import charts, svg
     from tlora.report.heatmap import write_page
 

@@ -67,11 +67,13 @@ def rows_task(
     metrics: dict[str, Any]
     if task is None:
         reads, counted = "exact", ["exact_match"]
-        protocol = "the reply is the row's response, white space at its ends aside; greedy"
+        protocol = (
+            "A reply is correct if it equals the row's response, ignoring spaces at the ends."
+        )
         metrics = dict.fromkeys((*counted, *ROUGE), "mean") | {"chrf": _chrf}
     else:
         reads, counted = "task", ["accuracy"] if task.label_names else []
-        protocol = "the reply is read back by the task and scored by its own metrics; greedy"
+        protocol = "The task reads the reply and scores it by its own metrics."
         metrics = {metric: _of_all(task, metric) for metric in task.reply_metrics(targets, targets)}
         metrics |= dict.fromkeys(counted, "mean")
 

@@ -60,8 +60,9 @@ class WrittenRows:
                 " remove --backend."
             )
         said = [self._replies.protocol] if self._replies else []
-        said += ["loss in nats, by token, of what training would learn"] if self._likely else []
-        self.protocol = "; ".join(said)
+        loss = "Loss is in nats per token, over the tokens that training learns."
+        said += [loss] if self._likely else []
+        self.protocol = " ".join(said)
 
     def check(
         self, evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, longest: int

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from tlora.checks import POSITIVE, at_least
 from tlora.methods.base import Batches, Prepared, Samples, Traits
 from tlora.methods.learningrates import LearningRates
-from tlora.methods.options import LoraOptions
+from tlora.methods.rslora import RsLoraOptions
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GoraOptions(LoraOptions):
-    """LoRA's options, the bounds of the ranks, and the size of the initial step."""
+class GoraOptions(RsLoraOptions):
+    """rsLoRA's options, the bounds of the ranks, and the size of the initial step."""
 
     lora_alpha: Annotated[float, POSITIVE] = 16
     """The adapter's output is multiplied by lora_alpha / sqrt(rank)."""

@@ -24,7 +24,7 @@ def show(dry: DryRun) -> None:
 
     console = Console()
     size = f"{dry.parameters:,} parameters, {bytes_text(dry.calibration.weights)}"
-    line = f"{dry.model}: {size} in {dry.dtype}. No weight was read, nothing written."
+    line = f"{dry.model}: {size} in {dry.dtype}. tlora read no weights and wrote no files."
     console.print(line, highlight=False, soft_wrap=True)
     console.print(_modules(dry))
     console.print(_memory(dry))

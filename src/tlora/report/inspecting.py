@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlora import extras
 from tlora.adapter.savedconfig import CONFIG
 from tlora.compare.comparefolder import CompareFolder
 from tlora.errors import ArtifactError, ConfigError
@@ -34,6 +35,7 @@ def run(
         TLoraError: there is nothing to show, or a file is damaged.
     """
     if CompareFolder(path).exists:
+        extras.require("compare", where="inspect")
         show_comparison(CompareFolder(path), tell, against)
         return
     folder = Path(path)
@@ -47,6 +49,7 @@ def run(
             f"{path} contains no comparison and no adapter; remove --against.", "against"
         )
     if EvalFolder(path).exists:
+        extras.require("compare", where="inspect")
         show_evaluation(EvalFolder(path), tell)
         return
     if folder.is_dir() and not file.is_file():

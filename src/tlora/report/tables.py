@@ -27,10 +27,10 @@ def show(plan: AdapterPlan, by: str = "module", console: Console | None = None) 
 def table(plan: AdapterPlan, by: str = "module") -> Table:
     """Return the table; groups of modules sum ranks and parameters, and average the rest.
 
-    "energy" is the fraction of ||W C||_F^2 captured by the subspace of A.
+    "captured energy" is the fraction of ||W C||_F^2 captured by the subspace of A.
     """
     counted = by != "module"
-    head = [by, "modules", "rank", "scale", "sensitivity", "energy", "parameters"]
+    head = [by, "modules", "rank", "scale", "sensitivity", "captured energy", "parameters"]
     rows = [
         [name, *_line(plan, group, counted)] for name, group in groups(plan.modules, by).items()
     ]

@@ -17,7 +17,7 @@ from tlora.errors import ConfigError, DataError, did_you_mean, shortened
 from tlora.tasks import formats, labels, metrics, mixture, rendering
 from tlora.tasks.base import Row, Task, text_of
 from tlora.tasks.dataconfig import DataConfig, Format, Kind
-from tlora.tasks.shapes import Shape, known_shape, preference
+from tlora.tasks.shapes import SHAPES, Shape, known_shape, preference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,12 +197,7 @@ class Jsonl(Task):
             )
         if shape := known_shape(have, self.kind, response):
             return shape
-        raise ConfigError(
-            f"the rows have the columns {', '.join(have)}; name the ones to train on with"
-            " `data.prompt_column` and `data.response_column`, `data.messages_column` or"
-            f" `data.text_column`.{self._other_kind(have)}",
-            where="data",
-        )
+        raise ConfigError(f"{_unrecognized(have)}{self._other_kind(have)}", where="data")
 
     def _other_kind(self, have: list[str]) -> str:
         """Return a hint if the rows fit another kind."""
@@ -293,6 +288,22 @@ class Jsonl(Task):
                 "f1_macro": metrics.f1(classes, labels, average="macro"),
             }
         return {}
+
+
+def _unrecognized(have: list[str]) -> str:
+    """Say how to name the columns of rows without a known shape, and what a misspelled one is."""
+    named = all(map(str.isidentifier, have)) and len(have) == 2
+    prompt, response = (f" {name}" for name in have) if named else (" NAME", " NAME")
+    known = [name for shape in SHAPES for name in shape.columns]
+    hints = [did_you_mean(name, known) for name in have if name not in known]
+    return (
+        f"the column{'s' * (len(have) > 1)} {', '.join(have)}"
+        f" {'are' if len(have) > 1 else 'is'}"
+        " not recognized; say which columns hold the prompt and the response"
+        f" (--data.prompt_column{prompt} --data.response_column{response}), a chat"
+        f" (--data.messages_column) or plain text (--data.text_column)."
+        f"{next(filter(None, hints), '')}"
+    )
 
 
 def _say_unread(file: str, first: Mapping[str, Any], read: Collection[str | None]) -> None:

@@ -155,6 +155,6 @@ def load(setup: Setup, model: Any) -> Prepared:
     path = str(setup.config.continue_from)
     frozen = freezes_a(setup.method, setup.options)
     adapted = load_adapter(model, path, is_trainable=True, freeze=frozen)
-    what = "B trains, A stays frozen" if frozen else "A and B train"
-    logger.info("continues the adapter in %s: %s; no calibration.", path, what)
+    what = "B trains; A stays frozen" if frozen else "A and B train"
+    logger.info("Continuing %s. %s. No calibration is needed.", path, what)
     return Prepared(model=adapted, callbacks=[FrozenACallback()] if frozen else [])

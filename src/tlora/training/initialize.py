@@ -56,6 +56,8 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
     if todo.resumes:
         keep_budget(setup, folder)
     arguments = training_arguments(setup, folder.checkpoints)
+    if arguments.process_index == 0:
+        warn_of_scale(todo.config)
     prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
         warn_of_low_energy(setup.options, prepared.plan)
@@ -63,6 +65,23 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
         folder.start(setup.record(), "init", prepared.plan, todo.inputs)
         save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
+
+
+def warn_of_scale(config: RunConfig) -> None:
+    """Warn if r is given without alpha, which changes the scale alpha / r of the adapter."""
+    options = config.options()
+    own = {field.name: field.default for field in dataclasses.fields(options)}
+    if not {"r", "lora_alpha"} <= own.keys() or "lora_alpha" in config.adapter:
+        return
+    r, alpha = options.r, options.lora_alpha
+    # rsLoRA and its relatives divide by sqrt(r), which a larger r needs.
+    if r == own["r"] or getattr(options, "scale", alpha / r) != alpha / r:
+        return
+    logger.warning(
+        "r is %d and alpha is still %g, so the adapter's output is scaled by %g/%d = %.3g."
+        " To keep the scale at %g, give --alpha %g.",
+        *(r, alpha, alpha, r, alpha / r, alpha / own["r"], alpha / own["r"] * r),
+    )
 
 
 def warn_of_low_energy(options: Any, plan: Plan | None) -> None:
@@ -74,7 +93,7 @@ def warn_of_low_energy(options: Any, plan: Plan | None) -> None:
     if not calibrated or not options.freeze_a or energy is None or energy >= LOW_ENERGY:
         return
     logger.warning(
-        "captured energy %.3f in the mean is below %g: the frozen A misses much of what the layers"
+        "the mean captured energy, %.3f, is below %g: the frozen A misses much of what the layers"
         " compute on this task; double --r and --alpha, or use --method lora, which trains A.",
         energy,
         LOW_ENERGY,

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import presets
+from tlora.config import TLoraConfig
 from tlora.credentials import redacted
 from tlora.files import read_json, replacing_file
 from tlora.integrations.vllm import vllm_rank
+from tlora.shortnames import short_names
 from tlora.training import loading_code
 from tlora.training.runconfig import RunConfig
 
@@ -32,6 +34,7 @@ _FILES = ("train_file", "eval_file")
 _TEXTS = ("data.system", "data.prompt_template")
 """Fields that are not names, even if they start like paths: Qwen's "/no_think"."""
 _OF_THE_MACHINE = ("output_dir", "resume")
+_SHORT = {full: short for short, full in short_names(RunConfig).items()}
 _LOCAL = ("/", "./", "../", "~")
 _PACKAGES = ("tlora", "torch", "transformers", "peft", "trl")
 
@@ -144,7 +147,7 @@ def _changed_flags(config: RunConfig) -> Iterator[tuple[str, str]]:
         for inner, each in value.items():
             if inner not in default[name] or default[name][inner] != each:
                 said = f"{name}.{inner}"
-                yield said, each if said in _TEXTS and each else _word(each)
+                yield _SHORT.get(said, said), each if said in _TEXTS and each else _word(each)
 
 
 def _word(value: Any, files: bool = False) -> str:
@@ -187,7 +190,7 @@ def _facts(
     config, data = setup.config, setup.task.data
     quantized = {"none": "", "nf4": ", quantized to NF4", "int8": ", quantized to 8 bits"}
     yield "base model", f"`{base}`{quantized[config.quantization]}"
-    yield "method", f"`{config.method}`: {setup.method.traits.formula}"
+    yield "method", f"`{config.method}`: {_in_words(setup)}{setup.method.traits.formula}"
     if ranks:
         kinds = sorted({name.rpartition(".")[2] for name in ranks})
         yield "ranks", f"{span(ranks.values())} in {len(ranks)} modules ({', '.join(kinds)})"
@@ -203,6 +206,18 @@ def _facts(
     yield "tokens of a row, at most", str(data.max_length)
     yield "seed", str(config.seed)
     yield "packages", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+
+
+def _in_words(setup: Setup) -> str:
+    """Say in a sentence how task-aware LoRA sets A and what trains; "" for other methods."""
+    options, config = setup.options, setup.config
+    if not isinstance(options, TLoraConfig) or config.continue_from:
+        return ""
+    samples = min(config.calibration.samples, len(setup.train))
+    drawn = options.basis == "random"
+    origin = "drawn at random" if drawn else f"set from {samples} samples of the task"
+    trains = "frozen; only B trains" if options.freeze_a else "trained with B"
+    return f"LoRA whose A is {origin} and then {trains}. "
 
 
 def _rows(files: str | None, rows: Any, otherwise: str) -> str:

@@ -90,7 +90,8 @@ def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
     if longer:
         _announce_longer(merged, folder, longer[0])
     elif finished:
-        logger.info("%s holds this %s, finished; there is nothing to do.", folder.path, noun)
+        longer_by = " To train it longer, raise --epochs or --max_steps." * (verb == "train")
+        logger.info("The %s in %s is already finished.%s", noun, folder.path, longer_by)
         return None
     return Todo(merged, inputs, resumes=True)
 
@@ -226,21 +227,14 @@ def _announce_longer(config: RunConfig, folder: RunFolder, field: str) -> None:
             where="run",
         )
     schedule = str(config.trainer.get("lr_scheduler_type", "linear"))
+    unit = "step" if field == "max_steps" else "epoch"
     effect = (
-        "its learning rate stays the same"
+        "The learning rate stays the same."
         if schedule.startswith("constant")
-        else f"the {schedule} schedule is stretched over all steps, so the learning "
-        "rate jumps up at that point and the weights differ from those of a "
-        "single run of this length"
+        else "The learning rate goes back up, so the result differs from a single"
+        f" {config.trainer[field]:g}-{unit} run."
     )
-    logger.info(
-        "%s is finished; with `%s` at %s it continues training from %s: %s.",
-        folder.path,
-        field,
-        config.trainer[field],
-        checkpoint.name,
-        effect,
-    )
+    logger.info("Training continues at step %d. %s", state["global_step"], effect)
 
 
 def _is_harmless(name: str) -> bool:

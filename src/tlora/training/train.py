@@ -19,7 +19,13 @@ from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import check_engine, guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
-from tlora.training.initialize import adapt, keep_budget, save_adapter, warn_of_low_energy
+from tlora.training.initialize import (
+    adapt,
+    keep_budget,
+    save_adapter,
+    warn_of_low_energy,
+    warn_of_scale,
+)
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
@@ -67,6 +73,8 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     arguments = training_arguments(setup, folder.checkpoints)
     adapt_parts = sharded.engine_of(arguments)
     _refuse_disagreement(todo.resumes, folder)
+    if arguments.process_index == 0 and not todo.resumes:
+        warn_of_scale(todo.config)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
@@ -224,7 +232,7 @@ def _rewound(folder: RunFolder, started: bool) -> Path | None:
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     folder.rewind_log(step)
     if checkpoint:
-        logger.info("resuming the run in %s from step %d.", folder.path, step)
+        logger.info("Resuming %s at step %d.", folder.path, step)
     elif started:
         logger.info("the run in %s starts over: it has no whole checkpoint.", folder.path)
     return checkpoint
