@@ -379,7 +379,7 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     common += ["--calibration.samples", "4", "--trainer.use_cpu", "true"]
     code, out, err = tlora("init", *common, "--output_dir", tmp_path / "init")
     assert code == 0, err
-    assert "14 modules, 28 ranks" in out
+    assert "14 modules, each with rank 2 and scale 4" in out
     code, out, err = tlora("inspect", tmp_path / "init", "--by", "projection")
     assert code == 0, err
     assert "down_proj" in out

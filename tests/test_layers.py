@@ -79,7 +79,7 @@ def scoring_stands_alone(path: str, tree: ast.Module, _: str) -> Iterator[str]:
 LAYERS = (
     ("credentials",),
     ("errors", "extras", "files", "integrity", "registry", "sealed"),
-    ("checks", "presets", "yamlfiles"),
+    ("checks", "presets", "shortnames", "yamlfiles"),
     ("config",),
     ("linalg",),
     ("calibration",),
@@ -91,7 +91,7 @@ LAYERS = (
     ("chat", "verify"),
     ("report",),
     ("demo",),
-    ("verbconfig", "shortnames", "flags", "parsing"),
+    ("verbconfig", "flags", "parsing"),
     ("cli",),
 )
 """From the bottom up: a part imports of its own layer and of those below it."""

@@ -59,7 +59,7 @@ def test_more_steps_extend_it_and_a_line_tells_of_the_schedule(
         assert len({*rates.values()}) == 1
     caplog.clear()
     train.run(command)
-    assert "there is nothing to do" in caplog.text
+    assert "is already finished." in caplog.text
 
 
 def test_at_a_constant_rate_it_ends_with_the_weights_of_one_run(finished, config, tmp_path):

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from tlora.evaluations.utils import Doc, Reading
 
 _GREEDY = {"do_sample": False, "temperature": 0.0}
+_EQUALS = (
+    "A reply is correct if it equals the row's response, ignoring spaces at the ends. Decoding is"
+    " greedy."
+)
+_OF_TASK = "The task reads the reply and scores it by its own metrics. Decoding is greedy."
 _SPACE = 8  # tokens for white space and EOS
 
 
@@ -67,13 +72,11 @@ def rows_task(
     metrics: dict[str, Any]
     if task is None:
         reads, counted = "exact", ["exact_match"]
-        protocol = (
-            "A reply is correct if it equals the row's response, ignoring spaces at the ends."
-        )
+        protocol = _EQUALS
         metrics = dict.fromkeys((*counted, *ROUGE), "mean") | {"chrf": _chrf}
     else:
         reads, counted = "task", ["accuracy"] if task.label_names else []
-        protocol = "The task reads the reply and scores it by its own metrics."
+        protocol = _OF_TASK
         metrics = {metric: _of_all(task, metric) for metric in task.reply_metrics(targets, targets)}
         metrics |= dict.fromkeys(counted, "mean")
 

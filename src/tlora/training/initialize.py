@@ -56,15 +56,19 @@ def _initialize(todo: Todo, folder: RunFolder) -> None:
     if todo.resumes:
         keep_budget(setup, folder)
     arguments = training_arguments(setup, folder.checkpoints)
-    if arguments.process_index == 0:
-        warn_of_scale(todo.config)
     prepared = prepare(setup, setup.load_model(arguments.device))
     if arguments.process_index == 0:
-        warn_of_low_energy(setup.options, prepared.plan)
+        warn(setup, prepared.plan)
         folder.clear()
         folder.start(setup.record(), "init", prepared.plan, todo.inputs)
         save_adapter(prepared, setup, folder.adapter, verb="init")
         folder.finish()
+
+
+def warn(setup: Setup, plan: Plan | None) -> None:
+    """Warn of a scale and of a captured energy that the user may not want."""
+    warn_of_scale(setup.config)
+    warn_of_low_energy(setup.options, plan)
 
 
 def warn_of_scale(config: RunConfig) -> None:

@@ -19,13 +19,7 @@ from tlora.training import model_card, preflight
 from tlora.training.arguments import texts, training_arguments
 from tlora.training.checkpoints import check_engine, guard_checkpoints, rewind, train_from
 from tlora.training.continuing import with_adapter
-from tlora.training.initialize import (
-    adapt,
-    keep_budget,
-    save_adapter,
-    warn_of_low_energy,
-    warn_of_scale,
-)
+from tlora.training.initialize import adapt, keep_budget, save_adapter, warn
 from tlora.training.learningrate import with_learning_rate
 from tlora.training.peak_memory import PeakMemory
 from tlora.training.resume import Todo, continued
@@ -73,15 +67,13 @@ def _train(todo: Todo, folder: RunFolder) -> None:
     arguments = training_arguments(setup, folder.checkpoints)
     adapt_parts = sharded.engine_of(arguments)
     _refuse_disagreement(todo.resumes, folder)
-    if arguments.process_index == 0 and not todo.resumes:
-        warn_of_scale(todo.config)
     seconds: dict[str, float] = {}
     memory = PeakMemory(arguments.device)
     with timed(seconds, "initialise"):
         plan = folder.saved_plan() if todo.resumes else None
         prepared = (adapt_parts or adapt)(setup, arguments.device, plan)
     if plan is None and arguments.process_index == 0:
-        warn_of_low_energy(setup.options, prepared.plan)
+        warn(setup, prepared.plan)
     logger.info("%s", screen.trained_parameters(prepared.model))
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     trainer = make_trainer(setup, prepared, arguments, folder)
