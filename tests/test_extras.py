@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tlora import cli, extras
+from tlora import AdapterPlan, TLoraConfig, cli, extras
+from tlora.adapter.plan import ModulePlan
 from tlora.demo import summary
 from tlora.errors import ConfigError
 
@@ -94,6 +96,17 @@ def test_what_only_tells_needs_no_extra(argv, without, capsys):
     without(*extras.MODULES["judge"], *extras.MODULES["quantized"])
     assert cli.main(argv) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_plan_is_inspected_without_what_only_a_comparison_needs(without, tmp_path, capsys):
+    module = ModulePlan("q", 4, 3, 2, 1.0, torch.eye(2, 4), 0.9, 1.0, "exact")
+    AdapterPlan({"q": module}, TLoraConfig()).save(tmp_path)
+    without("scipy", "sklearn")
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "captured energy: mean 0.900, lowest 0.900" in capsys.readouterr().out
+    table = Path(__file__).parents[1] / "benchmarks" / "quality" / "base-ledger"
+    assert cli.main(["inspect", str(table)]) == 2
+    assert "inspect: scipy, sklearn are not installed; run" in capsys.readouterr().err
 
 
 def test_all_that_is_missing_is_named(without):

@@ -1,6 +1,6 @@
 """The package's extras: the further packages of each verb, and checks that they are installed.
 
-`pip install tlora` brings calibrate, plan, attach, save and load. Checking imports nothing.
+`pip install .` brings calibrate, plan, attach, save and load. Checking imports nothing.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Trainer fields that cannot change the weights; a resumed run may change them.
 _HARMLESS = ("save_", "logging_", "report_to", "run_name", "disable_tqdm", "log_level", "hub_")
 _ADVICE = "use the same value, or another --output_dir."
+_LONGER = {"train": " To train it longer, raise --epochs or --max_steps.", "init": ""}
 _LENGTH = ("max_steps", "num_train_epochs")
 _EPOCHS = 3.0
 """The trainer's own number of epochs."""
@@ -90,8 +91,7 @@ def continued(config: RunConfig, folder: RunFolder, verb: str) -> Todo | None:
     if longer:
         _announce_longer(merged, folder, longer[0])
     elif finished:
-        longer_by = " To train it longer, raise --epochs or --max_steps." * (verb == "train")
-        logger.info("The %s in %s is already finished.%s", noun, folder.path, longer_by)
+        logger.info("The %s in %s is already finished.%s", noun, folder.path, _LONGER[verb])
         return None
     return Todo(merged, inputs, resumes=True)
 
