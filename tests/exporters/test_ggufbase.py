@@ -261,13 +261,14 @@ def test_an_ignored_scale_would_make_llama_cpp_wrong(tmp_path, monkeypatch):
         ("tokenizer.json", {"model": {"type": "BPE"}}),
         ("tokenizer.json", {"added_tokens": [{"id": "0"}]}),
         ("config.json", {"rope_parameters": {"rope_type": "default"}}),
+        ("config.json", {"num_attention_heads": 7}),
     ],
 )
 def test_a_base_whose_files_are_damaged_is_a_sentence(name, change, tmp_path):
     saved(tmp_path, byte_tokenizer())
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     if name == "config.json":
-        config.rope_parameters = change["rope_parameters"]
+        config.update(change)
     else:
         fields = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps(fields | change))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,7 @@ def write_base(
             writer.write_header_to_file()
             _write_fields(writer, folder)
             writer.write_ti_data_to_file()
-            for entry in entries:
-                tensor = entry.read().to(entry.dtype)
+            for entry, tensor in _tensors(folder, entries):
                 if not tensor.isfinite().all():
                     raise untested(f"a base with values beyond float16 ({entry.name})")
                 writer.write_tensor_data(tensor.contiguous().numpy())
@@ -89,13 +88,19 @@ def write_base(
             writer.close()
 
 
+def _tensors(folder: Path, entries: Iterable[_Entry]) -> Iterator[tuple[_Entry, torch.Tensor]]:
+    with readable(str(folder), "model"):
+        for entry in entries:
+            yield entry, entry.read().to(entry.dtype)
+
+
 def _write_fields(writer: GGUFWriter, folder: Path) -> None:
     try:
         writer.write_kv_data_to_file()
     except struct.error as error:
         raise ConfigError(
-            f"{folder / 'config.json'} has a size below 0 or beyond 32 bits, which GGUF cannot hold;"
-            " correct it, or copy the file again.",
+            f"{folder / 'config.json'} has a size below 0 or beyond 32 bits, which GGUF cannot"
+            " hold; correct it, or copy the file again.",
             where="model",
         ) from error
 
