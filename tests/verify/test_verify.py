@@ -89,7 +89,9 @@ def test_the_exit_code_is_that_of_the_reader_that_was_asked_for(varied, server, 
     words = [] if server is None else ["--for", server]
     assert run(varied.adapter, *words) == code
     shown = capsys.readouterr()
-    assert len(shown.out.splitlines()) == len(READERS)
+    *lines, meaning = shown.out.splitlines()
+    assert len(lines) == len(READERS)
+    assert meaning == "exact: the server applies the same update that was trained."
     if code:
         assert {"vllm": "vLLM to 0.31", "sglang": "SGLang", "tgi": "TGI"}[server] in shown.err
         assert f"--for {server}` to convert it" in shown.err
@@ -120,7 +122,26 @@ def test_one_changed_scale_finds_the_module(varied, tmp_path, capsys):
     assert peft["modules"][name] == pytest.approx(0.5, rel=1e-9)
     right = dense(read_lora(varied.adapter))
     assert peft["error"] == pytest.approx(relative(dense(read_lora(other)), right), rel=1e-9)
-    assert name in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert not shown.out.startswith("PEFT")
+    assert f"of {varied.adapter}'s (1 of {len(right)} modules: {name}). If" in shown.err
+
+
+def test_an_export_older_than_the_run_is_no_fault_of_its_readers(varied, tmp_path, capsys):
+    folder, count = exported(varied, tmp_path / "out"), len(read_lora(varied.adapter).keys)
+    assert run(varied.adapter, folder) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{folder} holds the same update as {varied.adapter}."
+    assert len(lines) == len(READERS) + 1
+    change_weights(folder, lambda w: w.update({k: t * 2 for k, t in w.items() if "lora_B" in k}))
+    assert run(varied.adapter, folder, "--for", "sglang") == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == (
+        f"tlora: {folder} does not hold the adapter in {varied.adapter}: the updates differ by 1 of"
+        f" {varied.adapter}'s ({count} of {count} modules). If {varied.adapter} was trained after the export,"
+        " export it again.\n"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -143,7 +164,7 @@ def test_a_missing_or_an_extra_module_is_named(varied, missing, tmp_path, capsys
     pair = (varied.adapter, less) if missing else (less, varied.adapter)
     assert run(*pair) == 1
     said = f"{name} missing" if missing else f"{name} not in the adapter"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
 
 
 def test_a_tensor_beside_the_matrices_is_compared_too(tmp_path, capsys):
@@ -152,7 +173,7 @@ def test_a_tensor_beside_the_matrices_is_compared_too(tmp_path, capsys):
     assert run(saved.adapter, other) == 0
     change_weights(other, lambda w: w["base_model.model.lm_head.weight"].add_(1))
     assert run(saved.adapter, other) == 1
-    assert "lm_head.weight changed" in capsys.readouterr().out
+    assert "lm_head.weight changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

@@ -78,6 +78,32 @@ _SHOWN = 1e-12
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Return one line per reader."""
+    """Return one line per reader, and the meaning of "exact" if one is."""
     width = max(len(verdict.title) for verdict in verdicts)
-    return "\n".join(f"{verdict.title:<{width}}  {verdict.words()}" for verdict in verdicts)
+    lines = [f"{verdict.title:<{width}}  {verdict.words()}" for verdict in verdicts]
+    if any(verdict.exact for verdict in verdicts):
+        lines.append("exact: the server applies the same update that was trained.")
+    return "\n".join(lines)
+
+
+def outdated(own: Verdict, export: str, adapter: str, modules: int) -> str:
+    """Explain that an export differs from the adapter, whichever program reads it.
+
+    Args:
+        own: PEFT's verdict on the export, not exact.
+        export: path of the export, as typed.
+        adapter: path of the run or adapter, as typed.
+        modules: the adapter's number of modules.
+    """
+    said = [*own.faults]
+    if own.modules or not said:
+        names = sorted(own.modules, key=lambda name: -own.modules[name])
+        which = f": {listed(names, _WORST)}" if 0 < len(names) < modules else ""
+        size = "the updates differ"
+        if own.error is not None and math.isfinite(own.error):
+            size += f" by {own.error:.2g} of {adapter}'s"
+        said.insert(0, f"{size} ({len(names)} of {modules} modules{which})")
+    return (
+        f"{export} does not hold the adapter in {adapter}: {'; '.join(said)}. If {adapter} was"
+        " trained after the export, export it again."
+    )

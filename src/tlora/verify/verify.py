@@ -19,7 +19,7 @@ from tlora.files import write_json
 from tlora.models.pretrained import Pretrained
 from tlora.training.runfolder import RunFolder
 from tlora.verify import adapters
-from tlora.verify.verdicts import Verdict, table
+from tlora.verify.verdicts import Verdict, outdated, table
 from tlora.verify.verifyconfig import VerifyConfig
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         raise VerificationError(str(error)) from error
     if rank:
         tell(f"{found[-1].path} is compared with {found[0].path} cut to rank {rank}.")
-    tell(table(verdicts))
+    differs = subject is not None and subject.kind == "adapter" and not verdicts[0].exact
+    if not differs:
+        if subject is not None and subject.kind == "adapter":
+            tell(f"{config.paths[1]} holds the same update as {config.paths[0]}.")
+        tell(table(verdicts))
     measured = _by_replies(config, lora, subject, verdicts, rank)
     for line in measured.lines if measured else ():
         tell(line)
@@ -80,6 +84,9 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         }
         write_json(config.output, record)
         tell(f"numbers: {config.output}")
+    if differs:
+        words = outdated(verdicts[0], config.paths[1], config.paths[0], len(meant.keys))
+        raise VerificationError(words)
     faults = _wrong(config, verdicts) + (measured.faults if measured else [])
     if faults:
         again = f"; run `tlora export {config.paths[0]} --for {config.server}` to convert it"
