@@ -32,6 +32,9 @@ def folder(saved, tmp_path_factory):
     return made
 
 
+EXACT = "exact: the server applies the same update that was trained."
+
+
 def run(tmp_path, *words):
     """Run `tlora verify`; return the exit code and the numbers."""
     numbers = tmp_path / "numbers.json"
@@ -52,7 +55,7 @@ def test_only_readers_of_the_format_are_listed_and_any_other_is_refused(saved, f
     words = ["verify", str(saved.adapter), str(folder / "adapter.gguf"), "--for", "vllm"]
     assert cli.main(words) == 1
     shown = capsys.readouterr()
-    assert [line.partition(" (")[0] for line in shown.out.splitlines()] == ["llama.cpp"]
+    assert [line.partition(" (")[0] for line in shown.out.splitlines()] == ["llama.cpp", EXACT]
     assert "vllm does not read this format" in shown.err
 
 

@@ -84,10 +84,11 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         }
         write_json(config.output, record)
         tell(f"numbers: {config.output}")
+    replied = measured.faults if measured else []
     if differs:
         words = outdated(verdicts[0], config.paths[1], config.paths[0], len(meant.keys))
-        raise VerificationError(words)
-    faults = _wrong(config, verdicts) + (measured.faults if measured else [])
+        raise VerificationError(" ".join([words, *replied]))
+    faults = _wrong(config, verdicts) + replied
     if faults:
         again = f"; run `tlora export {config.paths[0]} --for {config.server}` to convert it"
         raise VerificationError("; ".join(faults) + (again if config.server in SERVERS else ""))
