@@ -147,8 +147,8 @@ def test_the_report_compares_models_by_a_correlation(folder):
     assert adapter.difference.interval.mean == pytest.approx(adapter.score.mean - base.score.mean)
     assert results.tested == 1
     text = evaluation.write(folder).text
-    assert "not a mean of item scores" not in text
-    assert "adapter compared with base: better on stsb." in text
+    assert "no interval" not in text
+    assert "By pearson, adapter is better than base on stsb." in text
 
 
 def test_a_score_that_its_predictions_do_not_make_is_not_compared(folder):

@@ -111,7 +111,7 @@ def test_a_loss_is_shown_as_it_is_and_a_lower_one_is_better(tmp_path):
     text = evaluation.write(folder).text
     assert f"| arc | nll, lower is better | 40 | {base.score.mean:.4f} |" in text
     assert "(\N{MINUS SIGN}0.5000, " in text
-    assert "good compared with base: better on arc." in text
+    assert "By nll, good is better than base on arc." in text
 
 
 def test_the_turns_of_a_conversation_are_drawn_together(folder):
@@ -127,14 +127,38 @@ def test_what_the_noise_could_have_done_is_never_called_a_win(folder):
     results = results_of(folder)
     assert [cell.difference.better for cell in results.rows[0].cells[1:]] == [1, 0]
     assert evalwording.summary(results) == (
-        "good compared with base: better on sums, chat."
-        " same compared with base: tied on sums, chat."
+        "By exact_match, good is better than base on sums. By rating, good is better than base on"
+        " chat. By exact_match, same ties with base on sums. By rating, same ties with base on"
+        " chat."
     )
     line = evaluation.write(folder).text.splitlines()[2]
     _, good, same = line.strip("| ").split(" | ")[3:]
     assert good.startswith("0.4667 (+0.1700, +0.12")
     assert good.endswith(": better)")
     assert same.endswith(": tie)")
+
+
+def test_a_metric_that_is_zero_for_all_is_not_the_whole_verdict(tmp_path):
+    """As the exact match of long replies, of which no model repeats one."""
+    draw = random.Random(1)
+    made = {}
+    for model, rise in (("base", 0.0), ("good", 0.3)):
+        made[model] = evaluations.lines([0.0] * 40)
+        for line in made[model]:
+            line["scores"] |= {name: draw.random() / 2 + rise for name in ("rouge1", "rougeL")}
+    folder = evaluations.write(tmp_path / "out", {"jsonl": made})
+    task = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"][0]
+    task["metrics"] += ["chrf", "-loss"]
+    for scores in task["scores"].values():
+        scores |= {"chrf": 20.0, "-loss": -1.16}
+    evaluations.change(folder, tasks=[task])
+    text = evaluation.write(folder).text
+    assert (
+        "\nexact_match is 0 for both models, so it cannot tell them apart. By rouge1 and rougeL"
+        " good is better.\n" in text
+    )
+    note = "- chrf and loss have no interval: they are computed over all rows at once."
+    assert text.count("no interval") == text.splitlines().count(note) == 1
 
 
 def test_what_holds_alone_and_not_with_all_others_is_marked(tmp_path):
@@ -183,7 +207,7 @@ def test_a_score_that_is_no_mean_of_items_is_shown_and_not_compared(folder):
     # The items are listed by the metric that they have.
     assert [row.metric for row in results.listed] == ["exact_match", "rating"]
     text = evaluation.write(folder).text
-    assert "sums (f1): the score is not a mean of item scores" in text
+    assert "sums: f1 has no interval: it is computed over all rows at once." in text
     assert "| sums | f1 | 300 | 0.4100 | 0.5200 | 0.4000 |" in text
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
 from tlora.report.numbers import count
 from tlora.report.outcomes import Cell, EvaluationResults, Row
 from tlora.report.read_evaluation import TaskSamples
@@ -43,24 +46,67 @@ def summary(results: EvaluationResults) -> str:
     """Summarize what the table shows and what it does not."""
     if not results.others:
         return f"{results.first} is the only model. Its replies are in samples/."
-    return " ".join(_summary(results, model) for model in results.others)
+    useless = [row for row in results.rows if row.main and _is_useless(row)]
+    return " ".join([*_useless(results, useless), *(_of(results, m) for m in results.others)])
 
 
-def _summary(results: EvaluationResults, model: str) -> str:
-    named: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    rows = [row for row in results.rows if row.main]
-    for row in rows:
-        found = next(cell for cell in row.cells if cell.model == model).difference
-        if found is not None:
-            named[found.better].append(row.task.name)
-    parts = [
-        f"{word} on {', '.join(named[way])}"
-        for way, word in ((1, "better"), (-1, "worse"), (0, "tied"))
-        if named[way]
+def _is_useless(row: Row) -> bool:
+    """Whether the metric is 0 for every model."""
+    return len(row.cells) > 1 and all(cell.score and cell.score.mean == 0 for cell in row.cells)
+
+
+def _useless(results: EvaluationResults, rows: list[Row]) -> Iterator[str]:
+    for metric, tasks in _grouped((row.metric, row.task.name) for row in rows).items():
+        models = f"{'both' if len(results.others) == 1 else 'all'} models{_on(results, tasks)}"
+        yield f"{metric} is 0 for {models}, so it cannot tell them apart."
+
+
+_WAYS = ((1, "is better than"), (-1, "is worse than"), (0, "ties with"))
+
+
+def _of(results: EvaluationResults, model: str) -> str:
+    """Compare a model with the first, by the main metrics and then by the others that differ."""
+    differs = [
+        (row, cell.difference.better)
+        for row in results.rows
+        for cell in row.cells
+        if cell.model == model and cell.difference is not None
     ]
-    if not parts:
+    main = [(row, way) for row, way in differs if row.main]
+    if not main:
         return f"{model} is not compared with {results.first}."
-    return f"{model} compared with {results.first}: {'; '.join(parts)}."
+    said = []
+    for metric, rows in _grouped((r.metric, (r, w)) for r, w in main if not _is_useless(r)).items():
+        found = _grouped((way, row.task.name) for row, way in rows)
+        parts = [
+            f"{words} {results.first} on {_and(found[way])}" for way, words in _WAYS if way in found
+        ]
+        said.append(f"By {metric}, {model} {' and '.join(parts)}.")
+    others = _grouped(((r.task.name, w), r.metric) for r, w in differs if w and not r.main)
+    alike = _grouped(((*metrics,), (task, way)) for (task, way), metrics in others.items())
+    for metrics, places in alike.items():
+        for way, tasks in _grouped((way, task) for task, way in places).items():
+            who, word = "it" if said else model, "better" if way > 0 else "worse"
+            said.append(f"By {_and(metrics)} {who} is {word}{_on(results, tasks)}.")
+    return " ".join(said)
+
+
+def _on(results: EvaluationResults, tasks: Sequence[str]) -> str:
+    return f" on {_and(tasks)}" if len(results.evaluation.tasks) > 1 else ""
+
+
+def _and(names: Sequence[str]) -> str:
+    """Return "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Return the second values by the first."""
+    found: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def task(found: TaskSamples) -> str:
@@ -91,10 +137,9 @@ def remarks(results: EvaluationResults) -> list[str]:
         for model, lost in found.truncated.items()
         if lost
     ]
-    said += [
-        f"{name(row)}: the score is not a mean of item scores, so it has no interval and no"
-        " comparison."
-        for row in results.rows
-        if not (row.by_item or row.together) and row.task.samples
-    ]
+    whole = [r for r in results.rows if not (r.by_item or r.together) and r.task.samples]
+    for found, metrics in _grouped((row.task.name, row.metric) for row in whole).items():
+        place = f"{found}: " if len(results.evaluation.tasks) > 1 else ""
+        words = "have no interval: they are" if metrics[1:] else "has no interval: it is"
+        said.append(f"{place}{_and(metrics)} {words} computed over all rows at once.")
     return said
