@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -391,7 +392,14 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
     assert "of 8 training rows, 8 repeat a prompt of" in err
     code, out, err = tlora(*training, "--data.overlap", "allow")
     assert code == 0, err
-    assert '"loss":' in out
+    assert re.search(
+        r"^On the 8 held-out rows: loss \d\.\d{3}, .*token accuracy 0\.\d{3}\.$", out, re.M
+    )
+    run = tmp_path / "run"
+    assert out.splitlines()[-1] == (
+        f"Next: tlora chat {run} · tlora eval {run} --with_base --test_file FILE ·"
+        f" tlora export {run} --for vllm --output_dir served"
+    )
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in out
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     for command in (
@@ -402,7 +410,8 @@ def test_init_inspect_and_train_end_to_end(tlora, tmp_path, saved, tiny_llama):
         code, out, err = tlora(*command)
         assert code == 0, err
         assert f"adapter: {command[command.index('--output_dir') + 1] / 'adapter'}" in out
-        assert ("init" in command) == ('"loss":' not in out)
+        trains = "init" not in command
+        assert (out.count("Next: "), out.count("held-out rows: loss ")) == (trains, trains)
 
 
 @pytest.mark.parametrize("value", ["-1", "0", "1.5", "nan", "1e999"])

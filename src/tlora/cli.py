@@ -93,9 +93,13 @@ def init(config: InitConfig) -> None:
 def train(config: RunConfig) -> None:
     """Initialize, train, evaluate and save."""
     no_bars_in_batch_jobs()
+    from tlora.training import closing
     from tlora.training.train import run
 
-    _report(run(config))
+    folder = run(config)
+    _report(folder)
+    if os.environ.get("RANK", "0") == "0" and (words := closing.next_commands(folder)):
+        _say(words)
 
 
 def chat(config: ChatConfig) -> None:
@@ -335,8 +339,10 @@ def _report(folder: Any) -> None:
         from tlora import AdapterPlan
 
         _say(AdapterPlan.load(folder.plan).summary())
-    if folder.metrics.is_file():
-        _say(f"metrics: {folder.metrics.read_text(encoding='utf-8').strip()}")
+    from tlora.training import closing
+
+    if words := closing.held_out(folder):
+        _say(words)
     _say(f"adapter: {folder.adapter}")
 
 

@@ -99,7 +99,9 @@ def _train(todo: Todo, folder: RunFolder) -> None:
         if metrics:
             write_json(folder.metrics, metrics)
             model_card.write(folder.adapter, setup, metrics)
-        folder.finish({"trainable_parameters": trainable, "seconds": seconds})
+        measured = {"trainable_parameters": trainable, "seconds": seconds}
+        rows = {} if setup.held_out is None else {"held_out_rows": len(setup.held_out)}
+        folder.finish(measured | rows)
 
 
 def _name_best(trainer: Any) -> None:

@@ -48,13 +48,7 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         ConfigError: a path has nothing to verify, or the base is unknown.
         VerificationError: the verification fails, or a file is damaged.
     """
-    found = [artifact_at(path) for path in config.paths]
-    if found[0].kind != "adapter":
-        raise ConfigError(
-            f"{found[0].path} has no PEFT adapter to compare with; give one first: tlora"
-            f" verify ADAPTER {found[0].path}",
-            "paths",
-        )
+    found = _artifacts(config)
     subject = found[1] if found[1:] else None
     try:
         lora = read_lora(found[0].path)
@@ -66,10 +60,11 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         raise VerificationError(str(error)) from error
     if rank:
         tell(f"{found[-1].path} is compared with {found[0].path} cut to rank {rank}.")
-    differs = subject is not None and subject.kind == "adapter" and not verdicts[0].exact
+    compares = subject is not None and subject.kind == "adapter"
+    differs = compares and not verdicts[0].exact
+    if compares and not differs:
+        tell(f"{config.paths[1]} holds the same update as {config.paths[0]}.")
     if not differs:
-        if subject is not None and subject.kind == "adapter":
-            tell(f"{config.paths[1]} holds the same update as {config.paths[0]}.")
         tell(table(verdicts))
     measured = _by_replies(config, lora, subject, verdicts, rank)
     for line in measured.lines if measured else ():
@@ -92,6 +87,17 @@ def run(config: VerifyConfig, tell: Tell) -> None:
     if faults:
         again = f"; run `tlora export {config.paths[0]} --for {config.server}` to convert it"
         raise VerificationError("; ".join(faults) + (again if config.server in SERVERS else ""))
+
+
+def _artifacts(config: VerifyConfig) -> list[Artifact]:
+    found = [artifact_at(path) for path in config.paths]
+    if found[0].kind != "adapter":
+        raise ConfigError(
+            f"{found[0].path} has no PEFT adapter to compare with; give one first: tlora"
+            f" verify ADAPTER {found[0].path}",
+            "paths",
+        )
+    return found
 
 
 def artifact_at(path: str) -> Artifact:

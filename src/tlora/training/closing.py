@@ -1,0 +1,49 @@
+"""The last lines of a training: scores on the held-out rows, and the next commands."""
+
+from __future__ import annotations
+
+import shlex
+
+from tlora.adapter.saved import VARIANTS
+from tlora.adapter.savedconfig import CONFIG
+from tlora.files import read_json
+from tlora.sealed import adapter_fields
+from tlora.training.runfolder import RunFolder
+
+_NAMES = {"mean_token_accuracy": "token accuracy"}
+_NO_SCORES = ("epoch", "entropy")
+_NOT_SERVED = (
+    *VARIANTS,
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+)
+
+
+def held_out(folder: RunFolder) -> str:
+    """Return the scores on the held-out rows in one sentence; "" if there are none."""
+    if not folder.metrics.is_file():
+        return ""
+    scores = ", ".join(
+        f"{_NAMES.get(name, name.replace('_', ' '))} {value:.3f}"
+        for name, value in read_json(folder.metrics).items()
+        if isinstance(value, int | float) and name not in _NO_SCORES
+    )
+    rows = folder.measured().get("held_out_rows")
+    return f"On the {'' if rows is None else f'{rows:,} '}held-out rows: {scores}."
+
+
+def next_commands(folder: RunFolder) -> str:
+    """Return the commands that fit the run's adapter in one line; "" if it has none."""
+    if not (folder.adapter / CONFIG).is_file():
+        return ""
+    fields, run = adapter_fields(folder.adapter / CONFIG), shlex.quote(str(folder.path))
+    base = "" if fields.get("task_type") == "SEQ_CLS" else " --with_base"
+    said = [f"tlora chat {run}", f"tlora eval {run}{base} --test_file FILE"]
+    plain = not any(fields.get(name) for name in _NOT_SERVED)
+    plain = plain and fields.get("bias", "none") == "none"
+    if fields.get("peft_type") == "LORA" and fields.get("task_type") == "CAUSAL_LM" and plain:
+        said.append(f"tlora export {run} --for vllm --output_dir served")
+    return f"Next: {' · '.join(said)}"
