@@ -241,9 +241,9 @@ class Section:
             kind, value = hints(type(self))[field.name], getattr(self, field.name)
             if is_section(kind) and isinstance(value, kind):
                 found += value.faults()
-            elif wrong := self._value_faults(field.name, kind, value):
+            elif wrong := self._value_faults(field.metadata.get("typed", field.name), kind, value):
                 found += wrong
-                named += (f"`{self.prefix}{field.name}` ",)
+                named += (f"`{self.prefix}{field.name}` ", *field.metadata.get("typed", "").split())
                 vars(sound)[field.name] = default_of(field)
         # Relations see the default instead of each invalid value, so they never meet a wrong type;
         # their complaints about such a default are dropped. A required field has no default.

@@ -57,7 +57,7 @@ class ExportConfig(MergeConfig):
 
     format: str | None = None
     """Format of the result; `tlora list formats` lists them."""
-    server: Server | None = None
+    server: Server | None = field(default=None, metadata={"typed": "--for"})
     """Target server: selects the format and prints the serving command."""
     base_gguf: bool = False
     """Also write the base model as a GGUF file (float16)."""

@@ -28,7 +28,7 @@ class VerifyConfig(Record):
     paths: list[str] = field(metadata={"positional": True})
     """An adapter (the folder of a run, or of any LoRA saved by PEFT), and optionally an export of
     it to compare: another adapter, a merged model, or a folder with an adapter.gguf."""
-    server: Reader | None = None
+    server: Reader | None = field(default=None, metadata={"typed": "--for"})
     """The reader to check."""
     model: str | None = None
     """Base model, instead of the one named by the adapter; loads it and compares replies."""
