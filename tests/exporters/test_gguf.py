@@ -152,10 +152,14 @@ def test_without_the_base_it_says_where_to_put_it(tmp_path, capsys):
     saved = save(SERVED["llama"], tmp_path)
     argv = ["export", str(saved.adapter), "--for", "llama.cpp", "--output_dir"]
     assert cli.main([*argv, str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "as base.gguf" in said
+    *_, command, needs = capsys.readouterr().out.splitlines()
     out = tmp_path / "out"
-    assert f"llama-server -m {out}/base.gguf --lora {out}/adapter.gguf" in said
+    assert command == f"serve with: llama-server -m {out}/base.gguf --lora {out}/adapter.gguf"
+    assert needs == (
+        f"You still need {out}/base.gguf: make it with llama.cpp's convert_hf_to_gguf.py, or export"
+        " again with --base_gguf into a new folder."
+    )
+    assert "You still need out/base.gguf" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_base_is_named_or_asked_for(tmp_path):

@@ -122,7 +122,10 @@ def lower_case(tokenizer):
         (byte_tokenizer(pre_tokenizers.ByteLevel(True)), "splits text by ByteLevel"),
         (lower_case(byte_tokenizer()), "splits text by Lowercase"),
         (lower_case(scored_tokenizer(False)), "a step Lowercase"),
-        (byte_tokenizer(byte_fallback=True), "without tokens for them"),
+        (
+            byte_tokenizer(byte_fallback=True),
+            "it falls back to bytes but has no byte tokens",
+        ),
     ],
 )
 def test_an_unknown_tokenizer_is_refused(tokenizer, what, tmp_path):

@@ -44,6 +44,8 @@ class Export:
     """Notes on padding, truncation, zero filling and rounding, one sentence each."""
     largest_rank: int | None = None
     """Ranks of the written matrices; None if there are none."""
+    todo: str = ""
+    """What the serving command still needs; `{folder}` stands for the folder."""
 
 
 class Exporter(Protocol):

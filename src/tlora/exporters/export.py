@@ -41,6 +41,8 @@ class Exported:
     """Titles of the readers that read it exactly."""
     command: str
     """The serving command."""
+    todo: str = ""
+    """What the command still needs."""
 
 
 def run(config: ExportConfig) -> Exported:
@@ -75,10 +77,11 @@ def run(config: ExportConfig) -> Exported:
         )
         command = serving_line(name, config.server, artifact, exact)
         shown = command.replace(artifact.folder, folder.name)
-        card.write(part, source, name, [*notes, *_each_lost(cut)], exact, shown)
+        todo = [done.todo.format(folder=folder.name)] if done.todo else []
+        card.write(part, source, name, [*notes, *_each_lost(cut), *todo], exact, shown)
         seal_beside(part)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Exported(folder, name, size, notes, exact, command)
+    return Exported(folder, name, size, notes, exact, command, done.todo.format(folder=folder))
 
 
 def serving_line(form: str, server: str | None, artifact: Artifact, exact: list[str]) -> str:
@@ -232,3 +235,5 @@ def show(done: Exported, tell: Tell) -> None:
         tell(f"exact in: {', '.join(done.exact)}")
     if done.command:
         tell(f"serve with: {done.command}")
+    if done.todo:
+        tell(done.todo)

@@ -49,13 +49,12 @@ class Gguf:
 
             write_base(folder / BASE, base_folder(source.base), config)
         (folder / MODELFILE).write_text(modelfile(), encoding="utf-8")
-        notes = []
-        if not source.config.base_gguf:
-            notes = [
-                f"Put the base model's GGUF file next to the adapter as {BASE}, or export with"
-                " --base_gguf."
-            ]
-        return Export(notes, max(lora.rank(name) for name in lora.keys))
+        todo = (
+            f"You still need {{folder}}/{BASE}: make it with llama.cpp's convert_hf_to_gguf.py, or"
+            " export again with --base_gguf into a new folder."
+        )
+        largest = max(lora.rank(name) for name in lora.keys)
+        return Export([], largest, "" if source.config.base_gguf else todo)
 
 
 def modelfile() -> str:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora.errors import ConfigError
 from tlora.exporters.gguffamilies import untested
 
 if TYPE_CHECKING:
@@ -51,7 +52,12 @@ def add_tokens(writer: GGUFWriter, folder: Path, rows: int) -> None:
     tokens, types = _tokens(data, rows)
     if data["model"].get("byte_fallback", False):
         if "<0x0A>" not in data["model"]["vocab"]:
-            raise untested("a tokenizer whose fallback is bytes, without tokens for them,")
+            raise ConfigError(
+                "tlora cannot write this model's tokenizer to GGUF: it falls back to bytes but has"
+                " no byte tokens; write base.gguf with llama.cpp's convert_hf_to_gguf.py, which"
+                " works with the adapter.",
+                "base_gguf",
+            )
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(merges, tokens))
