@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import re
 import subprocess
@@ -271,7 +272,7 @@ def test_the_runs_seed_is_the_methods_unless_it_has_its_own(resolved):
         ),
         (["inspect"], "`path` is missing; `tlora inspect` needs a run's folder"),
         (["compare", "--learning_rates", "fast"], "`learning_rates` is ['fast']; give positive"),
-        (["inspect", "nowhere"], "nowhere: there is no such file."),
+        (["inspect", "nowhere"], "there is no run or adapter 'nowhere'; give the folder of one"),
         (["inspect", "."], "there is no plan.safetensors and no adapter; give the folder of a run"),
     ],
 )
@@ -437,3 +438,17 @@ def test_a_warning_is_its_text_alone(tlora, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
     tlora("--version")
     assert warnings.formatwarning("be careful", UserWarning, "file.py", 3) == "be careful\n"
+
+
+@pytest.mark.parametrize("verb", ["inspect", "export", "verify", "chat"])
+def test_a_misspelled_run_is_named_with_the_one_beside_it(tlora, verb, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    more = ["--for", "vllm", "--output_dir", "out"] if verb == "export" else []
+    code, _, err = tlora(verb, "runn", *more)
+    assert code == 2
+    assert err.endswith(
+        "there is no run or adapter 'runn'; give the folder of one (`hf download` fetches one from"
+        " the Hub). Did you mean 'run'?\n"
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import integrity
-from tlora.errors import ArtifactError, ConfigError
+from tlora.errors import ArtifactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,17 @@ def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def no_adapter(path: str | Path) -> str:
+    """Return the sentence for a run or adapter that is not there, with a similar folder if any."""
+    folder = Path(path)
+    beside = folder.absolute().parent
+    names = [each.name for each in beside.iterdir() if each.is_dir()] if beside.is_dir() else []
+    return (
+        f"there is no run or adapter {str(path)!r}; give the folder of one (`hf download` fetches"
+        f" one from the Hub).{did_you_mean(folder.name, sorted(names))}"
+    )
 
 
 def refuse_missing(path: str | Path) -> None:

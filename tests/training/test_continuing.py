@@ -121,9 +121,11 @@ def test_a_run_is_trained_further_as_it_was(first, further, method, adapter, tra
     )
 
 
-def test_an_adapter_of_no_run_trains_a_and_b_on_its_own_base(stock, further, llama_folder):
+def test_an_adapter_of_no_run_trains_a_and_b_on_its_own_base(stock, further, llama_folder, caplog):
+    caplog.set_level("INFO", "tlora")
     command = further(stock)
     run = train.run(command)
+    assert f"A and B train ({stock} does not record whether A was frozen; continue" in caplog.text
     assert moved(weights(stock), weights(run.adapter)) == {"lora_A", "lora_B"}
     adapter = run.config()["adapter"]
     assert (adapter["r"], adapter["lora_alpha"]) == (3, 6)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from tlora import extras
 from tlora.chat.chatconfig import ChatConfig
 from tlora.errors import ConfigError, DataError, Faults
 from tlora.evaluate.evaluated_models import sketch
+from tlora.files import no_adapter
 from tlora.tasks.rendering import named_template
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
                 f"the piped input is not valid {error.encoding}; pipe in text."
             ) from None
         if not prompt.strip():
+            _refuse_missing(config.path)
             raise DataError("the piped input is empty; give --prompt, or pipe in text.")
     partner = make_partner(config)
     if prompt is not None:
@@ -69,6 +72,21 @@ def run(config: ChatConfig, stdin: TextIO, show: Show) -> None:
         return
     logger.info("%s /clear starts a new conversation, /exit quits.", partner.says)
     talk(partner, _lines(), show)
+
+
+def _refuse_missing(path: str) -> None:
+    """Check that there is a model, here or on the Hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from tlora.models.pretrained import check_hub
+
+    try:
+        if not Path(path).exists():
+            check_hub(path, "config.json", "adapter_config.json")
+    except ConfigError:
+        raise ConfigError(no_adapter(path), "path") from None
 
 
 def check(config: ChatConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tlora.errors import ConfigError
 from tlora.evaluate.evalconfig import EvalConfig
-from tlora.files import read_json
+from tlora.files import no_adapter, read_json
 from tlora.models.pretrained import Pretrained, check_hub, check_model_folder
 from tlora.sealed import adapter_fields
 from tlora.training.runfolder import RunFolder
@@ -182,7 +182,7 @@ def _places(path: str) -> tuple[str, str | None] | None:
     if folder.exists():
         raise ConfigError(f"{path} is a file; give the folder of a model or an adapter.")
     if not _HUB_NAME.fullmatch(path):
-        raise ConfigError(f"there is no folder {path!r}; give the folder of a model or an adapter.")
+        raise ConfigError(no_adapter(path))
     return None
 
 

@@ -18,7 +18,7 @@ from tlora.exporters.checkpoint import INDEX
 from tlora.exporters.exportconfig import ExportConfig
 from tlora.exporters.servers import SERVERS, Artifact
 from tlora.exporters.truncate import Cut, truncated
-from tlora.files import refuse_unusable, replacing_folder
+from tlora.files import no_adapter, refuse_unusable, replacing_folder
 from tlora.models.pretrained import Pretrained
 from tlora.models.skeleton import layer_sizes
 from tlora.registry import FORMATS
@@ -126,6 +126,8 @@ def adapter_folder(path: str) -> Path:
     if RunFolder(folder).exists and not (folder / CONFIG).is_file():
         folder = RunFolder(folder).adapter
     if not (folder / CONFIG).is_file():
+        if not folder.exists():
+            raise ConfigError(no_adapter(path), "path")
         what = "contains no adapter" if folder.is_dir() else "is not a folder"
         raise ConfigError(
             f"{path} {what}; give the folder of a run or of an adapter, with {CONFIG} (`hf"

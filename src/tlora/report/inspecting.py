@@ -11,7 +11,7 @@ from tlora.adapter.savedconfig import CONFIG
 from tlora.compare.comparefolder import CompareFolder
 from tlora.errors import ArtifactError, ConfigError
 from tlora.evaluate.evalfolder import EvalFolder
-from tlora.files import refuse_missing
+from tlora.files import no_adapter, refuse_missing
 
 if TYPE_CHECKING:
     from tlora.report.adapters import Inspection
@@ -57,6 +57,8 @@ def run(
             f"{path}: there is no plan.safetensors and no adapter; give the folder of a run,"
             " adapter, comparison or evaluation."
         )
+    if not file.exists():
+        raise ConfigError(no_adapter(path), "path")
     refuse_missing(file)
     _show_plan(file, tell, by)
     if adapter:
