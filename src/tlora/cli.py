@@ -93,11 +93,12 @@ def init(config: InitConfig) -> None:
 def train(config: RunConfig) -> None:
     """Initialize, train, evaluate and save."""
     no_bars_in_batch_jobs()
-    from tlora.training import closing
     from tlora.training.train import run
 
     folder = run(config)
     _report(folder)
+    from tlora.training import closing
+
     if os.environ.get("RANK", "0") == "0" and (words := closing.next_commands(folder)):
         _say(words)
 
