@@ -108,6 +108,19 @@ def test_memory_that_runs_out_is_no_fault_of_the_files(folder):
         raise torch.OutOfMemoryError("too little")
 
 
+def test_a_panic_of_the_library_tokenizers_is_a_sentence(folder):
+    class PanicException(BaseException):
+        """As PyO3 makes it: no Exception."""
+
+    with (
+        pytest.raises(ConfigError, match="cannot be loaded: range end"),
+        pretrained.readable(str(folder), "tokenizer"),
+    ):
+        raise PanicException("range end index 6 out of range")
+    with pytest.raises(KeyboardInterrupt), pretrained.readable(str(folder), "tokenizer"):
+        raise KeyboardInterrupt
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Answer every question to the Hub with an error; return what was asked."""

@@ -151,6 +151,9 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path, change):
     change(rows)
     with pytest.raises(DataError, match=r"mine.jsonl: not FastChat's prompts"):
         read_prompts(write(tmp_path, rows))
+    (tmp_path / "mine.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"mine.jsonl: not FastChat's prompts"):
+        read_prompts(tmp_path / "mine.jsonl")
 
 
 def test_means_are_over_answers_and_leave_the_unrated_out():

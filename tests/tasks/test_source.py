@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from datasets import Dataset
 from huggingface_hub.errors import RepositoryNotFoundError
+from pyarrow import parquet
 
 from tlora.errors import ConfigError, DataError
 from tlora.tasks import source
@@ -67,6 +68,15 @@ def packed(file, text):
 def test_files_packed_by_zstandard_are_read(name, text, tmp_path):
     rows = read_file(packed(tmp_path / name, text))
     assert rows["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("fields", [{"text": {"_type": "Value"}}, "text"])
+def test_parquet_with_damaged_metadata_is_named(tmp_path, fields):
+    described = json.dumps({"info": {"features": fields}})
+    table = pyarrow.table({"text": ["one"]}).replace_schema_metadata({"huggingface": described})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet: cannot be read as rows"):
+        read_file(str(tmp_path / "rows.parquet"))
 
 
 def test_a_damaged_zstandard_file_is_named(tmp_path):

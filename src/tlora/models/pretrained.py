@@ -258,7 +258,10 @@ def readable(name: str, part: str) -> Iterator[None]:
         yield
     except (TLoraError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic in the library tokenizers is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         files = (file.name for file in Path(name).glob("*"))
         if part == "tokenizer" and Path(name).is_dir() and not any(map(_TOKENIZER.search, files)):
             raise ConfigError(

@@ -356,7 +356,6 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset:
 def _load(where: str, builder: str, **options: Any) -> Dataset:
     import datasets
 
-    unreadable = (OSError, ValueError, StopIteration, RecursionError)
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     log = logging.getLogger("datasets")
@@ -364,7 +363,9 @@ def _load(where: str, builder: str, **options: Any) -> Dataset:
     log.setLevel(logging.CRITICAL)  # our own message reports a broken file
     try:
         return datasets.load_dataset(builder, **options)
-    except (*unreadable, datasets.exceptions.DatasetsError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged metadata can raise anything
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             raise _no_rows(where) from error
         raise DataError(f"{where}: cannot be read as rows ({_innermost(error)}).") from error

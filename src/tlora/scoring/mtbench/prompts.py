@@ -86,7 +86,9 @@ def read_prompts(path: str | Path) -> JudgePrompts:
                 read.messages(line | {"target": target}, line, turn)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError),
+    ) as error:
         raise DataError(
             f"{path}: not FastChat's prompts for single-answer grading ({first_line(error)});"
             " use that file."
