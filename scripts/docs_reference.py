@@ -49,7 +49,7 @@ def pages() -> dict[str, str]:
 def _verb(verb: Verb) -> str:
     """Return the page of a verb: what it does, its help and every field."""
     summary = (verb.record.__doc__ or "").split("\n\n")[0]
-    needs = f'Needs `pip install "tlora[{verb.extra}]"`. ' if verb.extra else ""
+    needs = f'Needs `pip install ".[{verb.extra}]"`. ' if verb.extra else ""
     lines = [f"# tlora {verb.name}", "", " ".join(summary.split()), ""]
     lines += [f"{needs}Every field is a flag, and a key of the YAML that `--config` names.", ""]
     shown = help_of(f"tlora {verb.name}", verb.record, [])

@@ -121,7 +121,7 @@ def help_of(prog: str, record: type[Section], argv: list[str]) -> str:
     It shows the options of the method named in ``argv``, or of the default method.
     """
     name = getattr(record, "method", None)
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         if word.startswith("--method"):
             name = word.partition("=")[2] or following
     method = str(name) if issubclass(record, RunConfig) else None
