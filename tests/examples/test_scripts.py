@@ -42,7 +42,7 @@ def assert_trained(trainer, output):
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-@pytest.mark.filterwarnings("ignore:14 modules at r = 16")  # too much for this small a model
+@pytest.mark.filterwarnings("ignore:r = 16 is larger")  # too much for this small a model
 def test_the_script_of_trl(example, rows, tmp_path, saved, tiny_llama):
     folder = saved(tiny_llama(initializer_range=0.2))
     file = rows([{"prompt": f"{n}+{n}?", "completion": f" {n + n}"} for n in range(12)])
