@@ -121,7 +121,8 @@ def test_the_help_shows_the_method_s_own_defaults_beside_short_flags(tlora, meth
     assert ("--r " in shown) == ("--alpha " in shown) == (r is not None)
     if r:
         assert f"Rank of the adapter (default: {r})." in shown
-        assert f"scaled by alpha / r (default: {alpha})." in shown
+        divisor = "sqrt(r)" if method == "lora-one" else "r"
+        assert f"scaled by alpha / {divisor} (default: {alpha})." in shown
     rates = METHODS.load(method or "tlora").traits.learning_rates
     assert not {"r", "lora_alpha"} & presets.default_options("tlora").keys()
     if more:
@@ -448,7 +449,8 @@ def test_a_misspelled_run_is_named_with_the_one_beside_it(tlora, verb, tmp_path,
     more = ["--for", "vllm", "--output_dir", "out"] if verb == "export" else []
     code, _, err = tlora(verb, "runn", *more)
     assert code == 2
+    what = "model, run or adapter" if verb == "chat" else "run or adapter"
     assert err.endswith(
-        "there is no run or adapter 'runn'; give the folder of one (`hf download` fetches one from"
+        f"there is no {what} 'runn'; give the folder of one (`hf download` fetches one from"
         " the Hub). Did you mean 'run'?\n"
     )

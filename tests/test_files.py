@@ -134,7 +134,7 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b'["\\ud800"]'])
 def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"a\.json: not JSON"):
+    with pytest.raises(ArtifactError, match=r"a\.json: (not JSON|has half of a surrogate)"):
         read_json(tmp_path / "a.json")
 
 

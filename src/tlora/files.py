@@ -116,13 +116,19 @@ def clear_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def no_adapter(path: str | Path) -> str:
-    """Return the sentence for a run or adapter that is not there, with a similar folder if any."""
+def no_adapter(path: str | Path, what: str = "run or adapter") -> str:
+    """Return the sentence for a folder that is not there, with a similar one if any.
+
+    Args:
+        path: the folder.
+        what: what it should hold.
+    """
     folder = Path(path)
-    beside = folder.absolute().parent
-    names = [each.name for each in beside.iterdir() if each.is_dir()] if beside.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        names = [each.name for each in folder.absolute().parent.iterdir() if each.is_dir()]
     return (
-        f"there is no run or adapter {str(path)!r}; give the folder of one (`hf download` fetches"
+        f"there is no {what} {str(path)!r}; give the folder of one (`hf download` fetches"
         f" one from the Hub).{did_you_mean(folder.name, sorted(names))}"
     )
 
@@ -252,9 +258,13 @@ def read_json(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
         value = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair could be neither printed nor written
+        if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
+    except UnicodeEncodeError:
+        raise ArtifactError(
+            f"{path}: has half of a surrogate pair, which no text may hold; the file is damaged."
+        ) from None
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file.") from None
     except (ValueError, RecursionError) as error:

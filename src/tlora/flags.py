@@ -184,6 +184,8 @@ def _short_texts(record: type[Section], method: str | None) -> dict[str, str]:
     for name in (name for name in texts if SHORT[name][0].startswith("adapter.")):
         option = options.get(SHORT[name][0])
         known[name] = "" if option is None else str(option.default)
+        if option is not None and "sqrt(" in option.help:
+            texts[name] = texts[name].replace("alpha / r", "alpha / sqrt(r)")
     for name, default in known.items():
         texts[name] = f"{texts[name].partition(';')[0]} (default: {default})."
     return {name: text for name, text in texts.items() if known.get(name) != ""}

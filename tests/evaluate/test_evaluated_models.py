@@ -104,8 +104,8 @@ def test_every_fault_is_named_at_once(adapters, here):
     assert said[1] == "nameless does not name its base model; give --model."
     assert said[2].startswith("empty contains no model (config.json), adapter")
     assert said[3].endswith("finish it with tlora init --output_dir unfinished --resume.")
-    assert said[4].startswith("there is no run or adapter '/not/there'")
-    assert said[5].startswith("there is no run or adapter 'a b/c'")
+    assert said[4].startswith("there is no model, run or adapter '/not/there'")
+    assert said[5].startswith("there is no model, run or adapter 'a b/c'")
     assert said[6].startswith("there is no folder 'nobody/model', and no model of this name in")
 
 

@@ -12,6 +12,7 @@ from tlora.training.runfolder import RunFolder
 def folder(tmp_path):
     made = RunFolder(tmp_path / "my run")
     made.adapter.mkdir(parents=True)
+    made.config = lambda: {"task": "jsonl", "data": {"kind": "causal"}}
     return made
 
 
@@ -32,7 +33,22 @@ def test_the_next_commands_are_those_that_take_the_adapter(folder, fields, verbs
     commands = closing.next_commands(folder).removeprefix("Next: ").split(" · ")
     assert [command.split()[:2] for command in commands] == [["tlora", verb] for verb in verbs]
     assert all(f" '{folder.path}'" in command for command in commands)
-    assert ("--with_base" in commands[1]) == (saved["task_type"] != "SEQ_CLS")
+    assert commands[1].endswith(" --with_base --test_file FILE")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"task": "gsm8k", "data": {}},
+        {"task": "jsonl", "data": {"kind": "classification"}},
+        {"task": "jsonl", "data": {"prompt_column": "question"}},
+    ],
+)
+def test_an_evaluation_that_needs_more_flags_is_not_suggested(folder, config):
+    saved = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    (folder.adapter / "adapter_config.json").write_text(json.dumps(saved))
+    folder.config = lambda: config
+    assert "tlora eval" not in closing.next_commands(folder)
 
 
 def test_a_run_without_an_adapter_has_no_next_commands(folder):

@@ -118,13 +118,20 @@ def test_init_and_train_plan_the_same_and_warn_of_low_energy_once_each(config, m
 @pytest.mark.parametrize(
     ("method", "adapter", "said"),
     [
-        ("tlora", {"r": 200}, "scaled by 8/200 = 0.04. To keep the scale at 1, give --alpha 200."),
+        (
+            "tlora",
+            {"r": 200, "allocate_scale": False},
+            "scaled by 8/200 = 0.04. To keep the scale at 1, give --alpha 200.",
+        ),
         ("lora", {"r": 4}, "scaled by 8/4 = 2. To keep the scale at 1, give --alpha 4."),
         ("lorta", {"r": 16}, "scaled by 16/16 = 1. To keep the scale at 2, give --alpha 32."),
         ("tlora", {"r": 200, "lora_alpha": 8}, ""),
         ("tlora", {"r": 8}, ""),
         ("rslora", {"r": 200}, ""),
         ("gora", {"r": 200}, ""),
+        ("xgblora", {"r": 4, "link": "rslora"}, ""),
+        ("peft:lora", {"r": 16, "use_rslora": True}, ""),
+        ("tlora", {"r": 16, "allocate_scale": True}, ""),
         ("full", {}, ""),
     ],
 )

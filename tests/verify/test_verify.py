@@ -140,7 +140,8 @@ def test_an_export_older_than_the_run_is_no_fault_of_its_readers(varied, tmp_pat
     assert shown.err == (
         f"tlora: {folder} does not hold the adapter in {varied.adapter}: the updates differ by 1 of"
         f" {varied.adapter}'s ({count} of {count} modules). If {varied.adapter} was"
-        " trained after the export, export it again.\n"
+        " trained after the export, export it again; if it was exported with --max_rank, give the"
+        " same --max_rank here.\n"
     )
 
 

@@ -86,7 +86,9 @@ def _refuse_missing(path: str) -> None:
         if not Path(path).exists():
             check_hub(path, "config.json", "adapter_config.json")
     except ConfigError:
-        raise ConfigError(no_adapter(path), "path") from None
+        if path.count("/") == 1 and not path.startswith(("/", ".")):
+            raise  # a name on the Hub
+        raise ConfigError(no_adapter(path, "model, run or adapter"), "path") from None
 
 
 def check(config: ChatConfig) -> None:

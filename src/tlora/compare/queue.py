@@ -199,7 +199,7 @@ def _run(function: str, payload: dict[str, Any], log: str, environment: dict[str
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
     except OSError as error:
-        sys.exit(str(system_fault(error)))
+        sys.exit(str(system_fault(error) or error))
     faulthandler.enable(file=2)
     os.environ.update(environment)
     module, _, name = function.partition(":")

@@ -182,7 +182,7 @@ def _places(path: str) -> tuple[str, str | None] | None:
     if folder.exists():
         raise ConfigError(f"{path} is a file; give the folder of a model or an adapter.")
     if not _HUB_NAME.fullmatch(path):
-        raise ConfigError(no_adapter(path))
+        raise ConfigError(no_adapter(path, "model, run or adapter"))
     return None
 
 

@@ -47,7 +47,8 @@ def summary(results: EvaluationResults) -> str:
     if not results.others:
         return f"{results.first} is the only model. Its replies are in samples/."
     useless = [row for row in results.rows if row.main and _is_useless(row)]
-    return " ".join([*_useless(results, useless), *(_of(results, m) for m in results.others)])
+    said = [*_useless(results, useless), *(_of(results, m) for m in results.others)]
+    return " ".join(filter(None, said))
 
 
 def _is_useless(row: Row) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from tlora.adapter.saved import VARIANTS
 from tlora.adapter.savedconfig import CONFIG
@@ -12,6 +13,7 @@ from tlora.training.runfolder import RunFolder
 
 _NAMES = {"mean_token_accuracy": "token accuracy"}
 _NO_SCORES = ("epoch", "entropy")
+_COLUMNS = ("prompt_column", "response_column", "messages_column", "text_column", "prompt_template")
 _NOT_SERVED = (
     *VARIANTS,
     "use_dora",
@@ -35,13 +37,21 @@ def held_out(folder: RunFolder) -> str:
     return f"On the {'' if rows is None else f'{rows:,} '}held-out rows: {scores}."
 
 
+def _needs_no_flags(config: dict[str, Any]) -> bool:
+    """Return whether `tlora eval` reads rows like those of the training without further flags."""
+    data = config["data"]
+    named = any(data.get(name) for name in _COLUMNS)
+    return config["task"] == "jsonl" and data.get("kind") in (None, "causal") and not named
+
+
 def next_commands(folder: RunFolder) -> str:
     """Return the commands that fit the run's adapter in one line; "" if it has none."""
     if not (folder.adapter / CONFIG).is_file():
         return ""
     fields, run = adapter_fields(folder.adapter / CONFIG), shlex.quote(str(folder.path))
-    base = "" if fields.get("task_type") == "SEQ_CLS" else " --with_base"
-    said = [f"tlora chat {run}", f"tlora eval {run}{base} --test_file FILE"]
+    said = [f"tlora chat {run}"]
+    if _needs_no_flags(folder.config()):
+        said.append(f"tlora eval {run} --with_base --test_file FILE")
     plain = not any(fields.get(name) for name in _NOT_SERVED)
     plain = plain and fields.get("bias", "none") == "none"
     if fields.get("peft_type") == "LORA" and fields.get("task_type") == "CAUSAL_LM" and plain:

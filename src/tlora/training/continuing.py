@@ -159,9 +159,5 @@ def load(setup: Setup, model: Any) -> Prepared:
     if not frozen and _found(Path(path))[1] is None:
         what += f" ({path} does not record whether A was frozen; continue from the run to keep it"
         what += " frozen)"
-    what = "B trains; A stays frozen" if frozen else "A and B train"
-    if not frozen and _found(Path(path))[1] is None:
-        what += f" ({path} does not record whether A was frozen; continue from the run to keep it"
-        what += " frozen)"
     logger.info("Continuing %s. %s. No calibration is needed.", path, what)
     return Prepared(model=adapted, callbacks=[FrozenACallback()] if frozen else [])

@@ -74,11 +74,14 @@ def warn(setup: Setup, plan: Plan | None) -> None:
 def warn_of_scale(config: RunConfig) -> None:
     """Warn if r is given without alpha, which changes the scale alpha / r of the adapter."""
     options = config.options()
+    options = options.of_link() if hasattr(options, "of_link") else options  # of a chain
     own = {field.name: field.default for field in dataclasses.fields(options)}
     if not {"r", "lora_alpha"} <= own.keys() or "lora_alpha" in config.adapter:
         return
     r, alpha = options.r, options.lora_alpha
-    # rsLoRA and its relatives divide by sqrt(r), which a larger r needs.
+    # The scales follow the samples, or divide by sqrt(r), which a larger r needs.
+    if getattr(options, "allocate_scale", False) or getattr(options, "use_rslora", False):
+        return
     if r == own["r"] or getattr(options, "scale", alpha / r) != alpha / r:
         return
     logger.warning(

@@ -105,5 +105,6 @@ def outdated(own: Verdict, export: str, adapter: str, modules: int) -> str:
         said.insert(0, f"{size} ({len(names)} of {modules} modules{which})")
     return (
         f"{export} does not hold the adapter in {adapter}: {'; '.join(said)}. If {adapter} was"
-        " trained after the export, export it again."
+        " trained after the export, export it again; if it was exported with --max_rank, give the"
+        " same --max_rank here."
     )

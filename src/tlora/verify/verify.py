@@ -85,7 +85,8 @@ def run(config: VerifyConfig, tell: Tell) -> None:
         raise VerificationError(" ".join([words, *replied]))
     faults = _wrong(config, verdicts) + replied
     if faults:
-        again = f"; run `tlora export {config.paths[0]} --for {config.server}` to convert it"
+        cut = f" --max_rank {rank}" if rank else ""
+        again = f"; run `tlora export {config.paths[0]} --for {config.server}{cut}` to convert it"
         raise VerificationError("; ".join(faults) + (again if config.server in SERVERS else ""))
 
 
