@@ -178,7 +178,7 @@ def test_a_folder_without_results_takes_other_settings(config, monkeypatch):
 
 
 BAD = [
-    ({"models": ["nowhere/at/all"]}, "there is no folder 'nowhere/at/all'"),
+    ({"models": ["nowhere/at/all"]}, "there is no model, run or adapter 'nowhere/at/all'"),
     (
         {"test_file": None, "tasks": ["gsm8k-paper"], "data_dir": "."},
         "has none of gsm8k/test.jsonl",

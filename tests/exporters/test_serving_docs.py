@@ -42,7 +42,7 @@ def folders(varied, tmp_path_factory):
 
 
 def test_the_table_has_every_reader_and_says_what_its_rule_gives(folders):
-    rows = {row[0]: row[1:4] for row in table("Who reads what")}
+    rows = {row[0]: row[1:4] for row in table("Formats and readers")}
     assert [*rows][: len(READERS)] == [reader.title for reader in READERS]
     for reader in READERS:
         found = [word(reading(reader, folders[form])) for form in FORMATS]

@@ -128,6 +128,6 @@ def test_without_bitsandbytes_it_says_what_to_install(config, folder, monkeypatc
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
     with pytest.raises(
-        ConfigError, match=r'bitsandbytes is not installed; run `pip install "tlora\[quantized\]"`'
+        ConfigError, match=r'bitsandbytes is not installed; run `pip install "\.\[quantized\]"`'
     ):
         settle(config(model=folder, quantization="nf4"))

@@ -72,7 +72,8 @@ class Strategy:
             how = "all at once" if filled == 1 else f"in {filled} blocks"
             parts.append(f"computes the {self.kind} of {exact} modules exactly, {how}")
         if self.streamed:
-            parts.append(f"streams those of {len(self.streamed)} modules")
+            which = "those" if exact else f"the {self.kind}"
+            parts.append(f"streams {which} of {len(self.streamed)} modules")
         reads = "once" if self.passes == 1 else f"{self.passes} times"
         return (
             f"calibration {' and '.join(parts)}; it reads the samples {reads} and holds at most"
