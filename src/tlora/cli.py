@@ -95,12 +95,7 @@ def train(config: RunConfig) -> None:
     no_bars_in_batch_jobs()
     from tlora.training.train import run
 
-    folder = run(config)
-    _report(folder)
-    from tlora.training import closing
-
-    if os.environ.get("RANK", "0") == "0" and (words := closing.next_commands(folder)):
-        _say(words)
+    _report(run(config), trained=True)
 
 
 def chat(config: ChatConfig) -> None:
@@ -332,8 +327,11 @@ def _overview() -> str:
     )
 
 
-def _report(folder: Any) -> None:
-    """Print where a run left its files; in a process group only the first process prints."""
+def _report(folder: Any, trained: bool = False) -> None:
+    """Print where a run left its files, and after a training the next commands.
+
+    In a process group only the first process prints.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     if folder.plan.is_file():
@@ -345,6 +343,8 @@ def _report(folder: Any) -> None:
     if words := closing.held_out(folder):
         _say(words)
     _say(f"adapter: {folder.adapter}")
+    if trained and (words := closing.next_commands(folder)):
+        _say(words)
 
 
 def _say(text: str) -> None:

@@ -123,14 +123,19 @@ def no_adapter(path: str | Path, what: str = "run or adapter") -> str:
         path: the folder.
         what: what it should hold.
     """
+    return (
+        f"there is no {what} {str(path)!r}; give the folder of one (`hf download` fetches"
+        f" one from the Hub).{similar_folder(path)}"
+    )
+
+
+def similar_folder(path: str | Path) -> str:
+    """Return `did_you_mean` for a missing folder, among the folders beside it."""
     folder = Path(path)
     names: list[str] = []
     with contextlib.suppress(OSError):  # a folder that may not be listed
         names = [each.name for each in folder.absolute().parent.iterdir() if each.is_dir()]
-    return (
-        f"there is no {what} {str(path)!r}; give the folder of one (`hf download` fetches"
-        f" one from the Hub).{did_you_mean(folder.name, sorted(names))}"
-    )
+    return did_you_mean(folder.name, sorted(names))
 
 
 def refuse_missing(path: str | Path) -> None:

@@ -116,7 +116,7 @@ def test_a_sealed_adapter_reads_as_it_was_or_is_refused(served, data, tmp_path):
         shutil.copytree(served.adapter, folder)
         seal_tensors(folder / WEIGHTS)
     right: SavedLora = read_lora(folder)
-    # A copy: what is read is mapped from the file.
+    # Tensors are mapped from the file, so a change of the file would change them.
     before = {key: right.tensors[key].clone() for key in right.tensors}
     with changed(folder, WEIGHTS, drawn(data, folder, WEIGHTS)):
         found = accepted(lambda: read_lora(folder))

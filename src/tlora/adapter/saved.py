@@ -111,6 +111,25 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
+def announced(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a noun phrase for each part besides A, B and a scale that the fields announce.
+
+    Args:
+        fields: of adapter_config.json.
+    """
+    named = {
+        "use_dora": "DoRA's magnitudes",
+        "lora_bias": "biases of B (`lora_bias`)",
+        "target_parameters": "adapters of fused parameters (`target_parameters`)",
+        "trainable_token_indices": "trained rows of embeddings (`trainable_token_indices`)",
+        "modules_to_save": f"trained modules ({listed(fields.get('modules_to_save') or [])})",
+        **VARIANTS,
+    }
+    yield from (words for name, words in named.items() if fields.get(name))
+    if fields.get("bias", "none") != "none":
+        yield f"trained biases (`bias: {fields['bias']}`)"
+
+
 @dataclass(frozen=True)
 class SavedLora:
     """A LoRA that PEFT reads.
@@ -178,18 +197,7 @@ class SavedLora:
 
     def lacks(self) -> Iterator[str]:
         """Yield a noun phrase for each part besides A, B and a scale of linear layers."""
-        fields = self.fields
-        named = {
-            "use_dora": "DoRA's magnitudes",
-            "lora_bias": "biases of B (`lora_bias`)",
-            "target_parameters": "adapters of fused parameters (`target_parameters`)",
-            "trainable_token_indices": "trained rows of embeddings (`trainable_token_indices`)",
-            "modules_to_save": f"trained modules ({listed(fields.get('modules_to_save') or [])})",
-            **VARIANTS,
-        }
-        yield from (words for name, words in named.items() if fields.get(name))
-        if fields.get("bias", "none") != "none":
-            yield f"trained biases (`bias: {fields['bias']}`)"
+        yield from announced(self.fields)
         embeddings = [name for name, (a, _) in self.keys.items() if "lora_embedding_A" in a]
         if embeddings:
             yield f"adapters of embeddings ({listed(embeddings)})"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora import extras
-from tlora.errors import ArtifactError, ConfigError, TLoraError, did_you_mean, first_line
-from tlora.files import read_json
+from tlora.errors import ArtifactError, ConfigError, TLoraError, first_line
+from tlora.files import read_json, similar_folder
 from tlora.integrity import has_digest
 from tlora.models.missing import drawn_weights
 from tlora.sealed import check_beside
@@ -301,10 +301,8 @@ def check_model_folder(model: str | None) -> None:
                 "model",
             )
     if not path.exists() and (path.is_absolute() or str(model).startswith(".")):
-        beside = sorted(other.name for other in path.parent.glob("*") if other.is_dir())
         raise ConfigError(
-            f"there is no folder {str(model)!r}; check --model.{did_you_mean(path.name, beside)}",
-            "model",
+            f"there is no folder {str(model)!r}; check --model.{similar_folder(path)}", "model"
         )
 
 

@@ -291,7 +291,7 @@ class Jsonl(Task):
 
 
 def _unrecognized(have: list[str]) -> str:
-    """Say how to name the columns of rows without a known shape, and what a misspelled one is."""
+    """Return a message that asks which columns to read, with a hint for a misspelled one."""
     named = all(map(str.isidentifier, have)) and len(have) == 2
     prompt, response = (f" {name}" for name in have) if named else (" NAME", " NAME")
     known = [name for shape in SHAPES for name in shape.columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from tlora.adapter.saved import VARIANTS
+from tlora.adapter.saved import announced
 from tlora.adapter.savedconfig import CONFIG
 from tlora.files import read_json
 from tlora.sealed import adapter_fields
@@ -14,14 +14,6 @@ from tlora.training.runfolder import RunFolder
 _NAMES = {"mean_token_accuracy": "token accuracy"}
 _NO_SCORES = ("epoch", "entropy")
 _COLUMNS = ("prompt_column", "response_column", "messages_column", "text_column", "prompt_template")
-_NOT_SERVED = (
-    *VARIANTS,
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "modules_to_save",
-)
 
 
 def held_out(folder: RunFolder) -> str:
@@ -52,8 +44,7 @@ def next_commands(folder: RunFolder) -> str:
     said = [f"tlora chat {run}"]
     if _needs_no_flags(folder.config()):
         said.append(f"tlora eval {run} --with_base --test_file FILE")
-    plain = not any(fields.get(name) for name in _NOT_SERVED)
-    plain = plain and fields.get("bias", "none") == "none"
-    if fields.get("peft_type") == "LORA" and fields.get("task_type") == "CAUSAL_LM" and plain:
+    plain = fields.get("peft_type") == "LORA" and not any(announced(fields))
+    if plain and fields.get("task_type") == "CAUSAL_LM":
         said.append(f"tlora export {run} --for vllm --output_dir served")
     return f"Next: {' · '.join(said)}"
