@@ -23,6 +23,7 @@ PANELS = {
     "base-ledger": ("embedded base (1.0M), ledger", 3e-3),
     "text30m-ledger": ("base of 30M, ledger", 3e-4),
     "text30m-gsm8k": ("base of 30M, text of GSM8K", 1e-3),
+    "smollm2-equations": ("SmolLM2-135M, equations", 3e-4),
 }
 """Table: its title, and the one low learning rate at which the order is read."""
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
     tasks = firsttry.read()
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(11.5, 3.9))
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(3.8 * len(PANELS), 3.9))
     for axes, (folder, (title, rate)) in zip(panels, PANELS.items(), strict=True):
         _draw(axes, tasks[folder], rate)
         axes.set_title(title, fontsize=10)
