@@ -8,6 +8,7 @@ reads the committed tuning runs as firsttry.py does, and prints the two orders o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import firsttry
@@ -17,7 +18,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.ratecurve import best_rate
+from tlora.compare.trials import saved
+from tlora.report.comparison import gather
 
 PANELS = {
     "base-ledger": ("embedded base (1.0M), ledger", 3e-3),
@@ -26,6 +30,9 @@ PANELS = {
     "smollm2-equations": ("SmolLM2-135M, equations", 3e-4),
 }
 """Table: its title, and the one low learning rate at which the order is read."""
+
+FURTHER = {"smollm2-equations": "smollm2-one-rate"}
+"""Table: a comparison with the same rows and steps that adds learning rates to its curves."""
 
 COLORS = {
     "LoRA": "#1d4ed8",
@@ -36,6 +43,20 @@ COLORS = {
 }
 
 _TICKS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def read() -> dict[str, firsttry.Task]:
+    """Return the tables of `firsttry.read`, with the learning rates of `FURTHER`."""
+    tasks = firsttry.read()
+    for name, further in FURTHER.items():
+        folder = CompareFolder(firsttry.QUALITY / further)
+        more = firsttry.curves(gather(saved(folder), folder))
+        curves = {
+            label: dict(sorted({**curve, **more.get(label, {})}.items()))
+            for label, curve in tasks[name].curves.items()
+        }
+        tasks[name] = dataclasses.replace(tasks[name], curves=curves)
+    return tasks
 
 
 def orders(task: firsttry.Task, rate: float, methods: list[str]) -> tuple[list, list]:
@@ -58,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    tasks = firsttry.read()
+    tasks = read()
     figure, panels = plt.subplots(1, len(PANELS), figsize=(3.8 * len(PANELS), 3.9))
     for axes, (folder, (title, rate)) in zip(panels, PANELS.items(), strict=True):
         _draw(axes, tasks[folder], rate)
