@@ -48,6 +48,7 @@ TABLES = {
     "minilm-stsb": ("MiniLM", "stsb", "pearson"),
     "minilm-sst2": ("MiniLM", "sst2", "accuracy"),
     "smollm2-equations": ("SmolLM2", "equations", "loss"),
+    "smollm2-sst2": ("SmolLM2", "sst2", "loss"),
     "smollm2-gsm8k": ("SmolLM2", "gsm8k", "loss"),
 }
 """Folder of a comparison: its base, its task, the score."""
