@@ -79,9 +79,7 @@ def main() -> None:
 
 def measured(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the shares of one comparison by basis and step."""
-    comparison = read_yaml(HERE / f"{flags.comparison}.yaml")
-    files = {name: getattr(flags, name) for name in ("model", "train_file", "test_file")}
-    config = CompareConfig.from_dict(comparison | files | {"output_dir": "unused"})
+    config = configured(flags)
     bases = {label: basis_of(config, basis, flags.seed) for label, basis in BASES.items()}
     inputs = moments_of(config, flags.seed)
     lora = next(entry for entry in config.entries() if entry.name == "lora")
@@ -98,6 +96,13 @@ def measured(flags: argparse.Namespace) -> dict[str, Any]:
         "features": {label: round(evenness(basis, inputs), 2) for label, basis in bases.items()},
         "provenance": provenance(flags.seed),
     }
+
+
+def configured(flags: argparse.Namespace) -> CompareConfig:
+    """Return the comparison that the flags name, with their model and files."""
+    comparison = read_yaml(HERE / f"{flags.comparison}.yaml")
+    files = {name: getattr(flags, name) for name in ("model", "train_file", "test_file")}
+    return CompareConfig.from_dict(comparison | files | {"output_dir": "unused"})
 
 
 def settled(config: CompareConfig, run: RunConfig) -> Setup:

@@ -1,4 +1,4 @@
-"""The paper's protocol in small: the order at one low learning rate, and when each is tuned.
+"""The paper's protocol at a small scale: the order at one low learning rate, and tuned.
 
     python benchmarks/quality/protocol.py docs/protocol.png
 
@@ -15,14 +15,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib import ticker
+from ratecurves import finish
 from scipy import stats
 
 from tlora.compare.comparefolder import CompareFolder
-from tlora.compare.trials import saved
-from tlora.report.comparison import MethodResult, Results, gather
+from tlora.report.comparison import MethodResult, Results, read
 
-FOLDER = Path(__file__).parent / "base-protocol"
+FOLDER = CompareFolder(Path(__file__).parent / "base-protocol")
 LOW_RATE = 3e-4
 
 PAPER = {
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", type=Path)
     picture = parser.parse_args().picture
-    results = read()
+    results = read(FOLDER)
     print(table(results))
     figure, (curves, orders) = plt.subplots(
         1, 2, figsize=(11.5, 5), gridspec_kw={"width_ratios": [3, 2]}
@@ -66,12 +65,6 @@ def main() -> None:
     )
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(picture, dpi=160)
-
-
-def read() -> Results:
-    """Return the committed comparison."""
-    folder = CompareFolder(FOLDER)
-    return gather(saved(folder), folder)
 
 
 def table(results: Results) -> str:
@@ -95,7 +88,7 @@ def table(results: Results) -> str:
             f"{score.mean:.3f} ± {score.half:.3f}",
             f"{pair.interval.mean:+.3f} ± {pair.interval.half:.3f}" if pair else "",
         ]
-        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+        lines.append(f"| {' | '.join(cells)} |")
     low, best = (correlation(results, tuned) for tuned in (False, True))
     said = (
         f"rank correlation with the paper: {low:.2f} at {LOW_RATE:g}, {best:.2f} at the best rates"
@@ -134,18 +127,8 @@ def _draw_curves(axes, results: Results) -> None:
             [*method.tuning_means], [*method.tuning_means.values()], color=color, marker=mark,
             linewidth=1.2, markersize=4.5, label=label,
         )  # fmt: skip
-    axes.axvline(LOW_RATE, color="#94a3b8", linestyle="--", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(ticker.FixedLocator([*results.methods[0].tuning_means]))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("learning rate")
+    finish(axes, LOW_RATE, [*results.methods[0].tuning_means])
     axes.set_ylabel("validation loss per response token")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_orders(axes, results: Results) -> None:

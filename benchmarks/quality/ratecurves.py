@@ -20,8 +20,7 @@ from matplotlib import ticker
 
 from tlora.compare.comparefolder import CompareFolder
 from tlora.compare.ratecurve import best_rate
-from tlora.compare.trials import saved
-from tlora.report.comparison import gather
+from tlora.report.comparison import read as read_comparison
 
 PANELS = {
     "base-ledger": ("embedded base (1.0M), ledger", 3e-3),
@@ -49,8 +48,7 @@ def read() -> dict[str, firsttry.Task]:
     """Return the tables of `firsttry.read`, with the learning rates of `FURTHER`."""
     tasks = firsttry.read()
     for name, further in FURTHER.items():
-        folder = CompareFolder(firsttry.QUALITY / further)
-        more = firsttry.curves(gather(saved(folder), folder))
+        more = firsttry.curves(read_comparison(CompareFolder(firsttry.QUALITY / further)))
         curves = {
             label: dict(sorted({**curve, **more.get(label, {})}.items()))
             for label, curve in tasks[name].curves.items()
@@ -104,10 +102,15 @@ def _draw(axes, task: firsttry.Task, rate: float) -> None:
         axes.plot([*curve], [*curve.values()], "o-", color=color, label=label, markersize=4)
         tuned = best_rate(curve, task.better)
         axes.plot(tuned, curve[tuned], "o", color=color, markersize=9, fillstyle="none")
+    tried = {r for label in COLORS for r in task.curves[label]}
+    finish(axes, rate, [r for r in _TICKS if r in tried])
+
+
+def finish(axes, rate: float, ticks: list[float]) -> None:
+    """Mark the low learning rate, and set the axes of a plot of loss against learning rate."""
     axes.axvline(rate, color="#94a3b8", linestyle="--", linewidth=1)
     axes.set_xscale("log")
-    tried = {r for label in COLORS for r in task.curves[label]}
-    axes.xaxis.set_major_locator(ticker.FixedLocator([r for r in _TICKS if r in tried]))
+    axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     low, high = axes.get_ylim()

@@ -13,16 +13,12 @@ it all; the median of the modules), and keeps it in whitening.json beside this f
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from kept import HERE, basis_of, evenness, moments_of
+from kept import HERE, basis_of, configured, evenness, moments_of
 
-from tlora.compare.compareconfig import CompareConfig
 from tlora.compare.comparefolder import CompareFolder
-from tlora.compare.trials import saved
 from tlora.files import read_json, write_json
-from tlora.report.comparison import Results, gather
-from tlora.yamlfiles import read_yaml
+from tlora.report.comparison import Results, read
 
 KEPT = HERE / "whitening.json"
 PLAIN, WHITENED = "tlora, equal ranks and scales", "tlora, equal ranks and scales, whitened"
@@ -50,16 +46,14 @@ def main() -> None:
     flags = parser.parse_args()
     shares = read_json(KEPT) if KEPT.is_file() else {}
     if flags.comparison:
-        files = {name: getattr(flags, name) for name in ("model", "train_file", "test_file")}
-        shares[flags.comparison] = measured(flags.comparison, files)
+        shares[flags.comparison] = measured(flags)
         write_json(KEPT, shares)
     print(table(shares))
 
 
-def measured(comparison: str, files: dict[str, str]) -> float:
+def measured(flags: argparse.Namespace) -> float:
     """Return how even W C's features are, as a share of r."""
-    options = read_yaml(HERE / f"{comparison}.yaml") | files | {"output_dir": "unused"}
-    config = CompareConfig.from_dict(options)
+    config = configured(flags)
     basis = basis_of(config, "weight-covariance", SEED)
     rank = len(next(iter(basis.values())))
     return round(evenness(basis, moments_of(config, SEED)) / rank, 2)
@@ -72,7 +66,7 @@ def table(shares: dict[str, float]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name in sorted(TABLES, key=lambda name: shares.get(name, 1.1)):
-        results = read(HERE / name)
+        results = read(CompareFolder(HERE / name))
         score = {method.label: method.score.mean for method in results.methods}
         cells = [
             TABLES[name],
@@ -80,21 +74,15 @@ def table(shares: dict[str, float]) -> str:
             *(f"{score[label]:.3f}" for label in ("lora", PLAIN, WHITENED)),
             *(_difference(results, label) for label in (PLAIN, "lora")),
         ]
-        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def read(folder: Path) -> Results:
-    """Return a committed comparison."""
-    found = CompareFolder(folder)
-    return gather(saved(found), found)
-
-
 def _difference(results: Results, label: str) -> str:
-    """Return the whitened setting minus another, in bold where the interval excludes zero."""
-    interval = results.find(WHITENED, label).interval
-    text = f"{interval.mean:+.3f} ± {interval.half:.3f}"
-    return f"**{text}**" if abs(interval.mean) > interval.half else text
+    """Return the whitened setting minus another, in bold beyond the noise."""
+    found = results.find(WHITENED, label)
+    text = f"{found.interval.mean:+.3f} ± {found.interval.half:.3f}"
+    return f"**{text}**" if found.better else text
 
 
 if __name__ == "__main__":

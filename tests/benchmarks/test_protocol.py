@@ -1,4 +1,4 @@
-"""The paper's protocol in small: the page's table, and the comparison of orders."""
+"""The paper's protocol at a small scale: the page's table, and the comparison of orders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def protocol(script):
 
 
 def test_the_page_has_the_table_that_the_command_prints(protocol):
-    results = protocol.read()
+    results = protocol.read(protocol.FOLDER)
     table = protocol.table(results).partition("\n\n")[0]
     page = FINDINGS.read_text(encoding="utf-8").replace("\n  ", " ")
     assert table in page
